@@ -1,0 +1,291 @@
+"""Files that stages leave behind: finished or absent, never half.
+
+1. `building` makes `NAME.partial/` beside the final name, locks it, and records the settings.
+2. The stage writes into that folder. Killed at any moment, it finds its finished pieces there
+   when it runs again with the same settings.
+3. `publish_directory` writes `manifest.json` last, `publish_file` takes one file out; both sync to
+   disk and rename. What stands under the final name is therefore complete.
+
+A manifest says what the artifact is (`kind`, `schema`), what decided it (`settings`, and the
+digests of its `parents`), what its columns mean (`layout`) and what it holds (`files` with size
+and SHA-256, `content`). It holds no time, host or absolute path: the same work, the same bytes.
+Where it stands: `manifest.json` in a folder, the attribute `manifest` of an HDF5 file, the entry
+`lorascope.json` of a `.pt` archive, `metadata.lorascope` of a JSON file, a comment in a page.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorascope.errors import ArtifactError
+
+MANIFEST = "manifest.json"
+HTML_MARK = b"<!-- lorascope "
+_SETTINGS = "settings.json"
+_LOCK = ".lock"
+
+
+def canonical(value: Any) -> str:
+    """Return the one JSON text of a value that digests and manifests are made of."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=True, allow_nan=False)
+
+
+def digest_of(value: Any) -> str:
+    """Return the SHA-256 of a JSON value, in hexadecimal."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def make_manifest(
+    kind: str,
+    schema: int,
+    *,
+    settings: Mapping[str, Any],
+    parents: Mapping[str, str],
+    layout: Mapping[str, Any] | None,
+    content: Mapping[str, Any],
+    files: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return a manifest; see the module's text for the meaning of its fields."""
+    from lorascope import __version__
+
+    return {
+        "kind": kind,
+        "schema": schema,
+        "version": __version__,
+        "settings": dict(settings),
+        "parents": dict(parents),
+        "layout": None if layout is None else dict(layout),
+        "content": dict(content),
+        "files": dict(files or {}),
+    }
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """Return an artifact's manifest from its header, or None when lorascope did not make it.
+
+    Raises ArtifactError when the path does not exist.
+    """
+    if not path.exists():
+        raise ArtifactError(
+            f"{path} does not exist; check the path, or run the stage that makes it"
+        )
+    try:
+        text = _manifest_text(path)
+        manifest = json.loads(text) if text else None
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
+    ours = isinstance(manifest, dict) and {"kind", "schema", "settings"} <= manifest.keys()
+    return manifest if ours else None
+
+
+def _manifest_text(path: Path) -> str | None:
+    if path.is_dir():
+        file = path / MANIFEST
+        return file.read_text(encoding="utf-8") if file.is_file() else None
+    if path.suffix == ".h5":
+        import h5py
+
+        with h5py.File(path, "r") as file:
+            text = file.attrs.get("manifest")
+            return text if isinstance(text, str) else None
+    if path.suffix == ".pt":
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith("/lorascope.json")]
+            return archive.read(names[0]).decode() if names else None
+    if path.suffix == ".json":
+        data = json.loads(path.read_text(encoding="utf-8"))
+        metadata = data.get("metadata") if isinstance(data, dict) else None
+        ours = metadata.get("lorascope") if isinstance(metadata, dict) else None
+        return None if ours is None else canonical(ours)
+    if path.suffix == ".html":
+        with path.open("rb") as file:
+            head = file.read(1 << 20)
+        start = head.find(HTML_MARK)
+        end = head.find(b" -->", start)
+        return head[start + len(HTML_MARK) : end].decode() if start >= 0 else None
+    return None
+
+
+def open_manifest(path: Path, kind: str, schema: int) -> dict[str, Any]:
+    """Return the manifest of an artifact that must be of `kind` and of a schema that we read."""
+    manifest = read_manifest(path)
+    if manifest is None or manifest["kind"] != kind:
+        found = f"holds {manifest['kind']}" if manifest else "was not made by lorascope"
+        raise ArtifactError(f"{path} {found}, expected {kind}")
+    if manifest["schema"] > schema:
+        raise ArtifactError(
+            f"{path} has schema {manifest['schema']} of {kind}, this version reads up to {schema}: "
+            "install a newer lorascope"
+        )
+    return manifest
+
+
+def is_made(
+    out: Path,
+    kind: str,
+    *,
+    settings: Mapping[str, Any],
+    parents: Mapping[str, str],
+    overwrite: bool,
+) -> bool:
+    """Say whether `out` is already what these settings make; False means: build it.
+
+    Raises ArtifactError when something else stands there and `overwrite` is off.
+    """
+    if overwrite or not (out.exists() or out.is_symlink()):
+        return False
+    if out.is_dir() and not any(out.iterdir()):
+        return False
+    found = read_manifest(out)
+    if found is None or found["kind"] != kind:
+        what = "exists and was not made by this stage"
+    elif found["settings"] != dict(settings):
+        before, now = found["settings"], dict(settings)
+        keys = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+        detail = ", ".join(f"{k} {before.get(k)} there, {now.get(k)} here" for k in keys[:3])
+        what = f"exists with other settings ({detail})"
+    elif found["parents"] != dict(parents):
+        names = [n for n in parents if found["parents"].get(n) != parents[n]]
+        what = f"exists and was made from another {' and '.join(names) or 'input'}"
+    else:
+        return True
+    raise ArtifactError(f"{out} {what}; give another output, or --overwrite to replace it")
+
+
+@dataclass(frozen=True)
+class Build:
+    """A folder in which one artifact is being made."""
+
+    out: Path
+    path: Path
+
+    def publish_directory(self, manifest: Mapping[str, Any]) -> Path:
+        """Write the manifest, and give the folder its final name."""
+        (self.path / _SETTINGS).unlink(missing_ok=True)
+        (self.path / _LOCK).unlink(missing_ok=True)
+        write_text(self.path / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        _sync(self.path)
+        _clear(self.out)
+        self.path.rename(self.out)
+        _sync(self.out.parent)
+        return self.out
+
+    def publish_file(self, name: str) -> Path:
+        """Give the file `name` of the folder the final name, and drop the folder."""
+        _sync(self.path / name)
+        if self.out.is_dir():
+            _clear(self.out)
+        (self.path / name).replace(self.out)
+        _sync(self.out.parent)
+        shutil.rmtree(self.path)
+        return self.out
+
+
+@contextmanager
+def building(
+    out: Path,
+    kind: str,
+    *,
+    settings: Mapping[str, Any],
+    parents: Mapping[str, str],
+    overwrite: bool,
+) -> Iterator[Build]:
+    """Open the folder `OUT.partial` for an artifact, with what an earlier run finished there.
+
+    Raises ArtifactError when another process writes it, or when it holds unfinished work of
+    other settings and `overwrite` is off.
+    """
+    out = out.expanduser()
+    path = out.with_name(out.name + ".partial")
+    identity = {"kind": kind, "settings": dict(settings), "parents": dict(parents)}
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / _LOCK).open("w")
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot write {path}: {error.strerror}; choose another output"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ArtifactError(
+                f"another process is writing {out}; wait for it, or give another output"
+            ) from error
+        if _recorded(path) not in (None, identity):
+            if not overwrite:
+                raise ArtifactError(
+                    f"{path} holds unfinished work of other settings; give another output, "
+                    "or --overwrite to drop it"
+                )
+            for child in path.iterdir():
+                if child.name != _LOCK:
+                    _clear(child)
+        write_text(path / _SETTINGS, canonical(identity))
+        try:
+            yield Build(out, path)
+        except BaseException:
+            if path.is_dir() and {child.name for child in path.iterdir()} <= {_LOCK, _SETTINGS}:
+                shutil.rmtree(path)  # nothing was finished, so nothing is left behind
+            raise
+
+
+def _recorded(path: Path) -> dict[str, Any] | None:
+    """Return what an unfinished folder is to become; its manifest says it once it is written."""
+    for name in (_SETTINGS, MANIFEST):
+        if (path / name).exists():
+            data = json.loads((path / name).read_text(encoding="utf-8"))
+            return {key: data[key] for key in ("kind", "settings", "parents")}
+    return None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file atomically: beside its name, synced, then renamed."""
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def require_space(folder: Path, n_bytes: int) -> None:
+    """Raise ArtifactError unless the disk of `folder` has room for `n_bytes` more."""
+    place = folder
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < n_bytes:
+        raise ArtifactError(
+            f"{place} has {free / 1e9:.1f} GB free, this needs {n_bytes / 1e9:.1f} GB; "
+            "choose another output or fewer texts"
+        )
+
+
+def _clear(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

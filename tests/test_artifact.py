@@ -1,0 +1,140 @@
+import json
+import multiprocessing
+import zipfile
+from pathlib import Path
+
+import h5py
+import pytest
+
+from lorascope import artifact
+from lorascope.artifact import building, is_made, make_manifest, read_manifest, require_space
+from lorascope.errors import ArtifactError
+
+SETTINGS, PARENTS = {"k": 1}, {"store": "abc"}
+
+
+def manifest(settings=SETTINGS, parents=PARENTS):
+    return make_manifest(
+        "sae", 1, settings=settings, parents=parents, layout=None, content={"n": 1}
+    )
+
+
+def make(out: Path, settings=SETTINGS, parents=PARENTS, overwrite=False):
+    identity = {"settings": settings, "parents": parents, "overwrite": overwrite}
+    if is_made(out, "sae", **identity):
+        return False
+    with building(out, "sae", **identity) as build:
+        (build.path / "data").write_text("x")
+        build.publish_directory(manifest(settings, parents))
+    return True
+
+
+def test_a_folder_appears_whole_and_is_found_again(tmp_path):
+    assert make(tmp_path / "a") is True
+    assert make(tmp_path / "a") is False
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["data", "manifest.json"]
+
+
+def test_other_settings_or_parents_are_refused_by_name_unless_overwritten(tmp_path):
+    make(tmp_path / "a")
+    with pytest.raises(ArtifactError, match=r"other settings \(k 1 there, 2 here\).*--overwrite"):
+        make(tmp_path / "a", settings={"k": 2})
+    with pytest.raises(ArtifactError, match="made from another store"):
+        make(tmp_path / "a", parents={"store": "other"})
+    assert make(tmp_path / "a", settings={"k": 2}, overwrite=True) is True
+    assert read_manifest(tmp_path / "a")["settings"] == {"k": 2}
+
+
+def test_what_another_made_is_never_overwritten_by_accident(tmp_path):
+    (tmp_path / "a").write_text("precious")
+    with pytest.raises(ArtifactError, match="was not made by this stage"):
+        make(tmp_path / "a")
+    assert (tmp_path / "a").read_text() == "precious"
+
+
+def test_unfinished_work_is_kept_for_the_same_settings_and_refused_for_others(tmp_path):
+    identity = {"settings": SETTINGS, "parents": PARENTS}
+    with (
+        pytest.raises(RuntimeError),
+        building(tmp_path / "a", "sae", **identity, overwrite=False) as build,
+    ):
+        (build.path / "piece").write_text("done")
+        raise RuntimeError("killed")
+    with building(tmp_path / "a", "sae", **identity, overwrite=False) as build:
+        assert (build.path / "piece").read_text() == "done"
+    other = {"settings": {"k": 2}, "parents": PARENTS}
+    with (
+        pytest.raises(ArtifactError, match="unfinished work of other settings"),
+        building(tmp_path / "a", "sae", **other, overwrite=False),
+    ):
+        pass
+    with building(tmp_path / "a", "sae", **other, overwrite=True) as build:
+        assert not (build.path / "piece").exists()
+
+
+def _hold(path, ready, leave):
+    with building(path, "sae", settings=SETTINGS, parents=PARENTS, overwrite=False):
+        ready.set()
+        leave.wait(30)
+
+
+def test_a_second_process_is_told_that_the_first_one_writes(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready, leave = context.Event(), context.Event()
+    process = context.Process(target=_hold, args=(tmp_path / "a", ready, leave))
+    process.start()
+    assert ready.wait(30)
+    with pytest.raises(ArtifactError, match="another process is writing"):
+        make(tmp_path / "a")
+    leave.set()
+    process.join(30)
+    assert make(tmp_path / "a") is True
+
+
+def test_manifests_are_read_from_every_kind_of_file(tmp_path):
+    text = artifact.canonical(manifest())
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.attrs["manifest"] = text
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as file:
+        file.writestr("archive/lorascope.json", text)
+    (tmp_path / "a.json").write_text(json.dumps({"metadata": {"lorascope": manifest()}}))
+    (tmp_path / "a.html").write_bytes(
+        b"<!doctype html>" + artifact.HTML_MARK + text.encode() + b" -->"
+    )
+    for name in ("a.h5", "a.pt", "a.json", "a.html"):
+        assert read_manifest(tmp_path / name) == manifest(), name
+
+
+@pytest.mark.parametrize("name", ["a.h5", "a.pt", "a.json", "a.html", "a.txt"])
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"garbage"])
+def test_foreign_and_damaged_files_have_no_manifest(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert read_manifest(tmp_path / name) is None
+
+
+def test_a_newer_schema_is_refused(tmp_path):
+    make(tmp_path / "a")
+    with pytest.raises(ArtifactError, match="schema 1 of sae.*up to 0.*newer lorascope"):
+        artifact.open_manifest(tmp_path / "a", "sae", 0)
+    with pytest.raises(ArtifactError, match="holds sae, expected features"):
+        artifact.open_manifest(tmp_path / "a", "features", 1)
+    with pytest.raises(ArtifactError, match="does not exist"):
+        artifact.open_manifest(tmp_path / "b", "sae", 1)
+
+
+def test_too_little_space_is_said_before_the_work(tmp_path):
+    require_space(tmp_path / "not" / "there", 1)
+    with pytest.raises(ArtifactError, match="GB free, this needs"):
+        require_space(tmp_path, 1 << 60)
+
+
+def test_a_single_file_replaces_the_old_one_at_once(tmp_path):
+    out = tmp_path / "page.html"
+    out.write_text("old")
+    with building(out, "page", settings={}, parents={}, overwrite=True) as build:
+        (build.path / "new").write_text("new")
+        assert out.read_text() == "old"
+        build.publish_file("new")
+    assert out.read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["page.html"]

@@ -1,0 +1,119 @@
+import argparse
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from lorascope.cli import COMMANDS
+from lorascope.config import Config, add_flags, build, option, pick
+from lorascope.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example(Config):
+    source: Path = option(help="where to read", identity=False)
+    top_k: int = option(10, help="examples kept")
+    k: float = option(50.0, help="latents a token")
+    kind: Literal["a", "b"] = option("a", help="kind")
+    types: tuple[str, ...] = option((), help="projections")
+    name: str | None = option(None, help="name or path", path=True)
+    fast: bool = option(False, help="be fast", identity=False)
+
+
+def parse(*arguments: str, files: list[Path] | None = None, every_key=set) -> Example:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, Example)
+    return build(Example, vars(parser.parse_args(arguments)), files or [], every_key)
+
+
+def test_flags_give_the_types_of_the_fields():
+    config = parse("--source", "x", "--top-k", "3", "--k", "1.5", "--types", "g", "u", "--fast")
+    assert config == Example(source=Path("x"), top_k=3, k=1.5, types=("g", "u"), fast=True)
+
+
+def test_strength_rises_from_default_over_files_to_flags(tmp_path):
+    weak, strong = tmp_path / "weak.toml", tmp_path / "strong.toml"
+    weak.write_text('source = "a"\ntop_k = 1\nk = 1')
+    strong.write_text("top-k = 2\nfast = true")
+    config = parse("--k", "7", files=[weak, strong])
+    assert (config.source, config.top_k, config.k, config.fast) == (Path("a"), 2, 7.0, True)
+
+
+def test_relative_paths_of_a_file_are_relative_to_that_file(tmp_path):
+    file = tmp_path / "lorascope.toml"
+    file.write_text('source = "../data"\nname = "org/model"')
+    config = parse(files=[file])
+    assert config.source == tmp_path / ".." / "data"
+    assert config.name == "org/model"
+
+
+def test_an_unknown_key_is_an_error_that_names_the_nearest(tmp_path):
+    file = tmp_path / "lorascope.toml"
+    file.write_text("top_kk = 3")
+    with pytest.raises(ConfigError, match="unknown key top_kk; did you mean top_k"):
+        parse("--source", "x", files=[file])
+
+
+def test_a_key_of_another_command_is_passed_over(tmp_path):
+    file = tmp_path / "lorascope.toml"
+    file.write_text("num_gpus = 3")
+    assert parse("--source", "x", files=[file], every_key=lambda: {"num_gpus"}).top_k == 10
+
+
+@pytest.mark.parametrize("text", ["top_k = ", "\xff"])
+def test_a_file_that_is_not_toml_is_named(tmp_path, text):
+    file = tmp_path / "lorascope.toml"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match="is not TOML"):
+        parse("--source", "x", files=[file])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("top_k", "ten", "--top-k is 'ten', expected integer"),
+        ("top_k", 1.5, "--top-k is 1.5, expected integer"),
+        ("top_k", True, "--top-k is True"),
+        ("k", "x", "--k is 'x', expected number"),
+        ("kind", "c", "--kind is 'c', expected one of a, b"),
+        ("fast", "yes", "--fast is 'yes'"),
+        ("types", 3, "--types is 3, expected a list"),
+        ("top_k", None, "--top-k is None"),
+    ],
+)
+def test_a_value_of_another_type_is_one_line(name, value, message):
+    with pytest.raises(ConfigError, match=message):
+        Example(**{"source": Path("x"), name: value})
+
+
+def test_a_missing_option_says_how_to_give_it():
+    with pytest.raises(ConfigError, match=r"--source is missing \(where to read\).*lorascope.toml"):
+        parse()
+
+
+def test_settings_are_json_of_what_decides_the_artifact():
+    settings = Example(source=Path("x"), types=("g",), fast=True).settings()
+    assert settings == {"top_k": 10, "k": 50.0, "kind": "a", "types": ["g"], "name": None}
+
+
+def test_pick_takes_the_shared_options():
+    @dataclass(frozen=True, kw_only=True)
+    class Other(Config):
+        top_k: int = option(1, help="n")
+        other: int = option(2, help="n")
+
+    assert pick(Other, Example(source=Path("x"), top_k=5), other=9) == Other(top_k=5, other=9)
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_option_of_every_command_has_a_help_sentence_and_survives_json(name):
+    import dataclasses
+    import json
+
+    config_class = COMMANDS[name].config_class()
+    for field in dataclasses.fields(config_class):
+        assert len(field.metadata["help"]) > 8, field.name
+    needed = {f.name: Path("x") for f in dataclasses.fields(config_class) if f.default is MISSING}
+    settings = config_class(**needed).settings()
+    assert json.loads(json.dumps(settings)) == settings

@@ -1,0 +1,91 @@
+import numpy as np
+import pytest
+from conftest import layout_of
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorascope.errors import ArtifactError, ConfigError
+from lorascope.sites import PROJECTIONS, Site, SiteLayout, initials_of, parse_adapter_types
+
+
+def test_columns_are_layer_major_and_gate_up_down_q_k_v_o_inside():
+    sites = [Site(layer=i, projection=p) for p in reversed(PROJECTIONS) for i in (1, 0)]
+    layout = SiteLayout.of(sites)
+    assert layout.column_names[:8] == (
+        "0.gate_proj", "0.up_proj", "0.down_proj", "0.q_proj", "0.k_proj", "0.v_proj", "0.o_proj",
+        "1.gate_proj",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("types", "d_in"), [(PROJECTIONS[:3], 192), (PROJECTIONS, 448)])
+def test_sixty_four_layers_give_192_and_448_columns(types, d_in):
+    layout = SiteLayout.of([Site(layer=i, projection=p) for i in range(64) for p in types])
+    assert layout.d_in == d_in
+    assert layout.n_layers == 64
+    assert layout.initials == ("g-u-d" if d_in == 192 else "g-u-d-q-k-v-o")
+    chosen, columns = layout.select(["down_proj"])
+    assert chosen.d_in == 64
+    assert [layout.column_names[c] for c in columns] == list(chosen.column_names)
+
+
+def test_layer_ten_comes_after_layer_nine():
+    layout = SiteLayout.of([Site(layer=i, projection="q_proj") for i in (10, 9)])
+    assert layout.column_names == ("9.q_proj", "10.q_proj")
+
+
+def test_a_rank_above_one_names_its_columns_by_rank_index():
+    layout = SiteLayout.of(
+        [
+            Site(layer=0, projection="q_proj", rank=2, scale=3.0, b_norms=(1.0, 2.0)),
+            Site(layer=0, projection="up_proj"),
+        ]
+    )
+    assert layout.column_names == ("0.up_proj", "0.q_proj:0", "0.q_proj:1")
+    np.testing.assert_array_equal(layout.effect_scale, [1, 3, 6])
+
+
+def test_json_keeps_the_digest_and_any_change_moves_it():
+    layout = layout_of()
+    assert SiteLayout.from_json(layout.to_json()).digest == layout.digest
+    assert layout_of(adapter="b" * 64).digest != layout.digest
+    assert layout_of(seed=1).digest != layout.digest
+
+
+def test_other_adapters_and_other_columns_are_refused_with_both_sides_named():
+    with pytest.raises(ArtifactError, match=r"here.* 14.*there.* 21.*different adapters"):
+        layout_of(2).require_same(layout_of(3), "here", "there")
+    with pytest.raises(ArtifactError, match="aaaa.*bbbb"):
+        layout_of().require_same(layout_of(adapter="b" * 64), "here", "there")
+    layout_of().require_same(layout_of(adapter=None, seed=3), "here", "there")
+
+
+def test_a_projection_that_is_not_there_is_named_with_those_that_are():
+    with pytest.raises(ConfigError, match=r"qkv_proj is not among.*gate_proj"):
+        layout_of().select(["qkv_proj"])
+
+
+@pytest.mark.parametrize(
+    ("given_names", "expected"),
+    [
+        (["g-u-d"], PROJECTIONS[:3]),
+        (["down_proj", "gate_proj"], ("gate_proj", "down_proj")),
+        (["mlp"], PROJECTIONS[:3]),
+        (["attention", "gate"], ("gate_proj", "q_proj", "k_proj", "v_proj", "o_proj")),
+        (["all"], PROJECTIONS),
+        (["q,k", "o_proj"], ("q_proj", "k_proj", "o_proj")),
+        (["qkv_proj", "up"], ("up_proj", "qkv_proj")),
+        ([], ()),
+    ],
+)
+def test_adapter_types_are_read_from_names_initials_and_groups(given_names, expected):
+    assert parse_adapter_types(given_names) == expected
+
+
+@given(st.sets(st.sampled_from(PROJECTIONS), min_size=1))
+def test_initials_name_the_same_projections_when_read_back(types):
+    assert set(parse_adapter_types([initials_of(parse_adapter_types(sorted(types)))])) == types
+
+
+def test_a_damaged_layout_is_one_line():
+    with pytest.raises(ArtifactError, match="layout is damaged"):
+        SiteLayout.from_json({"sites": [{"layer": 0}], "adapter": None})
