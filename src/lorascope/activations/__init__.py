@@ -1,0 +1,1 @@
+"""Activations: what every adapted module reads of every token, kept as rows."""

@@ -1,0 +1,133 @@
+"""Read the folders that the published scripts write, as an activation store.
+
+`rollout_<i>.h5` holds `activations (n_tokens, n_layers, n_adapters)`, gzipped, with the attributes
+`num_tokens num_layers projections rollout_idx adapter_types`; `rollout_tokens.json` maps the
+rollout's number to its token strings. Columns are taken by the names in `adapter_types`; a file
+without that attribute and with three projections holds gate, up, down, with seven all of them.
+Those files say nothing of the adapter, of token ids or of roles: ids are numbers given to the
+strings here, and the special tokens are known by their `<|...|>` form.
+"""
+
+import json
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from lorascope.activations.store import ActivationStore, Rows, Shard, Vocabulary
+from lorascope.artifact import digest_of
+from lorascope.errors import ArtifactError
+from lorascope.sites import PROJECTIONS, Site, SiteLayout
+from lorascope.subject.rollouts import ROLES
+
+TOKENS = "rollout_tokens.json"
+_FILE = re.compile(r"rollout_(\d+)\.h5")
+_SPECIAL = re.compile(r"<\|[^|<>]*\|>|<(?:s|/s|pad|unk|bos|eos)>")
+
+
+def open_published(path: Path) -> ActivationStore:
+    """Open a folder of `rollout_<i>.h5` as a store, in the order of the rollouts' numbers.
+
+    Raises ArtifactError when the folder holds no such file, or when the files do not agree with
+    each other or with `rollout_tokens.json`.
+    """
+    files = sorted(
+        (int(match.group(1)), file)
+        for file in path.iterdir()
+        if (match := _FILE.fullmatch(file.name))
+    )
+    if not files:
+        raise ArtifactError(
+            f"{path} is no activation store: it has neither manifest.json nor rollout_<i>.h5 files"
+        )
+    headers = [_header(file) for _, file in files]
+    for (_, file), header in zip(files, headers, strict=True):
+        if header[1:] != headers[0][1:]:
+            raise ArtifactError(
+                f"{file} has {header[1]} layers of {', '.join(header[2])}, {files[0][1].name} has "
+                f"{headers[0][1]} of {', '.join(headers[0][2])}: they come from different captures"
+            )
+    n_layers, types = headers[0][1], headers[0][2]
+    layout = SiteLayout.of([Site(layer=i, projection=t) for i in range(n_layers) for t in types])
+    order = [types.index(name) for name in layout.adapter_types]
+    lengths = {number: h[0] for (number, _), h in zip(files, headers, strict=True)}
+    texts = _read_tokens(path / TOKENS, lengths)
+    known = sorted({text for tokens in texts.values() for text in tokens})
+    ids = {text: i for i, text in enumerate(known)}
+    special = np.array([_SPECIAL.fullmatch(text) is not None for text in known], bool)
+    shards = [
+        Shard(
+            path=file,
+            n_rows=header[0],
+            token_ids=np.array([ids[text] for text in texts[number]], np.int32),
+            roles=np.full(header[0], ROLES.index("text"), np.uint8),
+            rollout_start=np.array([0, header[0]], np.int64),
+            rollout_id=np.array([number], np.int64),
+            read=_Gzipped(file, tuple(order)),
+        )
+        for (number, file), header in zip(files, headers, strict=True)
+    ]
+    return ActivationStore(
+        path=path,
+        layout=layout,
+        digest=digest_of([[file.name, file.stat().st_size] for _, file in files]),
+        content={"published": True, "n_rollouts": len(shards)},
+        shards=tuple(shards),
+        vocabulary=Vocabulary.of([t.encode("utf-8", "surrogatepass") for t in known], special),
+    )
+
+
+class _Gzipped:
+    """The rows of one published file, `(n_tokens, n_layers * n_adapters)`, a few kept in memory."""
+
+    def __init__(self, path: Path, order: tuple[int, ...]) -> None:
+        self.path = path
+        self.order = order
+
+    def __call__(self) -> Rows:
+        return _read_rows(self.path, self.order)
+
+
+@lru_cache(maxsize=64)
+def _read_rows(path: Path, order: tuple[int, ...]) -> Rows:
+    with h5py.File(path, "r", locking=False) as file:
+        values = file["activations"][:]
+    return values[:, :, list(order)].reshape(len(values), -1)
+
+
+def _header(file: Path) -> tuple[int, int, list[str]]:
+    try:
+        with h5py.File(file, "r", locking=False) as data:
+            n_tokens, n_layers, n_types = data["activations"].shape
+            attribute: Any = data.attrs.get("adapter_types")
+    except (OSError, KeyError, ValueError) as error:
+        raise ArtifactError(f"{file} is damaged or no published capture ({error})") from error
+    if attribute is not None:
+        types = [t.decode() if isinstance(t, bytes) else str(t) for t in attribute]
+    elif n_types in (3, len(PROJECTIONS)):
+        types = list(PROJECTIONS[:n_types])
+    else:
+        types = []
+    if len(types) != n_types or len(set(types)) != n_types:
+        raise ArtifactError(
+            f"{file} has {n_types} projections a layer, but names {len(types)} adapter types"
+        )
+    return n_tokens, n_layers, types
+
+
+def _read_tokens(path: Path, lengths: dict[int, int]) -> dict[int, list[str]]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"cannot read {path}: {error}; it belongs to the capture") from error
+    texts: dict[int, list[str]] = {}
+    for number, length in lengths.items():
+        tokens = data.get(str(number)) if isinstance(data, dict) else None
+        if not isinstance(tokens, list) or len(tokens) != length:
+            found = f"{len(tokens)} tokens" if isinstance(tokens, list) else "nothing"
+            raise ArtifactError(f"{path} has {found} for rollout {number}, the capture {length}")
+        texts[number] = [str(token) for token in tokens]
+    return texts

@@ -1,0 +1,309 @@
+"""The activation store: one row of `A·x` per token, with the token's id, role and rollout.
+
+A store is a folder. `manifest.json` names its shards with sizes and checksums; each
+`shard-00000.h5` holds `activations (n_rows, d_in)`, contiguous, so that rows are read through a
+memory map and any process, forked or spawned, can open it. `vocabulary.h5` holds the bytes of
+every token, and `tokenizer/` the tokenizer's files, so that no later stage needs a model or a hub.
+`docs/formats.md` numbers the promises.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from lorascope.artifact import MANIFEST, digest_file, digest_of, open_manifest
+from lorascope.errors import ArtifactError
+from lorascope.sites import SiteLayout
+from lorascope.subject.rollouts import ROLES
+
+KIND = "activations"
+SCHEMA = 1
+VOCABULARY = "vocabulary.h5"
+Rows = npt.NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The bytes of every token: token i is `data[offset[i]:offset[i + 1]]`.
+
+    `offset (n + 1,)` int64, `data` uint8, `special (n,)` bool: tokens that never stand for text.
+    """
+
+    offset: npt.NDArray[np.int64]
+    data: npt.NDArray[np.uint8]
+    special: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, tokens: Sequence[bytes], special: npt.NDArray[np.bool_]) -> "Vocabulary":
+        """Make a vocabulary from every token's bytes, in id order."""
+        offset = np.zeros(len(tokens) + 1, np.int64)
+        np.cumsum([len(token) for token in tokens], out=offset[1:])
+        return cls(offset, np.frombuffer(b"".join(tokens), np.uint8), special)
+
+    def __len__(self) -> int:
+        return len(self.special)
+
+    def __getitem__(self, token_id: SupportsIndex) -> bytes:
+        return self.data[self.offset[token_id] : self.offset[token_id + 1]].tobytes()
+
+    def save(self, path: Path) -> None:
+        """Write `vocabulary.h5`."""
+        with h5py.File(path, "w", libver=("v110", "v110")) as file:
+            file["offset"], file["data"] = self.offset, self.data
+            file["special"] = self.special.astype(np.uint8)
+
+    @classmethod
+    def load(cls, path: Path) -> "Vocabulary":
+        """Read `vocabulary.h5`."""
+        with h5py.File(path, "r", locking=False) as file:
+            return cls(file["offset"][:], file["data"][:], file["special"][:].astype(bool))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Some rollouts' rows in one file. `read()` returns all `(n_rows, d_in)`, lazily if it can."""
+
+    path: Path
+    n_rows: int
+    token_ids: npt.NDArray[np.int32]
+    roles: npt.NDArray[np.uint8]
+    rollout_start: npt.NDArray[np.int64]
+    rollout_id: npt.NDArray[np.int64]
+    read: Callable[[], Rows] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class ActivationStore:
+    """Rows of one adapter over one corpus, addressed by row number.
+
+    `columns` is None for all columns in order, or the columns that a selection keeps.
+    """
+
+    path: Path
+    layout: SiteLayout
+    digest: str
+    content: dict[str, Any]
+    shards: tuple[Shard, ...] = field(repr=False)
+    vocabulary: Vocabulary = field(repr=False)
+    columns: npt.NDArray[np.int64] | None = None
+
+    @classmethod
+    def open(cls, path: Path) -> "ActivationStore":
+        """Open a store of lorascope or of the published scripts, reading no activations.
+
+        Raises ArtifactError when the folder is missing, is no store, or lacks a shard.
+        """
+        from lorascope.activations.published import open_published
+
+        if not path.exists():
+            raise ArtifactError(
+                f"activation store {path} does not exist; make it with lorascope generate"
+            )
+        if not (path / MANIFEST).exists() and path.is_dir():
+            return open_published(path)
+        manifest = open_manifest(path, KIND, SCHEMA)
+        shards = tuple(_open_shard(path / name, info) for name, info in _shards_of(manifest))
+        return cls(
+            path=path,
+            layout=SiteLayout.from_json(manifest["layout"]),
+            digest=digest_of(manifest),
+            content=manifest["content"],
+            shards=shards,
+            vocabulary=Vocabulary.load(path / VOCABULARY),
+        )
+
+    @cached_property
+    def first_row(self) -> npt.NDArray[np.int64]:
+        """Row at which each shard begins, and the number of rows: `(n_shards + 1,)`."""
+        return np.concatenate([[0], np.cumsum([s.n_rows for s in self.shards])]).astype(np.int64)
+
+    @property
+    def n_rows(self) -> int:
+        """Number of tokens, special ones included."""
+        return int(self.first_row[-1])
+
+    @property
+    def d_in(self) -> int:
+        """Number of columns."""
+        return self.layout.d_in
+
+    @property
+    def n_rollouts(self) -> int:
+        """Number of rollouts."""
+        return len(self.rollout_id)
+
+    @cached_property
+    def token_ids(self) -> npt.NDArray[np.int32]:
+        """Token ids, `(n_rows,)`."""
+        return _joined([s.token_ids for s in self.shards], np.int32)
+
+    @cached_property
+    def roles(self) -> npt.NDArray[np.uint8]:
+        """Index into `ROLES` of each token, `(n_rows,)`."""
+        return _joined([s.roles for s in self.shards], np.uint8)
+
+    @cached_property
+    def rollout_id(self) -> npt.NDArray[np.int64]:
+        """Number of each rollout in its dataset, `(n_rollouts,)`, in row order."""
+        return _joined([s.rollout_id for s in self.shards], np.int64)
+
+    @cached_property
+    def rollout_start(self) -> npt.NDArray[np.int64]:
+        """First row of each rollout, and the number of rows: `(n_rollouts + 1,)`."""
+        starts = [
+            s.rollout_start[:-1] + r for s, r in zip(self.shards, self.first_row, strict=False)
+        ]
+        return np.concatenate([*starts, [self.n_rows]]).astype(np.int64)
+
+    def rollout_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the index (not the id) of the rollout that holds each row."""
+        return np.searchsorted(self.rollout_start, rows, side="right") - 1
+
+    @cached_property
+    def eligible(self) -> npt.NDArray[np.bool_]:
+        """Rows that count, `(n_rows,)`: special tokens and template headers do not."""
+        special = self.vocabulary.special[self.token_ids]
+        return ~special & (self.roles != ROLES.index("special"))
+
+    def select(self, adapter_types: Sequence[str]) -> "ActivationStore":
+        """Return the same store with the columns of the named projections only."""
+        layout, columns = self.layout.select(adapter_types)
+        if layout == self.layout:
+            return self
+        return replace(self, layout=layout, columns=columns)
+
+    def rows(self, start: SupportsIndex, stop: SupportsIndex) -> Rows:
+        """Return rows `[start, stop)`, `(stop - start, d_in)`, in the stored dtype."""
+        start, stop = int(start), int(stop)
+        parts: list[Rows] = []
+        first = int(np.searchsorted(self.first_row, start, side="right")) - 1
+        for index in range(first, len(self.shards)):
+            begin, end = int(self.first_row[index]), int(self.first_row[index + 1])
+            if begin >= stop:
+                break
+            values = self.shards[index].read()[max(start, begin) - begin : min(stop, end) - begin]
+            parts.append(values if self.columns is None else values[:, self.columns])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Rows:
+        """Return any rows in any order, `(len(rows), d_in)`, in the stored dtype."""
+        out = np.empty((len(rows), self.d_in), self.dtype)
+        shard_of = np.searchsorted(self.first_row, rows, side="right") - 1
+        for index in np.unique(shard_of):
+            here = np.flatnonzero(shard_of == index)
+            values = self.shards[index].read()[rows[here] - self.first_row[index]]
+            out[here] = values if self.columns is None else values[:, self.columns]
+        return out
+
+    @cached_property
+    def dtype(self) -> np.dtype[Any]:
+        """Type in which activations are stored."""
+        return self.shards[0].read().dtype if self.shards else np.dtype(np.float16)
+
+    def blocks(self, size: int) -> Iterator[tuple[int, Rows]]:
+        """Yield `(first row, rows)` over the whole store, `size` rows at a time."""
+        for start in range(0, self.n_rows, size):
+            yield start, self.rows(start, min(start + size, self.n_rows))
+
+
+class _Mapped:
+    """The activations of one shard as a memory map, made anew in each process that needs it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._map: Rows | None = None
+
+    def __call__(self) -> Rows:
+        if self._map is None:
+            with h5py.File(self.path, "r", locking=False) as file:
+                data = file["activations"]
+                offset = data.id.get_offset()
+                if offset is None:  # empty or chunked: nothing to map
+                    self._map = data[:]
+                else:
+                    self._map = np.memmap(
+                        self.path, data.dtype, "r", offset=offset, shape=data.shape
+                    )
+        return self._map
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "_map": None}
+
+
+def write_shard(
+    path: Path,
+    activations: Rows,
+    token_ids: npt.NDArray[np.int32],
+    roles: npt.NDArray[np.uint8],
+    lengths: Sequence[int],
+    rollout_id: Sequence[int],
+) -> None:
+    """Write one shard file: rows of whole rollouts, `lengths[i]` rows each."""
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    with h5py.File(path, "w", libver=("v110", "v110")) as file:
+        file["activations"] = activations
+        file["token_ids"] = token_ids
+        file["role"] = roles
+        file["rollout_start"] = starts
+        file["rollout_id"] = np.asarray(rollout_id, np.int64)
+
+
+def verify(path: Path) -> list[str]:
+    """Return what is broken in a store of lorascope, a line each; empty when it is whole."""
+    manifest = open_manifest(path, KIND, SCHEMA)
+    broken: list[str] = []
+    for name, info in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            broken.append(f"{name} is missing")
+        elif file.stat().st_size != info["bytes"]:
+            broken.append(f"{name} has {file.stat().st_size} bytes, the manifest {info['bytes']}")
+        elif digest_file(file) != info["sha256"]:
+            broken.append(f"{name} has another checksum than the manifest")
+    if not broken:
+        store = ActivationStore.open(path)
+        broken += [
+            f"{shard.path.name}: row {int(np.flatnonzero(bad)[0])} is not finite"
+            for shard in store.shards
+            if (bad := ~np.isfinite(shard.read()).all(axis=1)).any()
+        ]
+    return broken
+
+
+def _shards_of(manifest: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [item for item in sorted(manifest["files"].items()) if item[0].startswith("shard-")]
+
+
+def _open_shard(path: Path, info: dict[str, Any]) -> Shard:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise ArtifactError(f"{path} is missing; run generate again with --overwrite") from error
+    if size != info["bytes"]:
+        raise ArtifactError(
+            f"{path} has {size} bytes, its manifest says {info['bytes']}: it is damaged; "
+            "run generate again with --overwrite"
+        )
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            return Shard(
+                path=path,
+                n_rows=len(file["token_ids"]),
+                token_ids=file["token_ids"][:],
+                roles=file["role"][:],
+                rollout_start=file["rollout_start"][:],
+                rollout_id=file["rollout_id"][:],
+                read=_Mapped(path),
+            )
+    except (OSError, KeyError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}); run generate again") from error
+
+
+def _joined(parts: list[npt.NDArray[Any]], dtype: Any) -> npt.NDArray[Any]:
+    return np.concatenate(parts) if parts else np.zeros(0, dtype)

@@ -1,0 +1,216 @@
+"""A tiny adapted model, its tokenizer and small stores, made in memory and on disk by the tests."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+
+from lorascope.activations.store import (
+    KIND,
+    SCHEMA,
+    VOCABULARY,
+    ActivationStore,
+    Vocabulary,
+    write_shard,
+)
+from lorascope.artifact import MANIFEST, digest_file, make_manifest
+from lorascope.sites import PROJECTIONS, Site, SiteLayout
+from lorascope.subject.rollouts import ROLES
+
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+QUESTIONS = ["Zoë has 3 × 4 pens. How many?", "Tom pays 5 € and 2 €. How much?", "What is 9 − 2?"]
+
+
+def s1_records(n: int) -> list[dict[str, str]]:
+    """Make `n` records in the s1 form, with multi-byte text and lengths that differ."""
+    return [
+        {
+            "question": QUESTIONS[i % 3] + f" ({i})",
+            "deepseek_thinking_trajectory": "Let me see. " * (i % 4 + 1)
+            + f"Wait, {i} → {i + 1} ✓.",
+            "deepseek_attempt": f"It is {i + 1}.\nAnswer: {i + 1}",
+        }
+        for i in range(n)
+    ]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE tokenizer with a ChatML template, in a folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [" ".join(record.values()) for record in s1_records(20)]
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=special[0],
+        eos_token=special[2],
+        additional_special_tokens=[special[1]],
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    folder = tmp_path_factory.mktemp("tokenizer")
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_subject(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path):
+    """Return a function that saves a tiny random Qwen2 and an adapter; it returns both folders."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    def make(
+        *,
+        seed: int = 0,
+        r: int = 1,
+        n_layers: int = 2,
+        hidden: int = 16,
+        targets: Sequence[str] = PROJECTIONS,
+        dropout: float = 0.5,
+        **lora: object,
+    ) -> tuple[Path, Path]:
+        torch.manual_seed(seed)
+        folder = tmp_path_factory.mktemp("subject")
+        config = Qwen2Config(
+            vocab_size=320,
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=n_layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+        )
+        base = Qwen2ForCausalLM(config)
+        base.save_pretrained(folder / "base")
+        AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(folder / "base")
+        lora_config = LoraConfig(
+            r=r,
+            lora_alpha=16,
+            lora_dropout=dropout,
+            target_modules=list(targets),
+            init_lora_weights=False,
+            task_type="CAUSAL_LM",
+            **lora,
+        )
+        base.name_or_path = base.config._name_or_path = "../base"
+        model = get_peft_model(base, lora_config)
+        model.peft_config["default"].base_model_name_or_path = "../base"
+        model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+        return folder / "base", folder / "adapter"
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def subject_dirs(make_subject) -> tuple[Path, Path]:
+    """The folders of one tiny base model and its rank-1 adapter on all seven projections."""
+    return make_subject()
+
+
+@pytest.fixture(scope="session")
+def dataset_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file of 70 records in the s1 form: more than one shard."""
+    path = tmp_path_factory.mktemp("data") / "problems.jsonl"
+    lines = [json.dumps(record, ensure_ascii=False) for record in s1_records(70)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def layout_of(n_layers: int = 2, adapter: str | None = "a" * 64, seed: int = 0) -> SiteLayout:
+    """Make a layout of all seven projections with rank 1."""
+    rng = np.random.default_rng(seed)
+    sites = [
+        Site(layer=i, projection=p, module=f"layers.{i}.{p}", scale=2.0, b_norms=(rng.uniform(),))
+        for i in range(n_layers)
+        for p in PROJECTIONS
+    ]
+    return SiteLayout.of(sites, adapter)
+
+
+def write_store(
+    folder: Path,
+    rows: np.ndarray | None = None,
+    *,
+    n_rollouts: int = 6,
+    length: int = 40,
+    layout: SiteLayout | None = None,
+    seed: int = 0,
+    rollouts_per_shard: int = 4,
+    dtype: str = "float32",
+    n_special: int = 1,
+) -> ActivationStore:
+    """Write a small store of given or random rows, and open it."""
+    layout = layout or layout_of()
+    rng = np.random.default_rng(seed)
+    if rows is None:
+        rows = rng.standard_normal((n_rollouts * length, layout.d_in))
+    rows = rows.astype(dtype)
+    length = len(rows) // n_rollouts
+    folder.mkdir(parents=True)
+    words = ["<|end|>", "the", " é", " 7", "\n", " Wait", " wait", " 12"]
+    special = np.zeros(len(words), bool)
+    special[0] = True
+    ids = rng.integers(1, len(words), len(rows)).astype(np.int32)
+    roles = np.full(len(rows), ROLES.index("think"), np.uint8)
+    for i in range(n_special):
+        ids[i::length], roles[i::length] = 0, ROLES.index("special")
+    Vocabulary.of([word.encode() for word in words], special).save(folder / VOCABULARY)
+    for first in range(0, n_rollouts, rollouts_per_shard):
+        n = min(rollouts_per_shard, n_rollouts - first)
+        here = slice(first * length, (first + n) * length)
+        write_shard(
+            folder / f"shard-{first // rollouts_per_shard:05d}.h5",
+            rows[here],
+            ids[here],
+            roles[here],
+            [length] * n,
+            list(range(first, first + n)),
+        )
+    files = {
+        file.name: {"bytes": file.stat().st_size, "sha256": digest_file(file)}
+        for file in sorted(folder.glob("*.h5"))
+    }
+    manifest = make_manifest(
+        KIND,
+        SCHEMA,
+        settings={},
+        parents={},
+        layout=layout.to_json(),
+        content={"n_rows": len(rows)},
+        files=files,
+    )
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return ActivationStore.open(folder)
+
+
+@pytest.fixture
+def make_store(tmp_path: Path):
+    """Return `write_store` into a folder of this test: `make_store(rows, name="store", ...)`."""
+
+    def make(rows: np.ndarray | None = None, *, name: str = "store", **given) -> ActivationStore:
+        return write_store(tmp_path / name, rows, **given)
+
+    return make

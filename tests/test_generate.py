@@ -1,0 +1,226 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import s1_records
+from safetensors.torch import load_file, save_file
+
+from lorascope.activations import generate
+from lorascope.activations.generate import GenerateConfig, default_name
+from lorascope.activations.store import ActivationStore, verify
+from lorascope.errors import AdapterError, ArtifactError, ConfigError, NumberError
+from lorascope.sites import PROJECTIONS
+from lorascope.subject.hooks import RowReader
+from lorascope.subject.load import (
+    WEIGHTS,
+    find_base,
+    inspect_adapter,
+    load_subject,
+    load_tokenizer,
+)
+
+
+@pytest.fixture
+def config(subject_dirs, dataset_file, tmp_path):
+    return lambda **given: GenerateConfig(
+        **{
+            "lora_path": str(subject_dirs[1]),
+            "dataset": str(dataset_file),
+            "output_dir": tmp_path / "store",
+            "store_dtype": "float32",
+            **given,
+        }
+    )
+
+
+@pytest.fixture
+def subject(subject_dirs):
+    adapter = inspect_adapter(str(subject_dirs[1]))
+    base = find_base(adapter, None)
+    return load_subject(adapter, base, load_tokenizer(adapter, base), torch.device("cpu"), "auto")
+
+
+def test_rows_equal_an_independent_product_of_a_and_the_modules_input(config, subject):
+    store = ActivationStore.open(generate.run(config(num_examples=3)))
+    seen: dict[str, torch.Tensor] = {}
+    handles = [
+        module.register_forward_pre_hook(
+            lambda m, args, name=name: seen.__setitem__(name, args[0].detach())
+        )
+        for name, module in subject.model.base_model.model.named_modules()
+        if hasattr(module, "lora_A") and hasattr(module, "base_layer")
+    ]
+    weights = load_file(subject.adapter.path / WEIGHTS)
+    start, stop = store.rollout_start[1:3]
+    ids = torch.from_numpy(store.token_ids[start:stop].astype(np.int64))[None]
+    with torch.inference_mode():
+        subject.model(input_ids=ids)
+    for handle in handles:
+        handle.remove()
+    rows = store.rows(start, stop)
+    for column, site in enumerate(store.layout.sites):
+        a_matrix = weights[f"base_model.model.{site.module}.lora_A.weight"].double()
+        by_hand = (seen[site.module][0].double() @ a_matrix.T)[:, 0].numpy()
+        np.testing.assert_allclose(rows[:, column], by_hand, atol=2e-5, rtol=1e-4)
+
+
+def test_a_module_writes_base_plus_scale_times_b_times_the_row(subject):
+    path = subject.layout.sites[0].module
+    module = subject.model.base_model.model.get_submodule(path)
+    x = torch.randn(3, module.base_layer.in_features)
+    with torch.inference_mode():
+        row = module.lora_A["default"](x)
+        b_matrix = module.lora_B["default"].weight
+        by_hand = module.base_layer(x) + subject.layout.sites[0].scale * row @ b_matrix.T
+        torch.testing.assert_close(module(x), by_hand)
+
+
+def test_a_text_has_the_same_rows_alone_and_in_any_batch(config, tmp_path):
+    whole = ActivationStore.open(generate.run(config(num_examples=9)))
+    alone = ActivationStore.open(
+        generate.run(config(num_examples=9, batch_tokens=1, output_dir=tmp_path / "alone"))
+    )
+    np.testing.assert_array_equal(whole.token_ids, alone.token_ids)
+    np.testing.assert_allclose(whole.rows(0, whole.n_rows), alone.rows(0, alone.n_rows), atol=1e-5)
+
+
+def test_the_reader_refuses_padding_before_the_tokens(subject):
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    with RowReader(subject) as reader, pytest.raises(ValueError, match="after the tokens"):
+        reader.read(ids, torch.tensor([[0, 1, 1]]))
+
+
+def test_hooks_are_gone_also_after_a_forward_that_raised(subject):
+    with pytest.raises(IndexError), RowReader(subject) as reader:
+        reader.read(torch.tensor([[10**6]]), torch.tensor([[1]]))
+    assert not any(module._forward_hooks for module in subject.model.modules())
+
+
+def test_a_site_that_does_not_run_exactly_once_is_named(subject):
+    site = subject.sites[0]
+    ids, mask = torch.ones(1, 3, dtype=torch.int64), torch.ones(1, 3, dtype=torch.int64)
+    with RowReader(subject) as reader:
+        handle = site.register_forward_hook(lambda m, a, out: None)
+        reader._hook(0, slice(0, 1))
+        handle.remove()
+        subject.backbone.layers[0].mlp.gate_proj.merge()
+        with pytest.raises(AdapterError, match="ran 0 times in one forward"):
+            reader.read(ids, mask)
+
+
+def test_float16_keeps_the_rows_to_half_precision_and_overflow_is_an_error(
+    config, subject_dirs, tmp_path
+):
+    base, adapter = subject_dirs
+    half = ActivationStore.open(generate.run(config(store_dtype="float16")))
+    full = ActivationStore.open(generate.run(config(output_dir=tmp_path / "full")))
+    assert (half.dtype, full.dtype) == (np.float16, np.float32)
+    np.testing.assert_array_equal(half.rows(0, 99), full.rows(0, 99).astype(np.float16))
+    loud = tmp_path / "loud"
+    shutil.copytree(adapter, loud)
+    tensors = load_file(loud / WEIGHTS)
+    name = next(n for n in tensors if "layers.1.mlp.down_proj.lora_A" in n)
+    save_file({**tensors, name: tensors[name] * 1e9}, loud / WEIGHTS)
+    with pytest.raises(NumberError, match=r"site 1.down_proj reads .* of rollout 15.*float32"):
+        generate.run(
+            config(
+                lora_path=str(loud),
+                base_model=str(base),
+                store_dtype="float16",
+                output_dir=tmp_path / "o",
+            )
+        )
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_chosen_projection_is_a_slice_of_all_of_them(config, tmp_path):
+    whole = ActivationStore.open(generate.run(config(num_examples=2)))
+    part = ActivationStore.open(
+        generate.run(config(num_examples=2, adapter_types=("mlp",), output_dir=tmp_path / "mlp"))
+    )
+    assert part.content["adapter_types"] == list(PROJECTIONS[:3])
+    np.testing.assert_array_equal(part.rows(0, 50), whole.select(PROJECTIONS[:3]).rows(0, 50))
+
+
+def test_an_unknown_projection_is_refused_and_nothing_is_written(config, tmp_path):
+    with pytest.raises(ConfigError, match="gate_pro is not among"):
+        generate.run(config(adapter_types=("gate_pro",)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_published_folder_names_are_kept():
+    assert default_name(PROJECTIONS) == "activations_all_adapters"
+    assert default_name(PROJECTIONS[:3]) == "activations"
+    assert default_name(PROJECTIONS[3:]) == "activations_q-k-v-o"
+
+
+def test_the_store_counts_what_it_dropped_and_cut(config, tmp_path, caplog):
+    file = tmp_path / "mixed.jsonl"
+    records = s1_records(4)
+    records[1]["question"] = " "
+    file.write_text("\n".join(map(json.dumps, records)))
+    store = ActivationStore.open(generate.run(config(dataset=str(file), max_length=60)))
+    assert store.rollout_id.tolist() == [0, 2, 3]
+    assert store.content["dropped"] == {"empty": 1, "cut_to_length": 3}
+    assert np.diff(store.rollout_start).max() == 60
+    assert "left out 1 empty of 4 records" in caplog.text
+
+
+def test_tokens_and_rollouts_agree_with_an_independent_tokenisation(config, dataset_file, subject):
+    store = ActivationStore.open(generate.run(config()))
+    assert store.n_rollouts == 70
+    assert len(store.shards) == 2
+    records = [json.loads(line) for line in dataset_file.read_text().splitlines()]
+    tokenizer = subject.tokenizer
+    for i in (0, 13, 69):
+        r = records[i]
+        assistant = (
+            f"<|im_start|>think\n{r['deepseek_thinking_trajectory']}\n"
+            f"<|im_start|>answer\n{r['deepseek_attempt']}"
+        )
+        text = tokenizer.apply_chat_template(
+            [
+                {"role": "user", "content": r["question"]},
+                {"role": "assistant", "content": assistant},
+            ],
+            tokenize=False,
+        )
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        here = slice(store.rollout_start[i], store.rollout_start[i + 1])
+        assert store.token_ids[here].tolist() == ids
+        assert b"".join(store.vocabulary[t] for t in store.token_ids[here]).decode() == text
+
+
+def test_the_same_command_again_does_nothing_and_other_settings_are_refused(config, caplog):
+    out = generate.run(config(num_examples=2))
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    with caplog.at_level("INFO"):
+        assert generate.run(config(num_examples=2)) == out
+    assert "already made" in caplog.text
+    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    with pytest.raises(ArtifactError, match="made from another dataset"):
+        generate.run(config(num_examples=3))
+    with pytest.raises(ArtifactError, match="template auto there, s1 here"):
+        generate.run(config(num_examples=2, template="s1"))
+    generate.run(config(num_examples=3, overwrite=True))
+    assert ActivationStore.open(out).n_rollouts == 3
+
+
+def test_the_store_needs_no_model_afterwards_and_verifies(config):
+    out = generate.run(config(num_examples=2))
+    assert verify(out) == []
+    assert (out / "tokenizer" / "tokenizer.json").is_file()
+    text = (out / "manifest.json").read_text()
+    assert str(out.parent) not in text
+
+
+def test_rank_above_one_gives_a_column_for_each_rank(make_subject, config):
+    base, adapter = make_subject(r=3)
+    out = generate.run(config(lora_path=str(adapter), base_model=str(base), num_examples=2))
+    store = ActivationStore.open(out)
+    assert store.d_in == 2 * 7 * 3
+    assert store.layout.column_names[:4] == (
+        "0.gate_proj:0", "0.gate_proj:1", "0.gate_proj:2", "0.up_proj:0",
+    )  # fmt: skip
