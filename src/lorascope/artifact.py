@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +86,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     try:
         text = _manifest_text(path)
         manifest = json.loads(text) if text else None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, RecursionError, zipfile.BadZipFile):
         return None
     ours = isinstance(manifest, dict) and {"kind", "schema", "settings"} <= manifest.keys()
     return manifest if ours else None
@@ -113,7 +113,7 @@ def _manifest_text(path: Path) -> str | None:
         return None if ours is None else canonical(ours)
     if path.suffix == ".html":
         with path.open("rb") as file:
-            head = file.read(1 << 20)
+            head = file.read(1 << 24)
         start = head.find(HTML_MARK)
         end = head.find(b" -->", start)
         return head[start + len(HTML_MARK) : end].decode() if start >= 0 else None
@@ -124,7 +124,8 @@ def open_manifest(path: Path, kind: str, schema: int) -> dict[str, Any]:
     """Return the manifest of an artifact that must be of `kind` and of a schema that we read."""
     manifest = read_manifest(path)
     if manifest is None or manifest["kind"] != kind:
-        found = f"holds {manifest['kind']}" if manifest else "was not made by lorascope"
+        foreign = "was not made by lorascope, or is damaged"
+        found = f"holds {manifest['kind']}" if manifest else foreign
         raise ArtifactError(f"{path} {found}, expected {kind}")
     if manifest["schema"] > schema:
         raise ArtifactError(
@@ -203,7 +204,7 @@ def building(
     settings: Mapping[str, Any],
     parents: Mapping[str, str],
     overwrite: bool,
-) -> Iterator[Build]:
+) -> Generator[Build]:
     """Open the folder `OUT.partial` for an artifact, with what an earlier run finished there.
 
     Raises ArtifactError when another process writes it, or when it holds unfinished work of

@@ -199,8 +199,9 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
         raise wrong
     if inner is int and isinstance(value, float) and not value.is_integer():
         raise wrong
+    plain: Any = value
     try:
-        return inner(value)
+        return inner(plain)
     except (TypeError, ValueError) as error:
         raise wrong from error
 

@@ -6,10 +6,10 @@ The only module that knows how many processes and devices there are.
 import logging
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -50,7 +50,7 @@ def pick_device(requested: str = "auto", num_gpus: int | None = None) -> "torch.
     return torch.device("cpu")
 
 
-def progress(total: int, label: str, unit: str) -> "tqdm[None]":
+def progress(total: int, label: str, unit: str) -> "tqdm[Any]":
     """Return a progress bar on stderr that counts `unit`s up to `total`."""
     return tqdm(
         total=total,
@@ -64,7 +64,7 @@ def progress(total: int, label: str, unit: str) -> "tqdm[None]":
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
+def stoppable() -> Generator[None]:
     """Turn SIGINT and SIGTERM into `Interrupted`, so that `finally` blocks run; restore after."""
 
     def stop(number: int, _frame: FrameType | None) -> None:

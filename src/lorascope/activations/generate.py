@@ -338,7 +338,7 @@ def _vocabulary(tokenizer: Any, rollouts: list[Rollout]) -> Vocabulary:
 def _digest_rollouts(rollouts: list[Rollout]) -> str:
     digest = hashlib.sha256()
     for rollout in rollouts:
-        digest.update(np.int64([rollout.id, len(rollout.token_ids)]).tobytes())
+        digest.update(np.array([rollout.id, len(rollout.token_ids)], np.int64).tobytes())
         digest.update(rollout.token_ids.tobytes())
         digest.update(rollout.roles.tobytes())
     return digest.hexdigest()

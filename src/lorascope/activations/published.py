@@ -17,7 +17,14 @@ from typing import Any
 import h5py
 import numpy as np
 
-from lorascope.activations.store import ActivationStore, Rows, Shard, Vocabulary
+from lorascope.activations.store import (
+    ActivationStore,
+    Rows,
+    Shard,
+    Vocabulary,
+    read_array,
+    read_shape,
+)
 from lorascope.artifact import digest_of
 from lorascope.errors import ArtifactError
 from lorascope.sites import PROJECTIONS, Site, SiteLayout
@@ -94,23 +101,22 @@ class _Gzipped:
 @lru_cache(maxsize=64)
 def _read_rows(path: Path, order: tuple[int, ...]) -> Rows:
     with h5py.File(path, "r", locking=False) as file:
-        values = file["activations"][:]
+        values = read_array(file, "activations")
     return values[:, :, list(order)].reshape(len(values), -1)
 
 
 def _header(file: Path) -> tuple[int, int, list[str]]:
     try:
         with h5py.File(file, "r", locking=False) as data:
-            n_tokens, n_layers, n_types = data["activations"].shape
+            n_tokens, n_layers, n_types = read_shape(data, "activations")
             attribute: Any = data.attrs.get("adapter_types")
     except (OSError, KeyError, ValueError) as error:
         raise ArtifactError(f"{file} is damaged or no published capture ({error})") from error
+    types: list[str] = []
     if attribute is not None:
         types = [t.decode() if isinstance(t, bytes) else str(t) for t in attribute]
     elif n_types in (3, len(PROJECTIONS)):
         types = list(PROJECTIONS[:n_types])
-    else:
-        types = []
     if len(types) != n_types or len(set(types)) != n_types:
         raise ArtifactError(
             f"{file} has {n_types} projections a layer, but names {len(types)} adapter types"

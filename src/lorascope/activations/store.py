@@ -50,7 +50,8 @@ class Vocabulary:
         return len(self.special)
 
     def __getitem__(self, token_id: SupportsIndex) -> bytes:
-        return self.data[self.offset[token_id] : self.offset[token_id + 1]].tobytes()
+        first, last = self.offset[int(token_id) : int(token_id) + 2]
+        return self.data[first:last].tobytes()
 
     def save(self, path: Path) -> None:
         """Write `vocabulary.h5`."""
@@ -62,7 +63,8 @@ class Vocabulary:
     def load(cls, path: Path) -> "Vocabulary":
         """Read `vocabulary.h5`."""
         with h5py.File(path, "r", locking=False) as file:
-            return cls(file["offset"][:], file["data"][:], file["special"][:].astype(bool))
+            special = read_array(file, "special").astype(bool)
+            return cls(read_array(file, "offset"), read_array(file, "data"), special)
 
 
 @dataclass(frozen=True)
@@ -217,15 +219,16 @@ class _Mapped:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._map: Rows | None = None
+        self._map: npt.NDArray[Any] | None = None
 
     def __call__(self) -> Rows:
         if self._map is None:
             with h5py.File(self.path, "r", locking=False) as file:
                 data = file["activations"]
+                assert isinstance(data, h5py.Dataset), "write_shard wrote it"
                 offset = data.id.get_offset()
                 if offset is None:  # empty or chunked: nothing to map
-                    self._map = data[:]
+                    self._map = read_array(file, "activations")
                 else:
                     self._map = np.memmap(
                         self.path, data.dtype, "r", offset=offset, shape=data.shape
@@ -234,6 +237,22 @@ class _Mapped:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "_map": None}
+
+
+def read_array(file: h5py.File, name: str) -> npt.NDArray[Any]:
+    """Return a whole dataset of an HDF5 file. Raises KeyError where it has none of that name."""
+    dataset = file[name]
+    if not isinstance(dataset, h5py.Dataset):
+        raise KeyError(f"{name} is no array")
+    return dataset[()]
+
+
+def read_shape(file: h5py.File, name: str) -> tuple[int, ...]:
+    """Return the shape of a dataset without reading it. Raises KeyError where there is none."""
+    dataset = file[name]
+    if not isinstance(dataset, h5py.Dataset):
+        raise KeyError(f"{name} is no array")
+    return dataset.shape
 
 
 def write_shard(
@@ -292,13 +311,14 @@ def _open_shard(path: Path, info: dict[str, Any]) -> Shard:
         )
     try:
         with h5py.File(path, "r", locking=False) as file:
+            token_ids = read_array(file, "token_ids")
             return Shard(
                 path=path,
-                n_rows=len(file["token_ids"]),
-                token_ids=file["token_ids"][:],
-                roles=file["role"][:],
-                rollout_start=file["rollout_start"][:],
-                rollout_id=file["rollout_id"][:],
+                n_rows=len(token_ids),
+                token_ids=token_ids,
+                roles=read_array(file, "role"),
+                rollout_start=read_array(file, "rollout_start"),
+                rollout_id=read_array(file, "rollout_id"),
                 read=_Mapped(path),
             )
     except (OSError, KeyError) as error:

@@ -80,19 +80,23 @@ class Subject:
     device: torch.device
     dtype: torch.dtype
 
+    @property
+    def causal(self) -> Any:
+        """The causal language model inside PEFT's wrappers, its layers adapted."""
+        return self.model.get_submodule("base_model.model")
+
     @cached_property
     def backbone(self) -> Callable[..., Any]:
         """The part to run: without the lm_head, unless the adapter sits on it."""
-        causal = self.model.get_submodule("base_model.model")
-        backbone = getattr(causal, causal.base_model_prefix, causal)
+        causal = self.causal
+        backbone = getattr(causal, str(causal.base_model_prefix), causal)
         inside = set(backbone.modules())
         return backbone if all(site in inside for site in self.sites) else causal
 
     @property
     def max_length(self) -> int | None:
         """Longest text in tokens that the model was made for, or None where it does not say."""
-        config = self.model.get_submodule("base_model.model").config
-        return getattr(config, "max_position_embeddings", None)
+        return getattr(self.causal.config, "max_position_embeddings", None)
 
 
 def inspect_adapter(lora_path: str | None) -> Adapter:
@@ -283,9 +287,9 @@ def _state_of(model: PeftModel) -> dict[str, Tensor]:
 
 def _sites_of(model: PeftModel, adapter: Adapter) -> tuple[SiteLayout, tuple[nn.Module, ...]]:
     """Find every `lora_A` of the live model, with the scale that PEFT applies there."""
-    name = model.active_adapter
+    name = str(model.active_adapter)
     found: list[tuple[Site, nn.Module]] = []
-    for path, module in model.base_model.model.named_modules():
+    for path, module in model.get_submodule("base_model.model").named_modules():
         if not isinstance(module, LoraLayer):
             continue
         if module.merged:
@@ -294,7 +298,9 @@ def _sites_of(model: PeftModel, adapter: Adapter) -> tuple[SiteLayout, tuple[nn.
             raise AdapterError(f"{path} is an adapted embedding, which has no A·x to read")
         if module.use_dora.get(name):
             log.warning("%s is DoRA: its output is not base + scale·B·A·x", path)
-        b_matrix = module.lora_B[name].weight.detach().double()  # (d_out, rank)
+        b_matrix = (
+            model.get_parameter(f"base_model.model.{path}.lora_B.{name}.weight").detach().double()
+        )
         layer = re.search(r"\.(\d+)\.", path)
         site = Site(
             layer=int(layer.group(1)) if layer else -1,
@@ -306,7 +312,7 @@ def _sites_of(model: PeftModel, adapter: Adapter) -> tuple[SiteLayout, tuple[nn.
         )
         if not math.isfinite(sum(site.b_norms)):
             raise AdapterError(f"lora_B of {path} is not finite: the adapter is damaged")
-        found.append((site, module.lora_A[name]))
+        found.append((site, model.get_submodule(f"base_model.model.{path}.lora_A.{name}")))
     if not found:
         raise AdapterError(f"adapter {adapter.name} adapts no module of this base model")
     found.sort(key=lambda item: item[0].order)
