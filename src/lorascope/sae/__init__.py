@@ -1,0 +1,1 @@
+"""The sparse autoencoder: a dictionary of the directions that an adapter's rows are made of."""

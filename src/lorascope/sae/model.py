@@ -1,0 +1,426 @@
+"""The sparse autoencoder as every stage after training sees it, and its files.
+
+    pre   = row @ W_enc + b_enc              (batch, d_sae)
+    code  = pre * (pre > threshold)
+    x_hat = code @ W_dec + b_dec             (batch, d_in)
+
+It takes raw rows: the units in which it was trained are folded into the weights. Latents are
+scaled so that decoder rows have unit norm in those units, so a latent's value is its score, and
+one threshold compares with it. A token's code depends on its own row alone, to the last bit: the
+product is always taken over `_BLOCK` rows, filled up with zeros, because a matrix product may sum
+in another order when its shape changes.
+
+Three files hold one: a folder (`cfg.json` and `sae_weights.safetensors` as SAELens 6 reads them,
+`manifest.json`), a `.pt` archive with the keys of the published scripts, and the published
+scripts' own `.pt`, which has no threshold and gets one calibrated on a store.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from jaxtyping import Float, Float32, Int64
+from safetensors import SafetensorError
+from torch import Tensor
+
+from lorascope.activations.batches import RowNumbers, read_blocks
+from lorascope.activations.store import ActivationStore
+from lorascope.artifact import (
+    Build,
+    building,
+    canonical,
+    digest_file,
+    digest_of,
+    is_made,
+    make_manifest,
+    open_manifest,
+    read_manifest,
+    write_text,
+)
+from lorascope.errors import ArtifactError, NumberError
+from lorascope.sae.sparsity import SparseCode, calibrate_threshold
+from lorascope.sites import SiteLayout, parse_adapter_types
+
+log = logging.getLogger(__name__)
+
+KIND = "sae"
+SCHEMA = 1
+WEIGHTS = "sae_weights.safetensors"
+SAELENS_CONFIG = "cfg.json"
+CALIBRATION_ROWS = 131_072  # at these, the standard error of the mean L0 is far below 1 %
+_BLOCK = 256
+_NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
+_DAMAGED = (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError)
+
+
+@dataclass(frozen=True)
+class SAE:
+    """A trained dictionary over raw rows. `threshold` is None only before it is calibrated."""
+
+    W_enc: Float32[Tensor, "d_in latent"]
+    b_enc: Float32[Tensor, "latent"]
+    W_dec: Float32[Tensor, "latent d_in"]
+    b_dec: Float32[Tensor, "d_in"]
+    threshold: Float32[Tensor, "latent"] | None
+    layout: SiteLayout
+    manifest: dict[str, Any]
+
+    @property
+    def d_in(self) -> int:
+        """Number of columns of a row."""
+        return self.W_enc.shape[0]
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self.W_enc.shape[1]
+
+    @property
+    def scale(self) -> Float32[Tensor, "d_in"]:
+        """Factor by which training multiplied each column; 0 for columns that were constant."""
+        scale = self.manifest["content"].get("scale") or [1.0] * self.d_in
+        return torch.tensor(scale, dtype=torch.float32, device=self.b_dec.device)
+
+    @property
+    def digest(self) -> str:
+        """Digest of everything that the SAE is; the same in each of its file formats."""
+        return digest_of({**self.manifest, "files": {}})
+
+    def to(self, device: torch.device | str) -> "SAE":
+        """Return the SAE on another device."""
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the weights by name; `threshold` only where there is one."""
+        named = {name: getattr(self, name) for name in (*_NAMES, "threshold")}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def narrow(self, store: ActivationStore) -> ActivationStore:
+        """Return the store with just the columns that this SAE reads.
+
+        Raises ArtifactError when the store has not got them, or is of another adapter.
+        """
+        if set(self.layout.adapter_types) < set(store.layout.adapter_types):
+            store = store.select(self.layout.adapter_types)
+        self.layout.require_same(store.layout, "the SAE", str(store.path))
+        return store
+
+    @torch.no_grad()
+    def encode(
+        self, rows: Float[Tensor, "*batch d_in"], latents: Int64[Tensor, "slice"] | None = None
+    ) -> SparseCode:
+        """Return the code of raw rows, float16 or float32, any leading axes.
+
+        `latents` keeps only those latents, under their own numbers. Raises ArtifactError without
+        a threshold, NumberError at a row that is not finite.
+        """
+        threshold = self._require_threshold()
+        if latents is not None:
+            chosen = torch.full_like(threshold, torch.inf)
+            chosen[latents] = threshold[latents]
+            threshold = chosen
+        counts, found, values = [], [], []
+        for pre in self._pre_activations(rows):
+            fires = pre > threshold
+            counts.append(fires.sum(1))
+            found.append(fires.nonzero()[:, 1])
+            values.append(pre[fires])
+        offsets = torch.zeros(rows[..., 0].numel() + 1, dtype=torch.int64, device=self.b_enc.device)
+        if counts:
+            torch.cumsum(torch.cat(counts), 0, out=offsets[1:])
+        return SparseCode(
+            offsets=offsets,
+            latents=torch.cat(found) if found else offsets[:0],
+            values=torch.cat(values) if values else self.b_enc[:0],
+            shape=(*rows.shape[:-1], self.d_sae),
+        )
+
+    @torch.no_grad()
+    def encode_dense(
+        self, rows: Float[Tensor, "*batch d_in"], latents: Int64[Tensor, "slice"] | None = None
+    ) -> Float32[Tensor, "*batch slice"]:
+        """Return the code of raw rows with its zeros; `latents` chooses and orders its columns.
+
+        The values are those of `encode`, bit for bit; the same errors are raised.
+        """
+        threshold = self._require_threshold()
+        blocks = [
+            code if latents is None else code[:, latents]
+            for pre in self._pre_activations(rows)
+            for code in [torch.where(pre > threshold, pre, 0.0)]
+        ]
+        width = self.d_sae if latents is None else len(latents)
+        dense = torch.cat(blocks) if blocks else self.b_enc.new_zeros(0, width)
+        return dense.view(*rows.shape[:-1], width)
+
+    def decode(
+        self, code: SparseCode | Float32[Tensor, "*batch latent"]
+    ) -> Float32[Tensor, "*batch d_in"]:
+        """Return the reconstruction of a code, in raw units."""
+        if isinstance(code, Tensor):
+            return code @ self.W_dec + self.b_dec
+        flat = torch.nn.functional.embedding_bag(
+            code.latents,
+            self.W_dec,
+            code.offsets,
+            mode="sum",
+            per_sample_weights=code.values,
+            include_last_offset=True,
+        )
+        return (flat + self.b_dec).view(*code.shape[:-1], self.d_in)
+
+    def _require_threshold(self) -> Tensor:
+        if self.threshold is None:
+            raise ArtifactError(
+                "the SAE has no threshold, so that a code would depend on its batch; "
+                "load it with load_sae(path, store), which calibrates one"
+            )
+        return self.threshold
+
+    def _pre_activations(self, rows: Tensor) -> Iterator[Float32[Tensor, "_ latent"]]:
+        """Yield `row @ W_enc + b_enc` of successive rows; the next one overwrites it."""
+        if rows.shape[-1] != self.d_in:
+            raise ArtifactError(
+                f"rows have {rows.shape[-1]} columns, the SAE expects {self.d_in}: they come from "
+                "different adapters; use a matching pair"
+            )
+        flat = rows.reshape(-1, self.d_in)
+        block = self.W_enc.new_zeros(_BLOCK, self.d_in)
+        pre = self.W_enc.new_empty(_BLOCK, self.d_sae)
+        for start in range(0, len(flat), _BLOCK):
+            n = min(_BLOCK, len(flat) - start)
+            block[:n] = flat[start : start + n]
+            block[n:] = 0
+            if not torch.isfinite(block).all():
+                bad = start + int((~torch.isfinite(block)).any(1).nonzero()[0])
+                raise NumberError(f"row {bad} of those to encode is not finite; check the store")
+            torch.mm(block, self.W_enc, out=pre)
+            pre += self.b_enc
+            yield pre[:n]
+
+    @torch.no_grad()
+    def calibrated(self, store: ActivationStore, rows: RowNumbers, k: float) -> "SAE":
+        """Return the SAE with the threshold at which `k` latents a row fire on average.
+
+        `k` is the mean over `rows`, of which `CALIBRATION_ROWS` evenly spread ones are used where
+        there are more.
+        """
+        if len(rows) > CALIBRATION_ROWS:
+            rows = rows[np.linspace(0, len(rows) - 1, CALIBRATION_ROWS).astype(np.int64)]
+
+        def scores() -> Iterator[Tensor]:
+            for block in read_blocks(store, rows):
+                yield from self._pre_activations(block)
+
+        threshold = torch.full_like(self.b_enc, calibrate_threshold(scores, k))
+        return replace(self, threshold=threshold).sealed()
+
+    def sealed(self, **content: Any) -> "SAE":
+        """Return the SAE with `content` and its weights' checksum written into its manifest."""
+        hasher = hashlib.sha256()
+        for name, tensor in self.tensors().items():
+            hasher.update(f"{name} {tuple(tensor.shape)}\n".encode())
+            hasher.update(tensor.contiguous().cpu().numpy().tobytes())
+        content = {**self.manifest["content"], **content, "weights_sha256": hasher.hexdigest()}
+        return replace(self, manifest={**self.manifest, "content": content})
+
+    def save(self, out: Path, *, overwrite: bool = False) -> Path:
+        """Write the SAE as one file where the name ends in `.pt`, else as a folder."""
+        identity = {key: self.manifest[key] for key in ("settings", "parents")}
+        if is_made(out, KIND, **identity, overwrite=overwrite):
+            return out
+        with building(out, KIND, **identity, overwrite=overwrite) as build:
+            return self.publish(build)
+
+    def publish(self, build: Build, *, drop: str = "") -> Path:
+        """Write the SAE into a folder opened by `artifact.building`, and give it its name.
+
+        `drop` names a file of the unfinished work that is removed once the SAE is written.
+        """
+        self._require_threshold()
+        if build.out.suffix == ".pt":
+            (build.path / "sae.pt").write_bytes(self._archive())
+            return build.publish_file("sae.pt")
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in self.tensors().items()}
+        safetensors.torch.save_file(tensors, build.path / WEIGHTS, metadata={"format": "pt"})
+        write_text(build.path / SAELENS_CONFIG, json.dumps(self._saelens_config(), indent=1) + "\n")
+        files = {
+            name: {"bytes": file.stat().st_size, "sha256": digest_file(file)}
+            for name in (SAELENS_CONFIG, WEIGHTS)
+            for file in [build.path / name]
+        }
+        if drop:
+            (build.path / drop).unlink(missing_ok=True)
+        return build.publish_directory({**self.manifest, "files": files})
+
+    def _archive(self) -> bytes:
+        """Return the bytes of the `.pt` file: the published keys, a threshold, and the manifest."""
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in self.tensors().items()}
+        config = {"d_model": self.d_in, "dict_size": self.d_sae}
+        data = {
+            "config": {**self.manifest["content"].get("config", {}), **config},
+            "threshold": tensors.pop("threshold"),
+            "model_state_dict": tensors,
+        }
+        buffer = io.BytesIO()  # saved to a path, the archive would carry the file's name inside
+        torch.save(data, buffer)
+        with zipfile.ZipFile(buffer, "a") as archive:
+            entry = zipfile.ZipInfo("archive/lorascope.json", (1980, 1, 1, 0, 0, 0))
+            archive.writestr(entry, canonical({**self.manifest, "files": {}}))
+        return buffer.getvalue()
+
+    def _saelens_config(self) -> dict[str, Any]:
+        content = self.manifest["content"]
+        return {
+            "architecture": "jumprelu",
+            "d_in": self.d_in,
+            "d_sae": self.d_sae,
+            "dtype": "float32",
+            "device": "cpu",
+            "apply_b_dec_to_input": False,
+            "normalize_activations": "none",
+            "reshape_activations": "none",
+            "metadata": {
+                "sae_lens_version": "6.0.0",  # of the format; without it an older one is assumed
+                "lorascope_version": self.manifest["version"],
+                "k": content.get("k"),
+                "columns": list(self.layout.column_names),
+            },
+        }
+
+
+def load_sae(path: Path, store: ActivationStore | None = None) -> SAE:
+    """Read an SAE of any of the three formats, on the CPU.
+
+    With a store, its columns are compared with the SAE's. A `.pt` of the published scripts needs
+    one, as its threshold is calibrated on it. Raises ArtifactError when the file is missing,
+    damaged, holds code instead of tensors, is no SAE, or belongs to another adapter.
+    """
+    manifest = read_manifest(path)
+    if manifest is None and path.suffix == ".pt":
+        return _load_published(path, store)
+    manifest = open_manifest(path, KIND, SCHEMA)
+    if path.is_dir():
+        try:
+            tensors = safetensors.torch.load_file(path / WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(f"{path / WEIGHTS} is damaged ({error}); train again") from error
+    else:
+        data = _load_pt(path)
+        tensors = {**_section(path, data, "model_state_dict"), "threshold": data.get("threshold")}
+    sae = SAE(
+        **_checked(path, tensors, (*_NAMES, "threshold")),
+        layout=SiteLayout.from_json(manifest["layout"]),
+        manifest=manifest,
+    )
+    if sae.layout.d_in != sae.d_in or sae.sealed().manifest != manifest:
+        raise ArtifactError(f"{path} holds other weights than its manifest says; train again")
+    if store is not None:
+        sae.narrow(store)
+    return sae
+
+
+def _load_published(path: Path, store: ActivationStore | None) -> SAE:
+    data = _load_pt(path)
+    tensors = _checked(path, _section(path, data, "model_state_dict"), _NAMES)
+    config = {key: _plain(value) for key, value in _section(path, data, "config").items()}
+    k = config.get("k")
+    if not isinstance(k, int | float) or not 0 < k <= len(tensors["b_enc"]):
+        raise ArtifactError(
+            f"{path} has k {k} in its config, expected 1 to {len(tensors['b_enc'])}"
+        )
+    if store is None:
+        raise ArtifactError(
+            f"{path} has no threshold; give the activation store too, so that one is calibrated"
+        )
+    if types := config.get("adapter_types"):
+        store = store.select(parse_adapter_types([str(name) for name in types]))
+    if store.d_in != len(tensors["b_dec"]):
+        raise ArtifactError(
+            f"{path} expects d_in {len(tensors['b_dec'])}, {store.path} has {store.d_in}: they "
+            "come from different adapters; use a matching pair"
+        )
+    log.warning("%s has no threshold: calibrating one on %s at k %g", path, store.path, k)
+    manifest = make_manifest(
+        KIND,
+        SCHEMA,
+        settings=config,
+        parents={"activations": store.digest},
+        layout=store.layout.to_json(),
+        content={"k": k, "config": config, "published": True},
+    )
+    sae = SAE(**tensors, threshold=None, layout=store.layout, manifest=manifest)
+    return sae.calibrated(store, np.flatnonzero(store.eligible), k)
+
+
+def _load_pt(path: Path) -> dict[str, Any]:
+    """Return what a `.pt` file holds; NumPy arrays and tensors are all that it may hold."""
+    array = np.zeros(1, np.float32)
+    rebuild: Any = array.__reduce__()[0]
+    allowed: list[Any] = [np.ndarray, np.dtype]
+    allowed += [type(np.dtype(name)) for name in ("f2", "f4", "f8", "i4", "i8", "u1", "bool")]
+    allowed += [(rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            data = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ArtifactError(
+            f"{path} is refused: it is no plain file of tensors and may run code when it is read"
+        ) from error
+    except _DAMAGED as error:
+        reason = str(error).partition("\n")[0]
+        raise ArtifactError(f"{path} is damaged or no .pt file ({reason})") from error
+    if not isinstance(data, dict):
+        raise ArtifactError(f"{path} holds a {type(data).__name__}, expected an SAE")
+    return data
+
+
+def _section(path: Path, data: dict[str, Any], key: str) -> dict[str, Any]:
+    if not isinstance(section := data.get(key), dict):
+        raise ArtifactError(
+            f"{path} has no {key}: it is no SAE of lorascope or the published scripts"
+        )
+    return section
+
+
+def _checked(path: Path, found: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Return the named tensors as float32 once they have the shapes that belong together."""
+    for name in names:
+        if not isinstance(found.get(name), Tensor):
+            raise ArtifactError(f"{path} has no tensor {name}: it is no SAE, or damaged")
+    shape = tuple(found["W_enc"].shape)
+    d_in, d_sae = shape if len(shape) == 2 else (0, 0)
+    expected = {
+        "W_enc": (d_in, d_sae),
+        "b_enc": (d_sae,),
+        "W_dec": (d_sae, d_in),
+        "b_dec": (d_in,),
+        "threshold": (d_sae,),
+    }
+    for name in names:
+        if tuple(found[name].shape) != expected[name]:
+            raise ArtifactError(
+                f"{path}: {name} has shape {tuple(found[name].shape)}, W_enc {shape} asks for "
+                f"{expected[name]}"
+            )
+        if not torch.isfinite(found[name]).all():
+            raise NumberError(f"{path}: {name} is not finite; train again with a lower --lr")
+    return {name: found[name].to(torch.float32).contiguous() for name in names}
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of a foreign config as JSON can hold it."""
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    exact = isinstance(value, str | int | None) or (isinstance(value, float) and np.isfinite(value))
+    return value if exact else str(value)

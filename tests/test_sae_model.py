@@ -1,0 +1,337 @@
+import io
+import json
+import os
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import layout_of
+
+from lorascope.artifact import digest_file, make_manifest, read_manifest
+from lorascope.errors import ArtifactError, NumberError
+from lorascope.sae.model import SAE, load_sae
+from lorascope.sites import Site, SiteLayout
+
+
+def plain_layout(d_in: int) -> SiteLayout:
+    return SiteLayout.of([Site(layer=i, projection="gate_proj") for i in range(d_in)])
+
+
+def random_sae(d_in=14, d_sae=40, seed=0, layout=None, threshold=0.3) -> SAE:
+    generator = torch.Generator().manual_seed(seed)
+    layout = layout or (layout_of() if d_in == 14 else plain_layout(d_in))
+    W_dec = torch.randn(d_sae, d_in, generator=generator)
+    W_dec /= W_dec.norm(dim=1, keepdim=True)
+    sae = SAE(
+        W_enc=W_dec.T.contiguous(),
+        b_enc=0.1 * torch.randn(d_sae, generator=generator),
+        W_dec=W_dec,
+        b_dec=torch.randn(d_in, generator=generator),
+        threshold=torch.full((d_sae,), threshold),
+        layout=layout,
+        manifest=make_manifest(
+            "sae",
+            1,
+            settings={"k": 4.0},
+            parents={"activations": "d" * 64},
+            layout=layout.to_json(),
+            content={"k": 4.0, "config": {"k": 4, "seed": 7}},
+        ),
+    )
+    return sae.sealed()
+
+
+def rows_of(n, d_in, seed=1, dtype=torch.float32):
+    return torch.randn(n, d_in, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize(("d_in", "d_sae"), [(56, 896), (192, 896), (448, 7168), (14, 33)])
+def test_a_tokens_code_is_the_same_to_the_bit_alone_and_in_any_batch(d_in, d_sae):
+    sae = random_sae(d_in, d_sae, threshold=2.0)
+    rows = rows_of(513, d_in)
+    whole = sae.encode_dense(rows)
+    assert 0 < (whole > 0).sum() < whole.numel() / 2
+    for size in (1, 255, 257):
+        assert torch.equal(sae.encode_dense(rows[:size]), whole[:size])
+        assert torch.equal(sae.encode_dense(rows[-size:]), whole[-size:])
+    order = torch.randperm(513, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(sae.encode_dense(rows[order]), whole[order])
+    cube = sae.encode(rows[:270].view(3, 90, d_in))
+    assert cube.shape == (3, 90, d_sae)
+    assert torch.equal(cube.to_dense().view(270, d_sae), whole[:270])
+    chosen = torch.tensor([d_sae - 1, 0, 5])
+    assert torch.equal(sae.encode_dense(rows, chosen), whole[:, chosen])
+    kept = sae.encode(rows, chosen).to_dense()
+    assert torch.equal(kept[:, chosen], whole[:, chosen])
+    assert int((kept > 0).sum()) == int((whole[:, chosen] > 0).sum())
+
+
+def test_the_code_is_what_the_formula_says():
+    sae = random_sae()
+    rows = rows_of(50, 14)
+    pre = rows.double() @ sae.W_enc.double() + sae.b_enc.double()
+    expected = pre * (pre > sae.threshold.double())
+    assert torch.allclose(sae.encode_dense(rows).double(), expected, atol=1e-5)
+    x_hat = expected @ sae.W_dec.double() + sae.b_dec.double()
+    assert torch.allclose(sae.decode(sae.encode(rows)).double(), x_hat, atol=1e-5)
+    assert torch.allclose(sae.decode(sae.encode_dense(rows)).double(), x_hat, atol=1e-5)
+
+
+def test_half_precision_rows_are_computed_in_float32():
+    sae = random_sae()
+    rows = rows_of(9, 14, dtype=torch.float16)
+    code = sae.encode(rows)
+    assert code.values.dtype == torch.float32
+    assert torch.equal(code.to_dense(), sae.encode_dense(rows.float()))
+
+
+def test_no_rows_have_an_empty_code():
+    sae = random_sae()
+    code = sae.encode(rows_of(0, 14))
+    assert code.to_dense().shape == (0, 40)
+    assert sae.encode_dense(rows_of(0, 14)).shape == (0, 40)
+    assert sae.decode(code).shape == (0, 14)
+
+
+def test_a_row_without_any_latent_is_decoded_as_the_bias():
+    sae = random_sae(threshold=1e6)
+    assert torch.equal(sae.decode(sae.encode(rows_of(3, 14))), sae.b_dec.expand(3, 14))
+
+
+def test_without_a_threshold_it_refuses_to_encode():
+    sae = SAE(**{**vars(random_sae()), "threshold": None})
+    with pytest.raises(ArtifactError, match="no threshold"):
+        sae.encode(rows_of(1, 14))
+    with pytest.raises(ArtifactError, match="no threshold"):
+        sae.encode_dense(rows_of(1, 14))
+
+
+def test_rows_of_another_width_or_not_finite_are_refused():
+    sae = random_sae()
+    with pytest.raises(ArtifactError, match="13 columns, the SAE expects 14"):
+        sae.encode(rows_of(2, 13))
+    rows = rows_of(300, 14)
+    rows[270, 3] = torch.nan
+    with pytest.raises(NumberError, match="row 270"):
+        sae.encode(rows)
+
+
+@pytest.mark.parametrize("name", ["sae.pt", "sae"])
+def test_what_was_saved_loads_to_the_bit_and_exports_to_the_other_format(tmp_path, name):
+    sae = random_sae()
+    rows = rows_of(77, 14)
+    first = load_sae(sae.save(tmp_path / name))
+    other = "sae" if name == "sae.pt" else "sae.pt"
+    second = load_sae(first.save(tmp_path / other))
+    third = load_sae(second.save(tmp_path / ("again" + (".pt" if name == "sae.pt" else ""))))
+    for loaded in (first, second, third):
+        assert torch.equal(loaded.encode_dense(rows), sae.encode_dense(rows))
+        assert torch.equal(loaded.decode(loaded.encode(rows)), sae.decode(sae.encode(rows)))
+        assert loaded.layout == sae.layout
+        assert loaded.digest == sae.digest
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_the_same_sae_is_saved_as_the_same_bytes(tmp_path):
+    random_sae().save(tmp_path / "a.pt")
+    random_sae().save(tmp_path / "b.pt")
+    assert digest_file(tmp_path / "a.pt") == digest_file(tmp_path / "b.pt")
+    random_sae().save(tmp_path / "a")
+    random_sae().save(tmp_path / "b")
+    for file in (tmp_path / "a").iterdir():
+        assert digest_file(file) == digest_file(tmp_path / "b" / file.name)
+
+
+def test_headers_are_read_without_torch(tmp_path):
+    sae = random_sae()
+    for name in ("sae.pt", "sae"):
+        manifest = read_manifest(sae.save(tmp_path / name))
+        assert manifest["kind"] == "sae"
+        assert {**manifest, "files": {}} == sae.manifest
+
+
+def test_the_archive_has_the_keys_of_the_published_scripts(tmp_path):
+    sae = random_sae()
+    data = torch.load(sae.save(tmp_path / "sae.pt"), weights_only=True)
+    assert list(data["model_state_dict"]) == ["W_enc", "b_enc", "W_dec", "b_dec"]
+    assert data["config"] == {"k": 4, "seed": 7, "d_model": 14, "dict_size": 40}
+
+
+def test_the_folder_is_a_jumprelu_of_saelens(tmp_path):
+    folder = random_sae().save(tmp_path / "sae")
+    config = json.loads((folder / "cfg.json").read_text())
+    expected = {
+        "architecture": "jumprelu",
+        "d_in": 14,
+        "d_sae": 40,
+        "dtype": "float32",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+    }
+    assert expected.items() <= config.items()
+    tensors = safetensors.torch.load_file(folder / "sae_weights.safetensors")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert shapes == {
+        "W_enc": (14, 40),
+        "b_enc": (40,),
+        "W_dec": (40, 14),
+        "b_dec": (14,),
+        "threshold": (40,),
+    }
+
+
+def test_an_output_of_other_settings_is_not_overwritten_by_accident(tmp_path):
+    sae = random_sae()
+    sae.save(tmp_path / "sae.pt")
+    other = SAE(**{**vars(sae), "manifest": {**sae.manifest, "settings": {"k": 5.0}}}).sealed()
+    with pytest.raises(ArtifactError, match="k 4.0 there, 5.0 here"):
+        other.save(tmp_path / "sae.pt")
+    assert other.save(tmp_path / "sae.pt", overwrite=True)
+    assert load_sae(tmp_path / "sae.pt").manifest["settings"] == {"k": 5.0}
+
+
+def published(path, d_in=14, d_sae=40, seed=0, **changes):
+    """Write a file as the published training script does: with NumPy arrays beside tensors."""
+    generator = torch.Generator().manual_seed(seed)
+    data = {
+        "model_state_dict": {
+            "W_enc": torch.randn(d_in, d_sae, generator=generator),
+            "b_enc": torch.zeros(d_sae),
+            "W_dec": torch.randn(d_sae, d_in, generator=generator),
+            "b_dec": torch.zeros(d_in),
+        },
+        "config": {"d_model": d_in, "dict_size": d_sae, "k": 4, "adapter_types": None},
+        "final_metrics": {"loss": 0.5, "fvu": 0.1},
+        "activation_rates": np.linspace(0, 1, d_sae, dtype=np.float32),
+        "dead_latents": np.arange(3),
+        **changes,
+    }
+    torch.save(data, path)
+    return path
+
+
+def test_a_published_file_gets_a_threshold_at_its_k_and_says_so(tmp_path, make_store, caplog):
+    store = make_store(length=100)
+    path = published(tmp_path / "sae.pt")
+    sae = load_sae(path, store)
+    assert "calibrating one" in caplog.text
+    rows = torch.from_numpy(store.take(np.flatnonzero(store.eligible)))
+    assert float(sae.encode(rows).l0.float().mean()) == pytest.approx(4, abs=0.002)
+    pre = rows @ sae.W_enc + sae.b_enc  # without subtracting b_dec, without a ReLU
+    assert torch.allclose(sae.encode_dense(rows), pre * (pre > sae.threshold), atol=1e-5)
+    assert load_sae(sae.save(tmp_path / "with_threshold.pt")).digest == sae.digest
+
+
+def test_a_published_file_of_numpy_1_loads(tmp_path, make_store):
+    path = published(tmp_path / "sae.pt")
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    assert b"numpy._core" in entries["sae/data.pkl"]
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data.replace(b"numpy._core", b"numpy.core"))
+    path.write_bytes(buffer.getvalue())
+    assert load_sae(path, make_store()).d_sae == 40
+
+
+def test_a_published_file_takes_its_columns_by_name(tmp_path, make_store):
+    config = {"d_model": 6, "dict_size": 40, "k": 4}
+    config["adapter_types"] = ["down_proj", "gate_proj", "up_proj"]
+    path = published(tmp_path / "sae.pt", d_in=6, config=config)
+    assert load_sae(path, make_store()).layout.initials == "g-u-d"
+
+
+def test_a_published_file_needs_a_store_that_fits(tmp_path, make_store):
+    with pytest.raises(ArtifactError, match="give the activation store"):
+        load_sae(published(tmp_path / "sae.pt"))
+    with pytest.raises(ArtifactError, match="expects d_in 15, .* has 14: they come from different"):
+        load_sae(published(tmp_path / "wide.pt", d_in=15), make_store())
+    config = {"d_model": 14, "dict_size": 40, "k": 41}
+    with pytest.raises(ArtifactError, match="k 41 in its config, expected 1 to 40"):
+        load_sae(published(tmp_path / "k.pt", config=config), make_store(name="other"))
+
+
+def test_an_sae_and_a_store_of_different_adapters_are_refused(tmp_path, make_store):
+    path = random_sae().save(tmp_path / "sae.pt")
+    assert load_sae(path, make_store(name="same"))
+    with pytest.raises(ArtifactError, match="d_in 14, .* has 21: they come from different"):
+        load_sae(path, make_store(layout=layout_of(n_layers=3), name="deeper"))
+    with pytest.raises(ArtifactError, match="of adapter aaaaaaaaaaaa, .* of bbbbbbbbbbbb"):
+        load_sae(path, make_store(layout=layout_of(adapter="b" * 64), name="foreign"))
+
+
+def test_a_store_is_narrowed_to_the_columns_of_the_sae(make_store):
+    store = make_store()
+    layout, columns = store.layout.select(["gate_proj", "o_proj"])
+    sae = random_sae(d_in=4, layout=layout)
+    narrow = sae.narrow(store)
+    assert np.array_equal(narrow.rows(0, 5), store.rows(0, 5)[:, columns])
+
+
+class _Malice:
+    def __reduce__(self):
+        return os.mkdir, ("owned",)
+
+
+def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, monkeypatch, make_store):
+    monkeypatch.chdir(tmp_path)
+    published(tmp_path / "zip.pt", extra=_Malice())
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(_Malice(), protocol=2))
+    store = make_store()
+    for name in ("zip.pt", "plain.pt"):
+        with pytest.raises(ArtifactError, match="may run code") as caught:
+            load_sae(tmp_path / name, store)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_foreign_and_broken_files_are_refused_in_one_line(tmp_path, make_store):
+    cases = {
+        "empty.pt": b"",
+        "text.pt": b"hello",
+        "zip.pt": b"PK\x03\x04 broken",
+    }
+    for name, data in cases.items():
+        (tmp_path / name).write_bytes(data)
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"state": 1}, tmp_path / "other.pt")
+    published(tmp_path / "missing.pt", model_state_dict={"W_enc": torch.zeros(14, 40)})
+    state = {
+        "W_enc": torch.zeros(40, 14),
+        "b_enc": torch.zeros(40),
+        "W_dec": torch.zeros(40, 14),
+        "b_dec": torch.zeros(14),
+    }
+    published(tmp_path / "turned.pt", model_state_dict=state)
+    (tmp_path / "folder").mkdir()
+    store = make_store()
+    for path in [*tmp_path.glob("*.pt"), tmp_path / "folder", store.path, tmp_path / "absent.pt"]:
+        with pytest.raises(ArtifactError) as caught:
+            load_sae(path, store)
+        assert "\n" not in str(caught.value)
+        assert path.name in str(caught.value)
+
+
+def test_a_damaged_weight_is_noticed(tmp_path):
+    folder = random_sae().save(tmp_path / "sae")
+    file = folder / "sae_weights.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    tensors["b_dec"][3] += 1e-3
+    safetensors.torch.save_file(tensors, file)
+    with pytest.raises(ArtifactError, match="other weights than its manifest says"):
+        load_sae(folder)
+    tensors["b_dec"][3] = torch.nan
+    safetensors.torch.save_file(tensors, file)
+    with pytest.raises(NumberError, match="b_dec is not finite"):
+        load_sae(folder)
+
+
+def test_a_file_of_a_newer_schema_asks_for_a_newer_version(tmp_path):
+    sae = random_sae()
+    newer = SAE(**{**vars(sae), "manifest": {**sae.manifest, "schema": 2}})
+    with pytest.raises(ArtifactError, match="install a newer lorascope"):
+        load_sae(newer.save(tmp_path / "sae.pt"))
