@@ -1,0 +1,211 @@
+"""The published JSON: what ours holds, and what others may hold."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_index import example, index_of, manifest_of, small_index
+
+from lorascope.artifact import read_manifest
+from lorascope.errors import ArtifactError
+from lorascope.features.export import read_published, to_published, write_published
+from lorascope.features.index import FeatureIndex
+
+
+def foreign(**changes: Any) -> dict[str, Any]:
+    """A file as other tools write it, with the only example changed."""
+    one = {
+        "activation_value": 2.0,
+        "rollout_idx": 4,
+        "token_idx": 10,
+        "token": "b",
+        "tokens": ["a", "b"],
+        "target_position": 1,
+        "activations": [0, 2],
+    }
+    return {"metadata": {"top_k": 1}, "features": {"0": {"examples": [{**one, **changes}]}}}
+
+
+def without(key: str) -> dict[str, Any]:
+    data = foreign()
+    del data["features"]["0"]["examples"][0][key]
+    return data
+
+
+def write(path: Path, data: Any) -> Path:
+    path.write_text(data if isinstance(data, str) else json.dumps(data), encoding="utf-8")
+    return path
+
+
+def read(tmp_path: Path, data: Any) -> FeatureIndex:
+    return read_published(write(tmp_path / "features.json", data))
+
+
+def test_the_json_has_the_published_fields(tmp_path: Path):
+    index = small_index()
+    write_published(index, tmp_path / "features.json", index.manifest)
+    data = json.loads((tmp_path / "features.json").read_text(encoding="utf-8"))
+    assert data["metadata"]["n_features"] == 4
+    assert data["metadata"]["top_k"] == 3
+    assert data["metadata"]["lorascope"] == index.manifest
+    assert list(data["features"]) == ["0", "1", "2", "3"]
+    assert data["features"]["1"]["examples"] == []
+    best = data["features"]["0"]["examples"][0]
+    assert best == {
+        "activation_value": 2.5,
+        "rollout_idx": 7,
+        "token_idx": 90,
+        "token": "😀",
+        "tokens": [" the", "😀", "", "\n"],
+        "target_position": 1,
+        "activations": [0.0, 2.5, 0.0, 0.0],
+    }
+    stats = data["features"]["0"]["stats"]
+    assert (stats["n_examples"], stats["max_activation"], stats["n_active"]) == (3, 2.5, 3)
+
+
+def test_the_json_carries_its_manifest_where_artifacts_look_for_it(tmp_path: Path):
+    index = small_index()
+    write_published(index, tmp_path / "features.json", index.manifest)
+    assert read_manifest(tmp_path / "features.json") == index.manifest
+
+
+def test_the_json_comes_in_pieces_and_is_the_same_each_time():
+    index = small_index()
+    pieces = list(to_published(index, index.manifest))
+    assert len(pieces) > len(index)
+    assert "".join(pieces) == "".join(to_published(small_index(), small_index().manifest))
+
+
+def test_what_is_written_is_read_back_to_the_last_bit(tmp_path: Path):
+    index = small_index()
+    write_published(index, tmp_path / "features.json", index.manifest)
+    again = read_published(tmp_path / "features.json")
+    again.verify()
+    assert again.manifest["content"] == index.manifest["content"]
+    for name in vars(index):
+        # Rows and token ids are no part of the schema, and the text of bytes is not the bytes.
+        if name in ("manifest", "example_row", "window_token_id") or name.startswith("token_"):
+            continue
+        np.testing.assert_array_equal(getattr(again, name), getattr(index, name), err_msg=name)
+    for before, after in zip(index, again, strict=True):
+        assert [e.tokens for e in after.examples] == [e.tokens for e in before.examples]
+    specials = [again.token_bytes(int(i)) for i in again.token_id[again.token_special != 0]]
+    assert specials == [b"<|im_end|>"]
+
+
+def test_rows_and_token_ids_of_a_json_are_unknown(tmp_path: Path):
+    index = read(tmp_path, foreign())
+    assert index.example_row.tolist() == [-1]
+    assert (index.token_id < 0).all()
+
+
+def test_hostile_text_survives_the_round_trip(tmp_path: Path):
+    tokens = {1: b"</script>", 2: b"\x00", 3: " \u202e".encode(), 4: b"\xed\xa0\x80"}
+    index = index_of([[example(1.0, 9, [1, 2, 3, 4], 0)]], tokens)
+    write_published(index, tmp_path / "features.json", index.manifest)
+    texts = read_published(tmp_path / "features.json")[0].examples[0].tokens
+    assert texts == ("</script>", "\x00", " \u202e", "\ufffd" * 3)
+
+
+def test_a_manifest_with_a_number_that_json_lacks_is_refused():
+    with pytest.raises(ValueError, match="JSON compliant"):
+        list(to_published(small_index(), manifest_of(4, fvu=float("nan"))))
+
+
+def test_a_file_of_another_tool_is_read_without_our_additions(tmp_path: Path):
+    data = foreign(extra="field")
+    data["features"]["5"] = {"examples": [], "more": 1}
+    index = read(tmp_path, data)
+    assert len(index) == 6
+    assert index[0].examples[0].tokens == ("a", "b")
+    assert index[0].examples[0].activations.tolist() == [0.0, 2.0]
+    assert index[0].stats.n_active is None
+    assert index.content["top_k"] == 1
+    assert index.manifest["kind"] == "features"
+
+
+def test_a_file_without_metadata_and_with_a_byte_order_mark_is_read(tmp_path: Path):
+    text = "\ufeff" + json.dumps({"features": foreign()["features"]})
+    assert len(read(tmp_path, text)) == 1
+
+
+def test_examples_of_another_tool_are_sorted_and_keep_their_order_among_equals(tmp_path: Path):
+    data = foreign()
+    one = data["features"]["0"]["examples"][0]
+    values = [(1.0, 1), (3.0, 2), (1.0, 3)]
+    data["features"]["0"]["examples"] = [
+        {**one, "activation_value": v, "activations": [0, v], "rollout_idx": r} for v, r in values
+    ]
+    examples = read(tmp_path, data)[0].examples
+    assert [(e.value, e.rollout) for e in examples] == [(3.0, 2), (1.0, 1), (1.0, 3)]
+
+
+def test_half_characters_and_lone_surrogates_of_other_tools_are_shown_as_broken(tmp_path: Path):
+    index = read(tmp_path, json.dumps(foreign(tokens=["\ufffd", "\ud83d"])))
+    assert index[0].examples[0].tokens == ("\ufffd", "\ufffd")
+
+
+def test_a_value_that_is_not_its_tokens_activation_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    index = read(tmp_path, foreign(activation_value=3.0))
+    assert "1 examples have an activation_value other" in caplog.text
+    assert index[0].examples[0].value == 3.0
+
+
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [
+        ("", "is not JSON"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"features": {"0": {"examples": [NaN]}}}', "is not JSON .NaN is no JSON number"),
+        ([], 'no object "features"'),
+        ({"metadata": {}}, 'no object "features"'),
+        ({"features": []}, 'no object "features"'),
+        ({"features": {}, "metadata": 3}, '"metadata" that is no object'),
+        ({"features": {"x": {"examples": []}}}, "names a feature 'x'"),
+        ({"features": {"-1": {"examples": []}}}, "names a feature '-1'"),
+        ({"features": {"99999999": {"examples": []}}}, "100000000 features"),
+        ({"features": {}, "metadata": {"n_features": 10**9}}, "1000000000 features"),
+        ({"features": {"0": []}}, "feature 0 has no list of examples"),
+        ({"features": {"0": {}}}, "feature 0 has no list of examples"),
+        ({"features": {"0": {"examples": {}}}}, "feature 0 has no list of examples"),
+        ({"features": {"0": {"examples": [1]}}}, "feature 0, example 0 is no object"),
+        (without("activation_value"), "example 0 has no activation_value"),
+        (without("tokens"), "example 0 has no tokens"),
+        (without("activations"), "example 0 has no activations"),
+        (without("target_position"), "example 0 has no target_position"),
+        (foreign(tokens="ab"), "tokens that are not a list of texts"),
+        (foreign(tokens=[1, 2]), "tokens that are not a list of texts"),
+        (foreign(activations=[1]), "2 tokens and 1 activations"),
+        (foreign(activations=None), "2 tokens and no activations"),
+        (foreign(activations=[0, "2"]), "activation '2', which is no number"),
+        (foreign(activations=[0, True]), "which is no number"),
+        (foreign(target_position=2), "target_position 2 among 2 tokens"),
+        (foreign(target_position=-1), "target_position -1"),
+        (foreign(target_position=1.0), "target_position 1.0"),
+        (foreign(activation_value=None), "which is no number"),
+        (foreign(activation_value=1e60), "beyond float32"),
+        (foreign(activation_value=10**400), "beyond float32"),
+        (foreign(rollout_idx="x"), "rollout_idx 'x', which is no index"),
+    ],
+)
+def test_a_json_that_is_no_features_file_is_refused_in_one_line(
+    tmp_path: Path, data: Any, complaint: str
+):
+    with pytest.raises(ArtifactError, match=complaint) as caught:
+        read(tmp_path, data)
+    assert "\n" not in str(caught.value)
+    assert "features.json" in str(caught.value)
+
+
+def test_a_file_that_is_missing_or_no_text_is_refused(tmp_path: Path):
+    with pytest.raises(ArtifactError, match="cannot read"):
+        read_published(tmp_path / "missing.json")
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ArtifactError, match="is not JSON"):
+        read_published(tmp_path / "binary.json")

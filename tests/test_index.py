@@ -1,0 +1,326 @@
+"""features.h5: what goes in comes out, is mapped, and is checked."""
+
+import time
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorascope.artifact import make_manifest, read_manifest
+from lorascope.errors import ArtifactError
+from lorascope.features.index import (
+    KIND,
+    SCHEMA,
+    Example,
+    FeatureIndex,
+    display_texts,
+    pack_tokens,
+)
+
+ARRAYS = [field.name for field in fields(FeatureIndex) if field.name != "manifest"]
+TOKENS = {
+    1: b" the",
+    2: "é".encode(),
+    3: "😀".encode()[:2],
+    4: "😀".encode()[2:],
+    5: b"\n",
+    6: b"<|im_end|>",
+}
+
+
+def manifest_of(n_features: int, **content: Any) -> dict[str, Any]:
+    """A features manifest as collect makes it."""
+    content = {"n_features": n_features, "n_eligible": 1000, "top_k": 3, **content}
+    return make_manifest(
+        KIND,
+        SCHEMA,
+        settings={"top_k": 3},
+        parents={"sae": "c0ffee" * 8},
+        layout=None,
+        content=content,
+    )
+
+
+def example(value: float, row: int, token_ids: list[int], target: int, **given: Any) -> Example:
+    """An example that fires at its target, and at 0.1 where `given` says so."""
+    activations = [0.0] * len(token_ids)
+    for at in given.pop("also", []):
+        activations[at] = 0.1
+    activations[target] = value
+    return Example(
+        value=value,
+        row=row,
+        rollout=given.pop("rollout", 7),
+        position=given.pop("position", row),
+        target=target,
+        token_ids=token_ids,
+        activations=activations,
+    )
+
+
+def statistics(features: list[list[Example]]) -> dict[str, Any]:
+    """Statistics that fit the examples: as many firings as examples, all in the second bin."""
+    counts = np.array([len(examples) for examples in features])
+    best = [max((e.value for e in examples), default=0.0) for examples in features]
+    return {
+        "latent_n_active": counts,
+        "latent_max": best,
+        "latent_mean": np.array(best) / 2,
+        "latent_std": np.array(best) / 3,
+        "latent_n_rollouts": np.minimum(counts, 1),
+        "latent_histogram": np.stack([0 * counts, counts, 0 * counts], axis=1),
+        "latent_histogram_edges": [0.01, 0.1, 1.0, 10.0],
+    }
+
+
+def index_of(
+    features: list[list[Example]], tokens: dict[int, bytes] | None = None, **content: Any
+) -> FeatureIndex:
+    """An index with fitting statistics; token 6 is special."""
+    return FeatureIndex.from_examples(
+        manifest_of(len(features), **content),
+        features,
+        tokens or TOKENS,
+        special={6},
+        latents=statistics(features),
+    )
+
+
+def small_index() -> FeatureIndex:
+    """Four latents: full, dead, one example, two of equal value given in the wrong order."""
+    return index_of(
+        [
+            [
+                example(0.30000001192092896, 40, [1, 2, 5], 1, also=[0]),
+                example(2.5, 90, [1, 3, 4, 5], 1),
+                example(1.25, 3, [6, 1], 1, position=1),
+            ],
+            [],
+            [example(0.5, 12, [5], 0, rollout=0, position=0)],
+            [example(1.0, 31, [1, 1], 0), example(1.0, 30, [2, 1, 1], 1)],
+        ]
+    )
+
+
+def test_what_is_saved_is_what_is_opened(tmp_path: Path):
+    index = small_index()
+    index.save(tmp_path / "features.h5")
+    opened = FeatureIndex.open(tmp_path / "features.h5")
+    for name in ARRAYS:
+        before, after = getattr(index, name), getattr(opened, name)
+        assert after.dtype == before.dtype
+        np.testing.assert_array_equal(after, before)
+    assert opened.manifest["content"] == index.manifest["content"]
+    assert read_manifest(tmp_path / "features.h5") == opened.manifest
+    opened.verify()
+
+
+def test_an_opened_index_is_a_read_only_map_of_the_file(tmp_path: Path):
+    small_index().save(tmp_path / "features.h5")
+    opened = FeatureIndex.open(tmp_path / "features.h5")
+    base = opened.window_activation
+    while isinstance(base.base, np.ndarray):
+        base = base.base
+    assert isinstance(base, np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        opened.window_activation[0] = 1
+
+
+def test_the_same_content_gives_the_same_bytes(tmp_path: Path):
+    small_index().save(tmp_path / "a.h5")
+    time.sleep(1.1)  # HDF5 may store times, in seconds
+    small_index().save(tmp_path / "b.h5")
+    assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
+
+
+def test_a_manifest_longer_than_an_hdf5_attribute_may_be_is_kept(tmp_path: Path):
+    manifest = {**manifest_of(4), "layout": {"sites": ["x" * 100] * 2000}}
+    replace(small_index(), manifest=manifest).save(tmp_path / "features.h5")
+    assert FeatureIndex.open(tmp_path / "features.h5").manifest["layout"] == manifest["layout"]
+
+
+def test_an_index_without_a_single_latent_or_example_is_kept(tmp_path: Path):
+    for features in ([], [[], []]):
+        index_of(features, {}).save(tmp_path / "features.h5")
+        opened = FeatureIndex.open(tmp_path / "features.h5")
+        opened.verify()
+        assert [len(feature.examples) for feature in opened] == [0] * len(features)
+
+
+def test_a_feature_has_its_statistics_and_its_examples_from_the_strongest_down():
+    feature = small_index()[0]
+    assert feature.latent == 0
+    assert [e.value for e in feature.examples] == [2.5, 1.25, 0.30000001192092896]
+    assert feature.stats.n_active == 3
+    assert feature.stats.density == 3 / 1000
+    assert feature.stats.max == 2.5
+    best = feature.examples[0]
+    assert (best.row, best.rollout, best.position, best.target) == (90, 7, 90, 1)
+    assert list(best.token_ids) == [1, 3, 4, 5]
+    assert list(best.activations) == [0.0, 2.5, 0.0, 0.0]
+    assert best.tokens == (" the", "😀", "", "\n")
+
+
+def test_equal_values_come_in_the_order_of_their_rows():
+    assert [e.row for e in small_index()[3].examples] == [30, 31]
+
+
+def test_there_is_no_latent_outside_the_index():
+    index = small_index()
+    assert len(index) == 4
+    for latent in (-1, 4):
+        with pytest.raises(IndexError, match="0 to 3"):
+            index[latent]
+
+
+def test_unknown_statistics_are_none_and_not_zero():
+    index = FeatureIndex.from_examples(manifest_of(1), [[example(1.0, 5, [1], 0)]], TOKENS)
+    index.verify()
+    stats = index[0].stats
+    assert (stats.n_active, stats.density, stats.max, stats.mean, stats.n_rollouts) == (None,) * 5
+    assert stats.n_examples == 1
+
+
+def changed(name: str, at: Any, value: Any) -> Callable[[FeatureIndex], FeatureIndex]:
+    def change(index: FeatureIndex) -> FeatureIndex:
+        array = getattr(index, name).copy()
+        array[at] = value
+        return replace(index, **{name: array})
+
+    return change
+
+
+def shortened(name: str) -> Callable[[FeatureIndex], FeatureIndex]:
+    return lambda index: replace(index, **{name: getattr(index, name)[:-1]})
+
+
+@pytest.mark.parametrize(
+    ("change", "broken"),
+    [
+        *[
+            (shortened(name), "expected")
+            for name in ARRAYS
+            # These decide what size the others must have.
+            if name not in ("latent_n_active", "example_value", "window_token_id", "token_data")
+            and name != "token_id"
+        ],
+        (shortened("latent_n_active"), "latent/max has shape"),
+        (shortened("example_value"), "example/row has shape"),
+        (shortened("window_token_id"), "window/activation has shape"),
+        (shortened("token_id"), "token/offset has shape"),
+        (shortened("token_data"), "token/offset does not rise"),
+        (changed("example_offset", 0, 1), "example/offset does not rise"),
+        (changed("example_offset", 1, 5), "example/offset does not rise"),
+        (changed("window_offset", 1, 99), "window/offset does not rise"),
+        (changed("example_value", 0, np.nan), "example/value is not finite"),
+        (changed("example_value", 1, 2.75), "example/value is not in descending order"),
+        (changed("example_row", 4, 31), "example/row is not ascending"),
+        (changed("latent_max", 0, 1.0), "latent/max is below"),
+        (changed("latent_n_active", 0, 2), "more examples than firings"),
+        (changed("latent_histogram", (0, 0), 9), "latent/histogram does not add up"),
+        (changed("latent_histogram_edges", 1, 5.0), "latent/histogram_edges do not rise"),
+        (changed("window_target", 0, -1), "window/target is outside"),
+        (changed("window_target", 0, 4), "window/target is outside"),
+        (changed("example_position", 1, 0), "window begins before its rollout"),
+        (changed("window_activation", 1, 2.25), "not example/value"),
+        (changed("window_activation", 0, np.inf), "window/activation is not finite"),
+        (changed("token_id", 0, 2), "token/id is not in ascending order"),
+        (changed("window_token_id", 0, 77), "window/token_id is missing"),
+        (
+            lambda index: replace(index, manifest=manifest_of(4, top_k=2)),
+            "more than top_k = 2 examples",
+        ),
+    ],
+)
+def test_verify_names_the_broken_promise(
+    change: Callable[[FeatureIndex], FeatureIndex], broken: str
+):
+    small_index().verify()
+    with pytest.raises(ArtifactError, match=broken):
+        change(small_index()).verify()
+
+
+def test_one_flipped_byte_in_the_file_is_found(tmp_path: Path):
+    path = tmp_path / "features.h5"
+    small_index().save(path)
+    with h5py.File(path) as file:
+        place = file["latent/mean"].id.get_offset()
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match="latent/mean has other bytes"):
+        FeatureIndex.open(path).verify()
+
+
+def test_a_file_that_is_no_feature_index_is_refused(tmp_path: Path):
+    path = tmp_path / "features.h5"
+    with pytest.raises(ArtifactError, match="does not exist"):
+        FeatureIndex.open(path)
+    path.write_text("no HDF5")
+    with pytest.raises(ArtifactError, match="expected features"):
+        FeatureIndex.open(path)
+    small_index().save(path)
+    with h5py.File(path, "a") as file:
+        del file["window/token_id"]
+    with pytest.raises(ArtifactError, match="no array window/token_id"):
+        FeatureIndex.open(path)
+
+
+def test_a_compressed_array_is_refused(tmp_path: Path):
+    path = tmp_path / "features.h5"
+    small_index().save(path)
+    with h5py.File(path, "a") as file:
+        values = file["example/value"][:]
+        del file["example/value"]
+        file.create_dataset("example/value", data=values, compression="gzip")
+    with pytest.raises(ArtifactError, match="compressed"):
+        FeatureIndex.open(path)
+
+
+def test_packed_tokens_are_found_by_their_offsets():
+    offset, data = pack_tokens([b"ab", b"", b"\xff"])
+    assert offset.tolist() == [0, 2, 2, 3]
+    assert data.tobytes() == b"ab\xff"
+
+
+@given(st.lists(st.binary(max_size=6), max_size=12))
+def test_display_texts_of_any_bytes_join_to_their_text(tokens: list[bytes]):
+    texts = display_texts(tokens)
+    assert len(texts) == len(tokens)
+    assert "".join(texts) == b"".join(tokens).decode(errors="replace")
+
+
+@given(st.text(max_size=12), st.data())
+def test_display_texts_of_cut_text_join_to_the_text(text: str, data: st.DataObject):
+    raw = text.encode(errors="replace")
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)), max_size=8)))
+    tokens = [raw[a:b] for a, b in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
+    assert "".join(display_texts(tokens)) == raw.decode()
+    for at in (i for i, token in enumerate(tokens) if token):
+        # A character stands where its first byte is.
+        first = len(b"".join(tokens[:at]).decode(errors="ignore").encode())
+        if first == sum(map(len, tokens[:at])):
+            assert raw.decode()[len(raw[:first].decode()) :].startswith(display_texts(tokens)[at])
+
+
+def test_a_split_character_stands_at_its_first_byte():
+    raw = "a😀b".encode()
+    assert display_texts([raw[:2], raw[2:3], raw[3:]]) == ["a😀", "", "b"]
+
+
+def test_a_window_that_cuts_a_character_shows_the_mark_of_broken_bytes():
+    raw = "é".encode()
+    assert display_texts([raw[1:], b"x", raw[:1]]) == ["\ufffd", "x", "\ufffd"]
+    assert display_texts(["😀".encode()[:2], "😀".encode()[2:3]]) == ["\ufffd", ""]
+
+
+def test_a_long_token_of_broken_bytes_takes_time_in_proportion_to_its_length():
+    start = time.process_time()
+    assert display_texts([b"\xff" * 300_000])[0] == "\ufffd" * 300_000
+    assert time.process_time() - start < 5  # 0.3 s; a copy for each broken byte takes 20 s
