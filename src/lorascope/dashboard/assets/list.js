@@ -1,0 +1,146 @@
+// The list of features: filtered, sorted, and drawn only where it is seen.
+import { column, core } from "./data.js";
+import { element, percent, short, whole, writeToken } from "./text.js";
+
+const ROW = 46; // pixels; page.css has the same height
+
+const list = document.getElementById("list");
+const rows = document.getElementById("rows");
+const drawn = new Map(); // place -> row element
+let choose = () => {};
+
+let order = new Uint32Array(0); // features in the list, in its order
+let placeOf = new Map();
+let current = -1; // feature
+
+// Fills the list. `full` keeps features with all `top_k` examples, `dead` adds those without any.
+export function arrange({ full, dead, sort }) {
+  const ids = [];
+  for (let id = 0; id < core.n_features; id++) {
+    const n = column.n_examples[id];
+    if (full ? n > 0 && n === core.top_k : n > 0 || dead) ids.push(id);
+  }
+  const key = {
+    often: (id) => -column.n_active[id],
+    rare: (id) => column.n_active[id],
+    max: (id) => -(Number.isNaN(column.max[id]) ? -Infinity : column.max[id]),
+  }[sort];
+  if (key) ids.sort((a, b) => key(a) - key(b) || a - b);
+  order = Uint32Array.from(ids);
+  placeOf = new Map(ids.map((id, place) => [id, place]));
+  rows.style.height = `${ids.length * ROW}px`;
+  for (const node of drawn.values()) node.remove();
+  drawn.clear();
+  draw();
+}
+
+// Returns the features in the list, in its order.
+export function listed() {
+  return order;
+}
+
+// Returns a feature's place in the list, -1 when a filter hides it.
+export function place(id) {
+  return placeOf.get(id) ?? -1;
+}
+
+// Marks a feature as the chosen one and brings it into view.
+export function mark(id) {
+  current = id;
+  const at = place(id);
+  if (at >= 0) {
+    const top = at * ROW;
+    if (top < list.scrollTop) list.scrollTop = top;
+    else if (top + ROW > list.scrollTop + list.clientHeight) {
+      list.scrollTop = top + ROW - list.clientHeight;
+    }
+  }
+  draw();
+}
+
+export function onChoose(action) {
+  choose = action;
+}
+
+function draw() {
+  const from = Math.max(0, Math.floor(list.scrollTop / ROW) - 4);
+  const to = Math.min(order.length, Math.ceil((list.scrollTop + list.clientHeight) / ROW) + 4);
+  for (const [at, node] of drawn) {
+    if (at < from || at >= to) {
+      node.remove();
+      drawn.delete(at);
+    }
+  }
+  for (let at = from; at < to; at++) {
+    if (!drawn.has(at)) {
+      const node = row(at);
+      drawn.set(at, node);
+      rows.append(node);
+    }
+  }
+  list.removeAttribute("aria-activedescendant");
+  for (const node of drawn.values()) {
+    const chosen = Number(node.dataset.feature) === current;
+    node.setAttribute("aria-selected", String(chosen));
+    if (chosen) list.setAttribute("aria-activedescendant", node.id);
+  }
+}
+
+function row(at) {
+  const id = order[at];
+  const node = element("div", "row");
+  node.id = `row-${id}`;
+  node.dataset.testid = "row";
+  node.dataset.feature = id;
+  node.setAttribute("role", "option");
+  node.setAttribute("aria-setsize", order.length);
+  node.setAttribute("aria-posinset", at + 1);
+  node.style.top = `${at * ROW}px`;
+  const token = element("span", "row-token");
+  if (column.n_examples[id]) writeToken(token, column.top_token[id]);
+  const bar = element("span", "bar");
+  const fill = element("span", "bar-fill");
+  fill.style.width = `${100 * logDensity(id)}%`;
+  bar.append(fill);
+  const number = element("span", "row-id", String(id));
+  node.append(number, token, element("span", "row-note", note(id)), bar);
+  return node;
+}
+
+function note(id) {
+  const n = column.n_active[id];
+  if (n === 0) return "dead";
+  if (n > 0) return core.n_eligible ? percent(n / core.n_eligible) : whole(n);
+  return column.n_examples[id] ? `max ${short(column.max[id])}` : "no example";
+}
+
+// Returns 0 for a feature that never fires, 1 for one that fires on every token.
+function logDensity(id) {
+  const n = column.n_active[id];
+  if (!(n > 0) || !(core.n_eligible > 1)) return 0;
+  return Math.max(0.02, Math.log(n) / Math.log(core.n_eligible));
+}
+
+list.addEventListener("scroll", () => requestAnimationFrame(draw), { passive: true });
+new ResizeObserver(draw).observe(list);
+
+rows.addEventListener("click", (event) => {
+  const node = event.target.closest(".row");
+  if (node) choose(Number(node.dataset.feature));
+});
+
+list.addEventListener("keydown", (event) => {
+  const page = Math.max(1, Math.floor(list.clientHeight / ROW) - 1);
+  const at = Math.max(0, place(current));
+  const to = {
+    ArrowDown: at + 1,
+    ArrowUp: at - 1,
+    PageDown: at + page,
+    PageUp: at - page,
+    Home: 0,
+    End: order.length - 1,
+  }[event.key];
+  if (to === undefined || event.ctrlKey || event.metaKey || event.altKey || !order.length) return;
+  event.preventDefault();
+  choose(order[Math.min(order.length - 1, Math.max(0, to))]);
+});

@@ -1,0 +1,84 @@
+// Texts and numbers as people read them. Text reaches the page through textContent alone.
+import { PARTIAL, SPECIAL, column, core } from "./data.js";
+
+const MAX_CHARACTERS = 400; // of one token; a longer one would push its neighbours off the page
+
+// Whitespace, and characters that have no shape of their own or change the order of what stands
+// around them. Joiners stay, they belong to emoji and scripts; so do the Arabic signs among them.
+const INVISIBLE =
+  /(?![\u200c\u200d\u0600-\u0605\u06dd\u070f\u08e2])[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}\u00a0]/gu;
+const ONLY_JOINERS = /^[\u200c\u200d\ufe00-\ufe0f]+$/;
+const MARKS = { "\n": "\u21b5", "\t": "\u21e5", "\r": "CR", "\u00a0": "NBSP" };
+
+export function element(tag, className = "", text = "") {
+  const node = document.createElement(tag);
+  if (className) node.className = className;
+  if (text) node.textContent = text;
+  return node;
+}
+
+// Puts the text of table entry `entry` into `node`, whose textContent is then that text.
+export function writeToken(node, entry) {
+  const whole = core.texts[entry];
+  const text = whole.length > MAX_CHARACTERS ? cut(whole) : whole;
+  if (text === "") node.classList.add("continued");
+  if (column.text_flags[entry] & SPECIAL) node.classList.add("special");
+  if (column.text_flags[entry] & PARTIAL) node.classList.add("partial");
+  if (text.length < whole.length) node.classList.add("cut");
+  if (ONLY_JOINERS.test(text)) {
+    node.append(mark(text));
+    return;
+  }
+  let done = 0;
+  for (const match of text.matchAll(INVISIBLE)) {
+    if (match.index > done) node.append(text.slice(done, match.index));
+    node.append(mark(match[0]));
+    done = match.index + match[0].length;
+  }
+  if (done < text.length) node.append(text.slice(done));
+}
+
+// Describes a table entry in a line: its text in quotes, its id, its bytes where they matter.
+export function tokenNotes(entry) {
+  const notes = [];
+  const flags = column.text_flags[entry];
+  const id = column.text_token_id[entry];
+  if (id >= 0) notes.push(`token id ${whole(id)}`);
+  if (flags & SPECIAL) notes.push("special token");
+  if (flags & PARTIAL) notes.push(`part of a character, bytes ${core.bytes[entry]}`);
+  const length = core.texts[entry].length;
+  if (length > MAX_CHARACTERS) {
+    notes.push(`${whole(length)} characters, the first ${MAX_CHARACTERS} shown`);
+  }
+  return notes;
+}
+
+// Returns a number with four digits for people; the exact one belongs into data-value.
+export function short(value) {
+  if (!Number.isFinite(value)) return "\u2013";
+  if (value === 0) return "0";
+  const size = Math.abs(value);
+  return size >= 1e6 || size < 1e-4 ? value.toExponential(2) : String(Number(value.toPrecision(4)));
+}
+
+export function whole(value) {
+  return value.toLocaleString("en-US");
+}
+
+export function percent(share) {
+  const hundredth = 100 * share;
+  return `${hundredth >= 0.001 ? Number(hundredth.toPrecision(3)) : short(hundredth)}\u00a0%`;
+}
+
+function mark(text) {
+  const node = element("span", "mark", text);
+  const code = text.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
+  node.dataset.mark = MARKS[text] ?? `U+${code}`;
+  if (text === "\n" || text === "\t") node.classList.add("space");
+  return node;
+}
+
+function cut(text) {
+  const end = text.charCodeAt(MAX_CHARACTERS - 1) >> 10 === 0x36 ? 1 : 0; // keep pairs whole
+  return text.slice(0, MAX_CHARACTERS - end);
+}

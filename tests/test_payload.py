@@ -1,0 +1,198 @@
+"""The data inside the page, and the page as a file."""
+
+import base64
+import hashlib
+import json
+import logging
+import re
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_index import example, index_of, small_index
+
+from lorascope.artifact import digest_file, digest_of, read_manifest
+from lorascope.dashboard.payload import BLOCK, Payload, escape_json, facts, manifest_comment
+from lorascope.dashboard.render import DashboardConfig, bundle, run
+from lorascope.errors import ArtifactError
+from lorascope.features.export import write_published
+from lorascope.features.index import FeatureIndex
+
+
+def many_features(n: int) -> FeatureIndex:
+    """Feature i fires with value 1 + i on token `t{i}`, but every seventh is dead."""
+    tokens = {i: f"t{i}".encode() for i in range(n)}
+    features = [[example(1.0 + i, 5, [i, 0], 0)] if i % 7 else [] for i in range(n)]
+    return index_of(features, tokens)
+
+
+def column(core: dict[str, Any], name: str) -> list[Any]:
+    entry = core["columns"][name]
+    return np.frombuffer(base64.b64decode(entry["data"]), entry["type"]).tolist()
+
+
+def block(core: dict[str, Any], text: str) -> dict[str, list[Any]]:
+    """Decode a block as the page does."""
+    raw = zlib.decompress(base64.b64decode(text))
+    names = core["block_columns"]
+    lengths = np.frombuffer(raw, "<u4", len(names))
+    at, found = 4 * len(names), {}
+    for (name, dtype), length in zip(names, lengths, strict=True):
+        at += -at % 8
+        found[name] = np.frombuffer(raw, dtype, length, at).tolist()
+        at += np.dtype(dtype).itemsize * int(length)
+    assert at == len(raw)
+    return found
+
+
+def make(tmp_path: Path, index: FeatureIndex, **options: Any) -> Path:
+    index.save(tmp_path / "features.h5")
+    return run(
+        DashboardConfig(input=tmp_path / "features.h5", output=tmp_path / "page.html", **options)
+    )
+
+
+def test_the_core_has_the_statistics_of_every_feature():
+    index = small_index()
+    core = json.loads(Payload(index, "T").core())
+    assert core["n_features"] == 4
+    assert column(core, "n_examples") == [3, 0, 1, 2]
+    assert column(core, "n_active") == [3, 0, 1, 2]
+    np.testing.assert_array_equal(column(core, "max"), index.latent_max)
+    top = [core["texts"][i] for i in column(core, "top_token")]
+    assert [top[0], top[2], top[3]] == ["😀", "\n", " the"]
+
+
+def test_a_block_has_the_very_values_of_the_index():
+    index = many_features(2 * BLOCK + 5)
+    payload = Payload(index, "T")
+    core = json.loads(payload.core())
+    assert payload.n_blocks == 3
+    data = block(core, payload.block(1))
+    e = slice(int(index.example_offset[BLOCK]), int(index.example_offset[2 * BLOCK]))
+    assert data["value"] == index.example_value[e].tolist()
+    assert data["row"] == index.example_row[e].tolist()
+    assert data["count"] == index.n_examples[BLOCK : 2 * BLOCK].tolist()
+    texts = [core["texts"][i] for i in data["token"]]
+    alive = [feature for feature in range(BLOCK, 2 * BLOCK) if feature % 7]
+    assert texts == [text for feature in alive for text in (f"t{feature}", "t0")]
+    assert len(block(core, payload.block(2))["count"]) == 5
+
+
+def test_the_first_block_is_that_of_the_first_feature_with_an_example():
+    index = index_of([[]] * BLOCK + [[example(1.0, 3, [1], 0)]])
+    payload = Payload(index, "T")
+    assert payload.first_block == 1
+    assert [number for number, _ in payload.blocks()] == [0]
+
+
+def test_a_split_character_has_its_own_texts_and_its_bytes():
+    index = index_of([[example(1.0, 9, [3, 4, 1], 0), example(0.5, 20, [4, 1], 0)]])
+    payload = Payload(index, "T")
+    core = json.loads(payload.core())
+    data = block(core, payload.block(0))
+    assert [core["texts"][i] for i in data["token"]] == ["😀", "", " the", "\ufffd\ufffd", " the"]
+    whole, rest, *_ = data["token"]
+    assert core["bytes"][str(whole)] == "f0 9f"
+    assert core["bytes"][str(rest)] == "98 80"
+    ids = column(core, "text_token_id")
+    assert [ids[i] for i in data["token"]] == [3, 4, 1, 4, 1]
+
+
+def test_facts_say_what_made_the_page_and_leave_out_what_is_unknown():
+    known = index_of([[]], adapter_name="my-lora", fvu=0.25, l0=None, n_tokens=12345)
+    said = {label: value for label, value, _ in facts(known)}
+    assert said["Adapter"] == "my-lora"
+    assert said["SAE"] == "c0ffeec0ffee"
+    assert said["FVU"] == "0.25"
+    assert said["Tokens"] == "12,345"
+    assert said["Features"] == "0 of 1"
+    assert "L0" not in said
+    assert "Model" not in said
+
+
+def test_escaped_json_and_comments_hold_no_markup_and_mean_the_same():
+    value = {"<!--": "--></script>&amp;--!>", "-": [-1, "---"]}
+    text = manifest_comment(value)
+    assert not re.search("[<>&]|--", text)
+    assert json.loads(text) == value
+    assert json.loads(escape_json(json.dumps(value))) == value
+
+
+def test_the_page_carries_its_manifest_and_its_parent(tmp_path: Path):
+    page = make(tmp_path, small_index(), title="--> <b>")
+    manifest = read_manifest(page)
+    assert manifest is not None
+    assert manifest["kind"] == "dashboard"
+    assert manifest["settings"] == {"title": "--> <b>"}
+    features = read_manifest(tmp_path / "features.h5")
+    assert manifest["parents"] == {"features": digest_of(features)}
+    assert b"<b>" not in page.read_bytes()
+
+
+def test_a_json_without_a_manifest_is_known_by_its_bytes(tmp_path: Path):
+    index = small_index()
+    write_published(index, tmp_path / "f.json", {})
+    page = run(DashboardConfig(input=tmp_path / "f.json", output=tmp_path / "p.html"))
+    manifest = read_manifest(page)
+    assert manifest is not None
+    assert manifest["parents"] == {"features": digest_file(tmp_path / "f.json")}
+
+
+def test_the_same_input_gives_the_same_page_and_is_not_made_twice(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO)
+    page = make(tmp_path, many_features(100))
+    before = page.read_bytes()
+    make(tmp_path, many_features(100))
+    assert "already made" in caplog.text
+    page.unlink()
+    assert make(tmp_path, many_features(100)).read_bytes() == before
+
+
+def test_a_page_of_another_title_is_replaced_only_when_asked(tmp_path: Path):
+    make(tmp_path, small_index())
+    with pytest.raises(ArtifactError, match="other settings"):
+        make(tmp_path, small_index(), title="B")
+    page = make(tmp_path, small_index(), title="B", overwrite=True)
+    assert b"<title>B</title>" in page.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["features.h5", "page.html"]
+
+
+@pytest.mark.parametrize("name", ["missing.h5", "missing.json", "folder", "text.h5", "text.json"])
+def test_an_input_that_is_no_feature_index_leaves_nothing_behind(tmp_path: Path, name: str):
+    (tmp_path / "folder").mkdir()
+    for text in ("text.h5", "text.json"):
+        (tmp_path / text).write_text("hello")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ArtifactError):
+        run(DashboardConfig(input=tmp_path / name, output=tmp_path / "page.html"))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_policy_names_the_hashes_of_the_only_style_and_script(tmp_path: Path):
+    text = make(tmp_path, small_index()).read_text(encoding="ascii")
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
+    assert policy is not None
+    assert policy.group(1).startswith("default-src 'none'; ")
+    scripts = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    styles = re.findall(r"<style>(.*?)</style>", text, re.DOTALL)
+    assert len(scripts) == len(styles) == 1
+    for source in (*scripts, *styles):
+        digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in policy.group(1)
+    assert text.index("charset") < 1024
+    markup = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+    assert not re.search(r"\son\w+\s*=|https?://", markup)
+
+
+def test_the_script_has_no_way_to_run_or_to_parse_text():
+    script = bundle()
+    forbidden = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|\bfetch\(|XMLHttp"
+    assert not re.search(forbidden, script)
+    assert not re.search(r"^(import|export) ", script, re.MULTILINE)
+    assert "</script" not in script.lower()
+    assert "<!--" not in script
