@@ -1,0 +1,1 @@
+"""The shipped demonstration: generated problems, a small subject model, the whole pipeline."""

@@ -1,0 +1,277 @@
+"""Draw the stories that the problems tell: what happens, what is asked, and the steps to it.
+
+A *kind* (`_inventory`, `_money`, …) draws a `Story`: sentences, and steps that depend on each
+other. Numbers stay small, so that a small model can do each step, but hardly all of them at once.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+NAMES = (
+    *("Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Hugo", "Ivy", "Mia", "Noah"),
+    *("Zoë", "José", "Søren", "Chloé", "Jürgen", "Łukasz"),
+)
+# Too rare for the tokenizer to merge: their letters stay split over several byte tokens.
+RARE_NAMES = ("Ngọc", "Şükrü", "Đorđe", "Þóra")
+THEMES = (
+    *(("boxes", "apples"), ("bags", "marbles"), ("packs", "stickers"), ("shelves", "books")),
+    *(("rows", "trees"), ("trays", "eggs"), ("baskets", "pears"), ("jars", "beads")),
+    *(("boxes", "pens"), ("packs", "cards"), ("bags", "nuts"), ("jars", "coins")),
+)
+GOODS = ("apples", "pears", "pens", "books", "cards", "eggs", "cups", "balls", "cakes", "hats")
+VERBS = {"+": "add", "−": "subtract", "×": "multiply", "÷": "divide"}
+INVERSE = {"+": "−", "−": "+", "×": "÷", "÷": "×"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One computation. An operand that is a step is its result, carried over."""
+
+    left: "int | Step"
+    op: str
+    right: "int | Step"
+    label: str
+
+    @property
+    def result(self) -> int:
+        """Compute the step."""
+        left, right = value_of(self.left), value_of(self.right)
+        if self.op == "÷":
+            return left // right
+        return {"+": left + right, "−": left - right, "×": left * right}[self.op]
+
+    @property
+    def is_fair(self) -> bool:
+        """Whether the step stays in the numbers that the problems keep to."""
+        exact = self.op != "÷" or value_of(self.left) % value_of(self.right) == 0
+        return exact and value_of(self.left) > 0 and 2 <= self.result <= 99
+
+
+@dataclass(frozen=True)
+class Story:
+    """What happens and what is asked, before it is told: the last step's result is the answer."""
+
+    sentences: list[str]
+    ask: str
+    steps: list[Step]
+    unit: str
+    conclusion: str  # with {} for the answer
+    bystander: str  # whom a distractor may tell about
+
+
+def draw_story(rng: random.Random) -> tuple[str, Story]:
+    """Return a kind's name and a story of it whose steps are all fair."""
+    while True:
+        kind = rng.choice(KINDS)
+        story = _KINDS[kind](rng)
+        if all(step.is_fair for step in story.steps):
+            return kind, story
+
+
+def value_of(operand: int | Step) -> int:
+    """Return the number that a step computes with."""
+    return operand if isinstance(operand, int) else operand.result
+
+
+# The kinds: each returns a story whose steps may still be unfair; `draw_story` draws again.
+
+
+def _people(rng: random.Random, n: int) -> list[str]:
+    names = rng.sample(NAMES, n)
+    if rng.random() < 0.03:
+        names[0] = rng.choice(RARE_NAMES)
+    return names
+
+
+def _inventory(rng: random.Random) -> Story:
+    """Draw one heap of things that grows and shrinks in two to four steps."""
+    n, m = _people(rng, 2)
+    holders, things = rng.choice(THEMES)
+    n_steps = rng.choice((2, 3, 3, 4, 4))
+    steps: list[Step] = []
+    if rng.random() < 0.6:
+        a, b = rng.randint(2, 9), rng.randint(2, 6)
+        now: int | Step = Step(a, "×", b, f"{things} in the {holders}")
+        steps.append(now)
+        forms = (
+            f"{n} has {a} {holders} with {b} {things} in each.",
+            f"{n} fills {a} {holders} and puts {b} {things} into every one.",
+            f"There are {b} {things} in each of the {a} {holders} of {n}.",
+        )
+    else:
+        now = rng.randint(4, 40)
+        forms = (f"{n} has {now} {things}.", f"{n} starts the day with {now} {things}.")
+    sentences = [rng.choice(forms)]
+    while len(steps) < n_steps:
+        value = value_of(now)
+        divisors = [d for d in (2, 3, 4, 5, 6) if value % d == 0 and value // d >= 2]
+        ops = ["+", "−"] + ["÷"] * bool(divisors) * 2 + ["×"] * (value <= 12) * 2
+        op = rng.choice([op for op in ops if not steps or op != steps[-1].op])
+        if op == "+":
+            c, label = rng.randint(2, 20), "with the new ones"
+            forms = (
+                f"Then {n} finds {c} more.",
+                f"{m} gives {n} {c} more {things}.",
+                f"{n} buys {c} more {things}.",
+            )
+        elif op == "−":
+            c, label = rng.randint(2, max(2, min(20, value - 2))), "what is left"
+            forms = (
+                f"{n} gives {c} {things} to {m}.",
+                f"Then {c} of the {things} get lost.",
+                f"{n} sells {c} of them.",
+            )
+        elif op == "×":
+            c, label = rng.randint(2, 5), "the bigger heap"
+            forms = (
+                f"Then {n} gets {c} times as many.",
+                f"A week later there are {c} times as many {things}.",
+            )
+        else:
+            c, label = rng.choice(divisors), "one share"
+            forms = (
+                f"{n} shares them equally among {c} friends and looks at one share.",
+                f"{n} makes {c} equal piles and keeps one pile.",
+            )
+        now = Step(now, op, c, label)
+        steps.append(now)
+        sentences.append(rng.choice(forms))
+    ask = (f"How many {things} are there now?", f"What number of {things} is that in the end?")
+    return Story(sentences, rng.choice(ask), steps, things, f"There are {{}} {things}", m)
+
+
+def _money(rng: random.Random) -> Story:
+    """Draw two purchases, their sum, and often the change."""
+    n, m = _people(rng, 2)
+    first, second = rng.sample(GOODS, 2)
+    a, p, b, q = rng.randint(2, 8), rng.randint(2, 6), rng.randint(2, 8), rng.randint(2, 6)
+    one, two = Step(a, "×", p, f"the {first}"), Step(b, "×", q, f"the {second}")
+    both = Step(one, "+", two, "together")
+    forms = (
+        (f"{n} buys {a} {first} at {p} € each and {b} {second} at {q} € each.",),
+        (f"{n} takes {a} {first} for {p} € each.", f"{n} also takes {b} {second} for {q} € each."),
+    )
+    sentences = list(rng.choice(forms))
+    if rng.random() < 0.4:
+        ask = rng.choice((f"How many € does {n} pay?", "What is the price of it all in €?"))
+        return Story(sentences, ask, [one, two, both], "€", f"{n} pays {{}} €", m)
+    paid = min(99, both.result + rng.randint(2, 20))
+    rest = Step(paid, "−", both, "the rest")
+    before, ask = rng.choice(
+        (
+            (f"{n} had {paid} € before.", f"How many € does {n} have left?"),
+            (f"{n} gives the seller {paid} €.", f"How many € does {n} get back?"),
+        )
+    )
+    steps = [one, two, both, rest]
+    return Story([*sentences, before], ask, steps, "€", f"{n} keeps {{}} €", m)
+
+
+def _compare(rng: random.Random) -> Story:
+    """Draw three people, each described by the one before, and often a total."""
+    n, m, p = _people(rng, 3)
+    things, op = rng.choice(GOODS), rng.choice("+−")
+    a, b, c = rng.randint(3, 12), rng.randint(2, 5), rng.randint(2, 15)
+    second = Step(a, "×", b, m)
+    third = Step(second, op, c, p)
+    sentences = [
+        rng.choice((f"{n} has {a} {things}.", f"{n} owns {a} {things}.")),
+        rng.choice((f"{m} has {b} times as many as {n}.", f"{m} has {b} times that number.")),
+        f"{p} has {c} {'more' if op == '+' else 'fewer'} than {m}.",
+    ]
+    if rng.random() < 0.25:
+        ask = f"How many {things} does {p} have?"
+        return Story(sentences, ask, [second, third], things, f"{p} has {{}} {things}", m)
+    steps = [second, third, Step(second, "+", third, "together")]
+    ask = f"How many {things} do {m} and {p} have together?"
+    return Story(sentences, ask, steps, things, f"{m} and {p} have {{}} {things}", n)
+
+
+def _equation(rng: random.Random) -> Story:
+    """Draw a linear equation in x, then often something to do with x."""
+    m, x, b = rng.randint(2, 6), rng.randint(2, 12), rng.randint(2, 20)
+    k, j = rng.randint(2, 5), rng.randint(2, 15)
+    n, sign = _people(rng, 1)[0], rng.choice("+−")
+    c = m * x + b if sign == "+" else m * x - b
+    product = Step(c, INVERSE[sign], b, "the product")
+    unknown = Step(product, "÷", m, "x")
+    steps = [product, unknown]
+    told = rng.random() < 0.5
+    if told:
+        does = f"multiplies it by {m} and {'adds' if sign == '+' else 'subtracts'} {b}"
+        sentence = f"{n} thinks of a number, {does}. The result is {c}."
+        name, times = "that number", f"{k} times that number"
+    else:
+        sentence = f"{rng.choice(('Solve', 'Let'))} {m} × x {sign} {b} = {c}."
+        name, times = "x", f"{k} × x"
+    sought = name
+    if rng.random() < 0.75:
+        steps.append(Step(unknown, "×", k, times))
+        sought = times
+        if rng.random() < 0.5:
+            steps.append(Step(steps[-1], "+", j, "the sum"))
+            sought = f"{times} plus {j}" if told else f"{times} + {j}"
+    ask = rng.choice((f"What is {sought}?", f"Find {sought}."))
+    return Story([sentence], ask, steps, "", f"{sought[0].upper()}{sought[1:]} is {{}}", n)
+
+
+def _letters(rng: random.Random) -> Story:
+    """Draw a chain of definitions: each letter uses an earlier one."""
+    letters = rng.choice(("abcd", "pqrs", "kmnt"))
+    a, b = rng.randint(2, 9), rng.randint(2, 6)
+    steps = [Step(a, "×", b, letters[0])]
+    lines = [f"{letters[0]} = {a} × {b}"]
+    for before, letter in pairwise(letters[: rng.choice((2, 3, 3, 4))]):
+        op, number = rng.choice("+−"), rng.randint(2, 20)
+        steps.append(Step(steps[-1], op, number, letter))
+        lines.append(
+            rng.choice((f"{letter} = {before} {op} {number}", f"{before} {op} {number} = {letter}"))
+        )
+    sought = steps[-1].label
+    if len(steps) == 3 and rng.random() < 0.5:
+        sought = f"{steps[1].label} + {steps[2].label}"
+        steps.append(Step(steps[1], "+", steps[2], sought))
+    lead = rng.choice(("Let", "We know that", "Given:"))
+    sentence = f"{lead} {', '.join(lines[:-1])} and {lines[-1]}."
+    ask = rng.choice((f"Find {sought}.", f"What is {sought}?"))
+    return Story([sentence], ask, steps, "", f"{sought} is {{}}", "")
+
+
+def _trip(rng: random.Random) -> Story:
+    """Draw speed times hours, something on top, and often the rest of a road."""
+    n, m = _people(rng, 2)
+    speed, hours, walk = rng.randint(3, 12), rng.randint(2, 6), rng.randint(2, 15)
+    ride = Step(speed, "×", hours, "the ride")
+    done = Step(ride, "+", walk, "the way so far")
+    forms = (
+        f"{n} rides {speed} km every hour for {hours} hours.",
+        f"For {hours} hours {n} rides at {speed} km an hour.",
+    )
+    then = (f"Then {n} walks {walk} km.", f"After that {n} goes {walk} km on foot.")
+    sentences = [rng.choice(forms), rng.choice(then)]
+    if rng.random() < 0.2:
+        ask = rng.choice((f"How far does {n} get in km?", "How many km is that?"))
+        return Story(sentences, ask, [ride, done], "km", f"{n} goes {{}} km", m)
+    road = min(99, done.result + rng.randint(2, 20))
+    rest = Step(road, "−", done, "the rest")
+    sentences.append(f"The road is {road} km long.")
+    if rng.random() < 0.4:
+        days = rng.choice((2, 3, 4))
+        sentences.append(f"{n} wants to do the rest in {days} days.")
+        steps = [ride, done, rest, Step(rest, "÷", days, "one day")]
+        return Story(sentences, "How many km is that a day?", steps, "km", "It is {} km a day", m)
+    ask = rng.choice(("How many km are left?", f"How many km must {n} still go?"))
+    return Story(sentences, ask, [ride, done, rest], "km", "There are {} km left", m)
+
+
+_KINDS: dict[str, Callable[[random.Random], Story]] = {
+    "inventory": _inventory,
+    "money": _money,
+    "compare": _compare,
+    "equation": _equation,
+    "letters": _letters,
+    "trip": _trip,
+}
+KINDS = tuple(_KINDS)
