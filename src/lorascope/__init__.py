@@ -1,0 +1,71 @@
+"""lorascope shows what a LoRA learned.
+
+Every command is a function of its config: `generate(GenerateConfig(...))` is `lorascope generate`
+with flags. Names are imported when they are used, so that `import lorascope` needs no torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorascope.activations.generate import GenerateConfig
+    from lorascope.activations.generate import run as generate
+    from lorascope.activations.store import ActivationStore
+    from lorascope.dashboard.render import DashboardConfig
+    from lorascope.dashboard.render import run as render
+    from lorascope.errors import LorascopeError
+    from lorascope.features.collect import CollectConfig
+    from lorascope.features.collect import run as collect
+    from lorascope.features.index import FeatureIndex
+    from lorascope.pipeline import RunConfig, run
+    from lorascope.sae.model import SAE, load_sae
+    from lorascope.sae.train import TrainConfig
+    from lorascope.sae.train import run as train
+    from lorascope.sites import SiteLayout
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SAE",
+    "ActivationStore",
+    "CollectConfig",
+    "DashboardConfig",
+    "FeatureIndex",
+    "GenerateConfig",
+    "LorascopeError",
+    "RunConfig",
+    "SiteLayout",
+    "TrainConfig",
+    "collect",
+    "generate",
+    "load_sae",
+    "render",
+    "run",
+    "train",
+]
+
+_HOMES = {
+    "SAE": "sae.model.SAE",
+    "ActivationStore": "activations.store.ActivationStore",
+    "CollectConfig": "features.collect.CollectConfig",
+    "DashboardConfig": "dashboard.render.DashboardConfig",
+    "FeatureIndex": "features.index.FeatureIndex",
+    "GenerateConfig": "activations.generate.GenerateConfig",
+    "LorascopeError": "errors.LorascopeError",
+    "RunConfig": "pipeline.RunConfig",
+    "SiteLayout": "sites.SiteLayout",
+    "TrainConfig": "sae.train.TrainConfig",
+    "collect": "features.collect.run",
+    "render": "dashboard.render.run",
+    "generate": "activations.generate.run",
+    "load_sae": "sae.model.load_sae",
+    "run": "pipeline.run",
+    "train": "sae.train.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module lorascope has no {name}")
+    module, _, attribute = _HOMES[name].rpartition(".")
+    return getattr(importlib.import_module(f"lorascope.{module}"), attribute)

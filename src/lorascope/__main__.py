@@ -1,0 +1,5 @@
+"""`python -m lorascope` is `lorascope`."""
+
+from lorascope.cli import main
+
+main()

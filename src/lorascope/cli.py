@@ -1,0 +1,251 @@
+"""The command line: `lorascope COMMAND --flags`, one command for each stage.
+
+stdout carries the path of what was made and nothing else; logs and progress go to stderr. Exit
+codes: 0 done, 2 the user's input is wrong (one line; `--debug` gives the traceback), 130 and 143
+interrupted (finished work stays), 1 a defect of lorascope.
+"""
+
+import argparse
+import errno
+import importlib
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lorascope import __version__, config, runtime
+from lorascope.errors import ArtifactError, ConfigError, Interrupted, LorascopeError
+
+log = logging.getLogger("lorascope")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A stage as the command line knows it: its module is imported only when it is asked for."""
+
+    module: str
+    options: str
+    help: str
+    example: str
+
+    def config_class(self) -> type[config.Config]:
+        """Import the stage's module and return its config class."""
+        return getattr(importlib.import_module(self.module), self.options)
+
+
+COMMANDS = {
+    "demo": Command(
+        "lorascope.demo.demo",
+        "DemoConfig",
+        "take the shipped subject through everything, into a page",
+        "lorascope demo --open",
+    ),
+    "run": Command(
+        "lorascope.pipeline",
+        "RunConfig",
+        "take your adapter and texts through everything, into a page",
+        "lorascope run --lora-path my-adapter --dataset texts.jsonl",
+    ),
+    "generate": Command(
+        "lorascope.activations.generate",
+        "GenerateConfig",
+        "run model and adapter over texts: an activation store",
+        "lorascope generate --lora-path my-adapter --dataset texts.jsonl --num-examples 1000",
+    ),
+    "train": Command(
+        "lorascope.sae.train",
+        "TrainConfig",
+        "train a BatchTopK SAE on a store",
+        "lorascope train --data-dir activations_all_adapters --expansion-factor 16 --k 50",
+    ),
+    "collect": Command(
+        "lorascope.features.collect",
+        "CollectConfig",
+        "find every feature's strongest examples: a feature index",
+        "lorascope collect --model-path trained_sae_adapters_g-u-d-q-k-v-o.pt --top-k 10",
+    ),
+    "dashboard": Command(
+        "lorascope.dashboard.render",
+        "DashboardConfig",
+        "make one self-contained HTML page of a feature index",
+        "lorascope dashboard --input features.h5 --output page.html",
+    ),
+}
+_LOOKS = {
+    "info": "say what an artifact is, from its header alone",
+    "verify": "check an artifact's checksums and promises; exit 1 names what is broken",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line and name the nearest flag."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit."""
+    sys.exit(call(sys.argv[1:] if argv is None else argv))
+
+
+def call(argv: Sequence[str]) -> int:
+    """Run one command line and return its exit code."""
+    arguments = list(argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    log.setLevel(logging.DEBUG if debug else logging.INFO)
+    try:
+        with runtime.stoppable():
+            return _dispatch(arguments)
+    except LorascopeError as error:
+        if debug:
+            raise
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except Interrupted as stop:
+        print("interrupted; finished work stays, the same command continues", file=sys.stderr)
+        return stop.exit_code
+    except OSError as error:
+        if debug or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            raise
+        print(f"ArtifactError: {error.filename}: {error.strerror}", file=sys.stderr)
+        return LorascopeError.exit_code
+
+
+def call_stage(name: str, argv: Sequence[str] | None = None) -> None:
+    """Run one command under another program's name and exit: for the published scripts."""
+    main([name, *(sys.argv[1:] if argv is None else argv)])
+
+
+def _dispatch(arguments: list[str]) -> int:
+    parser = _top_parser()
+    if not arguments or arguments[0] in ("-h", "--help"):
+        parser.print_help()
+        return 0
+    if arguments[0] == "--version":
+        print(f"lorascope {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name in _LOOKS:
+        return _look(name, rest)
+    if name not in COMMANDS:
+        known = [*COMMANDS, *_LOOKS]
+        raise ConfigError(
+            f"unknown command {name}{config.nearest(name, known)}; there are {', '.join(known)}"
+        )
+    return _run_stage(name, COMMANDS[name], rest)
+
+
+def _run_stage(name: str, command: Command, arguments: list[str]) -> int:
+    parser = stage_parser(name, command)
+    flags, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        known = [action.option_strings[0] for action in parser._actions if action.option_strings]
+        word = unknown[0].partition("=")[0]
+        raise ConfigError(
+            f"unknown argument {word}{config.nearest(word, known)}; see lorascope {name} --help"
+        )
+    files = [file for file in [Path(config.CONFIG_FILE)] if file.is_file()]
+    files += [Path(flags.config)] if flags.config else []
+    config_class = command.config_class()
+    values = config.build(config_class, vars(flags), files, every_key=_every_key)
+    module = importlib.import_module(command.module)
+    print(module.run(values))
+    return 0
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="lorascope",
+        description="Shows what a LoRA learned.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="lorascope COMMAND --help lists a command's flags.\n\n  lorascope demo",
+    )
+    parser.add_argument("--version", action="version", version=f"lorascope {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.help, add_help=False)
+    for name, sentence in _LOOKS.items():
+        commands.add_parser(name, help=sentence, add_help=False)
+    return parser
+
+
+def stage_parser(name: str, command: Command) -> argparse.ArgumentParser:
+    """Return the parser of a command, its flags made from its config."""
+    config_class = command.config_class()
+    module = importlib.import_module(command.module)
+    parser = _Parser(
+        prog=f"lorascope {name}",
+        description=(module.__doc__ or "").strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"example:\n  {command.example}",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="TOML file with options")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    config.add_flags(parser, config_class)
+    return parser
+
+
+def _every_key() -> set[str]:
+    """Return every option of every command: one lorascope.toml serves them all."""
+    return {key for command in COMMANDS.values() for key in command.config_class().names()}
+
+
+def _look(name: str, arguments: list[str]) -> int:
+    parser = _Parser(prog=f"lorascope {name}", description=_LOOKS[name].capitalize() + ".")
+    parser.add_argument("path", type=Path, help="a store, an SAE, a feature index or a page")
+    path: Path = parser.parse_args(arguments).path
+    manifest = _manifest_of(path)
+    if name == "info":
+        print(json.dumps(manifest, indent=1, ensure_ascii=False))
+        return 0
+    broken = _broken(path, manifest["kind"])
+    for line in broken:
+        print(f"{path}: {line}", file=sys.stderr)
+    if not broken:
+        print(path)
+    return 1 if broken else 0
+
+
+def _manifest_of(path: Path) -> dict[str, Any]:
+    from lorascope.artifact import read_manifest
+
+    manifest = read_manifest(path)
+    if manifest is None:
+        raise ArtifactError(f"{path} is no artifact of lorascope, or its header is damaged")
+    summary = {key: manifest[key] for key in ("kind", "schema", "version", "settings", "parents")}
+    layout = manifest.get("layout") or {}
+    ranks = [site["rank"] for site in layout.get("sites", [])]
+    columns = {"adapter": layout.get("adapter"), "sites": len(ranks), "d_in": sum(ranks)}
+    return {**summary, "columns": columns, "content": manifest["content"]}
+
+
+def _broken(path: Path, kind: str) -> list[str]:
+    """Return what is broken in an artifact, a line each."""
+    try:
+        if kind == "activations":
+            from lorascope.activations.store import verify
+
+            return verify(path)
+        if kind == "features" and path.suffix == ".h5":
+            from lorascope.features.index import FeatureIndex
+
+            FeatureIndex.open(path).verify()
+        elif kind == "features":
+            from lorascope.features.export import read_published
+
+            read_published(path)
+        elif kind == "sae":
+            from lorascope.sae.model import load_sae
+
+            load_sae(path)
+    except LorascopeError as error:
+        return [str(error)]
+    return []

@@ -1,0 +1,107 @@
+"""Take an adapter and a dataset through every stage into one folder.
+
+In: adapter, base model, dataset. Out: a folder with `activations/`, `sae/`, `features.h5`,
+`dashboard.html` and `summary.json`. Finished stages are skipped, so a re-run continues.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorascope.activations.generate import GenerateConfig, SubjectOptions
+from lorascope.artifact import read_manifest, write_text
+from lorascope.config import option, pick
+from lorascope.dashboard.render import DashboardConfig
+from lorascope.errors import ArtifactError
+from lorascope.features.collect import CollectConfig, CollectOptions
+from lorascope.sae.train import TrainConfig, TrainOptions
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(CollectOptions, TrainOptions, SubjectOptions):
+    """Options of `run`: those of the stages, and where the folder stands."""
+
+    adapter_types: tuple[str, ...] = option(
+        (), help="projections to keep: names, initials, mlp, attention or all"
+    )
+    output_dir: Path = option(Path("lorascope-output"), help="folder to make", identity=False)
+    device: str = option("auto", help="auto, cpu, cuda or cuda:N", identity=False)
+    overwrite: bool = option(False, help="replace outputs of other settings", identity=False)
+
+
+def run(config: RunConfig) -> Path:
+    """Make the folder, or what is missing in it, and return the page."""
+    from lorascope.activations import generate
+    from lorascope.dashboard import render
+    from lorascope.features import collect
+    from lorascope.sae import train
+
+    out = config.output_dir
+    if out.exists() and not out.is_dir():
+        raise ArtifactError(f"{out} is a file, expected a folder; give another --output-dir")
+    store, sae = out / "activations", out / "sae"
+    index, page = out / "features.h5", out / "dashboard.html"
+    stages: dict[str, Callable[[], Path]] = {
+        "generate": lambda: generate.run(pick(GenerateConfig, config, output_dir=store)),
+        "train": lambda: train.run(
+            pick(TrainConfig, config, data_dir=store, output=sae, adapter_types=())
+        ),
+        "collect": lambda: collect.run(
+            pick(
+                CollectConfig,
+                config,
+                data_dir=store,
+                model_path=sae,
+                output_path=index,
+                batch_size=2048,
+            )
+        ),
+        "dashboard": lambda: render.run(pick(DashboardConfig, config, input=index, output=page)),
+    }
+    seconds: dict[str, float] = {}
+    for name, stage in stages.items():
+        begun = time.perf_counter()
+        stage()
+        seconds[name] = round(time.perf_counter() - begun, 2)
+    summary = summarize(store, sae, index, page)
+    write_text(out / "summary.json", json.dumps({**summary, "seconds": seconds}, indent=1) + "\n")
+    log.info("\n%s", table(summary, seconds))
+    return page
+
+
+def summarize(store: Path, sae: Path, index: Path, page: Path) -> dict[str, Any]:
+    """Return the numbers that a run ends with, from the manifests of its artifacts."""
+    made = [(read_manifest(path) or {})["content"] for path in (store, sae, index)]
+    report = made[1]["report"]
+    return {
+        "rollouts": made[0]["n_rollouts"],
+        "tokens": made[0]["n_rows"],
+        "columns": made[0]["d_in"],
+        "features": made[2]["n_features"],
+        "features_alive": made[2]["n_alive"],
+        "fvu": report["fvu"],
+        "l0": report["l0"],
+        "page": page.name,
+        "page_bytes": page.stat().st_size,
+    }
+
+
+def table(summary: dict[str, Any], seconds: dict[str, float]) -> str:
+    """Return the closing table as text."""
+    rows = [
+        ("rollouts", f"{summary['rollouts']:,}"),
+        ("tokens", f"{summary['tokens']:,}"),
+        ("columns", f"{summary['columns']:,}"),
+        ("features alive", f"{summary['features_alive']:,} of {summary['features']:,}"),
+        ("FVU (held out)", f"{summary['fvu']:.4f}"),
+        ("L0 (held out)", f"{summary['l0']:.2f}"),
+        *((f"seconds, {name}", f"{value:.1f}") for name, value in seconds.items()),
+        ("page", f"{summary['page_bytes'] / 1e6:.1f} MB"),
+    ]
+    return "\n".join(f"  {name:<20} {value:>16}" for name, value in rows)

@@ -1,0 +1,307 @@
+"""The command line as a user meets it: exit codes, one line of error, and nothing written."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import s1_records, write_store
+from test_collect import make_sae
+
+from lorascope.cli import COMMANDS, call
+
+GENERATE = "generate --lora-path {adapter} --dataset {data} --output-dir {out}"
+TRAIN = "train --data-dir {store} --output {out} --batch-size 64 --expansion-factor 2 --k 3"
+COLLECT = "collect --data-dir {store} --model-path {sae} --output-path {out}.h5"
+
+
+@pytest.fixture
+def place(subject_dirs, dataset_file, tmp_path, monkeypatch):
+    """Names for command lines, and a working directory of its own."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    write_store(tmp_path / "store")
+    make_sae(tmp_path / "sae")
+    return {
+        "adapter": subject_dirs[1],
+        "base": subject_dirs[0],
+        "data": dataset_file,
+        "store": tmp_path / "store",
+        "sae": tmp_path / "sae",
+        "out": tmp_path / "work" / "out",
+        "tmp": tmp_path,
+    }
+
+
+def files(folder: Path) -> dict[str, int]:
+    return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def refused(place, capsys, line, *words):
+    """Run a command line that must fail by the user's mistake, and return its message."""
+    before = files(place["tmp"])
+    code = call(line.format(**place).split())
+    captured = capsys.readouterr()
+    errors = [part for part in captured.err.replace("\r", "\n").split("\n") if "Error:" in part]
+    assert code == 2, captured.err
+    assert captured.out == ""
+    assert len(errors) == 1
+    for word in words:
+        assert word in errors[0]
+    assert files(place["tmp"]) == before, "something was written"
+    return errors[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("generat", ["unknown command generat", "did you mean generate?"]),
+        ("train --expansion-facto 3", ["--expansion-facto", "did you mean --expansion-factor?"]),
+        ("train --k", ["--k", "expected one argument"]),
+        ("train --k many", ["--k is 'many', expected number"]),
+        ("train --config none.toml", ["cannot read none.toml"]),
+        ("dashboard", ["--input is missing"]),
+        ("info none", ["none does not exist"]),
+        ("info {data}", ["no artifact of lorascope"]),
+        ("generate", ["no adapter given", "--lora-path", "lorascope.toml"]),
+        ("generate --lora-path {tmp}/none --dataset {data}", ["does not exist"]),
+        ("generate --lora-path {base} --dataset {data}", ["no PEFT adapter", "full model"]),
+        (GENERATE + " --base-model {tmp}/none", ["base model", "does not exist"]),
+        (GENERATE + " --num-examples 0", ["--num-examples is 0, expected 1 or more"]),
+        (GENERATE + " --adapter-types gate_proj qqq", ["qqq is not among"]),
+        (GENERATE + " --template html", ["--template is 'html', expected one of auto, s1"]),
+        (GENERATE + " --device cuda", ["device cuda was asked for"]),
+        ("generate --lora-path {adapter} --dataset none.jsonl", ["none.jsonl does not exist"]),
+        ("generate --lora-path {adapter} --dataset {tmp}", ["is a folder"]),
+        ("train --data-dir {tmp}/none", ["does not exist; make it with lorascope generate"]),
+        ("train --data-dir {tmp}/work", ["is no activation store"]),
+        ("train --data-dir {sae}", ["holds sae, expected activations"]),
+        (TRAIN + " --k 0", ["--k is 0, expected more than 0"]),
+        (TRAIN + " --k 29", ["--k is 29, expected at most 28"]),
+        (TRAIN + " --batch-size 5000", ["5000"]),
+        (TRAIN + " --adapter-types qqq", ["qqq is not among"]),
+        (TRAIN + " --normalize l2", ["--normalize is 'l2'"]),
+        ("collect --data-dir {store} --model-path {tmp}/none", ["none does not exist"]),
+        ("collect --data-dir {store} --model-path {store}", ["holds activations, expected sae"]),
+        (COLLECT + " --top-k 0", ["--top-k is 0, expected 1 or more"]),
+        ("dashboard --input {tmp}/none.json", ["cannot read", "No such file"]),
+        ("dashboard --input {data}", [".jsonl"]),
+    ],
+)
+def test_a_mistake_is_one_line_exit_2_and_writes_nothing(place, capsys, line, words):
+    refused(place, capsys, line, *words)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", ["holds no records"]),
+        ('{"title": "x"}\n', ["record 0", "has the fields title; expected"]),
+        ('{"text": "x"}\n{"text": \n', ["line 2 is not JSON"]),
+        ('{"text": "x"}\n{"body": "y"}\n', ["record 1", "field text is missing"]),
+        ('{"text": ""}\n{"text": " "}\n', ["all 2 records are empty"]),
+    ],
+)
+def test_a_bad_dataset_is_one_line_that_names_the_record(place, capsys, content, words):
+    file = place["tmp"] / "bad.jsonl"
+    file.write_text(content)
+    refused(place, capsys, GENERATE.replace("{data}", str(file)), *words)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"a": 1}', '{"metadata": {}, "features": {"0": {"examples": 3}}}']
+)
+def test_a_features_json_that_is_not_one_is_refused(place, capsys, content):
+    file = place["tmp"] / "features.json"
+    file.write_text(content)
+    refused(place, capsys, f"dashboard --input {file} --output {{out}}.html", "features.json")
+
+
+def test_a_store_and_an_sae_of_different_adapters_are_refused(place, capsys):
+    from conftest import layout_of
+
+    make_sae(place["tmp"] / "other", layout_of(adapter="b" * 64))
+    line = COLLECT.replace("{sae}", str(place["tmp"] / "other"))
+    refused(place, capsys, line, "different adapters")
+
+
+def test_an_output_of_other_settings_needs_overwrite(place, capsys):
+    assert call((COLLECT + " --top-k 3").format(**place).split()) == 0
+    made = Path(capsys.readouterr().out.strip())
+    refused(place, capsys, COLLECT + " --top-k 4", "top_k 3 there, 4 here", "--overwrite")
+    before = made.read_bytes()
+    assert call((COLLECT + " --top-k 4 --overwrite").format(**place).split()) == 0
+    assert made.read_bytes() != before
+
+
+def test_stdout_is_the_path_and_nothing_else(place, capsys):
+    lines = [GENERATE, TRAIN.replace("{out}", "{out}-sae"), COLLECT]
+    for line in [*lines, "dashboard --input {out}.h5 --output {out}.html"]:
+        assert call(line.format(**place).split()) == 0
+        made = Path(capsys.readouterr().out.removesuffix("\n"))
+        assert made.exists()
+        for look in ("info", "verify"):
+            assert call([look, str(made)]) == 0
+            capsys.readouterr()
+
+
+def test_verify_names_what_is_broken_and_exits_1(place, capsys):
+    shard = place["store"] / "shard-00000.h5"
+    shard.write_bytes(shard.read_bytes()[:-8] + b"12345678")
+    assert call(["verify", str(place["store"])]) == 1
+    assert "shard-00000.h5 has another checksum" in capsys.readouterr().err
+
+
+def test_info_reads_headers_without_torch(place):
+    code = (
+        "import sys; from lorascope.cli import call; call(['info', sys.argv[1]]);"
+        "assert 'torch' not in sys.modules"
+    )
+    for path in (place["store"], place["sae"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["columns"]["d_in"] == 14
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_has_help_with_an_example(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call([name, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert COMMANDS[name].example in text
+    assert call([]) == 0
+    assert COMMANDS[name].help.split(":")[0] in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_page_of_commands_is_up_to_date():
+    docs = Path(__file__).parent.parent / "docs"
+    code = "import make_commands; print(make_commands.page(), end='')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(docs)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (docs / "commands.md").read_text(encoding="utf-8"), (
+        "run python docs/make_commands.py"
+    )
+
+
+def test_debug_shows_the_traceback(place):
+    from lorascope.errors import AdapterError
+
+    with pytest.raises(AdapterError):
+        call(["generate", "--debug"])
+
+
+@pytest.mark.slow
+def test_an_interrupt_exits_130_keeps_finished_work_and_continues(place, tmp_path):
+    data = tmp_path / "many.jsonl"
+    data.write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in s1_records(400)))
+    line = GENERATE.replace("{data}", str(data)).format(**place) + " --batch-tokens 1"
+    command = [sys.executable, "-m", "lorascope", *line.split()]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    shard = Path(str(place["out"]) + ".partial") / "shard-00000.h5"
+    deadline = time.monotonic() + 120
+    while not shard.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "interrupted; finished work stays" in errors
+    before = shard.stat().st_mtime_ns
+    assert call(line.split()) == 0
+    assert (place["out"] / "shard-00000.h5").stat().st_mtime_ns == before
+
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run_script(folder: Path, line: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, *line.split()[1:]]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        words, cwd=folder, capture_output=True, text=True, check=False, env=environment
+    )
+
+
+@pytest.fixture
+def scripts(tmp_path):
+    """A copy of the folder `scripts/` in a clone of its own."""
+    clone = tmp_path / "clone"
+    shutil.copytree(
+        SCRIPTS,
+        clone / "scripts",
+        ignore=shutil.ignore_patterns("act*", "*.pt", "*.json", "*.html", "*.toml"),
+    )
+    (clone / "src").symlink_to(SCRIPTS.parent / "src")
+    (clone / "examples").symlink_to(EXAMPLES)
+    return clone / "scripts"
+
+
+@pytest.mark.slow
+def test_the_published_lines_say_how_to_give_an_adapter(scripts):
+    line = "python generate_activations_multigpu.py --num-examples 1000 --num-gpus 4"
+    done = run_script(scripts, line)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "--lora-path" in done.stderr
+    assert "lorascope.toml" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_four_published_lines_run_word_for_word(scripts):
+    shutil.copy(EXAMPLES / "lorascope.toml", scripts)
+    options = scripts / "lorascope.toml"
+    problems = (EXAMPLES / "problems.jsonl").read_text(encoding="utf-8").splitlines()
+    (scripts / "few.jsonl").write_text("\n".join(problems[:200]), encoding="utf-8")  # patience
+    text = options.read_text().replace("../examples/problems.jsonl", "./few.jsonl")
+    options.write_text(text + "epochs = 1\n")
+    lines = [
+        "python generate_activations_multigpu.py --num-examples 1000 --num-gpus 4",
+        "python train_sae.py --expansion-factor 16 --k 50 --batch-size 1024",
+        "python collect_sae_features_fast.py --model-path trained_sae_adapters_g-u-d-q-k-v-o.pt"
+        " --top-k 10",
+        "python generate_sae_dashboard.py"
+        " --input sae_features_data_trained_sae_adapters_g-u-d-q-k-v-o.json",
+    ]
+    made = [
+        "activations_all_adapters",
+        "trained_sae_adapters_g-u-d-q-k-v-o.pt",
+        "sae_features_data_trained_sae_adapters_g-u-d-q-k-v-o.json",
+        "sae_dashboard_new.html",
+    ]
+    for line, name in zip(lines, made, strict=True):
+        done = run_script(scripts, line)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout == name + "\n"
+        assert (scripts / name).exists()
+
+
+def test_the_published_module_names_import(scripts):
+    (scripts / "use.py").write_text(
+        "from batch_topk_sae import BatchTopKSAE as S; print(S.__name__)"
+    )
+    done = run_script(scripts, "python use.py")
+    assert done.stdout == "SAE\n", done.stderr
+    (scripts / "use.py").unlink()
+    names = {path.stem for path in scripts.glob("*.py")}
+    assert names == {
+        "batch_topk_sae",
+        "collect_sae_features_fast",
+        "collect_sae_features_multigpu",
+        "generate_activations_multigpu",
+        "generate_sae_dashboard",
+        "train_sae",
+    }

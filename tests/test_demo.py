@@ -1,0 +1,111 @@
+"""The demo whole, and what its features are worth against the generator's ground truth."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from lorascope.activations.store import ActivationStore, verify
+from lorascope.cli import call
+from lorascope.demo import demo, meaning
+from lorascope.demo.demo import DemoConfig
+from lorascope.demo.problems import CLASSES, make_problem
+from lorascope.features.index import FeatureIndex
+from lorascope.sae.model import load_sae
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "out"
+    page = demo.run(DemoConfig(output_dir=out))
+    assert page == out / "dashboard.html"
+    return out
+
+
+@pytest.fixture(scope="module")
+def store(folder):
+    return ActivationStore.open(folder / "activations")
+
+
+@pytest.fixture(scope="module")
+def labels(store):
+    problems = [make_problem("demo", i) for i in range(store.n_rollouts)]
+    return meaning.label_tokens(store, problems)
+
+
+def test_a_thousand_fresh_rollouts_go_through_everything(folder, store):
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["rollouts"] == 1000
+    assert summary["columns"] == 56
+    assert summary["tokens"] == store.n_rows > 100_000
+    assert summary["features_alive"] > 0.9 * summary["features"]
+    assert summary["fvu"] < 0.5
+    assert verify(folder / "activations") == []
+    FeatureIndex.open(folder / "features.h5").verify()
+
+
+def test_the_same_command_again_changes_no_byte(folder, capsys):
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert call(["demo", "--output-dir", str(folder)]) == 0
+    assert capsys.readouterr().out == f"{folder / 'dashboard.html'}\n"
+    after = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    changed = {p.name for p in before if before[p] != after[p]}
+    assert changed <= {"summary.json"}  # it holds the seconds
+    assert before.keys() == after.keys()
+
+
+def test_the_examples_are_the_brute_force_argsort_of_the_demos_store(folder, store):
+    sae = load_sae(folder / "sae", store)
+    index = FeatureIndex.open(folder / "features.h5")
+    code = np.concatenate(
+        [
+            sae.encode_dense(torch.from_numpy(np.array(rows))).numpy()
+            for _, rows in store.blocks(8192)
+        ]
+    )
+    code[~store.eligible] = 0
+    n_ties = 0
+    for latent in range(sae.d_sae):
+        values = code[:, latent]
+        order = np.lexsort((np.arange(len(values)), -values))[: index.content["top_k"]]
+        best = [row for row in order if values[row] > 0]
+        examples = index[latent].examples
+        assert [e.row for e in examples] == best
+        assert [e.value for e in examples] == values[best].tolist()
+        n_ties += len(best) - len({e.value for e in examples})
+    assert n_ties > 0, "equal texts begin equally, so there must be ties"
+
+
+def test_labels_lie_on_tokens_that_hold_such_characters(store, labels):
+    texts = np.array([store.vocabulary[i] for i in range(len(store.vocabulary))], object)
+    of_token = texts[store.token_ids]
+    assert all(
+        re.search(r"[+−×÷=]", t.decode("utf-8", "replace")) for t in of_token[labels["operator"]]
+    )
+    assert all(re.search(rb"\d", t) for t in of_token[labels["digit"]])
+    assert (labels["digit"] | ~labels["carried"]).all(), "a carried number is made of digits"
+    assert {b" Wait", b"Wait"} & set(of_token[labels["check"]])
+    for name in CLASSES:
+        assert 100 < labels[name].sum() < 0.5 * store.n_rows, name
+
+
+def test_the_features_match_known_classes_better_than_raw_columns_and_chance(
+    folder, store, labels, capsys
+):
+    sae = load_sae(folder / "sae", store)
+    scores = {
+        "SAE": meaning.score_latents(sae, store, labels),
+        "best raw column": meaning.score_columns(store, labels),
+        "random dictionary": meaning.score_latents(
+            meaning.random_dictionary(sae, store, seed=0), store, labels
+        ),
+    }
+    with capsys.disabled():
+        print("\n" + meaning.meaning_table(scores))
+    means = {kind: meaning.mean_f1(found) for kind, found in scores.items()}
+    assert means["SAE"] > means["best raw column"]
+    assert means["SAE"] > means["random dictionary"]

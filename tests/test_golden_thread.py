@@ -1,0 +1,165 @@
+"""One number from `A·x` to the page, on the shipped subject.
+
+`x` is computed here in NumPy float64 from the safetensors files alone: the whole forward pass of
+base and adapter, without torch, transformers or PEFT.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from browser import open_browser
+from safetensors.numpy import load_file
+
+from lorascope.activations import generate
+from lorascope.activations.generate import GenerateConfig
+from lorascope.activations.store import ActivationStore
+from lorascope.dashboard import render
+from lorascope.dashboard.render import DashboardConfig
+from lorascope.demo.demo import SUBJECT
+from lorascope.demo.problems import write_jsonl
+from lorascope.features import collect
+from lorascope.features.collect import CollectConfig
+from lorascope.features.index import FeatureIndex
+from lorascope.sae import train
+from lorascope.sae.model import load_sae
+from lorascope.sae.train import TrainConfig
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+class ByHand:
+    """Qwen2 with LoRA, in NumPy: `rows(token_ids)` gives `A·x` of every site by module path."""
+
+    def __init__(self, base: Path, adapter: Path) -> None:
+        self.config = json.loads((base / "config.json").read_text())
+        lora = json.loads((adapter / "adapter_config.json").read_text())
+        self.scale = lora["lora_alpha"] / lora["r"]
+        self.base = {
+            n: t.astype(np.float64) for n, t in load_file(base / "model.safetensors").items()
+        }
+        weights = load_file(adapter / "adapter_model.safetensors")
+        self.lora = {
+            n.removeprefix("base_model.model."): t.astype(np.float64) for n, t in weights.items()
+        }
+
+    def linear(self, path: str, x: Array, rows: dict[str, Array]) -> Array:
+        rows[path] = x @ self.lora[f"{path}.lora_A.weight"].T
+        out = x @ self.base[f"{path}.weight"].T + self.base.get(f"{path}.bias", 0.0)
+        return out + self.scale * rows[path] @ self.lora[f"{path}.lora_B.weight"].T
+
+    def norm(self, name: str, x: Array) -> Array:
+        root = np.sqrt((x**2).mean(-1, keepdims=True) + self.config["rms_norm_eps"])
+        return x / root * self.base[f"{name}.weight"]
+
+    def attend(self, path: str, x: Array, rows: dict[str, Array]) -> Array:
+        n, n_heads = len(x), self.config["num_attention_heads"]
+        n_kv = self.config["num_key_value_heads"]
+        q, k, v = (
+            self.linear(f"{path}.{name}_proj", x, rows).reshape(n, heads, -1).swapaxes(0, 1)
+            for name, heads in (("q", n_heads), ("k", n_kv), ("v", n_kv))
+        )
+        d_head = q.shape[-1]
+        theta = self.config.get("rope_theta") or self.config["rope_parameters"]["rope_theta"]
+        angle = np.outer(np.arange(n), theta ** (-np.arange(0, d_head, 2) / d_head))
+        cos, sin = (np.concatenate([f(angle)] * 2, axis=-1) for f in (np.cos, np.sin))
+
+        def turned(z: Array) -> Array:
+            first, second = np.split(z, 2, axis=-1)
+            return z * cos + np.concatenate([-second, first], axis=-1) * sin
+
+        k, v = (np.repeat(z, n_heads // n_kv, axis=0) for z in (turned(k), v))
+        score = turned(q) @ k.swapaxes(1, 2) / np.sqrt(d_head)
+        score[:, np.triu_indices(n, 1)[0], np.triu_indices(n, 1)[1]] = -np.inf
+        weight = np.exp(score - score.max(-1, keepdims=True))
+        mixed = weight / weight.sum(-1, keepdims=True) @ v
+        return self.linear(f"{path}.o_proj", mixed.swapaxes(0, 1).reshape(n, -1), rows)
+
+    def rows(self, token_ids: Any) -> dict[str, Array]:
+        found: dict[str, Array] = {}
+        x = self.base["model.embed_tokens.weight"][np.asarray(token_ids)]
+        for i in range(self.config["num_hidden_layers"]):
+            layer = f"model.layers.{i}"
+            x = x + self.attend(
+                f"{layer}.self_attn", self.norm(f"{layer}.input_layernorm", x), found
+            )
+            y = self.norm(f"{layer}.post_attention_layernorm", x)
+            gate = self.linear(f"{layer}.mlp.gate_proj", y, found)
+            up = self.linear(f"{layer}.mlp.up_proj", y, found)
+            x = x + self.linear(f"{layer}.mlp.down_proj", gate / (1 + np.exp(-gate)) * up, found)
+        return found
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Every artifact of 24 problems."""
+    folder = tmp_path_factory.mktemp("thread")
+    write_jsonl(folder / "p.jsonl", 24, "demo", 5000)
+    store = generate.run(
+        GenerateConfig(
+            lora_path=str(SUBJECT / "adapter"),
+            dataset=str(folder / "p.jsonl"),
+            output_dir=folder / "store",
+        )
+    )
+    sae = train.run(
+        TrainConfig(
+            data_dir=store, output=folder / "sae", expansion_factor=4, k=6, batch_size=256, epochs=3
+        )
+    )
+    index = collect.run(
+        CollectConfig(data_dir=store, model_path=sae, output_path=folder / "features.h5")
+    )
+    page = render.run(DashboardConfig(input=index, output=folder / "page.html"))
+    return store, sae, index, page
+
+
+def test_one_number_is_the_same_from_the_weights_to_the_page(made):
+    store, sae, index = ActivationStore.open(made[0]), load_sae(made[1]), FeatureIndex.open(made[2])
+    feature = max((index[i] for i in range(len(index))), key=lambda f: f.stats.max or 0.0)
+    example = feature.examples[0]
+
+    # 1. weights -> row: float16 keeps 11 bits, and float32 arithmetic some more error
+    rollout = int(store.rollout_of(np.array([example.row]))[0])
+    start, stop = store.rollout_start[rollout : rollout + 2]
+    by_hand = ByHand(SUBJECT / "base", SUBJECT / "adapter").rows(store.token_ids[start:stop])
+    expected = np.concatenate([by_hand[site.module] for site in store.layout.sites], axis=1)
+    stored = store.rows(start, stop).astype(np.float64)
+    np.testing.assert_allclose(stored, expected, rtol=2e-3, atol=2e-3)
+
+    # 2. row -> code: the SAE takes the raw row
+    row = stored[example.row - start]
+    pre = row @ sae.W_enc.double().numpy() + sae.b_enc.double().numpy()
+    assert sae.threshold is not None
+    assert pre[feature.latent] > float(sae.threshold[feature.latent])
+
+    # 3. code -> index
+    assert example.value == pytest.approx(pre[feature.latent], rel=1e-4)
+
+    # 4. index -> page, exactly
+    with open_browser() as browser:
+        tab = browser.new_page()
+        address = made[3].resolve().as_uri() + f"#/feature/{feature.latent}"
+        tab.goto(address, wait_until="domcontentloaded")
+        tab.wait_for_selector(f"[data-testid=detail][data-feature='{feature.latent}']")
+        window = tab.get_by_test_id("window").first
+        shown = window.get_by_test_id("token").evaluate_all("n => n.map(t => t.dataset.value)")
+        texts = window.get_by_test_id("token").all_text_contents()
+    assert np.float32(shown[example.target]) == np.float32(example.value)
+    assert np.float32(shown).tolist() == list(example.activations)
+    assert texts == list(example.tokens)
+    assert "".join(texts).encode() == b"".join(store.vocabulary[i] for i in example.token_ids)
+
+
+def test_every_row_of_several_texts_equals_the_weights_own_arithmetic(made):
+    store = ActivationStore.open(made[0])
+    model = ByHand(SUBJECT / "base", SUBJECT / "adapter")
+    for rollout in (0, 11, 23):
+        start, stop = store.rollout_start[rollout : rollout + 2]
+        by_hand = model.rows(store.token_ids[start:stop])
+        expected = np.concatenate([by_hand[site.module] for site in store.layout.sites], axis=1)
+        stored = store.rows(start, stop)
+        np.testing.assert_allclose(stored, expected, rtol=2e-3, atol=2e-3)
+        assert np.abs(expected).max() > 0.1

@@ -1,0 +1,112 @@
+"""The house rules that code can break: import order, light imports, unique names, no secrets."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import lorascope
+
+ROOT = Path(lorascope.__file__).parent
+ORDER = (
+    "errors sites config artifact runtime kernels subject activations sae features causal "
+    "autointerp dashboard pipeline demo cli __main__"
+).split()
+
+
+def modules() -> dict[str, Path]:
+    files = {file.relative_to(ROOT).with_suffix("").as_posix(): file for file in ROOT.rglob("*.py")}
+    return {name.replace("/", "."): file for name, file in sorted(files.items())}
+
+
+def imported(file: Path) -> set[str]:
+    """Names inside lorascope that a file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.split(".", 1)[1] for name in found if name.startswith("lorascope.")}
+
+
+def test_imports_point_up_the_list_only():
+    wrong = []
+    for name, file in modules().items():
+        if name == "__init__":
+            continue
+        here = ORDER.index(name.split(".")[0])
+        for target in imported(file):
+            top = target.split(".")[0]
+            if top in ORDER and ORDER.index(top) > here:
+                wrong.append(f"{name} imports {target}")
+    assert wrong == []
+
+
+def test_every_top_level_name_has_its_place_in_the_order():
+    assert {name.split(".")[0] for name in modules()} - {"__init__"} <= set(ORDER)
+
+
+def test_only_the_subject_imports_transformers_and_peft():
+    users = set()
+    for name, file in modules().items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(n.split(".")[0] in ("transformers", "peft") for n in names):
+                users.add(name)
+    assert users == {"subject.load"}
+
+
+def test_file_names_are_unique_in_the_package():
+    names = [file.name for file in ROOT.rglob("*.py") if not file.name.startswith("__")]
+    assert sorted(names) == sorted(set(names))
+
+
+def test_help_and_import_need_no_torch():
+    code = (
+        "import sys, lorascope, lorascope.cli\n"
+        "lorascope.cli.call(['--help'])\n"
+        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'h5py'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "generate" in done.stdout
+
+
+def test_the_public_names_are_these():
+    assert sorted(lorascope.__all__) == [
+        "ActivationStore",
+        "CollectConfig",
+        "DashboardConfig",
+        "FeatureIndex",
+        "GenerateConfig",
+        "LorascopeError",
+        "RunConfig",
+        "SAE",
+        "SiteLayout",
+        "TrainConfig",
+        "collect",
+        "generate",
+        "load_sae",
+        "render",
+        "run",
+        "train",
+    ]
+    for name in lorascope.__all__:
+        assert getattr(lorascope, name) is not None
+
+
+def test_no_file_unpickles_or_trusts_remote_code():
+    for name, file in modules().items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert called not in ("pickle.load", "pickle.loads", "eval", "exec"), name
+            assert given.get("trust_remote_code", "False") == "False", name
+            if called == "torch.load":
+                assert given.get("weights_only") == "True", name
