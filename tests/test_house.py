@@ -1,6 +1,7 @@
 """The house rules that code can break: import order, light imports, unique names, no secrets."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -110,3 +111,14 @@ def test_no_file_unpickles_or_trusts_remote_code():
             assert given.get("trust_remote_code", "False") == "False", name
             if called == "torch.load":
                 assert given.get("weights_only") == "True", name
+
+
+def test_every_promise_in_the_formats_page_names_a_test_that_exists():
+    root = Path(__file__).parent.parent
+    named = re.findall(
+        r"(test_\w+\.py)(?:::(test_\w+))?", (root / "docs" / "formats.md").read_text("utf-8")
+    )
+    assert len(named) > 20
+    for file, test in named:
+        text = (root / "tests" / file).read_text("utf-8")
+        assert f"def {test}(" in text if test else True, (file, test)
