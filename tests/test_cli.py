@@ -19,6 +19,8 @@ GENERATE = "generate --lora-path {adapter} --dataset {data} --output-dir {out}"
 TRAIN = "train --data-dir {store} --output {out} --batch-size 64 --expansion-factor 2 --k 3"
 COLLECT = "collect --data-dir {store} --model-path {sae} --output-path {out}.h5"
 
+RUN = "run --lora-path {adapter} --dataset {data} --output-dir {out}"
+
 
 @pytest.fixture
 def place(subject_dirs, dataset_file, tmp_path, monkeypatch):
@@ -88,6 +90,9 @@ def refused(place, capsys, line, *words):
         (TRAIN + " --normalize l2", ["--normalize is 'l2'"]),
         ("collect --data-dir {store} --model-path {tmp}/none", ["none does not exist"]),
         ("collect --data-dir {store} --model-path {store}", ["holds activations, expected sae"]),
+        (RUN + " --k 300", ["--k is 300, expected at most 224"]),
+        (RUN + " --k -1", ["--k is -1, expected more than 0"]),
+        (RUN + " --top-k 0", ["--top-k is 0, expected 1 or more"]),
         (COLLECT + " --top-k 0", ["--top-k is 0, expected 1 or more"]),
         ("dashboard --input {tmp}/none.json", ["cannot read", "No such file"]),
         ("dashboard --input {data}", [".jsonl"]),

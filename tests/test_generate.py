@@ -209,11 +209,32 @@ def test_the_same_command_again_does_nothing_and_other_settings_are_refused(conf
 
 
 def test_the_store_needs_no_model_afterwards_and_verifies(config):
+    from transformers import AutoTokenizer
+
     out = generate.run(config(num_examples=2))
     assert verify(out) == []
-    assert (out / "tokenizer" / "tokenizer.json").is_file()
-    text = (out / "manifest.json").read_text()
-    assert str(out.parent) not in text
+    tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
+    store = ActivationStore.open(out)
+    first = store.token_ids[: store.rollout_start[1]]
+    assert tokenizer.decode(first).encode() == b"".join(store.vocabulary[i] for i in first)
+
+
+def test_the_store_says_nothing_of_the_machine_that_made_it(config, tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    def made(name):
+        out = generate.run(config(num_examples=2, output_dir=tmp_path / name))
+        return {
+            file.relative_to(out).as_posix(): file.read_bytes()
+            for file in out.rglob("*")
+            if file.is_file()
+        }
+
+    offline = made("offline")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    assert made("online") == offline
+    for name, content in offline.items():
+        assert str(tmp_path).encode() not in content, name
 
 
 def test_rank_above_one_gives_a_column_for_each_rank(make_subject, config):

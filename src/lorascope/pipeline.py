@@ -16,9 +16,10 @@ from lorascope.activations.generate import GenerateConfig, SubjectOptions
 from lorascope.artifact import read_manifest, write_text
 from lorascope.config import option, pick
 from lorascope.dashboard.render import DashboardConfig
-from lorascope.errors import ArtifactError
+from lorascope.errors import ArtifactError, ConfigError
 from lorascope.features.collect import CollectConfig, CollectOptions
 from lorascope.sae.train import TrainConfig, TrainOptions
+from lorascope.sites import parse_adapter_types
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ def run(config: RunConfig) -> Path:
     out = config.output_dir
     if out.exists() and not out.is_dir():
         raise ArtifactError(f"{out} is a file, expected a folder; give another --output-dir")
+    _require_room(config)
     store, sae = out / "activations", out / "sae"
     index, page = out / "features.h5", out / "dashboard.html"
     stages: dict[str, Callable[[], Path]] = {
@@ -73,6 +75,21 @@ def run(config: RunConfig) -> Path:
     write_text(out / "summary.json", json.dumps({**summary, "seconds": seconds}, indent=1) + "\n")
     log.info("\n%s", table(summary, seconds))
     return page
+
+
+def _require_room(config: RunConfig) -> None:
+    """Raise ConfigError where k is more than the latents will be, before any work is done."""
+    from lorascope.subject.load import inspect_adapter
+
+    ranks: dict[str, int] = {}
+    for name, shape in inspect_adapter(config.lora_path).shapes.items():
+        if ".lora_A" in name:
+            projection = name.split(".lora_A", 1)[0].rsplit(".", 1)[-1]
+            ranks[projection] = ranks.get(projection, 0) + shape[0]
+    types = parse_adapter_types(config.adapter_types) or tuple(ranks)
+    d_sae = config.expansion_factor * sum(ranks.get(name, 0) for name in types)
+    if config.k > d_sae > 0:
+        raise ConfigError(f"--k is {config.k:g}, expected at most {d_sae}, the number of latents")
 
 
 def summarize(store: Path, sae: Path, index: Path, page: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ In: adapter, base model, dataset. Out: an activation store (a folder).
 """
 
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -22,7 +23,14 @@ import numpy as np
 
 from lorascope import runtime
 from lorascope.activations.store import KIND, SCHEMA, VOCABULARY, Rows, Vocabulary, write_shard
-from lorascope.artifact import building, digest_file, is_made, make_manifest, require_space
+from lorascope.artifact import (
+    building,
+    digest_file,
+    is_made,
+    make_manifest,
+    require_space,
+    write_text,
+)
 from lorascope.config import Config, option
 from lorascope.errors import DatasetError, NumberError
 from lorascope.sites import PROJECTIONS, SiteLayout, initials_of, parse_adapter_types
@@ -179,7 +187,7 @@ def run(config: GenerateConfig) -> Path:
                     _write(shard, rows, unit)
                 bar.update(sum(len(rollout.token_ids) for rollout in unit))
         vocabulary.save(build.path / VOCABULARY)
-        tokenizer.save_pretrained(build.path / "tokenizer")
+        _save_tokenizer(tokenizer, build.path / "tokenizer")
         content = {
             "n_rows": n_rows,
             "n_rollouts": len(rollouts),
@@ -333,6 +341,16 @@ def _vocabulary(tokenizer: Any, rollouts: list[Rollout]) -> Vocabulary:
     special = np.zeros(len(tokens), bool)
     special[special_ids(tokenizer)] = True
     return Vocabulary.of(tokens, special)
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save the tokenizer's files without what transformers notes of this machine and its cache."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    options = json.loads(file.read_text(encoding="utf-8"))
+    for key in ("local_files_only", "is_local", "name_or_path"):
+        options.pop(key, None)
+    write_text(file, json.dumps(options, indent=2, ensure_ascii=False) + "\n")
 
 
 def _digest_rollouts(rollouts: list[Rollout]) -> str:
