@@ -53,6 +53,22 @@ def test_what_another_made_is_never_overwritten_by_accident(tmp_path):
     assert (tmp_path / "a").read_text() == "precious"
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_somebody_elses_is_never_replaced(tmp_path, overwrite):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("precious")
+    with pytest.raises(ArtifactError, match="lorascope did not make, and is never replaced"):
+        make(tmp_path / "home", overwrite=overwrite)
+    identity = {"settings": SETTINGS, "parents": PARENTS, "overwrite": overwrite}
+    with (
+        pytest.raises(ArtifactError, match="never replaced"),
+        building(tmp_path / "home", "sae", **identity),
+    ):
+        pass
+    assert (tmp_path / "home" / "thesis.tex").read_text() == "precious"
+    assert [p.name for p in tmp_path.iterdir()] == ["home"]
+
+
 def test_unfinished_work_is_kept_for_the_same_settings_and_refused_for_others(tmp_path):
     identity = {"settings": SETTINGS, "parents": PARENTS}
     with (

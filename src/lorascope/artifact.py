@@ -145,8 +145,10 @@ def is_made(
 ) -> bool:
     """Say whether `out` is already what these settings make; False means: build it.
 
-    Raises ArtifactError when something else stands there and `overwrite` is off.
+    Raises ArtifactError when something else stands there and `overwrite` is off, and when a folder
+    that lorascope did not make stands there, whatever `overwrite` says.
     """
+    _require_replaceable(out)
     if overwrite or not (out.exists() or out.is_symlink()):
         return False
     if out.is_dir() and not any(out.iterdir()):
@@ -165,6 +167,15 @@ def is_made(
     else:
         return True
     raise ArtifactError(f"{out} {what}; give another output, or --overwrite to replace it")
+
+
+def _require_replaceable(out: Path) -> None:
+    """Raise ArtifactError at a folder of somebody else's: replacing it would delete their files."""
+    if out.is_dir() and any(out.iterdir()) and read_manifest(out) is None:
+        raise ArtifactError(
+            f"{out} is a folder with files that lorascope did not make, and is never replaced; "
+            "give another output"
+        )
 
 
 @dataclass(frozen=True)
@@ -210,7 +221,7 @@ def building(
     Raises ArtifactError when another process writes it, or when it holds unfinished work of
     other settings and `overwrite` is off.
     """
-    out = out.expanduser()
+    _require_replaceable(out)
     path = out.with_name(out.name + ".partial")
     identity = {"kind": kind, "settings": dict(settings), "parents": dict(parents)}
     try:
