@@ -15,7 +15,13 @@ SETTINGS, PARENTS = {"k": 1}, {"store": "abc"}
 
 def manifest(settings=SETTINGS, parents=PARENTS):
     return make_manifest(
-        "sae", 1, settings=settings, parents=parents, layout=None, content={"n": 1}
+        "sae",
+        1,
+        settings=settings,
+        parents=parents,
+        layout=None,
+        content={"n": 1},
+        files={"data": {"bytes": 1}},
     )
 
 
@@ -154,3 +160,13 @@ def test_a_single_file_replaces_the_old_one_at_once(tmp_path):
         build.publish_file("new")
     assert out.read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_what_a_kill_left_half_written_is_not_published(tmp_path):
+    for name in (".tmpCCZ4zL", "settings.json.tmp", "inside/shard-00000.h5.tmp"):
+        half = tmp_path / "a.partial" / name
+        half.parent.mkdir(parents=True, exist_ok=True)
+        half.write_bytes(b"half")
+    assert make(tmp_path / "a") is True
+    left = {path.name for path in (tmp_path / "a").rglob("*") if path.is_file()}
+    assert left == {"manifest.json", *read_manifest(tmp_path / "a")["files"]}

@@ -3,8 +3,9 @@
 1. `building` makes `NAME.partial/` beside the final name, locks it, and records the settings.
 2. The stage writes into that folder. Killed at any moment, it finds its finished pieces there
    when it runs again with the same settings.
-3. `publish_directory` writes `manifest.json` last, `publish_file` takes one file out; both sync to
-   disk and rename. What stands under the final name is therefore complete.
+3. `publish_directory` writes `manifest.json` last and keeps the files that it names, `publish_file`
+   takes one file out; both sync to disk and rename. What stands under the final name is therefore
+   complete, and nothing else is there.
 
 A manifest says what the artifact is (`kind`, `schema`), what decided it (`settings`, and the
 digests of its `parents`), what its columns mean (`layout`) and what it holds (`files` with size
@@ -186,10 +187,14 @@ class Build:
     path: Path
 
     def publish_directory(self, manifest: Mapping[str, Any]) -> Path:
-        """Write the manifest, and give the folder its final name."""
-        (self.path / _SETTINGS).unlink(missing_ok=True)
-        (self.path / _LOCK).unlink(missing_ok=True)
+        """Write the manifest, drop every file that it does not name, and give the folder its name.
+
+        Dropped are checkpoints, and what a kill left half written under a name of its own.
+        """
         write_text(self.path / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        for file in [path for path in self.path.rglob("*") if path.is_file()]:
+            if file.relative_to(self.path).as_posix() not in (MANIFEST, *manifest["files"]):
+                file.unlink()
         _sync(self.path)
         _clear(self.out)
         self.path.rename(self.out)
@@ -267,11 +272,16 @@ def _recorded(path: Path) -> dict[str, Any] | None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a whole file atomically: beside its name, synced, then renamed."""
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", encoding="utf-8") as file:
+    with replacing(path) as beside, beside.open("w", encoding="utf-8") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+
+
+@contextmanager
+def replacing(path: Path) -> Generator[Path]:
+    """Yield the name to write a file under; it is then synced and takes the name `path`."""
+    beside = path.with_name(path.name + ".tmp")
+    yield beside
+    _sync(beside)
     beside.replace(path)
 
 

@@ -13,7 +13,6 @@ In: adapter, base model, dataset. Out: an activation store (a folder).
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from lorascope.artifact import (
     digest_file,
     is_made,
     make_manifest,
+    replacing,
     require_space,
     write_text,
 )
@@ -321,18 +321,15 @@ def _require_repeatable(reader: "RowReader", rollout: Rollout) -> None:
 
 
 def _write(shard: Path, rows: Rows, unit: list[Rollout]) -> None:
-    beside = shard.with_suffix(".tmp")
-    write_shard(
-        beside,
-        rows,
-        np.concatenate([rollout.token_ids for rollout in unit]),
-        np.concatenate([rollout.roles for rollout in unit]),
-        [len(rollout.token_ids) for rollout in unit],
-        [rollout.id for rollout in unit],
-    )
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
-    beside.replace(shard)
+    with replacing(shard) as beside:
+        write_shard(
+            beside,
+            rows,
+            np.concatenate([rollout.token_ids for rollout in unit]),
+            np.concatenate([rollout.roles for rollout in unit]),
+            [len(rollout.token_ids) for rollout in unit],
+            [rollout.id for rollout in unit],
+        )
 
 
 def _vocabulary(tokenizer: Any, rollouts: list[Rollout]) -> Vocabulary:
@@ -363,16 +360,11 @@ def _digest_rollouts(rollouts: list[Rollout]) -> str:
 
 
 def _files_of(folder: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(
-        f
-        for f in folder.rglob("*")
-        if f.is_file() and f.suffix in (".h5", ".json", ".jinja", ".txt")
-    )
+    files = sorted([*folder.glob("*.h5"), *(folder / "tokenizer").iterdir()])
     return {
         file.relative_to(folder).as_posix(): {
             "bytes": file.stat().st_size,
             "sha256": digest_file(file),
         }
         for file in files
-        if file.name not in ("settings.json", "manifest.json")
     }

@@ -242,11 +242,8 @@ class SAE:
         with building(out, KIND, **identity, overwrite=overwrite) as build:
             return self.publish(build)
 
-    def publish(self, build: Build, *, drop: str = "") -> Path:
-        """Write the SAE into a folder opened by `artifact.building`, and give it its name.
-
-        `drop` names a file of the unfinished work that is removed once the SAE is written.
-        """
+    def publish(self, build: Build) -> Path:
+        """Write the SAE into a folder opened by `artifact.building`, and give it its name."""
         self._require_threshold()
         if build.out.suffix == ".pt":
             (build.path / "sae.pt").write_bytes(self._archive())
@@ -259,8 +256,6 @@ class SAE:
             for name in (SAELENS_CONFIG, WEIGHTS)
             for file in [build.path / name]
         }
-        if drop:
-            (build.path / drop).unlink(missing_ok=True)
         return build.publish_directory({**self.manifest, "files": files})
 
     def _archive(self) -> bytes:

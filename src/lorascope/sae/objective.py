@@ -14,7 +14,6 @@
 import json
 import logging
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from jaxtyping import Bool, Float, Float64
 from safetensors import safe_open
 from torch import Tensor
 
+from lorascope.artifact import replacing
 from lorascope.errors import ArtifactError, ConfigError, NumberError
 from lorascope.sae.evaluate import ColumnMoments, Columns
 from lorascope.sae.sparsity import batch_topk
@@ -243,12 +243,9 @@ class Trainer:
                 tensors[f"adam.{key}.{name}"] = value
         tensors |= {"silent_tokens": self.silent_tokens, "running": self.running}
         state = json.dumps({"step": self.step, "log": self.log})
-        beside = path.with_name(path.name + ".tmp")
         here = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        safetensors.torch.save_file(here, beside, metadata={"state": state})
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        beside.replace(path)
+        with replacing(path) as beside:
+            safetensors.torch.save_file(here, beside, metadata={"state": state})
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint, where there is one."""

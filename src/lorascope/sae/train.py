@@ -231,7 +231,7 @@ def _train(
     report = evaluate(sae, read_blocks(store, held_out))
     report["train"] = trainer.means()
     _log_report(report, n_train, config)
-    return sae.sealed(report=report).publish(build, drop=_CHECKPOINT)
+    return sae.sealed(report=report).publish(build)
 
 
 def auto_lr(d_in: int) -> float:
