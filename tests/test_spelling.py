@@ -1,0 +1,99 @@
+"""The bytes of a text's tokens, joined, are what the tokenizer itself decodes (pitfall 19)."""
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from lorascope.subject.spelling import special_ids, token_bytes
+
+TEXTS = [
+    "Hello world", "  two leading spaces", "a\tb\n\n  c \n", "🎉 👩‍👩‍👧 flags 🇫🇷",
+    "漢字かな交じり文。", "مرحبا بالعالم", "e\u0301a\u0308 na\u00efve", "x\u200by \ufeff z",
+    "<tool> a <tool>b", "\x00\x01", "▁ and Ġ and Ċ", "", "<0x41> is no A", "it is 7 <|end|> 7 77",
+]  # fmt: skip
+
+
+def byte_level():
+    from tokenizers import trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(["Hello world, hello there"], trainer)
+    return tokenizer
+
+
+def sentencepiece(kind, *, prefix):
+    """A tiny vocabulary of pieces and the 256 bytes, as Gemma (no prefix) or Llama 2 has it."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += ["▁", "▁Hello", "▁world", "▁▁", "e", "l", "o", "漢", "字", "▁and", "H", "▁H", "el"]
+    if kind == "unigram":
+        scores: list[tuple[str, float]] = [(piece, -float(i)) for i, piece in enumerate(pieces)]
+        tokenizer = Tokenizer(models.Unigram(scores, unk_id=0, byte_fallback=True))
+    else:
+        vocabulary = {piece: i for i, piece in enumerate(pieces)}
+        merges = [("e", "l"), ("▁", "▁"), ("▁", "H")]
+        tokenizer = Tokenizer(
+            models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+        )
+    end = [decoders.ByteFallback(), decoders.Fuse()]
+    if prefix:
+        before = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        tokenizer.normalizer = normalizers.Sequence(before)
+        end.append(decoders.Strip(" ", 1, 0))
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), *end])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+        metaspace = decoders.Metaspace(prepend_scheme="never")
+        tokenizer.decoder = decoders.Sequence([metaspace, *end])
+    return tokenizer
+
+
+def fast(tokenizer):
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
+    tokenizer.add_tokens([AddedToken(content, normalized=False) for content in ("<tool>", " 7")])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("kind", ["byte level", "unigram", "bpe", "bpe with a prefix"])
+def test_joined_bytes_are_what_the_tokenizer_decodes(kind, text):  # pitfall 19
+    prefix = kind.endswith("prefix")
+    made = byte_level() if kind == "byte level" else sentencepiece(kind.split()[0], prefix=prefix)
+    tokenizer = fast(made)
+    ids = tokenizer(text + "<|end|>", add_special_tokens=False)["input_ids"]
+    tokens = token_bytes(tokenizer)
+    assert tokenizer.unk_token_id not in ids
+    joined = b"".join(tokens[token_id] for token_id in ids)
+    decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    # Llama 2 puts a space before a text, and its own decoding of a whole text takes it off again.
+    assert joined.decode().removeprefix(" " * prefix) == decoded
+    if kind == "byte level":  # SentencePiece cannot tell a space from U+2581
+        assert decoded == text + "<|end|>"
+
+
+def test_one_character_may_be_several_tokens_and_none_is_garbage():  # pitfall 19
+    for made in (byte_level(), sentencepiece("unigram", prefix=False)):
+        tokenizer = fast(made)
+        tokens = token_bytes(tokenizer)
+        pieces = [tokens[i] for i in tokenizer("🎉", add_special_tokens=False)["input_ids"]]
+        assert pieces == [bytes([byte]) for byte in "🎉".encode()]
+
+
+def test_without_byte_fallback_a_byte_in_brackets_is_a_word():
+    tokenizer = Tokenizer(models.BPE({"<unk>": 0, "<0x41>": 1, "▁a": 2}, []))
+    tokenizer.decoder = decoders.Metaspace()
+    assert token_bytes(fast(tokenizer))[:3] == [b"<unk>", b"<0x41>", b" a"]
+    tokenizer = Tokenizer(models.BPE({"<unk>": 0, "▁a": 1}, []))
+    assert token_bytes(fast(tokenizer))[1] == "▁a".encode()
+
+
+def test_ids_without_a_token_have_no_bytes_and_special_ones_are_known():
+    tokenizer = fast(byte_level())
+    n = len(tokenizer)
+    assert token_bytes(tokenizer, n + 2)[n:] == [b"", b""]
+    assert [token_bytes(tokenizer)[i] for i in special_ids(tokenizer)] == [b"<|end|>"]
