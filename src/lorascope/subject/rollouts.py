@@ -1,37 +1,53 @@
-"""Texts as the model sees them: records of a dataset, rendered once into token ids with roles.
+"""Texts as the model sees them: the token ids of a dataset's records, and whose each token is.
 
-1. `read_records` takes a local file (JSON, JSONL, Parquet, text) or a hub data set.
-2. `render` turns a record into the text that the model is run on and says which spans are whose.
-3. `tokenize` gives token ids and the role of every token; template headers and special tokens
-   are `special`.
+1. records.py reads the records, template.py renders each into a text with spans.
+2. Texts are tokenised in batches. A token has the role of the first of its characters that is in a
+   span; template headers and special tokens are `special`.
+3. What is broken, empty or a repetition is left out, counted and named in the log.
 
-The s1 form is the one that s1 models are trained on (simplescaling/s1, `data/tokenization.py`): the
-tokenizer's chat template around the question, then `<|im_start|>think` and `<|im_start|>answer`
-inside the assistant's turn, the answer led by `Answer: ` where it does not say so itself.
+For texts that the model writes itself there are `load_prompts` and `roles_of_sampled`; `windows`
+cuts texts that are longer than the model's context.
 """
 
-import json
+import hashlib
 import logging
-import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from itertools import chain
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from lorascope import runtime
 from lorascope.errors import DatasetError
+from lorascope.subject.forms import Span, sections
+from lorascope.subject.records import Record, RecordError, Records, read_records
+from lorascope.subject.spelling import special_ids, speller, token_bytes
+from lorascope.subject.template import Rendered, Renderer
+
+__all__ = [
+    "ROLES",
+    "Rollout",
+    "load_prompts",
+    "load_rollouts",
+    "roles_of_sampled",
+    "special_ids",
+    "token_bytes",
+    "tokenize",
+    "windows",
+]
 
 log = logging.getLogger(__name__)
 
 ROLES = ("system", "user", "think", "answer", "special", "text")
-TEMPLATES = ("auto", "s1", "chat", "text")
-Record = dict[str, Any]
-_FILE_TYPES = (".json", ".jsonl", ".parquet", ".txt", ".text")
-_S1 = ("question", "deepseek_thinking_trajectory", "deepseek_attempt")
-_PAIRS = (("question", "answer"), ("prompt", "completion"), ("instruction", "output"))
-_HEADERS = {"system", "user", "assistant", "developer"}
+_SPECIAL = ROLES.index("special")
+_CHUNK = 256  # texts tokenised in one call, by the tokenizer's own threads
+_NAMED = 5  # repetitions that the log names
+
+TokenIds = npt.NDArray[np.int32]
+Roles = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -39,301 +55,229 @@ class Rollout:
     """One text ready for the model: `token_ids (n,)`, `roles (n,)` as indices into `ROLES`."""
 
     id: int
-    token_ids: npt.NDArray[np.int32]
-    roles: npt.NDArray[np.uint8]
+    token_ids: TokenIds
+    roles: Roles
 
 
-def read_records(dataset: str, split: str, limit: int | None) -> list[tuple[int, Record]]:
-    """Return `(number in the dataset, record)` of at most `limit` first records.
+def load_rollouts(
+    *,
+    dataset: str,
+    split: str,
+    limit: int | None,
+    template: str,
+    duplicates: Literal["drop", "keep"],
+    tokenizer: Any,
+) -> tuple[list[Rollout], dict[str, int]]:
+    """Return the usable rollouts of a dataset's first `limit` records, in order, and counts.
 
-    Raises DatasetError when the file or hub data set cannot be read, names the line of a broken
-    JSONL record, and refuses a dataset without records.
+    Counts: records left out as `empty`, `broken` or `duplicate` (the same token ids as an earlier
+    one); and where there are any, parts of messages whose roles are unknown because the template
+    rewrites them (`unknown_roles`), or that the template leaves out (`left_out_by_template`).
+
+    Raises DatasetError when no record, or less than half of them, can be used.
     """
-    path = Path(dataset).expanduser()
-    if path.suffix.lower() in _FILE_TYPES or path.exists() or _looks_like_path(dataset):
-        records = _read_file(path, limit)
-    else:
-        records = _read_hub(dataset, split, limit)
-    if not records:
-        raise DatasetError(f"dataset {dataset} holds no records; give one with texts")
-    return records
+    records = read_records(dataset, split, limit)
+    return _load(records, Renderer(tokenizer, template), drop=duplicates == "drop")
 
 
-def form_of(record: Record, where: str) -> str:
-    """Return the template that a record's fields ask for: `s1`, `chat` or `text`."""
-    if _s1_parts(record) is not None:
-        return "s1"
-    if "messages" in record or any(set(pair) <= record.keys() for pair in _PAIRS):
-        return "chat"
-    if "text" in record:
-        return "text"
-    raise DatasetError(
-        f"{where} has the fields {', '.join(sorted(map(str, record))) or 'none'}; expected "
-        f"{' + '.join(_S1)} (s1), messages or question + answer (chat), or text"
-    )
+def load_prompts(
+    *, dataset: str, split: str, limit: int | None, template: str, tokenizer: Any
+) -> tuple[list[Rollout], dict[str, int]]:
+    """Return what the model is to continue, for each record, and counts as `load_rollouts`.
 
-
-def render(
-    record: Record, template: str, tokenizer: Any, where: str
-) -> tuple[str, list[tuple[int, int, str]]]:
-    """Return the text of a record and the spans `(start, stop, role)` of its contents.
-
-    Raises DatasetError when the record lacks the fields of the template or holds no string there.
+    A chat ends where the assistant's last turn begins, an s1 chat behind `<|im_start|>think`; a
+    plain text is a prompt as a whole. Equal prompts are all kept.
     """
-    form = form_of(record, where) if template == "auto" else template
-    if form == "text":
-        text = _string(record, "text", where)
-        return text, [(0, len(text), "text")]
-    messages, contents = _s1_messages(record, where) if form == "s1" else _chat(record, where)
-    if not messages:
-        return "", []
-    if tokenizer.chat_template is None:
-        raise DatasetError(
-            f"the tokenizer has no chat template, which {where} needs; give --template text "
-            "and a text field"
+    records = read_records(dataset, split, limit)
+    return _load(records, Renderer(tokenizer, template, prompts=True), drop=False)
+
+
+def tokenize(texts: Sequence[Rendered], tokenizer: Any) -> list[tuple[TokenIds, Roles]]:
+    """Return the token ids and roles of rendered texts.
+
+    Only plain text gets the tokenizer's own special tokens, and no second BOS where it begins with
+    one: a rendered chat has what its template gives it.
+    """
+    special = _special_table(tokenizer)
+    out: list[tuple[TokenIds, Roles] | None] = [None] * len(texts)
+    for plain in (False, True):
+        places = [i for i, text in enumerate(texts) if text.plain == plain]
+        if not places:
+            continue
+        encoded = tokenizer(
+            [texts[i].text for i in places],
+            add_special_tokens=plain,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
         )
-    text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    spans: list[tuple[int, int, str]] = []
-    position = 0
-    for content, role in contents:
-        found = text.find(content, position) if content else -1
-        if found >= 0:
-            position = found + len(content)
-            spans.append((found, position, role))
-    if spans and spans[0][2] != "system":
-        spans = _default_system(text[: spans[0][0]], tokenizer) + spans
-    return text, spans
+        for i, ids, offsets in zip(
+            places, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        ):
+            token_ids = np.array(ids, np.int32)
+            bounds = np.fromiter(chain.from_iterable(offsets), np.int64).reshape(-1, 2)
+            roles = _roles(len(texts[i].text), texts[i].spans, bounds[:, 0], bounds[:, 1])
+            roles[special[np.minimum(token_ids, len(special) - 1)]] = _SPECIAL
+            twice = plain and len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id
+            out[i] = token_ids[int(twice) :], roles[int(twice) :]
+    return [pair for pair in out if pair is not None]
 
 
-def tokenize(
-    text: str, spans: Sequence[tuple[int, int, str]], tokenizer: Any
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]:
-    """Return token ids and roles of a rendered text; a token has the role of its first character.
+def roles_of_sampled(prompt: Rollout, sampled_ids: npt.NDArray[Any], tokenizer: Any) -> Roles:
+    """Return the roles of tokens that the model wrote behind a prompt.
 
-    Only plain text gets the tokenizer's own special tokens: a rendered chat holds them already.
+    `think` from the prompt's or the model's own opening of it to `<|im_start|>answer` or
+    `</think>`, else `answer`. The ids are taken as they are and never tokenised anew.
     """
-    plain = len(spans) == 1 and spans[0][2] == "text"
-    encoded = tokenizer(text, add_special_tokens=plain, return_offsets_mapping=True)
-    ids = np.array(encoded["input_ids"], np.int32)
-    by_character = np.full(len(text) + 1, ROLES.index("special"), np.uint8)
+    n_header = int(np.argmax(np.append(prompt.roles[::-1] != _SPECIAL, True)))
+    header = prompt.token_ids[len(prompt.token_ids) - n_header :]
+    ids = np.concatenate([header, sampled_ids]).astype(np.int64)
+    spell = speller(tokenizer)
+    # A model may write ids that its tokenizer does not have: these are spelled with nothing.
+    pieces = [spell(token or "") for token in tokenizer.convert_ids_to_tokens(ids.tolist())]
+    ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
+    starts = np.concatenate([np.zeros(1, np.int64), ends])[:-1]
+    # One character for each byte: what is searched for is ASCII, and tokens may split characters.
+    text = b"".join(pieces).decode("latin-1")
+    white = " \t\r\n\f\v" if n_header else ""  # behind plain text it is no template's
+    roles = _roles(len(text), sections(text, "answer", white), starts, ends)
+    special = _special_table(tokenizer)
+    roles[special[np.minimum(ids, len(special) - 1)]] = _SPECIAL
+    return roles[n_header:]
+
+
+def windows(n_tokens: int, longest: int) -> list[tuple[int, int, int]]:
+    """Cut a text into windows `(start, stop, keep_from)` of at most `longest` tokens, in order.
+
+    All three count from the text's start. Rows of `[keep_from, stop)` are kept, so every token is
+    read once; each window after the first begins half a window before the end of the one before,
+    so a kept token has at least half a window before it, or the whole text that there is.
+    """
+    if n_tokens <= longest:
+        return [(0, n_tokens, 0)] if n_tokens else []
+    if longest < 2:
+        raise ValueError(f"windows of {longest} token overlap nowhere; at least 2 are needed")
+    overlap = (longest + 1) // 2
+    out = [(0, longest, 0)]
+    while (end := out[-1][1]) < n_tokens:
+        out.append((end - overlap, min(end - overlap + longest, n_tokens), end))
+    return out
+
+
+def _load(
+    records: Records, renderer: Renderer, *, drop: bool
+) -> tuple[list[Rollout], dict[str, int]]:
+    rollouts: list[Rollout] = []
+    broken, forms, counts = dict(records.broken), Counter[str](), Counter[str]()
+    seen: set[bytes] = set()
+    repeated: list[int] = []
+    with runtime.progress(len(records.usable), "tokenize", "texts") as bar:
+        for first in range(0, len(records.usable), _CHUNK):
+            chunk = records.usable[first : first + _CHUNK]
+            rendered = _render(chunk, renderer, broken, counts)
+            texts = tokenize(list(rendered.values()), renderer.tokenizer)
+            for (number, text), (token_ids, roles) in zip(rendered.items(), texts, strict=True):
+                forms[text.form] += 1
+                if not len(token_ids):
+                    counts["empty"] += 1
+                    continue
+                digest = hashlib.blake2b(token_ids.tobytes(), digest_size=16).digest()
+                if drop and digest in seen:
+                    repeated.append(number)
+                    continue
+                seen.add(digest)
+                counts["unknown_roles"] += text.n_unknown
+                counts["left_out_by_template"] += text.n_left_out
+                rollouts.append(Rollout(number, token_ids, roles))
+            bar.update(len(chunk))
+    records.report(broken)
+    counts.update(broken=len(broken), duplicate=len(repeated), empty=0)
+    _report(records, counts, forms, repeated)
+    if not rollouts:
+        raise DatasetError(
+            f"dataset {records.name}: none of {len(records)} records gives a text: "
+            f"{counts['empty']} empty, {counts['broken']} broken; give one with texts"
+        )
+    always = ("empty", "broken", "duplicate")
+    more = ("unknown_roles", "left_out_by_template")
+    return rollouts, {name: counts[name] for name in (*always, *(m for m in more if counts[m]))}
+
+
+def _render(
+    chunk: Sequence[tuple[int, Record]],
+    renderer: Renderer,
+    broken: dict[int, str],
+    counts: Counter[str],
+) -> dict[int, Rendered]:
+    """Return the texts of records by number; note the broken ones and count the empty ones."""
+    out: dict[int, Rendered] = {}
+    for number, record in chunk:
+        try:
+            rendered = renderer.render(record)
+        except RecordError as error:
+            broken[number] = str(error)
+            continue
+        if rendered.text.strip():
+            out[number] = rendered
+        else:
+            counts["empty"] += 1
+    return out
+
+
+def _report(
+    records: Records, counts: Counter[str], forms: Counter[str], repeated: Sequence[int]
+) -> None:
+    """Say in the log what was left out and why."""
+    n = len(records)
+    if len(forms) > 1:
+        found = ", ".join(f"{count} {form}" for form, count in forms.most_common())
+        log.warning("records of %s have several forms: %s", records.name, found)
+    if counts["empty"]:
+        log.warning("left out %d empty of %d records", counts["empty"], n)
+    if repeated:
+        named = ", ".join(map(str, repeated[:_NAMED])) + ", ..." * (len(repeated) > _NAMED)
+        log.warning(
+            "left out %d of %d records whose tokens are those of an earlier one: %s; "
+            "--duplicates keep takes them",
+            *(len(repeated), n, named),
+        )
+    if counts["unknown_roles"]:
+        log.warning(
+            "roles of %d parts of messages are unknown: the template rewrites them; what stands "
+            "in their place has the role text",
+            counts["unknown_roles"],
+        )
+    if counts["left_out_by_template"]:
+        log.warning(
+            "the template leaves out %d parts of messages (earlier thinking, say): the model does "
+            "not read them",
+            counts["left_out_by_template"],
+        )
+
+
+def _roles(
+    n_characters: int,
+    spans: Sequence[Span],
+    starts: npt.NDArray[np.int64],
+    stops: npt.NDArray[np.int64],
+) -> Roles:
+    """Return the role of each token `[start, stop)`: that of its first character in a span.
+
+    A token's first character may be the white space before a word, which is in no span.
+    """
+    by_character = np.full(n_characters + 1, _SPECIAL, np.uint8)
     for start, stop, role in spans:
         by_character[start:stop] = ROLES.index(role)
-    starts = np.array([start for start, _ in encoded["offset_mapping"]], np.int64).reshape(-1)
-    roles = by_character[starts] if len(ids) else np.zeros(0, np.uint8)
-    special = np.isin(ids, np.array(special_ids(tokenizer), np.int32))
-    roles[special] = ROLES.index("special")
-    return ids, roles
+    places = np.where(by_character == _SPECIAL, n_characters, np.arange(n_characters + 1))
+    following = np.minimum.accumulate(places[::-1])[::-1]  # the next character in a span
+    first = following[starts]
+    return by_character[np.where(first < stops, first, starts)]
 
 
-def special_ids(tokenizer: Any) -> list[int]:
-    """Return the ids of all tokens that never stand for text."""
-    added = tokenizer.added_tokens_decoder
-    marked = {token_id for token_id, token in added.items() if token.special}
-    return sorted(marked | set(tokenizer.all_special_ids))
-
-
-def token_bytes(tokenizer: Any, n_tokens: int = 0) -> list[bytes]:
-    """Return the raw bytes of every token, in id order; ids without a token give `b""`.
-
-    Byte-level vocabularies (GPT-2, Qwen, Llama 3) spell bytes as printable characters, and
-    SentencePiece ones (Llama 2, Gemma) write a space as U+2581 and single bytes as `<0xNN>`.
-    """
-    vocabulary: dict[str, int] = tokenizer.get_vocab()
-    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    byte_level = backend is not None and '"ByteLevel"' in json.dumps(
-        json.loads(backend.to_str())["decoder"]
-    )
-    alphabet = {character: byte for byte, character in _byte_alphabet().items()}
-    tokens = [b""] * max(n_tokens, max(vocabulary.values(), default=-1) + 1)
-    for token, token_id in vocabulary.items():
-        if token in added:
-            tokens[token_id] = token.encode()
-        elif byte_level and all(character in alphabet for character in token):
-            tokens[token_id] = bytes(alphabet[character] for character in token)
-        elif match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token):
-            tokens[token_id] = bytes([int(match.group(1), 16)])
-        else:
-            tokens[token_id] = token.replace("\u2581", " ").encode("utf-8", "replace")
-    return tokens
-
-
-def _byte_alphabet() -> dict[int, str]:
-    """Return the printable character that byte-level BPE writes for each byte.
-
-    The 188 bytes that are printable in Latin-1 stand for themselves, the others follow from 256.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {byte: chr(byte) for byte in printable}
-    table.update({byte: chr(256 + i) for i, byte in enumerate(others)})
+def _special_table(tokenizer: Any) -> npt.NDArray[np.bool_]:
+    """Return for each id whether it never stands for text; the last entry is for ids above."""
+    ids = special_ids(tokenizer)
+    table = np.zeros(max(ids, default=-1) + 2, bool)
+    table[ids] = True
     return table
-
-
-def _looks_like_path(name: str) -> bool:
-    return name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1
-
-
-def _read_file(path: Path, limit: int | None) -> list[tuple[int, Record]]:
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise DatasetError(f"dataset file {path} {what}; give a {', '.join(_FILE_TYPES)} file")
-    suffix = path.suffix.lower()
-    try:
-        if suffix == ".parquet":
-            return _read_parquet(path, limit)
-        if suffix == ".json":
-            return _read_json(path, limit)
-        with path.open(encoding="utf-8-sig") as file:
-            if suffix == ".jsonl":
-                return list(_read_lines(file, path, limit))
-            if suffix in (".txt", ".text"):
-                lines = enumerate(line.rstrip("\r\n") for line in file)
-                return [(i, {"text": line}) for i, line in lines if limit is None or i < limit]
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from error
-    raise DatasetError(
-        f"{path} has the suffix {suffix or 'none'}; expected {', '.join(_FILE_TYPES)}"
-    )
-
-
-def _read_lines(file: Any, path: Path, limit: int | None) -> Iterator[tuple[int, Record]]:
-    number = 0
-    for line_number, line in enumerate(file, start=1):
-        if limit is not None and number >= limit:
-            return
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DatasetError(f"{path}, line {line_number} is not JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise DatasetError(f"{path}, line {line_number} is no JSON object with named fields")
-        yield number, record
-        number += 1
-
-
-def _read_json(path: Path, limit: int | None) -> list[tuple[int, Record]]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        if isinstance(error, UnicodeDecodeError):
-            raise
-        raise DatasetError(f"{path} is not JSON: {error}") from error
-    if isinstance(data, dict):
-        lists = [value for value in data.values() if isinstance(value, list)]
-        data = lists[0] if len(lists) == 1 else data
-    if not isinstance(data, list) or not all(isinstance(record, dict) for record in data):
-        raise DatasetError(f"{path} is no list of JSON objects; give one object per text")
-    return list(enumerate(data[:limit]))
-
-
-def _read_parquet(path: Path, limit: int | None) -> list[tuple[int, Record]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise DatasetError(f"{path} is not Parquet: {error}") from error
-    return list(enumerate(table.slice(0, limit).to_pylist()))
-
-
-def _read_hub(dataset: str, split: str, limit: int | None) -> list[tuple[int, Record]]:
-    import datasets
-
-    try:
-        data = datasets.load_dataset(dataset, split=split)
-    except Exception as error:  # any of a dozen types, all of which mean: it cannot be had
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DatasetError(
-            f"hub data set {dataset} cannot be loaded ({reason}); check the name, the network "
-            "and your login, or give a local file"
-        ) from error
-    n_rows = len(data) if limit is None else min(limit, len(data))
-    return [(i, dict(data[i])) for i in range(n_rows)]
-
-
-def _s1_parts(record: Record) -> tuple[Any, Any, Any] | None:
-    if set(_S1) <= record.keys():
-        return record[_S1[0]], record[_S1[1]], record[_S1[2]]
-    if {"question", "thinking_trajectories", "attempt"} <= record.keys():
-        thinking = record["thinking_trajectories"]
-        thinking = "\n".join(thinking) if isinstance(thinking, list) else thinking
-        return record["question"], thinking, record["attempt"]
-    return None
-
-
-def _s1_messages(record: Record, where: str) -> tuple[list[dict[str, str]], list[tuple[str, str]]]:
-    parts = _s1_parts(record)
-    if parts is None:
-        raise DatasetError(
-            f"{where} lacks the s1 fields {' + '.join(_S1)}; it has {', '.join(sorted(record))}"
-        )
-    for name, part in zip(_S1, parts, strict=True):
-        if not isinstance(part, str):
-            raise DatasetError(f"{where}: field {name} is {type(part).__name__}, expected text")
-    question, thinking, attempt = (part.strip() for part in parts)
-    if not (question and thinking and attempt):
-        return [], []
-    answer = attempt if "Answer:" in attempt else "Answer: " + attempt
-    assistant = f"<|im_start|>think\n{thinking}\n<|im_start|>answer\n{answer}"
-    messages = [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": assistant},
-    ]
-    return messages, [(question, "user"), (thinking, "think"), (answer, "answer")]
-
-
-def _chat(record: Record, where: str) -> tuple[list[dict[str, str]], list[tuple[str, str]]]:
-    if "messages" in record:
-        messages = record["messages"]
-        if not isinstance(messages, list) or not all(
-            isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m
-            for m in messages
-        ):
-            raise DatasetError(f"{where}: messages is no list of objects with role and content")
-    else:
-        pair = next((pair for pair in _PAIRS if set(pair) <= record.keys()), None)
-        if pair is None:
-            raise DatasetError(
-                f"{where} has no messages and no question + answer; it has "
-                f"{', '.join(sorted(record))}"
-            )
-        user, assistant = (_string(record, name, where) for name in pair)
-        if not user.strip() or not assistant.strip():
-            return [], []
-        messages = [
-            {"role": "user", "content": user},
-            {"role": "assistant", "content": assistant},
-        ]
-    role_of = {"system": "system", "developer": "system", "assistant": "answer"}
-    contents = [(m["content"].strip(), role_of.get(m["role"], "user")) for m in messages]
-    return messages, contents
-
-
-def _string(record: Record, name: str, where: str) -> str:
-    value = record.get(name)
-    if not isinstance(value, str):
-        found = "missing" if value is None else type(value).__name__
-        raise DatasetError(f"{where}: field {name} is {found}, expected text")
-    return value
-
-
-def _default_system(prefix: str, tokenizer: Any) -> list[tuple[int, int, str]]:
-    """Find the system prompt that the template itself puts before the first message."""
-    specials = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
-    pattern = "|".join(re.escape(token) for token in specials)
-    spans: list[tuple[int, int, str]] = []
-    position = 0
-    pieces = re.split(f"({pattern})", prefix) if pattern else [prefix]
-    for piece in pieces:
-        first, _, rest = piece.partition("\n")
-        skipped = len(first) + 1 if first.strip() in _HEADERS else 0
-        content = rest if skipped else piece
-        if content.strip() and content.strip() not in _HEADERS and piece not in specials:
-            start = position + skipped + len(content) - len(content.lstrip())
-            spans.append((start, start + len(content.strip()), "system"))
-        position += len(piece)
-    return spans
