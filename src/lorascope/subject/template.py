@@ -36,7 +36,6 @@ from lorascope.subject.forms import (
 from lorascope.subject.records import Record, RecordError
 from lorascope.subject.spelling import special_ids
 
-TEMPLATES = ("auto", "s1", "chat", "text")
 # Templates that write today's date would give another text every day. The 26th of July 2024 is
 # what Llama 3's own template falls back to.
 _DATE = {"%d": "26", "%-d": "26", "%e": "26", "%m": "07", "%-m": "7", "%y": "24", "%Y": "2024"}
