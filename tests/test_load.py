@@ -1,46 +1,30 @@
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from subjects import (
+    CPU,
+    change_adapter,
+    load,
+    logits_of,
+    map_of,
+    refused,
+    rows_of,
+    save_adapter,
+)
+from transformers import AutoModelForCausalLM
 
 from lorascope.errors import AdapterError
-from lorascope.subject.load import (
-    CONFIG,
-    WEIGHTS,
-    find_base,
-    inspect_adapter,
-    load_subject,
-    load_tokenizer,
-)
-
-CPU = torch.device("cpu")
-
-
-def load(adapter_dir, base_dir, dtype="auto"):
-    adapter = inspect_adapter(str(adapter_dir))
-    base = find_base(adapter, str(base_dir) if base_dir else None)
-    return load_subject(adapter, base, load_tokenizer(adapter, base), CPU, dtype)
+from lorascope.subject.load import CONFIG, WEIGHTS, find_base, inspect_adapter, load_tokenizer
 
 
 @pytest.fixture
 def broken(subject_dirs, tmp_path):
     """Return a function that copies the adapter, changes its tensors and config, and names both."""
-    base, adapter = subject_dirs
-
-    def change(tensors=None, **config):
-        copy = tmp_path / "adapter"
-        shutil.copytree(adapter, copy, dirs_exist_ok=True)
-        shutil.copytree(base, tmp_path / "base", dirs_exist_ok=True)
-        if tensors is not None:
-            save_file(tensors(load_file(copy / WEIGHTS)), copy / WEIGHTS)
-        if config:
-            data = json.loads((copy / CONFIG).read_text())
-            (copy / CONFIG).write_text(json.dumps({**data, **config}))
-        return copy, base
-
-    return change
+    return partial(change_adapter, subject_dirs, tmp_path)
 
 
 def test_the_layout_says_scale_and_norm_of_every_site(subject_dirs):
@@ -56,7 +40,7 @@ def test_the_layout_says_scale_and_norm_of_every_site(subject_dirs):
 
 
 def test_rank_alpha_and_rslora_patterns_are_read_from_the_live_module(make_subject):
-    base, adapter = make_subject(
+    base, adapter = make_subject(  # pitfall 24
         r=4, use_rslora=True, rank_pattern={"q_proj": 2}, alpha_pattern={"up_proj": 8}
     )
     sites = {site.projection: site for site in load(adapter, base).layout.sites}
@@ -90,16 +74,6 @@ def test_the_adapters_own_tokenizer_comes_first(broken):
     adapter = inspect_adapter(str(adapter_dir))
     found = find_base(adapter, str(base))
     assert load_tokenizer(adapter, found).name_or_path == str(adapter_dir)
-
-
-def refused(adapter_dir, base, *words):
-    with pytest.raises(AdapterError) as caught:
-        load(adapter_dir, base)
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message
-    return message
 
 
 def test_a_folder_that_is_not_there_names_the_nearest_and_never_asks_the_hub(subject_dirs):
@@ -136,55 +110,11 @@ def test_a_damaged_weights_file_is_named(broken):
     refused(adapter_dir, base, WEIGHTS, "damaged")
 
 
-def test_missing_and_extra_tensors_are_counted_and_named(broken):
-    def drop(tensors):
-        name = sorted(tensors)[3]
-        return {key: value for key, value in tensors.items() if key != name}
-
-    adapter_dir, base = broken(tensors=drop)
-    refused(adapter_dir, base, "lacks 1 tensors", "lora_")
-    adapter_dir, base = broken(
-        tensors=lambda t: {**t, "base_model.model.x.lora_A.weight": torch.ones(1)}
-    )
-    message = refused(adapter_dir, base)
-    assert "lacks" in message or "unknown" in message
-
-
-def test_renamed_tensors_are_an_error_not_a_random_adapter(broken):
-    adapter_dir, base = broken(
-        tensors=lambda t: {
-            k.replace("base_model.model.", "base_model.model.wrapped."): v for k, v in t.items()
-        }
-    )
-    refused(adapter_dir, base, "lacks 28 tensors", "wrapper's prefix")
-
-
 def test_empty_tensors_are_named_with_their_cause(broken):
     adapter_dir, base = broken(
         tensors=lambda t: {k: v[:0] if "0.mlp.up_proj.lora_B" in k else v for k, v in t.items()}
     )
     refused(adapter_dir, base, "empty tensors", "sharded")
-
-
-def test_an_adapter_of_another_base_names_the_first_shape(make_subject, subject_dirs):
-    _, adapter = subject_dirs
-    other_base, _ = make_subject(hidden=32)
-    refused(adapter, other_base, "for another base", "in the file", "in the model")
-    shallow, _ = make_subject(n_layers=1)
-    refused(adapter, shallow, "unknown 14 tensors")
-
-
-def test_an_adapter_that_fits_no_module_is_refused(broken):
-    adapter_dir, base = broken(target_modules=["nothing_proj"])
-    refused(adapter_dir, base, "does not fit base model")
-
-
-def test_an_untrained_adapter_is_warned_of(broken, caplog):
-    adapter_dir, base = broken(
-        tensors=lambda t: {k: v * 0 if "lora_B" in k else v for k, v in t.items()}
-    )
-    load(adapter_dir, base)
-    assert "every lora_B of adapter is zero" in caplog.text
 
 
 def test_an_adapter_without_any_lora_a_is_refused(broken):
@@ -196,3 +126,116 @@ def test_half_precision_is_computed_when_asked_for(subject_dirs):
     base, adapter = subject_dirs
     assert load(adapter, base).dtype == torch.float32
     assert load(adapter, base, "bfloat16").dtype == torch.bfloat16
+
+
+# Base models: pitfalls 25, 35, 38, B11
+
+
+def test_rows_are_the_same_with_layers_offloaded_to_disk(make_subject):
+    # pitfall 38
+    base, adapter = make_subject(r=2)
+    plain = load(adapter, base)
+    for device_map in ({"": "cpu"}, map_of(**{"layers.0": "disk", "norm": "disk"})):
+        subject = load(adapter, base, device_map=device_map)
+        assert subject.device == CPU
+        assert torch.equal(rows_of(subject), rows_of(plain))
+        assert torch.equal(logits_of(subject.model), logits_of(plain.model))
+        assert subject.layout == plain.layout
+    offloaded = subject.causal.get_submodule("model.layers.0.mlp.up_proj")
+    assert offloaded.base_layer.weight.is_meta
+    assert not offloaded.lora_A["default"].weight.is_meta
+
+
+def test_what_needs_an_offloaded_base_weight_at_hand_is_refused(subject_dirs, tmp_path):
+    # pitfall 38
+    base, _ = subject_dirs
+    device_map = map_of(**{"layers.0": "disk"})
+    for name, lora in (("dora", {"use_dora": True}), ("pissa", {"init_lora_weights": "pissa"})):
+        save_adapter(base, tmp_path / name, **lora)
+        with pytest.raises(AdapterError, match=r"is offloaded.*--device-map"):
+            load(tmp_path / name, base, device_map=device_map)
+    save_adapter(base, tmp_path / "saved", modules_to_save=["norm"])
+    with pytest.raises(AdapterError, match=r"norm.*offloaded.*--device-map"):
+        load(tmp_path / "saved", base, device_map=map_of(norm="disk"))
+
+
+@pytest.fixture
+def other_base(subject_dirs, tmp_path):
+    """Return a function that copies the base and changes its config."""
+
+    def copy(**config):
+        folder = tmp_path / "base"
+        shutil.copytree(subject_dirs[0], folder, dirs_exist_ok=True)
+        data = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**data, **config}))
+        return folder
+
+    return copy
+
+
+def test_sharded_safetensors_are_read_and_pickles_are_not(subject_dirs, other_base):
+    # pitfall 35, B47
+    folder = other_base()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="10KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    _, adapter = subject_dirs
+    assert torch.equal(rows_of(load(adapter, folder)), rows_of(load(adapter, subject_dirs[0])))
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
+    refused(adapter, folder, "cannot be loaded", "safetensors")
+
+
+def test_code_of_a_base_model_is_never_run(subject_dirs, other_base):
+    # pitfall 35
+    _, adapter = subject_dirs
+    folder = other_base(
+        model_type="own_model",
+        auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"},
+    )
+    (folder / "own.py").write_text("raise SystemExit('code was run')")
+    refused(adapter, folder, "cannot be loaded", "code of its own")
+    known = other_base(auto_map={"AutoModelForCausalLM": "own.Own"})  # transformers has its own
+    assert torch.equal(rows_of(load(adapter, known)), rows_of(load(adapter, subject_dirs[0])))
+
+
+def test_a_base_that_lacks_tensors_is_no_base(subject_dirs, other_base):
+    # transformers would fill them at random
+    folder = other_base()
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(subject_dirs[1], folder, "lacks 1 tensors", "model.layers.1.mlp.up_proj.weight")
+
+
+def test_a_base_folder_with_an_adapter_in_it_is_refused(subject_dirs, other_base):
+    folder = other_base()
+    shutil.copy(subject_dirs[1] / CONFIG, folder / CONFIG)
+    refused(subject_dirs[1], folder, "is itself an adapter")
+
+
+def test_a_quantisation_whose_package_is_missing_is_one_line(subject_dirs, other_base):
+    # B11
+    config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    refused(subject_dirs[1], other_base(quantization_config=config), "bitsandbytes")
+
+
+def test_a_quantised_base_loads_as_transformers_loads_it_and_is_named(subject_dirs, other_base):
+    # B11: without a GPU transformers widens these weights again
+    base, adapter = subject_dirs
+    assert load(adapter, base).quantized is None
+    config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    folder = other_base(quantization_config={**config, "activation_scheme": "dynamic"})
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        scale = tensors[name].abs().max() / 448
+        tensors[f"{name}_scale_inv"] = scale.reshape(1, 1)
+        tensors[name] = (tensors[name] / scale).to(torch.float8_e4m3fn)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    subject = load(adapter, folder)
+    assert subject.quantized == "fp8"
+    assert (subject.device, subject.dtype) == (CPU, torch.float32)
+    torch.testing.assert_close(rows_of(subject), rows_of(load(adapter, base)), rtol=0.3, atol=0.1)
+    assert not torch.equal(rows_of(subject), rows_of(load(adapter, base)))

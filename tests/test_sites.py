@@ -5,7 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorascope.errors import ArtifactError, ConfigError
-from lorascope.sites import PROJECTIONS, Site, SiteLayout, initials_of, parse_adapter_types
+from lorascope.sites import (
+    PROJECTIONS,
+    Site,
+    SiteLayout,
+    initials_of,
+    name_modules,
+    parse_adapter_types,
+)
 
 
 def test_columns_are_layer_major_and_gate_up_down_q_k_v_o_inside():
@@ -74,6 +81,8 @@ def test_a_projection_that_is_not_there_is_named_with_those_that_are():
         (["all"], PROJECTIONS),
         (["q,k", "o_proj"], ("q_proj", "k_proj", "o_proj")),
         (["qkv_proj", "up"], ("up_proj", "qkv_proj")),
+        (["attn.c_proj", "c_attn"], ("attn.c_proj", "c_attn")),
+        (["o-attn.c_proj-query_key_value"], ("o_proj", "attn.c_proj", "query_key_value")),
         ([], ()),
     ],
 )
@@ -81,7 +90,10 @@ def test_adapter_types_are_read_from_names_initials_and_groups(given_names, expe
     assert parse_adapter_types(given_names) == expected
 
 
-@given(st.sets(st.sampled_from(PROJECTIONS), min_size=1))
+OTHERS = ("c_attn", "attn.c_proj", "mlp.c_proj", "qkv_proj", "query_key_value", "lm_head")
+
+
+@given(st.sets(st.sampled_from(PROJECTIONS + OTHERS), min_size=1))
 def test_initials_name_the_same_projections_when_read_back(types):
     assert set(parse_adapter_types([initials_of(parse_adapter_types(sorted(types)))])) == types
 
@@ -89,3 +101,70 @@ def test_initials_name_the_same_projections_when_read_back(types):
 def test_a_damaged_layout_is_one_line():
     with pytest.raises(ArtifactError, match="layout is damaged"):
         SiteLayout.from_json({"sites": [{"layer": 0}], "adapter": None})
+
+
+def named(*paths):
+    return {path: f"{layer}:{name}" for path, (layer, name) in name_modules(paths).items()}
+
+
+def test_modules_are_named_by_their_last_part():
+    paths = [f"model.layers.{i}.{p}" for i in (0, 10) for p in ("mlp.up_proj", "self_attn.q_proj")]
+    assert list(named(*paths).values()) == ["0:up_proj", "10:up_proj", "0:q_proj", "10:q_proj"]
+
+
+def test_modules_of_one_last_part_in_a_layer_are_named_by_more_of_their_paths():
+    # GPT-2; the second layer has only one of the two, and its name is of the same form
+    names = named("h.0.attn.c_proj", "h.0.mlp.c_proj", "h.1.mlp.c_proj", "h.0.attn.c_attn")
+    assert names == {
+        "h.0.attn.c_proj": "0:attn.c_proj",
+        "h.0.mlp.c_proj": "0:mlp.c_proj",
+        "h.1.mlp.c_proj": "1:mlp.c_proj",
+        "h.0.attn.c_attn": "0:c_attn",
+    }
+
+
+def test_experts_and_shared_experts_are_told_apart():
+    paths = [f"layers.3.mlp.{p}.up_proj" for p in ("experts.0", "experts.1", "shared_expert")]
+    assert list(named(*paths).values()) == [
+        "3:experts.0.up_proj",
+        "3:experts.1.up_proj",
+        "3:mlp.shared_expert.up_proj",
+    ]
+
+
+def test_modules_outside_layers_and_in_two_towers_are_named_by_their_whole_paths():
+    assert named("lm_head", "model.layers.0.self_attn.q_proj")["lm_head"] == "-1:lm_head"
+    towers = [f"{tower}.layers.0.self_attn.q_proj" for tower in ("text", "vision")]
+    assert list(named(*towers).values()) == [f"0:{path}" for path in towers]
+
+
+@given(
+    st.sets(
+        st.lists(st.sampled_from(["a", "b", "0", "1", "c_proj"]), min_size=1, max_size=5).map(
+            lambda parts: ".".join([*parts, "p"])
+        )
+    )
+)
+def test_no_two_modules_share_layer_and_name_and_the_order_of_paths_is_nothing(paths):
+    names = name_modules(paths)
+    assert len(set(names.values())) == len(paths) == len(names)
+    assert names == name_modules(sorted(paths, reverse=True))
+
+
+def test_sites_of_different_gauges_never_meet():
+    plain = SiteLayout.of([Site(layer=0, projection="q_proj", rank=2)], "a" * 64)
+    svd = SiteLayout.of([Site(layer=0, projection="q_proj", rank=2, gauge="svd")], "a" * 64)
+    with pytest.raises(ArtifactError, match=r"store has 0\.q_proj in gauge raw, sae in svd"):
+        plain.require_same(svd, "store", "sae")
+    svd.require_same(SiteLayout.from_json(svd.to_json()), "here", "there")
+
+
+def test_a_layout_says_variant_and_gauge_only_where_an_older_reader_must_not_go_on():
+    plain = layout_of()
+    assert plain.to_json()["sites"][0].keys() == {
+        "layer", "projection", "rank", "module", "scale", "b_norms"
+    }  # fmt: skip
+    site = Site(layer=0, projection="q_proj", variant="dora", gauge="svd")
+    layout = SiteLayout.of([site])
+    assert SiteLayout.from_json(layout.to_json()).sites == (site,)
+    assert layout.digest != SiteLayout.of([Site(layer=0, projection="q_proj")]).digest

@@ -10,6 +10,7 @@ import errno
 import importlib
 import json
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ COMMANDS = {
     ),
 }
 _LOOKS = {
-    "info": "say what an artifact is, from its header alone",
+    "info": "say what an artifact or an adapter is, from its files alone",
     "verify": "check an artifact's checksums and promises; exit 1 names what is broken",
 }
 
@@ -200,8 +201,16 @@ def _every_key() -> set[str]:
 
 def _look(name: str, arguments: list[str]) -> int:
     parser = _Parser(prog=f"lorascope {name}", description=_LOOKS[name].capitalize() + ".")
-    parser.add_argument("path", type=Path, help="a store, an SAE, a feature index or a page")
-    path: Path = parser.parse_args(arguments).path
+    what = "a store, an SAE, a feature index or a page"
+    if name == "info":
+        what += "; or an adapter: a folder or a hub id"
+        parser.add_argument("--json", action="store_true", help="print an adapter as JSON")
+        parser.add_argument("--adapter-name", help="which adapter of a folder that holds several")
+    parser.add_argument("path", help=what)
+    flags = parser.parse_args(arguments)
+    path = Path(flags.path).expanduser()
+    if name == "info" and _is_adapter(path):
+        return _show_adapter(flags.path, flags.adapter_name, as_json=flags.json)
     manifest = _manifest_of(path)
     if name == "info":
         print(json.dumps(manifest, indent=1, ensure_ascii=False))
@@ -212,6 +221,27 @@ def _look(name: str, arguments: list[str]) -> int:
     if not broken:
         print(path)
     return 1 if broken else 0
+
+
+def _is_adapter(path: Path) -> bool:
+    """Say whether a path is to be read as an adapter: a folder with its files, or a hub id."""
+    if path.is_dir():
+        files = ("adapter_config.json", "*/adapter_config.json", "adapter_model.*")
+        is_artifact = (path / "manifest.json").exists()
+        return not is_artifact and any(any(path.glob(file)) for file in files)
+    is_file = path.exists() or path.suffix in (".h5", ".pt", ".json", ".html", ".safetensors")
+    return not is_file and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)) is not None
+
+
+def _show_adapter(lora_path: str, adapter_name: str | None, *, as_json: bool) -> int:
+    """Print what an adapter's files hold: a table, or JSON."""
+    from lorascope.subject.adapter import inspect_adapter
+    from lorascope.subject.inventory import describe, to_json
+
+    adapter = inspect_adapter(lora_path, adapter_name)
+    text = json.dumps(to_json(adapter), indent=1, ensure_ascii=False) if as_json else ""
+    print(text or describe(adapter))
+    return 0
 
 
 def _manifest_of(path: Path) -> dict[str, Any]:

@@ -4,11 +4,16 @@ A *site* is one adapted module. Its `lora_A` writes `rank` scalars per token, wh
 neighbouring columns of the row. A `SiteLayout` lists the sites in column order: layer-major,
 inside a layer gate, up, down, q, k, v, o (then any other name, alphabetically), inside a site by
 rank index. The layout travels with every artifact, and two artifacts meet only when theirs agree.
+
+A projection is the last part of its module's path, `gate_proj`; where a layer has several modules
+of one last part, as many parts more as tell them apart: `attn.c_proj` and `mlp.c_proj`.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -29,6 +34,9 @@ class Site:
 
     `layer` is -1 where the module's path has no layer number. `scale` is what PEFT multiplies
     `B(A(x))` with. `b_norms[i]` is the Euclidean norm of column i of `B`; 1.0 where unknown.
+    `variant` is `lora`, or what the adapter's layer does besides (`dora`). `gauge` is `raw` where
+    the columns are those of the file's `A`, `svd` where they are the singular directions of
+    `scale·B·A`; `b_norms` are then those of the `B` that belongs to them.
     """
 
     layer: int
@@ -37,6 +45,8 @@ class Site:
     module: str = ""
     scale: float = 1.0
     b_norms: tuple[float, ...] = ()
+    variant: str = "lora"
+    gauge: str = "raw"
 
     @property
     def name(self) -> str:
@@ -149,6 +159,12 @@ class SiteLayout:
         elif self.adapter and other.adapter and self.adapter != other.adapter:
             found = f"{here} is of adapter {self.adapter[:12]}, {there} of {other.adapter[:12]}"
         else:
+            for mine, other_site in zip(self.sites, other.sites, strict=True):
+                if mine.gauge != other_site.gauge:
+                    raise ArtifactError(
+                        f"{here} has {mine.name} in gauge {mine.gauge}, {there} in "
+                        f"{other_site.gauge}: the columns differ; make both with one --gauge"
+                    )
             return
         raise ArtifactError(f"{found}: they come from different adapters; use a matching pair")
 
@@ -170,6 +186,9 @@ class SiteLayout:
                     "module": site.module,
                     "scale": site.scale,
                     "b_norms": list(site.b_norms),
+                    # named only where they say something, so that older readers know the rest
+                    **({"variant": site.variant} if site.variant != "lora" else {}),
+                    **({"gauge": site.gauge} if site.gauge != "raw" else {}),
                 }
                 for site in self.sites
             ],
@@ -187,6 +206,40 @@ class SiteLayout:
             ) from error
 
 
+def name_modules(paths: Iterable[str]) -> dict[str, tuple[int, str]]:
+    """Return the layer and the projection of every module path, a pair that no two paths share.
+
+    A path outside any layer is its own name, in layer -1. Modules of one last part are named by
+    as many trailing parts as tell them apart in every layer; where even the whole path below the
+    layer does not (two towers in one model), by the full path.
+    """
+    groups: dict[str, list[tuple[str, int, list[str]]]] = {}
+    for path in sorted(set(paths)):
+        layer, below = _below_layer(path)
+        groups.setdefault(below[-1], []).append((path, layer, below))
+    named: dict[str, tuple[int, str]] = {}
+    for group in groups.values():
+        inside = [(layer, below) for _, layer, below in group if layer >= 0]
+        for length in range(1, max((len(below) for _, below in inside), default=0) + 1):
+            tails = Counter((layer, tuple(below[-length:])) for layer, below in inside)
+            if max(tails.values()) == 1 and not any(tail[0].isdigit() for _, tail in tails):
+                break
+        else:
+            length = 0
+        for path, layer, below in group:
+            tail = ".".join(below[-length:]) if length and layer >= 0 else path
+            named[path] = (layer, tail)
+    return named
+
+
+def _below_layer(path: str) -> tuple[int, list[str]]:
+    """Split a module path at its layer number, the first one in it."""
+    found = re.search(r"(?:^|\.)(\d+)\.", path)
+    if not found:
+        return -1, path.split(".")
+    return int(found.group(1)), path[found.end() :].split(".")
+
+
 def initials_of(adapter_types: Sequence[str]) -> str:
     """Join the initials of projections as published file names do: `g-u-d-q-k-v-o`."""
     return "-".join(_INITIALS.get(name, name) for name in adapter_types)
@@ -195,20 +248,20 @@ def initials_of(adapter_types: Sequence[str]) -> str:
 def parse_adapter_types(names: Sequence[str]) -> tuple[str, ...]:
     """Return projections in column order from names, initials or groups.
 
-    Accepts `gate_proj`, `gate`, `g`, `g-u-d`, comma-separated lists, and the groups `all`, `mlp`
+    Accepts `gate_proj`, `gate`, `g`, lists joined by `-` or commas, and the groups `all`, `mlp`
     and `attention`. A name that is none of these is kept: adapters of other architectures have
-    other projections, and the layout they must occur in has the last word.
+    other projections (`c_attn`, `mlp.c_proj`), and the layout they must occur in has the last word.
     """
+    of_initial = {initial: name for name, initial in _INITIALS.items()}
     chosen: list[str] = []
-    for part in (piece for name in names for piece in name.split(",") if piece.strip()):
-        word = part.strip()
+    for word in (piece.strip() for name in names for piece in re.split("[,-]", name)):
         if word in _GROUPS:
             chosen.extend(_GROUPS[word])
-        elif all(initial in _INITIALS.values() for initial in word.split("-")):
-            chosen.extend(name for i in word.split("-") for name in PROJECTIONS if name[0] == i)
+        elif word in of_initial:
+            chosen.append(of_initial[word])
         elif f"{word}_proj" in PROJECTIONS:
             chosen.append(f"{word}_proj")
-        else:
+        elif word:
             chosen.append(word)
     known = [name for name in PROJECTIONS if name in chosen]
     return tuple(known + sorted(set(chosen) - set(PROJECTIONS)))

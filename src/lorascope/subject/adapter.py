@@ -1,0 +1,329 @@
+"""An adapter as its files tell it: a JSON config, and the header and bytes of a safetensors file.
+
+Nothing here needs torch, PEFT or the base model. `inspect_adapter` refuses what is no LoRA, holds
+empty tensors or is a pickle; the questions that the rest asks of the files are answered here once:
+which tensors belong to which module, which of them no forward can give a row of, what `scale` is.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+
+from lorascope.errors import AdapterError
+from lorascope.sites import name_modules, parse_adapter_types
+
+log = logging.getLogger(__name__)
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+READABLE = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_HOW = (
+    "no adapter given: pass --lora-path FOLDER_OR_HUB_ID, or put lora_path = ... into "
+    "lorascope.toml (examples/lorascope.toml names the shipped demo adapter)"
+)
+# A variant of LoRA by the config key that turns it on: its name, and why `h = A·x` cannot be read
+# or `scale·B·h` is not what the site writes; None where both hold.
+_VARIANTS: dict[str, tuple[str, str | None]] = {
+    "use_dora": ("dora", None),
+    "use_bdlora": ("bdlora", None),
+    "velora_config": ("velora", None),
+    "alora_invocation_tokens": ("alora", "its A reads only the tokens after the invocation"),
+    "use_qalora": ("qalora", "its A reads pooled inputs, outside of any module"),
+    "arrow_config": ("arrow", "it routes every token between several adapters"),
+    "monteclora_config": ("monteclora", "its A is used outside of any module"),
+    "kasa_config": ("kasa", "it scales between A and B, and truncates the base"),
+}
+# What wrappers leave in a tensor's name: torch.compile, DDP, FSDP, and PEFT's own prefix.
+WRAPPERS = re.compile(
+    r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+_LEADING = re.compile(r"^(?:base_model\.model\.|module\.)+")
+_LORA = re.compile(r"^(?P<module>.+?)\.(?P<part>lora_[A-Za-z_]+)(?:\.(?P<rest>.+))?$")
+# Older PEFT deletes every `.lora` from the names of an adapter that was called "lora".
+_CALLED_LORA = re.compile(
+    r"^(?P<module>.+?)_(?P<part>A|B|embedding_A|embedding_B|magnitude_vector)(?:\.(?P<rest>\w+))?$"
+)
+_ROUTED = re.compile(r"(?:^|[._])(?<!shared_)experts?\.\d+(?:\.|$)")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter as its files tell it: `shapes` by tensor name, and `digest` over both files."""
+
+    path: Path
+    name: str
+    config: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    digest: str
+
+
+def inspect_adapter(lora_path: str | None, adapter_name: str | None = None) -> Adapter:
+    """Read an adapter's config and tensor header. Raises AdapterError when it is no sound LoRA.
+
+    PEFT saves several adapters of one model as sub-folders; `adapter_name` chooses one.
+    """
+    if not lora_path:
+        raise AdapterError(_HOW)
+    path, name = _find_adapter(lora_path, adapter_name)
+    if not (path / CONFIG).is_file():
+        what = "it holds a full model" if (path / "config.json").exists() else "it has no " + CONFIG
+        raise AdapterError(f"{path} is no PEFT adapter ({what}); give the folder that PEFT saved")
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterError(f"{path / CONFIG} is not JSON: {error}") from error
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
+        raise AdapterError(f"{path} is an adapter of type {kind}, lorascope reads LORA adapters")
+    if not (path / WEIGHTS).is_file():
+        pickled = (path / "adapter_model.bin").exists()
+        what = "only a pickled adapter_model.bin, which can run code" if pickled else "no weights"
+        raise AdapterError(f"{path} holds {what}; save the adapter as {WEIGHTS}")
+    shapes, dtypes = _read_header(path / WEIGHTS)
+    empty = [name for name, shape in shapes.items() if 0 in shape]
+    if empty:
+        raise AdapterError(
+            f"{path / WEIGHTS} holds empty tensors ({empty[0]}): it was saved from sharded "
+            "weights; gather them before saving"
+        )
+    modules = lora_tensors(shapes)
+    if not any({"lora_A", "lora_embedding_A"} & parts.keys() for parts in modules.values()):
+        raise AdapterError(f"{path / WEIGHTS} holds no lora_A tensor: it is no LoRA adapter")
+    for tensor in (tensor for parts in modules.values() for tensor in parts.values()):
+        if dtypes[tensor] not in READABLE:
+            raise AdapterError(
+                f"{tensor} of {path / WEIGHTS} is of type {dtypes[tensor]}, expected one of "
+                f"{', '.join(READABLE)}; save the adapter in one of these"
+            )
+    return Adapter(path, name, config, shapes, _digest(path))
+
+
+def find_folder(name: str, what: str, patterns: list[str]) -> Path:
+    """Return a local folder, or the local copy of a hub repository of that name.
+
+    Raises AdapterError when a path does not exist (a path never becomes a hub request), or when
+    the hub cannot give the repository.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    is_path = name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") != 1
+    if is_path or path.exists():
+        raise AdapterError(f"{what} folder {name} does not exist{_similar(path)}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # any of a dozen types, all of which mean: it cannot be had
+        raise AdapterError(
+            f"{what} {name} is no folder here, and the hub does not give it "
+            f"({first_line(error)}); check the name, the network and your login"
+        ) from error
+
+
+def lora_tensors(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Return the LoRA tensors' names by module path and part: `lora_A`, `lora_B`, `lora_B.bias`...
+
+    The path is that inside the base model, without what PEFT or a wrapper puts before it, and the
+    part is without the adapter's name: the same whatever state of repair the names are in.
+    """
+    names = list(names)
+    called_lora = not any(".lora_" in name for name in names)
+    modules: dict[str, dict[str, str]] = {}
+    for name in names:
+        found = (_CALLED_LORA if called_lora else _LORA).match(name)
+        if found:
+            part = ("lora_" if called_lora else "") + found["part"]
+            part += ".bias" if (found["rest"] or "").endswith("bias") else ""
+            modules.setdefault(base_path(found["module"]), {})[part] = name
+    return modules
+
+
+def base_path(name: str) -> str:
+    """Return a name without the prefixes of PEFT and of wrappers around the model."""
+    return _LEADING.sub("", WRAPPERS.sub("", name))
+
+
+def why_unreadable(adapter: Adapter, module: str, parts: dict[str, str]) -> str | None:
+    """Say why no forward gives one row `A·x` per token there; None where one does."""
+    config = adapter.config
+    if "lora_embedding_A" in parts:
+        return "LoRA on an embedding: its A is looked up, not multiplied"
+    if is_routed(module):
+        return "an expert: only the tokens that are routed to it reach it"
+    targets = [str(target) for target in config.get("target_parameters") or []]
+    holders = [target.rpartition(".")[0] for target in targets]
+    is_listed = any(
+        module == target or module.endswith(f".{target}")
+        for target in _listed(config.get("target_modules"))
+    )
+    inside = module.removesuffix(".base_layer")
+    if (
+        inside != module
+        or any(holder and f".{inside}".endswith(f".{holder}") for holder in holders)
+        or ("" in holders and not is_listed)
+    ):
+        return "LoRA on a parameter (target_parameters): its A is folded into the weight"
+    if len(adapter.shapes[parts["lora_A"]]) != 2:
+        return "LoRA on a convolution"
+    return None
+
+
+def is_routed(module: str) -> bool:
+    """Say whether a path is one expert of several, which only the tokens routed to it reach."""
+    return bool(_ROUTED.search(module))
+
+
+def ranks_by_projection(adapter: Adapter) -> dict[str, int]:
+    """Return the columns of every projection that can be read: the ranks summed over layers."""
+    modules = lora_tensors(adapter.shapes)
+    names = name_modules(modules)
+    ranks: dict[str, int] = {}
+    for module, parts in modules.items():
+        if "lora_A" in parts and not why_unreadable(adapter, module, parts):
+            projection = names[module][1]
+            rank = adapter.shapes[parts["lora_A"]][0]
+            ranks[projection] = ranks.get(projection, 0) + rank
+    return {name: ranks[name] for name in parse_adapter_types(sorted(ranks))}
+
+
+def scale_of(config: dict[str, Any], module: str) -> float:
+    """Return what PEFT multiplies `B(A(x))` with there: alpha over r, or over sqrt(r) in rsLoRA."""
+    rank = _by_pattern(config.get("rank_pattern"), module, config.get("r", 8))
+    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def variant_of(config: dict[str, Any]) -> str:
+    """Return the name of the LoRA variant that a config asks for: `lora` where it is plain."""
+    found = [name for key, (name, _) in _VARIANTS.items() if config.get(key)]
+    found += ["mica"] if config.get("init_lora_weights") == "mica" else []
+    return "+".join(found) or "lora"
+
+
+def why_refused(config: dict[str, Any]) -> str | None:
+    """Say why an adapter of this variant has no rows or writes something else; None if it has."""
+    reasons = [
+        f"it is {name} ({key}): {why}"
+        for key, (name, why) in _VARIANTS.items()
+        if why and config.get(key)
+    ]
+    return reasons[0] if reasons else None
+
+
+class TensorFile:
+    """The values of a safetensors file, one tensor at a time, for NumPy, which lacks bfloat16."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            self._header: dict[str, Any] = json.loads(stream.read(length))
+        self._start = 8 + length
+
+    def read(self, name: str) -> npt.NDArray[np.float64]:
+        """Return a tensor in float64, which holds every value of the file exactly."""
+        entry = self._header[name]
+        begin, end = entry["data_offsets"]
+        with self.file.open("rb") as stream:
+            stream.seek(self._start + begin)
+            flat = np.frombuffer(stream.read(end - begin), READABLE[entry["dtype"]])
+        if entry["dtype"] == "BF16":  # the upper half of a float32
+            flat = (flat.astype(np.uint32) << 16).view(np.float32)
+        return flat.astype(np.float64).reshape(entry["shape"])
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _find_adapter(lora_path: str, adapter_name: str | None) -> tuple[Path, str]:
+    """Return the folder that holds the adapter's files, and the adapter's name for people."""
+    patterns = [CONFIG, WEIGHTS, f"*/{CONFIG}", "*token*", "*.jinja", "vocab*", "merges.txt"]
+    path = find_folder(lora_path, "adapter", patterns)
+    chosen = _choose(path, adapter_name)
+    if not chosen:
+        return path, Path(lora_path).name
+    if not (path / chosen / WEIGHTS).is_file():  # of a hub repository only the configs are here
+        path = find_folder(lora_path, "adapter", [*patterns, f"{chosen}/*"])
+    return path / chosen, f"{Path(lora_path).name}/{chosen}"
+
+
+def _choose(path: Path, adapter_name: str | None) -> str:
+    """Return the sub-folder of the adapter that is meant, or "" for the folder itself."""
+    own = (path / CONFIG).is_file()
+    names = sorted(file.parent.name for file in path.glob(f"*/{CONFIG}"))
+    if own:  # beside the final adapter a trainer's checkpoints are no other adapters
+        names = [name for name in names if not name.startswith("checkpoint-")]
+    known = ["default", *names] if own else names
+    if adapter_name:
+        if adapter_name == "default" and own:
+            return ""
+        if (path / adapter_name / CONFIG).is_file():
+            return adapter_name
+        raise AdapterError(
+            f"{path} holds no adapter {adapter_name}; it has {', '.join(known) or 'none'}"
+        )
+    if len(known) > 1:
+        raise AdapterError(
+            f"{path} holds {len(known)} adapters ({', '.join(known)}); "
+            "choose one with --adapter-name"
+        )
+    return "" if own or not names else names[0]
+
+
+def _read_header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Return shapes and types by tensor name. Raises AdapterError when the file is damaged."""
+    try:
+        with safe_open(file, framework="np") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+            return shapes, {name: str(part.get_dtype()) for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{file} is damaged or no safetensors file ({error})") from error
+
+
+def _digest(path: Path) -> str:
+    """Return the SHA-256 of the weights followed by the config."""
+    digest = hashlib.sha256()
+    for file in (WEIGHTS, CONFIG):
+        with (path / file).open("rb") as stream:
+            while block := stream.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """Return the value of the first pattern that is the module's path or a tail of it.
+
+    The rule is PEFT's: a pattern is a regular expression that begins at the path's start or after
+    a dot and reaches to its end.
+    """
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _listed(targets: Any) -> list[str]:
+    return [str(target) for target in targets] if isinstance(targets, list) else []
+
+
+def _similar(path: Path) -> str:
+    from lorascope.config import nearest
+
+    if not path.parent.is_dir():
+        return ""
+    return nearest(path.name, [child.name for child in path.parent.iterdir() if child.is_dir()])

@@ -1,0 +1,122 @@
+"""Load subjects from folders, read them by means of the tests' own, and break them."""
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from lorascope.errors import AdapterError
+from lorascope.subject.load import (
+    CONFIG,
+    WEIGHTS,
+    Subject,
+    find_base,
+    inspect_adapter,
+    load_subject,
+    load_tokenizer,
+)
+
+CPU = torch.device("cpu")
+IDS = torch.tensor([[5, 9, 200, 31, 7, 64]])
+
+
+def load(
+    adapter_dir: Path | str, base_dir: Path | None, dtype: str = "auto", **options: Any
+) -> Subject:
+    """Load a subject from its folders."""
+    adapter = inspect_adapter(str(adapter_dir))
+    base = find_base(adapter, str(base_dir) if base_dir else None)
+    return load_subject(adapter, base, load_tokenizer(adapter, base), CPU, dtype, **options)
+
+
+@torch.inference_mode()
+def rows_of(subject: Subject, ids: torch.Tensor = IDS) -> torch.Tensor:
+    """Run the subject and return its rows, `(tokens, d_in)`, read by hooks of this test's own."""
+    read = {}
+    handles = [
+        module.register_forward_hook(lambda m, a, h: read.update({m: h.reshape(-1, h.shape[-1])}))
+        for module in subject.sites
+    ]
+    subject.backbone(input_ids=ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    mixes = zip(subject.sites, subject.mixes, strict=True)
+    return torch.cat([read[m] if mix is None else read[m] @ mix.T for m, mix in mixes], dim=1)
+
+
+@torch.inference_mode()
+def logits_of(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    """Run a model to its logits."""
+    return model(input_ids=ids, use_cache=False).logits
+
+
+def reference(adapter_dir: Path, base_dir: Path) -> PeftModel:
+    """Load as a user of PEFT would."""
+    base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
+    return PeftModel.from_pretrained(base, str(adapter_dir)).eval()
+
+
+def refused(adapter_dir: Path | str, base: Path | None, *words: str) -> str:
+    """Check that loading is refused in one line with these words, and return the line."""
+    with pytest.raises(AdapterError) as caught:
+        load(adapter_dir, base)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+    return message
+
+
+def save_adapter(
+    base_dir: Path,
+    folder: Path,
+    *,
+    change: Callable[[PeftModel], None] | None = None,
+    name: str = "default",
+    **lora: Any,
+) -> PeftModel:
+    """Put a random adapter on a base, let `change` alter the model, and save it as PEFT does."""
+    base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
+    options = {"r": 2, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": False, **lora}
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **options), name)
+        if change:
+            with torch.no_grad():
+                change(model)
+        model.save_pretrained(folder, save_embedding_layers=False)
+    return model.eval()
+
+
+def change_adapter(
+    subject_dirs: tuple[Path, Path],
+    folder: Path,
+    tensors: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
+    **config: Any,
+) -> tuple[Path, Path]:
+    """Copy an adapter, change its tensors and its config, and return both folders."""
+    base, adapter = subject_dirs
+    copy = folder / "adapter"
+    shutil.copytree(adapter, copy, dirs_exist_ok=True)
+    shutil.copytree(base, folder / "base", dirs_exist_ok=True)
+    if tensors is not None:
+        save_file(tensors(load_file(copy / WEIGHTS)), copy / WEIGHTS)
+    if config:
+        data = json.loads((copy / CONFIG).read_text())
+        (copy / CONFIG).write_text(json.dumps({**data, **config}))
+    return copy, base
+
+
+def map_of(**places: str) -> dict[str, str]:
+    """Return a device map of the two-layer base, all on the CPU but for the given places."""
+    parts = ["embed_tokens", "layers.0", "layers.1", "norm", "rotary_emb"]
+    return {"lm_head": "cpu", **{f"model.{part}": places.get(part, "cpu") for part in parts}}
