@@ -106,10 +106,10 @@ def test_a_mistake_is_one_line_exit_2_and_writes_nothing(place, capsys, line, wo
     ("content", "words"),
     [
         ("", ["holds no records"]),
-        ('{"title": "x"}\n', ["record 0", "has the fields title; expected"]),
-        ('{"text": "x"}\n{"text": \n', ["line 2 is not JSON"]),
-        ('{"text": "x"}\n{"body": "y"}\n', ["record 1", "field text is missing"]),
-        ('{"text": ""}\n{"text": " "}\n', ["all 2 records are empty"]),
+        ('{"title": "x"}\n', ["line 1", "has the fields title; expected"]),
+        ('{"text": "x"}\n{"text": \n{\n', ["2 of 3 records", "line 2: not JSON"]),
+        ('{"body": "y"}\n{"body": "y"}\n{"text": "x"}', ["2 of 3", "fields found: body"]),
+        ('{"text": ""}\n{"text": " "}\n', ["none of 2 records gives a text: 2 empty"]),
     ],
 )
 def test_a_bad_dataset_is_one_line_that_names_the_record(place, capsys, content, words):

@@ -10,9 +10,8 @@ from safetensors.torch import load_file, save_file
 from lorascope.activations import generate
 from lorascope.activations.generate import GenerateConfig, default_name
 from lorascope.activations.store import ActivationStore, verify
-from lorascope.errors import AdapterError, ArtifactError, ConfigError, NumberError
+from lorascope.errors import ArtifactError, ConfigError, NumberError
 from lorascope.sites import PROJECTIONS
-from lorascope.subject.hooks import RowReader
 from lorascope.subject.load import (
     WEIGHTS,
     find_base,
@@ -86,30 +85,6 @@ def test_a_text_has_the_same_rows_alone_and_in_any_batch(config, tmp_path):
     np.testing.assert_allclose(whole.rows(0, whole.n_rows), alone.rows(0, alone.n_rows), atol=1e-5)
 
 
-def test_the_reader_refuses_padding_before_the_tokens(subject):
-    ids = torch.ones(1, 3, dtype=torch.int64)
-    with RowReader(subject) as reader, pytest.raises(ValueError, match="after the tokens"):
-        reader.read(ids, torch.tensor([[0, 1, 1]]))
-
-
-def test_hooks_are_gone_also_after_a_forward_that_raised(subject):
-    with pytest.raises(IndexError), RowReader(subject) as reader:
-        reader.read(torch.tensor([[10**6]]), torch.tensor([[1]]))
-    assert not any(module._forward_hooks for module in subject.model.modules())
-
-
-def test_a_site_that_does_not_run_exactly_once_is_named(subject):
-    site = subject.sites[0]
-    ids, mask = torch.ones(1, 3, dtype=torch.int64), torch.ones(1, 3, dtype=torch.int64)
-    with RowReader(subject) as reader:
-        handle = site.register_forward_hook(lambda m, a, out: None)
-        reader._hook(0, slice(0, 1))
-        handle.remove()
-        subject.backbone.layers[0].mlp.gate_proj.merge()
-        with pytest.raises(AdapterError, match="ran 0 times in one forward"):
-            reader.read(ids, mask)
-
-
 def test_float16_keeps_the_rows_to_half_precision_and_overflow_is_an_error(
     config, subject_dirs, tmp_path
 ):
@@ -163,7 +138,8 @@ def test_the_store_counts_what_it_dropped_and_cut(config, tmp_path, caplog):
     file.write_text("\n".join(map(json.dumps, records)))
     store = ActivationStore.open(generate.run(config(dataset=str(file), max_length=60)))
     assert store.rollout_id.tolist() == [0, 2, 3]
-    assert store.content["dropped"] == {"empty": 1, "cut_to_length": 3}
+    assert store.content["dropped"] == {"empty": 1, "broken": 0, "duplicate": 0}
+    assert store.content["longer"] == {"n": 3, "how": "truncate"}
     assert np.diff(store.rollout_start).max() == 60
     assert "left out 1 empty of 4 records" in caplog.text
 
@@ -245,3 +221,31 @@ def test_rank_above_one_gives_a_column_for_each_rank(make_subject, config):
     assert store.layout.column_names[:4] == (
         "0.gate_proj:0", "0.gate_proj:1", "0.gate_proj:2", "0.up_proj:0",
     )  # fmt: skip
+
+
+def test_windows_keep_every_token_of_a_text_longer_than_the_context(config, tmp_path, caplog):
+    given = {"num_examples": 6, "max_length": 40}
+    cut = ActivationStore.open(generate.run(config(**given)))
+    with caplog.at_level("INFO"):
+        out = generate.run(config(**given, long_texts="window", output_dir=tmp_path / "w"))
+    windowed = ActivationStore.open(out)
+    whole = ActivationStore.open(generate.run(config(num_examples=6, output_dir=tmp_path / "all")))
+    assert windowed.token_ids.tolist() == whole.token_ids.tolist()
+    assert np.diff(cut.rollout_start).max() == 40 < np.diff(windowed.rollout_start).max()
+    assert windowed.content["longer"] == {"n": 6, "how": "window"}
+    assert "6 of 6 rollouts are read in windows of 40" in caplog.text
+    first = windowed.rows(0, 40)
+    np.testing.assert_allclose(first, whole.rows(0, 40), rtol=1e-3, atol=1e-4)
+
+
+def test_what_the_run_will_take_is_said_before_it_starts(config, caplog):
+    with caplog.at_level("INFO"):
+        generate.run(config(num_examples=4))
+    assert "a second of one text: 0.0 minutes at most; 0.00 GB on disk" in caplog.text
+
+
+def test_a_published_subset_is_named_as_published(config, tmp_path, monkeypatch, make_subject):
+    monkeypatch.chdir(tmp_path)
+    base, adapter = make_subject(targets=PROJECTIONS[:3])
+    given = {"lora_path": str(adapter), "base_model": str(base), "num_examples": 1}
+    assert generate.run(config(**given, output_dir=None)).name == "activations"

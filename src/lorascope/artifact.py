@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import zipfile
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ MANIFEST = "manifest.json"
 HTML_MARK = b"<!-- lorascope "
 _SETTINGS = "settings.json"
 _LOCK = ".lock"
+_SKEW = 60  # seconds by which clocks of machines that share a file system may differ
 
 
 def canonical(value: Any) -> str:
@@ -261,12 +263,43 @@ def building(
             raise
 
 
+def join(
+    out: Path,
+    kind: str,
+    *,
+    settings: Mapping[str, Any],
+    parents: Mapping[str, str],
+    patience: float = 600,
+) -> Build | None:
+    """Return the folder that another process of this job opened with `building`.
+
+    None means that the artifact was finished meanwhile. Raises ArtifactError when neither is seen
+    within `patience` seconds.
+    """
+    build = Build(out, out.with_name(out.name + ".partial"))
+    identity = {"kind": kind, "settings": dict(settings), "parents": dict(parents)}
+    begun, begun_at = time.monotonic(), time.time()
+    while time.monotonic() - begun < patience:
+        if _recorded(build.path) == identity:
+            return build
+        manifest = out / MANIFEST
+        if manifest.exists() and manifest.stat().st_mtime >= begun_at - _SKEW:
+            return None
+        time.sleep(0.05)
+    raise ArtifactError(
+        f"{build.path} was not made by rank 0 within {patience:g} s; the output must be on a file "
+        "system that all machines of the job share"
+    )
+
+
 def _recorded(path: Path) -> dict[str, Any] | None:
     """Return what an unfinished folder is to become; its manifest says it once it is written."""
     for name in (_SETTINGS, MANIFEST):
-        if (path / name).exists():
+        try:
             data = json.loads((path / name).read_text(encoding="utf-8"))
-            return {key: data[key] for key in ("kind", "settings", "parents")}
+        except FileNotFoundError:
+            continue
+        return {key: data[key] for key in ("kind", "settings", "parents")}
     return None
 
 

@@ -10,6 +10,7 @@ import errno
 import importlib
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -99,7 +100,8 @@ def call(argv: Sequence[str]) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
-    log.setLevel(logging.DEBUG if debug else logging.INFO)
+    quiet = logging.ERROR if runtime.place().rank else logging.INFO  # one voice for a job
+    log.setLevel(logging.DEBUG if debug else quiet)
     try:
         with runtime.stoppable():
             return _dispatch(arguments)
@@ -114,7 +116,9 @@ def call(argv: Sequence[str]) -> int:
     except OSError as error:
         if debug or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise
-        print(f"ArtifactError: {error.filename}: {error.strerror}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""  # h5py does not say it
+        what = os.strerror(error.errno).lower()
+        print(f"ArtifactError: {where}{what}; finished work stays", file=sys.stderr)
         return LorascopeError.exit_code
 
 
@@ -134,6 +138,11 @@ def _dispatch(arguments: list[str]) -> int:
     name, rest = arguments[0], arguments[1:]
     if name in _LOOKS:
         return _look(name, rest)
+    if name == runtime.WORKER:
+        stage = COMMANDS[rest[0]]
+        values = config.from_plain(stage.config_class(), json.loads(rest[1]))
+        importlib.import_module(stage.module).run(values)
+        return 0
     if name not in COMMANDS:
         known = [*COMMANDS, *_LOOKS]
         raise ConfigError(
@@ -156,7 +165,9 @@ def _run_stage(name: str, command: Command, arguments: list[str]) -> int:
     config_class = command.config_class()
     values = config.build(config_class, vars(flags), files, every_key=_every_key)
     module = importlib.import_module(command.module)
-    print(module.run(values))
+    made = module.run(values)
+    if runtime.speaks():
+        print(made)
     return 0
 
 

@@ -53,6 +53,10 @@ class Config:
     def check(self) -> None:
         """Raise ConfigError when a value is impossible by itself. Children extend this."""
 
+    def plain(self) -> dict[str, Any]:
+        """Return every option as a JSON value; `from_plain` makes an equal config of it."""
+        return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
     def settings(self) -> dict[str, Any]:
         """Return the options that decide the artifact's content, as JSON values."""
         return {
@@ -67,6 +71,12 @@ class Config:
         if value is not None and not value >= at_least:
             flag = flag_of(name)
             raise ConfigError(f"{flag} is {value}, expected {at_least} or more{unit}")
+
+
+def from_plain(config_class: type[C], values: Mapping[str, Any]) -> C:
+    """Make a config from JSON values, or from words of the command line."""
+    hints = get_type_hints(config_class)
+    return config_class(**{name: _convert(name, hints[name], values[name]) for name in values})
 
 
 def flag_of(name: str) -> str:
@@ -126,8 +136,7 @@ def build(
                 f"{flag_of(field.name)} is missing ({field.metadata['help']}); "
                 f"give the flag, or put {field.name} = ... into {CONFIG_FILE}"
             )
-    hints = get_type_hints(config_class)
-    return config_class(**{name: _convert(name, hints[name], values[name]) for name in values})
+    return from_plain(config_class, values)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -31,6 +31,14 @@ class NumberError(LorascopeError):
     """A value is not finite, or does not fit the type that it has to be stored in."""
 
 
+class WorkerError(LorascopeError):
+    """A process of a job failed; it has said why, and the others were stopped."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class Interrupted(BaseException):  # BaseException: no `except Exception` may swallow it
     """A signal asked the stage to stop; finished work is on disk and a re-run continues."""
 

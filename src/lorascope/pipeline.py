@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorascope.activations.generate import GenerateConfig, SubjectOptions
+from lorascope.activations.generate import GenerateConfig
 from lorascope.artifact import read_manifest, write_text
 from lorascope.config import option, pick
 from lorascope.dashboard.render import DashboardConfig
@@ -20,6 +20,7 @@ from lorascope.errors import ArtifactError, ConfigError
 from lorascope.features.collect import CollectConfig, CollectOptions
 from lorascope.sae.train import TrainConfig, TrainOptions
 from lorascope.sites import parse_adapter_types
+from lorascope.subject.options import SubjectOptions
 
 log = logging.getLogger(__name__)
 
@@ -79,13 +80,9 @@ def run(config: RunConfig) -> Path:
 
 def _require_room(config: RunConfig) -> None:
     """Raise ConfigError where k is more than the latents will be, before any work is done."""
-    from lorascope.subject.load import inspect_adapter
+    from lorascope.subject.adapter import inspect_adapter, ranks_by_projection
 
-    ranks: dict[str, int] = {}
-    for name, shape in inspect_adapter(config.lora_path).shapes.items():
-        if ".lora_A" in name:
-            projection = name.split(".lora_A", 1)[0].rsplit(".", 1)[-1]
-            ranks[projection] = ranks.get(projection, 0) + shape[0]
+    ranks = ranks_by_projection(inspect_adapter(config.lora_path, config.adapter_name))
     types = parse_adapter_types(config.adapter_types) or tuple(ranks)
     d_sae = config.expansion_factor * sum(ranks.get(name, 0) for name in types)
     if config.k > d_sae > 0:

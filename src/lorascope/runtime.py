@@ -1,31 +1,191 @@
-"""The process that a stage runs in: its device, its signals, its progress bars.
+"""The processes that a stage runs in: their devices, signals, progress bars and shares of work.
 
-The only module that knows how many processes and devices there are.
+The only module that knows how many processes and devices there are. A job of several is started by
+`torchrun`, or by `launch` for the user. Its work is cut into units that the config alone fixes;
+each process takes the next unit that nobody has (`claims`), and a lock that dies with its holder
+says which those are. No process ever waits for another inside a unit, so that fast ones do more.
 """
 
+import errno
+import fcntl
+import json
 import logging
+import os
+import resource
 import signal
 import sys
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from lorascope.errors import ConfigError, Interrupted
+from lorascope.config import Config
+from lorascope.errors import ConfigError, Interrupted, WorkerError
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
 
+WORKER = "--worker"  # lorascope --worker COMMAND JSON is one process of a job
+_JOB = "lorascope-"  # begins the id of a job that `launch` started
+_POLL = 0.1  # seconds between looks at what the others have finished
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which process of a job this is: `rank` of `world`, `local_rank` on its machine."""
+
+    rank: int
+    local_rank: int
+    world: int
+
+
+def place() -> Place:
+    """Return this process's place, as torchrun's environment says it; alone: 0 of 1."""
+    read = os.environ.get
+    return Place(int(read("RANK", "0")), int(read("LOCAL_RANK", "0")), int(read("WORLD_SIZE", "1")))
+
+
+def speaks() -> bool:
+    """Say whether this process prints the job's result: rank 0, unless `launch` started it."""
+    return place().rank == 0 and not os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(_JOB)
+
+
+def n_workers(device: str, num_gpus: int | None) -> int:
+    """Return how many processes to start: one for each GPU to use, 1 inside a running job."""
+    import torch
+
+    if place().world > 1 or device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return 1
+    found = torch.cuda.device_count()
+    return max(min(found if num_gpus is None else num_gpus, found), 1)
+
+
+def launch(n: int, command: str, config: Config) -> None:
+    """Run a command with this config in `n` processes on this machine, and wait for them.
+
+    Raises WorkerError naming the first process that failed, once all others are stopped.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    log.info("starting %d processes", n)
+    options = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=n,
+        run_id=f"{_JOB}{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        options_text = json.dumps(config.plain())
+        elastic_launch(options, sys.executable)("-m", "lorascope", WORKER, command, options_text)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = int(failure.exitcode)
+        how = f"ended with exit code {code}" if code >= 0 else f"was killed by {_signal(-code)}"
+        raise WorkerError(
+            f"rank {rank} of {n} {how}; finished work stays, the same command continues",
+            exit_code=code if code > 0 else 1,
+        ) from error
+    except SignalException as stop:
+        raise Interrupted(stop.sigval) from stop
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A unit of work that is this process's until `release`, or until the process dies."""
+
+    unit: int
+    _locks: IO[str] | None
+
+    def release(self) -> None:
+        """Let go of the unit: its file is there, or it is to be done by another."""
+        if self._locks is not None:
+            fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, self.unit)
+
+
+def claims(
+    targets: Sequence[Path],
+    locks: Path,
+    found: Callable[[int], None],
+    idle: Callable[[], None],
+) -> Generator[Claim]:
+    """Yield the units to do, until every file of `targets` is there, by whomever it was made.
+
+    Unit i makes the file `targets[i]`, whole, by renaming, and then releases its claim; `found(i)`
+    is called for each file as it is seen, `idle` while there is nothing to do but wait. Byte i of
+    the file `locks` is locked for unit i. Where the file system has no locks, the units are dealt
+    out by rank instead.
+    """
+    here = place()
+    pending = dict(enumerate(targets))
+    mine: set[int] = set()
+
+    def see(units: Iterable[int]) -> None:
+        for unit in [unit for unit in units if pending[unit].exists()]:
+            del pending[unit]
+            mine.discard(unit)
+            found(unit)
+
+    with locks.open("a") as file:
+        while pending:
+            see(list(pending))
+            taken = False
+            for unit in list(pending):
+                if unit in mine or targets[unit].exists() or not _lock(file, unit, here):
+                    continue
+                claim = Claim(unit, file if here.world > 1 else None)
+                if targets[unit].exists():  # made since the look before
+                    claim.release()
+                    continue
+                taken = True
+                mine.add(unit)
+                yield claim
+                see(list(mine))
+            if pending and not taken:
+                if not locks.exists():
+                    return  # rank 0 saw the last file before this process did, and published
+                idle()
+                time.sleep(_POLL)
+
+
+def _lock(file: IO[str], unit: int, here: Place) -> bool:
+    if here.world == 1:
+        return True
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, unit)
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            return unit % here.world == here.rank
+        return False
+    return True
+
 
 def pick_device(requested: str = "auto", num_gpus: int | None = None) -> "torch.device":
     """Return the device to compute on, and say so when it is not what was asked for.
 
-    `requested` is `auto` (CUDA, then Apple's MPS, then CPU) or a torch device string. `num_gpus`
-    above what the machine has is lowered with a notice.
+    `requested` is `auto` (CUDA, then Apple's MPS, then CPU) or a torch device string; in a job of
+    several processes `auto` and `cuda` are the GPU of this one. `num_gpus` above what the machine
+    has is lowered with a notice.
     """
     import torch
 
@@ -33,8 +193,8 @@ def pick_device(requested: str = "auto", num_gpus: int | None = None) -> "torch.
     if num_gpus is not None and num_gpus > found:
         where = f"{found} GPU{'s' if found != 1 else ''}" if found else "the CPU"
         log.warning("asked for %d GPUs, the machine has %d: using %s", num_gpus, found, where)
-    if num_gpus is not None and min(num_gpus, found) > 1:
-        log.warning("this stage runs in one process: using one of %d GPUs", found)
+    if found and place().world > 1 and num_gpus != 0 and requested in ("auto", "cuda"):
+        return torch.device("cuda", place().local_rank % found)
     if requested != "auto":
         try:
             device = torch.device(requested)
@@ -50,6 +210,16 @@ def pick_device(requested: str = "auto", num_gpus: int | None = None) -> "torch.
     return torch.device("cpu")
 
 
+def peak_memory(device: "torch.device") -> int:
+    """Return the most bytes that this process has held: on its GPU, else in memory."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def progress(total: int, label: str, unit: str) -> "tqdm[Any]":
     """Return a progress bar on stderr that counts `unit`s up to `total`."""
     return tqdm(
@@ -60,17 +230,23 @@ def progress(total: int, label: str, unit: str) -> "tqdm[Any]":
         file=sys.stderr,
         dynamic_ncols=True,
         mininterval=0.2,
+        disable=place().rank > 0,
     )
 
 
 @contextmanager
 def stoppable() -> Generator[None]:
-    """Turn SIGINT and SIGTERM into `Interrupted`, so that `finally` blocks run; restore after."""
+    """Turn SIGINT and SIGTERM into `Interrupted`, so that `finally` blocks run; restore after.
+
+    In a job of several processes they end the process at once: whoever started the job waits for
+    it and speaks, and what is finished is safe at any moment.
+    """
 
     def stop(number: int, _frame: FrameType | None) -> None:
         raise Interrupted(number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    action = stop if place().world == 1 else signal.SIG_DFL
+    before = {number: signal.signal(number, action) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

@@ -68,7 +68,7 @@ def read_blocks(
         here = rows[start : start + size]
         values = store.take(here)
         require_finite(values, here, store)
-        yield torch.from_numpy(values.astype(np.float32))
+        yield torch.from_numpy(values).float()  # torch widens float16 much faster than NumPy
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,8 @@ class BatchPlan:
         """Return batch `number` as float32; raises NumberError at a value that is not finite."""
         places = self.places(number)
         if self.loaded is not None:
-            return torch.from_numpy(self.loaded[places].astype(np.float32, copy=False))
+            chosen = np.take(self.loaded, places, axis=0)
+            return torch.from_numpy(chosen).float()
         return next(read_blocks(self.store, self.rows[places], self.batch_size))
 
     def places(self, number: int) -> RowNumbers:

@@ -1,102 +1,69 @@
 """Run the adapted model over texts and keep what every adapted module reads of every token.
 
-1. Records are rendered and tokenised once; unusable ones are counted and left out.
-2. Rollouts are cut into units of `ROLLOUTS_PER_SHARD`, fixed by their order alone.
-3. Inside a unit rollouts are sorted by length and run in right-padded batches of at most
-   `batch_tokens` places, without the lm_head; rows go back into the rollouts' order.
-4. Each unit becomes one shard, written beside its name and renamed; a re-run skips finished ones.
-5. The manifest, written last, lists the shards with their checksums.
+1. Records are rendered and tokenised once; unusable ones are counted and left out. With `sample`
+   the model writes the texts itself, unit by unit.
+2. Rollouts are cut into units, fixed by the options alone (units.py).
+3. Every process of the job takes the next unit that nobody has (runtime.claims) and reads its rows
+   in batches (capture.py). The unit becomes one shard, written beside its name and renamed while
+   the next unit computes; a finished one is never done again.
+4. Rank 0 waits for the last shard and writes the manifest, which lists the shards' checksums.
 
 In: adapter, base model, dataset. Out: an activation store (a folder).
 """
 
-import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import h5py
 import numpy as np
 
 from lorascope import runtime
-from lorascope.activations.store import KIND, SCHEMA, VOCABULARY, Rows, Vocabulary, write_shard
+from lorascope.activations.store import (
+    KIND,
+    SCHEMA,
+    VOCABULARY,
+    Vocabulary,
+    read_shape,
+    write_shard,
+)
+from lorascope.activations.units import (
+    ROLLOUTS_PER_SHARD,
+    Texts,
+    digest_rollouts,
+    fit_texts,
+    load_texts,
+)
 from lorascope.artifact import (
+    Build,
     building,
     digest_file,
     is_made,
+    join,
     make_manifest,
     replacing,
     require_space,
     write_text,
 )
-from lorascope.config import Config, option
-from lorascope.errors import DatasetError, NumberError
-from lorascope.sites import PROJECTIONS, SiteLayout, initials_of, parse_adapter_types
-from lorascope.subject.rollouts import (
-    ROLES,
-    Rollout,
-    form_of,
-    read_records,
-    render,
-    special_ids,
-    token_bytes,
-    tokenize,
-)
+from lorascope.config import option
+from lorascope.errors import LorascopeError
+from lorascope.sites import PROJECTIONS, initials_of, parse_adapter_types
+from lorascope.subject.adapter import inspect_adapter, ranks_by_projection
+from lorascope.subject.options import SubjectOptions
+from lorascope.subject.rollouts import ROLES, Rollout, special_ids, token_bytes
 
 if TYPE_CHECKING:
-    from lorascope.subject.hooks import RowReader
+    from lorascope.activations.capture import Capture, Pending
+    from lorascope.subject.load import Subject
 
 log = logging.getLogger(__name__)
 
-ROLLOUTS_PER_SHARD = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class SubjectOptions(Config):
-    """Options that say which model is studied on which texts."""
-
-    lora_path: str | None = option(
-        None, help="adapter: a folder or a hub id", identity=False, path=True
-    )
-    base_model: str | None = option(
-        None,
-        help="base model: a folder or a hub id; default: the one that the adapter names",
-        identity=False,
-        path=True,
-    )
-    dataset: str = option(
-        "simplescaling/s1K-1.1",
-        help="texts: a .json, .jsonl, .parquet or .txt file, or a hub id",
-        identity=False,
-        path=True,
-    )
-    split: str = option("train", help="split of a hub data set", identity=False)
-    num_examples: int | None = option(
-        1000, help="records to take from the start of the dataset", identity=False
-    )
-    template: Literal["auto", "s1", "chat", "text"] = option(
-        "auto", help="how a record becomes a text; auto goes by its fields"
-    )
-    max_length: int | None = option(
-        None, help="longest text in tokens, the rest is cut; default: the model's context"
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", help="type in which the model computes; auto: float32 on the CPU"
-    )
-    batch_tokens: int = option(
-        4096, help="places in one batch, padding included; changes rows by rounding only"
-    )
-    num_gpus: int | None = option(None, help="GPUs to use; default: what is there", identity=False)
-
-    def check(self) -> None:
-        """Refuse impossible numbers."""
-        super().check()
-        self.require("num_examples", 1)
-        self.require("max_length", 2, unit=" tokens")
-        self.require("batch_tokens", 1)
-        self.require("num_gpus", 0)
+_IN_FLIGHT = 2  # units whose rows may be in memory while the next one computes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,216 +94,228 @@ def default_name(adapter_types: tuple[str, ...]) -> str:
 
 def run(config: GenerateConfig) -> Path:
     """Make an activation store, or find the finished one, and return its folder."""
-    from lorascope.subject.load import (
-        find_base,
-        inspect_adapter,
-        load_subject,
-        load_tokenizer,
-    )
+    from lorascope.subject.load import find_base, load_subject, load_tokenizer
 
-    adapter = inspect_adapter(config.lora_path)
+    adapter = inspect_adapter(config.lora_path, config.adapter_name)
     base = find_base(adapter, config.base_model)
-    wanted = parse_adapter_types(config.adapter_types)
-    targets = _target_types(adapter.shapes)
-    types = wanted or targets
+    types = parse_adapter_types(config.adapter_types) or tuple(ranks_by_projection(adapter))
     out = config.output_dir or Path(default_name(types))
     tokenizer = load_tokenizer(adapter, base)
-    rollouts, counts = load_rollouts(config, tokenizer)
-    settings = config.settings()
+    rollouts, counts = load_texts(config, tokenizer)
     parents = {
         "adapter": adapter.digest,
         "base_model": base.digest,
-        "dataset": _digest_rollouts(rollouts),
+        "dataset": digest_rollouts(rollouts),
     }
-    if is_made(out, KIND, settings=settings, parents=parents, overwrite=config.overwrite):
+    identity = {"settings": config.settings(), "parents": parents}
+    if is_made(out, KIND, **identity, overwrite=config.overwrite):
         log.info("%s is already made with these settings", out)
         return out
     device = runtime.pick_device(config.device, config.num_gpus)
-    subject = load_subject(adapter, base, tokenizer, device, config.dtype)
-    layout, columns = subject.layout.select(types)
-    rollouts, n_cut = _cut(rollouts, config.max_length or subject.max_length)
-    n_rows = sum(len(rollout.token_ids) for rollout in rollouts)
-    item = np.dtype(config.store_dtype).itemsize
-    require_space(out.parent, int(n_rows * (layout.d_in * item + 9) * 1.05) + (1 << 24))
-    log.info(
-        "%d rollouts, %d tokens, %d columns (%s) of %s on %s in %s",
-        len(rollouts),
-        n_rows,
-        layout.d_in,
-        layout.initials,
-        adapter.name,
+    n_workers = 1 if config.device_map else runtime.n_workers(config.device, config.num_gpus)
+    if n_workers > 1:
+        runtime.launch(n_workers, "generate", config)
+        return out
+    subject = load_subject(
+        adapter,
+        base,
+        tokenizer,
         device,
-        str(subject.dtype).removeprefix("torch."),
+        config.dtype,
+        gauge=config.gauge,
+        skip_unhookable=config.skip_unhookable,
+        device_map=config.device_map,
     )
-    with building(
-        out, KIND, settings=settings, parents=parents, overwrite=config.overwrite
-    ) as build:
-        from lorascope.subject.hooks import RowReader
-
-        vocabulary = _vocabulary(tokenizer, rollouts)
-        with RowReader(subject) as reader, runtime.progress(n_rows, "generate", "tokens") as bar:
-            checked = False
-            for first in range(0, len(rollouts), ROLLOUTS_PER_SHARD):
-                unit = rollouts[first : first + ROLLOUTS_PER_SHARD]
-                shard = build.path / f"shard-{first // ROLLOUTS_PER_SHARD:05d}.h5"
-                if not shard.exists():
-                    if not checked:
-                        _require_repeatable(reader, unit[0])
-                        checked = True
-                    rows = _read_unit(reader, unit, config, columns, layout)
-                    _write(shard, rows, unit)
-                bar.update(sum(len(rollout.token_ids) for rollout in unit))
-        vocabulary.save(build.path / VOCABULARY)
+    texts = fit_texts(rollouts, counts, config, subject.max_length)
+    _require_space(config, subject, texts, out)
+    if runtime.place().rank > 0:
+        build = join(out, KIND, **identity)
+        if build is not None:
+            _Shards(config, subject, texts, build).make()
+        return out
+    with building(out, KIND, **identity, overwrite=config.overwrite) as build:
+        shards = _Shards(config, subject, texts, build)
+        shards.make()
+        _vocabulary(subject).save(build.path / VOCABULARY)
         _save_tokenizer(tokenizer, build.path / "tokenizer")
-        content = {
-            "n_rows": n_rows,
-            "n_rollouts": len(rollouts),
-            "d_in": layout.d_in,
-            "adapter_types": list(layout.adapter_types),
-            "roles": list(ROLES),
-            "store_dtype": config.store_dtype,
-            "compute_dtype": str(subject.dtype).removeprefix("torch."),
-            "adapter_name": adapter.name,
-            "base_model": base.name,
-            "dataset": Path(config.dataset).name
-            if Path(config.dataset).exists()
-            else config.dataset,
-            "rollouts_per_shard": ROLLOUTS_PER_SHARD,
-            "dropped": {**counts, "cut_to_length": n_cut},
-        }
         manifest = make_manifest(
             KIND,
             SCHEMA,
-            settings=settings,
-            parents=parents,
-            layout=layout.to_json(),
-            content=content,
+            **identity,
+            layout=shards.layout.to_json(),
+            content=_content(config, subject, texts, shards),
             files=_files_of(build.path),
         )
-        build.publish_directory(manifest)
-    return out
+        return build.publish_directory(manifest)
 
 
-def load_rollouts(config: SubjectOptions, tokenizer: Any) -> tuple[list[Rollout], dict[str, int]]:
-    """Return the usable rollouts of a dataset in its order, and how many were left out, and why.
+class _Shards:
+    """The shards of a store, and the making of this process's share of them."""
 
-    Raises DatasetError when none is usable.
-    """
-    records = read_records(config.dataset, config.split, config.num_examples)
-    rollouts: list[Rollout] = []
-    counts = {"empty": 0}
-    template = config.template
-    if template == "auto":
-        template = form_of(records[0][1], f"record {records[0][0]} of {config.dataset}")
-    with runtime.progress(len(records), "tokenize", "texts") as bar:
-        for number, record in records:
-            where = f"record {number} of {config.dataset}"
-            text, spans = render(record, template, tokenizer, where)
-            bar.update(1)
-            if not text.strip():
-                counts["empty"] += 1
-                continue
-            token_ids, roles = tokenize(text, spans, tokenizer)
-            rollouts.append(Rollout(number, token_ids, roles))
-    if counts["empty"]:
-        log.warning("left out %d empty of %d records", counts["empty"], len(records))
-    if not rollouts:
-        raise DatasetError(f"dataset {config.dataset}: all {len(records)} records are empty")
-    return rollouts, counts
+    def __init__(
+        self, config: GenerateConfig, subject: "Subject", texts: Texts, build: Build
+    ) -> None:
+        self.config, self.subject, self.texts, self.build = config, subject, texts, build
+        types = parse_adapter_types(config.adapter_types) or subject.layout.adapter_types
+        self.layout, self.columns = subject.layout.select(types)
+        self.paths = [build.path / f"shard-{i:05d}.h5" for i in range(texts.n_units)]
+        self.n_rows = 0  # of the shards that are there
+        self._capture: Capture | None = None
+        self._writing: list[Future[None]] = []
 
+    def make(self) -> None:
+        """Make shards until all are there, by whomever."""
+        from lorascope.subject.hooks import RowReader
 
-def _target_types(shapes: dict[str, tuple[int, ...]]) -> tuple[str, ...]:
-    """Return the projections that an adapter's file holds, in column order."""
-    names = [name.split(".lora_A", 1)[0].rsplit(".", 1)[-1] for name in shapes if ".lora_A" in name]
-    return parse_adapter_types(sorted(set(names)))
+        expected = self.texts.n_tokens + (self.config.sample or 0) * self.config.max_new_tokens
+        bar = runtime.progress(expected, "generate", "tokens")
 
+        def found(unit: int) -> None:
+            n_rows = _n_rows(self.paths[unit])
+            self.n_rows += n_rows
+            bar.update(n_rows)
 
-def _cut(rollouts: list[Rollout], longest: int | None) -> tuple[list[Rollout], int]:
-    if longest is None:
-        return rollouts, 0
-    cut = [Rollout(r.id, r.token_ids[:longest], r.roles[:longest]) for r in rollouts]
-    n_cut = sum(len(rollout.token_ids) > longest for rollout in rollouts)
-    if n_cut:
-        log.warning("cut %d of %d rollouts to %d tokens", n_cut, len(rollouts), longest)
-    return cut, n_cut
+        with RowReader(self.subject) as reader, bar, ThreadPoolExecutor(1) as writer:
+            locks = self.build.path / ".claims"
+            for claim in runtime.claims(self.paths, locks, found, self._raise_failed):
+                with _named(claim.unit):
+                    rollouts = self._rollouts(claim.unit)
+                    capture = self._open(reader, rollouts, expected)
+                    pending = capture.run(rollouts)
+                while len(self._writing) >= _IN_FLIGHT:
+                    self._writing.pop(0).result()
+                self._writing.append(writer.submit(self._write, pending, claim))
 
+    def _raise_failed(self) -> None:
+        """Raise what the writing of a shard raised."""
+        for future in [future for future in self._writing if future.done()]:
+            future.result()
+            self._writing.remove(future)
 
-def _batches(unit: list[Rollout], batch_tokens: int) -> Iterator[list[int]]:
-    """Yield indices of rollouts, longest first, that fit `batch_tokens` places when padded."""
-    order = sorted(range(len(unit)), key=lambda i: (-len(unit[i].token_ids), i))
-    while order:
-        size = max(1, batch_tokens // len(unit[order[0]].token_ids))
-        yield order[:size]
-        order = order[size:]
+    def _rollouts(self, unit: int) -> list[Rollout]:
+        prompts = self.texts.unit(unit)
+        if self.config.sample is None:
+            return prompts
+        from lorascope.subject.sample import sample
 
-
-def _read_batch(reader: "RowReader", rollouts: list[Rollout]) -> list[Rows]:
-    """Run rollouts as one right-padded batch and return each one's rows in float32."""
-    import torch
-
-    lengths = [len(rollout.token_ids) for rollout in rollouts]
-    ids = torch.zeros(len(rollouts), max(lengths), dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for i, rollout in enumerate(rollouts):
-        ids[i, : lengths[i]] = torch.from_numpy(rollout.token_ids.astype(np.int64))
-        mask[i, : lengths[i]] = 1
-    device = reader.subject.device
-    with torch.inference_mode():
-        rows = reader.read(ids.to(device), mask.to(device)).cpu().numpy()
-    return [rows[i, :length] for i, length in enumerate(lengths)]
-
-
-def _read_unit(
-    reader: "RowReader",
-    unit: list[Rollout],
-    config: GenerateConfig,
-    columns: Any,
-    layout: SiteLayout,
-) -> Rows:
-    """Return the rows of a unit's rollouts, in their order, in the stored dtype."""
-    ends = np.cumsum([len(rollout.token_ids) for rollout in unit])
-    out = np.empty((int(ends[-1]), layout.d_in), config.store_dtype)
-    largest = float(np.finfo(out.dtype).max)
-    for batch in _batches(unit, config.batch_tokens):
-        for index, rows in zip(batch, _read_batch(reader, [unit[i] for i in batch]), strict=True):
-            chosen = rows[:, columns]
-            bad = ~(np.abs(chosen) <= largest)  # catches NaN as well
-            if bad.any():
-                row, column = np.argwhere(bad)[0]
-                raise NumberError(
-                    f"site {layout.column_names[column]} reads {chosen[row, column]} at token "
-                    f"{row} of rollout {unit[index].id}, which {out.dtype} cannot hold; "
-                    "try --store-dtype float32"
-                )
-            start = int(ends[index]) - len(chosen)
-            out[start : start + len(chosen)] = chosen
-    return out
-
-
-def _require_repeatable(reader: "RowReader", rollout: Rollout) -> None:
-    """Raise NumberError unless the same batch gives the same rows twice: dropout would not."""
-    twice = [_read_batch(reader, [rollout])[0] for _ in range(2)]
-    if not np.array_equal(twice[0], twice[1], equal_nan=True):
-        raise NumberError("the same text gives other rows on a second run: something is random")
-
-
-def _write(shard: Path, rows: Rows, unit: list[Rollout]) -> None:
-    with replacing(shard) as beside:
-        write_shard(
-            beside,
-            rows,
-            np.concatenate([rollout.token_ids for rollout in unit]),
-            np.concatenate([rollout.roles for rollout in unit]),
-            [len(rollout.token_ids) for rollout in unit],
-            [rollout.id for rollout in unit],
+        return sample(
+            self.subject,
+            prompts,
+            max_new_tokens=self.config.max_new_tokens,
+            temperature=self.config.temperature,
+            seed=(self.config.sample_seed, unit),
         )
 
+    def _open(self, reader: Any, rollouts: Sequence[Rollout], expected: int) -> "Capture":
+        """Return the capture; the first time, check that it is right and say what it costs."""
+        if self._capture is None:
+            from lorascope.activations.capture import Capture
 
-def _vocabulary(tokenizer: Any, rollouts: list[Rollout]) -> Vocabulary:
-    highest = max(int(rollout.token_ids.max(initial=0)) for rollout in rollouts)
-    tokens = token_bytes(tokenizer, highest + 1)
+            self._capture = Capture(
+                reader,
+                self.columns,
+                store_dtype=self.config.store_dtype,
+                batch_tokens=self.config.batch_tokens,
+                longest=self.texts.longest,
+            )
+            middle = sorted(rollouts, key=lambda rollout: len(rollout.token_ids))
+            rate = self._capture.check(middle[len(middle) // 2])
+            self._announce(rate, expected)
+        return self._capture
+
+    def _announce(self, rate: float, expected: int) -> None:
+        """Say what the run will take, from the rate of one text."""
+        world = runtime.place().world
+        item = np.dtype(self.config.store_dtype).itemsize
+        peak = runtime.peak_memory(self.subject.device)
+        unit = ROLLOUTS_PER_SHARD * expected / len(self.texts.rollouts) * self.layout.d_in * 4
+        log.info(
+            "%d tokens at %.0f a second of one text: %.1f minutes at most; %.2f GB on disk, "
+            "%.1f GB of memory%s",
+            *(expected, rate, expected / rate / world / 60),
+            expected * (self.layout.d_in * item + 5) / 1e9,
+            (peak + (_IN_FLIGHT + 1) * unit) / 1e9,
+            f" for each of {world} processes" if world > 1 else "",
+        )
+
+    def _write(self, pending: "Pending", claim: runtime.Claim) -> None:
+        assert self._capture is not None, "it made what is pending"
+        with _named(claim.unit):
+            rows = self._capture.finish(pending)
+            unit = pending.rollouts
+            with replacing(self.paths[claim.unit]) as beside:
+                write_shard(
+                    beside,
+                    rows,
+                    np.concatenate([rollout.token_ids for rollout in unit]),
+                    np.concatenate([rollout.roles for rollout in unit]),
+                    [len(rollout.token_ids) for rollout in unit],
+                    [rollout.id for rollout in unit],
+                )
+        claim.release()
+
+
+@contextmanager
+def _named(unit: int) -> Generator[None]:
+    """In a job of several processes, say of an error which one it was and what it was doing."""
+    here = runtime.place()
+    try:
+        yield
+    except LorascopeError as error:
+        if here.world > 1:
+            error.args = (f"rank {here.rank}, unit {unit}: {error}",)
+        raise
+
+
+def _require_space(config: GenerateConfig, subject: "Subject", texts: Texts, out: Path) -> None:
+    layout, _ = subject.layout.select(
+        parse_adapter_types(config.adapter_types) or subject.layout.adapter_types
+    )
+    n_rows = texts.n_tokens + (config.sample or 0) * config.max_new_tokens
+    row = layout.d_in * np.dtype(config.store_dtype).itemsize + 9
+    require_space(out.parent, int(n_rows * row * 1.05) + (1 << 24))
+    log.info(
+        "%d rollouts, %d tokens, %d columns (%s) of %s on %s in %s",
+        *(len(texts.rollouts), texts.n_tokens, layout.d_in, layout.initials),
+        *(subject.adapter.name, subject.device, str(subject.dtype).removeprefix("torch.")),
+    )
+
+
+def _content(
+    config: GenerateConfig, subject: "Subject", texts: Texts, shards: _Shards
+) -> dict[str, Any]:
+    """Return what the manifest says of the store beside its settings."""
+    dataset = Path(config.dataset)
+    return {
+        "n_rows": shards.n_rows,
+        "n_rollouts": len(texts.rollouts),
+        "d_in": shards.layout.d_in,
+        "adapter_types": list(shards.layout.adapter_types),
+        "roles": list(ROLES),
+        "store_dtype": config.store_dtype,
+        "compute_dtype": str(subject.dtype).removeprefix("torch."),
+        "quantized": subject.quantized,
+        "adapter_name": subject.adapter.name,
+        "base_model": subject.base.name,
+        "dataset": dataset.name if dataset.exists() else config.dataset,
+        "rollouts_per_shard": ROLLOUTS_PER_SHARD,
+        "dropped": texts.counts,
+        "longest": texts.longest,
+        "longer": {"n": texts.n_longer, "how": config.long_texts},
+        "unhooked": list(subject.unhooked),
+        "unseen": list(subject.unseen),
+    }
+
+
+def _n_rows(shard: Path) -> int:
+    with h5py.File(shard, "r", locking=False) as file:
+        return read_shape(file, "token_ids")[0]
+
+
+def _vocabulary(subject: "Subject") -> Vocabulary:
+    tokens = token_bytes(subject.tokenizer, subject.causal.config.get_text_config().vocab_size)
     special = np.zeros(len(tokens), bool)
-    special[special_ids(tokenizer)] = True
+    special[special_ids(subject.tokenizer)] = True
     return Vocabulary.of(tokens, special)
 
 
@@ -348,15 +327,6 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     for key in ("local_files_only", "is_local", "name_or_path"):
         options.pop(key, None)
     write_text(file, json.dumps(options, indent=2, ensure_ascii=False) + "\n")
-
-
-def _digest_rollouts(rollouts: list[Rollout]) -> str:
-    digest = hashlib.sha256()
-    for rollout in rollouts:
-        digest.update(np.array([rollout.id, len(rollout.token_ids)], np.int64).tobytes())
-        digest.update(rollout.token_ids.tobytes())
-        digest.update(rollout.roles.tobytes())
-    return digest.hexdigest()
 
 
 def _files_of(folder: Path) -> dict[str, dict[str, Any]]:

@@ -199,7 +199,8 @@ class ActivationStore:
         shard_of = np.searchsorted(self.first_row, rows, side="right") - 1
         for index in np.unique(shard_of):
             here = np.flatnonzero(shard_of == index)
-            values = self.shards[index].read()[rows[here] - self.first_row[index]]
+            local = rows[here] - self.first_row[index]
+            values = np.take(self.shards[index].read(), local, axis=0)
             out[here] = values if self.columns is None else values[:, self.columns]
         return out
 
@@ -285,6 +286,11 @@ def verify(path: Path) -> list[str]:
             broken.append(f"{name} has {file.stat().st_size} bytes, the manifest {info['bytes']}")
         elif digest_file(file) != info["sha256"]:
             broken.append(f"{name} has another checksum than the manifest")
+    found = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+    broken += [
+        f"{name} is not in the manifest: it is of another store, or was put there by hand"
+        for name in sorted(found - set(manifest["files"]) - {MANIFEST})
+    ]
     if not broken:
         store = ActivationStore.open(path)
         broken += [

@@ -1,0 +1,96 @@
+"""How fast a store is read: in order, shuffled, and against a plain copy, in one run.
+
+    python benchmarks/store.py --gigabytes 1
+
+Writes a store of random rows (448 columns, float16) into a temporary folder, then reads batches of
+1,024 rows as float32, the ways alternating: `in order` (`store.rows`), `shuffled` (`store.take` of
+rows of a permutation of the whole store), and `copy`: a copy of the same bytes out of one
+array in memory, which is what the machine can do. The files are in the page cache, as they are
+from the second epoch of a training on.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lorascope.activations.store import KIND, SCHEMA, VOCABULARY, ActivationStore, Rows, Vocabulary
+from lorascope.activations.store import write_shard as write
+from lorascope.artifact import MANIFEST, digest_file, make_manifest, write_text
+from lorascope.sites import PROJECTIONS, Site, SiteLayout
+
+BATCH = 1024
+ROWS_PER_SHARD = 64 * 1024
+
+
+def make(folder: Path, n_rows: int) -> ActivationStore:
+    """Write a store of random rows."""
+    sites = [Site(layer=i, projection=p, module=f"{i}.{p}") for i in range(64) for p in PROJECTIONS]
+    layout = SiteLayout.of(sites)
+    rng = np.random.default_rng(0)
+    block = rng.standard_normal((ROWS_PER_SHARD, layout.d_in)).astype(np.float16)
+    for number in range(-(-n_rows // ROWS_PER_SHARD)):
+        n = min(ROWS_PER_SHARD, n_rows - number * ROWS_PER_SHARD)
+        ids, roles = np.zeros(n, np.int32), np.zeros(n, np.uint8)
+        write(folder / f"shard-{number:05d}.h5", block[:n], ids, roles, [n], [number])
+    Vocabulary.of([b"x"], np.array([False])).save(folder / VOCABULARY)
+    files = {
+        file.name: {"bytes": file.stat().st_size, "sha256": digest_file(file)}
+        for file in sorted(folder.glob("*.h5"))
+    }
+    manifest = make_manifest(
+        KIND, SCHEMA, settings={}, parents={}, layout=layout.to_json(), content={}, files=files
+    )
+    write_text(folder / MANIFEST, json.dumps(manifest))
+    return ActivationStore.open(folder)
+
+
+def wide(rows: Rows) -> torch.Tensor:
+    """Return rows as float32, as training does."""
+    return torch.from_numpy(np.ascontiguousarray(rows)).float()
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gigabytes", type=float, default=1.0)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        store = make(Path(folder), int(given.gigabytes * 1e9 / 448 / 2))
+        order = np.random.default_rng(1).permutation(store.n_rows)
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        array = store.shards[0].read()[:]
+        ways: dict[str, Callable[[int], object]] = {
+            "in order": lambda i: wide(store.rows(i * BATCH, (i + 1) * BATCH)),
+            "shuffled": lambda i: wide(store.take(order[i * BATCH : (i + 1) * BATCH])),
+            "copy": lambda i: wide(array[(i * BATCH) % (len(array) - BATCH) :][:BATCH]),
+        }
+        n_batches = store.n_rows // BATCH
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for way in ways.values():  # once through, so that every page is in memory
+            for i in range(n_batches):
+                way(i)
+        for first in range(0, n_batches, 50):
+            for name, way in ways.items():
+                begun = time.perf_counter()
+                for i in range(first, min(first + 50, n_batches)):
+                    way(i)
+                seconds[name].append(time.perf_counter() - begun)
+        print(f"{store.n_rows:,} rows, {given.gigabytes:g} GB, {len(store.shards)} shards")
+        for name, times in seconds.items():
+            ratio = statistics.median(
+                b / t for t, b in zip(times, seconds["in order"], strict=True)
+            )
+            rate = n_batches * BATCH / sum(times)
+            print(f"  {name:<9} {rate:>12,.0f} rows/s   {ratio:.2f} of in order")
+
+
+if __name__ == "__main__":
+    main()

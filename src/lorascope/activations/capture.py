@@ -1,0 +1,237 @@
+"""Run rollouts through a subject in batches and return their rows.
+
+1. A rollout longer than the context becomes pieces (windows), each with the rows to keep of it.
+2. Pieces are sorted by length and cut into batches of at most `batch_tokens` places such that the
+   places computed are fewest, padding and a fixed price for each batch included.
+3. A batch that does not fit into memory is halved, and so is `batch_tokens` from then on.
+4. A batch's rows go to the host while the next one computes; `finish` puts them in order and
+   checks that the stored type can hold them.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lorascope.activations.store import Rows
+from lorascope.errors import ConfigError, NumberError
+from lorascope.subject.hooks import RowReader
+from lorascope.subject.load import Subject
+from lorascope.subject.rollouts import Rollout, windows
+
+log = logging.getLogger(__name__)
+
+_CPU_TOKENS = 2048
+_PROBE_TOKENS = 1024
+_LARGEST = 1 << 16  # places in a batch beyond which a GPU gains nothing
+_PRICE = {"cpu": 16, "cuda": 512}  # places that the start of a batch costs
+_DRIFT = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens `[start, stop)` of rollout `index` of a unit, of which rows from `keep` are kept."""
+
+    index: int
+    start: int
+    stop: int
+    keep: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A unit that was run: `parts` are its rows on the host, once `event` has happened."""
+
+    rollouts: Sequence[Rollout]
+    parts: list[tuple[Piece, Tensor]]
+    event: Any
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows that the unit will have."""
+        return sum(len(rollout.token_ids) for rollout in self.rollouts)
+
+
+class Capture:
+    """Reads rows with an open `RowReader`; `columns` of them are kept, as `store_dtype`.
+
+    `batch_tokens` None finds what fits: on a GPU by measuring, on a CPU 2,048 places.
+    """
+
+    def __init__(
+        self,
+        reader: RowReader,
+        columns: npt.NDArray[np.int64],
+        *,
+        store_dtype: str,
+        batch_tokens: int | None,
+        longest: int | None,
+    ) -> None:
+        self.reader, self.longest = reader, longest
+        self.subject: Subject = reader.subject
+        self.store_dtype = np.dtype(store_dtype)
+        self.columns = torch.from_numpy(columns).to(self.subject.device)
+        self.names = [self.subject.layout.column_names[i] for i in columns]
+        self.batch_tokens = batch_tokens or self._fitting_tokens()
+
+    def _fitting_tokens(self) -> int:
+        """Return the places of a batch that fit into the device's free memory, with a reserve."""
+        device = self.subject.device
+        if device.type != "cuda":
+            return _CPU_TOKENS
+        ids = torch.zeros(1, min(_PROBE_TOKENS, self.longest or _PROBE_TOKENS), dtype=torch.int64)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        self.reader.read(ids)
+        each = (torch.cuda.max_memory_allocated(device) - before) / ids.numel()
+        free = torch.cuda.mem_get_info(device)[0]
+        n = min(max(int(0.7 * free / max(each, 1)), _PROBE_TOKENS), _LARGEST)
+        log.info(
+            "batches of up to %d tokens: %.0f kB each, %.1f GB free", n, each / 1e3, free / 1e9
+        )
+        return n
+
+    def run(self, rollouts: Sequence[Rollout]) -> Pending:
+        """Compute the rows of a unit; they are complete once `finish` has been called on it."""
+        pieces = [
+            Piece(index, *window)
+            for index, rollout in enumerate(rollouts)
+            for window in windows(len(rollout.token_ids), self.longest or len(rollout.token_ids))
+        ]
+        parts: list[tuple[Piece, Tensor]] = []
+        price = _PRICE.get(self.subject.device.type, _PRICE["cuda"])
+        for places in plan_batches([len(piece) for piece in pieces], self.batch_tokens, price):
+            parts += self._run_batch([pieces[place] for place in places], rollouts)
+        event = None
+        if self.subject.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+        return Pending(rollouts, parts, event)
+
+    def _run_batch(
+        self, batch: list[Piece], rollouts: Sequence[Rollout]
+    ) -> list[tuple[Piece, Tensor]]:
+        try:
+            rows = self.reader.read(_padded(batch, rollouts))[..., self.columns]
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _is_memory(error):
+                raise
+        else:
+            return [
+                (piece, self._to_host(rows[i, piece.keep - piece.start : len(piece)]))
+                for i, piece in enumerate(batch)
+            ]
+        if self.subject.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(batch) == 1:
+            rollout = rollouts[batch[0].index]
+            raise ConfigError(
+                f"a text of {len(batch[0])} tokens (record {rollout.id}) does not fit into memory; "
+                "lower --max-length, with --long-texts window to keep the rest of it"
+            )
+        self.batch_tokens = max(max(map(len, batch)) * len(batch) // 2, 1)
+        log.warning("out of memory: batches of at most %d tokens from now on", self.batch_tokens)
+        half = len(batch) // 2
+        return self._run_batch(batch[:half], rollouts) + self._run_batch(batch[half:], rollouts)
+
+    def _to_host(self, rows: Float[Tensor, "seq d_in"]) -> Float[Tensor, "seq d_in"]:
+        if not rows.is_cuda:
+            return rows.cpu()
+        host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+        return host.copy_(rows, non_blocking=True)
+
+    def finish(self, pending: Pending) -> Rows:
+        """Return the rows of a unit, in its rollouts' order, in the stored dtype.
+
+        Raises NumberError naming site, token and rollout of a value that does not fit there. May
+        run in another thread than `run`.
+        """
+        if pending.event is not None:
+            pending.event.synchronize()
+        ends = np.cumsum([len(rollout.token_ids) for rollout in pending.rollouts])
+        out = np.empty((pending.n_rows, len(self.names)), self.store_dtype)
+        largest = float(np.finfo(out.dtype).max)
+        while pending.parts:
+            piece, tensor = pending.parts.pop(0)
+            rows, rollout = tensor.numpy(), pending.rollouts[piece.index]
+            if not (np.abs(rows) <= largest).all():  # false for NaN as well
+                row, column = np.argwhere(~(np.abs(rows) <= largest))[0]
+                raise NumberError(
+                    f"site {self.names[column]} reads {rows[row, column]} at token "
+                    f"{piece.keep + row} of rollout {rollout.id}, which {out.dtype} cannot hold; "
+                    "try --store-dtype float32"
+                )
+            first = int(ends[piece.index]) - len(rollout.token_ids) + piece.keep
+            out[first : first + len(rows)] = rows
+        return out
+
+    def check(self, rollout: Rollout) -> float:
+        """Return the tokens per second of one text; raise unless its rows can be relied on.
+
+        NumberError: a second run gives other rows, so something is random. A warning, and PEFT's
+        forward from then on: ours gives other rows than PEFT's by more than rounding.
+        """
+        piece = Piece(0, 0, min(len(rollout.token_ids), self.longest or 1 << 62), 0)
+        ids = _padded([piece], [rollout])
+        first = self.reader.read(ids)
+        begun = time.perf_counter()
+        second = self.reader.read(ids).cpu()
+        seconds = time.perf_counter() - begun
+        if not torch.equal(first.cpu().nan_to_num(), second.nan_to_num()):
+            raise NumberError("the same text gives other rows on a second run: something is random")
+        if self.reader.own_forward:
+            self.reader.__exit__(None, None, None)
+            with RowReader(self.subject, own_forward=False) as reference:
+                third = reference.read(ids).cpu()
+            drift = float((second - third).norm() / third.norm().clamp(min=1e-30))
+            log.debug("rows differ from PEFT's forward by %.2g of their norm", drift)
+            if drift > _DRIFT.get(self.subject.dtype, 0.1):
+                log.warning("rows differ from PEFT's forward by %.2g: using PEFT's", drift)
+                self.reader.own_forward = False
+            self.reader.__enter__()
+        return ids.numel() / seconds
+
+
+def plan_batches(lengths: Sequence[int], batch_tokens: int, price: int) -> list[list[int]]:
+    """Return batches of indices, longest first, that compute the fewest places.
+
+    A batch of n texts computes n times its longest one, at most `batch_tokens` unless it is one
+    text alone, and costs `price` places more. Over texts in falling order of length the best cut
+    is found exactly, from the end (dynamic programming, quadratic in their number).
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    n = len(order)
+    best, step = [0] * (n + 1), [0] * n
+    for first in range(n - 1, -1, -1):
+        longest = lengths[order[first]]
+        fitting = max(1, min(batch_tokens // max(longest, 1), n - first))
+        best[first], step[first] = min(
+            (longest * size + price + best[first + size], size) for size in range(1, fitting + 1)
+        )
+    batches, first = [], 0
+    while first < n:
+        batches.append(order[first : first + step[first]])
+        first += step[first]
+    return batches
+
+
+def _padded(batch: Sequence[Piece], rollouts: Sequence[Rollout]) -> Tensor:
+    ids = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.int64)
+    for i, piece in enumerate(batch):
+        tokens = rollouts[piece.index].token_ids[piece.start : piece.stop]
+        ids[i, : len(piece)] = torch.from_numpy(tokens.astype(np.int64))
+    return ids
+
+
+def _is_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,93 @@
+"""Let the adapted model write the rollouts itself.
+
+A prompt's text is continued until the model ends its turn. The rows of what it wrote are then read
+in one pass over prompt and continuation together, like those of any other text: they equal the
+rows that the model had while it wrote, up to rounding.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from lorascope.subject.load import Subject
+from lorascope.subject.rollouts import Rollout, roles_of_sampled
+
+_TOGETHER = 16  # texts written at a time
+
+
+def sample(
+    subject: Subject,
+    prompts: Sequence[Rollout],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: Sequence[int],
+) -> list[Rollout]:
+    """Return each prompt with its continuation, ids as the prompts' own.
+
+    `temperature` 0 takes the likeliest token. What is drawn depends on `seed` and on the prompts,
+    which must come in the same groups to be drawn again. The token that ends a turn is kept.
+    """
+    written: list[Rollout] = []
+    numbers = np.random.SeedSequence(list(seed)).generate_state(len(prompts) // _TOGETHER + 1)
+    for group, first in enumerate(range(0, len(prompts), _TOGETHER)):
+        batch = prompts[first : first + _TOGETHER]
+        with torch.random.fork_rng():
+            torch.manual_seed(int(numbers[group]))
+            written += _continue(subject, batch, max_new_tokens, temperature)
+    return written
+
+
+def _continue(
+    subject: Subject, prompts: Sequence[Rollout], max_new_tokens: int, temperature: float
+) -> list[Rollout]:
+    ends = _end_ids(subject)
+    pad = ends[0] if ends else 0
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    room = (subject.max_length or 1 << 62) - longest
+    ids = torch.full((len(prompts), longest), pad, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):
+        ids[i, longest - len(prompt.token_ids) :] = torch.from_numpy(
+            prompt.token_ids.astype(np.int64)
+        )
+        mask[i, longest - len(prompt.token_ids) :] = 1
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    with torch.inference_mode():
+        out = subject.causal.generate(
+            input_ids=ids.to(subject.device),
+            attention_mask=mask.to(subject.device),
+            max_new_tokens=max(min(max_new_tokens, room), 1),
+            eos_token_id=ends or None,
+            pad_token_id=pad,
+            **(how if temperature > 0 else {"do_sample": False}),
+        )
+    return [
+        _joined(prompt, new, ends, subject)
+        for prompt, new in zip(prompts, out[:, longest:].cpu().numpy(), strict=True)
+    ]
+
+
+def _joined(
+    prompt: Rollout,
+    new: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]",
+    ends: list[int],
+    subject: Subject,
+) -> Rollout:
+    stops = np.flatnonzero(np.isin(new, ends))
+    new = new[: stops[0] + 1] if len(stops) else new
+    roles = roles_of_sampled(prompt, new.astype(np.int32), subject.tokenizer)
+    return Rollout(
+        prompt.id,
+        np.concatenate([prompt.token_ids, new.astype(np.int32)]),
+        np.concatenate([prompt.roles, roles]),
+    )
+
+
+def _end_ids(subject: Subject) -> list[int]:
+    """Return the ids that end a turn: the generation config's, and the tokenizer's own."""
+    configured = getattr(subject.causal.generation_config, "eos_token_id", None)
+    found = configured if isinstance(configured, list) else [configured]
+    found.append(subject.tokenizer.eos_token_id)
+    return sorted({int(token_id) for token_id in found if token_id is not None})

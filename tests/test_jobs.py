@@ -1,0 +1,251 @@
+"""Several processes make one store: the same bytes, whoever is killed."""
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import s1_records
+from safetensors.torch import load_file, save_file
+
+from lorascope import runtime
+from lorascope.activations import generate
+from lorascope.activations.generate import GenerateConfig
+from lorascope.cli import call
+from lorascope.config import from_plain
+from lorascope.errors import ConfigError, WorkerError
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(scope="module")
+def uneven_dataset(tmp_path_factory):
+    """330 records, the later ones many times as long as the first: six uneven units."""
+    path = tmp_path_factory.mktemp("data") / "uneven.jsonl"
+    records = s1_records(330)
+    for i, record in enumerate(records):
+        record["deepseek_thinking_trajectory"] *= 1 + i // 150
+    path.write_text("\n".join(json.dumps(record) for record in records), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def config(subject_dirs, uneven_dataset, tmp_path):
+    return lambda name: GenerateConfig(
+        lora_path=str(subject_dirs[1]),
+        dataset=str(uneven_dataset),
+        output_dir=tmp_path / name,
+        batch_tokens=256,
+    )
+
+
+@pytest.fixture(scope="module")
+def calm(subject_dirs, uneven_dataset, tmp_path_factory):
+    """The files of the store that one process makes undisturbed, in a process of its own."""
+    out = tmp_path_factory.mktemp("calm") / "store"
+    command = [sys.executable, "-m", "lorascope", "generate", "--lora-path", str(subject_dirs[1])]
+    command += ["--dataset", str(uneven_dataset), "--output-dir", str(out), "--batch-tokens", "256"]
+    subprocess.run(command, check=True, env=one_thread(), capture_output=True)
+    return content(out)
+
+
+def one_thread():
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def content(out: Path) -> dict[str, bytes]:
+    files = (file for file in out.rglob("*") if file.is_file())
+    return {file.relative_to(out).as_posix(): file.read_bytes() for file in files}
+
+
+def workers() -> list[int]:
+    """Return the process ids of this process's children that are workers of a job."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (place / "cmdline").read_bytes()
+            parent = re.search(r"PPid:\s*(\d+)", (place / "status").read_text())
+        except OSError:
+            continue
+        if runtime.WORKER.encode() in command and parent and int(parent[1]) == os.getpid():
+            found.append(int(place.name))
+    return found
+
+
+def kill_at_next_shard(folder: Path, n: int) -> threading.Thread:
+    """Kill `n` workers once there is a shard more than now."""
+    before = len(list(folder.glob("shard-*.h5")))
+
+    def watch():
+        stop = time.monotonic() + 120
+        while len(list(folder.glob("shard-*.h5"))) <= before and time.monotonic() < stop:
+            time.sleep(0.005)
+        for process in workers()[:n]:
+            os.kill(process, signal.SIGKILL)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+@pytest.mark.slow
+def test_under_torchrun_the_store_is_that_of_one_process(config, calm):  # pitfall 9, B36
+    given = config("store")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command += ["3", "-m", "lorascope", "generate", "--lora-path", given.lora_path]
+    command += ["--dataset", given.dataset, "--batch-tokens", "256"]
+    command += ["--output-dir", str(given.output_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=one_thread())
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == str(given.output_dir)
+    assert content(given.output_dir) == calm
+
+
+@pytest.mark.slow
+def test_killed_workers_end_the_job_and_any_other_number_finishes_it(
+    config, calm, tmp_path, monkeypatch
+):
+    given = config("store")
+    partial = tmp_path / "store.partial"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    watch = kill_at_next_shard(partial, 1)
+    begun = time.monotonic()
+    with pytest.raises(WorkerError, match=r"rank \d of 2 was killed by SIGKILL; finished work"):
+        runtime.launch(2, "generate", given)
+    watch.join()
+    assert time.monotonic() - begun < 120
+    assert workers() == []
+    kept = sorted(file.name for file in partial.glob("shard-*.h5"))
+    assert kept
+    assert not given.output_dir.exists()
+    stamps = {name: (partial / name).stat().st_mtime_ns for name in kept}
+    watch = kill_at_next_shard(partial, 3)
+    with pytest.raises(WorkerError, match="of 3"):
+        runtime.launch(3, "generate", given)
+    watch.join()
+    assert {name: (partial / name).stat().st_mtime_ns for name in kept} == stamps
+    runtime.launch(1, "generate", given)
+    assert content(given.output_dir) == calm
+
+
+@pytest.mark.slow
+def test_what_a_worker_found_wrong_names_rank_and_unit(subject_dirs, config, tmp_path, capfd):
+    loud = tmp_path / "loud"
+    shutil.copytree(subject_dirs[1], loud)
+    tensors = load_file(loud / "adapter_model.safetensors")
+    name = next(n for n in tensors if "layers.1.mlp.down_proj.lora_A" in n)
+    save_file({**tensors, name: tensors[name] * 1e9}, loud / "adapter_model.safetensors")
+    changed = {"lora_path": str(loud), "base_model": str(subject_dirs[0])}
+    with pytest.raises(WorkerError, match=r"rank \d of 2 ended with exit code 2") as failed:
+        runtime.launch(
+            2, "generate", from_plain(GenerateConfig, {**config("store").plain(), **changed})
+        )
+    assert failed.value.exit_code == 2
+    assert re.search(r"NumberError: rank \d, unit \d: site 1.down_proj", capfd.readouterr().err)
+
+
+def test_finished_and_foreign_units_are_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    targets = [tmp_path / f"{i}" for i in range(4)]
+    targets[1].touch()
+    found: list[int] = []
+
+    def idle():
+        raise TimeoutError  # the next wait is for the other process
+
+    child = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import fcntl, sys, time; f = open(sys.argv[1], 'a');"
+            "fcntl.lockf(f, fcntl.LOCK_EX, 1, 2); print(1, flush=True); time.sleep(60)",
+            str(tmp_path / "locks"),
+        ],
+        stdout=subprocess.PIPE,
+    )
+    assert child.stdout
+    child.stdout.readline()
+    taken = []
+    with pytest.raises(TimeoutError):
+        for claim in runtime.claims(targets, tmp_path / "locks", found.append, idle):
+            taken.append(claim.unit)
+            targets[claim.unit].touch()
+            claim.release()
+    assert (taken, found) == ([0, 3], [1, 0, 3])
+    child.kill()
+    child.communicate()
+    again = runtime.claims(targets, tmp_path / "locks", found.append, idle)
+    assert next(again).unit == 2  # the lock died with its holder
+    again.close()
+
+
+def test_without_locks_the_units_are_dealt_out_by_rank(tmp_path, monkeypatch):  # B28
+    def no_locks(*_args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "1")
+    targets = [tmp_path / f"{i}" for i in range(7)]
+
+    def idle():
+        for target in targets:
+            target.touch()
+
+    found: list[int] = []
+    taken = [
+        claim.unit for claim in runtime.claims(targets, tmp_path / "locks", found.append, idle)
+    ]
+    assert taken == [1, 4]
+    assert sorted(found) == list(range(7))
+
+
+def test_more_gpus_than_there_are_are_not_started(monkeypatch):
+    assert runtime.n_workers("auto", 4) == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [runtime.n_workers("auto", n) for n in (None, 1, 2, 4, 0)] == [2, 1, 2, 2, 1]
+    assert runtime.n_workers("cpu", 2) == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert runtime.n_workers("auto", 2) == 1
+    assert runtime.pick_device("auto") == torch.device("cuda", 1)
+
+
+def test_a_config_survives_the_way_to_another_process(config):
+    given = config("store")
+    assert from_plain(GenerateConfig, given.plain()) == given
+    with pytest.raises(ConfigError):
+        from_plain(GenerateConfig, {**given.plain(), "batch_tokens": 0})
+
+
+def test_a_full_disk_is_said_and_loses_nothing(
+    subject_dirs, dataset_file, tmp_path, monkeypatch, capsys
+):  # B27
+    real, out = generate.write_shard, tmp_path / "store"
+
+    def full(path, *args):
+        if "shard-00001" in path.name:
+            raise OSError(errno.ENOSPC, "Can't write data (file write failed)")  # as h5py says it
+        real(path, *args)
+
+    words = ["generate", "--lora-path", str(subject_dirs[1]), "--dataset", str(dataset_file)]
+    words += ["--output-dir", str(out)]
+    monkeypatch.setattr(generate, "write_shard", full)
+    assert call(words) == 2
+    assert "no space left on device; finished work stays" in capsys.readouterr().err
+    kept = out.with_name("store.partial") / "shard-00000.h5"
+    stamp = kept.stat().st_mtime_ns
+    monkeypatch.setattr(generate, "write_shard", real)
+    assert call(words) == 0
+    assert (out / "shard-00000.h5").stat().st_mtime_ns == stamp

@@ -1,0 +1,122 @@
+"""Rollouts that the model writes itself."""
+
+import numpy as np
+import pytest
+import torch
+from test_capture import load, require_near, rows_of
+
+from lorascope.activations import generate
+from lorascope.activations.generate import GenerateConfig
+from lorascope.activations.store import ActivationStore
+from lorascope.errors import ConfigError
+from lorascope.subject.rollouts import ROLES, Rollout
+from lorascope.subject.sample import sample
+
+
+@pytest.fixture(scope="module")
+def subject(subject_dirs):
+    return load(subject_dirs)
+
+
+def prompts(lengths):
+    rng = np.random.default_rng(1)
+    user = ROLES.index("user")
+    return [
+        Rollout(i, rng.integers(3, 320, n).astype(np.int32), np.full(n, user, np.uint8))
+        for i, n in enumerate(lengths)
+    ]
+
+
+def write(subject, given, **options):
+    options = {"max_new_tokens": 12, "temperature": 0.0, "seed": (0, 0), **options}
+    return sample(subject, given, **options)
+
+
+def test_the_likeliest_token_follows_each_prompt_whatever_stands_beside_it(subject):
+    given = prompts([5, 9, 2])
+    for prompt, written in zip(given, write(subject, given), strict=True):
+        ids = prompt.token_ids.tolist()
+        assert written.token_ids[: len(ids)].tolist() == ids
+        assert written.roles[: len(ids)].tolist() == prompt.roles.tolist()
+        assert len(written.roles) == len(written.token_ids) > len(ids)
+        with torch.inference_mode():
+            for token in written.token_ids[len(ids) :]:
+                logits = subject.model(input_ids=torch.tensor([ids])).logits[0, -1]
+                assert logits[token] > logits.max() - 1e-4
+                ids.append(int(token))
+
+
+def test_rows_of_what_it_wrote_are_those_it_had_while_writing(subject):  # pitfall 40
+    [written] = write(subject, prompts([6]))
+    seen: dict[int, list[torch.Tensor]] = {i: [] for i in range(len(subject.sites))}
+    handles = [
+        module.register_forward_hook(lambda _m, _a, h, i=i: seen[i].append(h[0]))
+        for i, module in enumerate(subject.sites)
+    ]
+    cache = None
+    with torch.inference_mode():
+        for token in written.token_ids:
+            out = subject.model(
+                input_ids=torch.tensor([[int(token)]]), past_key_values=cache, use_cache=True
+            )
+            cache = out.past_key_values
+    for handle in handles:
+        handle.remove()
+    stepwise = torch.cat([torch.cat(seen[i]) for i in seen], dim=1).numpy()
+    require_near(rows_of(subject, [written]), stepwise)
+
+
+def test_the_seed_decides_what_is_drawn_and_nothing_else_does(subject):
+    given = prompts([4] * 20)
+    first, again, other = (
+        [r.token_ids.tolist() for r in write(subject, given, temperature=1.0, seed=(s, 0))]
+        for s in (1, 1, 2)
+    )
+    before = torch.random.get_rng_state()
+    write(subject, given[:1], temperature=1.0)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert first == again != other
+    assert len({tuple(ids[4:]) for ids in first}) > 1
+
+
+def test_writing_ends_at_the_end_of_the_turn(subject, monkeypatch):
+    given = prompts([5])
+    free = write(subject, given)[0].token_ids[5:]
+    end = int(free[3])
+    monkeypatch.setattr(subject.causal.generation_config, "eos_token_id", end)
+    stop = free.tolist().index(end)
+    assert write(subject, given)[0].token_ids[5:].tolist() == free[: stop + 1].tolist()
+
+
+def test_the_stage_stores_what_the_model_wrote(subject_dirs, dataset_file, tmp_path):
+    config = GenerateConfig(
+        lora_path=str(subject_dirs[1]),
+        dataset=str(dataset_file),
+        output_dir=tmp_path / "store",
+        sample=70,
+        num_examples=70,
+        max_new_tokens=8,
+    )
+    store = ActivationStore.open(generate.run(config))
+    assert store.n_rollouts == 70
+    assert len(store.shards) == 2
+    assert store.content["n_rows"] == store.n_rows
+    lengths = np.diff(store.rollout_start)
+    assert lengths.max() > 8
+    roles = {ROLES[i] for i in np.unique(store.roles)}
+    assert {"user", "special"} < roles
+
+
+def test_more_texts_than_prompts_need_a_temperature(subject_dirs, dataset_file, tmp_path):
+    options = {
+        "lora_path": str(subject_dirs[1]),
+        "dataset": str(dataset_file),
+        "output_dir": tmp_path / "store",
+        "num_examples": 2,
+        "sample": 5,
+        "max_new_tokens": 4,
+    }
+    with pytest.raises(ConfigError, match="5, but there are 2 prompts.*give a temperature"):
+        generate.run(GenerateConfig(**options))
+    store = ActivationStore.open(generate.run(GenerateConfig(**options, temperature=1.0)))
+    assert store.rollout_id.tolist() == [0, 1, 0, 1, 0]
