@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 	$(BIN)/lorascope demo --output-dir demo-output
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .

@@ -6,6 +6,7 @@ import resource
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from lorascope.activations.capture import Capture, plan_batches
 from lorascope.errors import AdapterError, ConfigError, NumberError
@@ -221,7 +222,7 @@ def test_a_site_that_does_not_run_once_for_every_token_is_named(subject):  # pit
         try:
             with pytest.raises(AdapterError, match=r"mlp.gate_proj ran 0 times in one forward"):
                 reader.read(torch.ones(1, 3, dtype=torch.int64))
-            layers[0].mlp.forward = lambda x: real(x[:, :2])
+            layers[0].mlp.forward = lambda x: nn.functional.pad(real(x[:, :2]), (0, 0, 0, 1))
             with pytest.raises(AdapterError, match=r"saw 2 of 3 tokens.*--skip-unhookable"):
                 reader.read(torch.ones(1, 3, dtype=torch.int64))
         finally:

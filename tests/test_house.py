@@ -122,3 +122,19 @@ def test_every_promise_in_the_formats_page_names_a_test_that_exists():
     for file, test in named:
         text = (root / "tests" / file).read_text("utf-8")
         assert f"def {test}(" in text if test else True, (file, test)
+
+
+def test_every_test_that_the_documents_name_exists():
+    root = Path(__file__).parent
+    named = {
+        match
+        for page in (root.parent / "docs").glob("*.md")
+        for match in re.findall(r"(test_\w+\.py)::(test_\w+)", page.read_text(encoding="utf-8"))
+    }
+    assert named
+    missing = [
+        f"{file}::{name}"
+        for file, name in sorted(named)
+        if not (root / file).exists() or f"def {name}(" not in (root / file).read_text()
+    ]
+    assert missing == []

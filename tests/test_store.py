@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import pickle
 
+import h5py
 import numpy as np
 import pytest
 from conftest import layout_of
@@ -88,6 +89,28 @@ def test_verify_names_a_changed_byte_a_missing_shard_and_a_short_one(make_store)
     assert verify(store.path) == ["shard-00001.h5 is missing"]
     with pytest.raises(ArtifactError, match=r"shard-00001.h5 is missing; run generate again"):
         ActivationStore.open(store.path)
+
+
+@pytest.mark.parametrize(
+    "dataset", ["activations", "token_ids", "role", "rollout_start", "rollout_id"]
+)
+def test_verify_finds_a_flipped_byte_in_any_dataset(make_store, dataset):
+    store = make_store()
+    shard = store.path / "shard-00001.h5"
+    with h5py.File(shard, "r") as file:
+        offset = file[dataset].id.get_offset() + file[dataset].id.get_storage_size() // 2
+    content = bytearray(shard.read_bytes())
+    content[offset] ^= 1
+    shard.write_bytes(content)
+    assert verify(store.path) == ["shard-00001.h5 has another checksum than the manifest"]
+
+
+def test_verify_names_a_shard_of_another_store(make_store):
+    store = make_store()
+    (store.path / "shard-00002.h5").write_bytes((store.path / "shard-00001.h5").read_bytes())
+    assert verify(store.path) == [
+        "shard-00002.h5 is not in the manifest: it is of another store, or was put there by hand"
+    ]
 
 
 def test_a_folder_that_is_no_store_says_what_it_lacks(tmp_path):

@@ -3,11 +3,11 @@
 PEFT adds `scale · B(h)` to a module's output in several passes over it. For the time of a reading,
 each plain LoRA layer runs instead:
 
-1. `out = base(x)`, and `h = A·x` in the adapter's own type, as PEFT computes it.
-2. `h`, in the gauge of its site, is kept: one line per column, turned into rows at the end.
-3. `out += scale · h·Bᵀ` in place, in one pass. Where the base computes in 16 bits and the adapter
-   is kept in 32, `h` and `B` are each split into a high and a low half, so that nothing is lost
-   before the sum is rounded.
+1. `h = A·x` in the adapter's own type, as PEFT computes it, while `x` is still in the cache.
+2. `h` is kept as it is; after the forward all sites become rows at once, each in its gauge.
+3. `out = base(x)`, and `out += scale · h·Bᵀ` in place, in one pass. Where the base computes in 16
+   bits and the adapter is kept in 32, `h` and `B` are each split into a high and a low half, so
+   that nothing is lost before the sum is rounded.
 
 Layers that do more than this (DoRA and its like) run PEFT's own forward, with a hook on `lora_A`.
 """
@@ -37,23 +37,20 @@ class RowReader:
     def __init__(self, subject: Subject, *, own_forward: bool = True) -> None:
         self.subject = subject
         self.own_forward = own_forward
-        self._fired = [0] * len(subject.sites)
-        self._columns: Tensor | None = None
+        self._kept: list[list[Tensor]] | None = None  # of each site, while reading
         self._undo: list[Callable[[], None]] = []
 
     def __enter__(self) -> "RowReader":
-        start = 0
         for index, (site, module) in enumerate(
             zip(self.subject.layout.sites, self.subject.sites, strict=True)
         ):
-            keep = self._keeper(index, slice(start, start + site.rank))
             layer = self.subject.causal.get_submodule(site.module)
+            keep = self._keeper(index)
             if self.own_forward and _is_plain(layer):
                 self._replace(layer, _forward(layer, keep))
             else:
                 handle = module.register_forward_hook(lambda _m, _args, h, keep=keep: keep(h))
                 self._undo.append(handle.remove)
-            start += site.rank
         return self
 
     def __exit__(
@@ -75,22 +72,10 @@ class RowReader:
             else (lambda: setattr(layer, "forward", before))
         )
 
-    def _keeper(self, index: int, columns: slice) -> _Keep:
-        mix = self.subject.mixes[index]
-
+    def _keeper(self, index: int) -> _Keep:
         def keep(h: Tensor) -> None:
-            if self._columns is None:
-                return  # a forward of somebody else's: the model writes a text
-            self._fired[index] += 1
-            flat = h.reshape(-1, h.shape[-1])
-            if flat.shape[0] != self._columns.shape[1]:
-                site = self.subject.layout.sites[index]
-                raise AdapterError(
-                    f"{site.module} saw {flat.shape[0]} of {self._columns.shape[1]} tokens: it "
-                    "has no row for each; --skip-unhookable leaves such modules out"
-                )
-            mixed = flat if mix is None else flat.float() @ mix.T
-            self._columns[columns] = mixed.T
+            if self._kept is not None:  # else the model writes a text
+                self._kept[index].append(h)
 
         return keep
 
@@ -102,17 +87,30 @@ class RowReader:
         are garbage. A causal model never looks ahead, so that a text's own rows need no mask.
         Raises AdapterError unless each site ran exactly once, for every token.
         """
-        d_in = self.subject.layout.d_in
-        self._columns = torch.empty(d_in, token_ids.numel(), device=self.subject.device)
-        self._fired = [0] * len(self._fired)
-        self.subject.backbone(input_ids=token_ids.to(self.subject.device), use_cache=False)
-        for site, count in zip(self.subject.layout.sites, self._fired, strict=True):
-            if count != 1:
+        self._kept = [[] for _ in self.subject.sites]
+        try:
+            self.subject.backbone(input_ids=token_ids.to(self.subject.device), use_cache=False)
+            return self._rows(self._kept, token_ids.numel()).view(*token_ids.shape, -1)
+        finally:
+            self._kept = None
+
+    def _rows(self, kept: list[list[Tensor]], n_tokens: int) -> Float[Tensor, "place d_in"]:
+        parts: list[Tensor] = []
+        for site, mix, found in zip(
+            self.subject.layout.sites, self.subject.mixes, kept, strict=True
+        ):
+            if len(found) != 1:
                 raise AdapterError(
-                    f"lora_A of {site.module} ran {count} times in one forward, expected once"
+                    f"lora_A of {site.module} ran {len(found)} times in one forward, expected once"
                 )
-        columns, self._columns = self._columns, None
-        return columns.T.reshape(*token_ids.shape, d_in)
+            h = found[0].reshape(-1, site.rank)
+            if len(h) != n_tokens:
+                raise AdapterError(
+                    f"{site.module} saw {len(h)} of {n_tokens} tokens: it has no row for each; "
+                    "--skip-unhookable leaves such modules out"
+                )
+            parts.append((h if mix is None else h.float() @ mix.T).to(self.subject.device))
+        return torch.cat(parts, dim=1).float()
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -133,24 +131,28 @@ def _forward(layer: Any, keep: _Keep) -> Callable[..., Tensor]:
     """Return steps 1 to 3 of the module's text for one layer."""
     name = layer.active_adapters[0]
     a, b = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
-    scale = float(layer.scaling[name])
     dtype = layer.get_base_layer().weight.dtype
     split = dtype in (torch.bfloat16, torch.float16) and a.dtype == torch.float32
     read = _read_in_parts(a, dtype) if split and a.is_cuda else _read_plainly(a)
-    right = b.T.contiguous()
+    right = b.T * float(layer.scaling[name])
     if split:
         high, low = _halves(right, dtype)
         right = torch.cat([high, high, low])
+    right = right.to(dtype).contiguous()
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        out = layer.base_layer(x, *args, **kwargs)
         h = read(x)
         keep(h)
+        out = layer.base_layer(x, *args, **kwargs)
         left = h.reshape(-1, h.shape[-1])
         if split:
             high, low = _halves(left, dtype)
             left = torch.cat([high, low, high], dim=1)
-        out.view(-1, out.shape[-1]).addmm_(left.to(out.dtype), right.to(out.dtype), alpha=scale)
+        flat = out.view(-1, out.shape[-1])
+        if len(right) == 1:
+            flat.addcmul_(left.to(dtype), right)  # half the time of a product with one column
+        else:
+            flat.addmm_(left.to(dtype), right)
         return out
 
     return forward
