@@ -5,12 +5,17 @@
 Writes a store of random rows (448 columns, float16) into a temporary folder, then reads batches of
 1,024 rows as float32, the ways alternating: `in order` (`store.rows`), `shuffled` (`store.take` of
 rows of a permutation of the whole store), and `copy`: a copy of the same bytes out of one
-array in memory, which is what the machine can do. The files are in the page cache, as they are
-from the second epoch of a training on.
+array in memory, which is what the machine can do. The files are in the page cache.
+
+Then, with the files dropped from the page cache before each: `cold, in order`; and all shuffled
+batches of the `first epoch` as training takes them (`BatchPlan`: read in order, checked, kept in
+memory, taken in random order), and of the `second epoch`. Medians of five.
 """
 
 import argparse
+import gc
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -21,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lorascope.activations.batches import BatchPlan
 from lorascope.activations.store import KIND, SCHEMA, VOCABULARY, ActivationStore, Rows, Vocabulary
 from lorascope.activations.store import write_shard as write
 from lorascope.artifact import MANIFEST, digest_file, make_manifest, write_text
@@ -73,23 +79,71 @@ def main() -> None:
             "copy": lambda i: wide(array[(i * BATCH) % (len(array) - BATCH) :][:BATCH]),
         }
         n_batches = store.n_rows // BATCH
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for way in ways.values():  # once through, so that every page is in memory
-            for i in range(n_batches):
-                way(i)
-        for first in range(0, n_batches, 50):
-            for name, way in ways.items():
-                begun = time.perf_counter()
-                for i in range(first, min(first + 50, n_batches)):
-                    way(i)
-                seconds[name].append(time.perf_counter() - begun)
+        seconds = _alternate(ways, n_batches)
         print(f"{store.n_rows:,} rows, {given.gigabytes:g} GB, {len(store.shards)} shards")
         for name, times in seconds.items():
             ratio = statistics.median(
                 b / t for t, b in zip(times, seconds["in order"], strict=True)
             )
             rate = n_batches * BATCH / sum(times)
-            print(f"  {name:<9} {rate:>12,.0f} rows/s   {ratio:.2f} of in order")
+            print(f"  {name:<14} {rate:>12,.0f} rows/s   {ratio:.2f} of in order")
+        del store, array, ways  # their maps hold pages in memory
+        names = ("cold, in order", "first epoch", "second epoch")
+        rates: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(5):
+            _drop(Path(folder))
+            begun = time.perf_counter()
+            n_rows = _in_order(ActivationStore.open(Path(folder)))
+            found = [n_rows / (time.perf_counter() - begun)]
+            _drop(Path(folder))
+            found += _epochs(ActivationStore.open(Path(folder)))
+            for name, rate in zip(names, found, strict=True):
+                rates[name].append(rate)
+        slow = statistics.median(rates["cold, in order"])
+        for name, values in rates.items():
+            middle = statistics.median(values)
+            print(f"  {name:<14} {middle:>12,.0f} rows/s   {middle / slow:.2f} of cold, in order")
+
+
+def _alternate(ways: dict[str, Callable[[int], object]], n_batches: int) -> dict[str, list[float]]:
+    """Return the seconds that each way takes for 50 batches, again and again, in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for way in ways.values():  # once through, so that every page is in memory
+        for i in range(n_batches):
+            way(i)
+    for first in range(0, n_batches, 50):
+        for name, way in ways.items():
+            begun = time.perf_counter()
+            for i in range(first, min(first + 50, n_batches)):
+                way(i)
+            seconds[name].append(time.perf_counter() - begun)
+    return seconds
+
+
+def _in_order(store: ActivationStore) -> int:
+    return sum(len(wide(rows)) for _, rows in store.blocks(BATCH))
+
+
+def _epochs(store: ActivationStore) -> list[float]:
+    """Return the rows per second of the first epoch, loading included, and of the second."""
+    begun, rates = time.perf_counter(), []
+    plan = BatchPlan.of(store, np.arange(store.n_rows), BATCH, seed=0)
+    n = plan.n_batches(1)
+    for first in (0, n):
+        rows = sum(len(plan.batch(i)) for i in range(first, first + n))
+        rates.append(rows / (time.perf_counter() - begun))
+        begun = time.perf_counter()
+    return rates
+
+
+def _drop(folder: Path) -> None:
+    """Drop a store's files from the page cache."""
+    gc.collect()
+    for path in folder.glob("*.h5"):
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
 
 
 if __name__ == "__main__":

@@ -99,7 +99,8 @@ def call(argv: Sequence[str]) -> int:
     arguments = list(argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    above = [runtime.AboveBars()]
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=above, force=True)
     quiet = logging.ERROR if runtime.place().rank else logging.INFO  # one voice for a job
     log.setLevel(logging.DEBUG if debug else quiet)
     try:

@@ -234,6 +234,14 @@ def progress(total: int, label: str, unit: str) -> "tqdm[Any]":
     )
 
 
+class AboveBars(logging.StreamHandler[Any]):
+    """Write log lines to stderr above the progress bars, which are drawn anew below them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 @contextmanager
 def stoppable() -> Generator[None]:
     """Turn SIGINT and SIGTERM into `Interrupted`, so that `finally` blocks run; restore after.

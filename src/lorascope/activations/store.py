@@ -200,8 +200,13 @@ class ActivationStore:
         for index in np.unique(shard_of):
             here = np.flatnonzero(shard_of == index)
             local = rows[here] - self.first_row[index]
-            values = np.take(self.shards[index].read(), local, axis=0)
-            out[here] = values if self.columns is None else values[:, self.columns]
+            values = self.shards[index].read()
+            if self.columns is None and here[-1] - here[0] + 1 == len(here):
+                into = out[here[0] : here[-1] + 1]
+                np.take(values, local, axis=0, out=into, mode="clip")  # raise would buffer
+            else:
+                taken = np.take(values, local, axis=0)
+                out[here] = taken if self.columns is None else taken[:, self.columns]
         return out
 
     @cached_property
