@@ -32,6 +32,31 @@ def test_batch_topk_is_a_stable_sort_cut_off(rows, latents, k, levels, seed):
     assert torch.equal(batch_topk(scores, k), by_sorting(scores, k))
 
 
+@pytest.mark.parametrize("shape", [(1024, 448), (333, 1001), (64, 4096)])
+@pytest.mark.parametrize(
+    "kind", ["normal", "one latent", "one row", "levels", "rising", "negative"]
+)
+def test_the_guess_changes_no_choice_of_a_large_batch(shape, kind):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(shape, generator=generator)
+    if kind == "one latent":
+        scores[:, 1:] -= 9
+    elif kind == "one row":
+        scores[1:] -= 9
+    elif kind == "levels":
+        scores = scores.round()
+    elif kind == "rising":
+        scores = torch.arange(scores.numel()).float().view(shape)
+    elif kind == "negative":
+        scores -= 4
+    for k in (0.37, 5, 40):
+        n = round(k * shape[0])
+        order = scores.flatten().sort(descending=True, stable=True).indices[:n]
+        kept = torch.zeros(scores.numel())
+        kept[order] = scores.flatten()[order].clamp(min=0)
+        assert torch.equal(batch_topk(scores, k), kept.view(shape))
+
+
 def test_of_equal_scores_the_lower_flat_index_is_kept():
     kept = batch_topk(torch.ones(4, 5), 1.5)
     assert kept.flatten().nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5]

@@ -11,6 +11,7 @@ inference `calibrate_threshold` finds the score above which the same number fire
 Both passes need 256 KB whatever the number of rows.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from lorascope.errors import ConfigError
 
 _HALF = 16  # bits in each half of a float32
+_SAMPLE = 1 << 16  # scores from which the bound of the best ones is guessed
 
 
 @dataclass(frozen=True)
@@ -54,20 +56,46 @@ def batch_topk(scores: Float[Tensor, "batch latent"], k: float) -> Float[Tensor,
     """Return `scores` with all but its `round(k * batch)` largest positive entries set to zero.
 
     Exact: of equal scores those of lower flat index are kept. `k` may be a fraction. When fewer
-    scores are positive, all positive ones are kept.
+    scores are positive, all positive ones are kept. Only the few scores above a guessed bound are
+    ordered; the bound is checked, so that the guess decides the time and not the choice.
     """
     flat = scores.flatten()
     n = min(round(k * len(scores)), flat.numel())
+    kept = torch.zeros_like(flat)
     if n <= 0:
-        return torch.zeros_like(scores)
-    # topk does not say which of equal values it takes: only the smallest kept value is used
-    last = torch.topk(flat, n, sorted=False).values.min().clamp(min=0)
-    kept = torch.where(flat > last, flat, 0.0)
-    if last > 0:
-        n_ties = n - int((flat > last).sum())
-        ties = torch.nonzero(flat == last)[:n_ties, 0]
-        kept[ties] = last
+        return kept.view_as(scores)
+    places = _candidates(flat, n, scores.shape[-1])
+    values = flat[places]
+    n = min(n, len(places))
+    if n:
+        # topk does not say which of equal values it takes: only the smallest kept value is used
+        last = torch.topk(values, n, sorted=False).values.min()
+        above = values > last
+        kept[places[above]] = values[above]
+        ties = torch.nonzero(values == last)[: n - int(above.sum()), 0]
+        kept[places[ties]] = last
     return kept.view_as(scores)
+
+
+def _candidates(flat: Float[Tensor, "score"], n: int, width: int) -> Int64[Tensor, "candidate"]:
+    """Return the places, rising, of the positive scores above a bound that at least `n` exceed.
+
+    The bound is guessed from a sample, so that few more than `n` do, and lowered until it is right.
+    Where fewer than `n` scores are positive, all positive ones are returned.
+    """
+    stride = max(len(flat) // _SAMPLE, 1)
+    while math.gcd(stride, width) > 1 and stride > 1:
+        stride += 1  # else the sample would see some latents only
+    sample = flat[::stride]
+    expected = n * len(sample) / len(flat)
+    rank = int(expected + 4 * math.sqrt(expected) + 8)
+    while rank < len(sample):
+        bound = torch.topk(sample, rank, sorted=False).values.min().clamp(min=0)
+        places = torch.nonzero(flat > bound)[:, 0]
+        if len(places) >= n:
+            return places
+        rank *= 2
+    return torch.nonzero(flat > 0)[:, 0]
 
 
 @torch.no_grad()
