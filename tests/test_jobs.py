@@ -222,6 +222,13 @@ def test_more_gpus_than_there_are_are_not_started(monkeypatch):
     assert runtime.pick_device("auto") == torch.device("cuda", 1)
 
 
+def test_run_is_not_for_torchrun(subject_dirs, dataset_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = ["run", "--lora-path", str(subject_dirs[1]), "--dataset", str(dataset_file)]
+    assert call([*words, "--output-dir", str(tmp_path / "out")]) == 2
+    assert "under torchrun use lorascope generate, then run" in capsys.readouterr().err
+
+
 def test_a_config_survives_the_way_to_another_process(config):
     given = config("store")
     assert from_plain(GenerateConfig, given.plain()) == given

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorascope import runtime
 from lorascope.activations.generate import GenerateConfig
 from lorascope.artifact import read_manifest, write_text
 from lorascope.config import option, pick
@@ -44,6 +45,10 @@ def run(config: RunConfig) -> Path:
     from lorascope.features import collect
     from lorascope.sae import train
 
+    if runtime.place().world > 1:
+        raise ConfigError(
+            "run starts the processes it needs; under torchrun use lorascope generate, then run"
+        )
     out = config.output_dir
     if out.exists() and not out.is_dir():
         raise ArtifactError(f"{out} is a file, expected a folder; give another --output-dir")
