@@ -8,6 +8,7 @@
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ from lorascope.errors import ArtifactError, NumberError
 
 RowNumbers = npt.NDArray[np.int64]
 _CHUNK = 4096  # rows read at once: they are still in the cache when they are checked
+_READERS = 4  # threads that load a store
 _IN_MEMORY = 4 << 30  # bytes of activations kept in RAM; a larger selection is read row by row
 
 
@@ -122,10 +124,16 @@ class BatchPlan:
         loaded = None
         if len(rows) * store.d_in * store.dtype.itemsize <= in_memory:
             loaded = np.empty((len(rows), store.d_in), store.dtype)
-            for start in range(0, len(rows), _CHUNK):
+            into = loaded
+
+            def load(start: int) -> None:
                 here = rows[start : start + _CHUNK]
-                loaded[start : start + _CHUNK] = store.take(here)
-                require_finite(loaded[start : start + _CHUNK], here, store)
+                into[start : start + _CHUNK] = store.take(here)
+                require_finite(into[start : start + _CHUNK], here, store)
+
+            with ThreadPoolExecutor(_READERS) as pool:  # one waits for the disk, others copy
+                for _ in pool.map(load, range(0, len(rows), _CHUNK)):
+                    pass  # a chunk's error is raised here, the first one's first
         return cls(store, rows, batch_size, seed, loaded)
 
     def n_batches(self, epochs: int) -> int:
