@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import s1_records
+from conftest import layout_of, s1_records
 from safetensors.torch import load_file, save_file
 
 from lorascope import runtime
 from lorascope.activations import generate
 from lorascope.activations.generate import GenerateConfig
+from lorascope.activations.units import Texts
 from lorascope.cli import call
 from lorascope.config import from_plain
 from lorascope.errors import ConfigError, WorkerError
@@ -189,6 +190,19 @@ def test_finished_and_foreign_units_are_not_taken(tmp_path, monkeypatch):
     again.close()
 
 
+def test_a_process_that_comes_late_leaves_nothing_in_a_finished_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    targets, found = [tmp_path / f"{i}" for i in range(3)], []
+    for target in targets:
+        target.touch()
+    assert list(runtime.claims(targets, tmp_path / "locks", found.append, list)) == []
+    assert found == [0, 1, 2]
+    assert not (tmp_path / "locks").exists()
+    gone = tmp_path / "published"
+    assert list(runtime.claims([gone / "0"], gone / "locks", found.append, list)) == []
+
+
 def test_without_locks_the_units_are_dealt_out_by_rank(tmp_path, monkeypatch):  # B28
     def no_locks(*_args):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -256,3 +270,14 @@ def test_a_full_disk_is_said_and_loses_nothing(
     monkeypatch.setattr(generate, "write_shard", real)
     assert call(words) == 0
     assert (out / "shard-00000.h5").stat().st_mtime_ns == stamp
+
+
+def test_a_run_that_goes_on_needs_space_for_the_rest_only(tmp_path, monkeypatch):
+    asked: list[int] = []
+    monkeypatch.setattr(generate, "require_space", lambda _folder, n: asked.append(n))
+    texts, config = Texts([], {}, None, 0), GenerateConfig(sample=10, max_new_tokens=1000)
+    for _ in range(2):
+        generate._require_space(config, layout_of(), texts, tmp_path / "store")
+        (tmp_path / "store.partial").mkdir(exist_ok=True)
+        (tmp_path / "store.partial" / "shard-00000.h5").write_bytes(bytes(1000))
+    assert asked[0] - asked[1] == 1000

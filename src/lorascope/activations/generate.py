@@ -52,7 +52,7 @@ from lorascope.artifact import (
 )
 from lorascope.config import option
 from lorascope.errors import LorascopeError
-from lorascope.sites import PROJECTIONS, initials_of, parse_adapter_types
+from lorascope.sites import PROJECTIONS, SiteLayout, initials_of, parse_adapter_types
 from lorascope.subject.adapter import inspect_adapter, ranks_by_projection
 from lorascope.subject.options import SubjectOptions
 from lorascope.subject.rollouts import ROLES, Rollout, special_ids, token_bytes
@@ -127,7 +127,15 @@ def run(config: GenerateConfig) -> Path:
         device_map=config.device_map,
     )
     texts = fit_texts(rollouts, counts, config, subject.max_length)
-    _require_space(config, subject, texts, out)
+    layout, _ = subject.layout.select(
+        parse_adapter_types(config.adapter_types) or subject.layout.adapter_types
+    )
+    _require_space(config, layout, texts, out)
+    log.info(
+        "%d rollouts, %d tokens, %d columns (%s) of %s on %s in %s",
+        *(len(texts.rollouts), texts.n_tokens, layout.d_in, layout.initials),
+        *(adapter.name, subject.device, str(subject.dtype).removeprefix("torch.")),
+    )
     if runtime.place().rank > 0:
         build = join(out, KIND, **identity)
         if build is not None:
@@ -167,10 +175,12 @@ class _Shards:
         """Make shards until all are there, by whomever."""
         from lorascope.subject.hooks import RowReader
 
-        expected = self.texts.n_tokens + (self.config.sample or 0) * self.config.max_new_tokens
+        expected = _n_expected(self.config, self.texts)
         bar = runtime.progress(expected, "generate", "tokens")
 
         def found(unit: int) -> None:
+            if runtime.place().rank > 0:
+                return  # rank 0 counts, and may give the folder its final name at any moment
             n_rows = _n_rows(self.paths[unit])
             self.n_rows += n_rows
             bar.update(n_rows)
@@ -267,18 +277,18 @@ def _named(unit: int) -> Generator[None]:
         raise
 
 
-def _require_space(config: GenerateConfig, subject: "Subject", texts: Texts, out: Path) -> None:
-    layout, _ = subject.layout.select(
-        parse_adapter_types(config.adapter_types) or subject.layout.adapter_types
-    )
-    n_rows = texts.n_tokens + (config.sample or 0) * config.max_new_tokens
+def _n_expected(config: GenerateConfig, texts: Texts) -> int:
+    """Return how many rows there will be; where the model writes, at most."""
+    return texts.n_tokens + (config.sample or 0) * config.max_new_tokens
+
+
+def _require_space(config: GenerateConfig, layout: SiteLayout, texts: Texts, out: Path) -> None:
+    """Raise ArtifactError unless the shards that are still to be made fit on the disk."""
     row = layout.d_in * np.dtype(config.store_dtype).itemsize + 9
-    require_space(out.parent, int(n_rows * row * 1.05) + (1 << 24))
-    log.info(
-        "%d rollouts, %d tokens, %d columns (%s) of %s on %s in %s",
-        *(len(texts.rollouts), texts.n_tokens, layout.d_in, layout.initials),
-        *(subject.adapter.name, subject.device, str(subject.dtype).removeprefix("torch.")),
-    )
+    unfinished = out.with_name(out.name + ".partial")
+    made = sum(shard.stat().st_size for shard in unfinished.glob("shard-*.h5"))
+    needed = int(_n_expected(config, texts) * row * 1.05) + (1 << 24)
+    require_space(out.parent, max(needed - made, 0))
 
 
 def _content(
