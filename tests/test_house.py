@@ -10,7 +10,7 @@ import lorascope
 
 ROOT = Path(lorascope.__file__).parent
 ORDER = (
-    "errors sites config artifact runtime kernels subject activations sae features causal "
+    "errors sites config artifact hub runtime kernels subject activations sae features causal "
     "autointerp dashboard pipeline demo cli __main__"
 ).split()
 

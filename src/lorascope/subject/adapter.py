@@ -20,6 +20,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from lorascope.errors import AdapterError
+from lorascope.hub import find_folder
 from lorascope.sites import name_modules, parse_adapter_types
 
 log = logging.getLogger(__name__)
@@ -106,29 +107,6 @@ def inspect_adapter(lora_path: str | None, adapter_name: str | None = None) -> A
                 f"{', '.join(READABLE)}; save the adapter in one of these"
             )
     return Adapter(path, name, config, shapes, _digest(path))
-
-
-def find_folder(name: str, what: str, patterns: list[str]) -> Path:
-    """Return a local folder, or the local copy of a hub repository of that name.
-
-    Raises AdapterError when a path does not exist (a path never becomes a hub request), or when
-    the hub cannot give the repository.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    is_path = name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") != 1
-    if is_path or path.exists():
-        raise AdapterError(f"{what} folder {name} does not exist{_similar(path)}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # any of a dozen types, all of which mean: it cannot be had
-        raise AdapterError(
-            f"{what} {name} is no folder here, and the hub does not give it "
-            f"({first_line(error)}); check the name, the network and your login"
-        ) from error
 
 
 def lora_tensors(names: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -243,12 +221,6 @@ class TensorFile:
         return flat.astype(np.float64).reshape(entry["shape"])
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def _find_adapter(lora_path: str, adapter_name: str | None) -> tuple[Path, str]:
     """Return the folder that holds the adapter's files, and the adapter's name for people."""
     patterns = [CONFIG, WEIGHTS, f"*/{CONFIG}", "*token*", "*.jinja", "vocab*", "merges.txt"]
@@ -319,11 +291,3 @@ def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> A
 
 def _listed(targets: Any) -> list[str]:
     return [str(target) for target in targets] if isinstance(targets, list) else []
-
-
-def _similar(path: Path) -> str:
-    from lorascope.config import nearest
-
-    if not path.parent.is_dir():
-        return ""
-    return nearest(path.name, [child.name for child in path.parent.iterdir() if child.is_dir()])

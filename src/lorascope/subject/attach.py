@@ -24,11 +24,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lorascope.errors import AdapterError
+from lorascope.hub import first_line
 from lorascope.subject.adapter import (
     CONFIG,
     WEIGHTS,
     Adapter,
-    first_line,
     variant_of,
     why_refused,
 )

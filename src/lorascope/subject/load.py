@@ -22,13 +22,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorascope.errors import AdapterError, ConfigError
+from lorascope.hub import find_folder, first_line
 from lorascope.sites import SiteLayout
 from lorascope.subject.adapter import (
     CONFIG,
     WEIGHTS,
     Adapter,
-    find_folder,
-    first_line,
     inspect_adapter,
     variant_of,
 )

@@ -1,0 +1,63 @@
+"""Folders that are here, or that the Hugging Face hub holds under a name."""
+
+from pathlib import Path
+
+from lorascope.errors import AdapterError, LorascopeError
+
+
+def find_folder(
+    name: str,
+    what: str,
+    patterns: list[str],
+    *,
+    revision: str | None = None,
+    error_type: type[LorascopeError] = AdapterError,
+) -> Path:
+    """Return a local folder, or the local copy of a hub repository of that name.
+
+    `patterns` names the repository's files that are needed, `revision` its branch, tag or commit.
+    Raises `error_type` when a path does not exist (a path never becomes a hub request), or when
+    the hub cannot give the repository.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    is_path = name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") != 1
+    if is_path or path.exists():
+        raise error_type(f"{what} folder {name} does not exist{_similar(path)}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, revision=revision))
+    except Exception as error:  # any of a dozen types, all of which mean: it cannot be had
+        raise error_type(
+            f"{what} {name} is no folder here, and the hub does not give it "
+            f"({reason_of(error)}); check the name, the network and your login"
+        ) from error
+
+
+def reason_of(error: Exception) -> str:
+    """Say in one line what an error of the hub's client means."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return "it is gated: its terms are to be accepted on its page"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "it has no such revision"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "there is no such repository, or it is private"
+    return first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _similar(path: Path) -> str:
+    from lorascope.config import nearest
+
+    if not path.parent.is_dir():
+        return ""
+    return nearest(path.name, [child.name for child in path.parent.iterdir() if child.is_dir()])
