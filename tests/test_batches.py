@@ -1,9 +1,26 @@
+import contextlib
+import gc
+import pickle
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from collections import Counter
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
+from conftest import layout_of, write_store
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from lorascope.activations.batches import BatchPlan, read_blocks, split_rows
-from lorascope.errors import ArtifactError, NumberError
+from lorascope.activations import batches
+from lorascope.activations.batches import BatchPlan, count_roles, read_blocks, split_rows
+from lorascope.activations.store import ActivationStore
+from lorascope.errors import ArtifactError, ConfigError, NumberError
+from lorascope.subject.rollouts import ROLES
 
 
 def numbered(make_store, n_rollouts=10, length=30, **kwargs):
@@ -51,17 +68,35 @@ def test_every_epoch_shows_every_row_once_in_another_order(make_store):
     assert abs(np.corrcoef(first, np.arange(290))[0, 1]) < 0.2
 
 
-def test_any_batch_is_the_same_alone_and_in_a_row_and_from_disk(make_store):
+def test_one_pool_is_one_permutation_of_all_rows(make_store):
+    store = numbered(make_store)
+    plan = BatchPlan.of(store, np.arange(300), 100, seed=3)
+    assert plan.buffer_rows == 300
+    assert plan.loaded is not None
+    for epoch in (0, 1):
+        places = np.concatenate([plan.places(3 * epoch + i) for i in range(3)])
+        assert (places == np.random.default_rng([3, 1, epoch]).permutation(300)).all()
+    larger = BatchPlan.of(store, np.arange(300), 100, seed=3, buffer_rows=10**9)
+    assert (larger.places(4) == plan.places(4)).all()
+
+
+@pytest.mark.parametrize("buffer_rows", [None, 45])
+def test_any_batch_is_the_same_alone_and_in_a_row(make_store, buffer_rows):
     store = numbered(make_store, dtype="float16")
     rows = np.flatnonzero(store.eligible)
-    straight = BatchPlan.of(store, rows, 100, seed=3)
+    straight = BatchPlan.of(store, rows, 100, seed=3, buffer_rows=buffer_rows)
     line = [straight.batch(i) for i in range(9)]
-    alone = BatchPlan.of(store, rows, 100, seed=3, in_memory=0)
-    assert alone.loaded is None
+    alone = BatchPlan.of(store, rows, 100, seed=3, buffer_rows=buffer_rows)
     for i in (7, 2, 8, 0):
         assert torch.equal(alone.batch(i), line[i])
         assert alone.batch(i).dtype == torch.float32
-    assert not torch.equal(BatchPlan.of(store, rows, 100, seed=4).batch(0), line[0])
+    for first in range(9):
+        resumed = list(alone.batches(first, 9))
+        assert [b.tolist() for b in resumed] == [b.tolist() for b in line[first:]]
+        assert {b.dtype for b in resumed} == {torch.float32}
+    assert not torch.equal(
+        BatchPlan.of(store, rows, 100, seed=4, buffer_rows=buffer_rows).batch(0), line[0]
+    )
 
 
 def test_neighbours_of_one_rollout_rarely_stay_neighbours(make_store):
@@ -93,13 +128,13 @@ def test_fewer_tokens_than_a_batch_are_refused(make_store):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("in_memory", [0, 1 << 20])
-def test_a_value_that_is_not_finite_is_named_by_row_and_column(make_store, bad, in_memory):
+@pytest.mark.parametrize("buffer_rows", [7, 60])
+def test_a_value_that_is_not_finite_is_named_by_row_and_column(make_store, bad, buffer_rows):
     rows = np.zeros((60, 14))
     rows[37, 8] = bad
     store = make_store(rows, n_rollouts=3)
     with pytest.raises(NumberError, match=r"row 37 \(rollout 1\) is .* column 8 \(1.up_proj\)"):
-        BatchPlan.of(store, np.arange(60), 60, seed=0, in_memory=in_memory).batch(0)
+        BatchPlan.of(store, np.arange(60), 60, seed=0, buffer_rows=buffer_rows).batch(0)
 
 
 def test_blocks_come_in_the_order_asked_for(make_store):
@@ -108,3 +143,463 @@ def test_blocks_come_in_the_order_asked_for(make_store):
     blocks = list(read_blocks(store, rows, size=3))
     assert [len(block) for block in blocks] == [3, 1]
     assert torch.cat(blocks)[:, 0].tolist() == [250, 3, 77, 4]
+
+
+# --- which rows
+
+
+def with_roles(make_store, roles: str):
+    """A store of six rollouts, whose tokens have these roles by turns."""
+    store = numbered(make_store, 6, 40)
+    names = roles.split()
+    own = np.array([ROLES.index(names[i % len(names)]) for i in range(store.n_rows)], np.uint8)
+    store.__dict__["roles"] = np.where(store.roles == ROLES.index("special"), store.roles, own)
+    return store
+
+
+def test_only_rows_of_the_named_roles_are_used(make_store):
+    store = with_roles(make_store, "user think think answer")
+    train, held = split_rows(store, 0.2, 0, ("think", "answer"))
+    used = np.sort(np.concatenate([train, held]))
+    think, answer = ROLES.index("think"), ROLES.index("answer")
+    assert (used == np.flatnonzero(np.isin(store.roles, [think, answer]))).all()
+    assert not set(store.rollout_of(train)) & set(store.rollout_of(held))
+    everything = np.concatenate(split_rows(store, 0.2, 0))
+    assert set(everything) == set(np.flatnonzero(store.eligible))
+
+
+def test_special_tokens_are_used_only_where_their_role_is_named(make_store):
+    store = with_roles(make_store, "think")
+    assert len(np.concatenate(split_rows(store, 0.2, 0, ("think",)))) == 234
+    assert len(np.concatenate(split_rows(store, 0.2, 0, ("think", "special")))) == 240
+    assert len(np.concatenate(split_rows(store, 0.2, 0, ("special",)))) == 6
+
+
+def test_an_unknown_role_is_refused_with_the_known_ones(make_store):
+    known = "system, user, think, answer, special, text; did you mean think"
+    with pytest.raises(ConfigError, match=f"unknown role thinks, expected {known}"):
+        split_rows(numbered(make_store), 0.1, 0, ("answer", "thinks"))
+
+
+def test_roles_that_no_token_has_are_refused_with_the_roles_that_there_are(make_store):
+    store = with_roles(make_store, "user think think answer")
+    with pytest.raises(
+        ArtifactError, match=r"0 tokens .* system, text \(it has: user 54, think 120"
+    ):
+        split_rows(store, 0.1, 0, ("system", "text"))
+
+
+def test_eligible_rows_are_counted_by_role(make_store):
+    store = with_roles(make_store, "user think think answer")
+    assert count_roles(store) == {"user": 54, "think": 120, "answer": 60}
+    assert sum(count_roles(store).values()) == store.eligible.sum()
+    assert list(count_roles(store)) == ["user", "think", "answer"]
+
+
+# --- how well rows are shuffled
+
+
+def order_of(plan, epoch):
+    """The places of an epoch in the order in which they are emitted."""
+    assert len(plan.rows) % plan.batch_size == 0
+    n = plan.n_batches(1)
+    return np.concatenate([plan.places(i) for i in range(epoch * n, (epoch + 1) * n)])
+
+
+@pytest.fixture(scope="module")
+def long_store(tmp_path_factory):
+    """400 rollouts of 100 rows in ten shards, all rows eligible; column 0 is the row's number."""
+    rows = np.zeros((40_000, 14))
+    rows[:, 0] = np.arange(40_000)
+    folder = tmp_path_factory.mktemp("long") / "store"
+    return write_store(folder, rows, n_rollouts=400, rollouts_per_shard=40, n_special=0)
+
+
+@pytest.mark.parametrize("buffer_rows", [1000, 4000, 16_400, 39_999, 40_000])
+def test_emitted_order_does_not_follow_the_stores_order(long_store, buffer_rows):
+    plan = BatchPlan.of(long_store, np.arange(40_000), 1000, 5, buffer_rows=buffer_rows)
+    orders = [order_of(plan, epoch) for epoch in range(8)]
+    for order in orders:
+        assert (np.sort(order) == np.arange(40_000)).all()
+    for a, b in pairwise(orders):
+        assert (a == b).mean() < 0.01
+        assert set(a[:1000]) != set(b[:1000])
+    # places are ranks, without ties: Pearson's correlation of them is Spearman's
+    correlation = [np.corrcoef(order, np.arange(40_000))[0, 1] for order in orders]
+    assert np.abs(correlation).mean() < 0.05
+
+
+@pytest.mark.parametrize("buffer_rows", [1000, 4000, 16_400, 39_999])
+def test_neighbours_come_from_one_rollout_as_rarely_as_stated(long_store, buffer_rows):
+    plan = BatchPlan.of(long_store, np.arange(40_000), 1000, 5, buffer_rows=buffer_rows)
+    orders = [order_of(plan, epoch) for epoch in range(4)]
+    pairs = np.concatenate([np.stack([order[:-1], order[1:]]) for order in orders], axis=1)
+    same = (np.diff(long_store.rollout_of(pairs), axis=0) == 0).mean()
+    run, pool = max(buffer_rows // 1024, 1), 40_000 / -(-40_000 // buffer_rows)
+    by_chance = 1 / 400  # in a permutation of the whole store
+    error = 4 * np.sqrt(0.005 / pairs.shape[1])
+    assert same < by_chance + run / pool + error < by_chance + 1 / 512 + error
+    assert same == pytest.approx((run - 1) / pool + (100 - run) / 40_000, abs=error)
+
+
+def test_a_pool_is_read_in_runs_and_holds_no_more_rows_than_the_buffer():
+    shuffle = batches._Shuffle(2_000_000, 400_000, seed=1)
+    assert shuffle.n_pools == 5
+    for pool in range(7):
+        places = np.sort(shuffle.places(pool))
+        assert len(places) == shuffle.first(pool + 1) - shuffle.first(pool) == 400_000
+        pieces = 1 + (np.diff(places) != 1).sum()
+        assert 1000 < pieces <= 400_000 / 256 + 3  # the ends of the pool cut two runs at most
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 700), st.integers(1, 900), st.integers(0, 2**40), st.integers(1, 4))
+def test_every_epoch_of_any_size_is_a_permutation(n_rows, buffer_rows, seed, epochs):
+    shuffle = batches._Shuffle(n_rows, buffer_rows, seed)
+    for epoch in range(epochs):
+        pools = range(epoch * shuffle.n_pools, (epoch + 1) * shuffle.n_pools)
+        parts = [shuffle.places(pool) for pool in pools]
+        assert max(map(len, parts)) <= buffer_rows
+        assert min(map(len, parts)) >= min(n_rows, buffer_rows) // 2
+        assert (np.sort(np.concatenate(parts)) == np.arange(n_rows)).all()
+        for pool, part in zip(pools, parts, strict=True):
+            first = shuffle.first(pool)
+            assert {shuffle.pool_at(first), shuffle.pool_at(first + len(part) - 1)} == {pool}
+
+
+# --- streaming
+
+
+@pytest.fixture(scope="module")
+def small_store(tmp_path_factory):
+    """20 rollouts of 35 rows in three shards; column 0 is the row's number."""
+    rows = np.zeros((700, 14))
+    rows[:, 0] = np.arange(700)
+    folder = tmp_path_factory.mktemp("small") / "store"
+    return write_store(folder, rows, n_rollouts=20, rollouts_per_shard=8, n_special=0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_a_stream_has_every_row_once_an_epoch_whatever_the_sizes(small_store, data):
+    n_rows = data.draw(st.integers(1, 700), "rows")
+    batch_size = data.draw(st.integers(max(1, n_rows // 40), n_rows), "batch size")
+    buffer_rows = data.draw(st.integers(max(1, n_rows // 40), n_rows + 5), "buffer")
+    epochs, world = data.draw(st.integers(1, 3), "epochs"), data.draw(st.integers(1, 5), "world")
+    rows = np.sort(np.random.default_rng(n_rows).choice(700, n_rows, replace=False))
+    plan = BatchPlan.of(small_store, rows, batch_size, n_rows, buffer_rows=buffer_rows)
+    assert (plan.loaded is None) == (buffer_rows < n_rows)
+    n = plan.n_batches(epochs)
+    assert n == epochs * n_rows // batch_size
+    whole = list(plan.batches(0, n))
+    assert len(whole) == n
+    assert all(torch.equal(found, plan.batch(i)) for i, found in enumerate(whole))
+    seen = torch.cat(whole)[:, 0].tolist()
+    for epoch in range(epochs):
+        part = Counter(seen[epoch * n_rows : (epoch + 1) * n_rows])
+        assert max(part.values(), default=1) == 1
+        assert set(part) <= set(rows.tolist())
+        assert len(part) == n_rows or epoch == epochs - 1
+    ranks = [list(plan.batches(0, n, part=(rank, world))) for rank in range(world)]
+    sizes = {len(own[0]) for own in ranks}
+    assert max(sizes) - min(sizes) <= 1
+    for found, *parts in zip(whole, *ranks, strict=True):
+        assert torch.equal(torch.cat(parts), found)
+    first = data.draw(st.integers(0, n), "resumed at")
+    resumed = list(plan.batches(first, n, part=(world - 1, world)))
+    assert all(torch.equal(a, b) for a, b in zip(resumed, ranks[-1][first:], strict=True))
+
+
+@pytest.mark.parametrize("readers", [1, 2, 7])
+def test_the_number_of_reading_threads_changes_nothing(small_store, monkeypatch, readers):
+    monkeypatch.setattr(batches, "_CHUNK", 16)
+    expected = streamed(small_store, np.arange(700), 64, 200, 20)
+    monkeypatch.setattr(batches, "_READERS", readers)
+    assert torch.equal(streamed(small_store, np.arange(700), 64, 200, 20), expected)
+
+
+def streamed(store, rows, batch_size, buffer_rows, n):
+    plan = BatchPlan.of(store, rows, batch_size, 0, buffer_rows=buffer_rows)
+    return torch.cat(list(plan.batches(0, n)))
+
+
+def test_one_shard_one_run_and_a_buffer_smaller_than_a_batch_work(make_store):
+    store = numbered(make_store, rollouts_per_shard=10)  # one shard of 300 rows
+    for rows, batch_size, buffer_rows in [(300, 300, 1), (255, 100, 254), (2, 1, 1), (1, 1, 1)]:
+        found = streamed(store, np.arange(rows), batch_size, buffer_rows, 2 * rows // batch_size)
+        line = found[:, 0].numpy()
+        assert sorted(line[:rows]) == list(range(rows))
+        assert set(line[rows:]) <= set(range(rows))
+
+
+def test_columns_of_a_selection_are_streamed(make_store):
+    store = make_store(dtype="float16").select(["up_proj", "o_proj"])
+    plan = BatchPlan.of(store, np.arange(240), 50, 1, buffer_rows=60)
+    for i, found in enumerate(plan.batches(0, 12)):
+        rows = torch.from_numpy(store.take(plan.rows[plan.places(i)])).float()
+        assert found.shape == (50, 4)
+        assert torch.equal(found, rows)
+
+
+def test_a_buffer_by_default_is_what_fits_in_memory_and_half_of_that_in_a_stream(
+    make_store, monkeypatch
+):
+    store = numbered(make_store, dtype="float16")  # 28 bytes a row
+    monkeypatch.setattr(batches, "_IN_MEMORY", 28 * 300)
+    assert BatchPlan.of(store, np.arange(300), 10, 0).buffer_rows == 300
+    monkeypatch.setattr(batches, "_IN_MEMORY", 28 * 299)
+    plan = BatchPlan.of(store, np.arange(300), 10, 0)
+    assert plan.buffer_rows == 149
+    assert plan.loaded is None
+    with pytest.raises(ConfigError, match="0 rows, expected 1 or more"):
+        BatchPlan.of(store, np.arange(300), 10, 0, buffer_rows=0)
+
+
+def test_two_pools_are_in_memory_at_most(make_store, monkeypatch):
+    layout = layout_of(n_layers=40)  # 1120 bytes a row: what is kept per row counts for little
+    store = make_store(layout=layout, n_rollouts=20, length=1000, rollouts_per_shard=5)
+    monkeypatch.setattr(batches, "_CHUNK", 64)
+    plan = BatchPlan.of(store, np.arange(20_000), 100, 0, buffer_rows=2000)
+    pool = 2000 * layout.d_in * 4
+    list(plan.batches(0, 2))
+    store.take(np.arange(2))
+    peaks = []
+    for n in (60, 400):  # three pools, and two epochs of ten
+        tracemalloc.start()
+        for _ in plan.batches(0, n):
+            pass
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert 1.9 * pool < max(peaks) < 2.6 * pool  # four chunks, and 16 bytes a row
+    assert max(peaks) / min(peaks) < 1.25  # it does not grow with the batches
+
+
+def test_a_part_of_the_batches_keeps_that_part_of_the_pools_only(make_store, monkeypatch):
+    layout = layout_of(n_layers=40)
+    store = make_store(layout=layout, n_rollouts=20, length=1000, rollouts_per_shard=5)
+    monkeypatch.setattr(batches, "_CHUNK", 16)
+    plan = BatchPlan.of(store, np.arange(20_000), 100, 0, buffer_rows=5000)
+    list(plan.batches(0, 2, part=(0, 4)))
+    tracemalloc.start()
+    for found in plan.batches(0, 200, part=(1, 4)):
+        assert len(found) == 25
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 0.8 * 5000 * layout.d_in * 4  # two quarters, and the order of a pool
+
+
+class Reads:
+    """Notes the rows that are read, instead of a store's `take`."""
+
+    def __init__(self, monkeypatch):
+        self.rows, self.before = [], lambda: None
+        take = ActivationStore.take
+
+        def noted(store, rows):
+            self.before()
+            self.rows.append(rows.copy())
+            return take(store, rows)
+
+        monkeypatch.setattr(ActivationStore, "take", noted)
+
+    def count(self):
+        return sum(map(len, self.rows))
+
+    def settle(self, n):
+        """Wait until `n` rows are read, then for more that should not come."""
+        end = time.monotonic() + 20
+        while self.count() < n and time.monotonic() < end:
+            time.sleep(0.005)
+        time.sleep(0.1)
+        return self.count()
+
+
+def test_the_next_pool_is_read_while_one_is_used_and_none_after_it(small_store, monkeypatch):
+    reads = Reads(monkeypatch)
+    monkeypatch.setattr(batches, "_READERS", 1)
+    monkeypatch.setattr(batches, "_CHUNK", 20)
+    plan = BatchPlan.of(small_store, np.arange(700), 10, 0, buffer_rows=100)
+    with contextlib.closing(plan.batches(0, 70)) as stream:
+        assert reads.count() == 0
+        next(stream)
+        assert reads.settle(200) == 200  # of 700
+        for _ in range(7):
+            next(stream)
+        assert reads.settle(200) == 200  # batches 8 and 9 are the last of the first pool
+        next(stream)
+        assert reads.settle(300) == 300
+    for first in (0, 5, 10):
+        pool = np.concatenate(reads.rows[first : first + 5])
+        assert (np.diff(pool) > 0).all()  # in file order
+    assert len(np.unique(np.concatenate(reads.rows))) == 300
+
+
+def test_a_resumed_stream_reads_only_what_it_emits(small_store, monkeypatch):
+    reads = Reads(monkeypatch)
+    plan = BatchPlan.of(small_store, np.arange(700), 10, 0, buffer_rows=350)
+    list(plan.batches(30, 40))
+    assert reads.count() == 100
+    reads.rows.clear()
+    list(plan.batches(30, 40, part=(2, 3)))
+    assert reads.count() == 10 * 4
+    assert list(plan.batches(40, 40)) == []
+
+
+@pytest.mark.parametrize("buffer_rows", [50, 220])
+def test_a_bad_value_is_raised_at_its_batch_and_not_before(make_store, buffer_rows):
+    rows = np.zeros((700, 14))
+    rows[437, 8] = np.nan
+    store = make_store(rows, n_rollouts=20, length=35, dtype="float16")
+    plan = BatchPlan.of(store, np.arange(700), 10, 0, buffer_rows=buffer_rows)
+    at = next(i for i in range(70) if 437 in plan.places(i))
+    assert at % 22 > 3  # neither at a pool's beginning nor among the first batches
+    found = []
+    with pytest.raises(NumberError, match=r"row 437 \(rollout 12\) is nan in column 8 \(1.up_proj"):
+        for batch in plan.batches(0, 70):
+            found.append(batch)
+    assert len(found) == at
+    assert own_threads() == []
+    assert len(list(plan.batches(at + 1, 70))) == 69 - at
+    inside = int(np.flatnonzero(plan.places(at) == 437)[0])
+    for rank in (0, 1):
+        part = plan.batches(0, 70, part=(rank, 2))
+        if inside // 5 == rank:
+            with pytest.raises(NumberError, match="row 437"):
+                list(part)
+        else:
+            assert len(list(part)) == 70
+
+
+def test_an_error_of_reading_surfaces_in_the_caller_at_the_pools_first_batch(
+    small_store, monkeypatch
+):
+    reads = Reads(monkeypatch)
+    plan = BatchPlan.of(small_store, np.arange(700), 10, 0, buffer_rows=100)
+
+    def fail():
+        if reads.count() >= 100:
+            raise OSError("the disk is gone")
+
+    reads.before = fail
+    found = []
+    with pytest.raises(OSError, match="the disk is gone"):
+        for batch in plan.batches(0, 70):
+            found.append(batch)
+    assert len(found) == 10
+    assert own_threads() == []
+
+
+# --- threads
+
+
+def own_threads():
+    return [t.name for t in threading.enumerate() if t.name.startswith(batches._THREADS)]
+
+
+def settled_threads():
+    """The module's threads, after those that were told to end have had time to."""
+    end = time.monotonic() + 20
+    while own_threads() and time.monotonic() < end:
+        time.sleep(0.005)
+    return own_threads()
+
+
+@pytest.mark.parametrize("buffer_rows", [100, 700])
+def test_closing_ends_the_threads_at_once(small_store, buffer_rows):
+    plan = BatchPlan.of(small_store, np.arange(700), 10, 0, buffer_rows=buffer_rows)
+    assert own_threads() == []
+    stream = plan.batches(0, 70)
+    next(stream)
+    assert own_threads()
+    stream.close()
+    assert own_threads() == []
+    with pytest.raises(KeyboardInterrupt), contextlib.closing(plan.batches(0, 70)) as stream:
+        next(stream)
+        raise KeyboardInterrupt
+    assert own_threads() == []
+    list(plan.batches(0, 70))
+    assert own_threads() == []
+
+
+def test_closing_in_the_midst_of_a_pool_does_not_read_the_rest_of_it(small_store, monkeypatch):
+    reads = Reads(monkeypatch)
+    monkeypatch.setattr(batches, "_CHUNK", 1)
+    # the second of three pools would take three seconds in four threads
+    reads.before = lambda: time.sleep(0.05 if reads.count() > 234 else 0)
+    plan = BatchPlan.of(small_store, np.arange(700), 10, 0, buffer_rows=340)
+    stream = plan.batches(0, 70)
+    next(stream)
+    reads.settle(236)
+    stream.close()
+    assert reads.count() < 300
+    assert own_threads() == []
+
+
+def test_a_forgotten_stream_ends_its_threads(small_store):
+    plan = BatchPlan.of(small_store, np.arange(700), 10, 0, buffer_rows=100)
+    stream = plan.batches(0, 70)
+    next(stream)
+    assert own_threads()
+    del plan, stream
+    gc.collect()
+    assert settled_threads() == []
+
+
+@pytest.mark.parametrize("where", ["rows", "pools", "batches"])
+def test_a_stream_may_be_closed_by_one_of_its_own_threads(small_store, monkeypatch, where):
+    """As garbage collection does that happens to run in one."""
+    place, name = {
+        "rows": (ActivationStore, "take"),
+        "pools": (batches._Shuffle, "places"),
+        "batches": (batches, "_all_finite"),
+    }[where]
+    real, calls, armed, closed = getattr(place, name), [], threading.Event(), threading.Event()
+    plan = BatchPlan.of(small_store, np.arange(700), 10, 0, buffer_rows=100)
+    stream = plan.batches(0, 70)
+
+    def hooked(*given):
+        calls.append(threading.current_thread().name)
+        if len(calls) == 2:  # the next pool's, or the next batch's, while the caller is elsewhere
+            assert armed.wait(20)
+            stream.close()
+            closed.set()
+        return real(*given)
+
+    monkeypatch.setattr(place, name, hooked)
+    next(stream)
+    armed.set()
+    assert closed.wait(20)
+    assert where in calls[1]
+    assert settled_threads() == []
+    assert list(stream) == []
+
+
+@pytest.mark.parametrize("end", ["pass", "raise KeyboardInterrupt", "sys.exit(3)"])
+def test_a_process_exits_with_a_stream_left_open(small_store, end):
+    code = f"""
+import sys, numpy as np
+from pathlib import Path
+from lorascope.activations.batches import BatchPlan
+from lorascope.activations.store import ActivationStore
+store = ActivationStore.open(Path({str(small_store.path)!r}))
+plan = BatchPlan.of(store, np.arange(700), 10, 0, buffer_rows=100)
+stream = plan.batches(0, 70)
+next(stream)
+print("begun", flush=True)
+{end}
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == "begun\n"
+    assert done.returncode == {"pass": 0, "sys.exit(3)": 3}.get(end, -2), done.stderr
+    assert "cannot" not in done.stderr
+
+
+def test_two_streams_and_single_batches_do_not_disturb_each_other(small_store):
+    plan = BatchPlan.of(small_store, np.arange(700), 10, 0, buffer_rows=100)
+    copy = pickle.loads(pickle.dumps(plan))
+    for i, (a, b) in enumerate(zip(plan.batches(0, 60), copy.batches(10, 70), strict=True)):
+        assert torch.equal(a, copy.batch(i))
+        assert torch.equal(b, plan.batch(i + 10))
+        assert torch.equal(plan.batch(69 - i), copy.batch(69 - i))

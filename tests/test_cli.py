@@ -64,7 +64,7 @@ def refused(place, capsys, line, *words):
     [
         ("generat", ["unknown command generat", "did you mean generate?"]),
         ("train --expansion-facto 3", ["--expansion-facto", "did you mean --expansion-factor?"]),
-        ("train --k", ["--k", "expected one argument"]),
+        ("train --k", ["--k", "expected at least one argument"]),
         ("train --k many", ["--k is 'many', expected number"]),
         ("train --config none.toml", ["cannot read none.toml"]),
         ("dashboard", ["--input is missing"]),

@@ -25,7 +25,7 @@ from lorascope.features.collect import CollectConfig
 from lorascope.features.index import FeatureIndex
 from lorascope.sae import train
 from lorascope.sae.model import load_sae
-from lorascope.sae.train import TrainConfig
+from lorascope.sae.settings import TrainConfig
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 

@@ -1,76 +1,65 @@
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorascope.errors import ConfigError
-from lorascope.sae.sparsity import SparseCode, batch_topk, calibrate_threshold
+from lorascope.sae.sparsity import Rule, SparseCode, calibrate_threshold, chosen
 
 
-def by_sorting(scores: torch.Tensor, k: float) -> torch.Tensor:
-    """BatchTopK as its definition says it: sort by (score, then lower index first)."""
-    flat = scores.flatten().numpy()
-    order = sorted(range(len(flat)), key=lambda i: (-flat[i], i))[: round(k * len(scores))]
-    kept = np.zeros_like(flat)
-    for i in order:
-        kept[i] = max(flat[i], 0.0)
-    return torch.from_numpy(kept).view_as(scores)
+def by_sorting(scores: torch.Tensor, rule: Rule, by_row: bool) -> torch.Tensor:
+    """What fires, by its definition: sort by (score, then lower index first)."""
+    size = scores.abs() if rule.signed else scores
+    batch, width = scores.shape
+    fires = torch.zeros(batch * width, dtype=torch.bool)
+
+    def order(places):
+        return sorted(places, key=lambda i: (-float(size.flatten()[i]), i))
+
+    if by_row or rule.architecture == "topk":
+        chosen, following = [], []
+        for row in range(batch):
+            best = order(range(row * width, (row + 1) * width))
+            chosen += best[: int(rule.k)]
+            following += best[int(rule.k) : int(rule.k) + 1]
+        chosen += order(following)[: round((rule.k - int(rule.k)) * batch)]
+    else:
+        chosen = order(range(batch * width))[: round(rule.k * batch)]
+    fires[torch.tensor(chosen, dtype=torch.int64)] = True
+    return fires.view(batch, width) & (size > 0)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
-    rows=st.integers(0, 7),
+    rows=st.integers(1, 7),
     latents=st.integers(1, 9),
-    k=st.floats(0.1, 9, allow_nan=False),
+    share=st.floats(0.01, 1, allow_nan=False),
     levels=st.integers(1, 50),
     seed=st.integers(0, 1000),
+    architecture=st.sampled_from(["batchtopk", "topk", "matryoshka"]),
+    signed=st.booleans(),
+    by_row=st.booleans(),
 )
-def test_batch_topk_is_a_stable_sort_cut_off(rows, latents, k, levels, seed):
+def test_what_fires_is_a_stable_sort_cut_off(
+    rows, latents, share, levels, seed, architecture, signed, by_row
+):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randint(-levels, levels + 1, (rows, latents), generator=generator).float()
-    assert torch.equal(batch_topk(scores, k), by_sorting(scores, k))
-
-
-@pytest.mark.parametrize("shape", [(1024, 448), (333, 1001), (64, 4096)])
-@pytest.mark.parametrize(
-    "kind", ["normal", "one latent", "one row", "levels", "rising", "negative"]
-)
-def test_the_guess_changes_no_choice_of_a_large_batch(shape, kind):
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(shape, generator=generator)
-    if kind == "one latent":
-        scores[:, 1:] -= 9
-    elif kind == "one row":
-        scores[1:] -= 9
-    elif kind == "levels":
-        scores = scores.round()
-    elif kind == "rising":
-        scores = torch.arange(scores.numel()).float().view(shape)
-    elif kind == "negative":
-        scores -= 4
-    for k in (0.37, 5, 40):
-        n = round(k * shape[0])
-        order = scores.flatten().sort(descending=True, stable=True).indices[:n]
-        kept = torch.zeros(scores.numel())
-        kept[order] = scores.flatten()[order].clamp(min=0)
-        assert torch.equal(batch_topk(scores, k), kept.view(shape))
-
-
-def test_of_equal_scores_the_lower_flat_index_is_kept():
-    kept = batch_topk(torch.ones(4, 5), 1.5)
-    assert kept.flatten().nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5]
-
-
-def test_only_positive_scores_are_kept_when_there_are_too_few():
-    kept = batch_topk(torch.tensor([[-1.0, 2.0, 0.0], [-3.0, -1.0, 0.5]]), 3)
-    assert kept.tolist() == [[0.0, 2.0, 0.0], [0.0, 0.0, 0.5]]
+    rule = Rule(architecture, share * latents, signed)
+    assert torch.equal(chosen(scores, rule, by_row=by_row), by_sorting(scores, rule, by_row))
 
 
 @pytest.mark.parametrize(("k", "n"), [(0.01, 1), (0.5, 50), (2.344, 234), (7, 700)])
-def test_a_fraction_of_a_latent_is_a_share_of_the_rows(k, n):
+@pytest.mark.parametrize("by_row", [False, True])
+def test_a_fraction_of_a_latent_is_a_share_of_the_rows(k, n, by_row):
     scores = torch.rand(100, 20, generator=torch.Generator().manual_seed(0)) + 0.1
-    assert int((batch_topk(scores, k) > 0).sum()) == n
+    assert int(chosen(scores, Rule("batchtopk", k), by_row=by_row).sum()) == n
+
+
+def test_the_prefixes_of_a_matryoshka_end_with_the_whole_dictionary():
+    assert Rule("matryoshka", 4).prefixes(64) == (4, 8, 16, 32, 64)
+    assert Rule("matryoshka", 1).prefixes(3) == (1, 3)
+    assert Rule("batchtopk", 4).prefixes(64) == (64,)
 
 
 @pytest.mark.parametrize("k", [0.013, 0.5, 3.7, 11.0])

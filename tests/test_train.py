@@ -17,9 +17,10 @@ from lorascope.activations.batches import split_rows
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import digest_file, read_manifest
 from lorascope.errors import ArtifactError, ConfigError, Interrupted, LorascopeError, NumberError
-from lorascope.sae import objective, train
+from lorascope.sae import train, trainer
 from lorascope.sae.model import load_sae
-from lorascope.sae.train import TrainConfig, run
+from lorascope.sae.settings import TrainConfig
+from lorascope.sae.train import run
 
 
 def planted_rows(n=1200, seed=0):
@@ -64,12 +65,39 @@ def test_a_run_writes_an_sae_with_a_threshold_and_a_report(small_config, caplog)
     json.dumps(read_manifest(path), allow_nan=False)
 
 
-def test_the_threshold_gives_k_on_the_training_rows(small_config):
-    sae = load_sae(run(small_config))
+@pytest.mark.parametrize("architecture", ["batchtopk", "topk", "jumprelu", "matryoshka"])
+def test_the_threshold_gives_k_on_half_of_the_held_out_rollouts(small_config, architecture):
+    """The other half is reported on, so that its L0 is measured, not fitted."""
+    config = replace(small_config, architecture=architecture, holdout=0.4)
+    sae = load_sae(run(config))
     store = ActivationStore.open(small_config.data_dir)
-    rows = split_rows(store, small_config.holdout, small_config.seed)[0]
-    l0 = sae.encode(torch.from_numpy(store.take(rows))).l0.float().mean()
-    assert float(l0) == pytest.approx(3, abs=1e-3)
+    held_out = split_rows(store, 0.4, 42)[1]
+    rollouts = store.rollout_of(held_out)
+    names = np.unique(rollouts)
+    calibrated = held_out[np.isin(rollouts, names[1::2])]
+    l0 = sae.encode(torch.from_numpy(store.take(calibrated))).l0.float().mean()
+    assert float(l0) == pytest.approx(3, abs=5e-3)
+    report = sae.manifest["content"]["report"]
+    assert report["n_calibrated"] == len(calibrated)
+    assert report["n_rows"] == len(held_out) - len(calibrated)
+    assert sae.architecture == architecture
+    if architecture == "jumprelu":
+        assert len(sae.threshold.unique()) > 10
+    else:
+        assert len(sae.threshold.unique()) == 1
+
+
+def test_signed_latents_are_saved_as_two_of_opposite_directions(small_config):
+    sae = load_sae(run(replace(small_config, signed=True)))
+    assert sae.d_sae == 2 * 3 * 14
+    half = sae.d_sae // 2
+    assert torch.equal(sae.W_dec[half:], -sae.W_dec[:half])
+    assert torch.equal(sae.W_enc[:, half:], -sae.W_enc[:, :half])
+    rows = torch.tensor(ActivationStore.open(small_config.data_dir).rows(0, 300))
+    code = sae.encode_dense(rows)
+    assert (code >= 0).all()
+    assert not ((code[:, :half] > 0) & (code[:, half:] > 0)).any()
+    assert (code[:, half:] > 0).any()
 
 
 @pytest.mark.parametrize("normalize", ["effect", "std", "rms", "none"])
@@ -123,7 +151,7 @@ def test_a_run_broken_off_and_continued_is_the_undisturbed_run(
     caplog.set_level(logging.INFO)
     straight = digest_file(run(small_config))
     broken = replace(small_config, output=tmp_path / "broken.pt", checkpoint_every=0)
-    take = objective.Trainer.take
+    take = trainer.Trainer.take
 
     def breaks(self, x):
         if self.step == at:
@@ -146,7 +174,7 @@ def test_without_resume_it_begins_anew_and_ends_the_same(
     straight = digest_file(run(small_config))
     other = replace(small_config, output=tmp_path / "other.pt", resume=False)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "evaluate", lambda *_: 1 / 0)
+        patch.setattr(train, "publish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(other)
     assert digest_file(run(other)) == straight
@@ -157,7 +185,8 @@ CHILD = """
 import sys
 from pathlib import Path
 from lorascope.errors import Interrupted
-from lorascope.sae.train import TrainConfig, run
+from lorascope.sae.settings import TrainConfig
+from lorascope.sae.train import run
 if __name__ == "__main__":
     config = TrainConfig(
         data_dir=Path(sys.argv[1]), output=Path(sys.argv[2]), expansion_factor=3, k=3,
@@ -208,7 +237,7 @@ def test_a_process_killed_by_a_signal_goes_on_to_the_same_bytes(
 
 
 def test_a_signal_ends_the_step_saves_and_raises(small_config, monkeypatch):
-    take = objective.Trainer.take
+    take = trainer.Trainer.take
 
     def signalled(self, x):
         if self.step == 5:
@@ -281,7 +310,7 @@ def test_a_fraction_of_a_latent_a_token_trains(small_config):
         ({"k": -3}, "--k is -3,"),
         ({"k": float("nan")}, "--k is nan"),
         ({"k": 43}, "--k is 43, expected at most 42"),
-        ({"batch_size": 0}, "--batch-size is 0, expected 1 or more"),
+        ({"batch_size": 0}, "--batch-size is 0, expected 2 or more"),
         ({"batch_size": 5000}, "training tokens, fewer than one batch of 5000"),
         ({"epochs": 0}, "--epochs is 0"),
         ({"expansion_factor": 0}, "--expansion-factor is 0"),
@@ -316,7 +345,7 @@ def test_settings_name_what_decides_the_result_in_one_spelling(small_config):
     settings = TrainConfig(lr="2e-3", adapter_types=("d-g",)).settings()
     assert settings == TrainConfig(lr="0.002", adapter_types=("gate", "down")).settings()
     assert not {"data_dir", "output", "device", "resume", "overwrite"} & settings.keys()
-    assert "seed" in settings
+    assert settings["data_seed"] == 42
     json.dumps(settings)
 
 

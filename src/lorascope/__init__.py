@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lorascope.features.index import FeatureIndex
     from lorascope.pipeline import RunConfig, run
     from lorascope.sae.model import SAE, load_sae
-    from lorascope.sae.train import TrainConfig
+    from lorascope.sae.settings import TrainConfig
     from lorascope.sae.train import run as train
     from lorascope.sites import SiteLayout
 
@@ -54,7 +54,7 @@ _HOMES = {
     "LorascopeError": "errors.LorascopeError",
     "RunConfig": "pipeline.RunConfig",
     "SiteLayout": "sites.SiteLayout",
-    "TrainConfig": "sae.train.TrainConfig",
+    "TrainConfig": "sae.settings.TrainConfig",
     "collect": "features.collect.run",
     "render": "dashboard.render.run",
     "generate": "activations.generate.run",

@@ -172,9 +172,13 @@ def _relative_to(folder: Path, field: "Field[Any]", value: Any) -> Any:
     return value
 
 
+def _is_union(hint: Any) -> bool:
+    return get_origin(hint) in (Union, types.UnionType)
+
+
 def _shape(hint: Any) -> tuple[type, bool, tuple[str, ...]]:
     """Return the scalar type of an annotation, whether it takes many, and its choices."""
-    if get_origin(hint) in (Union, types.UnionType):
+    if _is_union(hint):
         args = [arg for arg in get_args(hint) if arg is not type(None)]
         hint = args[0]
     if get_origin(hint) is tuple:
@@ -191,10 +195,12 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
     if value is None and optional:
         return None
     if many:
-        parts = [value] if isinstance(value, str) else value
+        one_will_do = _is_union(hint) and inner in get_args(hint)
+        alone = isinstance(value, str) or (one_will_do and isinstance(value, int | float))
+        parts = [value] if alone else value
         if not isinstance(parts, Sequence):
             raise ConfigError(f"{flag} is {value!r}, expected a list")
-        return tuple(inner(part) for part in parts)
+        return tuple(_convert(name, inner, part) for part in parts)
     if choices:
         if value not in choices:
             raise ConfigError(f"{flag} is {value!r}, expected one of {', '.join(choices)}")
@@ -233,4 +239,4 @@ def _default_text(field: "Field[Any]") -> str:
     if field.default is None or field.default == ():
         return ""
     value = field.default
-    return f" (default: {' '.join(value) if isinstance(value, tuple) else value})"
+    return f" (default: {' '.join(map(str, value)) if isinstance(value, tuple) else value})"

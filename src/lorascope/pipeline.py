@@ -15,11 +15,11 @@ from typing import Any
 from lorascope import runtime
 from lorascope.activations.generate import GenerateConfig
 from lorascope.artifact import read_manifest, write_text
-from lorascope.config import option, pick
+from lorascope.config import flag_of, option, pick
 from lorascope.dashboard.render import DashboardConfig
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.features.collect import CollectConfig, CollectOptions
-from lorascope.sae.train import TrainConfig, TrainOptions
+from lorascope.sae.settings import TrainConfig, TrainOptions
 from lorascope.sites import parse_adapter_types
 from lorascope.subject.options import SubjectOptions
 
@@ -50,6 +50,12 @@ def run(config: RunConfig) -> Path:
             "run starts the processes it needs; under torchrun use lorascope generate, then run"
         )
     out = config.output_dir
+    for name in ("k", "expansion_factor", "lr", "seed"):
+        if (n := len(config.each(name))) > 1:
+            raise ConfigError(
+                f"run trains one SAE, {flag_of(name)} has {n} values; "
+                "give one here, or all of them to lorascope train"
+            )
     if out.exists() and not out.is_dir():
         raise ArtifactError(f"{out} is a file, expected a folder; give another --output-dir")
     _require_room(config)
@@ -89,9 +95,8 @@ def _require_room(config: RunConfig) -> None:
 
     ranks = ranks_by_projection(inspect_adapter(config.lora_path, config.adapter_name))
     types = parse_adapter_types(config.adapter_types) or tuple(ranks)
-    d_sae = config.expansion_factor * sum(ranks.get(name, 0) for name in types)
-    if config.k > d_sae > 0:
-        raise ConfigError(f"--k is {config.k:g}, expected at most {d_sae}, the number of latents")
+    if d_in := sum(ranks.get(name, 0) for name in types):
+        config.room(d_in)
 
 
 def summarize(store: Path, sae: Path, index: Path, page: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
@@ -183,6 +184,101 @@ def _lock(file: IO[str], unit: int, here: Place) -> bool:
     return True
 
 
+class Team:
+    """The processes that train together; alone, everything here is the identity.
+
+    A batch is shared out in the order of the ranks. Every process calls every method.
+    """
+
+    def __init__(self, world: int = 1, rank: int = 0) -> None:
+        self.world, self.rank = world, rank
+        self._shares: dict[int, tuple[int, int]] = {}
+
+    def share(self, n: int) -> tuple[int, int]:
+        """Return how many rows the ranks before have, and how many all have, where this has `n`.
+
+        Asked of the others once for each `n`: the shares of a run's batches never change.
+        """
+        if self.world == 1:
+            return 0, n
+        if n not in self._shares:
+            import torch
+            import torch.distributed
+
+            on_gpu = torch.distributed.get_backend() == "nccl"
+            mine = torch.tensor([n], device="cuda" if on_gpu else "cpu")
+            sizes = [int(part) for part in self.gather(mine)]
+            self._shares[n] = sum(sizes[: self.rank]), sum(sizes)
+        return self._shares[n]
+
+    def sum(self, tensor: "torch.Tensor") -> "torch.Tensor":
+        """Return the sum over the processes; the argument may be overwritten."""
+        if self.world > 1:
+            import torch.distributed
+
+            tensor = tensor.contiguous()
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def from_first(self, tensor: "torch.Tensor") -> "torch.Tensor":
+        """Return rank 0's tensor; the argument is overwritten."""
+        if self.world > 1:
+            import torch.distributed
+
+            whole = tensor.contiguous()
+            torch.distributed.broadcast(whole, 0)
+            tensor.copy_(whole)
+        return tensor
+
+    def any(self, yes: bool) -> bool:
+        """Say whether any process says yes."""
+        if self.world == 1:
+            return yes
+        import torch
+        import torch.distributed
+
+        on_gpu = torch.distributed.get_backend() == "nccl"
+        vote = torch.tensor([int(yes)], device="cuda" if on_gpu else "cpu")
+        return bool(self.sum(vote) > 0)
+
+    def gather(self, values: "torch.Tensor") -> "list[torch.Tensor]":
+        """Return every process's vector, by rank; their lengths may differ."""
+        if self.world == 1:
+            return [values]
+        import torch
+        import torch.distributed
+
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
+        lengths = [length.to(values.device) for length in lengths]
+        mine = torch.tensor([len(values)], device=values.device)
+        torch.distributed.all_gather(lengths, mine)
+        longest = max(int(length) for length in lengths)
+        padded = values.new_zeros(longest)
+        padded[: len(values)] = values
+        parts = [torch.empty_like(padded) for _ in range(self.world)]
+        torch.distributed.all_gather(parts, padded)
+        return [part[: int(length)] for part, length in zip(parts, lengths, strict=True)]
+
+
+@contextmanager
+def team(device: "torch.device") -> Generator[Team]:
+    """Join the processes that torchrun started, with its time limit; alone, be a team of one."""
+    here = place()
+    if here.world == 1:
+        yield Team()
+        return
+    import torch
+    import torch.distributed
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Team(here.world, here.rank)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def pick_device(requested: str = "auto", num_gpus: int | None = None) -> "torch.device":
     """Return the device to compute on, and say so when it is not what was asked for.
 
@@ -260,6 +356,31 @@ def stoppable() -> Generator[None]:
     before = {number: signal.signal(number, action) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def stop_between_steps() -> Generator[list[int]]:
+    """Note SIGINT and SIGTERM in the list that this yields; the second one stops at once.
+
+    A step must not be cut in two: its half would be saved.
+    """
+    asked: list[int] = []
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        asked.append(number)
+        if len(asked) > 1:
+            raise Interrupted(number)
+        log.warning("finishing the step, then saving; once more to stop at once")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked  # only the main thread may handle signals
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,16 +1,33 @@
 """Rows of a store as training batches: shuffled, repeatable, addressable by number.
 
 1. `split_rows` parts the eligible rows into training and held-out rows, by whole rollouts.
-2. A `BatchPlan` lays the training rows out epoch after epoch, each in a permutation of all of
-   them that depends on the seed and the epoch's number alone.
+2. A `BatchPlan` lays the training rows out in a line, epoch after epoch, every row once in each.
+   An epoch is shuffled on two levels: the rows are cut into runs of consecutive rows, the runs are
+   permuted, the line of runs is cut into pools of equal size, at most `buffer_rows` rows each, and
+   each pool is emitted in a permutation of its rows. The order depends on the seed, the epoch's
+   number and `buffer_rows` alone: not on batches, threads or processes.
 3. Batch i is places `[i * batch_size, (i + 1) * batch_size)` of that line, so that a resumed run
    goes on exactly where it stopped and no row is left out at an epoch's end.
+
+Where `buffer_rows` covers all rows there is one pool: a permutation of everything, taken from an
+array in memory. A larger store is streamed by `batches`: a pool is read while the one before it
+is used, in the stored dtype, so a stream has two pools in memory at most, and 16 bytes for each
+row of the one that is being read. By default, both cases keep 4 GiB of activations at most.
+
+How well that mixes: a run has 256 rows, or a 1,024th of `buffer_rows` if that is less, and a pool
+more than half of `buffer_rows`. Two rows emitted one after the other are any two of a pool, so
+they come from one run with a chance of run / pool: less than 1 in 512. Rows of one rollout meet at
+most that much more often than in a permutation of the whole store. Several pools of 1,024 rows or
+more have over 1,024 runs, so the rank correlation of the order emitted with the store's has a mean
+absolute value of 0.8 / sqrt(1024) = 0.025 at most.
 """
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
+from threading import Event, current_thread
 
 import numpy as np
 import numpy.typing as npt
@@ -19,25 +36,38 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lorascope.activations.store import ActivationStore, Rows
-from lorascope.errors import ArtifactError, NumberError
+from lorascope.config import nearest
+from lorascope.errors import ArtifactError, ConfigError, NumberError
+from lorascope.subject.rollouts import ROLES
 
 RowNumbers = npt.NDArray[np.int64]
+_AHEAD = 2  # batches prepared before they are asked for
 _CHUNK = 4096  # rows read at once: they are still in the cache when they are checked
-_READERS = 4  # threads that load a store
-_IN_MEMORY = 4 << 30  # bytes of activations kept in RAM; a larger selection is read row by row
+_READERS = 4  # threads that read a store
+_THREADS = "lorascope"  # how the names of this module's threads begin
+_IN_MEMORY = 4 << 30  # bytes of activations kept in RAM, all of them or two pools
+_RUN = 256  # rows of a run at most: 224 KiB where a row has 448 columns, a long read
+_RUNS_OF_A_BUFFER = 1024  # at least: runs are shorter in a smaller buffer
 
 
-def split_rows(store: ActivationStore, holdout: float, seed: int) -> tuple[RowNumbers, RowNumbers]:
-    """Return the eligible rows as `(training, held out)`, each in rising order.
+def split_rows(
+    store: ActivationStore, holdout: float, seed: int, roles: Sequence[str] = ()
+) -> tuple[RowNumbers, RowNumbers]:
+    """Return the eligible rows, of these roles if any, as `(training, held out)`, in rising order.
 
     Whole rollouts are held out, chosen by a permutation from `seed`, until they have the share
     `holdout` of the rows or a little less, but at least one; a store whose eligible rows are all
-    of one rollout is split by row. Raises ArtifactError when there are fewer than two rows.
+    of one rollout is split by row. Special tokens are left out unless the role `special` is named.
+    Raises ConfigError at an unknown role, ArtifactError when there are fewer than two rows.
     """
-    rows = np.flatnonzero(store.eligible)
+    rows = np.flatnonzero(_of_roles(store, roles))
     if len(rows) < 2:
+        found = ", ".join(f"{role} {n}" for role, n in count_roles(store).items())
+        wanted = f" of the roles {', '.join(roles)} (it has: {found or 'none'})" if roles else ""
+        advice = "name other roles, or generate more" if roles else "generate more"
         raise ArtifactError(
-            f"{store.path} has {len(rows)} tokens to train on, expected two or more; generate more"
+            f"{store.path} has {len(rows)} tokens to train on{wanted}, expected two or more; "
+            f"{advice}"
         )
     groups = store.rollout_of(rows)
     if groups[0] == groups[-1]:
@@ -47,6 +77,24 @@ def split_rows(store: ActivationStore, holdout: float, seed: int) -> tuple[RowNu
     n_held = int(np.searchsorted(np.cumsum(sizes[order]), holdout * len(rows), side="right"))
     held = np.isin(groups, names[order[: min(max(n_held, 1), len(names) - 1)]])
     return rows[~held], rows[held]
+
+
+def count_roles(store: ActivationStore) -> dict[str, int]:
+    """Return how many eligible rows each role has, in the order of `ROLES`; only roles with any."""
+    counts = np.bincount(store.roles[store.eligible], minlength=len(ROLES))
+    return {role: int(n) for role, n in zip(ROLES, counts, strict=True) if n}
+
+
+def _of_roles(store: ActivationStore, roles: Sequence[str]) -> npt.NDArray[np.bool_]:
+    if not roles:
+        return store.eligible
+    for role in roles:
+        if role not in ROLES:
+            raise ConfigError(
+                f"unknown role {role}, expected {', '.join(ROLES)}{nearest(role, ROLES)}"
+            )
+    special = store.roles == ROLES.index("special")
+    return (store.eligible | special) & np.isin(store.roles, [ROLES.index(role) for role in roles])
 
 
 def require_finite(values: Rows, rows: RowNumbers, store: ActivationStore) -> None:
@@ -88,18 +136,19 @@ def read_blocks(
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The order in which training sees the rows of a store.
+    """The order in which training sees the rows of a store. It holds no thread and no open file.
 
     `rows` are the training rows; `loaded` holds their activations in the stored dtype, or is None
-    where they are too large to keep and every batch is read from the files.
+    where there are more than `buffer_rows` and they are read from the files.
     """
 
     store: ActivationStore
     rows: RowNumbers
     batch_size: int
     seed: int
+    buffer_rows: int
     loaded: Rows | None = field(repr=False)
-    _orders: dict[int, npt.NDArray[np.int64]] = field(default_factory=dict, repr=False)
+    _orders: dict[int, RowNumbers] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
@@ -109,57 +158,235 @@ class BatchPlan:
         batch_size: int,
         seed: int,
         *,
-        in_memory: int = _IN_MEMORY,
+        buffer_rows: int | None = None,
     ) -> "BatchPlan":
-        """Make a plan; activations of up to `in_memory` bytes are loaded now.
+        """Make a plan; activations of up to `buffer_rows` rows are loaded now.
 
-        Raises ArtifactError when there are fewer rows than one batch holds, NumberError when a
-        loaded activation is not finite.
+        `buffer_rows` is part of the order. None stands for all rows where they take 4 GiB or less,
+        else for so many that two pools do. Raises ArtifactError when there are fewer rows than one
+        batch holds, NumberError when a loaded activation is not finite.
         """
         if len(rows) < batch_size:
             raise ArtifactError(
                 f"{store.path} has {len(rows)} training tokens, fewer than one batch of "
                 f"{batch_size}; lower --batch-size, or generate more"
             )
+        if buffer_rows is None:
+            fitting = _IN_MEMORY // (store.d_in * store.dtype.itemsize)
+            buffer_rows = len(rows) if len(rows) <= fitting else max(fitting // 2, 1)
+        if buffer_rows < 1:
+            raise ConfigError(f"the shuffle buffer has {buffer_rows} rows, expected 1 or more")
         loaded = None
-        if len(rows) * store.d_in * store.dtype.itemsize <= in_memory:
-            loaded = np.empty((len(rows), store.d_in), store.dtype)
-            into = loaded
+        if len(rows) <= buffer_rows:
+            loaded = into = np.empty((len(rows), store.d_in), store.dtype)
 
-            def load(start: int) -> None:
-                here = rows[start : start + _CHUNK]
-                into[start : start + _CHUNK] = store.take(here)
-                require_finite(into[start : start + _CHUNK], here, store)
+            def load(here: slice) -> None:
+                into[here] = store.take(rows[here])
+                require_finite(into[here], rows[here], store)
 
-            with ThreadPoolExecutor(_READERS) as pool:  # one waits for the disk, others copy
-                for _ in pool.map(load, range(0, len(rows), _CHUNK)):
-                    pass  # a chunk's error is raised here, the first one's first
-        return cls(store, rows, batch_size, seed, loaded)
+            _in_chunks(len(rows), load)
+        return cls(store, rows, batch_size, seed, buffer_rows, loaded)
 
     def n_batches(self, epochs: int) -> int:
         """Return how many whole batches `epochs` passes over the rows make."""
         return epochs * len(self.rows) // self.batch_size
 
     def batch(self, number: int) -> Float[Tensor, "batch d_in"]:
-        """Return batch `number` as float32; raises NumberError at a value that is not finite."""
-        places = self.places(number)
-        if self.loaded is not None:
-            return torch.from_numpy(self.loaded).index_select(0, torch.from_numpy(places)).float()
-        return next(read_blocks(self.store, self.rows[places], self.batch_size))
+        """Return batch `number` as float32; raises NumberError at a value that is not finite.
+
+        Without `loaded` its rows are read one by one: `batches` is the fast way through a store.
+        """
+        return self._gather(self.places(number))
+
+    def batches(
+        self, first: int, last: int, part: tuple[int, int] = (0, 1)
+    ) -> Generator[Float[Tensor, "_ d_in"]]:
+        """Yield batches `first` to `last - 1` in order, each as `batch` returns it.
+
+        A thread prepares two batches ahead, another one the next pool of a store that is not
+        loaded; the files are read in order. Two pools are in memory at most, and a part's pools
+        hold its own rows only. `part = (rank, world)` yields rows
+        `[rank * B // world, (rank + 1) * B // world)` of each batch of B rows.
+
+        What goes wrong at batch i is raised at batch i, not before. Close the generator, with
+        `contextlib.closing` for one, to end the threads at once; its end, an error and garbage
+        collection end them as well. One left open lets the process exit once its pool is read.
+        """
+        rank, world = part
+        assert 0 <= rank < world, "a rank of the world"
+        if not first < last:
+            return
+        here = slice(rank * self.batch_size // world, (rank + 1) * self.batch_size // world)
+        stream = None if self.loaded is not None else _Stream(self, first, last, here)
+        prepare = stream.batch if stream else lambda number: self._gather(self.places(number)[here])
+        worker = ThreadPoolExecutor(1, f"{_THREADS}-batches")  # tasks, no queue to be stuck at
+        ahead: deque[Future[Tensor]] = deque()
+        submitted = iter(range(first, last))
+        try:
+            for _ in range(first, last):
+                while len(ahead) <= _AHEAD and (number := next(submitted, None)) is not None:
+                    ahead.append(worker.submit(prepare, number))
+                yield ahead.popleft().result()
+        finally:
+            if stream:
+                stream.close()
+            worker.shutdown(wait=_may_wait(), cancel_futures=True)
 
     def places(self, number: int) -> RowNumbers:
         """Return the indices into `rows` of batch `number`, `(batch_size,)`."""
-        first = number * self.batch_size
-        parts: list[npt.NDArray[Any]] = []
-        while (missing := self.batch_size - sum(map(len, parts))) > 0:
-            epoch, begin = divmod(first + self.batch_size - missing, len(self.rows))
-            parts.append(self._order(epoch)[begin : begin + missing])
+        shuffle, at = self._shuffle, number * self.batch_size
+        end, parts = at + self.batch_size, []
+        while at < end:
+            pool = shuffle.pool_at(at)
+            begin, stop = shuffle.first(pool), min(shuffle.first(pool + 1), end)
+            parts.append(self._order(pool)[at - begin : stop - begin])
+            at = stop
         return np.concatenate(parts)
 
-    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
-        if epoch not in self._orders:
-            for old in [known for known in self._orders if known < epoch - 1]:
-                del self._orders[old]  # a batch touches two epochs at most
-            generator = np.random.default_rng([self.seed, 1, epoch])
-            self._orders[epoch] = generator.permutation(len(self.rows))
-        return self._orders[epoch]
+    @property
+    def _shuffle(self) -> "_Shuffle":
+        return _Shuffle(len(self.rows), self.buffer_rows, self.seed)
+
+    def _gather(self, places: RowNumbers) -> Float[Tensor, "_ d_in"]:
+        if self.loaded is not None:
+            return torch.from_numpy(self.loaded).index_select(0, torch.from_numpy(places)).float()
+        values = self.store.take(self.rows[places])
+        require_finite(values, self.rows[places], self.store)
+        return torch.from_numpy(values).float()
+
+    def _order(self, pool: int) -> RowNumbers:
+        """Return a pool's order out of the two last used: a batch often touches two pools."""
+        order = self._orders.get(pool)
+        if order is None:
+            for old in list(self._orders)[:-1]:
+                self._orders.pop(old, None)  # another thread may have been faster
+            order = self._orders[pool] = self._shuffle.places(pool)
+        return order
+
+
+@dataclass(frozen=True)
+class _Shuffle:
+    """The order of `n_rows` places, epoch after epoch; pools are numbered on through all epochs."""
+
+    n_rows: int
+    buffer_rows: int
+    seed: int
+
+    @property
+    def n_pools(self) -> int:
+        """Number of pools in an epoch."""
+        return -(-self.n_rows // self.buffer_rows)
+
+    def first(self, pool: int) -> int:
+        """Return the position in the line of a pool's first row."""
+        epoch, number = divmod(pool, self.n_pools)
+        return epoch * self.n_rows + number * self.n_rows // self.n_pools
+
+    def pool_at(self, position: int) -> int:
+        """Return the pool that holds a position: the last one that begins there or before."""
+        epoch, at = divmod(position, self.n_rows)
+        return epoch * self.n_pools + ((at + 1) * self.n_pools - 1) // self.n_rows
+
+    def places(self, pool: int) -> RowNumbers:
+        """Return the places of a pool's rows in the order in which they are emitted."""
+        epoch, number = divmod(pool, self.n_pools)
+        begin, end = (self.first(p) - epoch * self.n_rows for p in (pool, pool + 1))
+        places, ends = self.runs(epoch)
+        here = slice(
+            int(np.searchsorted(ends, begin, side="right")), int(np.searchsorted(ends, end)) + 1
+        )
+        lengths = np.diff(ends[: here.stop], prepend=0)[here]
+        skipped = np.maximum(begin - (ends[here] - lengths), 0)  # a pool's end may cut a run
+        lower = places[here] + skipped
+        upper = places[here] + lengths - np.maximum(ends[here] - end, 0)
+        spans = zip(np.sort(lower).tolist(), np.sort(upper).tolist(), strict=True)
+        rising = np.concatenate([np.arange(a, b, dtype=np.int64) for a, b in spans])
+        return np.random.default_rng([self.seed, 1, epoch, number]).permutation(rising)
+
+    @lru_cache(maxsize=2)  # noqa: B019 - keyed by value; a batch touches two epochs
+    def runs(self, epoch: int) -> tuple[RowNumbers, RowNumbers]:
+        """Return each run's first place, and where it ends in the epoch's line of runs."""
+        length = min(max(self.buffer_rows // _RUNS_OF_A_BUFFER, 1), _RUN)
+        starts = np.arange(0, self.n_rows, length, dtype=np.int64)
+        starts = np.random.default_rng([self.seed, 2, epoch]).permutation(starts)
+        return starts, np.cumsum(np.minimum(length, self.n_rows - starts))
+
+
+class _Stream:
+    """Some rows of each of a plan's batches, in order, out of pools that are read one ahead.
+
+    A pool is in memory in the order in which it is emitted: a batch is a slice of it, or of two.
+    """
+
+    def __init__(self, plan: BatchPlan, first: int, last: int, part: slice) -> None:
+        self._plan, self._part = plan, part
+        self._line = range(first * plan.batch_size, last * plan.batch_size)
+        shuffle = plan._shuffle
+        pools = range(shuffle.pool_at(self._line[0]), shuffle.pool_at(self._line[-1]) + 1)
+        self._stop = Event()
+        self._reader = ThreadPoolExecutor(1, f"{_THREADS}-pools")
+        self._pools = iter(pools)
+        self._ahead: Future[Rows] | None = None
+        self._values, self._used = np.empty((0, plan.store.d_in), plan.store.dtype), 0
+        self._read_ahead()
+
+    def batch(self, number: int) -> Float[Tensor, "_ d_in"]:
+        """Return the part of batch `number`, which is the next one, as float32."""
+        plan, done = self._plan, 0
+        out = torch.empty(self._part.stop - self._part.start, plan.store.d_in)
+        while done < len(out):
+            if self._used == len(self._values):
+                assert self._ahead is not None, "the line has rows for every batch"
+                self._values, self._used = self._ahead.result(), 0  # frees the pool before it
+                self._read_ahead()
+            n = min(len(out) - done, len(self._values) - self._used)
+            out[done : done + n] = torch.from_numpy(self._values[self._used : self._used + n])
+            done, self._used = done + n, self._used + n
+        if not _all_finite(out):
+            here = plan.rows[plan.places(number)[self._part]]
+            require_finite(out.numpy(), here, plan.store)
+        return out
+
+    def close(self) -> None:
+        """End the reading, finished or not, and its threads."""
+        self._stop.set()
+        self._reader.shutdown(wait=_may_wait(), cancel_futures=True)
+
+    def _read_ahead(self) -> None:
+        pool = next(self._pools, None)
+        self._ahead = None if pool is None else self._reader.submit(self._read, pool)
+
+    def _read(self, pool: int) -> Rows:
+        """Return those rows of a pool that this stream emits, in that order, read in file order."""
+        store, rows = self._plan.store, self._rows(pool)
+        to = np.argsort(rows)
+        rows = rows[to]
+        values = np.empty((len(rows), store.d_in), store.dtype)
+
+        def read(here: slice) -> None:
+            if not self._stop.is_set():
+                values[to[here]] = store.take(rows[here])
+
+        _in_chunks(len(rows), read)
+        return values
+
+    def _rows(self, pool: int) -> RowNumbers:
+        plan = self._plan
+        places, begin = plan._shuffle.places(pool), plan._shuffle.first(pool)
+        line = np.arange(begin, begin + len(places))
+        in_batch = line % plan.batch_size
+        mine = (self._part.start <= in_batch) & (in_batch < self._part.stop)
+        mine &= (self._line.start <= line) & (line < self._line.stop)
+        return plan.rows[places[mine]]
+
+
+def _in_chunks(n: int, work: Callable[[slice], None]) -> None:
+    """Call `work` on slices of `n` rows in several threads: one waits for the disk, others copy."""
+    with ThreadPoolExecutor(_READERS, f"{_THREADS}-rows") as pool:
+        for _ in pool.map(work, (slice(i, min(i + _CHUNK, n)) for i in range(0, n, _CHUNK))):
+            pass  # a chunk's error is raised here, the first one's first
+
+
+def _may_wait() -> bool:
+    """Say whether this thread may wait for the others: garbage is collected in any of them."""
+    return not current_thread().name.startswith(_THREADS)

@@ -5,7 +5,7 @@ taken in float64, column by column; a ratio is formed once, from whole sums, nev
 rows or batches. `docs/metrics.md` gives every formula.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from lorascope.sites import SiteLayout
 
 _DECADES = range(-6, 0)
 _N_WORST = 5
+_BLOCK = 2048  # rows of a dictionary compared at once
 Columns = npt.NDArray[np.float64]
 
 
@@ -137,6 +138,20 @@ def evaluate(sae: SAE, blocks: Iterable[Float[Tensor, "_ d_in"]]) -> dict[str, A
         "density": _density(times_fired.numpy() / moments.n),
         "worst_columns": _worst(residual, moments.spread, sae.layout),
     }
+
+
+def stability(
+    mine: Float[Tensor, "latent d_in"], others: Sequence[Float[Tensor, "other d_in"]]
+) -> Float[Tensor, "latent"]:
+    """Return the cosine of each decoder row with the nearest of each other dictionary, averaged.
+
+    The dictionaries differ by their seed alone; rows have unit norm in the units of training. A
+    latent that only one seed finds says more of the seed than of the adapter.
+    """
+    best = [
+        torch.cat([(block @ other.T).amax(1) for block in mine.split(_BLOCK)]) for other in others
+    ]
+    return torch.stack(best).mean(0).clamp(-1.0, 1.0)
 
 
 def _fvu_effect(residual: Columns, spread: Columns, layout: SiteLayout) -> float | None:

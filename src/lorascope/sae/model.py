@@ -10,18 +10,15 @@ one threshold compares with it. A token's code depends on its own row alone, to 
 product is always taken over `_BLOCK` rows, filled up with zeros, because a matrix product may sum
 in another order when its shape changes.
 
-Three files hold one: a folder (`cfg.json` and `sae_weights.safetensors` as SAELens 6 reads them,
-`manifest.json`), a `.pt` archive with the keys of the published scripts, and the published
-scripts' own `.pt`, which has no threshold and gets one calibrated on a store.
+A folder holds one (`cfg.json` and `sae_weights.safetensors` as SAELens 6 reads them, and
+`manifest.json`), or a `.pt` with the keys of the published scripts. `interop` has others' files.
 """
 
 import hashlib
 import io
 import json
-import logging
-import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +27,6 @@ import numpy as np
 import safetensors.torch
 import torch
 from jaxtyping import Float, Float32, Int64
-from safetensors import SafetensorError
 from torch import Tensor
 
 from lorascope.activations.batches import RowNumbers, read_blocks
@@ -42,16 +38,14 @@ from lorascope.artifact import (
     digest_file,
     digest_of,
     is_made,
-    make_manifest,
     open_manifest,
     read_manifest,
     write_text,
 )
 from lorascope.errors import ArtifactError, NumberError
 from lorascope.sae.sparsity import SparseCode, calibrate_threshold
-from lorascope.sites import SiteLayout, parse_adapter_types
-
-log = logging.getLogger(__name__)
+from lorascope.sae.weights import NAMES, checked, read_pt, read_safetensors, section
+from lorascope.sites import SiteLayout
 
 KIND = "sae"
 SCHEMA = 1
@@ -59,8 +53,7 @@ WEIGHTS = "sae_weights.safetensors"
 SAELENS_CONFIG = "cfg.json"
 CALIBRATION_ROWS = 131_072  # at these, the standard error of the mean L0 is far below 1 %
 _BLOCK = 256
-_NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
-_DAMAGED = (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError)
+_MANIFEST = {"schema": int, "settings": dict, "parents": dict, "layout": dict, "content": dict}
 
 
 @dataclass(frozen=True)
@@ -92,6 +85,17 @@ class SAE:
         return torch.tensor(scale, dtype=torch.float32, device=self.b_dec.device)
 
     @property
+    def architecture(self) -> str:
+        """What the SAE was trained as: `batchtopk`, `topk`, `jumprelu`, `matryoshka`..."""
+        return str(self.manifest["content"].get("architecture", "batchtopk"))
+
+    @property
+    def stability(self) -> Float32[Tensor, "latent"] | None:
+        """How well each latent is found again from other seeds, where training measured it."""
+        known = self.manifest["content"].get("stability")
+        return None if known is None else torch.tensor(known, dtype=torch.float32)
+
+    @property
     def digest(self) -> str:
         """Digest of everything that the SAE is; the same in each of its file formats."""
         return digest_of({**self.manifest, "files": {}})
@@ -102,7 +106,7 @@ class SAE:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the weights by name; `threshold` only where there is one."""
-        named = {name: getattr(self, name) for name in (*_NAMES, "threshold")}
+        named = {name: getattr(self, name) for name in (*NAMES, "threshold")}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def narrow(self, store: ActivationStore) -> ActivationStore:
@@ -213,17 +217,17 @@ class SAE:
         """Return the SAE with the threshold at which `k` latents a row fire on average.
 
         `k` is the mean over `rows`, of which `CALIBRATION_ROWS` evenly spread ones are used where
-        there are more.
+        there are more. Latents that have learned thresholds keep their ratios.
         """
+        ratios = torch.ones_like(self.b_enc) if self.threshold is None else self.threshold
         if len(rows) > CALIBRATION_ROWS:
             rows = rows[np.linspace(0, len(rows) - 1, CALIBRATION_ROWS).astype(np.int64)]
 
         def scores() -> Iterator[Tensor]:
             for block in read_blocks(store, rows):
-                yield from self._pre_activations(block)
+                yield from (pre.div_(ratios) for pre in self._pre_activations(block))
 
-        threshold = torch.full_like(self.b_enc, calibrate_threshold(scores, k))
-        return replace(self, threshold=threshold).sealed()
+        return replace(self, threshold=calibrate_threshold(scores, k) * ratios).sealed()
 
     def sealed(self, **content: Any) -> "SAE":
         """Return the SAE with `content` and its weights' checksum written into its manifest."""
@@ -258,6 +262,23 @@ class SAE:
         }
         return build.publish_directory({**self.manifest, "files": files})
 
+    @staticmethod
+    def from_pretrained(
+        name: str | Path, store: ActivationStore | None = None, revision: str | None = None
+    ) -> "SAE":
+        """Return the SAE of a path, or of the hub: `owner/name`, `owner/name:folder_or_pt_file`."""
+        from lorascope.sae.sharing import download
+
+        return load_sae(download(str(name), revision), store)
+
+    def push_to_hub(
+        self, repo_id: str, private: bool = False, store: ActivationStore | None = None
+    ) -> str:
+        """Publish the folder with a card, which the training's store completes; return its URL."""
+        from lorascope.sae.sharing import upload
+
+        return upload(self, repo_id, private=private, store=store)
+
     def _archive(self) -> bytes:
         """Return the bytes of the `.pt` file: the published keys, a threshold, and the manifest."""
         tensors = {name: tensor.contiguous().cpu() for name, tensor in self.tensors().items()}
@@ -288,6 +309,7 @@ class SAE:
             "metadata": {
                 "sae_lens_version": "6.0.0",  # of the format; without it an older one is assumed
                 "lorascope_version": self.manifest["version"],
+                "training_architecture": self.architecture,
                 "k": content.get("k"),
                 "columns": list(self.layout.column_names),
             },
@@ -295,26 +317,29 @@ class SAE:
 
 
 def load_sae(path: Path, store: ActivationStore | None = None) -> SAE:
-    """Read an SAE of any of the three formats, on the CPU.
+    """Read an SAE of lorascope or of another library (`interop`), on the CPU.
 
-    With a store, its columns are compared with the SAE's. A `.pt` of the published scripts needs
-    one, as its threshold is calibrated on it. Raises ArtifactError when the file is missing,
-    damaged, holds code instead of tensors, is no SAE, or belongs to another adapter.
+    With a store, its columns are compared with the SAE's; files of others need one to name theirs.
+    Raises ArtifactError when the file is missing, damaged, no SAE, or of another adapter.
     """
     manifest = read_manifest(path)
-    if manifest is None and path.suffix == ".pt":
-        return _load_published(path, store)
+    if manifest is None:
+        from lorascope.sae.interop import read_foreign  # which makes SAEs, and so imports this
+
+        return read_foreign(path, store)
+    damaged = [key for key, kind in _MANIFEST.items() if not isinstance(manifest.get(key), kind)]
+    if damaged and manifest["kind"] == KIND:
+        raise ArtifactError(
+            f"{path} has a damaged manifest ({damaged[0]}); train or download it again"
+        )
     manifest = open_manifest(path, KIND, SCHEMA)
     if path.is_dir():
-        try:
-            tensors = safetensors.torch.load_file(path / WEIGHTS)
-        except (OSError, SafetensorError) as error:
-            raise ArtifactError(f"{path / WEIGHTS} is damaged ({error}); train again") from error
+        tensors: dict[str, Any] = {**read_safetensors(path / WEIGHTS)}
     else:
-        data = _load_pt(path)
-        tensors = {**_section(path, data, "model_state_dict"), "threshold": data.get("threshold")}
+        data = read_pt(path)
+        tensors = {**section(path, data, "model_state_dict"), "threshold": data.get("threshold")}
     sae = SAE(
-        **_checked(path, tensors, (*_NAMES, "threshold")),
+        **checked(path, tensors, (*NAMES, "threshold")),
         layout=SiteLayout.from_json(manifest["layout"]),
         manifest=manifest,
     )
@@ -323,99 +348,3 @@ def load_sae(path: Path, store: ActivationStore | None = None) -> SAE:
     if store is not None:
         sae.narrow(store)
     return sae
-
-
-def _load_published(path: Path, store: ActivationStore | None) -> SAE:
-    data = _load_pt(path)
-    tensors = _checked(path, _section(path, data, "model_state_dict"), _NAMES)
-    config = {key: _plain(value) for key, value in _section(path, data, "config").items()}
-    k = config.get("k")
-    if not isinstance(k, int | float) or not 0 < k <= len(tensors["b_enc"]):
-        raise ArtifactError(
-            f"{path} has k {k} in its config, expected 1 to {len(tensors['b_enc'])}"
-        )
-    if store is None:
-        raise ArtifactError(
-            f"{path} has no threshold; give the activation store too, so that one is calibrated"
-        )
-    if types := config.get("adapter_types"):
-        store = store.select(parse_adapter_types([str(name) for name in types]))
-    if store.d_in != len(tensors["b_dec"]):
-        raise ArtifactError(
-            f"{path} expects d_in {len(tensors['b_dec'])}, {store.path} has {store.d_in}: they "
-            "come from different adapters; use a matching pair"
-        )
-    log.warning("%s has no threshold: calibrating one on %s at k %g", path, store.path, k)
-    manifest = make_manifest(
-        KIND,
-        SCHEMA,
-        settings=config,
-        parents={"activations": store.digest},
-        layout=store.layout.to_json(),
-        content={"k": k, "config": config, "published": True},
-    )
-    sae = SAE(**tensors, threshold=None, layout=store.layout, manifest=manifest)
-    return sae.calibrated(store, np.flatnonzero(store.eligible), k)
-
-
-def _load_pt(path: Path) -> dict[str, Any]:
-    """Return what a `.pt` file holds; NumPy arrays and tensors are all that it may hold."""
-    array = np.zeros(1, np.float32)
-    rebuild: Any = array.__reduce__()[0]
-    allowed: list[Any] = [np.ndarray, np.dtype]
-    allowed += [type(np.dtype(name)) for name in ("f2", "f4", "f8", "i4", "i8", "u1", "bool")]
-    allowed += [(rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            data = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ArtifactError(
-            f"{path} is refused: it is no plain file of tensors and may run code when it is read"
-        ) from error
-    except _DAMAGED as error:
-        reason = str(error).partition("\n")[0]
-        raise ArtifactError(f"{path} is damaged or no .pt file ({reason})") from error
-    if not isinstance(data, dict):
-        raise ArtifactError(f"{path} holds a {type(data).__name__}, expected an SAE")
-    return data
-
-
-def _section(path: Path, data: dict[str, Any], key: str) -> dict[str, Any]:
-    if not isinstance(section := data.get(key), dict):
-        raise ArtifactError(
-            f"{path} has no {key}: it is no SAE of lorascope or the published scripts"
-        )
-    return section
-
-
-def _checked(path: Path, found: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Tensor]:
-    """Return the named tensors as float32 once they have the shapes that belong together."""
-    for name in names:
-        if not isinstance(found.get(name), Tensor):
-            raise ArtifactError(f"{path} has no tensor {name}: it is no SAE, or damaged")
-    shape = tuple(found["W_enc"].shape)
-    d_in, d_sae = shape if len(shape) == 2 else (0, 0)
-    expected = {
-        "W_enc": (d_in, d_sae),
-        "b_enc": (d_sae,),
-        "W_dec": (d_sae, d_in),
-        "b_dec": (d_in,),
-        "threshold": (d_sae,),
-    }
-    for name in names:
-        if tuple(found[name].shape) != expected[name]:
-            raise ArtifactError(
-                f"{path}: {name} has shape {tuple(found[name].shape)}, W_enc {shape} asks for "
-                f"{expected[name]}"
-            )
-        if not torch.isfinite(found[name]).all():
-            raise NumberError(f"{path}: {name} is not finite; train again with a lower --lr")
-    return {name: found[name].to(torch.float32).contiguous() for name in names}
-
-
-def _plain(value: Any) -> Any:
-    """Return a value of a foreign config as JSON can hold it."""
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    exact = isinstance(value, str | int | None) or (isinstance(value, float) and np.isfinite(value))
-    return value if exact else str(value)

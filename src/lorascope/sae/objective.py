@@ -1,66 +1,76 @@
-"""What training minimises, and the step that lowers it, in the units that the SAE sees.
+"""What training minimises, in the units that the SAE sees, by the plain definition.
 
-1. `pre = (x - b_dec) @ W_enc + b_enc`; a latent's score is `relu(pre)` times the norm of its
-   decoder row, so that no latent gains by a long row and a small value.
-2. BatchTopK over the scores chooses what fires; `x_hat = code @ W_dec + b_dec`.
-3. The reconstruction loss is `sum |x - x_hat|^2 / sum |x - mean(x)|^2` over the batch.
+1. `pre = (x - b_dec) @ W_enc + b_enc`. Decoder rows have unit norm, so that no latent gains by a
+   long row and a small value, and `pre` is the score.
+2. The rule (sparsity.py) chooses what fires; `x_hat = code @ W_dec + b_dec`.
+3. The reconstruction loss is `sum |x - x_hat|^2 / sum |x - mean(x)|^2` over the batch; for a
+   matryoshka the mean of this over the prefixes of the dictionary.
 4. Dead latents get a gradient from aux-k (Gao et al. 2024, arXiv 2406.04093, appendix A.2): the
    `k_aux` dead latents of largest pre-activation in each row reconstruct the detached residual
    `x - x_hat`; its squared error is divided by the same sum and weighted by `auxk_alpha`. Their
    values may be negative here: behind a ReLU, a latent that is negative for every row would have
    no gradient and stay dead (measured: 24 planted dead latents, 3 to 9 left instead of 15 to 24).
+   One row in four stands for all: rows are shuffled, and the full sum would take longer than the
+   rest of the step.
+5. `jumprelu` learns its thresholds through the pseudo-derivatives of Rajamanoharan et al. 2024
+   (arXiv 2407.14435, section 3): a rectangle of width `JUMP_WIDTH` around the threshold; the term
+   `(L0 / k - 1)^2` holds the L0 at `k` (their appendix on a fixed sparsity).
+
+`objective` is this definition with dense products and automatic gradients, for any dtype.
+`step.py` computes the same gradients by the pairs that fire; the tests compare the two.
 """
 
-import json
-import logging
 import math
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from jaxtyping import Bool, Float, Float64
-from safetensors import safe_open
 from torch import Tensor
 
-from lorascope.artifact import replacing
-from lorascope.errors import ArtifactError, ConfigError, NumberError
+from lorascope.errors import ArtifactError, ConfigError
 from lorascope.sae.evaluate import ColumnMoments, Columns
-from lorascope.sae.sparsity import batch_topk
+from lorascope.sae.sparsity import Rule, chosen
 from lorascope.sites import SiteLayout
 
-log = logging.getLogger(__name__)
-
-_LOG_POINTS = 200  # entries of the training log that the manifest keeps
+AUX_ROWS = 4  # aux-k looks at one row in so many
+JUMP_WIDTH = 0.2  # of the rectangle around a learned threshold; columns have variance 1
+JUMP_WEIGHT = 0.1  # of the term that holds the L0
 _INITIAL_ENCODER = 0.3
-_BETAS = (0.9, 0.999)
-_MEMORY = 0.98  # of the running means that the bar and the log show
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What the optimiser changes, in the units that the SAE sees."""
+    """What the optimiser changes, in the units that the SAE sees.
+
+    `W_enc` lies in memory as `(latent, d_in)`: its gradient is made latent by latent.
+    `log_threshold` is there for `jumprelu` only.
+    """
 
     W_enc: Float[Tensor, "d_in latent"]
     b_enc: Float[Tensor, "latent"]
     W_dec: Float[Tensor, "latent d_in"]
     b_dec: Float[Tensor, "d_in"]
+    log_threshold: Float[Tensor, "latent"] | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the weights by name."""
-        return dict(vars(self))
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
     @torch.no_grad()
     def folded(
-        self, scale: Float64[Tensor, "d_in"], mean: Float64[Tensor, "d_in"]
+        self, scale: Float64[Tensor, "d_in"], mean: Float64[Tensor, "d_in"], *, signed: bool = False
     ) -> dict[str, Tensor]:
         """Return the weights for raw rows, float32, with decoder rows of unit norm in SAE units.
 
         `scale` is what multiplies raw columns; 0 leaves a column out, which is then reconstructed
-        as its `mean`. The value of a latent becomes its score.
+        as its `mean`. The value of a latent becomes its score. A learned threshold is folded
+        likewise. `signed` latents become two each, of opposite directions: latent `j` of n fires
+        where it was positive, latent `n + j` where it was negative, and every value is positive.
         """
-        W_enc, b_enc, W_dec, b_dec = (t.double() for t in self.tensors().values())
+        named = {name: tensor.double() for name, tensor in self.tensors().items()}
+        W_enc, b_enc, W_dec, b_dec = (named[n] for n in ("W_enc", "b_enc", "W_dec", "b_dec"))
         norm = W_dec.norm(dim=1)
         inverse = torch.where(scale > 0, 1 / scale, 0.0)
         raw = {
@@ -69,6 +79,14 @@ class Weights:
             "W_dec": W_dec / norm.clamp(min=torch.finfo(torch.float32).tiny)[:, None] * inverse,
             "b_dec": torch.where(scale > 0, b_dec * inverse, mean),
         }
+        if self.log_threshold is not None:
+            raw["threshold"] = named["log_threshold"].exp() * norm
+        if signed:
+            raw["W_enc"] = torch.cat([raw["W_enc"], -raw["W_enc"]], 1)
+            for name in ("b_enc", "W_dec"):
+                raw[name] = torch.cat([raw[name], -raw[name]])
+            if "threshold" in raw:
+                raw["threshold"] = raw["threshold"].repeat(2)
         return {name: tensor.float().contiguous() for name, tensor in raw.items()}
 
 
@@ -84,25 +102,32 @@ class Loss:
 
 
 def initial_weights(
-    rows: Float[Tensor, "sample d_in"], d_sae: int, generator: torch.Generator
+    rows: Float[Tensor, "sample d_in"],
+    d_sae: int,
+    generator: torch.Generator,
+    *,
+    learns_threshold: bool = False,
 ) -> Weights:
     """Return weights to start from; `rows` are at least one row in the SAE's units.
 
-    Decoder rows are random directions of unit norm, the encoder 0.3 times their transpose, `b_dec`
-    the mean of `rows`. Where the dictionary is wider than the data has directions, the small
-    encoder lets one latent win each direction instead of many sharing it. Measured with 896
-    latents on 250 planted directions, 1 M tokens: 0.92 of them found with cosine > 0.9, FVU 0.158,
-    against 0.66 and 0.196 with the plain transpose. The price: latents that nothing needs stay
-    dead (0.71 of them against 0.18).
+    Decoder rows are rows of the data about their mean, of unit norm (random directions where there
+    are fewer rows than latents, or a row is the mean itself), the encoder 0.3 times their
+    transpose, `b_dec` the mean. `docs/training.md` has what other beginnings gave. The small
+    encoder lets one latent win each direction instead of many sharing it.
     """
-    d_in = rows.shape[1]
-    W_dec = torch.randn(d_sae, d_in, generator=generator)
+    mean = rows.mean(0)
+    W_dec = torch.randn(d_sae, rows.shape[1], generator=generator)
+    picked = torch.randperm(len(rows), generator=generator)[:d_sae]
+    away = rows[picked].float() - mean
+    usable = away.norm(dim=1) > 1e-6 * away.norm(dim=1).mean()
+    W_dec[: len(picked)][usable] = away[usable]
     W_dec /= W_dec.norm(dim=1, keepdim=True)
     weights = Weights(
-        W_enc=_INITIAL_ENCODER * W_dec.T.contiguous(),
+        W_enc=(_INITIAL_ENCODER * W_dec).T,
         b_enc=torch.zeros(d_sae),
         W_dec=W_dec,
-        b_dec=rows.mean(0),
+        b_dec=mean,
+        log_threshold=torch.full((d_sae,), math.nan) if learns_threshold else None,
     )
     for tensor in weights.tensors().values():
         tensor.requires_grad_()
@@ -112,28 +137,39 @@ def initial_weights(
 def objective(
     weights: Weights,
     x: Float[Tensor, "batch d_in"],
-    k: float,
+    rule: Rule,
     dead: Bool[Tensor, "latent"],
     *,
     k_aux: int,
     auxk_alpha: float,
+    by_row: bool = False,
 ) -> Loss:
     """Return the loss of a batch. `dead` says which latents aux-k is to revive.
 
-    Aux-k adds nothing while no latent is dead, and never a value that is not finite.
+    `by_row` chooses what fires row by row whatever the rule. Aux-k adds nothing while no latent is
+    dead, and never a value that is not finite.
     """
     pre = (x - weights.b_dec) @ weights.W_enc + weights.b_enc
-    active = pre.relu()
-    with torch.no_grad():
-        fires = batch_topk(active * weights.W_dec.norm(dim=1), k) > 0
-    reconstruction = (active * fires) @ weights.W_dec + weights.b_dec
-    residual = x - reconstruction
+    held = pre.new_zeros(())
+    if weights.log_threshold is not None:
+        threshold = weights.log_threshold.exp()
+        fires = pre > threshold
+        code = _Jump.apply(pre, threshold)
+        l0 = _Step.apply(pre, threshold).sum() / len(x)
+        held = JUMP_WEIGHT * (l0 / rule.k - 1).square()
+    else:
+        fires = chosen(pre, rule, by_row=by_row)
+        code = pre * fires
     spread = (x - x.mean(0)).square().sum().clamp(min=torch.finfo(x.dtype).tiny)
-    fvu = residual.square().sum() / spread
-    auxk = _auxk(weights, pre, residual.detach(), dead, k_aux) / spread
+    losses, residual = [], x
+    for prefix in rule.prefixes(pre.shape[1]):
+        residual = x - code[:, :prefix] @ weights.W_dec[:prefix] - weights.b_dec
+        losses.append(residual.square().sum() / spread)
+    auxk = _auxk(weights, pre[::AUX_ROWS], residual[::AUX_ROWS].detach(), dead, k_aux)
+    auxk = auxk * len(x) / len(pre[::AUX_ROWS]) / spread
     return Loss(
-        total=fvu + auxk_alpha * auxk,
-        fvu=fvu.detach(),
+        total=sum(losses[1:], losses[0]) / len(losses) + auxk_alpha * auxk + held,
+        fvu=losses[-1].detach(),
         auxk=auxk.detach(),
         l0=fires.sum() / len(x),
         fired=fires.any(0),
@@ -151,128 +187,34 @@ def _auxk(weights: Weights, pre: Tensor, residual: Tensor, dead: Tensor, k_aux: 
     return error.nan_to_num(0.0, 0.0, 0.0)
 
 
-class Trainer:
-    """The state of a training run: weights, moments, counters, and how a step changes them."""
+class _Jump(torch.autograd.Function):
+    """`pre * (pre > threshold)` with the pseudo-derivative of the threshold."""
 
-    def __init__(
-        self,
-        weights: Weights,
-        *,
-        k: float,
-        n_steps: int,
-        lr: float,
-        warmup: int = 100,
-        dead_after: int = 100_000,
-        auxk_alpha: float = 1 / 32,
-        device: torch.device | None = None,
-    ) -> None:
-        self.k, self.n_steps, self.lr = k, n_steps, lr
-        self.dead_after, self.auxk_alpha = dead_after, auxk_alpha
-        self.warmup = min(warmup, n_steps // 10)
-        device = device or torch.device("cpu")
-        on_device = {
-            name: tensor.detach().to(device).requires_grad_()
-            for name, tensor in weights.tensors().items()
-        }
-        self.weights = Weights(**on_device)
-        self.adam = torch.optim.Adam(on_device.values(), lr=lr, betas=_BETAS, fused=True)
-        self.step = 0
-        self.log_every = max(n_steps // _LOG_POINTS, 1)
-        self.log: list[dict[str, float]] = []
-        self.k_aux = 2 ** round(math.log2(max(weights.b_dec.numel() / 2, 1)))  # Gao et al., A.2
-        self.silent_tokens = torch.zeros(weights.b_enc.numel(), dtype=torch.int64, device=device)
-        self.running = torch.zeros(3, device=device)  # means of fvu, l0, auxk times their weight
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor) -> Tensor:
+        ctx.save_for_backward(pre, threshold)
+        return pre * (pre > threshold)
 
-    @property
-    def dead(self) -> Bool[Tensor, "latent"]:
-        """Latents that have not fired for more than `dead_after` tokens."""
-        return self.silent_tokens > self.dead_after
-
-    def take(self, x: Float[Tensor, "batch d_in"]) -> Loss:
-        """Change the weights by one step on a batch in the SAE's units."""
-        self.adam.param_groups[0]["lr"] = self.lr * schedule(self.step, self.n_steps, self.warmup)
-        loss = objective(
-            self.weights,
-            x,
-            self.k,
-            self.dead,
-            k_aux=self.k_aux,
-            auxk_alpha=self.auxk_alpha,
-        )
-        self.adam.zero_grad()
-        loss.total.backward()
-        self.adam.step()
-        with torch.no_grad():
-            self.silent_tokens += len(x)
-            self.silent_tokens[loss.fired] = 0
-            new = torch.stack([loss.fvu, loss.l0, loss.auxk])
-            self.running.mul_(_MEMORY).add_(new, alpha=1 - _MEMORY)
-        self.step += 1
-        if self.step % self.log_every == 0 or self.step == self.n_steps:
-            self.log.append({"step": self.step, **self.means()})
-        return loss
-
-    def means(self) -> dict[str, float]:
-        """Return the running means of the last 50 steps or so, and the dead latents' share.
-
-        Raises NumberError when the loss is not finite.
-        """
-        weight = 1 - _MEMORY**self.step  # the mean starts at 0
-        fvu, l0, auxk = (self.running / max(weight, 1e-9)).tolist()
-        if not math.isfinite(fvu):
-            raise NumberError(f"the loss is {fvu} at step {self.step}; lower --lr")
-        values = {
-            "fvu": fvu,
-            "l0": l0,
-            "auxk": auxk,
-            "dead": float(self.dead.float().mean()),
-            "lr": self.lr * schedule(self.step, self.n_steps, self.warmup),
-        }
-        return {name: float(f"{value:.6g}") for name, value in values.items()}
-
-    def summary(self) -> str:
-        """Return the running means for the progress bar."""
-        now = self.means()
-        return f"FVU {now['fvu']:.4f}, L0 {now['l0']:.1f}, dead {now['dead']:.1%}"
-
-    def save(self, path: Path) -> None:
-        """Write everything that the next step depends on, atomically."""
-        tensors = {name: tensor.detach() for name, tensor in self.weights.tensors().items()}
-        for name, tensor in self.weights.tensors().items():
-            for key, value in self.adam.state[tensor].items():
-                tensors[f"adam.{key}.{name}"] = value
-        tensors |= {"silent_tokens": self.silent_tokens, "running": self.running}
-        state = json.dumps({"step": self.step, "log": self.log})
-        here = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        with replacing(path) as beside:
-            safetensors.torch.save_file(here, beside, metadata={"state": state})
-
-    def restore(self, path: Path) -> None:
-        """Go on from a checkpoint, where there is one."""
-        if not path.exists():
-            return
-        with safe_open(path, framework="pt") as file:
-            state = json.loads(file.metadata()["state"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        with torch.no_grad():
-            for name, tensor in self.weights.tensors().items():
-                tensor.copy_(tensors[name])
-                if state["step"]:
-                    self.adam.state[tensor] = {
-                        key: tensors[f"adam.{key}.{name}"].clone().to(tensor.device)
-                        for key in ("step", "exp_avg", "exp_avg_sq")
-                    }
-        self.silent_tokens.copy_(tensors["silent_tokens"])
-        self.running.copy_(tensors["running"])
-        self.step, self.log = state["step"], state["log"]
-        log.info("going on from step %d of %d", self.step, self.n_steps)
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        pre, threshold = ctx.saved_tensors
+        near = (pre - threshold).abs() < JUMP_WIDTH / 2
+        return grad * (pre > threshold), -(threshold / JUMP_WIDTH) * (grad * near).sum(0)
 
 
-def schedule(step: int, n_steps: int, warmup: int) -> float:
-    """Return the factor of the learning rate: rising over `warmup` steps, then falling to zero."""
-    rising = (step + 1) / (warmup + 1)
-    falling = (n_steps - step) / max(n_steps - warmup, 1)
-    return max(min(rising, falling, 1.0), 0.0)
+class _Step(torch.autograd.Function):
+    """`pre > threshold` as a number, with the pseudo-derivative of the threshold alone."""
+
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor) -> Tensor:
+        ctx.save_for_backward(pre, threshold)
+        return (pre > threshold).to(pre.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        pre, threshold = ctx.saved_tensors
+        near = (pre - threshold).abs() < JUMP_WIDTH / 2
+        return None, -(grad * near).sum(0) / JUMP_WIDTH
 
 
 def column_scale(normalize: str, layout: SiteLayout, moments: ColumnMoments) -> Columns:

@@ -1,8 +1,16 @@
-"""Which latents fire: the best of a batch in training, those above a threshold afterwards.
+"""Which latents fire: how training chooses them, and the threshold that does so afterwards.
 
-In training `batch_topk` keeps the `k * batch` best scores of a batch (BatchTopK, Bussmann et al.
-2024, arXiv 2412.06410). What it keeps of a token depends on the token's neighbours, so for
-inference `calibrate_threshold` finds the score above which the same number fires on average:
+A `Rule` is one of four architectures, `k`, and whether latents are signed.
+
+- `batchtopk` keeps the `k * batch` best scores of a batch (Bussmann et al. 2024, arXiv 2412.06410);
+- `topk` keeps the `k` best of each row (Gao et al. 2024, arXiv 2406.04093);
+- `matryoshka` chooses as `batchtopk` does; every prefix of the dictionary, `prefixes` long, has to
+  reconstruct with what it has (Bussmann et al. 2025, arXiv 2503.17547);
+- `jumprelu` keeps what is above a threshold that each latent learns (Rajamanoharan et al. 2024,
+  arXiv 2407.14435).
+
+What the first three keep of a token depends on its neighbours or its rank, so for inference
+`calibrate_threshold` finds the score above which the same number fires on average:
 
 1. Count the positive scores by the upper half of their bits. Positive float32 numbers are in the
    order of their bits, so the counts tell in which of 32,768 bins the wanted score lies.
@@ -11,18 +19,37 @@ inference `calibrate_threshold` finds the score above which the same number fire
 Both passes need 256 KB whatever the number of rows.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from lorascope.errors import ConfigError
+from lorascope.kernels import reference
+from lorascope.sae.settings import Architecture
 
 _HALF = 16  # bits in each half of a float32
-_SAMPLE = 1 << 16  # scores from which the bound of the best ones is guessed
+_PREFIXES = 5  # of a matryoshka: 1/16, 1/8, 1/4, 1/2 and all of the latents
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How training chooses what fires. `signed` latents fire by absolute value, either way."""
+
+    architecture: Architecture
+    k: float
+    signed: bool = False
+
+    def prefixes(self, d_sae: int) -> tuple[int, ...]:
+        """Return how many latents each reconstruction has, rising; one number but for matryoshka.
+
+        >>> Rule("matryoshka", 4).prefixes(64)
+        (4, 8, 16, 32, 64)
+        """
+        n = _PREFIXES if self.architecture == "matryoshka" else 1
+        return tuple(sorted({max(d_sae >> i, 1) for i in range(n)}))
 
 
 @dataclass(frozen=True)
@@ -52,50 +79,29 @@ class SparseCode:
 
 
 @torch.no_grad()
-def batch_topk(scores: Float[Tensor, "batch latent"], k: float) -> Float[Tensor, "batch latent"]:
-    """Return `scores` with all but its `round(k * batch)` largest positive entries set to zero.
+def chosen(
+    scores: Float[Tensor, "batch latent"], rule: Rule, *, by_row: bool
+) -> Bool[Tensor, "batch latent"]:
+    """Say what fires, by the plain definition: for every rule but `jumprelu`.
 
-    Exact: of equal scores those of lower flat index are kept. `k` may be a fraction. When fewer
-    scores are positive, all positive ones are kept. Only the few scores above a guessed bound are
-    ordered; the bound is checked, so that the guess decides the time and not the choice.
+    `by_row` chooses as `topk` does, whatever the rule. Only positive scores fire. Of equal scores
+    the one at the lower flat index does. With a fraction of `k`, `topk` gives each row
+    `floor(k)` latents and the batch's `round((k - floor(k)) * batch)` best next ones.
     """
-    flat = scores.flatten()
-    n = min(round(k * len(scores)), flat.numel())
-    kept = torch.zeros_like(flat)
-    if n <= 0:
-        return kept.view_as(scores)
-    places = _candidates(flat, n, scores.shape[-1])
-    values = flat[places]
-    n = min(n, len(places))
-    if n:
-        # topk does not say which of equal values it takes: only the smallest kept value is used
-        last = torch.topk(values, n, sorted=False).values.min()
-        above = values > last
-        kept[places[above]] = values[above]
-        ties = torch.nonzero(values == last)[: n - int(above.sum()), 0]
-        kept[places[ties]] = last
-    return kept.view_as(scores)
-
-
-def _candidates(flat: Float[Tensor, "score"], n: int, width: int) -> Int64[Tensor, "candidate"]:
-    """Return the places, rising, of the positive scores above a bound that at least `n` exceed.
-
-    The bound is guessed from a sample, so that few more than `n` do, and lowered until it is right.
-    Where fewer than `n` scores are positive, all positive ones are returned.
-    """
-    stride = max(len(flat) // _SAMPLE, 1)
-    while math.gcd(stride, width) > 1 and stride > 1:
-        stride += 1  # else the sample would see some latents only
-    sample = flat[::stride]
-    expected = n * len(sample) / len(flat)
-    rank = int(expected + 4 * math.sqrt(expected) + 8)
-    while rank < len(sample):
-        bound = torch.topk(sample, rank, sorted=False).values.min().clamp(min=0)
-        places = torch.nonzero(flat > bound)[:, 0]
-        if len(places) >= n:
-            return places
-        rank *= 2
-    return torch.nonzero(flat > 0)[:, 0]
+    fires = torch.zeros_like(scores, dtype=torch.bool)
+    batch, flat = len(scores), fires.view(-1)
+    if not by_row and rule.architecture != "topk":
+        flat[reference.best_places(scores, round(rule.k * batch), signed=rule.signed)] = True
+        return fires
+    size = scores.abs() if rule.signed else scores
+    order = size.argsort(dim=1, descending=True, stable=True)
+    whole = int(rule.k)
+    fires.scatter_(1, order[:, :whole], value=True)
+    if n_more := round((rule.k - whole) * batch):
+        following = order[:, whole : whole + 1]
+        rows = size.gather(1, following)[:, 0].argsort(descending=True, stable=True)[:n_more]
+        fires[rows, following[rows, 0]] = True
+    return fires & (size > 0)
 
 
 @torch.no_grad()

@@ -1,171 +1,115 @@
-"""Train a sparse autoencoder on an activation store.
+"""Train sparse autoencoders on an activation store.
 
-In: an activation store. Out: an SAE file with its threshold and a report of held-out rows.
+In: an activation store. Out: an SAE file with its threshold and a report of held-out rows; beside
+it the training log (`NAME.jsonl`) and a picture of it (`NAME.png`).
 
 1. Split the eligible rows by rollout; measure the columns of the training part, choose units.
-2. Train for whole batches: Adam, linear warm-up, then linear decay to zero (objective.py).
+2. Train for whole batches (trainer.py), every SAE of the run on the same ones (variants.py).
 3. Fold the units into the weights, so that the SAE takes raw rows.
-4. Calibrate the threshold on training rows, evaluate on the held-out ones, publish.
+4. Calibrate the threshold on one half of the held-out rollouts, evaluate on the other, publish.
 
 A checkpoint beside the output holds everything that step i + 1 depends on. Killed at any moment,
-the same command goes on from there and writes the same bytes (CPU).
+the same command goes on from there and writes the same bytes (CPU). Under torchrun the processes
+share every batch, and rank 0 writes.
 """
 
 import logging
 import math
-import signal
-import threading
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from lorascope.activations.batches import BatchPlan, RowNumbers, read_blocks, split_rows
 from lorascope.activations.store import ActivationStore
-from lorascope.artifact import Build, building, is_made, make_manifest
-from lorascope.config import Config, option
-from lorascope.errors import ConfigError, Interrupted
-from lorascope.runtime import pick_device, progress
-from lorascope.sae.evaluate import ColumnMoments, evaluate
-from lorascope.sae.model import KIND, SAE, SCHEMA
-from lorascope.sae.objective import Trainer, column_scale, initial_weights
+from lorascope.artifact import (
+    Build,
+    building,
+    is_made,
+)
+from lorascope.errors import Interrupted
+from lorascope.runtime import Team, pick_device, progress, stop_between_steps, team
+from lorascope.sae.evaluate import ColumnMoments
+from lorascope.sae.finish import TrainingRun, beside, publish, write_table
+from lorascope.sae.journal import Journal, journals
+from lorascope.sae.model import KIND
+from lorascope.sae.objective import column_scale, initial_weights
+from lorascope.sae.settings import TrainConfig, number
+from lorascope.sae.trainer import Trainer
+from lorascope.sae.variants import Variant, output_of
 from lorascope.sites import parse_adapter_types
 
 log = logging.getLogger(__name__)
 
 _CHECKPOINT = "checkpoint.safetensors"
-_INITIAL_ROWS = 8192  # rows whose mean b_dec starts from
+_INITIAL_ROWS = 8192  # rows at least from which the first weights are made
 _AUTO_TOKENS = 4_000_000
 _AUTO_EPOCHS = 20
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainOptions(Config):
-    """Options that decide what is learned from a store."""
-
-    expansion_factor: int = option(16, help="latents for each column of a row")
-    k: float = option(50.0, help="latents that fire for each token, on average")
-    batch_size: int = option(1024, help="tokens in a step")
-    epochs: int | None = option(
-        None, help="passes over the training tokens (default: 1 to 20, towards 4 million tokens)"
-    )
-    lr: str = option("auto", help="peak learning rate of Adam, or auto: by the number of columns")
-    warmup: int = option(100, help="steps of rising learning rate, at most a tenth of all")
-    seed: int = option(42, help="seed of the split, the shuffle and the first weights")
-    normalize: Literal["effect", "std", "rms", "none"] = option(
-        "std",
-        help="unit of a column for the SAE: its standard deviation, its root mean square, what it "
-        "writes (scale times norm of B), or its raw value",
-    )
-    holdout: float = option(0.1, help="share of the tokens kept for the report, by rollout")
-    dead_after: int = option(100_000, help="tokens without firing after which a latent is dead")
-    auxk_alpha: float = option(1 / 32, help="weight of the loss that revives dead latents")
-
-    def check(self) -> None:
-        """Raise ConfigError when a value is impossible whatever the store holds."""
-        super().check()
-        if not 0 < self.k < math.inf:
-            raise ConfigError(
-                f"--k is {self.k:g}, expected more than 0, at most the latents' number"
-            )
-        for name in ("expansion_factor", "batch_size", "epochs"):
-            self.require(name, 1)
-        for name in ("warmup", "dead_after", "auxk_alpha", "seed"):
-            self.require(name, 0)
-        if not 0 < self.holdout < 1:
-            raise ConfigError(f"--holdout is {self.holdout}, expected between 0 and 1")
-        if self.lr != "auto" and not 0 < _number(self.lr) < math.inf:
-            raise ConfigError(f"--lr is {self.lr}, expected auto or a number above 0")
-
-    def settings(self) -> dict[str, Any]:
-        """Return the options that decide the SAE; the learning rate in one spelling."""
-        lr = self.lr if self.lr == "auto" else _number(self.lr)
-        return {**super().settings(), "lr": lr}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig(TrainOptions):
-    """Options of `train`."""
-
-    data_dir: Path = option(
-        Path("activations_all_adapters"), help="activation store to train on", identity=False
-    )
-    output: Path | None = option(
-        None,
-        help="SAE to write: a file ending in .pt, else a folder that SAELens reads too "
-        "(default: trained_sae_adapters_INITIALS.pt)",
-        identity=False,
-    )
-    adapter_types: tuple[str, ...] = option(
-        (), help="projections whose columns to use, such as gate_proj, g-u-d or mlp (default: all)"
-    )
-    device: str = option("auto", help="auto, cpu, cuda or mps", identity=False)
-    checkpoint_every: float = option(60.0, help="seconds between checkpoints", identity=False)
-    resume: bool = option(True, help="go on from a checkpoint, if there is one", identity=False)
-    overwrite: bool = option(False, help="replace an output of other settings", identity=False)
-
-    def check(self) -> None:
-        """Raise ConfigError when a value is impossible whatever the store holds."""
-        super().check()
-        self.require("checkpoint_every", 0, unit=" seconds")
-
-    def settings(self) -> dict[str, Any]:
-        """Return the options that decide the SAE; numbers and names in one spelling."""
-        types = list(parse_adapter_types(self.adapter_types))
-        return super().settings() | {"adapter_types": types}
-
-
 def run(config: TrainConfig) -> Path:
-    """Train as configured and return the SAE's path; a finished one is left as it is."""
+    """Train as configured and return the SAE's path; a finished one is left as it is.
+
+    With several SAEs the path is that of a table of them, as JSON.
+    """
     store = ActivationStore.open(config.data_dir)
     types = parse_adapter_types(config.adapter_types) or store.layout.adapter_types
     store = store.select(types)
-    d_sae = config.expansion_factor * store.d_in
-    if config.k > d_sae:
-        raise ConfigError(
-            f"--k is {config.k:g}, expected at most {d_sae}: the SAE has {config.expansion_factor} "
-            f"x {store.d_in} latents"
+    config.room(store.d_in)
+    base = config.output or Path(f"trained_sae_adapters_{store.layout.initials}.pt")
+    todo: dict[Path, tuple[Variant, dict[str, Any]]] = {}
+    every = config.variants()
+    for variant in every:
+        out = output_of(base, variant)
+        kin = [other.seed for other in every if other.kin == variant.kin]
+        identity = {
+            "settings": {
+                **config.settings(),
+                **variant.settings(),
+                "adapter_types": list(types),
+                **({"seeds": kin} if len(kin) > 1 else {}),
+            },
+            "parents": {"activations": store.digest},
+        }
+        todo[out] = variant, identity
+    unfinished = [
+        out
+        for out, (_, identity) in todo.items()
+        if not is_made(out, KIND, **identity, overwrite=config.overwrite)
+    ]
+    if not unfinished:
+        log.info("%s is already there, made with these settings", " and ".join(map(str, todo)))
+    else:
+        rows, held_out = split_rows(store, config.holdout, config.each("seed")[0], config.roles)
+        plan = BatchPlan.of(
+            store, rows, config.batch_size, config.each("seed")[0], buffer_rows=config.buffer_rows
         )
-    out = config.output or Path(f"trained_sae_adapters_{store.layout.initials}.pt")
-    identity = {
-        "settings": {**config.settings(), "adapter_types": list(types)},
-        "parents": {"activations": store.digest},
-    }
-    if is_made(out, KIND, **identity, overwrite=config.overwrite):
-        log.info("%s is already there, made with these settings", out)
-        return out
-    train_rows, held_out = split_rows(store, config.holdout, config.seed)
-    plan = BatchPlan.of(store, train_rows, config.batch_size, config.seed)
-    with building(out, KIND, **identity, overwrite=config.overwrite) as build:
-        return _train(config, plan, held_out, build, identity)
+        device = pick_device(config.device)
+        with team(device) as together, ExitStack() as stack:
+            builds = {
+                out: stack.enter_context(
+                    building(out, KIND, **identity, overwrite=config.overwrite)
+                )
+                for out, (_, identity) in (todo.items() if together.rank == 0 else ())
+            }
+            _train(_prepared(config, plan, held_out, device), todo, builds, together)
+    return base if len(todo) == 1 else write_table(base, todo)
 
 
-def _train(
-    config: TrainConfig,
-    plan: BatchPlan,
-    held_out: RowNumbers,
-    build: Build,
-    identity: dict[str, Any],
-) -> Path:
-    store = plan.store
-    d_sae = config.expansion_factor * store.d_in
-    n_train, n_skipped = len(plan.rows), store.n_rows - len(plan.rows) - len(held_out)
+def _prepared(
+    config: TrainConfig, plan: BatchPlan, held_out: RowNumbers, device: torch.device
+) -> TrainingRun:
+    """Measure the columns and choose their units."""
+    store, n_train = plan.store, len(plan.rows)
     epochs = config.epochs or min(max(_AUTO_TOKENS // n_train, 1), _AUTO_EPOCHS)
-    n_steps = plan.n_batches(epochs)
-    lr = auto_lr(store.d_in) if config.lr == "auto" else _number(config.lr)
     log.info(
-        "%s: %d tokens to train on, %d held out, %d special ones left out; %d columns (%s)",
-        *(store.path, n_train, len(held_out), n_skipped, store.d_in, store.layout.initials),
-    )
-    log.info(
-        "%d latents, k %g, %d epochs of %d tokens = %d steps of %d, learning rate %.2g, units %s",
-        *(d_sae, config.k, epochs, n_train, n_steps, config.batch_size, lr, config.normalize),
+        "%s: %d tokens to train on, %d held out, %d others left out; %d columns (%s)",
+        *(store.path, n_train, len(held_out), store.n_rows - n_train - len(held_out)),
+        *(store.d_in, store.layout.initials),
     )
     moments = ColumnMoments.of(read_blocks(store, plan.rows))
     scale = column_scale(config.normalize, store.layout, moments)
@@ -174,152 +118,113 @@ def _train(
             "%d of %d columns are constant, or write nothing, and are left out: %s",
             *(len(left_out), store.d_in, ", ".join(left_out[:20])),
         )
-    device = pick_device(config.device)
-    first = torch.cat(list(read_blocks(store, _spread(plan.rows, _INITIAL_ROWS))))
-    generator = torch.Generator().manual_seed(config.seed)
-    weights = initial_weights(first * torch.from_numpy(scale).float(), d_sae, generator)
-    trainer = Trainer(
-        weights,
-        k=config.k,
-        n_steps=n_steps,
+    n_steps = plan.n_batches(epochs)
+    log.info(
+        "%d epochs of %d tokens = %d steps of %d, units %s, %s",
+        *(epochs, n_train, n_steps, config.batch_size, config.normalize, config.architecture),
+    )
+    return TrainingRun(config, plan, held_out, torch.from_numpy(scale), moments, device, n_steps)
+
+
+def _trainer(run: TrainingRun, variant: Variant, together: Team) -> Trainer:
+    """Return the state in which a run begins."""
+    config, store = run.config, run.plan.store
+    d_sae = variant.expansion_factor * store.d_in
+    lr = auto_lr(store.d_in, run.n_steps) if variant.lr == "auto" else number(variant.lr)
+    log.info(
+        "%s%d latents, k %g, learning rate %.2g, seed %d",
+        *(variant.label and f"{variant.label}: ", d_sae, variant.k, lr, variant.seed),
+    )
+    first = _spread(run.plan.rows, max(_INITIAL_ROWS, d_sae))
+    rows = torch.cat(list(read_blocks(store, first))) * run.scale.float()
+    return Trainer(
+        initial_weights(
+            rows,
+            d_sae,
+            torch.Generator().manual_seed(variant.seed),
+            learns_threshold=config.architecture == "jumprelu",
+        ),
+        k=variant.k,
+        n_steps=run.n_steps,
         lr=lr,
+        architecture=config.architecture,
+        signed=config.signed,
         warmup=config.warmup,
         dead_after=config.dead_after,
         auxk_alpha=config.auxk_alpha,
-        device=device,
+        bfloat16=config.precision == "bfloat16",
+        device=run.device,
+        team=together,
     )
+
+
+def _train(
+    run: TrainingRun,
+    todo: Mapping[Path, tuple[Variant, dict[str, Any]]],
+    builds: Mapping[Path, Build],
+    together: Team,
+) -> None:
+    """Train all SAEs of a run over one pass of the data; rank 0 saves and publishes them."""
+    config, scale = run.config, run.scale.float().to(run.device)
+    trainers = {out: _trainer(run, variant, together) for out, (variant, _) in todo.items()}
     if config.resume:
-        trainer.restore(build.path / _CHECKPOINT)
-    scale_here = torch.from_numpy(scale).float().to(device)
-    with _stop_between_steps() as stop, progress(n_steps, "training", "steps") as bar:
-        bar.update(trainer.step)
+        for out, build in builds.items():
+            trainers[out].restore(build.path / _CHECKPOINT)
+    for trainer in trainers.values():
+        trainer.agree()
+
+    def save() -> None:
+        for out, build in builds.items():
+            trainers[out].save(build.path / _CHECKPOINT)
+
+    step = min(trainer.step for trainer in trainers.values())
+    with (
+        journals(
+            {todo[out][0].label: beside(out, ".jsonl") for out in builds},
+            config=config.plain(),
+            folder=beside(next(iter(todo)), ".tensorboard"),
+            track=config.track if builds else (),
+            step=step,
+        ) as logs,
+        stop_between_steps() as stop,
+        progress(run.n_steps, "training", "steps") as bar,
+    ):
+        bar.update(step)
         saved = time.monotonic()
-        while trainer.step < n_steps:
-            trainer.take(plan.batch(trainer.step).to(device) * scale_here)
+        part = (together.rank, together.world)
+        for x in run.plan.batches(step, run.n_steps, part=part):
+            here = x.to(run.device) * scale
+            for out, trainer in trainers.items():
+                if trainer.step == step:
+                    trainer.take(here)
+                    if journal := logs.get(todo[out][0].label):
+                        _log(trainer, journal, config.batch_size)
+            step += 1
             bar.update()
-            if trainer.step % trainer.log_every == 0:
-                bar.set_postfix_str(trainer.summary())
-            if stop or time.monotonic() - saved >= config.checkpoint_every:
-                trainer.save(build.path / _CHECKPOINT)
+            one = next(iter(trainers.values()))
+            if step % one.log_every == 0:
+                bar.set_postfix_str(one.summary())
+            stopping = together.any(bool(stop))
+            if stopping or time.monotonic() - saved >= config.checkpoint_every:
+                save()
                 saved = time.monotonic()
-            if stop:
-                raise Interrupted(stop[0])
-    trainer.save(build.path / _CHECKPOINT)
-    folded = trainer.weights.folded(
-        torch.from_numpy(scale).to(device), torch.from_numpy(moments.mean).to(device)
-    )
-    content = {
-        "d_in": store.d_in,
-        "d_sae": d_sae,
-        "k": config.k,
-        "normalize": config.normalize,
-        "scale": scale.tolist(),
-        "left_out": left_out,
-        "steps": n_steps,
-        "log": trainer.log,
-        "config": _published_config(config, store, lr, n_steps),
-    }
-    sae = SAE(
-        **{name: tensor.cpu() for name, tensor in folded.items()},
-        threshold=None,
-        layout=store.layout,
-        manifest=make_manifest(
-            KIND, SCHEMA, **identity, layout=store.layout.to_json(), content=content
-        ),
-    )
-    sae = sae.calibrated(store, plan.rows, config.k)
-    report = evaluate(sae, read_blocks(store, held_out))
-    report["train"] = trainer.means()
-    _log_report(report, n_train, config)
-    return sae.sealed(report=report).publish(build)
+            if stopping:
+                raise Interrupted(stop[0] if stop else 15)
+    save()
+    for out, build in builds.items():
+        publish(run, out, build, todo, trainers)
 
 
-def auto_lr(d_in: int) -> float:
-    """Return the peak learning rate for rows of `d_in` columns: 8e-3 for 56, 2.8e-3 for 448.
-
-    Adam moves a weight by about the learning rate, and an entry of a unit direction is about
-    `1 / sqrt(d_in)`: the rule keeps their ratio. Measured on planted data of 56 columns, 1,000
-    steps: FVU 0.172 at 5.6e-3, 0.158 at 1.1e-2, 0.161 at 2.2e-2; of 20 columns, 400 steps: 0.172 at
-    8e-3, 0.170 at 1.6e-2 with fewer directions found.
-    """
-    return 0.06 / math.sqrt(d_in)
+def _log(trainer: Trainer, journal: Journal, batch_size: int) -> None:
+    if trainer.log and trainer.log[-1]["step"] == trainer.step:
+        values = {name: value for name, value in trainer.log[-1].items() if name != "step"}
+        journal.log(trainer.step, trainer.step * batch_size, values)
 
 
-@contextmanager
-def _stop_between_steps() -> Generator[list[int]]:
-    """Note SIGINT and SIGTERM in the list that this yields; the second one stops at once.
-
-    A step must not be cut in two: its half would be saved.
-    """
-    asked: list[int] = []
-
-    def stop(number: int, _frame: FrameType | None) -> None:
-        asked.append(number)
-        if len(asked) > 1:
-            raise Interrupted(number)
-        log.warning("finishing the step, then saving; once more to stop at once")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield asked  # only the main thread may handle signals
-        return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _published_config(
-    config: TrainConfig, store: ActivationStore, lr: float, n_steps: int
-) -> dict[str, Any]:
-    """Return the keys that the published scripts look for in a `.pt`, and what made this one."""
-    return {
-        "k": int(config.k) if config.k.is_integer() else config.k,
-        "batch_size": config.batch_size,
-        "learning_rate": lr,
-        "num_steps": n_steps,
-        "expansion_factor": config.expansion_factor,
-        "adapter_types": list(store.layout.adapter_types),
-        "seed": config.seed,
-        "normalize": config.normalize,
-    }
-
-
-def _log_report(report: dict[str, Any], n_train: int, config: TrainConfig) -> None:
-    train = report["train"]
-    log.info(
-        "held out (%d tokens): FVU %s in %s units, %s raw; L0 %.2f (training %.2f); %d latents "
-        "alive, %.1f %% never fired; cosine %s",
-        report["n_rows"],
-        *(_shown(report["fvu"]), config.normalize, _shown(report["fvu_raw"])),
-        *(report["l0"], train["l0"], report["alive"], 100 * report["never_fired"]),
-        _shown(report["cosine"]),
-    )
-    if abs(report["l0"] - train["l0"]) > 0.2 * train["l0"]:
-        log.warning(
-            "L0 is %.2f on held-out rows but %.2f in training, more than 20 %% apart: the held-out "
-            "rollouts differ from the others, or the run was too short; train on more tokens",
-            *(report["l0"], train["l0"]),
-        )
-    if report["never_fired"] > 0.2:
-        log.warning(
-            "%.0f %% of the latents never fired on held-out rows: the dictionary is wider than "
-            "what %d tokens show; lower --expansion-factor, or generate more",
-            *(100 * report["never_fired"], n_train),
-        )
-
-
-def _shown(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.4f}"
+def auto_lr(d_in: int, n_steps: int) -> float:
+    """Return the peak learning rate for rows of `d_in` columns and a run of `n_steps`."""
+    return 0.06 / math.sqrt(d_in) * math.sqrt(1000 / max(n_steps, 250))
 
 
 def _spread(rows: RowNumbers, n: int) -> RowNumbers:
     return rows[np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(np.int64)]
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan

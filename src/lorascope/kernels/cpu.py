@@ -1,0 +1,265 @@
+"""The operations of `reference.py` in those operations of torch that are fast on a CPU.
+
+`best_places` reads the scores once where the guess is good:
+
+1. Mark the scores above a guessed bound. The guess is that of the caller (the bound of the batch
+   before, a little lower) or comes from a sample of the rows.
+2. Collect the marks' places: first the words of eight marks that are not zero, then the bytes of
+   those, as fewer than one in a hundred is set.
+3. With fewer than `n`, lower the bound and mark again; with `n` or more the wanted ones are among
+   them, and only they are ordered.
+
+The guess decides the time and never the choice.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+_SAMPLE = 1 << 16  # scores from which a bound is guessed
+_TRIES = 4  # bounds marked before every positive score is
+_LOWER = 0.99  # of a batch's bound: the guess for the next one
+
+
+class Best(NamedTuple):
+    """Pairs that were chosen: flat places, rising; their scores; a guess for the next batch."""
+
+    places: Int64[Tensor, "pair"]
+    values: Float[Tensor, "pair"]
+    guess: float
+
+
+def product(
+    x: Float[Tensor, "batch d_in"], weight: Float[Tensor, "latent d_in"], out: Tensor
+) -> Float[Tensor, "batch latent"]:
+    """Write `x @ weight.T` into `out` and return it.
+
+    float32 goes through oneDNN, which takes half the time of torch's default here and differs from
+    it by 1e-6 of the largest value. On CPUs whose matrix unit (AMX) would then compute in bfloat16
+    it stays with the default. `out` is used again and again: fresh memory of this size costs the
+    operating system as long as the selection.
+    """
+    if x.dtype != torch.float32 or torch.cpu._is_amx_tile_supported():
+        return torch.mm(x, weight.T, out=out)
+    settings: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        return torch.mm(x, weight.T, out=out)
+    finally:
+        settings.fp32_precision = before
+
+
+def best_places(
+    scores: Float[Tensor, "batch latent"],
+    n: int,
+    *,
+    signed: bool = False,
+    bias: Float[Tensor, "latent"] | None = None,
+    guess: float | None = None,
+) -> Best:
+    """Return the `n` largest positive `scores + bias`: their places, rising, and those sums.
+
+    Of equal sums those at lower places are taken; fewer than `n` where fewer are positive.
+    `signed` ranks by absolute value. `guess` is a bound that the `n`-th is thought to lie just
+    above. The sums are never formed for the whole batch.
+    """
+    empty = torch.zeros(0, dtype=torch.int64)
+    places, values = empty, empty.to(scores.dtype if bias is None else bias.dtype)
+    bound = _sampled(scores, n, signed, bias) if guess is None or not guess > 0 else guess
+    for bound in [bound * 0.8**i for i in range(_TRIES)] + [0.0] if n > 0 else []:
+        places, values = _candidates(scores, bound, signed, bias)
+        if len(places) >= n:
+            break
+    size = values.abs() if signed else values
+    if len(places) > n:
+        # topk does not say which of equal values it takes: only the smallest kept value is used
+        last = torch.topk(size, n, sorted=False).values.min()
+        keep = size > last
+        ties = torch.nonzero(size == last)[: n - int(keep.sum()), 0]
+        keep[ties] = True
+        places, values, bound = places[keep], values[keep], float(last)
+    return Best(places, values, _LOWER * bound)
+
+
+def best_of_rows(
+    scores: Float[Tensor, "batch latent"],
+    k: float,
+    sizes: Float[Tensor, "batch"],
+    *,
+    signed: bool = False,
+    guess: float | None = None,
+) -> Best:
+    """Return the `k` largest positive scores of each row, as `best_places` does.
+
+    A fraction of `k` is spent on the batch: of the candidates that come next in each row, the best
+    `round((k - floor(k)) * batch)` are kept. Of equal scores the lower latent is taken, and then
+    the lower row. `sizes` are what the rows' scores may grow with, such as the rows' norms: the
+    bound of a row is guessed as `guess` times its size. Rows that have too few scores above theirs
+    are searched whole.
+    """
+    batch, width = scores.shape
+    whole, wide = math.floor(k), min(math.ceil(k), width)
+    if batch == 0 or wide == 0:
+        return Best(torch.zeros(0, dtype=torch.int64), scores.new_zeros(0), 0.0)
+    sizes = sizes.clamp(min=torch.finfo(sizes.dtype).tiny)
+    if guess is None or not guess > 0:
+        some = slice(None, None, max(batch * width // _SAMPLE, 1))
+        sample = scores[some].abs() if signed else scores[some]
+        guess = _low(torch.topk(sample, wide).values[:, -1], sizes[some])
+    bound = (guess * sizes).to(scores.dtype)[:, None]
+    marks = scores > bound
+    if signed:
+        marks |= scores < -bound
+    places = _set_places(marks)
+    counts = torch.bincount(places // width, minlength=batch)
+    few = counts < wide
+    if few.any():
+        marks[few] = scores[few] != 0 if signed else scores[few] > 0
+        places = _set_places(marks)
+        counts = torch.bincount(places // width, minlength=batch)
+    rows = places // width
+    values = scores.view(-1)[places]
+    columns = torch.arange(len(places)) - _bounds(counts)[rows]
+    table = values.new_zeros(batch, max(int(counts.max()), wide))
+    table[rows, columns] = values.abs() if signed else values
+    best = torch.topk(table, wide).values
+    last, allowed = best[:, -1:], torch.full((batch, 1), wide)
+    if wide > whole:  # the candidates for the fraction
+        extra = torch.zeros(batch, 1, dtype=torch.bool)
+        extra[best[:, -1].argsort(descending=True, stable=True)[: round((k - whole) * batch)]] = 1
+        before = best[:, -2:-1] if whole else torch.full_like(last, torch.inf)
+        last, allowed = torch.where(extra, last, before), whole + extra.long()
+    keep = table >= last
+    crowded = (keep.sum(1, keepdim=True) > allowed)[:, 0]
+    if crowded.any():  # by equal scores: the lower latents
+        here, bar = table[crowded], last[crowded]
+        free = allowed[crowded] - (here > bar).sum(1, keepdim=True)
+        keep[crowded] = (here > bar) | ((here == bar) & ((here == bar).cumsum(1) <= free))
+    kept = keep[rows, columns] & (values != 0)
+    return Best(places[kept], values[kept], _low(best[:, -1], sizes))
+
+
+def _low(cuts: Float[Tensor, "row"], sizes: Float[Tensor, "row"]) -> float:
+    """Return the part of its size that nearly every row's last kept score is above."""
+    parts = (cuts.to(sizes.dtype) / sizes).sort().values
+    return _LOWER * max(float(parts[len(parts) // 50]), 0.0)
+
+
+def above(
+    scores: Float[Tensor, "batch latent"],
+    bound: Float[Tensor, "latent"],
+    *,
+    bias: Float[Tensor, "latent"],
+) -> Best:
+    """Return the places, rising, where `scores + bias` is above each latent's own bound."""
+    places = _set_places(scores > _rounded_down(bound - bias, scores.dtype))
+    latents = places % scores.shape[1]
+    values = scores.view(-1)[places] + bias[latents]
+    true = values > bound[latents]
+    return Best(places[true], values[true], 0.0)
+
+
+def _candidates(
+    scores: Float[Tensor, "batch latent"], bound: float, signed: bool, bias: Tensor | None
+) -> tuple[Int64[Tensor, "pair"], Float[Tensor, "pair"]]:
+    """Return the flat places, rising, and the sums that are above a bound of zero or more."""
+    marks = scores > (bound if bias is None else _rounded_down(bound - bias, scores.dtype))
+    if signed:
+        marks |= scores < (-bound if bias is None else -_rounded_down(bound + bias, scores.dtype))
+    places = _set_places(marks)
+    values = scores.view(-1)[places]
+    if bias is None:
+        return places, values
+    values = values + bias[places % scores.shape[1]]
+    true = (values.abs() if signed else values) > bound
+    return places[true], values[true]
+
+
+def _rounded_down(bound: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a bound that every score passes whose sum, rounded, is above the wanted one."""
+    return (bound - bound.abs() * 2 ** (-6 if dtype == torch.bfloat16 else -20)).to(dtype)
+
+
+def _sampled(
+    scores: Float[Tensor, "batch latent"], n: int, signed: bool, bias: Tensor | None
+) -> float:
+    """Guess a bound that a few more than `n` scores exceed, from evenly spread rows."""
+    batch, width = scores.shape
+    if scores.numel() == 0:
+        return 0.0
+    sample = scores[:: max(batch * width // _SAMPLE, 1)]
+    sample = (sample if bias is None else sample + bias).flatten()
+    if signed:
+        sample = sample.abs()
+    expected = n * len(sample) / scores.numel()
+    rank = int(expected + 4 * math.sqrt(expected) + 8)
+    if rank >= len(sample):
+        return 0.0
+    return max(float(torch.topk(sample, rank, sorted=False).values.min()), 0.0)
+
+
+def _set_places(marks: Bool[Tensor, "batch latent"]) -> Int64[Tensor, "pair"]:
+    """Return the flat places of the marks, rising; three times as fast as `nonzero` alone."""
+    flat = marks.view(-1)
+    if len(flat) % 8:
+        return torch.nonzero(flat)[:, 0]
+    words = torch.nonzero(flat.view(torch.int64))[:, 0]
+    inside = torch.nonzero(flat.view(-1, 8).index_select(0, words))
+    return words[inside[:, 0]] * 8 + inside[:, 1]
+
+
+def by_latent(
+    latents: Int64[Tensor, "pair"], n_latents: int
+) -> tuple[Int64[Tensor, "pair"], Int64[Tensor, "latent_plus_1"]]:
+    """Return the stable order of pairs by latent, and where each latent's pairs begin in it."""
+    small = torch.int16 if n_latents < 2**15 else torch.int32
+    order = latents.to(small).argsort(stable=True)
+    counts = torch.bincount(latents, minlength=n_latents)
+    return order, _bounds(counts)
+
+
+def row_offsets(rows: Int64[Tensor, "pair"], n_rows: int) -> Int64[Tensor, "row_plus_1"]:
+    """Return where each row's pairs begin; `rows` rise."""
+    return torch.searchsorted(rows, torch.arange(n_rows + 1, device=rows.device))
+
+
+def _bounds(counts: Int64[Tensor, "bag"]) -> Int64[Tensor, "bag_plus_1"]:
+    offsets = counts.new_zeros(len(counts) + 1)
+    torch.cumsum(counts, 0, out=offsets[1:])
+    return offsets
+
+
+def gather_sum(
+    values: Float[Tensor, "pair"],
+    index: Int64[Tensor, "pair"],
+    offsets: Int64[Tensor, "bag_plus_1"],
+    table: Float[Tensor, "entry d"],
+) -> Float[Tensor, "bag d"]:
+    """Return for each bag the sum of `values[p] * table[index[p]]` over its pairs."""
+    if len(index) == 0:
+        return table.new_zeros(len(offsets) - 1, table.shape[1])
+    return embedding_bag(
+        index, table, offsets, mode="sum", per_sample_weights=values, include_last_offset=True
+    )
+
+
+def pair_dot(
+    left: Float[Tensor, "left d"],
+    left_index: Int64[Tensor, "pair"],
+    right: Float[Tensor, "right d"],
+    right_index: Int64[Tensor, "pair"],
+) -> Float[Tensor, "pair"]:
+    """Return the inner product of `left[left_index[p]]` and `right[right_index[p]]` of each pair.
+
+    The operation is the gradient of an embedding bag for its weights, which reads each row once
+    and holds no copy of it; `(left[i] * right[j]).sum(1)` takes 50 times as long.
+    """
+    offsets = row_offsets(left_index, len(left))[:-1]
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        left, right, right_index, offsets, left_index, 0
+    )

@@ -1,0 +1,215 @@
+"""The gradients of `objective`, by the pairs that fire.
+
+The encoder's product is the only dense one. Of the `batch * latent` scores the rule keeps `k` a
+row, and with these pairs alone:
+
+1. `x_hat = gather_sum(values, latents, W_dec) + b_dec`, for a matryoshka prefix by prefix: the
+   bags are (row, part of the dictionary), and a prefix is the sum of the parts up to it.
+2. `G`, the gradient of the reconstructions; that of a value is `pair_dot(G, W_dec)`.
+3. The gradient of a decoder row is the sum of `value * G` over the rows in which the latent fires,
+   that of an encoder row the sum of `gradient * (x - b_dec)`: `gather_sum` with the pairs in the
+   order of their latents.
+4. Aux-k is dense in the dead latents, of which there are few.
+
+In a job of several processes each has its rows of the batch. The choice is made over all of them
+from every process's best scores, and the gradients are summed, so that they are those of one
+process with the whole batch.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from lorascope import kernels
+from lorascope.runtime import Team
+from lorascope.sae.objective import AUX_ROWS, JUMP_WEIGHT, JUMP_WIDTH, Loss, Weights
+from lorascope.sae.sparsity import Rule
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The places where a latent fires or may, in rising order of row and latent."""
+
+    rows: Int64[Tensor, "pair"]
+    latents: Int64[Tensor, "pair"]
+    values: Float[Tensor, "pair"]
+
+
+@dataclass
+class Step:
+    """How gradients are computed: what is fixed in a run, and the memory used again by each step.
+
+    `bfloat16` takes the encoder's product in that type, from float32 weights; sums are float32.
+    `take` leaves the gradients in the weights' `.grad`.
+    """
+
+    rule: Rule
+    k_aux: int
+    auxk_alpha: float
+    team: Team
+    bfloat16: bool = False
+    _scores: Tensor | None = field(default=None, repr=False)
+    _guess: dict[bool, float] = field(default_factory=dict, repr=False)
+
+    @torch.no_grad()
+    def take(
+        self,
+        weights: Weights,
+        x: Float[Tensor, "batch d_in"],
+        dead: Bool[Tensor, "latent"],
+        *,
+        by_row: bool = False,
+    ) -> Loss:
+        """Return the loss of a batch, of which `x` is this process's part, after its gradients."""
+        kernel = kernels.of(x.device)
+        n_rows = self.team.share(len(x))[1]
+        mean = self.team.sum(x.sum(0)) / n_rows
+        spread = self.team.sum((x - mean).square().sum())
+        spread = spread.clamp(min=torch.finfo(x.dtype).tiny)
+        centred = x - weights.b_dec
+        pre = self._product(weights, centred)
+        d_sae = pre.shape[1]
+        bias = weights.b_enc
+        if by_row or self.rule.architecture == "topk":
+            pre, bias = pre.add_(bias), torch.zeros_like(bias)
+            by_row = True
+        pairs = self._pairs(
+            pre, bias, weights.log_threshold, centred.norm(dim=1) if by_row else None
+        )
+        threshold = None
+        code = pairs.values
+        if weights.log_threshold is not None:
+            threshold = weights.log_threshold.exp()
+            code = code * (code > threshold[pairs.latents])
+        fires = code != 0
+
+        prefixes = self.rule.prefixes(d_sae)
+        bags = pairs.rows
+        if len(prefixes) > 1:
+            ends = torch.tensor(prefixes, device=x.device)
+            part = torch.bucketize(pairs.latents, ends, right=True)
+            bags = pairs.rows * len(prefixes) + part
+        offsets = kernel.row_offsets(bags, len(x) * len(prefixes))
+        parts = kernel.gather_sum(code, pairs.latents, offsets, weights.W_dec)
+        made = parts.view(len(x), len(prefixes), -1).cumsum(1)
+        errors = made + weights.b_dec - x[:, None]  # (batch, prefix, d_in)
+        to_prefix = errors * (2 / (spread * len(prefixes)))
+        to_part = to_prefix.flip(1).cumsum(1).flip(1) if len(prefixes) > 1 else to_prefix
+        flat = to_part.reshape(-1, x.shape[1])  # (batch * prefix, d_in)
+        to_code = kernel.pair_dot(flat, bags, weights.W_dec, pairs.latents)
+        to_pre = to_code * fires
+
+        order, starts = kernel.by_latent(pairs.latents, d_sae)
+        to_decoder = kernel.gather_sum(code[order], bags[order], starts, flat)
+        to_encoder = kernel.gather_sum(to_pre[order], pairs.rows[order], starts, centred)
+        to_bias = torch.zeros_like(weights.b_enc).index_add_(0, pairs.latents, to_pre)
+        to_threshold = None
+        l0 = self.team.sum(fires.sum().to(x.dtype)) / n_rows
+        if threshold is not None:
+            near = (pairs.values - threshold[pairs.latents]).abs() < JUMP_WIDTH / 2
+            held = 2 * JUMP_WEIGHT * (l0 / self.rule.k - 1) / (self.rule.k * n_rows)
+            through = (threshold[pairs.latents] * to_code + held) * near / -JUMP_WIDTH
+            to_threshold = torch.zeros_like(threshold).index_add_(0, pairs.latents, through)
+            to_threshold *= threshold
+
+        auxk = x.new_zeros(())
+        latents = dead.nonzero()[:, 0]
+        if len(latents) and self.auxk_alpha:
+            auxk = self._auxk(
+                weights,
+                *(pre, bias, centred, errors[:, -1], latents, spread, n_rows),
+                *(to_encoder, to_decoder, to_bias),
+            )
+        to_mean = to_part[:, 0].sum(0) - to_bias @ weights.W_enc.T
+        if weights.log_threshold is not None and to_threshold is not None:
+            weights.log_threshold.grad = self.team.sum(to_threshold)
+        weights.W_enc.grad = self.team.sum(to_encoder).T
+        weights.b_enc.grad = self.team.sum(to_bias)
+        weights.W_dec.grad = self.team.sum(to_decoder)
+        weights.b_dec.grad = self.team.sum(to_mean)
+
+        unexplained = self.team.sum(errors.square().sum((0, 2))) / spread
+        fired = torch.zeros_like(dead, dtype=torch.int32)
+        fired.index_add_(0, pairs.latents, fires.int())
+        fvu = unexplained[-1]
+        total = unexplained.mean() + self.auxk_alpha * auxk
+        if threshold is not None:
+            total = total + JUMP_WEIGHT * (l0 / self.rule.k - 1).square()
+        return Loss(total=total, fvu=fvu, auxk=auxk, l0=l0, fired=self.team.sum(fired) > 0)
+
+    def _product(self, weights: Weights, centred: Tensor) -> Float[Tensor, "batch latent"]:
+        """Return `centred @ W_enc` without `b_enc`, which is added to the few that matter."""
+        encoder = weights.W_enc.T
+        if self.bfloat16:
+            centred, encoder = centred.bfloat16(), encoder.bfloat16()
+        shape = (len(centred), len(encoder))
+        if self._scores is None or self._scores.shape != shape:
+            self._scores = centred.new_empty(shape)
+        return kernels.of(centred.device).product(centred, encoder, self._scores)
+
+    def _pairs(
+        self, pre: Tensor, bias: Tensor, log_threshold: Tensor | None, sizes: Tensor | None
+    ) -> Pairs:
+        """Choose what fires: row by row given the rows' sizes, near learned thresholds given those.
+
+        `bias` is to be added to `pre` where it matters.
+        """
+        kernel, rule = kernels.of(pre.device), self.rule
+        guess = self._guess.get(sizes is not None)
+        if log_threshold is not None:
+            best = kernel.above(pre, log_threshold.exp() - JUMP_WIDTH / 2, bias=bias)
+        elif sizes is not None:
+            best = kernel.best_of_rows(pre, rule.k, sizes, signed=rule.signed, guess=guess)
+        else:
+            n = round(rule.k * self.team.share(len(pre))[1])
+            best = kernel.best_places(pre, n, signed=rule.signed, bias=bias, guess=guess)
+            if self.team.world > 1:
+                best = self._best_of_all(best, n)
+        self._guess[sizes is not None] = best.guess
+        rows = best.places // pre.shape[1]
+        return Pairs(rows, best.places - rows * pre.shape[1], best.values.to(bias.dtype))
+
+    def _best_of_all(self, best: Any, n: int) -> Any:
+        """Return those of this process's best that are among the `n` best of all processes."""
+        parts = self.team.gather(best.values)
+        every = torch.cat(parts)[None]  # by rank, so in the order of the whole batch's places
+        kept = kernels.of(every.device).best_places(every, n, signed=self.rule.signed).places
+        first = sum(len(part) for part in parts[: self.team.rank])
+        mine = kept[(kept >= first) & (kept < first + len(best.values))] - first
+        return best._replace(places=best.places[mine], values=best.values[mine])
+
+    def _auxk(
+        self,
+        weights: Weights,
+        pre: Tensor,
+        bias: Tensor,
+        centred: Tensor,
+        errors: Tensor,
+        latents: Int64[Tensor, "dead"],
+        spread: Tensor,
+        n_rows: int,
+        to_encoder: Tensor,
+        to_decoder: Tensor,
+        to_bias: Tensor,
+    ) -> Float[Tensor, ""]:
+        """Add aux-k's gradients to those of the weights and return its loss."""
+        before, _ = self.team.share(len(pre))
+        first = -before % AUX_ROWS
+        mine = slice(first, None, AUX_ROWS)
+        scores = pre[mine].index_select(1, latents).to(centred.dtype) + bias[latents]
+        values, chosen = scores.topk(min(self.k_aux, len(latents)), sorted=False)
+        code = torch.zeros_like(scores).scatter_(1, chosen, values)
+        W_dec = weights.W_dec[latents]
+        missed = code @ W_dec + errors[mine]  # (row, d_in)
+        share = n_rows / -(-n_rows // AUX_ROWS)
+        out = missed * (2 * self.auxk_alpha * share / spread)
+        to_pre = torch.where(code != 0, out @ W_dec.T, 0.0)
+        loss = self.team.sum(missed.square().sum()) * share / spread
+        if torch.isfinite(loss):
+            to_decoder.index_add_(0, latents, code.T @ out)
+            to_encoder.index_add_(0, latents, to_pre.T @ centred[mine])
+            to_bias.index_add_(0, latents, to_pre.sum(0))
+        return loss.nan_to_num(0.0, 0.0, 0.0)

@@ -1,0 +1,209 @@
+"""The state of a training run: weights, moments, counters, and how a step changes them.
+
+1. In the first half of a run every row gets its own best latents, whatever the rule says; then the
+   rule takes over. Chosen over the batch from the start, the rows of large values take the latents
+   while the dictionary is still poor, and half as many directions are found (`docs/training.md`).
+2. The gradients are those of `step.py`.
+3. Adam without bias towards what is large: one rate for every weight, rising over `warmup` steps,
+   then falling to zero in a line.
+4. Decoder rows are brought back to unit norm.
+"""
+
+import json
+import logging
+import math
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from jaxtyping import Bool, Float
+from safetensors import safe_open
+from torch import Tensor
+
+from lorascope import kernels
+from lorascope.artifact import replacing
+from lorascope.errors import ArtifactError, NumberError
+from lorascope.runtime import Team
+from lorascope.sae.objective import Loss, Weights
+from lorascope.sae.sparsity import Rule
+from lorascope.sae.step import Step
+
+log = logging.getLogger(__name__)
+
+_LOG_POINTS = 200  # entries of the training log that the manifest keeps
+_BETAS = (0.9, 0.99)
+_MEMORY = 0.98  # of the running means that the bar and the log show
+_BY_ROW = 0.5  # share of the steps in which each row gets its own best
+
+
+class Trainer:
+    """One SAE in training."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        *,
+        k: float,
+        n_steps: int,
+        lr: float,
+        architecture: str = "batchtopk",
+        signed: bool = False,
+        warmup: int = 100,
+        dead_after: int = 100_000,
+        auxk_alpha: float = 1 / 32,
+        bfloat16: bool = False,
+        device: torch.device | None = None,
+        team: Team | None = None,
+    ) -> None:
+        self.rule = Rule(architecture, k, signed)  # type: ignore[arg-type]
+        self.n_steps, self.lr, self.dead_after = n_steps, lr, dead_after
+        self.warmup = min(warmup, n_steps // 10)
+        self.team = team or Team()
+        device = device or torch.device("cpu")
+        here = {
+            name: tensor.detach().to(device).requires_grad_()
+            for name, tensor in weights.tensors().items()
+        }
+        self.weights = Weights(**here)
+        self.adam = torch.optim.Adam(here.values(), lr=lr, betas=_BETAS, fused=True)
+        k_aux = 2 ** round(math.log2(max(weights.b_dec.numel() / 2, 1)))  # Gao et al., A.2
+        self._step = Step(self.rule, k_aux, auxk_alpha, self.team, bfloat16)
+        self.step = 0
+        self.log_every = max(n_steps // _LOG_POINTS, 1)
+        self.log: list[dict[str, float]] = []
+        self.silent_tokens = torch.zeros(weights.b_enc.numel(), dtype=torch.int64, device=device)
+        self.running = torch.zeros(3, device=device)  # means of fvu, l0, auxk times their weight
+
+    @property
+    def dead(self) -> Bool[Tensor, "latent"]:
+        """Latents that have not fired for more than `dead_after` tokens."""
+        return self.silent_tokens > self.dead_after
+
+    def take(self, x: Float[Tensor, "batch d_in"]) -> Loss:
+        """Change the weights by one step on a batch in the SAE's units, or this process's part."""
+        if self.step == 0 and self.weights.log_threshold is not None:
+            self._first_threshold(x)
+        by_row = self.rule.architecture != "jumprelu" and self.step < _BY_ROW * self.n_steps
+        loss = self._step.take(self.weights, x, self.dead, by_row=by_row)
+        self.adam.param_groups[0]["lr"] = self.lr * schedule(self.step, self.n_steps, self.warmup)
+        self.adam.step()
+        with torch.no_grad():
+            W_dec = self.weights.W_dec
+            torch.nn.functional.normalize(W_dec, dim=1, out=W_dec)
+            self.silent_tokens += self.team.share(len(x))[1]
+            self.silent_tokens.masked_fill_(loss.fired, 0)
+            new = torch.stack([loss.fvu, loss.l0, loss.auxk])
+            self.running.mul_(_MEMORY).add_(new, alpha=1 - _MEMORY)
+        self.step += 1
+        if self.step % self.log_every == 0 or self.step == self.n_steps:
+            self.log.append({"step": self.step, **self.means()})
+        return loss
+
+    @torch.no_grad()
+    def _first_threshold(self, x: Float[Tensor, "batch d_in"]) -> None:
+        """Let learned thresholds begin where `k` latents a row fire in the first batch."""
+        weights = self.weights
+        pre = (x - weights.b_dec) @ weights.W_enc + weights.b_enc
+        best = kernels.of(x.device).best_places(pre, round(self.rule.k * len(x)))
+        lowest = best.values.min() if len(best.values) else pre.new_ones(())
+        lowest = self.team.sum(lowest) / self.team.world
+        assert weights.log_threshold is not None
+        weights.log_threshold.fill_(lowest.log())
+
+    def means(self) -> dict[str, float]:
+        """Return the running means of the last 50 steps or so, and the dead latents' share.
+
+        Raises NumberError when the loss is not finite.
+        """
+        weight = 1 - _MEMORY**self.step  # the mean starts at 0
+        fvu, l0, auxk = (self.running / max(weight, 1e-9)).tolist()
+        if not math.isfinite(fvu):
+            raise NumberError(f"the loss is {fvu} at step {self.step}; lower --lr")
+        values = {
+            "fvu": fvu,
+            "l0": l0,
+            "auxk": auxk,
+            "dead": float(self.dead.float().mean()),
+            "lr": self.lr * schedule(self.step, self.n_steps, self.warmup),
+        }
+        return {name: float(f"{value:.6g}") for name, value in values.items()}
+
+    def summary(self) -> str:
+        """Return the running means for the progress bar."""
+        now = self.means()
+        return f"FVU {now['fvu']:.4f}, L0 {now['l0']:.1f}, dead {now['dead']:.1%}"
+
+    def save(self, path: Path) -> None:
+        """Write everything that the next step depends on, atomically."""
+        tensors = {name: tensor.detach() for name, tensor in self.weights.tensors().items()}
+        for name, tensor in self.weights.tensors().items():
+            for key, value in self.adam.state[tensor].items():
+                tensors[f"adam.{key}.{name}"] = value
+        tensors |= {"silent_tokens": self.silent_tokens, "running": self.running}
+        state = json.dumps({"step": self.step, "log": self.log})
+        here = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        with replacing(path) as beside:
+            safetensors.torch.save_file(here, beside, metadata={"state": state})
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint, where there is one.
+
+        Raises ArtifactError when it is damaged, or of another run.
+        """
+        if not path.exists():
+            return
+        try:
+            with safe_open(path, framework="pt") as file:
+                state = json.loads(file.metadata()["state"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            with torch.no_grad():
+                for name, tensor in self.weights.tensors().items():
+                    tensor.copy_(tensors[name])
+                    if state["step"]:
+                        self.adam.state[tensor] = {
+                            key: self._moment(tensors[f"adam.{key}.{name}"], tensor)
+                            for key in ("step", "exp_avg", "exp_avg_sq")
+                        }
+            self.silent_tokens.copy_(tensors["silent_tokens"])
+            self.running.copy_(tensors["running"])
+            self.step, self.log = state["step"], state["log"]
+        except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+            raise ArtifactError(
+                f"{path} cannot be gone on from ({str(error).splitlines()[0]}); "
+                "give --no-resume to begin anew"
+            ) from error
+        log.info("going on from step %d of %d", self.step, self.n_steps)
+
+    def agree(self) -> None:
+        """Take over rank 0's state: it alone reads a checkpoint."""
+        if self.team.world == 1:
+            return
+        device = self.silent_tokens.device
+        self.step = int(self.team.from_first(torch.tensor([self.step], device=device)))
+        if self.step == 0:
+            return
+        for tensor in self.weights.tensors().values():
+            self.team.from_first(tensor.detach())
+            if tensor not in self.adam.state:
+                zeros = {key: torch.zeros_like(tensor) for key in ("exp_avg", "exp_avg_sq")}
+                self.adam.state[tensor] = {"step": torch.tensor(0.0), **zeros}
+            for key, value in self.adam.state[tensor].items():
+                self.adam.state[tensor][key] = self.team.from_first(value.to(device)).to(
+                    value.device
+                )
+        self.team.from_first(self.silent_tokens)
+        self.team.from_first(self.running)
+
+    @staticmethod
+    def _moment(saved: Tensor, weight: Tensor) -> Tensor:
+        """Return a moment on the weight's device, lying in memory as the weight does."""
+        if saved.shape != weight.shape:
+            return saved.clone().to(weight.device)
+        return torch.empty_like(weight).copy_(saved)
+
+
+def schedule(step: int, n_steps: int, warmup: int) -> float:
+    """Return the factor of the learning rate: rising over `warmup` steps, then falling to zero."""
+    rising = (step + 1) / (warmup + 1)
+    falling = (n_steps - step) / max(n_steps - warmup, 1)
+    return max(min(rising, falling, 1.0), 0.0)

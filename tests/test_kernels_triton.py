@@ -1,0 +1,375 @@
+"""Parity of the Triton kernels with their reference, forward and backward, on ugly sizes.
+
+Without a GPU they run in Triton's interpreter. It is chosen when Triton is imported, so the parity
+tests run in a process of their own (`test_parity_holds_in_the_interpreter`); the marker `gpu` has
+the same tests on CUDA.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+triton = pytest.importorskip("triton")
+
+from lorascope.errors import ConfigError, NumberError  # noqa: E402
+from lorascope.kernels import reference, triton_best  # noqa: E402
+from lorascope.kernels import triton as kernels  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+TYPES = [torch.float32, torch.bfloat16, torch.float16]
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
+
+
+def on_device(test):
+    """Mark a test that launches kernels: on CUDA, or in the interpreter's process."""
+    if INTERPRETED:
+        return test
+    without = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+    return pytest.mark.gpu(without(test))
+
+
+def check_best(scores, n, signed=False):
+    """Compare with the reference: places, count and what fills the rest."""
+    places, count = kernels.best_places(scores.to(DEVICE), n, signed=signed)
+    places = places.cpu()
+    wanted = reference.best_places(scores, n, signed=signed)
+    assert (places.dtype, count.dtype, count.ndim) == (torch.int64, torch.int64, 0)
+    assert len(places) == min(n, scores.numel())
+    assert int(count) == len(wanted)
+    assert places[: len(wanted)].tolist() == wanted.tolist()
+    assert (places[len(wanted) :] == scores.numel() - 1).all()
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@on_device
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    ("shape", "n"),
+    [((1, 1), 1), ((3, 7), 5), ((3, 7), 100), ((1, 2049), 40), ((13, 1009), 37), ((64, 640), 3)],
+)
+def test_the_best_places_are_those_of_the_reference(shape, n, dtype, signed):
+    check_best(random(*shape).to(dtype), n, signed)
+
+
+@on_device
+@pytest.mark.parametrize(("shape", "n"), [((0, 5), 3), ((5, 0), 3), ((0, 0), 0), ((3, 7), 0)])
+def test_nothing_to_choose_gives_no_places(shape, n):
+    check_best(torch.ones(shape), n)
+
+
+@on_device
+@pytest.mark.parametrize("n", [1, 50, 2000, 9998])
+def test_of_equal_scores_the_lower_places_are_taken_across_tiles_and_blocks(n):
+    check_best(torch.ones(11, 909), n)
+    check_best(random(11, 909).round(), n)
+    check_best(random(11, 909).round(), n, signed=True)
+
+
+@on_device
+@pytest.mark.parametrize("n", [3, 600, 7000])
+def test_a_program_with_several_tiles_keeps_the_order(n, monkeypatch):
+    monkeypatch.setattr(triton_best, "_PROGRAMS", 2)
+    check_best(random(17, 1200).mul(4).round(), n)
+    check_best(torch.ones(17, 1200), n)
+
+
+@on_device
+def test_fewer_positive_scores_than_wanted_are_all_taken():
+    scores = -random(9, 700).abs()
+    check_best(scores, 60)
+    check_best(-torch.zeros(9, 700), 60)
+    scores[2, 5] = scores[8, 698] = 1.0
+    check_best(scores, 60)
+    scores[4] = 2.0
+    check_best(scores, 60)
+
+
+@on_device
+@pytest.mark.parametrize("dtype", TYPES)
+def test_zeros_of_both_signs_denormals_and_infinities_are_in_their_order(dtype):
+    tiny = torch.finfo(dtype).smallest_normal
+    small = torch.tensor([0.0, -0.0, tiny, tiny / 4, tiny / 2, -tiny, -tiny / 2]).to(dtype)
+    large = torch.tensor([float("inf"), float("-inf"), torch.finfo(dtype).max]).to(dtype)
+    scores = torch.cat([small, large]).repeat(3, 7)
+    assert len(scores[0].unique()) >= 9  # the CPU has not flushed the denormals
+    for n in (1, 4, 30, 70, 100, 210):
+        check_best(scores, n)
+        check_best(scores, n, signed=True)
+
+
+@on_device
+def test_a_nan_is_never_chosen():
+    scores = torch.full((4, 500), torch.nan)
+    scores[1, 7], scores[3, 9] = 1.0, -2.0
+    for signed, wanted in ((False, [507]), (True, [507, 1509])):
+        places, count = kernels.best_places(scores.to(DEVICE), 40, signed=signed)
+        assert places[: int(count)].tolist() == wanted
+
+
+@on_device
+def test_scores_need_not_be_contiguous():
+    check_best(random(301, 6).T, 20)
+    check_best(random(5, 400)[:, ::3], 9)
+
+
+@on_device
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(st.sampled_from([-2.0, -0.0, 0.0, 1e-45, 0.5, 1.0, 1.0078125, 3.0]), max_size=90),
+    st.integers(1, 40),
+    st.integers(0, 100),
+    st.booleans(),
+)
+def test_any_mixture_of_ties_is_chosen_as_in_the_reference(row, repeats, n, signed):
+    check_best(torch.tensor([row], dtype=torch.float32).repeat(1, repeats), n, signed)
+
+
+def test_scores_of_another_type_or_too_many_are_refused():
+    with pytest.raises(NumberError, match="scores are torch.float64; expected bfloat16"):
+        kernels.best_places(torch.zeros(2, 3, dtype=torch.float64), 1)
+    with pytest.raises(ConfigError, match=r"expected at most 2\*\*30: use fewer rows"):
+        kernels.best_places(torch.empty(2**16, 2**14 + 1, device="meta"), 1)
+
+
+def test_blocks_balance_the_two_searches():
+    for numel, n in ((1, 1), (100, 100), (7_340_032, 51_200), (536_870_912, 204_800)):
+        width = triton_best.block_width(numel, n)
+        searched = [numel / w + n * w for w in (2, 4, 8, 16, 32, 64, 128)] + [numel]
+        assert (numel if width == 1 else numel / width + n * width) <= 1.5 * min(searched)
+
+
+def bags(lengths, n_entries, d, seed=0, dtype=torch.float32):
+    """Make values, index, offsets and table of bags of these lengths."""
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    n = int(offsets[-1])
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(0, max(n_entries, 1), (n,), generator=generator)
+    table = random(n_entries, d, seed=seed + 2, dtype=dtype)
+    return random(n, seed=seed + 1, dtype=dtype), index, offsets, table
+
+
+UGLY = {
+    "no bags": ([], 3, 5),
+    "no pairs": ([0, 0, 0], 3, 5),
+    "no columns": ([2, 1], 3, 0),
+    "one": ([1], 1, 1),
+    "odd": ([3, 0, 7, 1, 0], 5, 13),
+    "one bag holds everything": ([0, 0, 317, 0], 11, 6),
+    "as long as pieces": ([64, 128, 0, 64, 1], 7, 3),
+    "around pieces": ([63, 65, 129, 127, 1, 191, 0, 200], 9, 4),
+    "rows of the paper": ([70, 40], 19, 448),
+    "wider than a block": ([5, 130, 2], 4, 515),
+}
+
+
+@on_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", UGLY)
+def test_the_sums_of_bags_and_their_gradients_are_those_of_the_reference(case, dtype):
+    values, index, offsets, table = bags(*UGLY[case], dtype=dtype)
+    results = []
+    for module, device in ((kernels, DEVICE), (reference, "cpu")):
+        leaves = [t.to(device).requires_grad_() for t in (values, table)]
+        sums = module.gather_sum(leaves[0], index.to(device), offsets.to(device), leaves[1])
+        weight = random(*sums.shape, seed=9, dtype=dtype).to(device)
+        gradients = torch.autograd.grad((sums * weight).sum(), leaves)
+        results.append([t.detach().cpu() for t in (sums, *gradients)])
+    for ours, wanted in zip(*results, strict=True):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours, wanted, rtol=1e-5 if dtype == torch.float32 else 1e-12,
+                                   atol=2e-5 if dtype == torch.float32 else 1e-12)  # fmt: skip
+
+
+@on_device
+def test_only_the_gradients_that_are_asked_for_are_made():
+    values, index, offsets, table = (t.to(DEVICE) for t in bags([3, 70, 2], 5, 8))
+    assert not kernels.gather_sum(values, index, offsets, table).requires_grad
+    for wanted in (values, table):
+        wanted.requires_grad_()
+        kernels.gather_sum(values, index, offsets, table).sum().backward()
+        assert wanted.grad is not None
+        wanted.requires_grad_(False)
+    first = values.grad.clone()
+    table.requires_grad_()
+    kernels.gather_sum(values, index, offsets, table).sum().backward()
+    assert torch.equal(values.grad, first)  # of the first time
+
+
+@on_device
+def test_the_sum_of_a_bag_does_not_depend_on_the_bags_before_it():
+    values, index, offsets, table = bags([333], 40, 24)
+    alone = kernels.gather_sum(*(t.to(DEVICE) for t in (values, index, offsets, table)))[0]
+    for before in (1, 31, 64, 100):
+        values2, index2 = torch.cat([values[:before], values]), torch.cat([index[:before], index])
+        offsets2 = torch.tensor([0, before, before + 333])
+        moved = kernels.gather_sum(*(t.to(DEVICE) for t in (values2, index2, offsets2, table)))[1]
+        assert torch.equal(alone, moved)
+
+
+@on_device
+def test_a_bfloat16_table_is_added_up_in_float32():
+    values, index, offsets, table = bags([300, 3], 30, 20)
+    table = table.bfloat16()
+    sums = kernels.gather_sum(*(t.to(DEVICE) for t in (values, index, offsets, table)))
+    wanted = reference.gather_sum(values, index, offsets, table.float())
+    assert sums.dtype == torch.float32
+    torch.testing.assert_close(sums.cpu(), wanted, rtol=1e-5, atol=2e-5)
+
+
+@on_device
+@pytest.mark.parametrize(("n_pairs", "d"), [(0, 3), (1, 1), (33, 56), (67, 13), (5, 0), (9, 515)])
+def test_the_inner_products_of_pairs_are_those_of_the_reference(n_pairs, d):
+    left, right = random(7, d, seed=1), random(11, d, seed=2)
+    generator = torch.Generator().manual_seed(3)
+    left_index = torch.randint(0, 7, (n_pairs,), generator=generator).sort().values
+    right_index = torch.randint(0, 11, (n_pairs,), generator=generator)
+    given_ = (left, left_index, right, right_index)
+    wanted = reference.pair_dot(*given_)
+    ours = kernels.pair_dot(*(t.to(DEVICE) for t in given_)).cpu()
+    torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=2e-5)
+
+
+@on_device
+@pytest.mark.parametrize("n_pairs", [0, 1, 97, 3000])
+def test_pairs_by_latent_keep_their_order_and_bounds(n_pairs):
+    generator = torch.Generator().manual_seed(n_pairs)
+    latents = torch.randint(0, 13, (n_pairs,), generator=generator)
+    latents[::2] = 4  # one that fires in every other row; 13 and 14 never do
+    order, offsets = kernels.by_latent(latents.to(DEVICE), 15)
+    wanted = sorted(range(n_pairs), key=lambda p: int(latents[p]))
+    assert order.tolist() == wanted
+    assert (order.dtype, offsets.dtype, len(offsets)) == (torch.int64, torch.int64, 16)
+    assert offsets.diff().tolist() == torch.bincount(latents, minlength=15).tolist()
+
+
+def step(scores, n, table, gradient):
+    """Choose, decode, and return the gradients of the values and of the table, by pairs."""
+    n_rows, width = scores.shape
+    places, count = kernels.best_places(scores, n)
+    chosen = torch.arange(len(places), device=scores.device) < count
+    values = scores.view(-1)[places].float().where(chosen, 0)
+    rows, latents = places // width, places % width
+    sums = kernels.gather_sum(values, latents, kernels.row_offsets(rows, n_rows), table)
+    of_values = kernels.pair_dot(gradient, rows, table, latents).where(chosen, 0)
+    order, bounds = kernels.by_latent(latents, width)
+    of_table = kernels.gather_sum(values[order], rows[order], bounds, gradient)
+    return places, count, sums, of_values, of_table
+
+
+@on_device
+def test_a_step_by_pairs_is_the_dense_step_also_where_few_are_positive():
+    table, gradient = random(97, 10, seed=1), random(21, 10, seed=2)
+    for shift in (0.0, -2.5):
+        scores = random(21, 97) + shift
+        given_ = (t.to(DEVICE) for t in (table, gradient))
+        _, count, sums, of_values, of_table = step(scores.to(DEVICE), 63, *given_)
+        code = torch.zeros(21 * 97)
+        chosen = reference.best_places(scores, 63)
+        code[chosen] = scores.view(-1)[chosen]
+        code = code.view(21, 97)
+        assert int(count) == len(chosen)
+        assert (int(count) < 63) == (shift < 0)
+        torch.testing.assert_close(sums.cpu(), code @ table, rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(of_table.cpu(), code.T @ gradient, rtol=1e-5, atol=2e-5)
+        dense = (gradient @ table.T).view(-1)[chosen]
+        torch.testing.assert_close(of_values.cpu()[: len(chosen)], dense, rtol=1e-5, atol=2e-5)
+        assert not of_values[len(chosen) :].any()
+
+
+@on_device
+def test_a_repetition_gives_the_same_bits():
+    given_ = [t.to(DEVICE) for t in (random(40, 90), random(90, 24, seed=1), random(40, 24))]
+    once, again = (step(given_[0], 300, *given_[1:]) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+if not INTERPRETED:
+
+    def test_parity_holds_in_the_interpreter():
+        own = {"PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"}
+        env = {name: value for name, value in os.environ.items() if name not in own}
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not gpu", __file__],
+            cwd=Path(__file__).parent.parent,
+            env=env | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) > 80
+        assert "skipped" not in done.stdout
+
+    def test_every_kernel_compiles_without_a_gpu(tmp_path, monkeypatch):
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        pointers = {"scores": "bf16", "values": "fp32", "table": "bf16", "out": "fp32"}
+        pointers |= dict.fromkeys(("left", "right", "pieces"), "fp32")
+        pointers |= dict.fromkeys(("maxima", "bits", "digits", "kept"), "i32")
+        pointers |= dict.fromkeys(("blocks", "n_blocks", "places", "count", "cut_bags"), "i64")
+        pointers |= dict.fromkeys(("index", "offsets", "left_index", "right_index"), "i64")
+        sizes = {"SIGNED": True, "ROWS": 64, "WIDTH": 32, "N_DIGITS": 2, "BEFORE": 1024}
+        sizes |= {
+            "DIGIT": 1,
+            "TILE": 2048,
+            "PAIRS": 4,
+            "PIECE": 64,
+            "WIDE": triton.language.float32,
+        }
+        called = {"_bits", "_cut", "_sum_run"}  # by other kernels
+        compiled = set()
+        for module in (triton_best, kernels):
+            for name, kernel in vars(module).items():
+                if not isinstance(kernel, triton.JITFunction) or name in called:
+                    continue
+                constants = {a: sizes[a] for a in kernel.arg_names if a.isupper()}
+                signature = {
+                    a: "constexpr" if a in sizes else "*" + pointers[a] if a in pointers else "i32"
+                    for a in kernel.arg_names
+                }
+                source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+                target = GPUTarget("cuda", 90, 32)
+                assert triton.compile(source, target=target).asm["cubin"]
+                compiled.add(name)
+        assert len(compiled) == 8
+
+    @on_device
+    @pytest.mark.parametrize("dtype", TYPES)
+    def test_a_captured_graph_replays_the_step_on_other_scores(dtype):
+        scores = random(256, 2048).to(DEVICE, dtype)
+        table, gradient = random(2048, 56, seed=1).to(DEVICE), random(256, 56, seed=2).to(DEVICE)
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            step(scores, 5120, table, gradient)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step(scores, 5120, table, gradient)
+        for seed, shift in ((3, 0.0), (4, -2.5), (5, 1.0)):
+            scores.copy_((random(256, 2048, seed=seed) + shift).to(dtype))
+            graph.replay()
+            eager = step(scores, 5120, table, gradient)
+            assert all(torch.equal(a, b) for a, b in zip(captured, eager, strict=True))
+
+    @on_device
+    @pytest.mark.parametrize("dtype", TYPES)
+    def test_large_batches_are_chosen_as_in_the_reference(dtype):
+        scores = random(1024, 7168).to(dtype)
+        check_best(scores, 51_200)
+        check_best(scores, 51_200, signed=True)
+        check_best(scores.relu(), 3_700_000)
