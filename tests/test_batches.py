@@ -16,7 +16,7 @@ from conftest import layout_of, write_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorascope.activations import batches
+from lorascope.activations import batches, feed
 from lorascope.activations.batches import BatchPlan, count_roles, read_blocks, split_rows
 from lorascope.activations.store import ActivationStore
 from lorascope.errors import ArtifactError, ConfigError, NumberError
@@ -603,3 +603,17 @@ def test_two_streams_and_single_batches_do_not_disturb_each_other(small_store):
         assert torch.equal(a, copy.batch(i))
         assert torch.equal(b, plan.batch(i + 10))
         assert torch.equal(plan.batch(69 - i), copy.batch(69 - i))
+
+
+def test_rows_kept_on_a_device_give_the_plans_batches(make_store):
+    store = make_store(np.arange(97 * 14.0).reshape(97, 14), n_rollouts=5, dtype="float16")
+    plan = BatchPlan.of(store, np.flatnonzero(store.eligible), 7, seed=3)
+    last = plan.n_batches(9)
+    for part in [(0, 1), (0, 2), (1, 2)]:
+        wanted = list(plan.batches(2, last, part))
+        for found in (
+            list(feed.resident(torch.device("cpu"), plan, 2, last, part)),
+            list(feed.batches_on(torch.device("cpu"), plan, 2, last, part)),
+        ):
+            assert len(found) == last - 2
+            assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))

@@ -26,7 +26,18 @@ def weights_of(d_in=7, d_sae=24, seed=0, *, jump=False, dtype=torch.float64) -> 
     return weights
 
 
-def both(rule: Rule, batch: int, *, by_row=False, n_dead=0, k_aux=3, d_in=7, d_sae=24, seed=1):
+def both(
+    rule: Rule,
+    batch: int,
+    *,
+    by_row=False,
+    n_dead=0,
+    k_aux=3,
+    d_in=7,
+    d_sae=24,
+    seed=1,
+    static=False,
+):
     """Return the loss and gradients by definition and by the step."""
     jump = rule.architecture == "jumprelu"
     generator = torch.Generator().manual_seed(seed)
@@ -35,7 +46,7 @@ def both(rule: Rule, batch: int, *, by_row=False, n_dead=0, k_aux=3, d_in=7, d_s
     plain, fast = weights_of(d_in, d_sae, jump=jump), weights_of(d_in, d_sae, jump=jump)
     loss = objective(plain, x, rule, dead, k_aux=k_aux, auxk_alpha=0.7, by_row=by_row)
     loss.total.backward()
-    step = Step(rule, k_aux=k_aux, auxk_alpha=0.7, team=Team())
+    step = Step(rule, k_aux=k_aux, auxk_alpha=0.7, team=Team(), static=static)
     for _ in range(2):  # the second time with the first one's guess
         taken = step.take(fast, x, dead, by_row=by_row)
     return (loss, plain), (taken, fast)
@@ -63,6 +74,14 @@ def test_gradients_by_pairs_are_those_of_the_definition(architecture, k, signed)
         assert_equal_steps(*both(rule, batch))
         assert_equal_steps(*both(rule, batch, n_dead=9))
         assert_equal_steps(*both(rule, batch, by_row=True, n_dead=2))
+
+
+@pytest.mark.parametrize("k_aux", [1, 3, 100])
+@pytest.mark.parametrize("n_dead", [0, 1, 9, 24])
+def test_aux_k_by_pairs_of_a_fixed_number_is_that_of_the_definition(n_dead, k_aux):
+    for batch in (2, 5, 16):
+        rule = Rule("topk", 2.0)
+        assert_equal_steps(*both(rule, batch, n_dead=n_dead, k_aux=k_aux, static=True))
 
 
 @pytest.mark.parametrize("n_dead", [0, 9])

@@ -9,7 +9,7 @@ row, and with these pairs alone:
 3. The gradient of a decoder row is the sum of `value * G` over the rows in which the latent fires,
    that of an encoder row the sum of `gradient * (x - b_dec)`: `gather_sum` with the pairs in the
    order of their latents.
-4. Aux-k is dense in the dead latents, of which there are few.
+4. Aux-k is in `auxk.py`.
 
 In a job of several processes each has its rows of the batch. The choice is made over all of them
 from every process's best scores, and the gradients are summed, so that they are those of one
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lorascope import kernels
 from lorascope.runtime import Team
+from lorascope.sae.auxk import AuxK, by_dead, by_pairs
 from lorascope.sae.objective import AUX_ROWS, JUMP_WEIGHT, JUMP_WIDTH, Loss, Weights
 from lorascope.sae.sparsity import Rule
 
@@ -43,7 +44,8 @@ class Step:
     """How gradients are computed: what is fixed in a run, and the memory used again by each step.
 
     `bfloat16` takes the encoder's product in that type, from float32 weights; sums are float32.
-    `take` leaves the gradients in the weights' `.grad`.
+    `static` lets no shape depend on the data, for a CUDA graph. `take` leaves the gradients in the
+    weights' `.grad`.
     """
 
     rule: Rule
@@ -51,6 +53,8 @@ class Step:
     auxk_alpha: float
     team: Team
     bfloat16: bool = False
+    static: bool = False
+    _ends: Tensor | None = field(default=None, repr=False)
     _scores: Tensor | None = field(default=None, repr=False)
     _guess: dict[bool, float] = field(default_factory=dict, repr=False)
 
@@ -89,8 +93,9 @@ class Step:
         prefixes = self.rule.prefixes(d_sae)
         bags = pairs.rows
         if len(prefixes) > 1:
-            ends = torch.tensor(prefixes, device=x.device)
-            part = torch.bucketize(pairs.latents, ends, right=True)
+            if self._ends is None:
+                self._ends = torch.tensor(prefixes, device=x.device)
+            part = torch.bucketize(pairs.latents, self._ends, right=True)
             bags = pairs.rows * len(prefixes) + part
         offsets = kernel.row_offsets(bags, len(x) * len(prefixes))
         parts = kernel.gather_sum(code, pairs.latents, offsets, weights.W_dec)
@@ -116,13 +121,17 @@ class Step:
             to_threshold *= threshold
 
         auxk = x.new_zeros(())
-        latents = dead.nonzero()[:, 0]
-        if len(latents) and self.auxk_alpha:
-            auxk = self._auxk(
-                weights,
-                *(pre, bias, centred, errors[:, -1], latents, spread, n_rows),
-                *(to_encoder, to_decoder, to_bias),
+        if self.auxk_alpha and (self.static or bool(dead.any())):
+            mine = slice(-self.team.share(len(x))[0] % AUX_ROWS, None, AUX_ROWS)
+            share = n_rows / -(-n_rows // AUX_ROWS)
+            of = AuxK(
+                *(weights, pre[mine], centred[mine], errors[mine, -1], bias, self.k_aux),
+                factor=2 * self.auxk_alpha * share / spread,
             )
+            revival = by_pairs(of, dead) if self.static else by_dead(of, dead)
+            auxk = self.team.sum(revival.error) * share / spread
+            revival.add_to(to_encoder, to_decoder, to_bias, torch.isfinite(auxk))
+            auxk = auxk.nan_to_num(0.0, 0.0, 0.0)
         to_mean = to_part[:, 0].sum(0) - to_bias @ weights.W_enc.T
         if weights.log_threshold is not None and to_threshold is not None:
             weights.log_threshold.grad = self.team.sum(to_threshold)
@@ -180,36 +189,3 @@ class Step:
         first = sum(len(part) for part in parts[: self.team.rank])
         mine = kept[(kept >= first) & (kept < first + len(best.values))] - first
         return best._replace(places=best.places[mine], values=best.values[mine])
-
-    def _auxk(
-        self,
-        weights: Weights,
-        pre: Tensor,
-        bias: Tensor,
-        centred: Tensor,
-        errors: Tensor,
-        latents: Int64[Tensor, "dead"],
-        spread: Tensor,
-        n_rows: int,
-        to_encoder: Tensor,
-        to_decoder: Tensor,
-        to_bias: Tensor,
-    ) -> Float[Tensor, ""]:
-        """Add aux-k's gradients to those of the weights and return its loss."""
-        before, _ = self.team.share(len(pre))
-        first = -before % AUX_ROWS
-        mine = slice(first, None, AUX_ROWS)
-        scores = pre[mine].index_select(1, latents).to(centred.dtype) + bias[latents]
-        values, chosen = scores.topk(min(self.k_aux, len(latents)), sorted=False)
-        code = torch.zeros_like(scores).scatter_(1, chosen, values)
-        W_dec = weights.W_dec[latents]
-        missed = code @ W_dec + errors[mine]  # (row, d_in)
-        share = n_rows / -(-n_rows // AUX_ROWS)
-        out = missed * (2 * self.auxk_alpha * share / spread)
-        to_pre = torch.where(code != 0, out @ W_dec.T, 0.0)
-        loss = self.team.sum(missed.square().sum()) * share / spread
-        if torch.isfinite(loss):
-            to_decoder.index_add_(0, latents, code.T @ out)
-            to_encoder.index_add_(0, latents, to_pre.T @ centred[mine])
-            to_bias.index_add_(0, latents, to_pre.sum(0))
-        return loss.nan_to_num(0.0, 0.0, 0.0)

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from lorascope.activations.batches import BatchPlan, RowNumbers, read_blocks, split_rows
+from lorascope.activations.feed import batches_on
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import (
     Build,
@@ -192,8 +193,8 @@ def _train(
         bar.update(step)
         saved = time.monotonic()
         part = (together.rank, together.world)
-        for x in run.plan.batches(step, run.n_steps, part=part):
-            here = x.to(run.device) * scale
+        for x in batches_on(run.device, run.plan, step, run.n_steps, part):
+            here = x * scale
             for out, trainer in trainers.items():
                 if trainer.step == step:
                     trainer.take(here)

@@ -24,6 +24,7 @@ from lorascope import kernels
 from lorascope.artifact import replacing
 from lorascope.errors import ArtifactError, NumberError
 from lorascope.runtime import Team
+from lorascope.sae.graphs import StepGraphs
 from lorascope.sae.objective import Loss, Weights
 from lorascope.sae.sparsity import Rule
 from lorascope.sae.step import Step
@@ -65,9 +66,19 @@ class Trainer:
             for name, tensor in weights.tensors().items()
         }
         self.weights = Weights(**here)
-        self.adam = torch.optim.Adam(here.values(), lr=lr, betas=_BETAS, fused=True)
+        on_cuda = device.type == "cuda"
+        self._rate = torch.tensor(lr, device=device) if on_cuda else None  # what a graph reads
+        self.adam = torch.optim.Adam(
+            here.values(),
+            lr=lr if self._rate is None else self._rate,
+            betas=_BETAS,
+            fused=device.type in ("cpu", "cuda", "mps"),
+            capturable=on_cuda,
+        )
         k_aux = 2 ** round(math.log2(max(weights.b_dec.numel() / 2, 1)))  # Gao et al., A.2
-        self._step = Step(self.rule, k_aux, auxk_alpha, self.team, bfloat16)
+        fixed = on_cuda and architecture != "jumprelu" and self.team.world == 1
+        self._step = Step(self.rule, k_aux, auxk_alpha, self.team, bfloat16, static=fixed)
+        self._graphs = StepGraphs(self._change) if fixed else None
         self.step = 0
         self.log_every = max(n_steps // _LOG_POINTS, 1)
         self.log: list[dict[str, float]] = []
@@ -84,8 +95,20 @@ class Trainer:
         if self.step == 0 and self.weights.log_threshold is not None:
             self._first_threshold(x)
         by_row = self.rule.architecture != "jumprelu" and self.step < _BY_ROW * self.n_steps
+        rate = self.lr * schedule(self.step, self.n_steps, self.warmup)
+        if self._rate is None:
+            self.adam.param_groups[0]["lr"] = rate
+        else:
+            self._rate.fill_(rate)
+        loss = (self._graphs.take if self._graphs else self._change)(x, by_row)
+        self.step += 1
+        if self.step % self.log_every == 0 or self.step == self.n_steps:
+            self.log.append({"step": self.step, **self.means()})
+        return loss
+
+    def _change(self, x: Float[Tensor, "batch d_in"], by_row: bool) -> Loss:
+        """Do what of a step happens on the device."""
         loss = self._step.take(self.weights, x, self.dead, by_row=by_row)
-        self.adam.param_groups[0]["lr"] = self.lr * schedule(self.step, self.n_steps, self.warmup)
         self.adam.step()
         with torch.no_grad():
             W_dec = self.weights.W_dec
@@ -94,9 +117,6 @@ class Trainer:
             self.silent_tokens.masked_fill_(loss.fired, 0)
             new = torch.stack([loss.fvu, loss.l0, loss.auxk])
             self.running.mul_(_MEMORY).add_(new, alpha=1 - _MEMORY)
-        self.step += 1
-        if self.step % self.log_every == 0 or self.step == self.n_steps:
-            self.log.append({"step": self.step, **self.means()})
         return loss
 
     @torch.no_grad()
