@@ -36,9 +36,26 @@ def on_device(test):
     return pytest.mark.gpu(without(test))
 
 
+def passed_in_the_interpreter(file):
+    """Run a file's tests in a process that interprets kernels; return how many passed, all."""
+    own = {"PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"}
+    env = {name: value for name, value in os.environ.items() if name not in own}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not gpu", file],
+        cwd=Path(__file__).parent.parent,
+        env=env | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "skipped" not in done.stdout
+    return int(re.findall(r"(\d+) passed", done.stdout)[-1])
+
+
 def check_best(scores, n, signed=False):
     """Compare with the reference: places, count and what fills the rest."""
-    places, count = kernels.best_places(scores.to(DEVICE), n, signed=signed)
+    places, count = triton_best.best_places(scores.to(DEVICE), n, signed=signed)
     places = places.cpu()
     wanted = reference.best_places(scores, n, signed=signed)
     assert (places.dtype, count.dtype, count.ndim) == (torch.int64, torch.int64, 0)
@@ -114,7 +131,7 @@ def test_a_nan_is_never_chosen():
     scores = torch.full((4, 500), torch.nan)
     scores[1, 7], scores[3, 9] = 1.0, -2.0
     for signed, wanted in ((False, [507]), (True, [507, 1509])):
-        places, count = kernels.best_places(scores.to(DEVICE), 40, signed=signed)
+        places, count = triton_best.best_places(scores.to(DEVICE), 40, signed=signed)
         assert places[: int(count)].tolist() == wanted
 
 
@@ -138,9 +155,9 @@ def test_any_mixture_of_ties_is_chosen_as_in_the_reference(row, repeats, n, sign
 
 def test_scores_of_another_type_or_too_many_are_refused():
     with pytest.raises(NumberError, match="scores are torch.float64; expected bfloat16"):
-        kernels.best_places(torch.zeros(2, 3, dtype=torch.float64), 1)
+        triton_best.best_places(torch.zeros(2, 3, dtype=torch.float64), 1)
     with pytest.raises(ConfigError, match=r"expected at most 2\*\*30: use fewer rows"):
-        kernels.best_places(torch.empty(2**16, 2**14 + 1, device="meta"), 1)
+        triton_best.best_places(torch.empty(2**16, 2**14 + 1, device="meta"), 1)
 
 
 def test_blocks_balance_the_two_searches():
@@ -257,7 +274,7 @@ def test_pairs_by_latent_keep_their_order_and_bounds(n_pairs):
 def step(scores, n, table, gradient):
     """Choose, decode, and return the gradients of the values and of the table, by pairs."""
     n_rows, width = scores.shape
-    places, count = kernels.best_places(scores, n)
+    places, count = triton_best.best_places(scores, n)
     chosen = torch.arange(len(places), device=scores.device) < count
     values = scores.view(-1)[places].float().where(chosen, 0)
     rows, latents = places // width, places % width
@@ -298,19 +315,7 @@ def test_a_repetition_gives_the_same_bits():
 if not INTERPRETED:
 
     def test_parity_holds_in_the_interpreter():
-        own = {"PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"}
-        env = {name: value for name, value in os.environ.items() if name not in own}
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not gpu", __file__],
-            cwd=Path(__file__).parent.parent,
-            env=env | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-        assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) > 80
-        assert "skipped" not in done.stdout
+        assert passed_in_the_interpreter(__file__) > 80
 
     def test_every_kernel_compiles_without_a_gpu(tmp_path, monkeypatch):
         from triton.backends.compiler import GPUTarget

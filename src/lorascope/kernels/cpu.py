@@ -13,24 +13,19 @@ The guess decides the time and never the choice.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from lorascope.kernels import Best
+
 _SAMPLE = 1 << 16  # scores from which a bound is guessed
 _TRIES = 4  # bounds marked before every positive score is
 _LOWER = 0.99  # of a batch's bound: the guess for the next one
-
-
-class Best(NamedTuple):
-    """Pairs that were chosen: flat places, rising; their scores; a guess for the next batch."""
-
-    places: Int64[Tensor, "pair"]
-    values: Float[Tensor, "pair"]
-    guess: float
+_PARTS = 3  # of a row, for each latent wanted
 
 
 def product(
@@ -86,45 +81,31 @@ def best_places(
     return Best(places, values, _LOWER * bound)
 
 
-def best_of_rows(
-    scores: Float[Tensor, "batch latent"],
-    k: float,
-    sizes: Float[Tensor, "batch"],
-    *,
-    signed: bool = False,
-    guess: float | None = None,
-) -> Best:
+def best_of_rows(scores: Float[Tensor, "batch latent"], k: float, *, signed: bool = False) -> Best:
     """Return the `k` largest positive scores of each row, as `best_places` does.
 
     A fraction of `k` is spent on the batch: of the candidates that come next in each row, the best
     `round((k - floor(k)) * batch)` are kept. Of equal scores the lower latent is taken, and then
-    the lower row. `sizes` are what the rows' scores may grow with, such as the rows' norms: the
-    bound of a row is guessed as `guess` times its size. Rows that have too few scores above theirs
-    are searched whole.
+    the lower row.
+
+    Each row is cut into parts. As many scores as parts are at or above the `k`-th largest of the
+    parts' maxima, so that those at or above it hold the row's best, and are few.
     """
     batch, width = scores.shape
     whole, wide = math.floor(k), min(math.ceil(k), width)
     if batch == 0 or wide == 0:
         return Best(torch.zeros(0, dtype=torch.int64), scores.new_zeros(0), 0.0)
-    sizes = sizes.clamp(min=torch.finfo(sizes.dtype).tiny)
-    if guess is None or not guess > 0:
-        some = slice(None, None, max(batch * width // _SAMPLE, 1))
-        sample = scores[some].abs() if signed else scores[some]
-        guess = _low(torch.topk(sample, wide).values[:, -1], sizes[some])
-    bound = (guess * sizes).to(scores.dtype)[:, None]
-    marks = scores > bound
+    bound = torch.topk(_maxima(scores, wide, signed), wide, sorted=False).values.amin(1, True)
+    bound.clamp_(min=_least(scores))
+    marks = scores >= bound
     if signed:
-        marks |= scores < -bound
+        marks |= scores <= -bound
     places = _set_places(marks)
-    counts = torch.bincount(places // width, minlength=batch)
-    few = counts < wide
-    if few.any():
-        marks[few] = scores[few] != 0 if signed else scores[few] > 0
-        places = _set_places(marks)
-        counts = torch.bincount(places // width, minlength=batch)
-    rows = places // width
+    starts = torch.searchsorted(places, torch.arange(batch + 1) * width)
+    counts = starts.diff()
+    rows = torch.repeat_interleave(counts)
     values = scores.view(-1)[places]
-    columns = torch.arange(len(places)) - _bounds(counts)[rows]
+    columns = torch.arange(len(places)) - starts[rows]
     table = values.new_zeros(batch, max(int(counts.max()), wide))
     table[rows, columns] = values.abs() if signed else values
     best = torch.topk(table, wide).values
@@ -140,14 +121,29 @@ def best_of_rows(
         here, bar = table[crowded], last[crowded]
         free = allowed[crowded] - (here > bar).sum(1, keepdim=True)
         keep[crowded] = (here > bar) | ((here == bar) & ((here == bar).cumsum(1) <= free))
-    kept = keep[rows, columns] & (values != 0)
-    return Best(places[kept], values[kept], _low(best[:, -1], sizes))
+    kept = keep[rows, columns]
+    return Best(places[kept], values[kept], 0.0)
 
 
-def _low(cuts: Float[Tensor, "row"], sizes: Float[Tensor, "row"]) -> float:
-    """Return the part of its size that nearly every row's last kept score is above."""
-    parts = (cuts.to(sizes.dtype) / sizes).sort().values
-    return _LOWER * max(float(parts[len(parts) // 50]), 0.0)
+def _maxima(
+    scores: Float[Tensor, "batch latent"], wanted: int, signed: bool
+) -> Float[Tensor, "batch part"]:
+    """Return the largest score of each of several parts of a row: a few times `wanted`, or all."""
+    batch, width = scores.shape
+    size = width // (_PARTS * wanted)
+    if size < 2:
+        return scores.abs() if signed else scores
+    n = width // size
+    body, rest = scores[:, : size * n].unflatten(1, (size, n)), scores[:, size * n :]
+    if not signed:
+        return torch.cat([body.amax(1), rest], 1)
+    return torch.cat([torch.maximum(body.amax(1), -body.amin(1)), rest.abs()], 1)
+
+
+def _least(scores: Tensor) -> float:
+    """Return the smallest positive number of a type."""
+    info = torch.finfo(scores.dtype)
+    return info.tiny * info.eps
 
 
 def above(

@@ -1,13 +1,12 @@
-"""The operations of `reference.py` for CUDA, in Triton: no host synchronisation, static shapes.
+"""The operations on pairs for CUDA, in Triton: no host synchronisation, static shapes.
 
-A whole training step can therefore be captured into a CUDA graph. Nothing is added up in an order
-that depends on timing, so that a repetition gives the same bits. Triton comes with the CUDA builds
-of torch; this module is imported only for a tensor on such a device.
+Nothing is added up in an order that depends on timing, so that a repetition gives the same bits.
+Triton comes with the CUDA builds of torch; this module is imported only for a tensor on such a
+device, by `cuda.py`, which has the rest.
 
-`best_places` is in `triton_best.py`. `gather_sum` gives each bag a program. A latent may fire in
-every row, so a long bag is cut into pieces of 64 pairs, which other programs add up beforehand
-(`_sum_pieces`). The cuts are counted from the bag's own start: its sum does not depend on the
-other bags.
+`gather_sum` gives each bag a program. A latent may fire in every row, so a long bag is cut into
+pieces of 64 pairs, which other programs add up beforehand (`_sum_pieces`). The cuts are counted
+from the bag's own start: its sum does not depend on the other bags.
 """
 
 # ruff: noqa: ANN001, ANN202 -- the arguments of a kernel are pointers and scalars of the GPU
@@ -19,10 +18,6 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from jaxtyping import Float, Int64
 from torch import Tensor
-
-from lorascope.kernels.triton_best import best_places
-
-__all__ = ["best_places", "by_latent", "gather_sum", "pair_dot", "row_offsets"]
 
 _PIECE = 64  # pairs of a long bag that one program adds up
 _AREA = 2048  # entries of a table that a program holds

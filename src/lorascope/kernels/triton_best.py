@@ -39,9 +39,9 @@ def best_places(
     """Return the flat places, rising, of the `n` largest positive scores, and how many there are.
 
     Of equal scores those at lower places are taken. `signed` ranks by absolute value. Where fewer
-    are positive, the rest of the places repeats the last one of the scores: give them a weight of
-    zero. There are never more places than scores. A NaN is never chosen. Raises NumberError for
-    scores that are not bfloat16, float16 or float32, and ConfigError for more than 2**30 of them.
+    are positive, the rest of the places repeats the last one of the scores, which `cuda.py` gives
+    the value 0. There are never more places than scores. A NaN is never chosen. Raises NumberError
+    for scores that are not bfloat16, float16 or float32, and ConfigError for more than 2**30.
     """
     flat, numel, n_digits = scores.contiguous().view(-1), scores.numel(), _DIGITS.get(scores.dtype)
     if n_digits is None:

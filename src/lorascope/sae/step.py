@@ -56,7 +56,7 @@ class Step:
     static: bool = False
     _ends: Tensor | None = field(default=None, repr=False)
     _scores: Tensor | None = field(default=None, repr=False)
-    _guess: dict[bool, float] = field(default_factory=dict, repr=False)
+    _guess: float | None = field(default=None, repr=False)
 
     @torch.no_grad()
     def take(
@@ -80,9 +80,7 @@ class Step:
         if by_row or self.rule.architecture == "topk":
             pre, bias = pre.add_(bias), torch.zeros_like(bias)
             by_row = True
-        pairs = self._pairs(
-            pre, bias, weights.log_threshold, centred.norm(dim=1) if by_row else None
-        )
+        pairs = self._pairs(pre, bias, weights.log_threshold, by_row)
         threshold = None
         code = pairs.values
         if weights.log_threshold is not None:
@@ -160,24 +158,23 @@ class Step:
         return kernels.of(centred.device).product(centred, encoder, self._scores)
 
     def _pairs(
-        self, pre: Tensor, bias: Tensor, log_threshold: Tensor | None, sizes: Tensor | None
+        self, pre: Tensor, bias: Tensor, log_threshold: Tensor | None, by_row: bool
     ) -> Pairs:
-        """Choose what fires: row by row given the rows' sizes, near learned thresholds given those.
+        """Choose what fires, and where thresholds are learned what may.
 
-        `bias` is to be added to `pre` where it matters.
+        `bias` is to be added to `pre` where it matters; `by_row` it has been.
         """
         kernel, rule = kernels.of(pre.device), self.rule
-        guess = self._guess.get(sizes is not None)
         if log_threshold is not None:
             best = kernel.above(pre, log_threshold.exp() - JUMP_WIDTH / 2, bias=bias)
-        elif sizes is not None:
-            best = kernel.best_of_rows(pre, rule.k, sizes, signed=rule.signed, guess=guess)
+        elif by_row:
+            best = kernel.best_of_rows(pre, rule.k, signed=rule.signed)
         else:
             n = round(rule.k * self.team.share(len(pre))[1])
-            best = kernel.best_places(pre, n, signed=rule.signed, bias=bias, guess=guess)
+            best = kernel.best_places(pre, n, signed=rule.signed, bias=bias, guess=self._guess)
+            self._guess = best.guess
             if self.team.world > 1:
                 best = self._best_of_all(best, n)
-        self._guess[sizes is not None] = best.guess
         rows = best.places // pre.shape[1]
         return Pairs(rows, best.places - rows * pre.shape[1], best.values.to(bias.dtype))
 

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _LOG_POINTS = 200  # entries of the training log that the manifest keeps
 _BETAS = (0.9, 0.99)
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of a weight
 _MEMORY = 0.98  # of the running means that the bar and the log show
 _BY_ROW = 0.5  # share of the steps in which each row gets its own best
 
@@ -68,8 +69,11 @@ class Trainer:
         self.weights = Weights(**here)
         on_cuda = device.type == "cuda"
         self._rate = torch.tensor(lr, device=device) if on_cuda else None  # what a graph reads
+        # fused Adam copies what does not lie in memory as its shape says: W_enc is seen transposed
+        self._flat = {name: tensor.detach() for name, tensor in here.items()}
+        self._flat["W_enc"] = self._flat["W_enc"].T
         self.adam = torch.optim.Adam(
-            here.values(),
+            self._flat.values(),
             lr=lr if self._rate is None else self._rate,
             betas=_BETAS,
             fused=device.type in ("cpu", "cuda", "mps"),
@@ -109,6 +113,9 @@ class Trainer:
     def _change(self, x: Float[Tensor, "batch d_in"], by_row: bool) -> Loss:
         """Do what of a step happens on the device."""
         loss = self._step.take(self.weights, x, self.dead, by_row=by_row)
+        for name, tensor in self.weights.tensors().items():
+            grad = tensor.grad
+            self._flat[name].grad = grad.T if name == "W_enc" and grad is not None else grad
         self.adam.step()
         with torch.no_grad():
             W_dec = self.weights.W_dec
@@ -156,7 +163,7 @@ class Trainer:
     def save(self, path: Path) -> None:
         """Write everything that the next step depends on, atomically."""
         tensors = {name: tensor.detach() for name, tensor in self.weights.tensors().items()}
-        for name, tensor in self.weights.tensors().items():
+        for name, tensor in self._flat.items():
             for key, value in self.adam.state[tensor].items():
                 tensors[f"adam.{key}.{name}"] = value
         tensors |= {"silent_tokens": self.silent_tokens, "running": self.running}
@@ -179,10 +186,13 @@ class Trainer:
             with torch.no_grad():
                 for name, tensor in self.weights.tensors().items():
                     tensor.copy_(tensors[name])
+                for name, tensor in self._flat.items():
                     if state["step"]:
+                        moments = {k: tensors[f"adam.{k}.{name}"] for k in _MOMENTS}
+                        if any(moments[k].shape != tensor.shape for k in _MOMENTS[1:]):
+                            raise ValueError(f"the moments of {name} have another shape")
                         self.adam.state[tensor] = {
-                            key: self._moment(tensors[f"adam.{key}.{name}"], tensor)
-                            for key in ("step", "exp_avg", "exp_avg_sq")
+                            key: value.to(tensor.device) for key, value in moments.items()
                         }
             self.silent_tokens.copy_(tensors["silent_tokens"])
             self.running.copy_(tensors["running"])
@@ -202,24 +212,15 @@ class Trainer:
         self.step = int(self.team.from_first(torch.tensor([self.step], device=device)))
         if self.step == 0:
             return
-        for tensor in self.weights.tensors().values():
-            self.team.from_first(tensor.detach())
+        for tensor in self._flat.values():
+            self.team.from_first(tensor)
             if tensor not in self.adam.state:
-                zeros = {key: torch.zeros_like(tensor) for key in ("exp_avg", "exp_avg_sq")}
-                self.adam.state[tensor] = {"step": torch.tensor(0.0), **zeros}
-            for key, value in self.adam.state[tensor].items():
-                self.adam.state[tensor][key] = self.team.from_first(value.to(device)).to(
-                    value.device
-                )
+                zeros = {key: torch.zeros_like(tensor) for key in _MOMENTS[1:]}
+                self.adam.state[tensor] = {"step": torch.zeros((), device=device), **zeros}
+            for value in self.adam.state[tensor].values():
+                self.team.from_first(value)
         self.team.from_first(self.silent_tokens)
         self.team.from_first(self.running)
-
-    @staticmethod
-    def _moment(saved: Tensor, weight: Tensor) -> Tensor:
-        """Return a moment on the weight's device, lying in memory as the weight does."""
-        if saved.shape != weight.shape:
-            return saved.clone().to(weight.device)
-        return torch.empty_like(weight).copy_(saved)
 
 
 def schedule(step: int, n_steps: int, warmup: int) -> float:
