@@ -80,9 +80,12 @@ class Run(NamedTuple):
     finish: Callable[[], Coder]
 
 
-def lorascope(rows: Tensor, s: Setting) -> Run:
-    """Return a run of this project's trainer, which divides columns by their deviation."""
-    scale = 1 / column_deviation(rows)
+def lorascope(rows: Tensor, s: Setting, scale: Tensor | None = None) -> Run:
+    """Return a run of this project's trainer, which divides columns by their deviation.
+
+    `scale`, float64 `(d_in,)`, multiplies columns instead.
+    """
+    scale = 1 / column_deviation(rows) if scale is None else scale
     here = scale.float().to(s.device)
     sample = rows[:: max(len(rows) // max(_SAMPLE, s.d_sae), 1)]
     weights = initial_weights(

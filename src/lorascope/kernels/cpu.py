@@ -129,7 +129,7 @@ def _maxima(
     scores: Float[Tensor, "batch latent"], wanted: int, signed: bool
 ) -> Float[Tensor, "batch part"]:
     """Return the largest score of each of several parts of a row: a few times `wanted`, or all."""
-    batch, width = scores.shape
+    width = scores.shape[1]
     size = width // (_PARTS * wanted)
     if size < 2:
         return scores.abs() if signed else scores

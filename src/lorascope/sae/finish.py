@@ -95,8 +95,8 @@ def publish(
     report["n_calibrated"] = len(to_calibrate)
     _log_report(report, len(run.plan.rows), config, variant)
     sae = sae.sealed(report=report)
-    sae.publish(build)
     draw_training(sae.manifest, trainer.log, beside(out, ".png"))
+    sae.publish(build)
 
 
 def beside(out: Path, suffix: str) -> Path:

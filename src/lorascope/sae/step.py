@@ -182,7 +182,9 @@ class Step:
         """Return those of this process's best that are among the `n` best of all processes."""
         parts = self.team.gather(best.values)
         every = torch.cat(parts)[None]  # by rank, so in the order of the whole batch's places
-        kept = kernels.of(every.device).best_places(every, n, signed=self.rule.signed).places
+        kept = kernels.of(every.device).best_places(every, n, signed=self.rule.signed)
         first = sum(len(part) for part in parts[: self.team.rank])
-        mine = kept[(kept >= first) & (kept < first + len(best.values))] - first
-        return best._replace(places=best.places[mine], values=best.values[mine])
+        here = (kept.places >= first) & (kept.places < first + len(best.values))
+        mine = kept.places[here] - first
+        # the values are kept's: of the pads that fill up on CUDA, they are 0
+        return best._replace(places=best.places[mine], values=kept.values[here])

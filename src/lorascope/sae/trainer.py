@@ -131,8 +131,9 @@ class Trainer:
         """Let learned thresholds begin where `k` latents a row fire in the first batch."""
         weights = self.weights
         pre = (x - weights.b_dec) @ weights.W_enc + weights.b_enc
-        best = kernels.of(x.device).best_places(pre, round(self.rule.k * len(x)))
-        lowest = best.values.min() if len(best.values) else pre.new_ones(())
+        best = kernels.of(x.device).best_places(pre, round(self.rule.k * len(x))).values
+        best = best[best > 0]
+        lowest = best.min() if len(best) else pre.new_ones(())
         lowest = self.team.sum(lowest) / self.team.world
         assert weights.log_threshold is not None
         weights.log_threshold.fill_(lowest.log())

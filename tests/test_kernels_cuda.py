@@ -1,0 +1,382 @@
+"""What CUDA uses means what the reference does, and a step through it has the gradients of the
+definition, pads included.
+
+As in test_kernels_triton.py the tests run in Triton's interpreter, in a process of their own, and
+on CUDA with the marker `gpu`.
+"""
+
+import inspect
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+triton = pytest.importorskip("triton")
+
+from test_kernels_triton import (  # noqa: E402
+    DEVICE,
+    INTERPRETED,
+    on_device,
+    passed_in_the_interpreter,
+)
+
+from lorascope import kernels  # noqa: E402
+from lorascope.errors import ConfigError, NumberError  # noqa: E402
+from lorascope.kernels import cpu, cuda, reference  # noqa: E402
+from lorascope.runtime import Team  # noqa: E402
+from lorascope.sae.objective import Weights, objective  # noqa: E402
+from lorascope.sae.sparsity import Rule, chosen  # noqa: E402
+from lorascope.sae.step import Step  # noqa: E402
+
+TYPES = [torch.float32, torch.bfloat16]
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
+
+
+def quarters(*shape, seed=0, dtype=torch.float32):
+    """Draw numbers of few bits: products and sums of them are exact, and often equal."""
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return ((4 * drawn).round() / 4).to(dtype)
+
+
+def check(best, wanted, total, n) -> None:
+    """Compare what was chosen of `total` with the wanted places and `n` minus so many pads."""
+    places, values = best.places.cpu(), best.values.cpu()
+    n_pads = n - len(wanted)
+    assert (places.dtype, values.dtype, best.guess) == (torch.int64, total.dtype, 0.0)
+    assert places.tolist() == [*wanted.tolist(), *[total.numel() - 1] * n_pads]
+    assert values.tolist() == [*total.flatten()[wanted].tolist(), *[0.0] * n_pads]
+
+
+def check_places(scores, n, signed=False, bias=None) -> None:
+    total = scores if bias is None else scores + bias
+    there = scores.to(DEVICE)
+    before = there.clone()
+    best = cuda.best_places(
+        there, n, signed=signed, bias=None if bias is None else bias.to(DEVICE), guess=7.0
+    )
+    check(best, reference.best_places(total, n, signed=signed), total, min(n, total.numel()))
+    assert torch.equal(there, before)
+
+
+def check_rows(scores, k, signed=False) -> None:
+    there = scores.to(DEVICE)
+    before = there.clone()
+    best = cuda.best_of_rows(there, k, signed=signed)
+    batch, whole = len(scores), int(k)
+    n = min(batch * whole + round((k - whole) * batch), scores.numel())
+    fires = chosen(scores.contiguous(), Rule("topk", k, signed), by_row=True)
+    check(best, fires.flatten().nonzero()[:, 0], scores, n)
+    assert torch.equal(there, before)
+
+
+@on_device
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    ("shape", "n"), [((1, 1), 1), ((3, 7), 5), ((3, 7), 100), ((5, 509), 37), ((0, 5), 3)]
+)
+def test_the_best_places_and_their_values_are_those_of_the_reference(shape, n, dtype, signed):
+    scores, bias = quarters(*shape, dtype=dtype), quarters(shape[1], seed=1)
+    check_places(scores.T, n, signed)
+    check_places(scores - 1, n, signed, bias)
+
+
+@on_device
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    ("shape", "k"),
+    [
+        *(((5, 7), k) for k in (0, 0.05, 0.5, 2.5, 6.99, 7)),
+        *[((1, 1), 1), ((2, 3), 3), ((13, 509), 37.3), ((0, 5), 2)],
+    ],
+)
+def test_the_best_of_rows_and_their_values_are_those_of_the_definition(shape, k, dtype, signed):
+    scores = quarters(*shape, dtype=dtype)
+    check_rows(scores, k, signed)
+    check_rows(scores - 2, k, signed)
+    check_rows(scores.T.contiguous().T, k, signed)
+    check_rows(torch.ones_like(scores), k, signed)
+    check_rows(-scores.abs(), k, signed)
+
+
+@on_device
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 6),
+    st.integers(1, 9),
+    st.floats(0, 1),
+    st.lists(st.sampled_from([-2.0, -0.0, 0.0, 1e-45, 0.5, 1.0, 3.0, torch.inf]), min_size=54),
+    st.booleans(),
+)
+def test_any_mixture_of_ties_is_chosen_by_rows_as_in_the_definition(
+    batch, width, share, values, signed
+):
+    scores = torch.tensor(values[: batch * width], dtype=torch.float32).view(batch, width)
+    check_rows(scores, share * width, signed)
+
+
+@on_device
+def test_pads_stand_behind_a_true_pair_of_the_last_place():
+    scores = -torch.ones(3, 4)
+    for values in ([], [5.0, 6.0]):
+        places = [2, 11][: len(values)]
+        scores.view(-1)[places] = torch.tensor(values)
+        for best in (
+            cuda.best_places(scores.to(DEVICE), 5),
+            cuda.best_of_rows(scores.to(DEVICE), 5 / 3),
+        ):
+            assert best.places.tolist() == places + [11] * (5 - len(places))
+            assert best.values.tolist() == values + [0.0] * (5 - len(values))
+
+
+@on_device
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_nan_is_never_chosen_and_is_no_value_of_a_pad(dtype):
+    scores = torch.full((4, 50), torch.nan, dtype=dtype)
+    scores[1, 7], scores[3, 9] = 1.0, -2.0
+    for signed, wanted in ((False, [57]), (True, [57, 159])):
+        for best in (
+            cuda.best_places(scores.to(DEVICE), 8, signed=signed),
+            cuda.best_of_rows(scores.to(DEVICE), 1.5, signed=signed),
+        ):
+            n_pads = len(best.places) - len(wanted)
+            assert n_pads > 0
+            assert best.places.tolist() == wanted + [199] * n_pads
+            assert best.values.tolist() == [1.0, -2.0][: len(wanted)] + [0.0] * n_pads
+
+
+@on_device
+@pytest.mark.parametrize("dtype", TYPES)
+def test_what_is_above_a_bound_of_each_latent(dtype):
+    scores, bias, bound = quarters(9, 24, dtype=dtype), quarters(24, seed=1), quarters(24, seed=2)
+    best = cuda.above(scores.to(DEVICE), bound.to(DEVICE), bias=bias.to(DEVICE))
+    total = scores + bias
+    wanted = (total > bound).flatten().nonzero()[:, 0]
+    check(best, wanted, total, len(wanted))
+
+
+@on_device
+@pytest.mark.parametrize("dtype", TYPES)
+def test_the_product_is_written_into_the_memory_it_is_given(dtype):
+    x, weight = quarters(5, 6, dtype=dtype), quarters(7, 6, seed=1, dtype=dtype)
+    out = torch.empty(5, 7, dtype=dtype, device=DEVICE)
+    assert cuda.product(x.to(DEVICE), weight.to(DEVICE), out) is out
+    exact = (x.double() @ weight.double().T).to(dtype)
+    torch.testing.assert_close(out.cpu(), exact)
+
+
+class Steps(NamedTuple):
+    """A step by the definition, in float64, and one by the kernels, in float32."""
+
+    plain: Weights
+    loss: object
+    fast: Weights
+    taken: object
+    n_positive: int
+
+
+def weights_of(d_in, d_sae, dtype, device, *, jump, shift, distinct) -> Weights:
+    """Make weights of few bits; `distinct` tells the scores of a row apart."""
+    bias = quarters(d_sae, seed=3, dtype=dtype) - shift
+    named = {
+        "W_enc": quarters(d_sae, d_in, seed=1, dtype=dtype).T,
+        "b_enc": bias + torch.arange(d_sae, dtype=dtype) / 1024 if distinct else bias,
+        "W_dec": quarters(d_sae, d_in, seed=2, dtype=dtype),
+        "b_dec": quarters(d_in, seed=4, dtype=dtype),
+        "log_threshold": quarters(d_sae, seed=5, dtype=dtype) / 2 if jump else None,
+    }
+    return Weights(
+        **{n: None if t is None else t.to(device).requires_grad_() for n, t in named.items()}
+    )
+
+
+def steps(
+    rule,
+    monkeypatch,
+    *,
+    batch=5,
+    d_in=3,
+    d_sae=7,
+    by_row=False,
+    n_dead=0,
+    static=False,
+    shift=0.0,
+    low=False,
+) -> Steps:
+    """Take a step of each kind with the same weights and rows."""
+    monkeypatch.setattr(kernels, "of", lambda device: cuda)
+    made = {"jump": rule.architecture == "jumprelu", "shift": shift, "distinct": n_dead > 0}
+    plain = weights_of(d_in, d_sae, torch.float64, "cpu", **made)
+    fast = weights_of(d_in, d_sae, torch.float32, DEVICE, **made)
+    x = quarters(batch, d_in, seed=6, dtype=torch.float64)
+    dead = torch.arange(d_sae) < n_dead
+    loss = objective(plain, x, rule, dead, k_aux=2, auxk_alpha=0.7, by_row=by_row)
+    loss.total.backward()
+    step = Step(rule, k_aux=2, auxk_alpha=0.7, team=Team(), bfloat16=low, static=static)
+    taken = step.take(fast, x.float().to(DEVICE), dead.to(DEVICE), by_row=by_row)
+    pre = (x - plain.b_dec) @ plain.W_enc + plain.b_enc
+    n_positive = int((pre != 0).sum() if rule.signed else (pre > 0).sum())
+    return Steps(plain, loss, fast, taken, n_positive)
+
+
+def assert_equal_steps(found: Steps) -> None:
+    plain, loss, fast, taken, _ = found
+    for name in ("total", "fvu", "auxk", "l0"):
+        ours, wanted = (float(getattr(of, name).detach()) for of in (taken, loss))
+        assert ours == pytest.approx(wanted, rel=1e-5, abs=1e-6), name
+    assert taken.fired.tolist() == loss.fired.tolist()
+    for name, tensor in plain.tensors().items():
+        ours = fast.tensors()[name].grad.cpu().double()
+        largest = float(tensor.grad.abs().max())
+        torch.testing.assert_close(ours, tensor.grad, rtol=1e-4, atol=1e-5 * largest)
+
+
+@on_device
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("k", [0.5, 2.4])
+@pytest.mark.parametrize("architecture", ["batchtopk", "topk", "matryoshka"])
+def test_a_step_through_the_kernels_has_the_gradients_of_the_definition(
+    architecture, k, signed, monkeypatch
+):
+    rule = Rule(architecture, k, signed)
+    assert_equal_steps(steps(rule, monkeypatch))
+    assert_equal_steps(steps(rule, monkeypatch, by_row=True, low=True))  # also exact
+
+
+@on_device
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("n_dead", [0, 5])
+def test_dead_latents_get_the_gradients_of_the_definition(n_dead, static, monkeypatch):
+    for rule in (Rule("batchtopk", 2.4), Rule("topk", 2.4)):
+        assert_equal_steps(steps(rule, monkeypatch, n_dead=n_dead, static=static))
+
+
+@on_device
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka"])
+def test_pads_change_nothing_where_fewer_scores_are_positive_than_wanted(
+    architecture, by_row, monkeypatch
+):
+    for k, shift, signed, n_dead in (
+        (4.5, 3.0, False, 0),
+        (4.5, 3.0, False, 7),
+        (4.5, 99.0, False, 7),
+        (7, 0.0, False, 0),
+        (7, 0.0, True, 0),
+    ):
+        rule = Rule(architecture, k, signed)
+        more = {"by_row": by_row, "n_dead": n_dead, "shift": shift}
+        found = steps(rule, monkeypatch, static=n_dead > 0, **more)
+        assert (found.n_positive == 0) == (shift == 99)
+        assert found.n_positive < round(k * 5)
+        assert_equal_steps(found)
+
+
+@on_device
+def test_learned_thresholds_get_the_gradients_of_the_definition(monkeypatch):
+    for batch, n_dead in ((5, 0), (33, 5)):
+        rule = Rule("jumprelu", 2.0)
+        assert_equal_steps(steps(rule, monkeypatch, batch=batch, n_dead=n_dead))
+
+
+class Waiting(TorchDispatchMode):
+    """Collect the operations that wait for a device, or copy from the host, or shape by data."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "lift")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masks = name.startswith("index") and any(
+            isinstance(of, torch.Tensor) and of.dtype == torch.bool
+            for part in args[1:2]
+            if isinstance(part, list | tuple)
+            for of in part
+        )
+        if masks or name.startswith(self.FORBIDDEN):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@on_device
+def test_a_step_of_static_shapes_never_waits_for_the_device(monkeypatch):
+    monkeypatch.setattr(kernels, "of", lambda device: cuda)
+    made = {"jump": False, "shift": 1.0, "distinct": True}
+    weights = weights_of(3, 9, torch.float32, DEVICE, **made)
+    x, dead = quarters(6, 3).to(DEVICE), (torch.arange(9) < 4).to(DEVICE)
+    for rule in (Rule("matryoshka", 2.4), Rule("batchtopk", 2.4, signed=True), Rule("topk", 2.4)):
+        step = Step(rule, k_aux=2, auxk_alpha=0.7, team=Team(), static=True)
+        step.take(weights, x, dead)  # may keep what later ones use
+        for by_row in (False, True):
+            with Waiting() as mode:
+                step.take(weights, x, dead, by_row=by_row)
+            assert mode.found == []
+    with Waiting() as mode:
+        cuda.above(x, x[0], bias=x[1])
+        assert float(x.sum()) == float(x[x < 9].sum())
+    assert mode.found == ["nonzero", "_local_scalar_dense", "index", "_local_scalar_dense"]
+
+
+if not INTERPRETED:
+
+    def test_parity_holds_in_the_interpreter():
+        assert passed_in_the_interpreter(__file__) > 60
+
+    def test_cuda_has_the_functions_of_the_cpu_with_the_same_signatures():
+        contract = {
+            name: str(inspect.signature(function))  # types of the same words are not equal
+            for name, function in vars(cpu).items()
+            if inspect.isfunction(function)
+            and function.__module__ == cpu.__name__
+            and not name.startswith("_")
+        }
+        assert len(contract) == 8
+        assert sorted(cuda.__all__) == sorted(contract)
+        for name, signature in contract.items():
+            assert str(inspect.signature(getattr(cuda, name))) == signature, name
+        assert kernels.of(torch.device("cuda", 0)) is cuda
+        assert kernels.of(torch.device("cpu")) is cpu
+
+    def test_scores_of_another_type_or_too_many_are_refused():
+        scores = torch.zeros(2, 3, dtype=torch.float64)
+        for refused in (
+            lambda: cuda.best_places(scores, 1),
+            lambda: cuda.best_of_rows(scores, 1),
+        ):
+            with pytest.raises(NumberError, match="scores are torch.float64; expected bfloat16"):
+                refused()
+        with pytest.raises(ConfigError, match=r"expected at most 2\*\*30: use fewer rows"):
+            cuda.best_places(torch.empty(2**16, 2**14 + 1, device="meta"), 1)
+
+    @on_device
+    @pytest.mark.parametrize("by_row", [False, True])
+    def test_a_captured_graph_replays_a_whole_step_on_other_rows(by_row):
+        made = {"jump": False, "shift": 0.0, "distinct": True}
+        weights = weights_of(32, 256, torch.float32, DEVICE, **made)
+        x, dead = quarters(64, 32).to(DEVICE), torch.arange(256, device=DEVICE) < 9
+        step = Step(Rule("matryoshka", 4.3), 16, 0.7, Team(), static=True)
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            step.take(weights, x, dead, by_row=by_row)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step.take(weights, x, dead, by_row=by_row)
+        grads = {name: tensor.grad for name, tensor in weights.tensors().items()}
+        for seed, scale in ((7, 1.0), (8, 3.0)):
+            x.copy_(scale * quarters(64, 32, seed=seed))
+            graph.replay()
+            eager = step.take(weights, x, dead, by_row=by_row)
+            torch.testing.assert_close(captured.total, eager.total, rtol=1e-5, atol=0)
+            assert torch.equal(captured.fired, eager.fired)
+            for name, tensor in weights.tensors().items():
+                assert tensor.grad is not grads[name]
+                torch.testing.assert_close(grads[name], tensor.grad, rtol=1e-4, atol=1e-6)
