@@ -98,7 +98,6 @@ def lorascope(rows: Tensor, s: Setting, scale: Tensor | None = None) -> Run:
         lr=s.lr or auto_lr(rows.shape[1], s.n_steps),
         warmup=100,
         dead_after=s.dead_after,
-        auxk_alpha=_AUX,
         bfloat16=s.bf16,
         device=torch.device(s.device),
     )

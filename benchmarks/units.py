@@ -10,16 +10,18 @@ absolute cosine > 0.9, with columns at variance 1 as in `train.py`.
 other problems are read twice: the second time every `lora_A` gives what the SAE makes of the rows
 of the first, as its threshold lets through. The KL divergence of the next-token distributions,
 nats a token: `spliced` from those of the adapted model; `mean` when every column is its mean
-instead, `zero` without the adapter. `kept` is 1 - spliced / zero. A rollout's tokens all count.
+instead, `zero` without the adapter. `kept` is 1 - spliced / zero. Rows of special tokens, which no
+SAE is trained on, stay as they are; the divergence counts at every token.
 """
 
 import argparse
 import statistics
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import contenders
 import torch
@@ -37,9 +39,17 @@ from lorascope.sae.model import SAE, load_sae
 from lorascope.subject.adapter import inspect_adapter
 from lorascope.subject.hooks import RowReader
 from lorascope.subject.load import Subject, find_base, load_subject, load_tokenizer
+from lorascope.subject.rollouts import ROLES
 
 UNITS = ("effect", "std", "rms", "none")
 SUBJECT = Path(lorascope.__file__).parent / "demo" / "subject"
+
+
+class Text(NamedTuple):
+    """A text to read: its tokens `(1, n)`, and which of them an SAE may be trained on `(n,)`."""
+
+    ids: Tensor
+    eligible: Tensor
 
 
 def planted(given: Namespace) -> None:
@@ -90,7 +100,10 @@ def subject(given: Namespace) -> None:
         )
         store = ActivationStore.open(lorascope.generate(reading))
         texts = [
-            torch.tensor(rollout.token_ids)[None]
+            Text(
+                torch.tensor(rollout.token_ids)[None],
+                torch.tensor(rollout.roles) != ROLES.index("special"),
+            )
             for rollout in load_texts(
                 GenerateConfig(
                     lora_path=str(SUBJECT / "adapter"),
@@ -131,22 +144,22 @@ def subject(given: Namespace) -> None:
                 )
 
 
-def through(sae: SAE):
+def through(sae: SAE) -> Callable[[Tensor], Tensor]:
     """Return the function that sends rows through an SAE."""
     return lambda rows: sae.decode(sae.encode(rows))
 
 
-def divergence(subject: Subject, texts: list[Tensor], change) -> float:
+def divergence(subject: Subject, texts: list[Text], change: Callable[[Tensor], Tensor]) -> float:
     """Return the mean KL divergence of the spliced model from the adapted one, in nats a token."""
     total, n_tokens = 0.0, 0
     with RowReader(subject, own_forward=False) as reader:
-        rows = [reader.read(ids)[0] for ids in texts]
-    for ids, here in zip(texts, rows, strict=True):
-        true = subject.causal(input_ids=ids).logits[0].double().log_softmax(-1)
-        with spliced(subject, change(here)):
-            other = subject.causal(input_ids=ids).logits[0].double().log_softmax(-1)
+        rows = [reader.read(text.ids)[0] for text in texts]
+    for text, here in zip(texts, rows, strict=True):
+        true = subject.causal(input_ids=text.ids).logits[0].double().log_softmax(-1)
+        with spliced(subject, torch.where(text.eligible[:, None], change(here), here)):
+            other = subject.causal(input_ids=text.ids).logits[0].double().log_softmax(-1)
         total += float((true.exp() * (true - other)).sum())
-        n_tokens += ids.numel()
+        n_tokens += text.ids.numel()
     return total / n_tokens
 
 

@@ -63,6 +63,8 @@ def publish(
         for path, (other, _) in todo.items()
         if other.kin == variant.kin and path != out
     ]
+    if config.signed:  # a latent and the one of opposite direction are the same
+        kin = [torch.cat([decoder, -decoder]) for decoder in kin]
     content = {
         "d_in": store.d_in,
         "d_sae": folded["W_enc"].shape[1],
@@ -114,6 +116,9 @@ def _halves(store: ActivationStore, rows: RowNumbers) -> tuple[RowNumbers, RowNu
 
 def write_table(base: Path, todo: Mapping[Path, tuple[Variant, dict[str, Any]]]) -> Path:
     """Write and log one row for each SAE of a run of several."""
+    path = beside(base, ".runs.json")
+    if place().rank > 0:
+        return path  # rank 0 may still be publishing
     rows = []
     for out, (variant, _) in todo.items():
         content = (read_manifest(out) or {})["content"]
@@ -130,10 +135,8 @@ def write_table(base: Path, todo: Mapping[Path, tuple[Variant, dict[str, Any]]])
                 "stability": float(np.median(agreed)) if agreed else None,
             }
         )
-    path = beside(base, ".runs.json")
-    if place().rank == 0:
-        write_text(path, json.dumps(rows, indent=1) + "\n")
-        log.info("held out:\n%s", table(rows))
+    write_text(path, json.dumps(rows, indent=1) + "\n")
+    log.info("held out:\n%s", table(rows))
     return path
 
 

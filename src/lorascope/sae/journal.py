@@ -177,7 +177,7 @@ def journals(
     config: Mapping[str, Any],
     folder: Path,
     track: Sequence[str] = (),
-    step: int = 0,
+    step: int | Mapping[str, int] = 0,
 ) -> Generator[dict[str, Journal]]:
     """Open a journal for each SAE of a run, by its label, and the trackers that they share.
 
@@ -186,14 +186,16 @@ def journals(
     tracker's metric is named `LABEL/NAME`, else `NAME`.
     """
     prefixes = {label: f"{label}/" if len(paths) > 1 else "" for label in paths}
+    steps = step if isinstance(step, Mapping) else dict.fromkeys(paths, step)
+    first = min(steps.values(), default=0)
     trackers = Trackers(
-        track, config=config, folder=folder, prefixes=tuple(prefixes.values()), step=step
+        track, config=config, folder=folder, prefixes=tuple(prefixes.values()), step=first
     )
     opened: dict[str, Journal] = {}
     exit_code = 1
     try:
         for label, path in paths.items():
-            opened[label] = Journal(path, trackers, prefix=prefixes[label], step=step)
+            opened[label] = Journal(path, trackers, prefix=prefixes[label], step=steps[label])
         yield opened
         exit_code = 0
     except BaseException as error:

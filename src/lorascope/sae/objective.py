@@ -34,6 +34,7 @@ from lorascope.sae.evaluate import ColumnMoments, Columns
 from lorascope.sae.sparsity import Rule, chosen
 from lorascope.sites import SiteLayout
 
+LEAST_SPREAD = 1e-4  # of a batch, for each of its numbers: equal rows have none
 AUX_ROWS = 4  # aux-k looks at one row in so many
 JUMP_WIDTH = 0.2  # of the rectangle around a learned threshold; columns have variance 1
 JUMP_WEIGHT = 0.1  # of the term that holds the L0
@@ -160,7 +161,7 @@ def objective(
     else:
         fires = chosen(pre, rule, by_row=by_row)
         code = pre * fires
-    spread = (x - x.mean(0)).square().sum().clamp(min=torch.finfo(x.dtype).tiny)
+    spread = (x - x.mean(0)).square().sum().clamp(min=LEAST_SPREAD * x.numel())
     losses, residual = [], x
     for prefix in rule.prefixes(pre.shape[1]):
         residual = x - code[:, :prefix] @ weights.W_dec[:prefix] - weights.b_dec

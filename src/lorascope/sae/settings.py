@@ -14,6 +14,9 @@ from lorascope.sites import parse_adapter_types
 Architecture = Literal["batchtopk", "topk", "jumprelu", "matryoshka"]
 
 
+_SEEDS = 2**63  # torch's generators take no more
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(Config):
     """Options that decide what is learned from a store."""
@@ -49,7 +52,7 @@ class TrainOptions(Config):
     roles: tuple[str, ...] = option((), help="roles of the tokens to learn from (default: all)")
     holdout: float = option(0.1, help="share of the tokens kept for the report, by rollout")
     dead_after: int = option(100_000, help="tokens without firing after which a latent is dead")
-    auxk_alpha: float = option(1 / 32, help="weight of the loss that revives dead latents")
+    auxk_alpha: float = option(1 / 8, help="weight of the loss that revives dead latents")
     precision: Literal["float32", "bfloat16"] = option(
         "float32", help="type of the encoder's product; weights and sums are float32 either way"
     )
@@ -59,6 +62,8 @@ class TrainOptions(Config):
         super().check()
         for name in ("k", "expansion_factor", "lr", "seed"):
             values = self.each(name)
+            if name == "lr":
+                values = tuple(v if v == "auto" else number(v) for v in values)
             if not values or len(set(values)) < len(values):
                 raise ConfigError(
                     f"{flag_of(name)} is {' '.join(map(str, values)) or 'empty'}, "
@@ -79,6 +84,15 @@ class TrainOptions(Config):
             self.require(name, least)
         for name in ("warmup", "dead_after", "auxk_alpha"):
             self.require(name, 0)
+        if self.auxk_alpha == math.inf:
+            raise ConfigError("--auxk-alpha is inf, expected a finite number")
+        if round((k := min(self.each("k"))) * self.batch_size) < 1:
+            raise ConfigError(
+                f"--k is {k:g}, which is no latent in a batch of {self.batch_size}; "
+                "raise it, or --batch-size"
+            )
+        if (seed := max(self.each("seed"))) >= _SEEDS:
+            raise ConfigError(f"--seed is {seed}, expected less than {_SEEDS}")
         if not 0 < self.holdout < 1:
             raise ConfigError(f"--holdout is {self.holdout}, expected between 0 and 1")
 
@@ -131,6 +145,7 @@ class TrainConfig(TrainOptions):
         super().check()
         self.require("seeds", 1)
         self.require("buffer_rows", 1)
+        self.require("checkpoint_every", 0)
         require_trackers(self.track)
         if self.seeds > 1 and len(self.each("seed")) > 1:
             raise ConfigError("--seeds counts on from one --seed; give one of the two lists")

@@ -16,6 +16,7 @@ from every process's best scores, and the gradients are summed, so that they are
 process with the whole batch.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch import Tensor
 from lorascope import kernels
 from lorascope.runtime import Team
 from lorascope.sae.auxk import AuxK, by_dead, by_pairs
-from lorascope.sae.objective import AUX_ROWS, JUMP_WEIGHT, JUMP_WIDTH, Loss, Weights
+from lorascope.sae.objective import AUX_ROWS, JUMP_WEIGHT, JUMP_WIDTH, LEAST_SPREAD, Loss, Weights
 from lorascope.sae.sparsity import Rule
 
 
@@ -72,7 +73,7 @@ class Step:
         n_rows = self.team.share(len(x))[1]
         mean = self.team.sum(x.sum(0)) / n_rows
         spread = self.team.sum((x - mean).square().sum())
-        spread = spread.clamp(min=torch.finfo(x.dtype).tiny)
+        spread = spread.clamp(min=LEAST_SPREAD * n_rows * x.shape[1])
         centred = x - weights.b_dec
         pre = self._product(weights, centred)
         d_sae = pre.shape[1]
@@ -97,7 +98,7 @@ class Step:
             bags = pairs.rows * len(prefixes) + part
         offsets = kernel.row_offsets(bags, len(x) * len(prefixes))
         parts = kernel.gather_sum(code, pairs.latents, offsets, weights.W_dec)
-        made = parts.view(len(x), len(prefixes), -1).cumsum(1)
+        made = parts.view(len(x), len(prefixes), x.shape[1]).cumsum(1)
         errors = made + weights.b_dec - x[:, None]  # (batch, prefix, d_in)
         to_prefix = errors * (2 / (spread * len(prefixes)))
         to_part = to_prefix.flip(1).cumsum(1).flip(1) if len(prefixes) > 1 else to_prefix
@@ -168,7 +169,10 @@ class Step:
         if log_threshold is not None:
             best = kernel.above(pre, log_threshold.exp() - JUMP_WIDTH / 2, bias=bias)
         elif by_row:
-            best = kernel.best_of_rows(pre, rule.k, signed=rule.signed)
+            k = rule.k if self.team.world == 1 else math.ceil(rule.k)
+            best = kernel.best_of_rows(pre, k, signed=rule.signed)
+            if k != rule.k:
+                best = self._fraction_of_all(best, *pre.shape)
         else:
             n = round(rule.k * self.team.share(len(pre))[1])
             best = kernel.best_places(pre, n, signed=rule.signed, bias=bias, guess=self._guess)
@@ -177,6 +181,20 @@ class Step:
                 best = self._best_of_all(best, n)
         rows = best.places // pre.shape[1]
         return Pairs(rows, best.places - rows * pre.shape[1], best.values.to(bias.dtype))
+
+    def _fraction_of_all(self, best: Any, n_rows: int, width: int) -> Any:
+        """Spend the fraction of `k` on the batch, of whose rows each has one score too many."""
+        whole, rows = math.floor(self.rule.k), best.places // width
+        order = best.values.abs().argsort(descending=True, stable=True)
+        order = order[rows[order].argsort(stable=True)]  # by row, the best first
+        place = torch.arange(len(order), device=order.device) - torch.searchsorted(rows, rows)
+        last = torch.zeros_like(order, dtype=torch.bool)
+        last[order[place == whole]] = True
+        n = round((self.rule.k - whole) * self.team.share(n_rows)[1])
+        some = best._replace(places=best.places[last], values=best.values[last])
+        some = self._best_of_all(some, n)
+        last &= ~torch.isin(best.places, some.places[some.values != 0])
+        return best._replace(places=best.places[~last], values=best.values[~last])
 
     def _best_of_all(self, best: Any, n: int) -> Any:
         """Return those of this process's best that are among the `n` best of all processes."""

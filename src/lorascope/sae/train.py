@@ -90,14 +90,17 @@ def run(config: TrainConfig) -> Path:
             store, rows, config.batch_size, config.each("seed")[0], buffer_rows=config.buffer_rows
         )
         device = pick_device(config.device)
+        families = {todo[out][0].kin for out in unfinished}  # whose decoders a stability needs
+        needed = {out: made for out, made in todo.items() if made[0].kin in families}
         with team(device) as together, ExitStack() as stack:
             builds = {
                 out: stack.enter_context(
                     building(out, KIND, **identity, overwrite=config.overwrite)
                 )
-                for out, (_, identity) in (todo.items() if together.rank == 0 else ())
+                for out, (_, identity) in todo.items()
+                if together.rank == 0 and out in unfinished
             }
-            _train(_prepared(config, plan, held_out, device), todo, builds, together)
+            _train(_prepared(config, plan, held_out, device), needed, builds, together)
     return base if len(todo) == 1 else write_table(base, todo)
 
 
@@ -113,6 +116,8 @@ def _prepared(
         *(store.d_in, store.layout.initials),
     )
     moments = ColumnMoments.of(read_blocks(store, plan.rows))
+    for _ in read_blocks(store, held_out):
+        pass  # a value that is not finite is an error now, not after training
     scale = column_scale(config.normalize, store.layout, moments)
     if left_out := [store.layout.column_names[i] for i in np.flatnonzero(scale == 0)]:
         log.warning(
@@ -185,7 +190,7 @@ def _train(
             config=config.plain(),
             folder=beside(next(iter(todo)), ".tensorboard"),
             track=config.track if builds else (),
-            step=step,
+            step={todo[out][0].label: trainers[out].step for out in builds},
         ) as logs,
         stop_between_steps() as stop,
         progress(run.n_steps, "training", "steps") as bar,

@@ -52,7 +52,7 @@ class Trainer:
         signed: bool = False,
         warmup: int = 100,
         dead_after: int = 100_000,
-        auxk_alpha: float = 1 / 32,
+        auxk_alpha: float = 1 / 8,
         bfloat16: bool = False,
         device: torch.device | None = None,
         team: Team | None = None,
@@ -131,10 +131,11 @@ class Trainer:
         """Let learned thresholds begin where `k` latents a row fire in the first batch."""
         weights = self.weights
         pre = (x - weights.b_dec) @ weights.W_enc + weights.b_enc
-        best = kernels.of(x.device).best_places(pre, round(self.rule.k * len(x))).values
+        n = round(self.rule.k * self.team.share(len(x))[1])
+        best = torch.cat(self.team.gather(kernels.of(x.device).best_places(pre, n).values))
+        best = best.topk(min(n, len(best))).values
         best = best[best > 0]
-        lowest = best.min() if len(best) else pre.new_ones(())
-        lowest = self.team.sum(lowest) / self.team.world
+        lowest = best[-1] if len(best) else pre.new_ones(())
         assert weights.log_threshold is not None
         weights.log_threshold.fill_(lowest.log())
 
@@ -146,7 +147,9 @@ class Trainer:
         weight = 1 - _MEMORY**self.step  # the mean starts at 0
         fvu, l0, auxk = (self.running / max(weight, 1e-9)).tolist()
         if not math.isfinite(fvu):
-            raise NumberError(f"the loss is {fvu} at step {self.step}; lower --lr")
+            raise NumberError(
+                f"the loss is {fvu} at step {self.step} with --lr {self.lr:g}; lower --lr"
+            )
         values = {
             "fvu": fvu,
             "l0": l0,
@@ -184,6 +187,10 @@ class Trainer:
             with safe_open(path, framework="pt") as file:
                 state = json.loads(file.metadata()["state"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            counted = {"silent_tokens": self.silent_tokens, "running": self.running}
+            for name, tensor in (self.weights.tensors() | counted).items():
+                if tensors[name].shape != tensor.shape:
+                    raise ValueError(f"{name} has another shape")
             with torch.no_grad():
                 for name, tensor in self.weights.tensors().items():
                     tensor.copy_(tensors[name])
@@ -198,7 +205,10 @@ class Trainer:
             self.silent_tokens.copy_(tensors["silent_tokens"])
             self.running.copy_(tensors["running"])
             self.step, self.log = state["step"], state["log"]
-        except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+        except (
+            *(OSError, ValueError, TypeError, KeyError, RuntimeError),
+            safetensors.SafetensorError,
+        ) as error:
             raise ArtifactError(
                 f"{path} cannot be gone on from ({str(error).splitlines()[0]}); "
                 "give --no-resume to begin anew"

@@ -49,7 +49,11 @@ def variants(
     found = []
     for one in itertools.product(k, expansion_factor, lr, seed):
         named = zip(("k", "x", "lr", "seed"), one, (k, expansion_factor, lr, seed), strict=True)
-        words = [f"{name}{_short(value)}" for name, value, every in named if len(every) > 1]
+        words = [
+            f"{name}{str(value).removesuffix('.0')}"
+            for name, value, every in named
+            if len(every) > 1
+        ]
         found.append(Variant(*one, label="_".join(words)))
     return found
 
