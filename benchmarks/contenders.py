@@ -71,6 +71,7 @@ class Coder(NamedTuple):
     code: Callable[[Tensor], Tensor]  # (batch, d_in) to (batch, latent), dense
     decode: Callable[[Tensor], Tensor]
     l0: float  # while training
+    dead: float = math.nan  # share silent for the last `dead_after` training tokens, where counted
 
 
 class Run(NamedTuple):
@@ -116,6 +117,7 @@ def lorascope(rows: Tensor, s: Setting, scale: Tensor | None = None) -> Run:
             lambda x: torch.nn.functional.threshold(scores(x), threshold, 0.0),
             lambda code: code @ raw["W_dec"] + raw["b_dec"],
             trainer.means()["l0"],
+            trainer.means()["dead"],
         )
 
     return Run(lambda x: trainer.take(x * here), finish)
@@ -155,7 +157,8 @@ def published(rows: Tensor, s: Setting) -> Run:
         silent.add_(len(x)).masked_fill_((values.detach() != 0).any(0), 0)
 
     def finish() -> Coder:
-        return Coder(W_dec.detach(), code, lambda z: z @ W_dec + b_dec, float(s.k))
+        dead = float((silent > s.dead_after).float().mean())
+        return Coder(W_dec.detach(), code, lambda z: z @ W_dec + b_dec, float(s.k), dead)
 
     return Run(step, finish)
 
@@ -191,7 +194,8 @@ def sae_lens(rows: Tensor, s: Setting) -> Run:
         with tempfile.TemporaryDirectory() as folder:
             sae.save_inference_model(folder)
             loaded = library.SAE.load_from_disk(folder, device=s.device)
-        return Coder(loaded.W_dec.detach(), loaded.encode, loaded.decode, float(s.k))
+        dead = float(trainer.dead_neurons.float().mean())
+        return Coder(loaded.W_dec.detach(), loaded.encode, loaded.decode, float(s.k), dead)
 
     return Run(step, finish)
 
@@ -278,7 +282,8 @@ def sparsify(rows: Tensor, s: Setting, *, signum: bool = False) -> Run:
     def finish() -> Coder:
         if signum:
             optimizer.eval()  # the averaged weights
-        return Coder(sae.W_dec.detach(), code, decode, float(s.k))
+        dead = float((silent > s.dead_after).float().mean())
+        return Coder(sae.W_dec.detach(), code, decode, float(s.k), dead)
 
     return Run(step, finish)
 

@@ -20,9 +20,10 @@ aux-k takes part.
 
 `quality`: the fraction of variance unexplained of held-out rows by the inference code (float64,
 about the mean of the held-out rows), L0 while training and afterwards, the share of latents that
-never fire there, and how many true directions are found (best absolute cosine with a decoder row
-> 0.9, and its mean), all in the units in which every column has variance 1. A line of JSON a run;
-what the output already has is not run again.
+were silent for the last 100 k training tokens (where the contender counts them), the share that
+never fires in the held-out rows, and how many true directions are found (best absolute cosine with
+a decoder row > 0.9, and its mean), all in the units in which every column has variance 1. A line of
+JSON a run; what the output already has is not run again.
 
 `memory`: the peak of resident (on CUDA: allocated) memory that training adds, a process each.
 
@@ -55,7 +56,7 @@ from torch.nn.functional import normalize
 from lorascope.errors import NumberError
 
 MIB = 1 << 20
-_MEASURES = ("fvu", "l0_train", "l0", "never_fired", "found", "cosine")
+_MEASURES = ("fvu", "l0_train", "l0", "dead", "never_fired", "found", "cosine")
 
 
 class Data(NamedTuple):
@@ -196,7 +197,8 @@ def quality(given: argparse.Namespace, names: list[str]) -> None:
             done[json.dumps(entry["of"], sort_keys=True)] = entry
     data = prepare(given, given.tokens)
     print(
-        f"  {'':<22} {'rate':>7} {'FVU':>7} {'L0 train / held out':>19} {'never fired':>11} "
+        f"  {'':<22} {'rate':>7} {'FVU':>7} {'L0 train / held out':>19} {'dead':>6} "
+        f"{'never fired':>11} "
         f"{'> 0.9':>6} {'mean':>6} {'seconds':>8}"
     )
     grid = [(name, lr) for name in names for lr in given.lr]
@@ -226,7 +228,8 @@ def quality(given: argparse.Namespace, names: list[str]) -> None:
         r = done[key]
         print(
             f"  {name + ' bf16' * s.bf16:<22} {lr or 'auto':>7} {r['fvu']:>7.4f} "
-            f"{r['l0_train']:>9.1f} / {r['l0']:>7.1f} {r['never_fired']:>11.3f} "
+            f"{r['l0_train']:>9.1f} / {r['l0']:>7.1f} {r.get('dead', math.nan):>6.3f} "
+            f"{r['never_fired']:>11.3f} "
             f"{r['found']:>6.3f} {r['cosine']:>6.3f} {r['seconds']:>8.0f}",
             flush=True,
         )
@@ -258,7 +261,8 @@ def measure(coder: Coder, data: Data, given: argparse.Namespace) -> dict[str, fl
     learned = normalize(coder.W_dec / deviation.float(), dim=1)
     best = (data.truth @ learned.T).abs().amax(1)
     values = (
-        *(error / total, coder.l0, l0 / len(data.held_out), float((~fired).float().mean())),
+        *(error / total, coder.l0, l0 / len(data.held_out), coder.dead),
+        float((~fired).float().mean()),
         *(float((best > 0.9).float().mean()), float(best.mean())),
     )
     return dict(zip(_MEASURES, values, strict=True))

@@ -65,20 +65,31 @@ def best_places(
     """
     empty = torch.zeros(0, dtype=torch.int64)
     places, values = empty, empty.to(scores.dtype if bias is None else bias.dtype)
-    bound = _sampled(scores, n, signed, bias) if guess is None or not guess > 0 else guess
+    bound = sampled(scores, n, signed, bias) if guess is None or not guess > 0 else guess
     for bound in [bound * 0.8**i for i in range(_TRIES)] + [0.0] if n > 0 else []:
         places, values = _candidates(scores, bound, signed, bias)
         if len(places) >= n:
             break
-    size = values.abs() if signed else values
     if len(places) > n:
-        # topk does not say which of equal values it takes: only the smallest kept value is used
-        last = torch.topk(size, n, sorted=False).values.min()
-        keep = size > last
-        ties = torch.nonzero(size == last)[: n - int(keep.sum()), 0]
-        keep[ties] = True
-        places, values, bound = places[keep], values[keep], float(last)
+        kept, bound = best_among(values, n, signed=signed)
+        places, values = places[kept], values[kept]
     return Best(places, values, _LOWER * bound)
+
+
+def best_among(
+    values: Float[Tensor, "candidate"], n: int, *, signed: bool = False
+) -> tuple[Bool[Tensor, "candidate"], float]:
+    """Say which of more than `n` candidates, in the order of their places, are the best `n`.
+
+    The second value is the least size that is kept.
+    """
+    size = values.abs() if signed else values
+    # topk does not say which of equal values it takes: only the smallest kept value is used
+    last = torch.topk(size, n, sorted=False).values.min()
+    keep = size > last
+    ties = torch.nonzero(size == last)[: n - int(keep.sum()), 0]
+    keep[ties] = True
+    return keep, float(last)
 
 
 def best_of_rows(scores: Float[Tensor, "batch latent"], k: float, *, signed: bool = False) -> Best:
@@ -92,19 +103,36 @@ def best_of_rows(scores: Float[Tensor, "batch latent"], k: float, *, signed: boo
     parts' maxima, so that those at or above it hold the row's best, and are few.
     """
     batch, width = scores.shape
-    whole, wide = math.floor(k), min(math.ceil(k), width)
+    wide = min(math.ceil(k), width)
     if batch == 0 or wide == 0:
         return Best(torch.zeros(0, dtype=torch.int64), scores.new_zeros(0), 0.0)
-    bound = torch.topk(_maxima(scores, wide, signed), wide, sorted=False).values.amin(1, True)
-    bound.clamp_(min=_least(scores))
+    bound = reached(scores, wide, signed).clamp_(min=_least(scores))
     marks = scores >= bound
     if signed:
         marks |= scores <= -bound
-    places = _set_places(marks)
+    places = set_places(marks)
+    values = scores.view(-1)[places]
+    kept = best_among_rows(places, values, scores.shape, k, signed=signed)
+    return Best(places[kept], values[kept], 0.0)
+
+
+def best_among_rows(
+    places: Int64[Tensor, "candidate"],
+    values: Float[Tensor, "candidate"],
+    shape: tuple[int, ...],
+    k: float,
+    *,
+    signed: bool = False,
+) -> Bool[Tensor, "candidate"]:
+    """Say which candidates are the best of their rows; every row's best are among them.
+
+    `places` rise, in scores of `shape`.
+    """
+    batch, width = shape
+    whole, wide = math.floor(k), min(math.ceil(k), width)
     starts = torch.searchsorted(places, torch.arange(batch + 1) * width)
     counts = starts.diff()
     rows = torch.repeat_interleave(counts)
-    values = scores.view(-1)[places]
     columns = torch.arange(len(places)) - starts[rows]
     table = values.new_zeros(batch, max(int(counts.max()), wide))
     table[rows, columns] = values.abs() if signed else values
@@ -121,11 +149,17 @@ def best_of_rows(scores: Float[Tensor, "batch latent"], k: float, *, signed: boo
         here, bar = table[crowded], last[crowded]
         free = allowed[crowded] - (here > bar).sum(1, keepdim=True)
         keep[crowded] = (here > bar) | ((here == bar) & ((here == bar).cumsum(1) <= free))
-    kept = keep[rows, columns]
-    return Best(places[kept], values[kept], 0.0)
+    return keep[rows, columns] & ((values != 0) if signed else (values > 0))
 
 
-def _maxima(
+def reached(
+    scores: Float[Tensor, "batch latent"], n: int, signed: bool
+) -> Float[Tensor, "batch 1"]:
+    """Return of each row a size that `n` scores or more reach, and not many more."""
+    return torch.topk(_part_maxima(scores, n, signed), n, sorted=False).values.amin(1, True)
+
+
+def _part_maxima(
     scores: Float[Tensor, "batch latent"], wanted: int, signed: bool
 ) -> Float[Tensor, "batch part"]:
     """Return the largest score of each of several parts of a row: a few times `wanted`, or all."""
@@ -153,7 +187,7 @@ def above(
     bias: Float[Tensor, "latent"],
 ) -> Best:
     """Return the places, rising, where `scores + bias` is above each latent's own bound."""
-    places = _set_places(scores > _rounded_down(bound - bias, scores.dtype))
+    places = set_places(scores > _rounded_down(bound - bias, scores.dtype))
     latents = places % scores.shape[1]
     values = scores.view(-1)[places] + bias[latents]
     true = values > bound[latents]
@@ -167,7 +201,7 @@ def _candidates(
     marks = scores > (bound if bias is None else _rounded_down(bound - bias, scores.dtype))
     if signed:
         marks |= scores < (-bound if bias is None else -_rounded_down(bound + bias, scores.dtype))
-    places = _set_places(marks)
+    places = set_places(marks)
     values = scores.view(-1)[places]
     if bias is None:
         return places, values
@@ -181,7 +215,7 @@ def _rounded_down(bound: Tensor, dtype: torch.dtype) -> Tensor:
     return (bound - bound.abs() * 2 ** (-6 if dtype == torch.bfloat16 else -20)).to(dtype)
 
 
-def _sampled(
+def sampled(
     scores: Float[Tensor, "batch latent"], n: int, signed: bool, bias: Tensor | None
 ) -> float:
     """Guess a bound that a few more than `n` scores exceed, from evenly spread rows."""
@@ -199,7 +233,7 @@ def _sampled(
     return max(float(torch.topk(sample, rank, sorted=False).values.min()), 0.0)
 
 
-def _set_places(marks: Bool[Tensor, "batch latent"]) -> Int64[Tensor, "pair"]:
+def set_places(marks: Bool[Tensor, "batch latent"]) -> Int64[Tensor, "pair"]:
     """Return the flat places of the marks, rising; three times as fast as `nonzero` alone."""
     flat = marks.view(-1)
     if len(flat) % 8:

@@ -19,15 +19,13 @@ from lorascope.sae.objective import Weights
 class AuxK:
     """The rows that aux-k looks at, in this process, and what is known of them.
 
-    `pre` lacks `b_enc`. `errors` is the reconstruction minus the rows. The squared error of the
+    `errors` is the reconstruction minus the rows. The squared error of the
     revival has the gradient `factor / 2` times its own.
     """
 
     weights: Weights
-    pre: Float[Tensor, "row latent"]
     centred: Float[Tensor, "row d_in"]
     errors: Float[Tensor, "row d_in"]
-    bias: Float[Tensor, "latent"]
     k_aux: int
     factor: Float[Tensor, ""]
 
@@ -55,7 +53,7 @@ class Revival:
 def by_dead(of: AuxK, dead: Bool[Tensor, "latent"]) -> Revival:
     """Return the revival by products with the dead latents alone."""
     latents = dead.nonzero()[:, 0]
-    scores = of.pre.index_select(1, latents).to(of.centred.dtype) + of.bias[latents]
+    scores = of.centred @ of.weights.W_enc[:, latents] + of.weights.b_enc[latents]
     values, chosen = scores.topk(min(of.k_aux, len(latents)), sorted=False)
     code = torch.zeros_like(scores).scatter_(1, chosen, values)
     W_dec = of.weights.W_dec[latents]
@@ -69,8 +67,9 @@ def by_dead(of: AuxK, dead: Bool[Tensor, "latent"]) -> Revival:
 
 def by_pairs(of: AuxK, dead: Bool[Tensor, "latent"]) -> Revival:
     """Return the revival by the chosen pairs; the number of the dead decides no shape."""
-    kernel, n_rows, W_dec = kernels.of(of.pre.device), len(of.pre), of.weights.W_dec
-    scores = (of.pre.to(of.centred.dtype) + of.bias).masked_fill_(~dead, -torch.inf)
+    kernel, n_rows, W_dec = kernels.of(dead.device), len(of.centred), of.weights.W_dec
+    scores = of.centred @ of.weights.W_enc + of.weights.b_enc
+    scores.masked_fill_(~dead, -torch.inf)
     best = scores.topk(min(of.k_aux, len(dead)), sorted=False)
     width = best.indices.shape[1]
     latents = best.indices.flatten()
@@ -88,5 +87,5 @@ def by_pairs(of: AuxK, dead: Bool[Tensor, "latent"]) -> Revival:
         None,
         kernel.gather_sum(to_pre[order], rows[order], starts, of.centred),
         kernel.gather_sum(values[order], rows[order], starts, out),
-        torch.zeros_like(of.bias).index_add_(0, latents, to_pre),
+        torch.zeros_like(of.weights.b_enc).index_add_(0, latents, to_pre),
     )

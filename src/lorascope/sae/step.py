@@ -25,6 +25,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from lorascope import kernels
+from lorascope.kernels import cpu, screen
+from lorascope.kernels.screen import Screen
 from lorascope.runtime import Team
 from lorascope.sae.auxk import AuxK, by_dead, by_pairs
 from lorascope.sae.objective import AUX_ROWS, JUMP_WEIGHT, JUMP_WIDTH, LEAST_SPREAD, Loss, Weights
@@ -58,6 +60,7 @@ class Step:
     _ends: Tensor | None = field(default=None, repr=False)
     _scores: Tensor | None = field(default=None, repr=False)
     _guess: float | None = field(default=None, repr=False)
+    _screen: Screen = field(default_factory=Screen, repr=False)
 
     @torch.no_grad()
     def take(
@@ -75,13 +78,8 @@ class Step:
         spread = self.team.sum((x - mean).square().sum())
         spread = spread.clamp(min=LEAST_SPREAD * n_rows * x.shape[1])
         centred = x - weights.b_dec
-        pre = self._product(weights, centred)
-        d_sae = pre.shape[1]
-        bias = weights.b_enc
-        if by_row or self.rule.architecture == "topk":
-            pre, bias = pre.add_(bias), torch.zeros_like(bias)
-            by_row = True
-        pairs = self._pairs(pre, bias, weights.log_threshold, by_row)
+        pairs = self._pairs(weights, centred, by_row or self.rule.architecture == "topk")
+        d_sae = len(weights.b_enc)
         threshold = None
         code = pairs.values
         if weights.log_threshold is not None:
@@ -124,7 +122,7 @@ class Step:
             mine = slice(-self.team.share(len(x))[0] % AUX_ROWS, None, AUX_ROWS)
             share = n_rows / -(-n_rows // AUX_ROWS)
             of = AuxK(
-                *(weights, pre[mine], centred[mine], errors[mine, -1], bias, self.k_aux),
+                *(weights, centred[mine], errors[mine, -1], self.k_aux),
                 factor=2 * self.auxk_alpha * share / spread,
             )
             revival = by_pairs(of, dead) if self.static else by_dead(of, dead)
@@ -158,29 +156,35 @@ class Step:
             self._scores = centred.new_empty(shape)
         return kernels.of(centred.device).product(centred, encoder, self._scores)
 
-    def _pairs(
-        self, pre: Tensor, bias: Tensor, log_threshold: Tensor | None, by_row: bool
-    ) -> Pairs:
-        """Choose what fires, and where thresholds are learned what may.
-
-        `bias` is to be added to `pre` where it matters; `by_row` it has been.
-        """
-        kernel, rule = kernels.of(pre.device), self.rule
-        if log_threshold is not None:
-            best = kernel.above(pre, log_threshold.exp() - JUMP_WIDTH / 2, bias=bias)
+    def _pairs(self, weights: Weights, centred: Tensor, by_row: bool) -> Pairs:
+        """Choose what fires, and where thresholds are learned what may."""
+        kernel, rule, bias = kernels.of(centred.device), self.rule, weights.b_enc
+        k = rule.k if self.team.world == 1 else math.ceil(rule.k)
+        n = round(rule.k * self.team.share(len(centred))[1])
+        able = kernel is cpu and screen.is_faster(centred.device, centred.dtype)
+        if weights.log_threshold is not None:
+            bound = weights.log_threshold.exp() - JUMP_WIDTH / 2
+            best = kernel.above(self._product(weights, centred), bound, bias=bias)
+        elif able and not self.bfloat16:
+            encoder = weights.W_enc.T
+            if by_row:
+                best = self._screen.best_of_rows(centred, encoder, bias, k, signed=rule.signed)
+            else:
+                best = self._screen.best_places(centred, encoder, bias, n, signed=rule.signed)
         elif by_row:
-            k = rule.k if self.team.world == 1 else math.ceil(rule.k)
+            pre = self._product(weights, centred).add_(bias)
             best = kernel.best_of_rows(pre, k, signed=rule.signed)
-            if k != rule.k:
-                best = self._fraction_of_all(best, *pre.shape)
         else:
-            n = round(rule.k * self.team.share(len(pre))[1])
-            best = kernel.best_places(pre, n, signed=rule.signed, bias=bias, guess=self._guess)
+            pre, guess = self._product(weights, centred), self._guess
+            best = kernel.best_places(pre, n, signed=rule.signed, bias=bias, guess=guess)
             self._guess = best.guess
-            if self.team.world > 1:
+        if self.team.world > 1 and weights.log_threshold is None:
+            if not by_row:
                 best = self._best_of_all(best, n)
-        rows = best.places // pre.shape[1]
-        return Pairs(rows, best.places - rows * pre.shape[1], best.values.to(bias.dtype))
+            elif k != rule.k:
+                best = self._fraction_of_all(best, len(centred), len(bias))
+        rows = best.places // len(bias)
+        return Pairs(rows, best.places - rows * len(bias), best.values.to(bias.dtype))
 
     def _fraction_of_all(self, best: Any, n_rows: int, width: int) -> Any:
         """Spend the fraction of `k` on the batch, of whose rows each has one score too many."""

@@ -1,0 +1,98 @@
+"""What a bfloat16 product lets through, and float32 decides, is what float32 alone would choose."""
+
+import pytest
+import torch
+
+from lorascope.kernels import cpu, screen
+from lorascope.kernels.screen import Screen
+from lorascope.runtime import Team
+from lorascope.sae.objective import initial_weights
+from lorascope.sae.sparsity import Rule
+from lorascope.sae.step import Step
+
+KINDS = ["normal", "sizes", "equal columns", "one column", "few positive", "zero rows", "big bias"]
+
+
+def rows_of(kind, n, d, latents, seed):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, generator=g)
+    weight = torch.randn(latents, d, generator=g) * torch.rand(latents, 1, generator=g)
+    bias = 0.1 * torch.randn(latents, generator=g)
+    if kind == "sizes":
+        x *= torch.logspace(-3, 3, n)[:, None]
+    elif kind == "equal columns":  # every product is rounded the same way
+        x = x[:, :1].expand(n, d).contiguous()
+        weight = weight[:, :1].expand(latents, d).contiguous()
+    elif kind == "one column":
+        x[:, 1:] *= 1e-3
+    elif kind == "few positive":
+        bias -= 30
+        bias[:3] += 30
+    elif kind == "zero rows":
+        x[::3] = 0
+    elif kind == "big bias":
+        bias *= 100
+    return x, weight, bias
+
+
+def exact(x, weight, bias):
+    return (x.double() @ weight.double().T + bias).float()
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n", "d", "latents"), [(64, 96, 1024), (33, 7, 101)])
+def test_the_choice_is_that_of_exact_scores(kind, n, d, latents, signed):
+    of_batch, of_rows = Screen(), Screen()
+    for seed in range(4):  # the later ones with what is remembered
+        x, weight, bias = rows_of(kind, n, d, latents, seed)
+        scores = exact(x, weight, bias)
+        for k in (5, 2.5):
+            one = of_batch.best_places(x, weight, bias, round(k * n), signed=signed)
+            other = cpu.best_places(scores, round(k * n), signed=signed)
+            assert_same(one, other, scores, n)
+            one = of_rows.best_of_rows(x, weight, bias, k, signed=signed)
+            assert_same(one, cpu.best_of_rows(scores, k, signed=signed), scores, n)
+
+
+def assert_same(found, wanted, scores, n):
+    """Float32 rounds sums in one order or another: what differs by no more may be swapped."""
+    assert len(found.places) == len(wanted.places)
+    assert (found.places.diff() > 0).all()
+    there = scores.flatten()
+    swapped = set(found.places.tolist()) ^ set(wanted.places.tolist())
+    assert len(swapped) <= 2
+    scale = float(there.abs().max())
+    for place in swapped:
+        near = min(abs(float(there[place]) - float(there[other])) for other in swapped - {place})
+        assert near < 1e-5 * scale
+    assert torch.allclose(found.values, there[found.places], atol=1e-5 * scale)
+
+
+def test_a_step_with_the_screen_is_the_step_without(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(128, 64, generator=g)
+    for architecture, by_row in (("batchtopk", False), ("batchtopk", True), ("matryoshka", False)):
+        grads = []
+        for screened in (True, False):
+            monkeypatch.setattr(screen, "is_faster", lambda *_, on=screened: on)
+            weights = initial_weights(x, 512, torch.Generator().manual_seed(1))
+            step = Step(Rule(architecture, 8), 16, 0.5, Team())
+            for _ in range(2):
+                loss = step.take(weights, x, torch.arange(512) < 40, by_row=by_row)
+            grads.append((loss, [t.grad for t in weights.tensors().values()]))
+        (one, ours), (other, theirs) = grads
+        assert torch.equal(one.fired, other.fired)
+        assert float(one.total) == pytest.approx(float(other.total), rel=1e-5)
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_only_float32_on_a_cpu_that_multiplies_bfloat16_is_screened(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert screen.is_faster(torch.device("cpu"), torch.float32)
+    assert not screen.is_faster(torch.device("cpu"), torch.float64)
+    assert not screen.is_faster(torch.device("cuda"), torch.float32)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert not screen.is_faster(torch.device("cpu"), torch.float32)
