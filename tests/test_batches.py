@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from lorascope.activations import batches, feed
 from lorascope.activations.batches import BatchPlan, count_roles, read_blocks, split_rows
+from lorascope.activations.shuffle import Shuffle
 from lorascope.activations.store import ActivationStore
 from lorascope.errors import ArtifactError, ConfigError, NumberError
 from lorascope.subject.rollouts import ROLES
@@ -243,7 +244,7 @@ def test_neighbours_come_from_one_rollout_as_rarely_as_stated(long_store, buffer
 
 
 def test_a_pool_is_read_in_runs_and_holds_no_more_rows_than_the_buffer():
-    shuffle = batches._Shuffle(2_000_000, 400_000, seed=1)
+    shuffle = Shuffle(2_000_000, 400_000, seed=1)
     assert shuffle.n_pools == 5
     for pool in range(7):
         places = np.sort(shuffle.places(pool))
@@ -255,7 +256,7 @@ def test_a_pool_is_read_in_runs_and_holds_no_more_rows_than_the_buffer():
 @settings(max_examples=150, deadline=None)
 @given(st.integers(1, 700), st.integers(1, 900), st.integers(0, 2**40), st.integers(1, 4))
 def test_every_epoch_of_any_size_is_a_permutation(n_rows, buffer_rows, seed, epochs):
-    shuffle = batches._Shuffle(n_rows, buffer_rows, seed)
+    shuffle = Shuffle(n_rows, buffer_rows, seed)
     for epoch in range(epochs):
         pools = range(epoch * shuffle.n_pools, (epoch + 1) * shuffle.n_pools)
         parts = [shuffle.places(pool) for pool in pools]
@@ -550,7 +551,7 @@ def test_a_stream_may_be_closed_by_one_of_its_own_threads(small_store, monkeypat
     """As garbage collection does that happens to run in one."""
     place, name = {
         "rows": (ActivationStore, "take"),
-        "pools": (batches._Shuffle, "places"),
+        "pools": (Shuffle, "places"),
         "batches": (batches, "_all_finite"),
     }[where]
     real, calls, armed, closed = getattr(place, name), [], threading.Event(), threading.Event()

@@ -361,3 +361,19 @@ def test_the_published_layout_with_unknown_b_refuses_effect_units(make_store, sm
     with pytest.raises(ConfigError, match="needs the norms of B"):
         run(replace(small_config, data_dir=store.path, normalize="effect"))
     assert not list(small_config.output.parent.glob("*.partial"))
+
+
+def test_a_device_without_kernels_is_left_for_the_cpu_and_said(small_config, monkeypatch, caplog):
+    straight = digest_file(run(small_config))
+    monkeypatch.setattr(train, "pick_device", lambda _: torch.device("mps"))
+    other = replace(small_config, output=small_config.output.with_name("other.pt"), device="auto")
+    assert digest_file(run(other)) == straight
+    assert "training has no kernels for mps: using the CPU" in caplog.text
+
+
+def test_cuda_without_triton_is_one_line_and_writes_nothing(small_config, monkeypatch):
+    monkeypatch.setattr(train, "pick_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(train, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match="training on cuda needs triton.*--device cpu"):
+        run(small_config)
+    assert not list(small_config.output.parent.glob("sae*"))

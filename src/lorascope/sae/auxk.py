@@ -19,8 +19,8 @@ from lorascope.sae.objective import Weights
 class AuxK:
     """The rows that aux-k looks at, in this process, and what is known of them.
 
-    `errors` is the reconstruction minus the rows. The squared error of the
-    revival has the gradient `factor / 2` times its own.
+    `errors` is the reconstruction minus the rows. The gradients are those of the squared error of
+    the revival times `factor / 2`.
     """
 
     weights: Weights

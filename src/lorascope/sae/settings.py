@@ -13,7 +13,6 @@ from lorascope.sites import parse_adapter_types
 
 Architecture = Literal["batchtopk", "topk", "jumprelu", "matryoshka"]
 
-
 _SEEDS = 2**63  # torch's generators take no more
 
 
@@ -132,7 +131,7 @@ class TrainConfig(TrainOptions):
     buffer_rows: int | None = option(
         None, help="rows shuffled together where the store is larger (default: what 2 GB hold)"
     )
-    device: str = option("auto", help="auto, cpu, cuda or mps", identity=False)
+    device: str = option("auto", help="auto, cpu or cuda", identity=False)
     track: tuple[str, ...] = option(
         (), help="also log to wandb or tensorboard (pip install lorascope[track])", identity=False
     )

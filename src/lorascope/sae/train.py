@@ -18,6 +18,7 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from lorascope.artifact import (
     building,
     is_made,
 )
-from lorascope.errors import Interrupted
+from lorascope.errors import ConfigError, Interrupted
 from lorascope.runtime import Team, pick_device, progress, stop_between_steps, team
 from lorascope.sae.evaluate import ColumnMoments
 from lorascope.sae.finish import TrainingRun, beside, publish, write_table
@@ -89,7 +90,7 @@ def run(config: TrainConfig) -> Path:
         plan = BatchPlan.of(
             store, rows, config.batch_size, config.each("seed")[0], buffer_rows=config.buffer_rows
         )
-        device = pick_device(config.device)
+        device = _able(pick_device(config.device))
         families = {todo[out][0].kin for out in unfinished}  # whose decoders a stability needs
         needed = {out: made for out, made in todo.items() if made[0].kin in families}
         with team(device) as together, ExitStack() as stack:
@@ -102,6 +103,22 @@ def run(config: TrainConfig) -> Path:
             }
             _train(_prepared(config, plan, held_out, device), needed, builds, together)
     return base if len(todo) == 1 else write_table(base, todo)
+
+
+def _able(device: torch.device) -> torch.device:
+    """Return a device that the kernels are for: CUDA, else the CPU.
+
+    Raises ConfigError for CUDA without Triton, which some platforms' torch does not bring.
+    """
+    if device.type == "cuda" and find_spec("triton") is None:
+        raise ConfigError(
+            f"training on {device} needs triton, which is not installed; pip install triton, or "
+            "give --device cpu"
+        )
+    if device.type in ("cpu", "cuda"):
+        return device
+    log.warning("training has no kernels for %s: using the CPU", device.type)
+    return torch.device("cpu")
 
 
 def _prepared(

@@ -2,10 +2,9 @@
 
 1. In the first half of a run every row gets its own best latents, whatever the rule says; then the
    rule takes over. Chosen over the batch from the start, the rows of large values take the latents
-   while the dictionary is still poor, and half as many directions are found (`docs/training.md`).
+   while the dictionary is still poor, and fewer directions are found (`docs/training.md`).
 2. The gradients are those of `step.py`.
-3. Adam without bias towards what is large: one rate for every weight, rising over `warmup` steps,
-   then falling to zero in a line.
+3. Adam, its rate rising over `warmup` steps and then falling to zero in a line.
 4. Decoder rows are brought back to unit norm.
 """
 
@@ -76,7 +75,7 @@ class Trainer:
             self._flat.values(),
             lr=lr if self._rate is None else self._rate,
             betas=_BETAS,
-            fused=device.type in ("cpu", "cuda", "mps"),
+            fused=True,
             capturable=on_cuda,
         )
         k_aux = 2 ** round(math.log2(max(weights.b_dec.numel() / 2, 1)))  # Gao et al., A.2
