@@ -162,6 +162,25 @@ def test_a_single_file_replaces_the_old_one_at_once(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
 
 
+def test_what_a_kill_left_after_the_file_had_its_name_is_removed(tmp_path, monkeypatch):
+    out = tmp_path / "page.html"
+    identity = {"settings": SETTINGS, "parents": PARENTS, "overwrite": False}
+
+    def make_page():
+        if not is_made(out, "sae", **identity):
+            with building(out, "sae", **identity) as build:
+                text = f"{artifact.HTML_MARK.decode()}{artifact.canonical(manifest())} -->"
+                (build.path / "new").write_text(text)
+                build.publish_file("new")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact.shutil, "rmtree", lambda _: None)  # killed before it ran
+        make_page()
+    assert (tmp_path / "page.html.partial").is_dir()
+    make_page()
+    assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
+
+
 def test_what_a_kill_left_half_written_is_not_published(tmp_path):
     for name in (".tmpCCZ4zL", "settings.json.tmp", "inside/shard-00000.h5.tmp"):
         half = tmp_path / "a.partial" / name

@@ -168,8 +168,30 @@ def is_made(
         names = [n for n in parents if found["parents"].get(n) != parents[n]]
         what = f"exists and was made from another {' and '.join(names) or 'input'}"
     else:
+        _drop_remains(out, kind, settings=settings, parents=parents)
         return True
     raise ArtifactError(f"{out} {what}; give another output, or --overwrite to replace it")
+
+
+def _drop_remains(
+    out: Path, kind: str, *, settings: Mapping[str, Any], parents: Mapping[str, str]
+) -> None:
+    """Remove the folder that a kill left between giving a file its name and dropping its folder."""
+    path = unfinished(out)
+    identity = {"kind": kind, "settings": dict(settings), "parents": dict(parents)}
+    if not path.is_dir() or _recorded(path) not in (None, identity):
+        return
+    with (path / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return  # another process is just about to
+        shutil.rmtree(path)
+
+
+def unfinished(out: Path) -> Path:
+    """Return the folder in which an artifact is made."""
+    return out.with_name(out.name + ".partial")
 
 
 def _require_replaceable(out: Path) -> None:
@@ -229,7 +251,7 @@ def building(
     other settings and `overwrite` is off.
     """
     _require_replaceable(out)
-    path = out.with_name(out.name + ".partial")
+    path = unfinished(out)
     identity = {"kind": kind, "settings": dict(settings), "parents": dict(parents)}
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -276,7 +298,7 @@ def join(
     None means that the artifact was finished meanwhile. Raises ArtifactError when neither is seen
     within `patience` seconds.
     """
-    build = Build(out, out.with_name(out.name + ".partial"))
+    build = Build(out, unfinished(out))
     identity = {"kind": kind, "settings": dict(settings), "parents": dict(parents)}
     begun, begun_at = time.monotonic(), time.time()
     while time.monotonic() - begun < patience:

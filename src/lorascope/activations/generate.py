@@ -48,6 +48,7 @@ from lorascope.artifact import (
     make_manifest,
     replacing,
     require_space,
+    unfinished,
     write_text,
 )
 from lorascope.config import option
@@ -285,8 +286,7 @@ def _n_expected(config: GenerateConfig, texts: Texts) -> int:
 def _require_space(config: GenerateConfig, layout: SiteLayout, texts: Texts, out: Path) -> None:
     """Raise ArtifactError unless the shards that are still to be made fit on the disk."""
     row = layout.d_in * np.dtype(config.store_dtype).itemsize + 9
-    unfinished = out.with_name(out.name + ".partial")
-    made = sum(shard.stat().st_size for shard in unfinished.glob("shard-*.h5"))
+    made = sum(shard.stat().st_size for shard in unfinished(out).glob("shard-*.h5"))
     needed = int(_n_expected(config, texts) * row * 1.05) + (1 << 24)
     require_space(out.parent, max(needed - made, 0))
 
