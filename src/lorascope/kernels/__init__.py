@@ -14,9 +14,9 @@ After the one dense product of a step, `pre = x @ W_enc`, everything is done by 
 - `pair_dot`: for each pair, the inner product of two rows: the gradient of a code's values.
 
 `reference.py` says what they mean. `cpu.py` has them in torch's own operations, and `screen.py`
-spares a CPU half of the product. `cuda.py` has the same functions with static shapes, so that a
-whole step can be captured into a graph; `triton.py` and `triton_best.py` are its kernels. On other
-devices nothing is trained.
+spares a CPU half of the product; `firing.py` does the same for codes, whose thresholds are known.
+`cuda.py` has the same functions with static shapes, so that a whole step can be captured into a
+graph; `triton.py` and `triton_best.py` are its kernels. On other devices nothing is trained.
 """
 
 from types import ModuleType

@@ -49,3 +49,14 @@ def pair_dot(
     of the values of a code.
     """
     return (left[left_index] * right[right_index]).sum(1)
+
+
+def firing(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in latent"],
+    b_enc: Float[Tensor, "latent"],
+    threshold: Float[Tensor, "latent"],
+) -> Float[Tensor, "batch latent"]:
+    """Return the code of `firing.Encoder` with its zeros: sums that beat their thresholds."""
+    pre = x @ W_enc + b_enc
+    return torch.where(pre > threshold, pre, 0.0)

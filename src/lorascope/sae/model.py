@@ -6,9 +6,8 @@
 
 It takes raw rows: the units in which it was trained are folded into the weights. Latents are
 scaled so that decoder rows have unit norm in those units, so a latent's value is its score, and
-one threshold compares with it. A token's code depends on its own row alone, to the last bit: the
-product is always taken over `_BLOCK` rows, filled up with zeros, because a matrix product may sum
-in another order when its shape changes.
+one threshold compares with it. A token's code depends on its own row alone, to the last bit
+(`kernels/firing.py`).
 
 A folder holds one (`cfg.json` and `sae_weights.safetensors` as SAELens 6 reads them, and
 `manifest.json`), or a `.pt` with the keys of the published scripts. `interop` has others' files.
@@ -17,9 +16,11 @@ A folder holds one (`cfg.json` and `sae_weights.safetensors` as SAELens 6 reads 
 import hashlib
 import io
 import json
+import math
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
+from lorascope import kernels
 from lorascope.activations.batches import RowNumbers, read_blocks
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import (
@@ -43,6 +45,7 @@ from lorascope.artifact import (
     write_text,
 )
 from lorascope.errors import ArtifactError, NumberError
+from lorascope.kernels.firing import BLOCK, Encoder
 from lorascope.sae.sparsity import SparseCode, calibrate_threshold
 from lorascope.sae.weights import NAMES, checked, read_pt, read_safetensors, section
 from lorascope.sites import SiteLayout
@@ -52,7 +55,6 @@ SCHEMA = 1
 WEIGHTS = "sae_weights.safetensors"
 SAELENS_CONFIG = "cfg.json"
 CALIBRATION_ROWS = 131_072  # at these, the standard error of the mean L0 is far below 1 %
-_BLOCK = 256
 _MANIFEST = {"schema": int, "settings": dict, "parents": dict, "layout": dict, "content": dict}
 
 
@@ -128,24 +130,19 @@ class SAE:
         `latents` keeps only those latents, under their own numbers. Raises ArtifactError without
         a threshold, NumberError at a row that is not finite.
         """
-        threshold = self._require_threshold()
-        if latents is not None:
-            chosen = torch.full_like(threshold, torch.inf)
-            chosen[latents] = threshold[latents]
-            threshold = chosen
-        counts, found, values = [], [], []
-        for pre in self._pre_activations(rows):
-            fires = pre > threshold
-            counts.append(fires.sum(1))
-            found.append(fires.nonzero()[:, 1])
-            values.append(pre[fires])
-        offsets = torch.zeros(rows[..., 0].numel() + 1, dtype=torch.int64, device=self.b_enc.device)
-        if counts:
-            torch.cumsum(torch.cat(counts), 0, out=offsets[1:])
+        flat = self._checked(rows)
+        if latents is None:
+            fired = self.encoder(flat)
+        else:
+            latents = latents.unique()
+            fired = self._encoder_of(latents)(flat)
+            fired = fired._replace(latents=latents[fired.latents])
         return SparseCode(
-            offsets=offsets,
-            latents=torch.cat(found) if found else offsets[:0],
-            values=torch.cat(values) if values else self.b_enc[:0],
+            offsets=torch.searchsorted(
+                fired.rows, torch.arange(len(flat) + 1, device=fired.rows.device)
+            ),
+            latents=fired.latents,
+            values=fired.values,
             shape=(*rows.shape[:-1], self.d_sae),
         )
 
@@ -157,15 +154,22 @@ class SAE:
 
         The values are those of `encode`, bit for bit; the same errors are raised.
         """
-        threshold = self._require_threshold()
-        blocks = [
-            code if latents is None else code[:, latents]
-            for pre in self._pre_activations(rows)
-            for code in [torch.where(pre > threshold, pre, 0.0)]
-        ]
+        flat = self._checked(rows)
+        fired = (self.encoder if latents is None else self._encoder_of(latents))(flat)
         width = self.d_sae if latents is None else len(latents)
-        dense = torch.cat(blocks) if blocks else self.b_enc.new_zeros(0, width)
+        dense = self.b_enc.new_zeros(len(flat), width)
+        dense[fired.rows, fired.latents] = fired.values
         return dense.view(*rows.shape[:-1], width)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """What turns raw rows into pairs that fire. Raises ArtifactError without a threshold."""
+        return Encoder(self.W_enc, self.b_enc, self._require_threshold())
+
+    def _encoder_of(self, latents: Int64[Tensor, "slice"]) -> Encoder:
+        threshold = self._require_threshold()
+        weights = self.W_enc[:, latents].contiguous()
+        return Encoder(weights, self.b_enc[latents], threshold[latents])
 
     def decode(
         self, code: SparseCode | Float32[Tensor, "*batch latent"]
@@ -191,26 +195,18 @@ class SAE:
             )
         return self.threshold
 
-    def _pre_activations(self, rows: Tensor) -> Iterator[Float32[Tensor, "_ latent"]]:
-        """Yield `row @ W_enc + b_enc` of successive rows; the next one overwrites it."""
+    def _checked(self, rows: Tensor) -> Float[Tensor, "batch d_in"]:
+        """Return rows with one leading axis. Raises for another width and for what is no number."""
         if rows.shape[-1] != self.d_in:
             raise ArtifactError(
                 f"rows have {rows.shape[-1]} columns, the SAE expects {self.d_in}: they come from "
                 "different adapters; use a matching pair"
             )
         flat = rows.reshape(-1, self.d_in)
-        block = self.W_enc.new_zeros(_BLOCK, self.d_in)
-        pre = self.W_enc.new_empty(_BLOCK, self.d_sae)
-        for start in range(0, len(flat), _BLOCK):
-            n = min(_BLOCK, len(flat) - start)
-            block[:n] = flat[start : start + n]
-            block[n:] = 0
-            if not torch.isfinite(block).all():
-                bad = start + int((~torch.isfinite(block)).any(1).nonzero()[0])
-                raise NumberError(f"row {bad} of those to encode is not finite; check the store")
-            torch.mm(block, self.W_enc, out=pre)
-            pre += self.b_enc
-            yield pre[:n]
+        if flat.numel() and not all(map(math.isfinite, flat.aminmax())):
+            bad = int((~torch.isfinite(flat)).any(1).nonzero()[0])
+            raise NumberError(f"row {bad} of those to encode is not finite; check the store")
+        return flat
 
     @torch.no_grad()
     def calibrated(self, store: ActivationStore, rows: RowNumbers, k: float) -> "SAE":
@@ -223,9 +219,13 @@ class SAE:
         if len(rows) > CALIBRATION_ROWS:
             rows = rows[np.linspace(0, len(rows) - 1, CALIBRATION_ROWS).astype(np.int64)]
 
+        weight, product = self.W_enc.T.contiguous(), kernels.of(self.b_enc.device).product
+        out = self.W_enc.new_empty(BLOCK, self.d_sae)
+
         def scores() -> Iterator[Tensor]:
-            for block in read_blocks(store, rows):
-                yield from (pre.div_(ratios) for pre in self._pre_activations(block))
+            for block in read_blocks(store, rows, BLOCK):
+                pre = product(block.to(weight.device), weight, out[: len(block)])
+                yield pre.add_(self.b_enc).div_(ratios)
 
         return replace(self, threshold=calibrate_threshold(scores, k) * ratios).sealed()
 

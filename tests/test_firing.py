@@ -1,0 +1,125 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorascope.kernels import firing, reference, screen
+from lorascope.kernels.firing import Encoder
+
+
+@pytest.fixture(params=[True, False], ids=["bfloat16", "float32"])
+def rough(request, monkeypatch):
+    """The product in either type, whatever this machine would choose."""
+    monkeypatch.setattr(screen, "is_faster", lambda *_: request.param)
+
+
+def problem(n, d_in, n_latents, *, seed=0, spread=0.0, bias=0.1):
+    """Rows and weights; columns have scales over `10**spread`, and weights the inverse ones."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = 10 ** torch.linspace(-spread / 2, spread / 2, d_in) if d_in else torch.ones(0)
+    x = torch.randn(n, d_in, generator=generator) * scale
+    W_enc = torch.randn(d_in, n_latents, generator=generator) / scale[:, None] / max(d_in, 1) ** 0.5
+    b_enc = bias * torch.randn(n_latents, generator=generator)
+    threshold = torch.rand(n_latents, generator=generator) + 0.5
+    return x, W_enc, b_enc, threshold
+
+
+def dense(fired, n, n_latents):
+    code = torch.zeros(n, n_latents)
+    code[fired.rows, fired.latents] = fired.values
+    return code
+
+
+@pytest.mark.parametrize("spread", [0.0, 4.0])
+@pytest.mark.parametrize(
+    ("n", "d_in", "n_latents"),
+    [(0, 5, 3), (1, 1, 1), (3, 14, 24), (130, 56, 224), (1030, 448, 700), (2, 449, 9)],
+)
+def test_no_pair_is_missed_and_none_is_added(rough, n, d_in, n_latents, spread):
+    x, W_enc, b_enc, threshold = problem(n, d_in, n_latents, spread=spread)
+    fired = Encoder(W_enc, b_enc, threshold)(x)
+    exact = reference.firing(x.double(), W_enc.double(), b_enc.double(), threshold.double())
+    code = dense(fired, n, n_latents).double()
+    pre = x.double() @ W_enc.double() + b_enc.double()
+    sure = (pre - threshold).abs() > 1e-5
+    assert torch.equal((code > 0) & sure, (exact > 0) & sure)
+    assert torch.allclose(code[sure], exact[sure], rtol=1e-5, atol=1e-5)
+    order = fired.rows * n_latents + fired.latents
+    assert bool((order.diff() > 0).all())
+
+
+def test_both_products_find_the_same_pairs_to_the_bit(monkeypatch):
+    x, W_enc, b_enc, threshold = problem(700, 56, 900)
+    found = []
+    for faster in (True, False):
+        monkeypatch.setattr(screen, "is_faster", lambda *_, faster=faster: faster)
+        found.append(Encoder(W_enc, b_enc, threshold)(x))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    assert len(found[0].values) > 1000
+
+
+def test_sums_that_lie_on_their_threshold_are_decided_in_float32(rough):
+    x, W_enc, b_enc, _ = problem(64, 20, 50)
+    every = Encoder(W_enc, b_enc, torch.full((50,), -1e30))(x)
+    assert len(every.values) == 64 * 50
+    values = every.values.view(64, 50)
+    threshold = values[7]  # row 7 is equal to every threshold, so that nothing fires there
+    code = dense(Encoder(W_enc, b_enc, threshold)(x), 64, 50)
+    assert torch.equal(code, torch.where(values > threshold, values, 0.0))
+    assert not code[7].any()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    d_in=st.sampled_from([1, 14, 56, 100]),
+    cuts=st.lists(st.integers(0, 60), max_size=4),
+    chosen=st.lists(st.integers(0, 39), min_size=1, max_size=5, unique=True),
+)
+def test_a_rows_code_is_the_same_in_any_batch_and_through_a_slice_of_latents(d_in, cuts, chosen):
+    x, W_enc, b_enc, threshold = problem(60, d_in, 40)
+    encoder = Encoder(W_enc, b_enc, threshold)
+    whole = dense(encoder(x), 60, 40)
+    for part in torch.tensor_split(torch.arange(60), sorted(cuts)):
+        assert torch.equal(dense(encoder(x[part]), len(part), 40), whole[part])
+    few = torch.tensor(chosen)
+    sliced = Encoder(W_enc[:, few].contiguous(), b_enc[few], threshold[few])
+    assert torch.equal(dense(sliced(x), 60, len(few)), whole[:, few])
+
+
+def test_blocks_change_nothing(rough, monkeypatch):
+    x, W_enc, b_enc, threshold = problem(50, 14, 24)
+    whole = Encoder(W_enc, b_enc, threshold)(x)
+    monkeypatch.setattr(firing, "BLOCK", 7)
+    for one, other in zip(Encoder(W_enc, b_enc, threshold)(x), whole, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_value_of_a_pair_is_that_of_the_code_and_zero_where_it_does_not_fire(rough):
+    x, W_enc, b_enc, threshold = problem(90, 56, 70)
+    encoder = Encoder(W_enc, b_enc, threshold)
+    whole = dense(encoder(x), 90, 70)
+    index = torch.arange(90).repeat_interleave(70)
+    latents = torch.arange(70).repeat(90)
+    assert torch.equal(encoder.at(x, index, latents).view(90, 70), whole)
+
+
+def test_columns_and_latents_without_weights_are_no_trouble(rough):
+    x, W_enc, b_enc, threshold = problem(30, 14, 6)
+    W_enc[3], x[:, 3] = 0, 1e30
+    W_enc[:, 2], b_enc[2] = 0, 5.0  # always on
+    W_enc[:, 4], b_enc[4] = 0, -5.0  # always off
+    threshold[5] = torch.inf
+    code = dense(Encoder(W_enc, b_enc, threshold)(x), 30, 6)
+    assert bool((code[:, 2] == 5).all())
+    assert not code[:, [4, 5]].any()
+    kept = torch.arange(14) != 3
+    same = dense(Encoder(W_enc[kept], b_enc, threshold)(x[:, kept]), 30, 6)
+    assert torch.allclose(code, same)
+
+
+def test_half_precision_rows_are_those_of_float32(rough):
+    x, W_enc, b_enc, threshold = problem(40, 56, 70)
+    encoder = Encoder(W_enc, b_enc, threshold)
+    for one, other in zip(encoder(x.half()), encoder(x.half().float()), strict=True):
+        assert torch.equal(one, other)
