@@ -14,14 +14,10 @@ from hypothesis import strategies as st
 
 from lorascope.artifact import make_manifest, read_manifest
 from lorascope.errors import ArtifactError
-from lorascope.features.index import (
-    KIND,
-    SCHEMA,
-    Example,
-    FeatureIndex,
-    display_texts,
-    pack_tokens,
-)
+from lorascope.features.arrays import KIND, RANKINGS, SCHEMA
+from lorascope.features.display import display_texts, pack_tokens
+from lorascope.features.feature import Example
+from lorascope.features.index import FeatureIndex
 
 ARRAYS = [field.name for field in fields(FeatureIndex) if field.name != "manifest"]
 TOKENS = {
@@ -61,6 +57,8 @@ def example(value: float, row: int, token_ids: list[int], target: int, **given: 
         target=target,
         token_ids=token_ids,
         activations=activations,
+        quantile=given.pop("quantile", -1),
+        n_alike=given.pop("n_alike", -1),
     )
 
 
@@ -80,31 +78,72 @@ def statistics(features: list[list[Example]]) -> dict[str, Any]:
 
 
 def index_of(
-    features: list[list[Example]], tokens: dict[int, bytes] | None = None, **content: Any
+    features: list[list[Example]],
+    tokens: dict[int, bytes] | None = None,
+    samples: list[list[Example]] | None = None,
+    latents: dict[str, Any] | None = None,
+    **content: Any,
 ) -> FeatureIndex:
     """An index with fitting statistics; token 6 is special."""
     return FeatureIndex.from_examples(
         manifest_of(len(features), **content),
         features,
-        tokens or TOKENS,
+        TOKENS if tokens is None else tokens,
+        samples=samples or (),
         special={6},
-        latents=statistics(features),
+        latents={**statistics(features), **(latents or {})},
     )
 
 
 def small_index() -> FeatureIndex:
-    """Four latents: full, dead, one example, two of equal value given in the wrong order."""
+    """Four latents: full, dead, one example, two of equal value given in the wrong order.
+
+    The first has two samples; a text of three tokens is kept whole.
+    """
     return index_of(
         [
             [
                 example(0.30000001192092896, 40, [1, 2, 5], 1, also=[0]),
-                example(2.5, 90, [1, 3, 4, 5], 1),
+                example(2.5, 90, [1, 3, 4, 5], 1, n_alike=3),
                 example(1.25, 3, [6, 1], 1, position=1),
             ],
             [],
             [example(0.5, 12, [5], 0, rollout=0, position=0)],
             [example(1.0, 31, [1, 1], 0), example(1.0, 30, [2, 1, 1], 1)],
-        ]
+        ],
+        samples=[
+            [example(0.25, 44, [2], 0, quantile=0), example(2.25, 80, [1, 2], 1, quantile=4)],
+            *([], [], []),
+        ],
+        latents={
+            "latent_by_role": [[1, 2], [0, 0], [1, 0], [2, 0]],
+            "latent_by_position": [[3, 0], [0, 0], [0, 1], [1, 1]],
+            "latent_fingerprint": [[0.25, 0.75], [0, 0], [1, 0], [0.5, 0.5]],
+            "latent_stability": [0.5, np.nan, 1, 0],
+            "near_decoder": [[3, 2], [-1, -1], [0, 3], [0, 2]],
+            "near_cosine": [[0.5, 0.25], [np.nan, np.nan], [0.25, 0.125], [0.5, 0.125]],
+            "near_cofiring": [[3], [-1], [-1], [0]],
+            "near_jaccard": [[0.5], [np.nan], [np.nan], [0.5]],
+            **{
+                f"ranked_{name}_{part}": [[values[0]], [values[1]], [values[0]], [values[0]]]
+                for name in RANKINGS
+                for part, values in (("id", (2, -1)), ("score", (0.5, np.nan)))
+            },
+            "text_rollout": [7],
+            "text_why": [1],
+            "text_l0": [1.0],
+            "text_fvu": [0.25],
+            "text_rarity": [0.5],
+            "text_offset": [0, 3],
+            "text_token_id": [1, 2, 6],
+            "text_role": [3, 3, 5],
+            "text_code_offset": [0, 2, 3, 3],
+            "text_latent": [0, 3, 0],
+            "text_value": [0.5, 0.25, 1.0],
+        },
+        roles=["think", "answer"],
+        n_by_role=[10, 0],
+        n_by_position=[6, 4],
     )
 
 
@@ -200,6 +239,19 @@ def shortened(name: str) -> Callable[[FeatureIndex], FeatureIndex]:
     return lambda index: replace(index, **{name: getattr(index, name)[:-1]})
 
 
+DECIDING = {
+    "latent_n_active": "latent/max",
+    "example_value": "example/row",
+    "sample_value": "sample/row",
+    "window_offset": "window/target",
+    "window_token_id": "window/activation",
+    "text_rollout": "text/why",
+    "text_token_id": "text/role",
+    "text_latent": "text/value",
+    "token_id": "token/offset",
+}
+
+
 @pytest.mark.parametrize(
     ("change", "broken"),
     [
@@ -207,14 +259,11 @@ def shortened(name: str) -> Callable[[FeatureIndex], FeatureIndex]:
             (shortened(name), "expected")
             for name in ARRAYS
             # These decide what size the others must have.
-            if name not in ("latent_n_active", "example_value", "window_token_id", "token_data")
-            and name != "token_id"
+            if name not in (*DECIDING, "token_data", "latent_histogram_edges")
         ],
-        (shortened("latent_n_active"), "latent/max has shape"),
-        (shortened("example_value"), "example/row has shape"),
-        (shortened("window_token_id"), "window/activation has shape"),
-        (shortened("token_id"), "token/offset has shape"),
         (shortened("token_data"), "token/offset does not rise"),
+        (shortened("latent_histogram_edges"), "latent/histogram_edges has not 4 entries"),
+        *[(shortened(name), f"{follower} has shape") for name, follower in DECIDING.items()],
         (changed("example_offset", 0, 1), "example/offset does not rise"),
         (changed("example_offset", 1, 5), "example/offset does not rise"),
         (changed("window_offset", 1, 99), "window/offset does not rise"),
@@ -228,10 +277,27 @@ def shortened(name: str) -> Callable[[FeatureIndex], FeatureIndex]:
         (changed("window_target", 0, -1), "window/target is outside"),
         (changed("window_target", 0, 4), "window/target is outside"),
         (changed("example_position", 1, 0), "window begins before its rollout"),
-        (changed("window_activation", 1, 2.25), "not example/value"),
+        (changed("window_activation", 1, 2.25), "not the example's value"),
         (changed("window_activation", 0, np.inf), "window/activation is not finite"),
         (changed("token_id", 0, 2), "token/id is not in ascending order"),
         (changed("window_token_id", 0, 77), "window/token_id is missing"),
+        (changed("sample_offset", 0, 1), "sample/offset does not rise"),
+        (changed("sample_quantile", 0, 5), "sample/quantile is none of"),
+        (changed("sample_quantile", slice(None), [0, 4]), "sample/quantile is not in descending"),
+        (changed("sample_value", 0, 99), "latent/max is below a sample's value"),
+        (changed("sample_value", 0, 2), "not the example's value"),
+        (changed("latent_by_role", (0, 0), 9), "latent/by_role does not add up"),
+        (changed("latent_by_position", (0, 0), 9), "latent/by_position does not add up"),
+        (changed("latent_fingerprint", (0, 0), 0.5), "latent/fingerprint does not add up"),
+        (changed("near_decoder", (0, 0), 4), "near names a latent that is not there"),
+        (changed("near_cofiring", (0, 0), 0), "near names the latent itself"),
+        (changed("near_cosine", (0, 0), 0.125), "near is not in descending order"),
+        (changed("ranked_lift_id", (0, 0), 77), "ranked/lift_id is missing"),
+        (changed("text_token_id", 0, 77), "text/token_id is missing"),
+        (changed("text_latent", 0, 4), "text/latent is not there"),
+        (changed("text_latent", 0, 3), "text/latent does not rise"),
+        (changed("text_value", 0, 0), "text/value is not positive"),
+        (changed("text_code_offset", 1, 4), "text/code_offset does not rise"),
         (
             lambda index: replace(index, manifest=manifest_of(4, top_k=2)),
             "more than top_k = 2 examples",
@@ -324,3 +390,38 @@ def test_a_long_token_of_broken_bytes_takes_time_in_proportion_to_its_length():
     start = time.process_time()
     assert display_texts([b"\xff" * 300_000])[0] == "\ufffd" * 300_000
     assert time.process_time() - start < 5  # 0.3 s; a copy for each broken byte takes 20 s
+
+
+def test_a_feature_has_what_the_arrays_say_of_it():
+    feature = small_index()[0]
+    assert [s.quantile for s in feature.samples] == [4, 0]
+    assert feature.samples[0].tokens == (" the", "é")
+    assert feature.samples[0].activations[feature.samples[0].target] == 2.25
+    assert [e.n_alike for e in feature.examples] == [3, -1, -1]
+    assert feature.similar == ((3, 0.5), (2, 0.25))
+    assert feature.beside == ((3, 0.5),)
+    assert feature.tokens["lift"] == (("é", 0.5),)
+    assert feature.stats.by_role == {"think": 0.1, "answer": 0.0}
+    assert feature.stats.by_position == (0.5, 0.0)
+    assert feature.stats.stability == 0.5
+    dead = small_index()[1]
+    assert (dead.similar, dead.beside, dead.tokens["mean"], dead.samples) == ((), (), (), ())
+
+
+def test_text_is_found_in_any_case_and_where_it_fires_strongest_comes_first():
+    index = small_index()
+    assert index.search("THE") == [0, 3]
+    assert index.search(" the😀") == [0]  # over tokens that each hold half a character
+    assert index.search("no such text") == []
+    assert index.search("") == [0, 1, 2, 3]
+    assert index.search("\n the") == []  # from one window to the next
+
+
+def test_the_table_has_a_line_for_every_latent():
+    table = small_index().table()
+    assert table.index.tolist() == [0, 1, 2, 3]
+    assert table["n_active"].tolist() == [3, 0, 1, 2]
+    assert table["density"][0] == 0.003
+    assert table["density_think"].tolist() == [0.1, 0.0, 0.1, 0.2]
+    assert "density_answer" not in table  # no token has this role
+    assert table["tokens_mean"].tolist() == ["é", "", "é", "é"]

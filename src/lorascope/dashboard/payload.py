@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lorascope.artifact import canonical
-from lorascope.features.index import FeatureIndex, display_texts
+from lorascope.features.display import display_texts
+from lorascope.features.index import FeatureIndex
 
 BLOCK = 64
 _LEVEL = 7  # of zlib; 9 takes ten times as long for 3 % (measured on 62,350 examples)

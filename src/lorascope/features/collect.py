@@ -23,8 +23,10 @@ from lorascope.activations.store import ActivationStore
 from lorascope.artifact import building, is_made, make_manifest, read_manifest
 from lorascope.config import Config, option
 from lorascope.errors import ConfigError, DatasetError
+from lorascope.features.arrays import KIND, SCHEMA
+from lorascope.features.display import pack_tokens
 from lorascope.features.export import write_published
-from lorascope.features.index import KIND, SCHEMA, FeatureIndex, pack_tokens
+from lorascope.features.index import FeatureIndex
 from lorascope.features.topk import TopExamples
 from lorascope.sites import SiteLayout, parse_adapter_types
 
@@ -137,7 +139,7 @@ def run(config: CollectConfig) -> Path:
                 "context_window": config.context_window,
             },
         )
-        index = FeatureIndex(manifest=manifest, **latents, **examples)
+        index = FeatureIndex.of(manifest, {**latents, **examples})
         if out.suffix == ".json":
             write_published(index, build.path / "features.json", index.manifest)
             build.publish_file("features.json")

@@ -2,7 +2,8 @@
 
 `metadata` holds n_features, top_k and, in ours, the manifest under `lorascope`. `features` maps
 the latent's number to its `examples` (activation_value, rollout_idx, token_idx, token, tokens,
-target_position, activations) and its `stats` (n_examples, max_activation and, in ours, more).
+target_position, activations and, in ours, n_alike) and its `stats` (n_examples, max_activation and,
+in ours, more). What else an index has is not in it.
 Numbers are float32 values written in full, so that reading them back gives the same bits. Rows and
 token ids are not part of the schema: an index that was read from JSON has them unknown.
 """
@@ -18,7 +19,9 @@ import numpy.typing as npt
 
 from lorascope.artifact import make_manifest
 from lorascope.errors import ArtifactError
-from lorascope.features.index import KIND, SCHEMA, Example, Feature, FeatureIndex
+from lorascope.features.arrays import KIND, SCHEMA
+from lorascope.features.feature import Example, Feature
+from lorascope.features.index import FeatureIndex
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +120,7 @@ def _published_feature(feature: Feature) -> dict[str, Any]:
                 "tokens": example.tokens,
                 "target_position": example.target,
                 "activations": np.asarray(example.activations).tolist(),
+                **({"n_alike": example.n_alike} if example.n_alike >= 0 else {}),
             }
             for example in feature.examples
         ],
@@ -191,6 +195,7 @@ def _read_example(path: Path, place: str, data: Any, vocabulary: dict[str, int])
         target=target,
         token_ids=[vocabulary.setdefault(text, -1 - len(vocabulary)) for text in texts],
         activations=[_float32(path, f"{place} has activation", value) for value in activations],
+        n_alike=_number(path, place, data, "n_alike"),
     )
 
 

@@ -134,9 +134,9 @@ class SAE:
         if latents is None:
             fired = self.encoder(flat)
         else:
-            latents = latents.unique()
-            fired = self._encoder_of(latents)(flat)
-            fired = fired._replace(latents=latents[fired.latents])
+            few = latents.unique()
+            fired = self._encoder_of(few)(flat)
+            fired = fired._replace(latents=few[fired.latents])
         return SparseCode(
             offsets=torch.searchsorted(
                 fired.rows, torch.arange(len(flat) + 1, device=fired.rows.device)

@@ -1,0 +1,113 @@
+"""What holds of every feature index, as claims that can be checked: `docs/formats.md`, F."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from lorascope.features.arrays import RANKINGS, dataset_of, shape_promises
+from lorascope.features.index import FeatureIndex
+
+N_QUANTILES = 5
+
+
+def promises(index: FeatureIndex) -> Iterator[tuple[str, Any]]:
+    """Yield each promise with its truth, in an order in which later ones may lean on it."""
+    yield from shape_promises(index.arrays)
+    for name, total in (
+        ("example_offset", len(index.example_value)),
+        ("sample_offset", len(index.sample_value)),
+        ("window_offset", len(index.window_token_id)),
+        ("text_offset", len(index.text_token_id)),
+        ("text_code_offset", len(index.text_latent)),
+        ("token_offset", len(index.token_data)),
+    ):
+        offset = getattr(index, name)
+        rises = offset[0] == 0 and offset[-1] == total and np.all(np.diff(offset) >= 0)
+        yield f"{dataset_of(name)} does not rise from 0 to {total}", rises
+    yield from _of_examples(index)
+    yield from _of_statistics(index)
+    yield from _of_windows(index)
+    yield from _of_texts(index)
+
+
+def _of_examples(index: FeatureIndex) -> Iterator[tuple[str, Any]]:
+    counts = np.diff(index.example_offset)
+    owner = np.repeat(np.arange(len(index)), counts)
+    value, row = index.example_value, index.example_row
+    same, level = owner[1:] == owner[:-1], value[1:] == value[:-1]
+    falls = (value[1:] < value[:-1]) | level
+    ties = (row[1:] > row[:-1]) | (row[1:] < 0)
+    yield "example/value is not finite", np.all(np.isfinite(value))
+    yield "example/value is not in descending order", np.all(falls | ~same)
+    yield "example/row is not ascending among equal values", np.all(ties | ~level | ~same)
+    best = index.latent_max[owner]
+    yield "latent/max is below an example's value", np.all((value <= best) | np.isnan(best))
+    fired = index.latent_n_active
+    yield "latent has more examples than firings", np.all((counts <= fired) | (fired < 0))
+    top_k = index.content.get("top_k")
+    few = not isinstance(top_k, int) or np.all(counts <= top_k)
+    yield f"latent has more than top_k = {top_k} examples", few
+    quantile = index.sample_quantile
+    owner = np.repeat(np.arange(len(index)), np.diff(index.sample_offset))
+    key = owner * N_QUANTILES + (N_QUANTILES - 1 - quantile)
+    yield "sample/quantile is none of 0 to 4", np.all((quantile >= 0) & (quantile < N_QUANTILES))
+    yield "sample/quantile is not in descending order", np.all(np.diff(key) >= 0)
+    best = index.latent_max[owner]
+    yield "latent/max is below a sample's value", np.all(index.sample_value <= best)
+
+
+def _of_statistics(index: FeatureIndex) -> Iterator[tuple[str, Any]]:
+    fired = index.latent_n_active
+    for name in ("latent_histogram", "latent_by_role", "latent_by_position"):
+        counts = getattr(index, name)
+        if counts.shape[1]:
+            total = counts.sum(axis=1, dtype=np.int64)
+            yield f"{dataset_of(name)} does not add up to n_active", np.all(total == fired)
+    rises = np.all(np.diff(index.latent_histogram_edges) > 0)
+    yield "latent/histogram_edges do not rise", rises
+    if index.latent_fingerprint.shape[1]:
+        total = index.latent_fingerprint.sum(axis=1, dtype=np.float64)
+        one = (np.abs(total - 1) < 0.02) | (total == 0)
+        yield "latent/fingerprint does not add up to 1", np.all(one)
+    for ids, scores in (
+        (index.near_decoder, index.near_cosine),
+        (index.near_cofiring, index.near_jaccard),
+    ):
+        known = ids >= 0
+        itself = ids == np.arange(len(index))[:, None]
+        yield "near names a latent that is not there", np.all(ids < len(index))
+        yield "near names the latent itself", not np.any(itself)
+        falls = (scores[:, 1:] <= scores[:, :-1]) | ~known[:, 1:]
+        yield "near is not in descending order", np.all(falls)
+    for ranking in RANKINGS:
+        ids = getattr(index, f"ranked_{ranking}_id")
+        missing = (ids != -1) & ~np.isin(ids, index.token_id)
+        yield f"ranked/{ranking}_id is missing in token/id", not np.any(missing)
+
+
+def _of_windows(index: FeatureIndex) -> Iterator[tuple[str, Any]]:
+    start, target = index.window_offset[:-1], index.window_target
+    inside = (target >= 0) & (target < np.diff(index.window_offset))
+    yield "window/target is outside its window", np.all(inside)
+    position = np.concatenate([index.example_position, index.sample_position])
+    starts_in = (position >= target) | (position < 0)
+    yield "window begins before its rollout", np.all(starts_in)
+    value = np.concatenate([index.example_value, index.sample_value])
+    at_target = index.window_activation[start + target]
+    yield "window/activation at the target is not the example's value", np.all(at_target == value)
+    yield "window/activation is not finite", np.all(np.isfinite(index.window_activation))
+    yield "token/id is not in ascending order", np.all(np.diff(index.token_id) > 0)
+    known = np.isin(index.window_token_id, index.token_id)
+    yield "window/token_id is missing in token/id", np.all(known)
+
+
+def _of_texts(index: FeatureIndex) -> Iterator[tuple[str, Any]]:
+    known = np.isin(index.text_token_id, index.token_id)
+    yield "text/token_id is missing in token/id", np.all(known)
+    latent = index.text_latent
+    yield "text/latent is not there", np.all((latent >= 0) & (latent < len(index)))
+    token = np.repeat(np.arange(len(index.text_token_id)), np.diff(index.text_code_offset))
+    rises = np.diff(token * len(index) + latent) > 0
+    yield "text/latent does not rise within a token", np.all(rises)
+    yield "text/value is not positive", np.all(index.text_value > 0)
