@@ -65,7 +65,12 @@ def test_examples_are_the_brute_force_argsort_ties_included(make_store, tmp_path
     store = make_store(rows)
     sae = make_sae(tmp_path / "sae", threshold=0.5)
     config = CollectConfig(
-        model_path=tmp_path / "sae", data_dir=store.path, output_path=tmp_path / "f.h5", top_k=7
+        model_path=tmp_path / "sae",
+        data_dir=store.path,
+        output_path=tmp_path / "f.h5",
+        top_k=7,
+        max_per_rollout=0,
+        alike="keep",
     )
     index = FeatureIndex.open(collect.run(config))
     index.verify()

@@ -12,6 +12,8 @@ from lorascope.cli import call
 from lorascope.demo import demo, meaning
 from lorascope.demo.demo import DemoConfig
 from lorascope.demo.problems import CLASSES, make_problem
+from lorascope.features import collect
+from lorascope.features.collect import CollectConfig
 from lorascope.features.index import FeatureIndex
 from lorascope.sae.model import load_sae
 
@@ -58,9 +60,17 @@ def test_the_same_command_again_changes_no_byte(folder, capsys):
     assert before.keys() == after.keys()
 
 
-def test_the_examples_are_the_brute_force_argsort_of_the_demos_store(folder, store):
+def test_the_examples_are_the_brute_force_argsort_of_the_demos_store(folder, store, tmp_path):
     sae = load_sae(folder / "sae", store)
-    index = FeatureIndex.open(folder / "features.h5")
+    plain = CollectConfig(
+        data_dir=store.path,
+        model_path=folder / "sae",
+        output_path=tmp_path / "features.h5",
+        max_per_rollout=0,
+        alike="keep",
+        text_tokens=0,
+    )
+    index = FeatureIndex.open(collect.run(plain))
     code = np.concatenate(
         [
             sae.encode_dense(torch.from_numpy(np.array(rows))).numpy()

@@ -1,70 +1,172 @@
 from itertools import pairwise
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorascope.features.topk import TopExamples
+from lorascope.features.topk import Firings, FiringSample, TopExamples, row_hash
+
+N_LATENTS, LENGTH, N_ROWS = 5, 7, 63  # nine rollouts of seven rows
 
 firings = st.lists(
-    st.tuples(st.integers(0, 4), st.integers(0, 60), st.sampled_from([0.5, 1.0, 1.5, 2.0])),
+    st.tuples(
+        st.integers(0, N_LATENTS - 1),
+        st.integers(0, N_ROWS - 1),
+        st.sampled_from([0.5, 1.0, 1.5, 2.0]),
+    ),
     unique_by=lambda f: f[:2],
     max_size=200,
 )
+groups = st.lists(st.integers(0, 9), min_size=N_ROWS, max_size=N_ROWS)
+limits = st.one_of(st.none(), st.integers(1, 3))
 
 
-def arrays(found):
-    latents, rows, values = (
+def columns(found, group) -> Firings:
+    latent, row, value = (
         (np.array(column) for column in zip(*found, strict=True)) if found else ([], [], [])
     )
-    return np.array(latents, np.int64), np.array(values, np.float32), np.array(rows, np.int64)
+    row = np.array(row, np.int64)
+    return Firings(
+        np.array(latent, np.int64),
+        np.array(value, np.float32),
+        row,
+        row // LENGTH,
+        np.array(group, np.uint64)[row],
+    )
 
 
-def by_sorting_everything(found, k):
+def strongest_by_sorting(found, group, k, per_rollout):
+    """The definition, one firing at a time."""
     kept = []
-    for latent in range(5):
+    for latent in range(N_LATENTS):
         mine = sorted((f for f in found if f[0] == latent), key=lambda f: (-f[2], f[1]))
-        kept += mine[:k]
+        if per_rollout is not None:
+            able, taken = [], {}
+            for f in mine:
+                alike = taken.setdefault(f[1] // LENGTH, [])
+                if group[f[1]] not in alike and len(alike) < per_rollout:
+                    alike.append(group[f[1]])
+                    able.append(f)
+            mine = able
+        seen, best = set(), []
+        for f in mine:
+            if group[f[1]] not in seen:
+                seen.add(group[f[1]])
+                best.append(f)
+        kept += best[:k]
     return [(latent, row, np.float32(value)) for latent, row, value in kept]
 
 
-def as_list(top):
-    offset, value, row = top.sorted()
-    latents = np.repeat(np.arange(5), np.diff(offset))
-    return list(zip(latents.tolist(), row.tolist(), value, strict=True))
+def as_list(kept):
+    found = kept.sorted()
+    return list(zip(found.latent.tolist(), found.row.tolist(), found.value, strict=True))
 
 
-@given(firings, st.integers(1, 7), st.lists(st.integers(0, 200), max_size=5))
-def test_streaming_equals_sorting_everything_whatever_the_batches(found, k, cuts):
-    top = TopExamples(5, k)
-    bounds = [0, *sorted(min(c, len(found)) for c in cuts), len(found)]
-    for first, last in pairwise(bounds):
-        top.add(*arrays(found[first:last]))
-        top._settle()
-    assert as_list(top) == by_sorting_everything(found, k)
+@given(firings, groups, st.integers(1, 7), limits, st.lists(st.integers(0, N_ROWS), max_size=5))
+def test_streaming_equals_sorting_everything_however_the_rows_are_cut(
+    found, group, k, per_rollout, cuts
+):
+    top = TopExamples(N_LATENTS, k, per_rollout)
+    for first, last in pairwise([0, *sorted(cuts), N_ROWS]):
+        part = [f for f in found if first <= f[1] < last]
+        is_cut = last % LENGTH and last < N_ROWS
+        top.add(columns(part, group), open_from=last // LENGTH * LENGTH if is_cut else None)
+        top.settle()
+    assert as_list(top) == strongest_by_sorting(found, group, k, per_rollout)
+
+
+@given(firings, groups, st.integers(1, 7), limits, st.permutations(range(9)))
+def test_merging_rollouts_in_any_order_gives_the_same(found, group, k, per_rollout, order):
+    parts = [TopExamples(N_LATENTS, k, per_rollout) for _ in range(3)]
+    for i, rollout in enumerate(order):
+        parts[i % 3].add(columns([f for f in found if f[1] // LENGTH == rollout], group))
+        parts[i % 3].settle()
+    parts[1].merge(parts[2])
+    parts[0].merge(parts[1])
+    assert as_list(parts[0]) == strongest_by_sorting(found, group, k, per_rollout)
 
 
 @given(firings, st.integers(1, 7), st.randoms(use_true_random=False))
-def test_merging_in_any_order_gives_the_same(found, k, random):
-    parts = [TopExamples(5, k) for _ in range(3)]
-    for firing in found:
-        random.choice(parts).add(*arrays([firing]))
-    random.shuffle(parts)
-    for part in parts[1:]:
-        parts[0].merge(part)
-    assert as_list(parts[0]) == by_sorting_everything(found, k)
+def test_without_groups_and_limits_it_is_the_plain_top_k(found, k, random):
+    random.shuffle(found)
+    alone = list(range(N_ROWS))
+    top = TopExamples(N_LATENTS, k)
+    for i in range(0, len(found), 13):
+        top.add(columns(found[i : i + 13], alone))
+    kept = []
+    for latent in range(N_LATENTS):
+        mine = sorted((f for f in found if f[0] == latent), key=lambda f: (-f[2], f[1]))
+        kept += [(latent, row, np.float32(value)) for _, row, value in mine[:k]]
+    assert as_list(top) == kept
+
+
+@given(firings, st.integers(1, 7), st.randoms(use_true_random=False))
+def test_a_sample_is_that_of_the_lowest_hashes_however_it_came(found, n, random):
+    random.shuffle(found)
+    alone = list(range(N_ROWS))
+    parts = [FiringSample(N_LATENTS, n) for _ in range(3)]
+    for i in range(0, len(found), 7):
+        parts[i % 3].add(columns(found[i : i + 7], alone))
+        parts[i % 3].settle()
+    parts[2].merge(parts[0])
+    parts[2].merge(parts[1])
+    expected = []
+    for latent in range(N_LATENTS):
+        mine = [f for f in found if f[0] == latent]
+        mine.sort(key=lambda f: (int(row_hash(np.array([f[1]]))[0]), f[1]))
+        expected += [(latent, row, np.float32(value)) for _, row, value in mine[:n]]
+    assert as_list(parts[2]) == expected
+
+
+def test_a_sample_is_even_over_the_stream():
+    sample = FiringSample(1, 2000)
+    rows = np.arange(100_000)
+    for part in np.array_split(rows, 50):
+        whole = part.astype(np.int64)
+        value = np.ones(len(part), np.float32)
+        sample.add(Firings(np.zeros_like(whole), value, whole, whole, whole.astype(np.uint64)))
+    kept = sample.sorted().row
+    assert len(kept) == 2000
+    counts = np.bincount(kept // 10_000, minlength=10)
+    assert abs(counts - 200).max() < 60  # four standard deviations
+
+
+def stream(rows, values, group=None) -> Firings:
+    """Firings of latent 0, each in a rollout of its own."""
+    row = np.array(rows, np.int64)
+    value = np.array(values, np.float32)
+    return Firings(np.zeros_like(row), value, row, row, np.array(group or rows, np.uint64))
 
 
 def test_an_ascending_stream_keeps_its_last_k():
     top = TopExamples(1, 3)
     for row in range(100):
-        top.add(np.zeros(1, np.int64), np.array([row], np.float32), np.array([row]))
-    assert top.sorted()[2].tolist() == [99, 98, 97]
+        top.add(stream([row], [1.0 + row]))
+    assert top.sorted().row.tolist() == [99, 98, 97]
 
 
 def test_ties_go_to_the_lower_row_also_when_it_comes_later():
     top = TopExamples(1, 1)
     for row in (9, 3, 5):
-        top.add(np.zeros(1, np.int64), np.ones(1, np.float32), np.array([row]))
-        top._settle()
-    assert top.sorted()[2].tolist() == [3]
+        top.add(columns([(0, row, 1.0)], range(N_ROWS)))
+        top.settle()
+    assert top.sorted().row.tolist() == [3]
+
+
+@pytest.mark.parametrize("room", [1, 50])
+def test_the_size_of_the_buffer_changes_nothing(room):
+    rng = np.random.default_rng(0)
+    values = rng.choice([0.5, 1, 2], 300)
+    order = rng.permutation(300)
+    kept = []
+    for size in (None, room):
+        top, sample = TopExamples(1, 4, 2), FiringSample(1, 4)
+        if size:
+            top._room = sample._room = size
+        for rows in np.split(order, 30):
+            part = stream(rows.tolist(), values[rows], (rows % 40).tolist())
+            top.add(part)
+            sample.add(part)
+        kept.append((as_list(top), as_list(sample)))
+    assert kept[0] == kept[1]

@@ -304,8 +304,8 @@ def join(
     while time.monotonic() - begun < patience:
         if _recorded(build.path) == identity:
             return build
-        manifest = out / MANIFEST
-        if manifest.exists() and manifest.stat().st_mtime >= begun_at - _SKEW:
+        last = out / MANIFEST if out.is_dir() else out
+        if last.exists() and last.stat().st_mtime >= begun_at - _SKEW:
             return None
         time.sleep(0.05)
     raise ArtifactError(

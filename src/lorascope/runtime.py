@@ -161,6 +161,8 @@ def claims(
                 if targets[unit].exists():  # made since the look before
                     claim.release()
                     continue
+                if not locks.exists():
+                    return  # made and published since the look before
                 taken = True
                 mine.add(unit)
                 yield claim

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from lorascope.activations.shuffle import Shuffle
 from lorascope.activations.store import ActivationStore, Rows
-from lorascope.config import nearest
 from lorascope.errors import ArtifactError, ConfigError, NumberError
 from lorascope.subject.rollouts import ROLES
 
@@ -47,7 +46,7 @@ def split_rows(
     of one rollout is split by row. Special tokens are left out unless the role `special` is named.
     Raises ConfigError at an unknown role, ArtifactError when there are fewer than two rows.
     """
-    rows = np.flatnonzero(_of_roles(store, roles))
+    rows = np.flatnonzero(store.eligible_of(store.token_ids, store.roles, roles))
     if len(rows) < 2:
         found = ", ".join(f"{role} {n}" for role, n in count_roles(store).items())
         wanted = f" of the roles {', '.join(roles)} (it has: {found or 'none'})" if roles else ""
@@ -70,18 +69,6 @@ def count_roles(store: ActivationStore) -> dict[str, int]:
     """Return how many eligible rows each role has, in the order of `ROLES`; only roles with any."""
     counts = np.bincount(store.roles[store.eligible], minlength=len(ROLES))
     return {role: int(n) for role, n in zip(ROLES, counts, strict=True) if n}
-
-
-def _of_roles(store: ActivationStore, roles: Sequence[str]) -> npt.NDArray[np.bool_]:
-    if not roles:
-        return store.eligible
-    for role in roles:
-        if role not in ROLES:
-            raise ConfigError(
-                f"unknown role {role}, expected {', '.join(ROLES)}{nearest(role, ROLES)}"
-            )
-    special = store.roles == ROLES.index("special")
-    return (store.eligible | special) & np.isin(store.roles, [ROLES.index(role) for role in roles])
 
 
 def require_finite(values: Rows, rows: RowNumbers, store: ActivationStore) -> None:

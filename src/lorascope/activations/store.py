@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lorascope.artifact import MANIFEST, digest_file, digest_of, open_manifest
-from lorascope.errors import ArtifactError
+from lorascope.config import nearest
+from lorascope.errors import ArtifactError, ConfigError
 from lorascope.sites import SiteLayout
 from lorascope.subject.rollouts import ROLES
 
@@ -170,8 +171,48 @@ class ActivationStore:
     @cached_property
     def eligible(self) -> npt.NDArray[np.bool_]:
         """Rows that count, `(n_rows,)`: special tokens and template headers do not."""
-        special = self.vocabulary.special[self.token_ids]
-        return ~special & (self.roles != ROLES.index("special"))
+        return self.eligible_of(self.token_ids, self.roles)
+
+    def token_ids_of(self, start: int, stop: int) -> npt.NDArray[np.int32]:
+        """Return the token ids of rows `[start, stop)`, without reading the others."""
+        return self._between([s.token_ids for s in self.shards], start, stop)
+
+    def roles_of(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Return the roles of rows `[start, stop)`, without reading the others."""
+        return self._between([s.roles for s in self.shards], start, stop)
+
+    def eligible_of(
+        self,
+        token_ids: npt.NDArray[np.int32],
+        roles: npt.NDArray[np.uint8],
+        only: Sequence[str] = (),
+    ) -> npt.NDArray[np.bool_]:
+        """Say which tokens of these ids and roles count; see `eligible`.
+
+        `only` limits them to some roles; where it names `special`, those count as well. Raises
+        ConfigError at an unknown role.
+        """
+        special = roles == ROLES.index("special")
+        counts = ~self.vocabulary.special[token_ids] & ~special
+        if not only:
+            return counts
+        for role in only:
+            if role not in ROLES:
+                raise ConfigError(
+                    f"unknown role {role}, expected {', '.join(ROLES)}{nearest(role, ROLES)}"
+                )
+        return (counts | special) & np.isin(roles, [ROLES.index(role) for role in only])
+
+    def _between(self, parts: list[npt.NDArray[Any]], start: int, stop: int) -> npt.NDArray[Any]:
+        first = int(np.searchsorted(self.first_row, start, side="right")) - 1
+        last = int(np.searchsorted(self.first_row, stop))
+        begins = self.first_row[first:last].tolist()
+        return np.concatenate(
+            [
+                part[max(start - begin, 0) : stop - begin]
+                for part, begin in zip(parts[first:last], begins, strict=True)
+            ]
+        )
 
     def select(self, adapter_types: Sequence[str]) -> "ActivationStore":
         """Return the same store with the columns of the named projections only."""

@@ -1,41 +1,52 @@
-"""Read a store with an SAE and keep the best examples of every latent.
+"""Read a store with an SAE and keep the evidence of every latent.
 
-1. Scan: encode the rows in order; count, sum and histogram every latent's firings on eligible
-   tokens, and keep its `top_k` strongest.
-2. Windows: encode once more the rows around the examples, and look up each example's latent there.
-   A row's code depends on nothing but the row, so these are the values that were scanned.
-3. Write `features.h5`, or JSON in the published schema when the output's name ends so.
+1. Scan: the store is cut into spans of whole rollouts (`evidence.spans_of`). Each is encoded once;
+   its counts, its strongest firings and a sample of its firings become one file, so that what is
+   finished stays. Any number of processes share the spans.
+2. Merge the spans' evidence, in their order.
+3. Examples and samples get their windows (`examples`), and the samples say which tokens a latent
+   is about (`rankings`) and what is near it (`neighbours`). Some rollouts are kept whole
+   (`whole_texts`).
+4. Write `features.h5`, or JSON in the published schema when the output's name ends so.
 
 In: activation store, SAE. Out: a feature index.
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from lorascope import runtime
 from lorascope.activations.generate import default_name
 from lorascope.activations.store import ActivationStore
-from lorascope.artifact import building, is_made, make_manifest, read_manifest
+from lorascope.artifact import Build, building, is_made, join, make_manifest, read_manifest
 from lorascope.config import Config, option
 from lorascope.errors import ConfigError, DatasetError
 from lorascope.features.arrays import KIND, SCHEMA
 from lorascope.features.display import pack_tokens
+from lorascope.features.evidence import Evidence, lowest_threshold, scan, spans_of
+from lorascope.features.examples import example_arrays, sample_arrays, window_arrays
 from lorascope.features.export import write_published
 from lorascope.features.index import FeatureIndex
-from lorascope.features.topk import TopExamples
+from lorascope.features.neighbours import cofiring, effect_rows, fingerprint, nearest_rows
+from lorascope.features.rankings import ranked_tokens
+from lorascope.features.surroundings import Span
+from lorascope.features.tally import histogram_edges
+from lorascope.features.topk import Firings
+from lorascope.features.whole_texts import text_arrays
 from lorascope.sites import SiteLayout, parse_adapter_types
+from lorascope.subject.rollouts import ROLES
 
 if TYPE_CHECKING:
     from lorascope.sae.model import SAE
 
 log = logging.getLogger(__name__)
 
-N_BINS = 40  # four to an octave, from the threshold up: a factor of 1,024
+ALIKE = 5  # tokens on each side that are compared when windows are called alike
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +55,27 @@ class CollectOptions(Config):
 
     top_k: int = option(10, help="examples kept for each feature")
     context_window: int = option(10, help="tokens shown on each side of an example")
+    max_per_rollout: int | None = option(
+        3, help="examples of one feature from one rollout, at most; 0 for any number"
+    )
+    alike: Literal["collapse", "keep"] = option(
+        "collapse",
+        help="examples that have the same five tokens on each side: collapse them into the "
+        "strongest one, or keep them all",
+    )
+    samples: int = option(
+        2, help="further examples drawn at random from each fifth of a feature's firings, by value"
+    )
+    text_tokens: int = option(
+        20_000, help="tokens of rollouts that are kept whole, to be read as text with every feature"
+    )
 
     def check(self) -> None:
         """Refuse impossible numbers."""
         super().check()
         self.require("top_k", 1)
-        self.require("context_window", 0)
+        for name in ("context_window", "max_per_rollout", "samples", "text_tokens"):
+            self.require(name, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +95,15 @@ class CollectConfig(CollectOptions):
         help="file to make, .h5 or .json; default: sae_features_data_{SAE's name}.json",
         identity=False,
     )
+    roles: tuple[str, ...] = option(
+        (), help="roles of the tokens that count; default: all but special"
+    )
     max_rollouts: int | None = option(None, help="rollouts to read from the start; default: all")
     batch_size: int = option(
         2048, help="tokens encoded at once; changes speed only", identity=False
+    )
+    num_gpus: int | None = option(
+        None, help="GPUs to use, one process each; default: all that are there", identity=False
     )
     device: str = option("auto", help="auto, cpu, cuda or cuda:N", identity=False)
     overwrite: bool = option(False, help="replace an output of other settings", identity=False)
@@ -101,52 +133,36 @@ def run(config: CollectConfig) -> Path:
         return out
     n_rollouts = min(config.max_rollouts or store.n_rollouts, store.n_rollouts)
     n_rows = int(store.rollout_start[n_rollouts])
-    n_eligible = int(store.eligible[:n_rows].sum())
-    if not n_eligible:
-        raise DatasetError(f"{data_dir} has no token that counts: all {n_rows} are special")
+    spans = spans_of(store, n_rollouts, sae.d_sae, config.roles)
+    if not any(span.eligible.any() for span in spans):
+        wanted = f"of the roles {', '.join(config.roles)}" if config.roles else "but special ones"
+        raise DatasetError(f"{data_dir} has no token that counts: none of {n_rows} {wanted}")
+    n_workers = runtime.n_workers(config.device, config.num_gpus)
+    if n_workers > 1:
+        runtime.launch(n_workers, "collect", config)
+        return out
     log.info("%d tokens of %d rollouts, %d latents", n_rows, n_rollouts, sae.d_sae)
-    sae = sae.to(runtime.pick_device(config.device))
-    with building(
-        out, KIND, settings=settings, parents=parents, overwrite=config.overwrite
-    ) as build:
-        top = TopExamples(sae.d_sae, config.top_k)
-        latents = _scan(store, sae, n_rows, config.batch_size, top)
-        examples = _with_windows(store, sae, top, config)
-        report = sae.manifest["content"].get("report", {})
+    sae = sae.to(runtime.pick_device(config.device, config.num_gpus))
+    identity: dict[str, Any] = {"settings": settings, "parents": parents}
+    if runtime.place().rank > 0:
+        if build := join(out, KIND, **identity):
+            _gather(build, spans, sae, config)
+        return out
+    with building(out, KIND, **identity, overwrite=config.overwrite) as build:
+        evidence = _gather(build, spans, sae, config)
+        arrays = _arrays(store, spans, sae, evidence, config)
+        content = _content(store, sae, evidence, config)
         manifest = make_manifest(
-            KIND,
-            SCHEMA,
-            settings=settings,
-            parents=parents,
-            layout=store.layout.to_json(),
-            content={
-                **{
-                    key: store.content[key]
-                    for key in ("adapter_name", "base_model", "dataset")
-                    if key in store.content
-                },
-                "sae_name": config.model_path.name,
-                "sae_config": sae.manifest["content"].get("config", {}),
-                "adapter_types": list(store.layout.adapter_types),
-                "fvu": report.get("fvu"),
-                "l0": report.get("l0"),
-                "n_tokens": n_rows,
-                "n_eligible": n_eligible,
-                "n_rollouts": n_rollouts,
-                "n_features": sae.d_sae,
-                "n_alive": int((latents["latent_n_active"] > 0).sum()),
-                "top_k": config.top_k,
-                "context_window": config.context_window,
-            },
+            KIND, SCHEMA, **identity, layout=store.layout.to_json(), content=content
         )
-        index = FeatureIndex.of(manifest, {**latents, **examples})
+        index = FeatureIndex.of(manifest, arrays)
+        name = "features" + out.suffix
         if out.suffix == ".json":
-            write_published(index, build.path / "features.json", index.manifest)
-            build.publish_file("features.json")
+            write_published(index, build.path / name, index.manifest)
         else:
-            index.save(build.path / "features.h5")
-            build.publish_file("features.h5")
-    log.info("%d of %d features fire", manifest["content"]["n_alive"], sae.d_sae)
+            index.save(build.path / name)
+        build.publish_file(name)
+    log.info("%d of %d features fire", content["n_alive"], sae.d_sae)
     return out
 
 
@@ -161,114 +177,124 @@ def _published_store(model_path: Path) -> Path:
     return Path(default_name(types))
 
 
-def _scan(
-    store: ActivationStore, sae: "SAE", n_rows: int, batch_size: int, top: TopExamples
-) -> dict[str, npt.NDArray[Any]]:
-    """Encode rows `[0, n_rows)`, feed `top`, and return the arrays of `latent_*`."""
-    d_sae = sae.d_sae
-    n_active = np.zeros(d_sae, np.int64)
-    n_in_rollouts = np.zeros(d_sae, np.int64)
-    last_rollout = np.full(d_sae, -1, np.int64)
-    sums = np.zeros((2, d_sae))
-    largest = np.zeros(d_sae, np.float32)
-    edges = _edges(sae)
-    histogram = np.zeros(d_sae * N_BINS, np.int64)
-    eligible = store.eligible
-    with runtime.progress(n_rows, "collect", "tokens") as bar:
-        for start in range(0, n_rows, batch_size):
-            stop = min(start + batch_size, n_rows)
-            rows, latents, values = _encode(sae, store.rows(start, stop))
-            rows += start
-            counts = eligible[rows]
-            rows, latents, values = rows[counts], latents[counts], values[counts]
-            top.add(latents, values, rows)
-            n_active += np.bincount(latents, minlength=d_sae)
-            sums[0] += np.bincount(latents, values, minlength=d_sae)
-            sums[1] += np.bincount(latents, values.astype(np.float64) ** 2, minlength=d_sae)
-            np.maximum.at(largest, latents, values)
-            bins = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, N_BINS - 1)
-            histogram += np.bincount(latents * N_BINS + bins, minlength=d_sae * N_BINS)
-            pairs = np.unique(store.rollout_of(rows) * d_sae + latents)
-            rollouts, fired = np.divmod(pairs, d_sae)
-            n_in_rollouts += np.bincount(fired[rollouts != last_rollout[fired]], minlength=d_sae)
-            np.maximum.at(last_rollout, fired, rollouts)
-            bar.update(stop - start)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean = sums[0] / n_active
-        deviation = np.sqrt(np.maximum(sums[1] / n_active - mean**2, 0))
-    return {
-        "latent_n_active": n_active,
+def _gather(build: Build, spans: list[Span], sae: "SAE", config: CollectConfig) -> Evidence:
+    """Scan the spans that nobody has, until all are there; rank 0 returns what they hold."""
+    store = spans[0].store
+    per_rollout = config.max_per_rollout or None
+    evidence = Evidence.empty(sae.d_sae, len(store.vocabulary), config.top_k, per_rollout)
+    paths = [build.path / f"span-{i:06d}.safetensors" for i in range(len(spans))]
+    mine = evidence.after()  # of this process alone: it tells later spans what they may leave out
+    bar = runtime.progress(sum(span.n_rows for span in spans), "collect", "tokens")
+    counted: set[int] = set()
+
+    def found(unit: int) -> None:
+        if unit not in counted:
+            bar.update(spans[unit].n_rows)
+
+    with bar:
+        for claim in runtime.claims(paths, build.path / ".claims", found, lambda: None):
+            here = mine.after()
+            counted.add(claim.unit)
+            for n_rows in scan(
+                spans[claim.unit],
+                sae,
+                here,
+                config.batch_size,
+                collapse=config.alike == "collapse",
+                reach=min(ALIKE, config.context_window),
+            ):
+                bar.update(n_rows)
+            here.save(paths[claim.unit])
+            claim.release()
+            mine.top.merge(here.top)
+            mine.sample.merge(here.sample)
+    if runtime.place().rank == 0:
+        for path in paths:
+            evidence.load(path)
+    return evidence
+
+
+def _arrays(
+    store: ActivationStore,
+    spans: list[Span],
+    sae: "SAE",
+    evidence: Evidence,
+    config: CollectConfig,
+) -> dict[str, Any]:
+    """Return every array of the index."""
+    tally, reach = evidence.tally, min(ALIKE, config.context_window)
+    examples = evidence.top.sorted()
+    samples, drawn = sample_arrays(store, evidence.sample, examples, config.samples)
+    rows, _ = effect_rows(sae)
+    decoder, cosine = nearest_rows(rows, tally.n_active > 0)
+    beside, jaccard = cofiring(evidence.sample, tally.n_active)
+    largest = np.zeros(sae.d_sae, np.float32)
+    np.maximum.at(largest, examples.latent, examples.value)
+    arrays = {
+        "latent_n_active": tally.n_active,
         "latent_max": largest,
-        "latent_mean": np.nan_to_num(mean).astype(np.float32),
-        "latent_std": np.nan_to_num(deviation).astype(np.float32),
-        "latent_n_rollouts": n_in_rollouts,
-        "latent_histogram": histogram.reshape(d_sae, N_BINS).astype(np.uint32),
-        "latent_histogram_edges": edges,
+        "latent_mean": tally.mean,
+        "latent_std": tally.std,
+        "latent_n_rollouts": tally.n_rollouts,
+        "latent_by_role": tally.by_role,
+        "latent_by_position": tally.by_position,
+        "latent_histogram": tally.histogram,
+        "latent_histogram_edges": histogram_edges(lowest_threshold(sae)),
+        "latent_fingerprint": fingerprint(rows, sae.layout),
+        "near_decoder": decoder,
+        "near_cosine": cosine,
+        "near_cofiring": beside,
+        "near_jaccard": jaccard,
+        **ranked_tokens(store, evidence.sample, evidence.tokens),
+        **example_arrays(store, examples, spans, sae.d_sae, reach),
+        **drawn,
+        **window_arrays(store, sae, Firings.joined([examples, samples]), config.context_window),
+        **text_arrays(store, sae, evidence, config.text_tokens, config.roles),
     }
+    if sae.stability is not None:
+        arrays["latent_stability"] = sae.stability.numpy()
+    return {**arrays, **_vocabulary(store, arrays)}
 
 
-def _with_windows(
-    store: ActivationStore, sae: "SAE", top: TopExamples, config: CollectConfig
-) -> dict[str, npt.NDArray[Any]]:
-    """Return the arrays of `example_*`, `window_*` and `token_*`."""
-    offset, value, row = top.sorted()
-    rollout = store.rollout_of(row)
-    begin = np.maximum(row - config.context_window, store.rollout_start[rollout])
-    end = np.minimum(row + config.context_window + 1, store.rollout_start[rollout + 1])
-    window_offset = np.concatenate([[0], np.cumsum(end - begin)]).astype(np.int64)
-    n_pairs = int(window_offset[-1])
-    owner = np.repeat(np.arange(len(row)), end - begin)
-    rows = np.arange(n_pairs) - window_offset[owner] + begin[owner]  # row of each window token
-    latents = np.repeat(np.repeat(np.arange(sae.d_sae), np.diff(offset)), end - begin)
-    activation = np.zeros(n_pairs, np.float32)
-    order = np.argsort(rows, kind="stable")
-    needed = np.unique(rows)
-    with runtime.progress(len(needed), "contexts", "tokens") as bar:
-        for start in range(0, len(needed), config.batch_size):
-            chunk = needed[start : start + config.batch_size]
-            local, fired, values = _encode(sae, store.take(chunk))
-            first, last = np.searchsorted(rows, [chunk[0], chunk[-1] + 1], sorter=order)
-            here = order[first:last]
-            wanted = np.searchsorted(chunk, rows[here]) * sae.d_sae + latents[here]
-            known = local * sae.d_sae + fired  # ascending: encode goes row by row, latent by latent
-            at = np.minimum(np.searchsorted(known, wanted), max(len(known) - 1, 0))
-            if len(known):
-                activation[here] = np.where(known[at] == wanted, values[at], 0)
-            bar.update(len(chunk))
-    token_ids = store.token_ids[rows]
-    used = np.unique(token_ids)
-    token_offset, token_data = pack_tokens([store.vocabulary[i] for i in used])
+def _vocabulary(store: ActivationStore, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arrays `token_*` of the tokens that the others name."""
+    named = [
+        np.unique(ids) for name, ids in arrays.items() if name.endswith(("_id", "text_token_id"))
+    ]
+    used = np.unique(np.concatenate(named))
+    used = used[used >= 0]
+    offset, data = pack_tokens([store.vocabulary[i] for i in used])
     return {
-        "example_offset": offset,
-        "example_value": value,
-        "example_row": row,
-        "example_rollout": store.rollout_id[rollout],
-        "example_position": (row - store.rollout_start[rollout]).astype(np.int32),
-        "window_offset": window_offset,
-        "window_target": (row - begin).astype(np.int32),
-        "window_token_id": token_ids,
-        "window_activation": activation,
         "token_id": used,
-        "token_offset": token_offset,
-        "token_data": token_data,
-        "token_special": store.vocabulary.special[used].astype(np.uint8),
+        "token_offset": offset,
+        "token_data": data,
+        "token_special": store.vocabulary.special[used],
     }
 
 
-def _encode(
-    sae: "SAE", rows: npt.NDArray[Any]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Return row index, latent and value of every firing, row by row, latents ascending."""
-    import torch
-
-    code = sae.encode(torch.from_numpy(np.array(rows)).to(sae.b_enc.device))
-    counts = np.diff(code.offsets.cpu().numpy())
-    index = np.repeat(np.arange(len(counts)), counts)
-    return index, code.latents.cpu().numpy(), code.values.cpu().numpy()
-
-
-def _edges(sae: "SAE") -> npt.NDArray[np.float32]:
-    """Return the histogram's edges: from the threshold up, four bins to an octave."""
-    assert sae.threshold is not None, "load_sae calibrates it"
-    lowest = max(float(sae.threshold.min()), 1e-6)
-    return (lowest * 2.0 ** (np.arange(N_BINS + 1) / 4)).astype(np.float32)
+def _content(
+    store: ActivationStore, sae: "SAE", evidence: Evidence, config: CollectConfig
+) -> dict[str, Any]:
+    """Return what the manifest says of the work beside its settings."""
+    report = sae.manifest["content"].get("report", {})
+    known = ("adapter_name", "base_model", "dataset")
+    return {
+        **{key: store.content[key] for key in known if key in store.content},
+        "sae_name": config.model_path.name,
+        "sae_config": sae.manifest["content"].get("config", {}),
+        "adapter_types": list(store.layout.adapter_types),
+        "fvu": report.get("fvu"),
+        "l0": report.get("l0"),
+        "n_tokens": int(store.rollout_start[len(evidence.rollouts)]),
+        "n_eligible": int(evidence.roles.sum()),
+        "n_rollouts": len(evidence.rollouts),
+        "n_features": sae.d_sae,
+        "n_alive": int((evidence.tally.n_active > 0).sum()),
+        "top_k": config.top_k,
+        "context_window": config.context_window,
+        "n_sampled": evidence.sample.n,
+        "effect_units": effect_rows(sae)[1],
+        "roles": list(ROLES),
+        "n_by_role": evidence.roles.tolist(),
+        "n_by_position": evidence.tenths.tolist(),
+    }

@@ -1,0 +1,287 @@
+"""What collect keeps, against the plainest way to find it."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import layout_of, write_store
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_collect import dense_code, make_sae
+
+from lorascope.errors import ConfigError
+from lorascope.features import collect, evidence
+from lorascope.features.collect import CollectConfig
+from lorascope.features.index import FeatureIndex
+from lorascope.subject.rollouts import ROLES
+
+
+def store_of_ties(folder, seed=5, **given):
+    rows = np.random.default_rng(seed).integers(-2, 3, (240, 14)).astype(np.float32)
+    rows[100:140] = rows[60:100]  # equal rows give equal values
+    return write_store(folder, rows, **given)
+
+
+def made(store, sae_path, out, **given):
+    config = CollectConfig(model_path=sae_path, data_dir=store.path, output_path=out, **given)
+    index = FeatureIndex.open(collect.run(config))
+    index.verify()
+    return index
+
+
+def cut_at(patch, n_rows):
+    """Let spans have as many rows, or the rollout that goes beyond."""
+    patch.setattr(evidence, "_SPAN", n_rows)
+    patch.setattr(evidence, "_PER_LATENT", 0)
+
+
+def surroundings(store, row, reach=5):
+    first, last = store.rollout_start[store.rollout_of(np.array([row]))[0] :][:2].tolist()
+    around = range(row - reach, row + reach + 1)
+    return tuple(int(store.token_ids[r]) if first <= r < last else None for r in around)
+
+
+def best_by_sorting(store, code, latent, k, per_rollout, collapse):
+    """The definition of the examples, one firing at a time."""
+    order = np.lexsort((np.arange(len(code)), -code[:, latent]))
+    rows = [int(row) for row in order if code[row, latent] > 0]
+    taken: dict[int, list] = {}
+    able = []
+    for row in rows:
+        mine = taken.setdefault(int(store.rollout_of(np.array([row]))[0]), [])
+        words = surroundings(store, row) if collapse else row
+        if words not in mine and (not per_rollout or len(mine) < per_rollout):
+            mine.append(words)
+            able.append((row, words))
+    seen, best = set(), []
+    for row, words in able if per_rollout else [(r, surroundings(store, r)) for r in rows]:
+        if not collapse or words not in seen:
+            seen.add(words)
+            best.append(row)
+    return best[:k]
+
+
+@pytest.mark.parametrize("per_rollout", [0, 1, 3])
+@pytest.mark.parametrize("alike", ["collapse", "keep"])
+def test_examples_are_those_of_the_definition(tmp_path, monkeypatch, per_rollout, alike):
+    cut_at(monkeypatch, 1)
+    store = store_of_ties(tmp_path / "store")
+    words = np.tile(np.arange(1, 8), 40)[:40].astype(np.int32)
+    for shard in store.shards:  # the same words again and again, in every rollout
+        shard.token_ids[:] = np.tile(words, len(shard.token_ids) // 40)
+    sae = make_sae(tmp_path / "sae", threshold=0.5)
+    monkeypatch.setattr(collect.ActivationStore, "open", lambda _: store)
+    index = made(
+        *(store, tmp_path / "sae", tmp_path / "f.h5"),
+        top_k=7,
+        max_per_rollout=per_rollout,
+        alike=alike,
+        batch_size=17,
+    )
+    code = dense_code(store, sae)
+    code[~store.eligible] = 0
+    n_examples = 0
+    for latent in range(sae.d_sae):
+        best = best_by_sorting(store, code, latent, 7, per_rollout, alike == "collapse")
+        examples = index[latent].examples
+        assert [e.row for e in examples] == best
+        n_examples += len(best)
+        for e in examples[:2]:
+            like = [
+                r
+                for r in np.flatnonzero(store.eligible)
+                if surroundings(store, r) == surroundings(store, e.row)
+            ]
+            assert e.n_alike == len(like)
+    assert n_examples > 40
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exact")
+    store = store_of_ties(folder / "store", n_rollouts=12)
+    make_sae(folder / "sae", threshold=0.5)
+    return store, folder / "sae"
+
+
+@settings(max_examples=12, deadline=None)
+@given(batch_size=st.integers(1, 300), span=st.integers(1, 300), per_shard=st.integers(1, 12))
+def test_no_cut_of_the_work_changes_a_byte(shared, tmp_path_factory, batch_size, span, per_shard):
+    store, sae = shared
+    folder = tmp_path_factory.mktemp("cut")
+    other = store_of_ties(folder / "store", n_rollouts=12, rollouts_per_shard=per_shard)
+    with pytest.MonkeyPatch.context() as patch:
+        cut_at(patch, span)
+        cut = made(other, sae, folder / "cut.h5", batch_size=batch_size)
+    whole = made(store, sae, folder / "whole.h5")
+    for name, array in whole.arrays.items():
+        np.testing.assert_array_equal(getattr(cut, name), array, err_msg=name)
+
+
+def test_three_processes_make_the_bytes_of_one(shared, tmp_path):
+    import subprocess
+    import sys
+
+    store, sae = shared
+    made(store, sae, tmp_path / "one.h5")
+    code = (
+        "import sys; from lorascope.features import evidence\n"
+        "evidence._SPAN, evidence._PER_LATENT = 1, 0\n"
+        "from lorascope.cli import call; sys.exit(call(sys.argv[1:]))"
+    )
+    (tmp_path / "small.py").write_text(code)
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"),
+        *(str(tmp_path / "small.py"), "collect", "--data-dir", str(store.path)),
+        *("--model-path", str(sae), "--output-path", str(tmp_path / "three.h5")),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "three.h5").read_bytes() == (tmp_path / "one.h5").read_bytes()
+    assert not (tmp_path / "three.h5.partial").exists()
+
+
+def test_a_finished_span_is_not_read_again(shared, tmp_path, monkeypatch):
+    store, sae = shared
+    cut_at(monkeypatch, 1)
+    made(store, sae, tmp_path / "calm.h5")
+    scanned = []
+    real = collect.scan
+
+    def dies_at_the_fourth(span, *args, **given):
+        scanned.append(span.first)
+        if len(scanned) == 4:
+            raise KeyboardInterrupt
+        return real(span, *args, **given)
+
+    monkeypatch.setattr(collect, "scan", dies_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        made(store, sae, tmp_path / "f.h5")
+    assert len(list((tmp_path / "f.h5.partial").glob("span-*"))) == 3
+    made(store, sae, tmp_path / "f.h5")
+    assert sorted(scanned) == sorted([*range(12), 3])
+    assert (tmp_path / "f.h5").read_bytes() == (tmp_path / "calm.h5").read_bytes()
+
+
+def test_a_text_that_stands_there_a_thousand_times_is_one_example_with_its_count(tmp_path):
+    rows = np.random.default_rng(0).standard_normal((30 * 8, 14)).astype(np.float32)
+    rows[: 20 * 8] = np.tile(rows[:8], (20, 1))  # twenty rollouts of the same rows
+    store = write_store(tmp_path / "store", rows, n_rollouts=30)
+    ids = store.token_ids.copy()
+    ids[: 20 * 8] = np.tile(ids[:8], 20)
+    at = 0
+    for shard in store.shards:
+        shard.token_ids[:] = ids[at : at + shard.n_rows]
+        at += shard.n_rows
+    make_sae(tmp_path / "sae", threshold=0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collect.ActivationStore, "open", lambda _: store)
+        index = made(store, tmp_path / "sae", tmp_path / "f.h5", max_per_rollout=0)
+    counts = []
+    for feature in (index[i] for i in range(len(index))):
+        copies = [e for e in feature.examples if e.row < 20 * 8]
+        assert len({e.row % 8 for e in copies}) == len(copies), "one of each place at most"
+        counts += [e.n_alike for e in copies]
+    assert len(counts) > 10
+    assert min(counts) >= 20
+
+
+def test_a_rollout_that_fires_everywhere_gives_as_many_examples_as_allowed(tmp_path):
+    rows = np.random.default_rng(0).standard_normal((240, 14)).astype(np.float32)
+    rows[40:80] *= 30
+    store = write_store(tmp_path / "store", rows)
+    make_sae(tmp_path / "sae", threshold=0.5)
+    loud = made(store, tmp_path / "sae", tmp_path / "all.h5", max_per_rollout=0)
+    fair = made(store, tmp_path / "sae", tmp_path / "few.h5", max_per_rollout=2)
+    assert (loud.example_rollout == 1).mean() > 0.9
+    for latent in range(len(fair)):
+        rollouts = [e.rollout for e in fair[latent].examples]
+        assert max(map(rollouts.count, rollouts)) <= 2
+        assert len(rollouts) == 10
+
+
+def test_roles_that_do_not_count_give_no_example_and_no_number(tmp_path):
+    store = write_store(tmp_path / "store", n_rollouts=6, length=40)
+    for shard in store.shards:
+        shard.roles[shard.roles == ROLES.index("think")] = ROLES.index("answer")
+        for start in shard.rollout_start[:-1]:
+            shard.roles[start + 1 : start + 20] = ROLES.index("user")
+    sae = make_sae(tmp_path / "sae")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collect.ActivationStore, "open", lambda _: store)
+        index = made(store, tmp_path / "sae", tmp_path / "f.h5", roles=("answer",))
+        with pytest.raises(ConfigError, match="unknown role anwser.*answer"):
+            made(store, tmp_path / "sae", tmp_path / "g.h5", roles=("anwser",))
+    counted = store.roles == ROLES.index("answer")
+    for rows in (index.example_row, index.sample_row):
+        assert counted[rows].all()
+    assert index.content["n_eligible"] == counted.sum()
+    np.testing.assert_array_equal(
+        index.latent_n_active, (dense_code(store, sae)[counted] > 0).sum(0)
+    )
+    assert index.content["n_by_role"][ROLES.index("user")] == 0
+
+
+def test_rollouts_of_one_token_and_a_long_one_are_read(tmp_path):
+    layout = layout_of()
+    store = write_store(tmp_path / "one", n_rollouts=5, length=1, n_special=0, layout=layout)
+    make_sae(tmp_path / "sae", layout, threshold=0.1)
+    index = made(store, tmp_path / "sae", tmp_path / "f.h5")
+    assert index.content["n_tokens"] == 5
+    assert set(np.diff(index.window_offset).tolist()) == {1}
+    long = write_store(tmp_path / "long", n_rollouts=1, length=3000, layout=layout)
+    index = made(long, tmp_path / "sae", tmp_path / "g.h5", batch_size=64)
+    assert index.content["n_rollouts"] == 1
+    assert max(index.n_examples) == 3  # max_per_rollout
+
+
+def test_memory_does_not_grow_with_the_store(tmp_path):
+    """What is kept of a latent is bounded: the same number of firings for ten times the rows."""
+    sizes = []
+    for n_rollouts in (40, 400):
+        store = write_store(tmp_path / f"{n_rollouts}", n_rollouts=n_rollouts, length=50)
+        sae = make_sae(tmp_path / f"sae{n_rollouts}", threshold=0.3)
+        empty = evidence.Evidence.empty(sae.d_sae, len(store.vocabulary), 5, None)
+        (span,) = evidence.spans_of(store, n_rollouts, sae.d_sae)
+        for _ in evidence.scan(span, sae, empty, 256, collapse=False, reach=5):
+            waiting = empty.top._n_waiting + empty.sample._n_waiting
+            assert waiting <= empty.top._room + empty.sample._room + 256 * sae.d_sae
+        sizes.append(len(empty.top.sorted().row) + len(empty.sample.sorted().row))
+    assert sizes[0] == sizes[1] == 24 * (5 + evidence.N_SAMPLED)
+
+
+def test_codes_in_the_texts_are_those_of_the_sae(tmp_path):
+    store = write_store(tmp_path / "store")
+    sae = make_sae(tmp_path / "sae")
+    index = made(store, tmp_path / "sae", tmp_path / "f.h5", text_tokens=130)
+    assert len(index.text_rollout) == 3  # of 40 tokens each
+    code = dense_code(store, sae)
+    for i, rollout in enumerate(index.text_rollout.tolist()):
+        rows = slice(rollout * 40, rollout * 40 + 40)
+        tokens = slice(*index.text_offset[i : i + 2].tolist())
+        np.testing.assert_array_equal(index.text_token_id[tokens], store.token_ids[rows])
+        bounds = index.text_code_offset[tokens.start : tokens.stop + 1]
+        mine = np.zeros((40, sae.d_sae), np.float32)
+        fired = slice(int(bounds[0]), int(bounds[-1]))
+        mine[np.repeat(np.arange(40), np.diff(bounds)), index.text_latent[fired]] = (
+            index.text_value[fired]
+        )
+        expected = np.where(store.eligible[rows][:, None], code[rows], 0)
+        np.testing.assert_array_equal(mine, expected)
+        n_eligible = store.eligible[rows].sum()
+        assert index.text_l0[i] == pytest.approx((expected > 0).sum() / n_eligible)
+        x = torch.from_numpy(np.array(store.rows(rows.start, rows.stop)))[store.eligible[rows]]
+        error = (x - sae.decode(sae.encode(x))).square().sum()
+        assert index.text_fvu[i] == pytest.approx(float(error / (x - sae.b_dec).square().sum()))
+    assert index.text_why.all()
+
+
+def test_what_fires_most_is_among_the_texts(tmp_path):
+    rows = np.random.default_rng(0).standard_normal((240, 14)).astype(np.float32)
+    rows[80:120] *= 3
+    store = write_store(tmp_path / "store", rows)
+    make_sae(tmp_path / "sae")
+    index = made(store, tmp_path / "sae", tmp_path / "f.h5", text_tokens=45)
+    assert index.text_rollout.tolist() == [2]
+    assert index.text_why[0] & 1
+    none = made(store, tmp_path / "sae", tmp_path / "g.h5", text_tokens=0)
+    assert len(none.text_rollout) == 0
