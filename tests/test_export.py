@@ -1,5 +1,6 @@
-"""The published JSON: what ours holds, and what others may hold."""
+"""Exports, and the published JSON: what ours holds, and what others may hold."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,15 @@ import pytest
 from test_index import example, index_of, manifest_of, small_index
 
 from lorascope.artifact import read_manifest
-from lorascope.errors import ArtifactError
-from lorascope.features.export import read_published, to_published, write_published
+from lorascope.errors import ArtifactError, ConfigError
+from lorascope.features.export import (
+    ExportConfig,
+    run,
+    to_published,
+    write_csv,
+    write_published,
+)
+from lorascope.features.foreign import read_published
 from lorascope.features.index import FeatureIndex
 
 
@@ -213,3 +221,121 @@ def test_a_file_that_is_missing_or_no_text_is_refused(tmp_path: Path):
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ArtifactError, match="is not JSON"):
         read_published(tmp_path / "binary.json")
+
+
+def exported(source: Path, out: Path, kind: str, **given: Any) -> Path:
+    return run(ExportConfig(input=source, format=kind, output=out, **given))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A features.h5."""
+    small_index().save(tmp_path / "features.h5")
+    return tmp_path / "features.h5"
+
+
+def test_the_exported_json_is_the_one_that_collect_would_write(tmp_path: Path, source: Path):
+    index = small_index()
+    write_published(index, tmp_path / "collected.json", index.manifest)
+    out = exported(source, tmp_path / "exported.json", "json")
+    assert out.read_bytes() == (tmp_path / "collected.json").read_bytes()
+    before = out.stat().st_mtime_ns
+    assert exported(source, out, "json").stat().st_mtime_ns == before, "made once"
+
+
+def test_the_published_names_are_in_the_exported_json_and_dashboard_takes_it(
+    tmp_path: Path, source: Path
+):
+    from lorascope.dashboard import render
+
+    out = exported(source, tmp_path / "features.json", "json")
+    data = json.loads(out.read_text(encoding="utf-8"))
+    assert {"metadata", "features"} <= data.keys()
+    assert {"n_features", "top_k"} <= data["metadata"].keys()
+    for record in data["features"].values():
+        assert {"examples", "stats"} <= record.keys()
+        assert {"n_examples", "max_activation"} <= record["stats"].keys()
+        for one in record["examples"]:
+            assert one["token"] == one["tokens"][one["target_position"]]
+            assert one["activation_value"] == one["activations"][one["target_position"]]
+            assert {"rollout_idx", "token_idx"} <= one.keys()
+    page = render.run(render.DashboardConfig(input=out, output=tmp_path / "page.html"))
+    assert page.stat().st_size > 10_000
+
+
+def test_json_of_another_tool_is_exported_with_its_digest_as_parent(tmp_path: Path):
+    first = write(tmp_path / "a.json", foreign())
+    second = write(tmp_path / "b.json", foreign(activation_value=3.0, activations=[0, 3]))
+    out = exported(first, tmp_path / "out.json", "json")
+    with pytest.raises(ArtifactError, match="another features"):
+        exported(second, out, "json")
+    assert read_published(exported(second, out, "json", overwrite=True))[0].stats.n_examples == 1
+
+
+def test_the_csv_has_a_line_for_each_feature_and_empty_cells_for_the_unknown(
+    tmp_path: Path, source: Path
+):
+    out = exported(source, tmp_path / "features.csv", "csv")
+    with out.open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["feature"] for line in lines] == ["0", "1", "2", "3"]
+    assert [float(line["n_active"]) for line in lines] == [3, 0, 1, 2]
+    assert [float(line["max"]) for line in lines] == [2.5, 0, 0.5, 1]
+    assert [line["stability"] for line in lines] == ["0.5", "", "1.0", "0.0"]
+    assert float(lines[0]["density_think"]) == 0.1
+    assert lines[0]["tokens_mean"] == "é"
+
+
+def test_the_same_index_gives_the_same_csv_and_another_file_is_not_replaced(
+    tmp_path: Path, source: Path
+):
+    out = exported(source, tmp_path / "features.csv", "csv")
+    before = out.read_bytes()
+    assert exported(source, out, "csv").read_bytes() == before
+    out.write_text("mine\n")
+    with pytest.raises(ArtifactError, match="holds something else"):
+        exported(source, out, "csv")
+    assert out.read_text() == "mine\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["features.csv", "features.h5"]
+    assert exported(source, out, "csv", overwrite=True).read_bytes() == before
+
+
+def test_hostile_tokens_stay_in_their_cells_and_are_no_formulas(tmp_path: Path):
+    hostile = [b'=HYPERLINK("x")', b"\n@SUM(1)", b'a",\r\n9', "\u202e,é".encode()]
+    index = index_of(
+        [[example(1.0, 9, [at], 0)] for at in range(1, 5)],
+        dict(enumerate(hostile, 1)),
+        latents={"ranked_mean_id": [[1], [2], [3], [4]], "ranked_mean_score": [[1.0]] * 4},
+    )
+    write_csv(index, tmp_path / "features.csv")
+    with (tmp_path / "features.csv").open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    found = [line["tokens_mean"] for line in lines]
+    assert found == ['\'=HYPERLINK("x")', "'\n@SUM(1)", 'a",\r\n9', "\u202e,é"]
+    assert not any(None in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "words"),
+    [
+        ("json", "out.csv", "expected a .json file"),
+        ("csv", "out", "expected a .csv file"),
+        ("neuronpedia", "out.json", "expected the name of a folder"),
+    ],
+)
+def test_a_format_with_a_name_of_another_one_is_refused(
+    tmp_path: Path, source: Path, kind: str, name: str, words: str
+):
+    with pytest.raises(ConfigError, match=words):
+        exported(source, tmp_path / name, kind)
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "neuronpedia"])
+def test_what_is_no_index_is_refused_and_nothing_is_left_behind(tmp_path: Path, kind: str):
+    (tmp_path / "features.h5").write_bytes(b"no HDF5")
+    out = tmp_path / ("out" if kind == "neuronpedia" else f"out.{kind}")
+    with pytest.raises(ArtifactError, match="features"):
+        exported(tmp_path / "features.h5", out, kind)
+    with pytest.raises(ArtifactError, match="is a folder"):
+        exported(tmp_path, out, kind)
+    assert [p.name for p in tmp_path.iterdir()] == ["features.h5"]

@@ -69,6 +69,12 @@ COMMANDS = {
         "find every feature's strongest examples: a feature index",
         "lorascope collect --model-path trained_sae_adapters_g-u-d-q-k-v-o.pt --top-k 10",
     ),
+    "export": Command(
+        "lorascope.features.export",
+        "ExportConfig",
+        "write a feature index as published JSON, as a table, or for Neuronpedia",
+        "lorascope export --input features.h5 --format csv --output features.csv",
+    ),
     "dashboard": Command(
         "lorascope.dashboard.render",
         "DashboardConfig",
@@ -281,9 +287,13 @@ def _broken(path: Path, kind: str) -> list[str]:
 
             FeatureIndex.open(path).verify()
         elif kind == "features":
-            from lorascope.features.export import read_published
+            from lorascope.features.foreign import read_published
 
             read_published(path)
+        elif kind == "neuronpedia":
+            from lorascope.features.neuronpedia import verify
+
+            return verify(path)
         elif kind == "sae":
             from lorascope.sae.model import load_sae
 
