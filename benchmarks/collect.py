@@ -23,6 +23,9 @@ of lorascope computed here in float64, the published ones in its own batches.
 SAE are loaded: the peak, and that of the part which is no page of a file (the store is mapped).
 
 `linear`: tokens a second of the function for the first rollouts of a long store.
+
+`wide`: tokens a second of the encoder and of the product alone with 131,072 latents, for
+`docs/scale.md`. Its directions are rows of the data, its one threshold lets k of them fire.
 """
 
 import argparse
@@ -43,18 +46,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from collection_data import Setup, make, make_long, texts
+from collection_data import TRAINED, TRAINING, Setup, make, make_long, texts
 from published_collector import CONTEXTS, PublishedCollector
+from torch import Tensor
 
 from lorascope import runtime
+from lorascope.activations.store import ActivationStore
 from lorascope.features import collect
 from lorascope.features.collect import CollectConfig
 from lorascope.features.index import FeatureIndex
 from lorascope.kernels import cpu
+from lorascope.kernels.firing import Encoder
 
 MIB = 1 << 20
 BLOCK = 1024  # rows of a product
-PARTS = ("speed", "kept", "memory", "linear")
+PARTS = ("speed", "kept", "memory", "linear", "wide")
+WIDE = 131_072  # latents
 
 
 class Bars:
@@ -109,7 +116,14 @@ def main() -> None:
             flush=True,
         )
         for part in given.parts or PARTS:
-            {"speed": speed, "kept": kept, "memory": memory, "linear": linear}[part](given, setup)
+            measure = {
+                "speed": speed,
+                "kept": kept,
+                "memory": memory,
+                "linear": linear,
+                "wide": wide,
+            }
+            measure[part](given, setup)
             print(flush=True)
 
 
@@ -232,6 +246,44 @@ def linear(given: argparse.Namespace, setup: Setup) -> None:
         print(f"  {n:>10,} tokens {rate:>10,.0f} tokens/s   {rate / first:.2f} of the first")
 
 
+def wide(given: argparse.Namespace, setup: Setup) -> None:
+    """Print the rates of the encoder and of its product for many latents."""
+    some = np.random.default_rng(0).integers(0, TRAINING, WIDE)
+    training = ActivationStore.open(given.folder / TRAINED)
+    weight = torch.from_numpy(training.take(np.sort(some))).float()
+    weight = torch.nn.functional.normalize(weight - weight.mean(0), dim=1)
+    blocks = [
+        torch.from_numpy(np.array(setup.store.rows(i * BLOCK, (i + 1) * BLOCK))) for i in range(4)
+    ]
+    scores = blocks[0][::16].float() @ weight.T
+    threshold = torch.topk(scores.flatten(), setup.k * len(scores)).values.min()
+    encoder = Encoder(weight.T.contiguous(), torch.zeros(WIDE), threshold.expand(WIDE).contiguous())
+    n_fired = sum(len(encoder(block).rows) for block in blocks) / BLOCK / len(blocks)
+    ways: dict[str, Callable[[Tensor], Any]] = {"encoder": encoder}
+    for dtype in (torch.float32, torch.bfloat16):
+        ways[f"product, {str(dtype)[6:]}"] = _product(weight.to(dtype))
+    took: dict[str, list[float]] = {name: [] for name in ways}
+    for block in blocks * max(given.rounds // 2, 1):
+        for name, way in ways.items():
+            begun = time.perf_counter()
+            way(block)
+            took[name].append(time.perf_counter() - begun)
+    print(f"{WIDE:,} latents, of which {n_fired:.0f} fire: medians")
+    for name, seconds in took.items():
+        rate = BLOCK / statistics.median(seconds)
+        flops = 2 * setup.store.d_in * WIDE * rate
+        print(f"  {name:<18} {rate:>8,.0f} tokens/s   {flops / 1e9:,.0f} GFLOP/s in the product")
+
+
+def _product(weight: Tensor) -> Callable[[Tensor], None]:
+    out = weight.new_empty(BLOCK, len(weight))
+
+    def product(rows: Tensor) -> None:
+        cpu.product(rows.to(weight.dtype), weight, out[: len(rows)])
+
+    return product
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (all)")
@@ -296,14 +348,13 @@ def _products(setup: Setup) -> dict[str, Callable[[], None]]:
     rows = torch.from_numpy(np.array(setup.store.rows(0, setup.store.n_rows)))
 
     def way(dtype: torch.dtype) -> Callable[[], None]:
-        x, weight = rows.to(dtype), setup.sae.W_enc.T.contiguous().to(dtype)
-        out = torch.empty(BLOCK, len(weight), dtype=dtype)
+        x, product = rows.to(dtype), _product(setup.sae.W_enc.T.contiguous().to(dtype))
 
-        def product() -> None:
+        def every_block() -> None:
             for block in x.split(BLOCK):
-                cpu.product(block, weight, out[: len(block)])
+                product(block)
 
-        return product
+        return every_block
 
     return {"product, float32": way(torch.float32), "product, bfloat16": way(torch.bfloat16)}
 

@@ -32,6 +32,7 @@ from lorascope.sites import PROJECTIONS, Site, SiteLayout
 from lorascope.subject.rollouts import ROLES
 
 TRAINING = 400_000  # tokens
+TRAINED = "training"  # the store that the SAE is trained on
 REPEATED = 1_000_000
 PER_SHARD = 16  # rollouts
 SHORTEST, LONGEST = 1000, 7000
@@ -49,14 +50,14 @@ class Setup(NamedTuple):
 
 def make(folder: Path, n_tokens: int, d_sae: int, k: int) -> Setup:
     """Make a store of `n_tokens` and an SAE, or find them in the folder."""
-    sae_path, collected, trained = folder / f"sae-{d_sae}-{k}", _store(folder, n_tokens), "training"
+    sae_path, collected = folder / f"sae-{d_sae}-{k}", _store(folder, n_tokens)
     layout = layout_of()
     if not (collected / MANIFEST).exists() or not (sae_path / MANIFEST).exists():
         rows = planted(TRAINING + n_tokens, layout.d_in, dtype=torch.float16).rows.numpy()
-        _write(folder / trained, layout, _rollouts(rows[:TRAINING], TRAINING, vary=False))
+        _write(folder / TRAINED, layout, _rollouts(rows[:TRAINING], TRAINING, vary=False))
         _write(collected, layout, _rollouts(rows[TRAINING:], n_tokens, vary=False))
     config = TrainConfig(
-        data_dir=folder / trained,
+        data_dir=folder / TRAINED,
         output=sae_path,
         expansion_factor=d_sae // layout.d_in,
         k=float(k),
