@@ -99,7 +99,7 @@ def cofiring(sample: FiringSample, n_active: npt.NDArray[np.int64]) -> Nearest:
         at = np.arange(len(owner)) - np.repeat(bounds[mine] - bounds[mine.start], n_others[mine])
         other = of_row[at + np.repeat(starts[run[mine]], n_others[mine])]
         pairs = np.sort(owner * sample.d_sae + other)
-        begins = np.flatnonzero(np.concatenate([[True], pairs[1:] != pairs[:-1]]))
+        begins = np.flatnonzero(np.concatenate([[len(pairs) > 0], pairs[1:] != pairs[:-1]]))
         counts = np.diff(np.append(begins, len(pairs)))
         owner, other = np.divmod(pairs[begins], sample.d_sae)
         shared = counts / np.minimum(reach[owner], reach[other])
