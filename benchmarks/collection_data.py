@@ -16,14 +16,8 @@ import numpy as np
 import torch
 from planted_rows import planted
 
-from lorascope.activations.store import (
-    KIND,
-    SCHEMA,
-    VOCABULARY,
-    ActivationStore,
-    Vocabulary,
-    write_shard,
-)
+from lorascope.activations.shards import write_shard
+from lorascope.activations.store import KIND, SCHEMA, VOCABULARY, ActivationStore, Vocabulary
 from lorascope.artifact import MANIFEST, digest_file, make_manifest, require_space, write_text
 from lorascope.sae.model import SAE, load_sae
 from lorascope.sae.settings import TrainConfig

@@ -28,8 +28,9 @@ import numpy as np
 import torch
 
 from lorascope.activations.batches import BatchPlan
-from lorascope.activations.store import KIND, SCHEMA, VOCABULARY, ActivationStore, Rows, Vocabulary
-from lorascope.activations.store import write_shard as write
+from lorascope.activations.shards import Rows
+from lorascope.activations.shards import write_shard as write
+from lorascope.activations.store import KIND, SCHEMA, VOCABULARY, ActivationStore, Vocabulary
 from lorascope.artifact import MANIFEST, digest_file, make_manifest, write_text
 from lorascope.sites import PROJECTIONS, Site, SiteLayout
 

@@ -11,14 +11,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import pytest
 
-from lorascope.activations.store import (
-    KIND,
-    SCHEMA,
-    VOCABULARY,
-    ActivationStore,
-    Vocabulary,
-    write_shard,
-)
+from lorascope.activations.shards import write_shard
+from lorascope.activations.store import KIND, SCHEMA, VOCABULARY, ActivationStore, Vocabulary
 from lorascope.artifact import MANIFEST, digest_file, make_manifest
 from lorascope.sites import PROJECTIONS, Site, SiteLayout
 from lorascope.subject.rollouts import ROLES
@@ -161,8 +155,14 @@ def write_store(
     rollouts_per_shard: int = 4,
     dtype: str = "float32",
     n_special: int = 1,
+    token_ids: np.ndarray | None = None,
+    roles: np.ndarray | None = None,
 ) -> ActivationStore:
-    """Write a small store of given or random rows, and open it."""
+    """Write a small store of given or random rows, and open it.
+
+    Without `token_ids` (1 to 7) and `roles`, tokens are random and all of the role `think`, but
+    for `n_special` special ones at each rollout's beginning.
+    """
     layout = layout or layout_of()
     rng = np.random.default_rng(seed)
     if rows is None:
@@ -174,7 +174,11 @@ def write_store(
     special = np.zeros(len(words), bool)
     special[0] = True
     ids = rng.integers(1, len(words), len(rows)).astype(np.int32)
-    roles = np.full(len(rows), ROLES.index("think"), np.uint8)
+    if token_ids is not None:
+        ids[:] = token_ids
+    if roles is None:
+        roles = np.full(len(rows), ROLES.index("think"), np.uint8)
+    roles = roles.copy()
     for i in range(n_special):
         ids[i::length], roles[i::length] = 0, ROLES.index("special")
     Vocabulary.of([word.encode() for word in words], special).save(folder / VOCABULARY)

@@ -64,12 +64,9 @@ def best_by_sorting(store, code, latent, k, per_rollout, collapse):
 @pytest.mark.parametrize("alike", ["collapse", "keep"])
 def test_examples_are_those_of_the_definition(tmp_path, monkeypatch, per_rollout, alike):
     cut_at(monkeypatch, 1)
-    store = store_of_ties(tmp_path / "store")
-    words = np.tile(np.arange(1, 8), 40)[:40].astype(np.int32)
-    for shard in store.shards:  # the same words again and again, in every rollout
-        shard.token_ids[:] = np.tile(words, len(shard.token_ids) // 40)
+    words = np.tile(np.arange(1, 8), 40)[:40]  # the same again and again, in every rollout
+    store = store_of_ties(tmp_path / "store", token_ids=np.tile(words, 6))
     sae = make_sae(tmp_path / "sae", threshold=0.5)
-    monkeypatch.setattr(collect.ActivationStore, "open", lambda _: store)
     index = made(
         *(store, tmp_path / "sae", tmp_path / "f.h5"),
         top_k=7,
@@ -165,17 +162,11 @@ def test_a_finished_span_is_not_read_again(shared, tmp_path, monkeypatch):
 def test_a_text_that_stands_there_a_thousand_times_is_one_example_with_its_count(tmp_path):
     rows = np.random.default_rng(0).standard_normal((30 * 8, 14)).astype(np.float32)
     rows[: 20 * 8] = np.tile(rows[:8], (20, 1))  # twenty rollouts of the same rows
-    store = write_store(tmp_path / "store", rows, n_rollouts=30)
-    ids = store.token_ids.copy()
+    ids = np.random.default_rng(1).integers(1, 8, 240)
     ids[: 20 * 8] = np.tile(ids[:8], 20)
-    at = 0
-    for shard in store.shards:
-        shard.token_ids[:] = ids[at : at + shard.n_rows]
-        at += shard.n_rows
+    store = write_store(tmp_path / "store", rows, n_rollouts=30, token_ids=ids)
     make_sae(tmp_path / "sae", threshold=0.5)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collect.ActivationStore, "open", lambda _: store)
-        index = made(store, tmp_path / "sae", tmp_path / "f.h5", max_per_rollout=0)
+    index = made(store, tmp_path / "sae", tmp_path / "f.h5", max_per_rollout=0)
     counts = []
     for feature in (index[i] for i in range(len(index))):
         copies = [e for e in feature.examples if e.row < 20 * 8]
@@ -200,17 +191,13 @@ def test_a_rollout_that_fires_everywhere_gives_as_many_examples_as_allowed(tmp_p
 
 
 def test_roles_that_do_not_count_give_no_example_and_no_number(tmp_path):
-    store = write_store(tmp_path / "store", n_rollouts=6, length=40)
-    for shard in store.shards:
-        shard.roles[shard.roles == ROLES.index("think")] = ROLES.index("answer")
-        for start in shard.rollout_start[:-1]:
-            shard.roles[start + 1 : start + 20] = ROLES.index("user")
+    roles = np.full(240, ROLES.index("answer"), np.uint8)
+    roles[np.arange(240) % 40 < 20] = ROLES.index("user")
+    store = write_store(tmp_path / "store", n_rollouts=6, length=40, roles=roles)
     sae = make_sae(tmp_path / "sae")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collect.ActivationStore, "open", lambda _: store)
-        index = made(store, tmp_path / "sae", tmp_path / "f.h5", roles=("answer",))
-        with pytest.raises(ConfigError, match="unknown role anwser.*answer"):
-            made(store, tmp_path / "sae", tmp_path / "g.h5", roles=("anwser",))
+    index = made(store, tmp_path / "sae", tmp_path / "f.h5", roles=("answer",))
+    with pytest.raises(ConfigError, match="unknown role anwser.*answer"):
+        made(store, tmp_path / "sae", tmp_path / "g.h5", roles=("anwser",))
     counted = store.roles == ROLES.index("answer")
     for rows in (index.example_row, index.sample_row):
         assert counted[rows].all()

@@ -113,8 +113,9 @@ def test_a_fingerprint_adds_up_the_ranks_of_a_site_in_effect_units(tmp_path):
 @pytest.fixture(scope="module")
 def scanned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scanned")
-    store = write_store(folder / "store", n_rollouts=6, length=40)
-    store.shards[0].roles[5:20] = ROLES.index("user")
+    roles = np.full(240, ROLES.index("think"), np.uint8)
+    roles[5:20] = ROLES.index("user")
+    store = write_store(folder / "store", n_rollouts=6, length=40, roles=roles)
     sae = make_sae(folder / "sae", layout_of())
     found = Evidence.empty(sae.d_sae, len(store.vocabulary), 10, None)
     (span,) = spans_of(store, 6, sae.d_sae)

@@ -23,8 +23,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lorascope.activations.shards import Rows
 from lorascope.activations.shuffle import Shuffle
-from lorascope.activations.store import ActivationStore, Rows
+from lorascope.activations.store import ActivationStore
 from lorascope.errors import ArtifactError, ConfigError, NumberError
 from lorascope.subject.rollouts import ROLES
 

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorascope.activations.store import Rows
+from lorascope.activations.shards import Rows
 from lorascope.errors import ConfigError, NumberError
 from lorascope.subject.hooks import RowReader
 from lorascope.subject.load import Subject

@@ -24,14 +24,8 @@ import h5py
 import numpy as np
 
 from lorascope import runtime
-from lorascope.activations.store import (
-    KIND,
-    SCHEMA,
-    VOCABULARY,
-    Vocabulary,
-    read_shape,
-    write_shard,
-)
+from lorascope.activations.shards import read_shape, write_shard
+from lorascope.activations.store import KIND, SCHEMA, VOCABULARY, Vocabulary
 from lorascope.activations.units import (
     ROLLOUTS_PER_SHARD,
     Texts,

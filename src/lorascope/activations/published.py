@@ -16,15 +16,10 @@ from typing import Any
 
 import h5py
 import numpy as np
+import numpy.typing as npt
 
-from lorascope.activations.store import (
-    ActivationStore,
-    Rows,
-    Shard,
-    Vocabulary,
-    read_array,
-    read_shape,
-)
+from lorascope.activations.shards import Rows, Shard, read_array, read_shape
+from lorascope.activations.store import ActivationStore, Vocabulary
 from lorascope.artifact import digest_of
 from lorascope.errors import ArtifactError
 from lorascope.sites import PROJECTIONS, Site, SiteLayout
@@ -69,8 +64,8 @@ def open_published(path: Path) -> ActivationStore:
         Shard(
             path=file,
             n_rows=header[0],
-            token_ids=np.array([ids[text] for text in texts[number]], np.int32),
-            roles=np.full(header[0], ROLES.index("text"), np.uint8),
+            token_ids=_Held(np.array([ids[text] for text in texts[number]], np.int32)),
+            roles=_Held(np.full(header[0], ROLES.index("text"), np.uint8)),
             rollout_start=np.array([0, header[0]], np.int64),
             rollout_id=np.array([number], np.int64),
             read=_Gzipped(file, tuple(order)),
@@ -85,6 +80,16 @@ def open_published(path: Path) -> ActivationStore:
         shards=tuple(shards),
         vocabulary=Vocabulary.of([t.encode("utf-8", "surrogatepass") for t in known], special),
     )
+
+
+class _Held:
+    """An array that is in memory."""
+
+    def __init__(self, values: npt.NDArray[Any]) -> None:
+        self.values = values
+
+    def __call__(self) -> npt.NDArray[Any]:
+        return self.values
 
 
 class _Gzipped:

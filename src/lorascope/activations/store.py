@@ -7,7 +7,7 @@ every token, and `tokenizer/` the tokenizer's files, so that no later stage need
 `docs/formats.md` numbers the promises.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from lorascope.activations.shards import Rows, Shard, open_shard, read_array
 from lorascope.artifact import MANIFEST, digest_file, digest_of, open_manifest
 from lorascope.config import nearest
 from lorascope.errors import ArtifactError, ConfigError
@@ -26,7 +27,6 @@ from lorascope.subject.rollouts import ROLES
 KIND = "activations"
 SCHEMA = 1
 VOCABULARY = "vocabulary.h5"
-Rows = npt.NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -69,19 +69,6 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class Shard:
-    """Some rollouts' rows in one file. `read()` returns all `(n_rows, d_in)`, lazily if it can."""
-
-    path: Path
-    n_rows: int
-    token_ids: npt.NDArray[np.int32]
-    roles: npt.NDArray[np.uint8]
-    rollout_start: npt.NDArray[np.int64]
-    rollout_id: npt.NDArray[np.int64]
-    read: Callable[[], Rows] = field(repr=False)
-
-
-@dataclass(frozen=True)
 class ActivationStore:
     """Rows of one adapter over one corpus, addressed by row number.
 
@@ -111,7 +98,7 @@ class ActivationStore:
         if not (path / MANIFEST).exists() and path.is_dir():
             return open_published(path)
         manifest = open_manifest(path, KIND, SCHEMA)
-        shards = tuple(_open_shard(path / name, info) for name, info in _shards_of(manifest))
+        shards = tuple(open_shard(path / name, info) for name, info in _shards_of(manifest))
         return cls(
             path=path,
             layout=SiteLayout.from_json(manifest["layout"]),
@@ -144,12 +131,12 @@ class ActivationStore:
     @cached_property
     def token_ids(self) -> npt.NDArray[np.int32]:
         """Token ids, `(n_rows,)`."""
-        return _joined([s.token_ids for s in self.shards], np.int32)
+        return _joined([s.token_ids() for s in self.shards], np.int32)
 
     @cached_property
     def roles(self) -> npt.NDArray[np.uint8]:
         """Index into `ROLES` of each token, `(n_rows,)`."""
-        return _joined([s.roles for s in self.shards], np.uint8)
+        return _joined([s.roles() for s in self.shards], np.uint8)
 
     @cached_property
     def rollout_id(self) -> npt.NDArray[np.int64]:
@@ -175,11 +162,11 @@ class ActivationStore:
 
     def token_ids_of(self, start: int, stop: int) -> npt.NDArray[np.int32]:
         """Return the token ids of rows `[start, stop)`, without reading the others."""
-        return self._between([s.token_ids for s in self.shards], start, stop)
+        return self._between("token_ids", start, stop)
 
     def roles_of(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
         """Return the roles of rows `[start, stop)`, without reading the others."""
-        return self._between([s.roles for s in self.shards], start, stop)
+        return self._between("roles", start, stop)
 
     def eligible_of(
         self,
@@ -203,14 +190,15 @@ class ActivationStore:
                 )
         return (counts | special) & np.isin(roles, [ROLES.index(role) for role in only])
 
-    def _between(self, parts: list[npt.NDArray[Any]], start: int, stop: int) -> npt.NDArray[Any]:
+    def _between(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
         first = int(np.searchsorted(self.first_row, start, side="right")) - 1
         last = int(np.searchsorted(self.first_row, stop))
-        begins = self.first_row[first:last].tolist()
         return np.concatenate(
             [
-                part[max(start - begin, 0) : stop - begin]
-                for part, begin in zip(parts[first:last], begins, strict=True)
+                getattr(shard, name)()[max(start - begin, 0) : stop - begin]
+                for shard, begin in zip(
+                    self.shards[first:last], self.first_row[first:last].tolist(), strict=True
+                )
             ]
         )
 
@@ -261,65 +249,6 @@ class ActivationStore:
             yield start, self.rows(start, min(start + size, self.n_rows))
 
 
-class _Mapped:
-    """The activations of one shard as a memory map, made anew in each process that needs it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._map: npt.NDArray[Any] | None = None
-
-    def __call__(self) -> Rows:
-        if self._map is None:
-            with h5py.File(self.path, "r", locking=False) as file:
-                data = file["activations"]
-                assert isinstance(data, h5py.Dataset), "write_shard wrote it"
-                offset = data.id.get_offset()
-                if offset is None:  # empty or chunked: nothing to map
-                    self._map = read_array(file, "activations")
-                else:
-                    self._map = np.memmap(
-                        self.path, data.dtype, "r", offset=offset, shape=data.shape
-                    )
-        return self._map
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_map": None}
-
-
-def read_array(file: h5py.File, name: str) -> npt.NDArray[Any]:
-    """Return a whole dataset of an HDF5 file. Raises KeyError where it has none of that name."""
-    dataset = file[name]
-    if not isinstance(dataset, h5py.Dataset):
-        raise KeyError(f"{name} is no array")
-    return dataset[()]
-
-
-def read_shape(file: h5py.File, name: str) -> tuple[int, ...]:
-    """Return the shape of a dataset without reading it. Raises KeyError where there is none."""
-    dataset = file[name]
-    if not isinstance(dataset, h5py.Dataset):
-        raise KeyError(f"{name} is no array")
-    return dataset.shape
-
-
-def write_shard(
-    path: Path,
-    activations: Rows,
-    token_ids: npt.NDArray[np.int32],
-    roles: npt.NDArray[np.uint8],
-    lengths: Sequence[int],
-    rollout_id: Sequence[int],
-) -> None:
-    """Write one shard file: rows of whole rollouts, `lengths[i]` rows each."""
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    with h5py.File(path, "w", libver=("v110", "v110")) as file:
-        file["activations"] = activations
-        file["token_ids"] = token_ids
-        file["role"] = roles
-        file["rollout_start"] = starts
-        file["rollout_id"] = np.asarray(rollout_id, np.int64)
-
-
 def verify(path: Path) -> list[str]:
     """Return what is broken in a store of lorascope, a line each; empty when it is whole."""
     manifest = open_manifest(path, KIND, SCHEMA)
@@ -349,32 +278,6 @@ def verify(path: Path) -> list[str]:
 
 def _shards_of(manifest: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [item for item in sorted(manifest["files"].items()) if item[0].startswith("shard-")]
-
-
-def _open_shard(path: Path, info: dict[str, Any]) -> Shard:
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise ArtifactError(f"{path} is missing; run generate again with --overwrite") from error
-    if size != info["bytes"]:
-        raise ArtifactError(
-            f"{path} has {size} bytes, its manifest says {info['bytes']}: it is damaged; "
-            "run generate again with --overwrite"
-        )
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            token_ids = read_array(file, "token_ids")
-            return Shard(
-                path=path,
-                n_rows=len(token_ids),
-                token_ids=token_ids,
-                roles=read_array(file, "role"),
-                rollout_start=read_array(file, "rollout_start"),
-                rollout_id=read_array(file, "rollout_id"),
-                read=_Mapped(path),
-            )
-    except (OSError, KeyError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}); run generate again") from error
 
 
 def _joined(parts: list[npt.NDArray[Any]], dtype: Any) -> npt.NDArray[Any]:

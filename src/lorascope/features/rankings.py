@@ -69,5 +69,5 @@ def take_tokens(store: ActivationStore, rows: npt.NDArray[np.int64]) -> npt.NDAr
     bounds = np.searchsorted(shard_of[order], np.arange(len(store.shards) + 1))
     for index in np.flatnonzero(np.diff(bounds)):
         here = order[bounds[index] : bounds[index + 1]]
-        out[here] = store.shards[index].token_ids[rows[here] - store.first_row[index]]
+        out[here] = store.shards[index].token_ids()[rows[here] - store.first_row[index]]
     return out

@@ -6,7 +6,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from lorascope.activations.store import ActivationStore, Rows
+from lorascope.activations.shards import Rows
+from lorascope.activations.store import ActivationStore
 
 _BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no power of it vanishes
 
