@@ -14,6 +14,7 @@ from browser import open_browser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_index import example, index_of
+from test_spelling import TEXTS, byte_level, fast, sentencepiece
 from test_synthetic_features import synthetic
 
 from lorascope.artifact import read_manifest
@@ -22,6 +23,7 @@ from lorascope.dashboard.render import DashboardConfig, page, run
 from lorascope.features.display import pack_tokens
 from lorascope.features.export import write_published
 from lorascope.features.index import FeatureIndex
+from lorascope.subject.spelling import token_bytes
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
@@ -206,6 +208,24 @@ def test_hostile_tokens_are_shown_literally(show: Any, first: int):
     assert visit.page.locator("img, svg[onload], base, iframe, object, embed").count() == 0
 
 
+@pytest.mark.parametrize("kind", ["byte level", "unigram", "bpe"])
+def test_tokens_of_real_tokenizers_read_as_their_text(show: Any, kind: str):
+    tokenizer = fast(byte_level() if kind == "byte level" else sentencepiece(kind, prefix=False))
+    tokens = token_bytes(tokenizer)
+    texts = [text + "<|end|>" for text in TEXTS]
+    windows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    raw = {i: tokens[i] for window in windows for i in window}
+    examples = [
+        example(float(len(windows) - n), 1000 + n, window, 0) for n, window in enumerate(windows)
+    ]
+    visit = show(index_of([examples], raw))
+    shown = visit.part("window").evaluate_all("nodes => nodes.map(node => node.textContent)")
+    decoded = [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in windows]
+    assert shown == decoded
+    if kind == "byte level":
+        assert shown == texts
+
+
 def test_hostile_names_and_titles_are_shown_literally(show: Any):
     title = "</title><script>window.hacked=1</script><!--\u2028\u202e"
     name = "--></script><img src=x onerror=window.hacked=1>]]>"
@@ -330,6 +350,19 @@ def test_small_pages_open_at_any_address_and_say_what_they_have(show: Any, kind:
         assert "There is no feature 8" in (visit.part("message").text_content() or "")
     if kind == "no features" and not word:
         assert "no features" in (visit.part("message").text_content() or "")
+
+
+def test_a_thousand_features_are_a_small_file_that_is_painted_soon_and_takes_little(
+    show: Any, tmp_path: Path
+):
+    visit = show(synthetic(1000, 10, 10))
+    assert (tmp_path / "page.html").stat().st_size < 4_000_000
+    first = visit.page.evaluate("performance.getEntriesByName('first-feature')[0].startTime")
+    assert first < 2000
+    session = visit.page.context.new_cdp_session(visit.page)
+    session.send("HeapProfiler.collectGarbage")
+    assert session.send("Runtime.getHeapUsage")["usedSize"] < 100e6
+    assert visit.page.locator("*").count() < 10_000
 
 
 @pytest.mark.slow
