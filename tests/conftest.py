@@ -227,7 +227,7 @@ def tab() -> Iterator["Shown"]:
 
     with open_browser() as browser:
         shown = Shown(browser.new_page(), [])
-        shown.page.set_default_timeout(9_000)  # a busy machine is slow, not wrong
+        shown.page.set_default_timeout(120_000)  # a busy machine is slow, not wrong
         shown.page.on("console", lambda message: shown.complaints.append(message.text))
         shown.page.on("pageerror", lambda error: shown.complaints.append(str(error)))
         shown.page.on("request", lambda request: shown.complaints.append(request.url))
@@ -248,7 +248,7 @@ def show(tab: "Shown", tmp_path: Path) -> Iterator[Any]:
         if isinstance(source, FeatureIndex):
             source.save(tmp_path / "features.h5")
             source = tmp_path / "features.h5"
-        run(DashboardConfig(input=source, output=output, title="T"))
+        run(DashboardConfig(input=source, output=output, title="T", overwrite=True))
         tab.page.set_viewport_size({"width": width, "height": 800})
         tab.page.emulate_media(color_scheme=scheme)
         tab.page.mouse.move(0, 0)
