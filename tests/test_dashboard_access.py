@@ -1,0 +1,80 @@
+"""Everybody can read the page: axe-core finds nothing serious on any view of it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from browser import open_browser
+from test_index import index_of
+from test_synthetic_features import synthetic
+
+from lorascope.dashboard.render import DashboardConfig, run
+from lorascope.features.index import FeatureIndex
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The addresses of a page with everything, and of one with nothing."""
+    folder = tmp_path_factory.mktemp("access")
+    full = synthetic(300, 5, 6, n_texts=5, n_rollouts=30, n_layers=4)
+
+    def made(name: str, index: FeatureIndex) -> str:
+        index.save(folder / f"{name}.h5")
+        config = DashboardConfig(input=folder / f"{name}.h5", output=folder / f"{name}.html")
+        return run(config).resolve().as_uri()
+
+    return {"full": made("full", full), "empty": made("empty", index_of([]))}
+
+
+@pytest.fixture(scope="module")
+def tab() -> Iterator["Page"]:
+    with open_browser() as browser:
+        page = browser.new_page()
+        page.set_default_timeout(120_000)
+        yield page
+
+
+def violations(page: "Page") -> list[str]:
+    """What axe-core finds on the page as it stands, serious and critical, a line each."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(page).response["violations"]
+    return [
+        f"{violation['impact']}: {violation['id']} at {node['target']}: {node['failureSummary']}"
+        for violation in found
+        if violation["impact"] in ("serious", "critical")
+        for node in violation["nodes"]
+    ]
+
+
+VIEWS = {
+    "feature": ("full", "#/feature/1"),
+    "unknown feature": ("full", "#/feature/9999"),
+    "nothing": ("empty", ""),
+}
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("view", VIEWS)
+def test_no_view_has_a_serious_violation(
+    tab: "Page", pages: dict[str, str], view: str, scheme: Any, width: int
+):
+    name, address = VIEWS[view]
+    tab.set_viewport_size({"width": width, "height": 800})
+    tab.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+    tab.goto("about:blank")
+    tab.goto(pages[name] + address, wait_until="domcontentloaded")
+    tab.wait_for_selector("html[data-ready=true]")
+    assert violations(tab) == []
+
+
+def test_what_is_not_accessible_is_found(tab: "Page", pages: dict[str, str], tmp_path: Path):
+    tab.goto(pages["full"], wait_until="domcontentloaded")
+    tab.wait_for_selector("html[data-ready=true]")
+    tab.evaluate("document.body.append(document.createElement('button'))")
+    assert any("button-name" in text for text in violations(tab))

@@ -1,0 +1,379 @@
+"""Pages of texts that want to break them, of nothing, of one feature, and of very many."""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from browser import open_browser
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_index import example, index_of
+from test_spelling import TEXTS, byte_level, fast, sentencepiece
+from test_synthetic_features import synthetic
+
+from lorascope.artifact import read_manifest
+from lorascope.dashboard.payload import Payload
+from lorascope.dashboard.render import DashboardConfig, page, run
+from lorascope.features.display import pack_tokens
+from lorascope.features.export import write_published
+from lorascope.features.index import FeatureIndex
+from lorascope.subject.spelling import token_bytes
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Locator, Page
+
+HOSTILE = [
+    "</script><script>window.hacked = 1</script>",
+    "</SCRIPT\t><img src=x onerror=window.hacked=1>",
+    "<img src='//127.0.0.1/x' onerror=window.hacked=1>",
+    "<svg/onload=window.hacked=1>",
+    "<!--<script>",
+    "-->",
+    "]]>",
+    "<![CDATA[",
+    "<base href='//127.0.0.1/'><meta http-equiv=refresh content='0;url=//127.0.0.1/'>",
+    "<style>*{display:none}</style>",
+    "javascript:window.hacked=1",
+    "&lt;b&amp;&#60;&NewLine;",
+    "{{script}}{{core}}",
+    "${window.hacked=1}`'\"\\",
+    "__proto__",
+    "constructor",
+    "a\u2028b\u2029c",
+    "\u202egnp.exe\u202c\u2066x",
+    "\u200f\u200e",
+    "\ufeff\u00ad",
+    "x\x00y\x00",
+    "\x1b[31m\x07\r",
+    "\ud83d lone \udc00",
+    "e\u0301\u0302\u0303\u0304" * 9,
+]
+RAW = [*(text.encode(errors="surrogatepass") for text in HOSTILE), b"\xff\xfe", b"\xf0\x9f"]
+
+
+@dataclass
+class Visit:
+    """A page in a browser, what it complained of, and what it asked of the network."""
+
+    page: "Page"
+    complaints: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+
+    def part(self, testid: str) -> "Locator":
+        return self.page.get_by_test_id(testid)
+
+
+@pytest.fixture(scope="module")
+def tab() -> Iterator[Visit]:
+    with open_browser() as browser:
+        # Offline, as on a train: nothing that the page needs may be elsewhere.
+        visit = Visit(browser.new_context(offline=True).new_page())
+        visit.page.set_default_timeout(120_000)
+        visit.page.on("console", lambda message: visit.complaints.append(message.text))
+        visit.page.on("pageerror", lambda error: visit.complaints.append(str(error)))
+        visit.page.on("request", lambda request: visit.requests.append(request.url))
+        yield visit
+
+
+@pytest.fixture
+def show(tab: Visit, tmp_path: Path) -> Iterator[Any]:
+    """Open the page of an index; at the end it must have been quiet and asked for nothing."""
+    output = tmp_path / "page.html"
+
+    def start(source: FeatureIndex | Path, address: str = "", title: str = "T") -> Visit:
+        if isinstance(source, FeatureIndex):
+            source.save(tmp_path / "features.h5")
+            source = tmp_path / "features.h5"
+        run(DashboardConfig(input=source, output=output, title=title))
+        tab.complaints.clear()
+        tab.requests.clear()
+        tab.page.goto("about:blank")  # an address that differs by its end would open nothing anew
+        tab.page.goto(output.resolve().as_uri() + address, wait_until="domcontentloaded")
+        tab.page.wait_for_selector("html[data-ready=true]")
+        return tab
+
+    yield start
+    uri = output.resolve().as_uri()
+    assert tab.complaints == []
+    assert {url.partition("#")[0] for url in tab.requests} - {"about:blank"} == {uri}
+    assert tab.page.evaluate("typeof window.hacked") == "undefined"
+    assert tab.page.url.partition("#")[0] == uri
+
+
+def hostile_index(n_features: int = 70) -> FeatureIndex:
+    """An index all of whose tokens and names are hostile, with every array that there is."""
+    index = synthetic(n_features, 4, 5, n_texts=4, n_rollouts=20, n_layers=2, dead=0.1)
+    raw = [RAW[i % len(RAW)] for i in range(len(index.token_id))]
+    offset, data = pack_tokens(raw)
+    names = iter(HOSTILE * 20)
+    content = {
+        key: next(names) if isinstance(value, str) else value
+        for key, value in index.content.items()
+    }
+    content["roles"] = HOSTILE[: len(content["roles"])]
+    layout = index.manifest["layout"]
+    sites = [{**site, "module": next(names), "projection": next(names)} for site in layout["sites"]]
+    manifest = {
+        **index.manifest,
+        "version": HOSTILE[0],
+        "content": content,
+        "layout": {"adapter": HOSTILE[1], "sites": sites},
+        "parents": dict.fromkeys(index.manifest["parents"], HOSTILE[0]),
+        "settings": {**index.manifest["settings"], HOSTILE[3]: HOSTILE[4]},
+    }
+    return replace(index, manifest=manifest, token_offset=offset, token_data=data)
+
+
+class Elements(HTMLParser):
+    """The elements of a page, and what stands in those that hold data."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, tuple[Any, ...]]] = []
+        self.data: list[str] = []
+        self.comments = 0
+        self._open = False
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = {name: value for name, value in attrs if name != "content"}
+        self.tags.append((tag, tuple(sorted(given.items()))))
+        self._open = tag == "script" and "type" in given
+
+    def handle_endtag(self, tag: str) -> None:
+        self._open = False
+
+    def handle_data(self, data: str) -> None:
+        if self._open:
+            self.data.append(data)
+
+    def handle_comment(self, data: str) -> None:
+        self.comments += 1
+
+
+def written(index: FeatureIndex, title: str = "T") -> str:
+    return "".join(page(Payload(index, title), dict(index.manifest)))
+
+
+def plain_index(tokens: dict[int, bytes], **content: Any) -> FeatureIndex:
+    return index_of([[example(1.0, 99, list(tokens), 0)]], tokens, **content)
+
+
+def test_hostile_texts_add_no_element_and_no_comment_to_the_page():
+    index = hostile_index()
+    plain = synthetic(70, 4, 5, n_texts=4, n_rollouts=20, n_layers=2, dead=0.1)
+    text = written(index, "".join(HOSTILE))
+    found, expected = Elements(text), Elements(written(plain))
+    assert found.tags == expected.tags
+    assert found.comments == expected.comments
+    assert text.isascii()
+    assert not any(set("<>&") & set(data) for data in found.data)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.one_of(st.binary(), st.sampled_from(RAW)), min_size=1, max_size=8), st.text())
+def test_no_text_whatever_adds_an_element(tokens: list[bytes], name: str):
+    token_ids = dict(enumerate(tokens, start=1))
+    found = Elements(written(plain_index(token_ids, dataset=name, base_model=name), name))
+    expected = Elements(written(plain_index(dict.fromkeys(token_ids, b"a")), "T"))
+    assert found.tags == expected.tags
+    assert found.comments == expected.comments
+
+
+def test_the_manifest_of_a_hostile_page_is_read_back(tmp_path: Path):
+    index = hostile_index()
+    index.save(tmp_path / "features.h5")
+    config = DashboardConfig(
+        input=tmp_path / "features.h5", output=tmp_path / "page.html", title="--><script>"
+    )
+    manifest = read_manifest(run(config))
+    assert manifest is not None
+    assert manifest["settings"]["title"] == "--><script>"
+    assert manifest["layout"] == index.manifest["layout"]
+
+
+@pytest.mark.parametrize("first", range(0, len(RAW), 9))
+def test_hostile_tokens_are_shown_literally(show: Any, first: int):
+    raw = {i + 1: token for i, token in enumerate(RAW[first : first + 9])}
+    visit = show(plain_index(raw))
+    tokens = visit.part("window").first.get_by_test_id("token").all_text_contents()
+    assert tokens == [token.decode(errors="replace") for token in raw.values()]
+    assert visit.page.locator("img, svg[onload], base, iframe, object, embed").count() == 0
+
+
+@pytest.mark.parametrize("kind", ["byte level", "unigram", "bpe"])
+def test_tokens_of_real_tokenizers_read_as_their_text(show: Any, kind: str):
+    tokenizer = fast(byte_level() if kind == "byte level" else sentencepiece(kind, prefix=False))
+    tokens = token_bytes(tokenizer)
+    texts = [text + "<|end|>" for text in TEXTS]
+    windows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    raw = {i: tokens[i] for window in windows for i in window}
+    examples = [
+        example(float(len(windows) - n), 1000 + n, window, 0) for n, window in enumerate(windows)
+    ]
+    visit = show(index_of([examples], raw))
+    shown = visit.part("window").evaluate_all("nodes => nodes.map(node => node.textContent)")
+    decoded = [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in windows]
+    assert shown == decoded
+    if kind == "byte level":
+        assert shown == texts
+
+
+def test_hostile_names_and_titles_are_shown_literally(show: Any):
+    title = "</title><script>window.hacked=1</script><!--\u2028\u202e"
+    name = "--></script><img src=x onerror=window.hacked=1>]]>"
+    visit = show(plain_index({1: b"a"}, dataset=name, base_model=name + "\u2028"), title=title)
+    assert visit.part("title").text_content() == title
+    assert name in (visit.part("facts").text_content() or "")
+    assert name + "\u2028" in (visit.part("facts").text_content() or "")
+    assert visit.page.title().startswith(title.replace("\u2028", " ")[:30])
+
+
+@pytest.mark.parametrize("title", ["\ud83d", "a\x00b", "", " ", "\u202e", "x" * 10_000])
+def test_a_title_that_is_no_text_still_makes_a_page(show: Any, title: str):
+    visit = show(plain_index({1: b"a"}), title=title)
+    assert visit.part("token").first.text_content() == "a"
+
+
+def test_a_page_in_which_everything_is_hostile_can_be_read_by_keyboard(show: Any):
+    visit = show(hostile_index())
+    shown = set()
+    for _ in range(30):
+        visit.page.keyboard.press("ArrowRight")
+        heading = visit.part("heading").text_content()
+        visit.page.wait_for_selector(
+            f"[data-testid=detail][data-feature='{(heading or '').split()[-1]}']"
+        )
+        shown.add(heading)
+        visit.part("token").first.hover()
+    assert len(shown) == 30
+
+
+def test_hostile_text_of_a_json_of_any_tool_is_shown_literally(show: Any, tmp_path: Path):
+    path = tmp_path / "features.json"
+    index = plain_index(dict(enumerate(RAW, start=1)))
+    write_published(index, path, index.manifest)
+    visit = show(path)
+    tokens = visit.part("window").first.get_by_test_id("token").all_text_contents()
+    assert tokens == [raw.decode(errors="replace") for raw in RAW]
+
+
+@pytest.mark.parametrize("kind", ["one token", "one token of one line", "many tokens"])
+def test_a_megabyte_of_text_leaves_the_page_usable(show: Any, kind: str):
+    long = {"one token": b"x" * 1_000_000, "one token of one line": b"\n" * 1_000_000}
+    tokens = {1: long.get(kind, b"word "), 2: b"y"}
+    window = [1] * (20_000 if kind == "many tokens" else 1) + [2]
+    visit = show(index_of([[example(1.0, 99, window, len(window) - 1)]], tokens))
+    assert visit.part("token").last.text_content() == "y"
+    assert visit.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert visit.part("token").first.text_content() == (long.get(kind, b"word ")[:400].decode())
+
+
+def test_even_a_script_that_ran_in_the_page_could_ask_nobody(show: Any, tab: Visit):
+    asked: list[str] = []
+
+    class Ear(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Ear)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    show(plain_index({1: b"a"}))
+    tab.page.context.set_offline(False)
+    try:
+        refused = tab.page.evaluate(
+            """async (url) => {
+              const seen = [];
+              document.addEventListener("securitypolicyviolation",
+                (event) => seen.push(event.effectiveDirective));
+              const image = new Image();
+              image.src = url + "image";
+              document.body.append(image);
+              const link = document.createElement("link");
+              Object.assign(link, { rel: "stylesheet", href: url + "style" });
+              document.head.append(link);
+              const script = document.createElement("script");
+              script.textContent = "window.hacked = 1";
+              document.body.append(script);
+              const button = document.createElement("button");
+              button.setAttribute("onclick", "window.hacked = 1");
+              document.body.append(button);
+              button.click();
+              const frame = document.createElement("iframe");
+              frame.src = url + "frame";
+              document.body.append(frame);
+              await fetch(url + "fetch").catch(() => {});
+              try { new WebSocket(url.replace("http", "ws")); } catch {}
+              await new Promise((done) => setTimeout(done, 300));
+              image.remove(); link.remove(); frame.remove();
+              return [...new Set(seen)].sort();
+            }""",
+            f"http://127.0.0.1:{server.server_port}/",
+        )
+    finally:
+        tab.page.context.set_offline(True)
+        server.shutdown()
+        server.server_close()
+    assert asked == []
+    for directive in ("connect-src", "frame-src", "img-src", "script-src-elem", "style-src-elem"):
+        assert directive in refused
+    assert "script-src-attr" in refused
+    # The refusals are what this test asked for.
+    assert all("Content Security Policy" in text for text in tab.complaints)
+    tab.complaints.clear()
+    tab.requests[:] = [url for url in tab.requests if url.startswith("file:")]
+
+
+@pytest.mark.parametrize("kind", ["no features", "one feature", "all dead", "one dead"])
+@pytest.mark.parametrize("word", ["", "#/feature/0", "#/feature/7", "#/no/such/place", "#%"])
+def test_small_pages_open_at_any_address_and_say_what_they_have(show: Any, kind: str, word: str):
+    one = [example(1.0, 2, [1], 0)]
+    features = {"no features": [], "one feature": [one], "all dead": [[], [], []], "one dead": [[]]}
+    visit = show(index_of(features[kind], {1: b"a"}), word)
+    for key in ("ArrowRight", "ArrowLeft", "Enter", "Escape"):
+        visit.page.keyboard.press(key)
+    heading = (visit.part("heading").text_content() or "").strip()
+    assert heading
+    if word == "#/feature/7":
+        visit.page.goto(visit.page.url.partition("#")[0] + "#/feature/8")
+        assert "There is no feature 8" in (visit.part("message").text_content() or "")
+    if kind == "no features" and not word:
+        assert "no features" in (visit.part("message").text_content() or "")
+
+
+def test_a_thousand_features_are_a_small_file_that_is_painted_soon_and_takes_little(
+    show: Any, tmp_path: Path
+):
+    visit = show(synthetic(1000, 10, 10))
+    assert (tmp_path / "page.html").stat().st_size < 4_000_000
+    first = visit.page.evaluate("performance.getEntriesByName('first-feature')[0].startTime")
+    assert first < 2000
+    session = visit.page.context.new_cdp_session(visit.page)
+    session.send("HeapProfiler.collectGarbage")
+    assert session.send("Runtime.getHeapUsage")["usedSize"] < 100e6
+    assert visit.page.locator("*").count() < 10_000
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_features_open_and_any_of_them_is_found(show: Any):
+    index = synthetic(100_000, 10, 10)
+    last = int(np.flatnonzero(index.n_examples)[-1])
+    visit = show(index, f"#/feature/{last}")
+    assert visit.part("heading").text_content() == f"Feature {last}"
+    tokens = visit.part("window").first.get_by_test_id("token").all_text_contents()
+    assert tokens == list(index[last].examples[0].tokens)
+    assert visit.page.locator("*").count() < 20_000
+    visit.page.keyboard.press("ArrowLeft")
+    before = int(np.flatnonzero(index.n_examples)[-2])
+    visit.page.wait_for_selector(f"[data-testid=detail][data-feature='{before}']")
