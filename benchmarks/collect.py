@@ -306,13 +306,13 @@ def _collect(given: argparse.Namespace, setup: Setup, **options: Any) -> Path:
     """Run the collection into a fresh file."""
     out = given.folder / "features.h5"
     out.unlink(missing_ok=True)
-    options = {name: value for name, value in options.items() if name in CollectConfig.names()}
     config = CollectConfig(
         model_path=setup.sae_path,
         data_dir=setup.store.path,
         output_path=out,
         top_k=given.top_k,
         device="cpu",
+        overwrite=True,  # what a stopped run left
         **options,
     )
     return collect.run(config)
@@ -329,7 +329,7 @@ def _command(given: argparse.Namespace, setup: Setup) -> None:
         "--device": "cpu",
     }
     words = [str(word) for pair in flags.items() for word in pair]
-    command = [sys.executable, "-m", "lorascope", "collect", *words]
+    command = [sys.executable, "-m", "lorascope", "collect", *words, "--overwrite"]
     subprocess.run(command, check=True, capture_output=True)
 
 
@@ -450,7 +450,11 @@ def _medium() -> Iterator[None]:
 
 
 def _quartiles(values: list[float]) -> tuple[float, float]:
-    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else [*values, 0, *values]
+    low, _, high = (
+        statistics.quantiles(values, n=4, method="inclusive")
+        if len(values) > 1
+        else [*values, 0, *values]
+    )
     return low, high
 
 

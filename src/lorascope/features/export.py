@@ -158,7 +158,7 @@ def _export_json(index: FeatureIndex, source: Path, out: Path, *, overwrite: boo
         return out
     with (
         building(out, KIND, **identity) as build,
-        progress(len(index), "export", "features") as bar,
+        progress(len(index) + 2, "export", "pieces") as bar,
     ):
         with (build.path / "features.json").open("w", encoding="utf-8", newline="\n") as file:
             for piece in to_published(index, manifest):

@@ -83,9 +83,8 @@ def export(
         for number, start in enumerate(range(0, len(alive), BATCH)):
             names.append(f"batch-{number}.json")
             with (build.path / names[-1]).open("w", encoding="utf-8", newline="\n") as file:
-                for piece in to_batch(index, alive[start : start + BATCH]):
-                    file.write(piece)
-                    bar.update()
+                file.writelines(to_batch(index, alive[start : start + BATCH]))
+            bar.update(min(BATCH, len(alive) - start))
         manifest = make_manifest(
             KIND,
             SCHEMA,
