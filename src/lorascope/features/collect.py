@@ -210,7 +210,7 @@ def _gather(build: Build, spans: list[Span], sae: "SAE", config: CollectConfig) 
             mine.sample.merge(here.sample)
     if runtime.place().rank == 0:
         for path in paths:
-            evidence.load(path)
+            evidence.load(path, store)
     return evidence
 
 

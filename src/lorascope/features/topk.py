@@ -62,7 +62,7 @@ class _Kept:
         self._kept = Firings.none()
         self._waiting: list[Firings] = []
         self._n_waiting = 0
-        self._room = max(_BUFFER, 2 * n * d_sae)
+        self._room = max(_BUFFER, n * d_sae)
 
     def add(self, firings: Firings) -> None:
         """Take firings in any order; a (latent, row) pair comes once at most."""
