@@ -220,9 +220,9 @@ def make_store(tmp_path: Path):
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tab() -> Iterator["Shown"]:
-    """One tab for all tests: a new one for each would take longer than all of them."""
+    """One tab for the tests of a file: a new one for each would take longer than all of them."""
     from browser import Shown, open_browser
 
     with open_browser() as browser:
