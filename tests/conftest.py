@@ -253,6 +253,7 @@ def show(tab: "Shown", tmp_path: Path) -> Iterator[Any]:
         tab.page.emulate_media(color_scheme=scheme)
         tab.page.mouse.move(0, 0)
         tab.page.evaluate("try { localStorage.clear(); } catch {}")  # all files share it
+        tab.page.goto("about:blank")  # another part of the same address would be no new page
         tab.complaints.clear()
         tab.page.goto(output.resolve().as_uri() + address, wait_until="domcontentloaded")
         tab.page.wait_for_selector("html[data-ready=true]")
