@@ -51,10 +51,20 @@ def violations(page: "Page") -> list[str]:
     ]
 
 
+# View -> page, address, and what is pressed there.
 VIEWS = {
-    "feature": ("full", "#/feature/1"),
-    "unknown feature": ("full", "#/feature/9999"),
-    "nothing": ("empty", ""),
+    "feature": ("full", "#/feature/1", ()),
+    "feature with a note": ("full", "#/feature/1", ("note-button", "star")),
+    "filters": ("full", "#/feature/1?q=a&dmin=0.0001", ("more-filters",)),
+    "map": ("full", "#/map", ()),
+    "texts": ("full", "#/text", ()),
+    "painted text": ("full", "#/text?paint=1,2,4", ()),
+    "help": ("full", "#/feature/1", ("help-button",)),
+    "unknown feature": ("full", "#/feature/9999", ()),
+    "unknown text": ("full", "#/text/9999", ()),
+    "nothing": ("empty", "", ()),
+    "no map": ("empty", "#/map", ()),
+    "no texts": ("empty", "#/text", ()),
 }
 
 
@@ -64,12 +74,14 @@ VIEWS = {
 def test_no_view_has_a_serious_violation(
     tab: "Page", pages: dict[str, str], view: str, scheme: Any, width: int
 ):
-    name, address = VIEWS[view]
+    name, address, pressed = VIEWS[view]
     tab.set_viewport_size({"width": width, "height": 800})
     tab.emulate_media(color_scheme=scheme, reduced_motion="reduce")
     tab.goto("about:blank")
     tab.goto(pages[name] + address, wait_until="domcontentloaded")
     tab.wait_for_selector("html[data-ready=true]")
+    for testid in pressed:
+        tab.get_by_test_id(testid).evaluate("node => node.click()")
     assert violations(tab) == []
 
 
