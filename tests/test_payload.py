@@ -14,7 +14,9 @@ import pytest
 from test_index import example, index_of, small_index
 
 from lorascope.artifact import digest_file, digest_of, read_manifest
-from lorascope.dashboard.payload import BLOCK, Payload, escape_json, facts, manifest_comment
+from lorascope.dashboard.facts import facts
+from lorascope.dashboard.packing import FULL, SHARES, halved, plain_type, scaled
+from lorascope.dashboard.payload import BLOCK, Payload, escape_json, manifest_comment
 from lorascope.dashboard.render import DashboardConfig, bundle, run
 from lorascope.errors import ArtifactError
 from lorascope.features.export import write_published
@@ -41,8 +43,11 @@ def block(core: dict[str, Any], text: str) -> dict[str, list[Any]]:
     at, found = 4 * len(names), {}
     for (name, dtype), length in zip(names, lengths, strict=True):
         at += -at % 8
-        found[name] = np.frombuffer(raw, dtype, length, at).tolist()
-        at += np.dtype(dtype).itemsize * int(length)
+        read = np.frombuffer(raw, plain_type(dtype), length, at)
+        at += read.nbytes
+        if dtype == "<b2":
+            read = (read.astype("<u4") << 16).view("<f4")
+        found[name] = read.tolist()
     assert at == len(raw)
     return found
 
@@ -79,6 +84,63 @@ def test_a_block_has_the_very_values_of_the_index():
     alive = [feature for feature in range(BLOCK, 2 * BLOCK) if feature % 7]
     assert texts == [text for feature in alive for text in (f"t{feature}", "t0")]
     assert len(block(core, payload.block(2))["count"]) == 5
+
+
+def test_a_block_has_what_is_known_of_its_features_within_the_stated_error():
+    index = small_index()
+    payload = Payload(index, "T")
+    core = json.loads(payload.core())
+    data = block(core, payload.block(0))
+    assert data["value"][:3] == [2.5, 1.25, 0.30000001192092896]
+    assert data["count"] == [3, 0, 1, 2]
+    assert data["sample_count"] == [2, 0, 0, 0]
+    assert data["value"][6:] == [2.25, 0.25]
+    assert data["quantile"] == [4, 0]
+    assert data["peak"] == []
+    units = np.array(data["scale"])[np.repeat([0, 2, 3, 0], [9, 1, 5, 3])] / FULL
+    shown = np.array(data["activation"]) * units
+    np.testing.assert_allclose(shown, index.window_activation, rtol=0, atol=units.max())
+    assert np.array_equal(shown != 0, index.window_activation != 0)
+    share = np.array(data["share"]).reshape(4, 2) * np.array(data["largest_share"])[:, None]
+    np.testing.assert_allclose(share / SHARES, index.latent_fingerprint, atol=0.75 / 62)
+    assert data["near"][:2] == [4, 3]
+    assert data["near"][2:4] == [0, 0]
+    assert data["cosine"][0] == 0.5
+    assert [core["texts"][i - 1] for i in data["mean"] if i] == ["é"] * 3
+    assert data["by_role"][:2] == [1, 2]
+    assert column(core, "main_role") == [0, 255, 0, 0]
+
+
+def test_a_kept_text_has_its_tokens_and_their_codes():
+    payload = Payload(small_index(), "T")
+    core = json.loads(payload.core())
+    core["block_columns"] = core["text_columns"]
+    data = block(core, payload.text(0))
+    assert [core["texts"][i] for i in data["token"]] == [" the", "é", "<|im_end|>"]
+    assert data["role"] == [3, 3, 5]
+    assert data["count"] == [2, 1, 0]
+    assert data["latent"] == [0, 3, 0]
+    assert data["value"] == [0.5, 0.25, 1.0]
+
+
+def test_an_activation_other_than_the_value_is_kept_beside_it():
+    index = index_of([[example(1.0, 9, [1, 2], 0)]])
+    index.window_activation[0] = 0.75
+    data = block(json.loads(Payload(index, "T").core()), Payload(index, "T").block(0))
+    assert (data["value"], data["peak"]) == ([1.0], [0.75])
+
+
+def test_rounding_stays_within_its_bounds_and_never_hides_a_firing():
+    rng = np.random.default_rng(0)
+    values = (rng.standard_normal(10_000) * 10.0 ** rng.integers(-6, 6, 10_000)).astype(np.float32)
+    back = (halved(values).astype("<u4") << 16).view("<f4")
+    np.testing.assert_allclose(back, values, rtol=1 / 256)
+    assert np.isnan((halved(np.array([np.nan], "<f4")).astype("<u4") << 16).view("<f4")[0])
+    scale = np.array([np.abs(values).max()])
+    parts = scaled(values, scale)
+    assert np.abs(parts * (scale / FULL) - values).max() <= scale / FULL
+    assert (np.sign(parts) == np.sign(values)).all()
+    assert scaled(np.zeros(2), np.zeros(2)).tolist() == [0, 0]
 
 
 def test_the_first_block_is_that_of_the_first_feature_with_an_example():

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 KIND = "dashboard"
 SCHEMA = 1
+STYLES = ("colors.css", "page.css", "feature.css", "views.css")
 _PAGE = "page.html"
 _LARGE = 20_000_000  # bytes; above it a page is hard to send to others
 _IMPORT = re.compile(r'^import (\{[^}]*\}) from "\./([a-z]+)\.js";$', re.MULTILINE)
@@ -97,7 +98,7 @@ def run(config: DashboardConfig) -> Path:
 
 def page(payload: Payload, manifest: dict[str, object]) -> Iterator[str]:
     """Yield the page piece by piece, ASCII only."""
-    style, script = _asset("page.css"), bundle()
+    style, script = "".join(map(_asset, STYLES)), bundle()
     slots = {
         "policy": f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "
         "base-uri 'none'; form-action 'none'",
@@ -106,19 +107,23 @@ def page(payload: Payload, manifest: dict[str, object]) -> Iterator[str]:
         "style": style,
         "script": script,
     }
-    with progress(payload.n_blocks, "dashboard", "block") as bar:
+    with progress(payload.n_blocks + payload.n_texts, "dashboard", "block") as bar:
         # Alternating text and slot names: what a slot is filled with is never searched for slots.
-        for number, piece in enumerate(_SLOT.split(_asset("index.html"))):
-            if number % 2 == 0:
+        for place, piece in enumerate(_SLOT.split(_asset("index.html"))):
+            if place % 2 == 0:
                 yield piece
             elif piece == "core":
                 yield payload.core()
             elif piece == "first_block":
-                yield _block(payload.first_block, payload.block(payload.first_block))
+                number = payload.first_block
+                yield _block(f"block-{number}", payload.block(number))
                 bar.update()
             elif piece == "blocks":
-                for block in payload.blocks():
-                    yield _block(*block)
+                for number, data in payload.blocks():
+                    yield _block(f"block-{number}", data)
+                    bar.update()
+                for number in range(payload.n_texts):
+                    yield _block(f"text-{number}", payload.text(number))
                     bar.update()
             else:
                 yield slots[piece]
@@ -150,8 +155,8 @@ def _read(source: Path) -> FeatureIndex:
     return read_published(source)
 
 
-def _block(number: int, data: str) -> str:
-    return f'<script type="text/plain" id="block-{number}">{data}</script>\n'
+def _block(name: str, data: str) -> str:
+    return f'<script type="text/plain" id="{name}">{data}</script>\n'
 
 
 def _hash(text: str) -> str:

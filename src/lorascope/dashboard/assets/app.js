@@ -1,54 +1,75 @@
-// What is shown, and how people move: address, keys, buttons, filters.
+// What is shown, and how people move between features, texts and the map.
 import { column, core, feature, featureNow, prefetch } from "./data.js";
 import { drawFeature, drawMessage } from "./detail.js";
-import { arrange, listed, mark, onChoose, place } from "./list.js";
+import { clearFilters, filters, onList, query, refill, setFilters } from "./finder.js";
+import { openHelp, setKeys } from "./keys.js";
+import { listed, mark, onChoose, place, redraw } from "./list.js";
+import { hasMap, mapImage, onOpen, showMap } from "./map.js";
+import { onNotes } from "./notes.js";
+import { showNoText, showText } from "./reader.js";
+import { address, amend, onRoute, push } from "./route.js";
+import { saveDrawing, saveFile, saveTable } from "./saves.js";
 import { element, whole } from "./text.js";
+import { firstText, markText, nTexts } from "./texts.js";
+import { switchTheme } from "./theme.js";
 import { hideTip, watchTokens } from "./tip.js";
+import { editLabel, editNote, showWords, toggleStar } from "./words.js";
 
 const byId = (id) => document.getElementById(id);
 const [detail, heading, count] = [byId("detail"), byId("heading"), byId("count")];
 const [previous, next, number] = [byId("previous"), byId("next"), byId("number")];
-const [full, dead, sort] = [byId("full"), byId("dead"), byId("sort")];
 
+let view = "feature";
 let current = -1; // feature that is shown, -1 while a message is
+let text = -1; // text that is shown
 let wanted = 0; // number of the latest request, so that a late answer is dropped
-let addressTimer = 0;
-const written = new Set(); // addresses that were set here, whose events say nothing new
 
 async function show(id) {
   hideTip();
   current = id;
-  heading.textContent = `Feature ${id}`;
-  document.title = `${core.title}: feature ${id}`;
+  title(`Feature ${id}`, `feature ${id}`);
   number.value = id;
   mark(id);
   drawPlace();
+  showWords(id);
   const request = ++wanted;
-  let parts;
+  let drawn;
   try {
-    parts = drawFeature(featureNow(id) ?? (await feature(id)));
+    drawn = drawFeature(featureNow(id) ?? (await feature(id)));
   } catch (error) {
-    parts = [drawMessage(`Feature ${id} cannot be shown. ${error.message}`, "damaged")];
+    const said = `Feature ${id} cannot be shown. ${error.message}`;
+    drawn = { parts: [drawMessage(said, "damaged")], later: () => {} };
   }
   if (request !== wanted) return;
-  detail.replaceChildren(...parts);
+  detail.replaceChildren(...drawn.parts);
   detail.dataset.feature = id;
-  const at = place(id);
-  if (at < 0) return;
-  prefetch(listed()[at + 1]);
-  prefetch(listed()[at - 1]);
+  // The next frame shows what people came for; the rest of the page follows in the frame after.
+  requestAnimationFrame(() => setTimeout(() => {
+    if (request !== wanted) return;
+    drawn.later();
+    detail.dataset.whole = id;
+    const at = place(id);
+    if (at < 0) return;
+    prefetch(listed()[at + 1]);
+    prefetch(listed()[at - 1]);
+  }));
 }
 
-function showMessage(title, text) {
+function showMessage(head, said) {
   hideTip();
   wanted++;
   current = -1;
-  heading.textContent = title;
-  document.title = core.title;
+  title(head);
   mark(-1);
   drawPlace();
-  detail.replaceChildren(drawMessage(text));
+  showWords(-1);
+  detail.replaceChildren(drawMessage(said));
   delete detail.dataset.feature;
+}
+
+function title(head, short = "") {
+  heading.textContent = head;
+  document.title = short ? `${core.title}: ${short}` : core.title;
 }
 
 function drawPlace() {
@@ -61,54 +82,102 @@ function drawPlace() {
   next.disabled = at < 0 ? !n : at === n - 1;
 }
 
-// Shows what the address names: #/feature/123, or the first feature when it names nothing.
+function showView(name) {
+  view = name;
+  document.body.dataset.view = name;
+  for (const tab of document.querySelectorAll("[data-tab]")) {
+    if (tab.dataset.tab === name) tab.setAttribute("aria-current", "page");
+    else tab.removeAttribute("aria-current");
+  }
+}
+
+// Shows what the address names; without a name the first feature, or the one that was shown.
 async function showAddress() {
-  const link = /^#\/feature\/(.*)$/.exec(location.hash);
-  if (link) return open(decode(link[1]));
+  const { view: name, word, query: asked } = address();
+  hideTip();
+  if (name === "text" && nTexts) return openText(word, asked);
+  if (name !== "text" && asked !== undefined) setFilters(asked);
+  if (name === "map" && hasMap) return openMap();
+  const back = view !== "feature";
+  showView("feature");
+  if (word !== undefined) {
+    await open(word, back);
+    if (asked === undefined && query()) amend("feature", word, query());
+    return undefined;
+  }
+  if (back && current >= 0) return open(String(current), true);
   return listed().length ? show(listed()[0]) : showEmpty();
 }
 
-async function open(word) {
+async function open(word, anew = false) {
   const id = /^\d{1,15}$/.test(word) ? Number(word) : -1;
-  if (id >= 0 && id < core.n_features) return id === current ? undefined : show(id);
+  if (id >= 0 && id < core.n_features) return id === current && !anew ? undefined : show(id);
   const known = core.n_features ? `features 0 to ${whole(core.n_features - 1)}` : "no features";
-  const text = `There is no feature ${word.slice(0, 40)}. This page has ${known}.`;
-  return showMessage("Not found", text);
+  const said = `There is no feature ${word.slice(0, 40)}. This page has ${known}.`;
+  return showMessage("Not found", said);
+}
+
+async function openText(word, asked) {
+  showView("text");
+  const rollout = word === undefined || word === "" ? column.kept_rollout[firstText()] : Number(word);
+  const found = column.kept_rollout.indexOf(rollout);
+  text = found;
+  const at = ++wanted;
+  title(found < 0 ? "Not found" : `Rollout ${whole(rollout)}`, found < 0 ? "" : `text ${rollout}`);
+  count.textContent = "";
+  markText(found);
+  if (found < 0) {
+    const name = String(word ?? "").slice(0, 40);
+    return showNoText(`Rollout ${name} is not kept whole in this page. Choose one from the list.`);
+  }
+  try {
+    await showText(found, asked);
+  } catch (error) {
+    if (at === wanted) showNoText(`This text cannot be shown. ${error.message}`);
+  }
+  return undefined;
+}
+
+function openMap() {
+  wanted++;
+  showView("map");
+  title("Map of features", "map");
+  count.textContent = `${whole(listed().length)} features in the list are in colour`;
+  showMap(current);
 }
 
 function showEmpty() {
   const alive = column.n_examples.some((n) => n > 0);
-  const text = alive
-    ? `No feature has all ${core.top_k} examples. ` +
-      "Clear \u201conly full examples\u201d to see the others."
+  const only = query() === "full=1" || query() === "dead=1&full=1";
+  const said = alive && core.n_features
+    ? only
+      ? `No feature has all ${core.top_k} examples. ` +
+        "Clear \u201conly full examples\u201d to see the others."
+      : "No feature passes the search and the filters. Clear them to see the others."
     : core.n_features
       ? `None of the ${whole(core.n_features)} features has an example: ` +
         "no feature fires on these texts."
       : "This page has no features.";
-  showMessage("Nothing to show", text);
+  showMessage("Nothing to show", said);
 }
 
 // Goes to a feature, and makes a new entry for the browser's back button.
 function jump(word) {
-  clearTimeout(addressTimer);
-  open(String(word));
-  writeAddress(word, (address) => location.assign(address));
+  const back = view !== "feature";
+  showView("feature");
+  open(String(word), back);
+  push("feature", word, query());
 }
 
-// Goes to a neighbour. Browsers refuse hundreds of address changes, so a held key makes one.
+// Goes to a neighbour, without an entry.
 function glide(id) {
   show(id);
-  clearTimeout(addressTimer);
-  addressTimer = setTimeout(() => writeAddress(id, (address) => location.replace(address)), 150);
-}
-
-function writeAddress(word, write) {
-  const before = location.href;
-  write(`#/feature/${encodeURIComponent(word)}`);
-  if (location.href !== before) written.add(location.href);
+  amend("feature", id, query());
 }
 
 function step(by) {
+  if (view === "text") return stepText(by);
+  if (view === "map") return undefined;
   const order = listed();
   const at = place(current);
   if (at >= 0) {
@@ -119,82 +188,107 @@ function step(by) {
     const near = by > 0 ? ids.find((id) => id > current) : ids.findLast((id) => id < current);
     glide(near ?? (by > 0 && current < 0 ? ids[0] : ids[ids.length - 1]));
   }
+  return undefined;
 }
 
-function applyFilters() {
-  dead.disabled = full.checked;
-  arrange({ full: full.checked, dead: dead.checked, sort: sort.value });
-  const n = listed().length;
-  const hidden = core.n_features - n;
-  const note = hidden ? ` (${whole(hidden)} hidden)` : "";
-  byId("list-count").textContent = `${whole(n)} feature${n === 1 ? "" : "s"}${note}`;
+function stepText(by) {
+  const order = [...document.querySelectorAll("#texts a")].map((link) => Number(link.dataset.text));
+  const to = order[order.indexOf(text) + by];
+  if (to === undefined) return;
+  push("text", column.kept_rollout[to]);
+  openText(String(column.kept_rollout[to]));
 }
 
 // After a filter changes, stays where it is if it can; else goes to the next feature in the list.
-function refilter() {
-  applyFilters();
+function relisted() {
+  if (view === "map") {
+    amend("map", undefined, query());
+    return openMap();
+  }
   const order = listed();
-  if (!order.length) return showEmpty();
+  if (!order.length) {
+    showEmpty();
+    return amend("feature", undefined, query());
+  }
   if (place(current) >= 0) {
     mark(current);
-    return drawPlace();
+    drawPlace();
+    return amend("feature", current, query());
   }
   return glide(order.find((id) => id >= current) ?? order[0]);
 }
 
-function decode(text) {
-  try {
-    return decodeURIComponent(text);
-  } catch {
-    return text;
+function drawHeader() {
+  for (const [label, value, note] of core.facts) {
+    const fact = element("div", "fact");
+    fact.title = note;
+    const meaning = element("dd", "fact-note", note);
+    fact.append(element("dt", "", label), element("dd", "", value), meaning);
+    byId("facts").append(fact);
   }
+  byId("about").open = matchMedia("(min-width: 821px)").matches;
+  document.querySelector("[data-tab=text]").hidden = !nTexts;
+  document.querySelector("[data-tab=map]").hidden = !hasMap;
 }
 
-function isTyping(target) {
-  if (target.isContentEditable || target.matches("textarea, select")) return true;
-  return target.matches("input") && !["checkbox", "radio", "button"].includes(target.type);
-}
+const focusOn = (id) => () => {
+  if (view === "text" && id === "query") return byId("text-query").focus();
+  byId(id).focus();
+  return byId(id).select();
+};
 
-for (const [label, value, note] of core.facts) {
-  const fact = element("div", "fact");
-  fact.title = note;
-  const meaning = element("dd", "fact-note", note);
-  fact.append(element("dt", "", label), element("dd", "", value), meaning);
-  byId("facts").append(fact);
-}
-byId("about").open = matchMedia("(min-width: 821px)").matches;
-byId("full-count").textContent = core.top_k;
+setKeys([
+  ["ArrowLeft", "\u2190", "previous feature or text", () => step(-1)],
+  ["ArrowRight", "\u2192", "next feature or text", () => step(1)],
+  ["/", "/", "search", focusOn("query")],
+  ["g", "G", "go to a feature by its number", focusOn("number")],
+  ["f", "F", "features", () => location.assign("#/feature")],
+  ["m", "M", "map", () => hasMap && location.assign("#/map")],
+  ["t", "T", "texts", () => nTexts && location.assign("#/text")],
+  ["s", "S", "star the feature", () => view === "feature" && toggleStar()],
+  ["l", "L", "label the feature", () => view === "feature" && editLabel()],
+  ["n", "N", "write a note on the feature", () => view === "feature" && editNote()],
+  ["c", "C", "clear search and filters", clearFilters],
+  ["d", "D", "light or dark colours", switchTheme],
+  ["?", "?", "this help", openHelp],
+]);
 
+drawHeader();
 onChoose(jump);
+onOpen(jump);
+onList(relisted);
+onRoute(showAddress);
+onNotes((id) => {
+  redraw();
+  if (id < 0 || filters().mark) refill(id < 0);
+});
 watchTokens(detail);
 previous.addEventListener("click", () => step(-1));
 next.addEventListener("click", () => step(1));
-for (const control of [full, dead, sort]) control.addEventListener("change", refilter);
+byId("help-button").addEventListener("click", openHelp);
+byId("save-table").addEventListener("click", () => saveTable(listed()));
 byId("goto").addEventListener("submit", (event) => {
   event.preventDefault();
   const word = number.value.trim().replace(/^#/, "");
   if (word) jump(word);
 });
+byId("skip").addEventListener("click", (event) => {
+  event.preventDefault();
+  heading.focus();
+});
 byId("browse").addEventListener("click", (event) => {
-  const open = document.body.classList.toggle("browsing");
-  event.currentTarget.setAttribute("aria-expanded", String(open));
+  const opened = document.body.classList.toggle("browsing");
+  event.currentTarget.setAttribute("aria-expanded", String(opened));
   mark(current);
 });
-addEventListener("hashchange", (event) => {
-  // Ours come late: by then a quick reader may be at the next feature, and must stay there.
-  if (written.delete(event.newURL)) return;
-  clearTimeout(addressTimer);
-  showAddress();
-});
-addEventListener("keydown", (event) => {
-  const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-  if (!by || event.defaultPrevented || isTyping(event.target)) return;
-  if (event.ctrlKey || event.metaKey || event.altKey || event.shiftKey) return;
-  event.preventDefault();
-  step(by);
+addEventListener("click", (event) => {
+  const button = event.target.closest?.("[data-save]");
+  if (!button) return;
+  if (button.dataset.save === "map") mapImage().then((image) => saveFile("map.png", image));
+  else saveDrawing(button.closest("figure").querySelector("svg"), button.dataset.save);
 });
 
-applyFilters();
+setFilters(address().view === "text" ? "" : address().query);
 showAddress().then(() =>
   requestAnimationFrame(() => {
     performance.mark("first-feature");

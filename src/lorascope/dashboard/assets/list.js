@@ -1,5 +1,6 @@
 // The list of features: filtered, sorted, and drawn only where it is seen.
 import { column, core } from "./data.js";
+import { isStarred, labelOf } from "./notes.js";
 import { element, percent, short, whole, writeToken } from "./text.js";
 
 const ROW = 46; // pixels; page.css has the same height
@@ -13,22 +14,17 @@ let order = new Uint32Array(0); // features in the list, in its order
 let placeOf = new Map();
 let current = -1; // feature
 
-// Fills the list. `full` keeps features with all `top_k` examples, `dead` adds those without any.
-export function arrange({ full, dead, sort }) {
-  const ids = [];
-  for (let id = 0; id < core.n_features; id++) {
-    const n = column.n_examples[id];
-    if (full ? n > 0 && n === core.top_k : n > 0 || dead) ids.push(id);
-  }
-  const key = {
-    often: (id) => -column.n_active[id],
-    rare: (id) => column.n_active[id],
-    max: (id) => -(Number.isNaN(column.max[id]) ? -Infinity : column.max[id]),
-  }[sort];
-  if (key) ids.sort((a, b) => key(a) - key(b) || a - b);
-  order = Uint32Array.from(ids);
-  placeOf = new Map(ids.map((id, place) => [id, place]));
+// Fills the list with features in the given order.
+export function fill(ids) {
+  order = ids;
+  placeOf = new Map();
+  ids.forEach((id, place) => placeOf.set(id, place));
   rows.style.height = `${ids.length * ROW}px`;
+  redraw();
+}
+
+// Draws the rows anew, after labels change.
+export function redraw() {
   for (const node of drawn.values()) node.remove();
   drawn.clear();
   draw();
@@ -97,12 +93,18 @@ function row(at) {
   node.setAttribute("aria-posinset", at + 1);
   node.style.top = `${at * ROW}px`;
   const token = element("span", "row-token");
-  if (column.n_examples[id]) writeToken(token, column.top_token[id]);
+  const label = labelOf(id);
+  if (label) {
+    token.classList.add("label");
+    token.textContent = label;
+  } else if (column.n_examples[id]) {
+    writeToken(token, column.top_token[id]);
+  }
   const bar = element("span", "bar");
   const fill = element("span", "bar-fill");
   fill.style.width = `${100 * logDensity(id)}%`;
   bar.append(fill);
-  const number = element("span", "row-id", String(id));
+  const number = element("span", "row-id", isStarred(id) ? `\u2605 ${id}` : String(id));
   node.append(number, token, element("span", "row-note", note(id)), bar);
   return node;
 }

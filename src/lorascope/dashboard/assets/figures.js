@@ -1,0 +1,176 @@
+// Figures of one feature: histogram of its values, profile by position, grid of its effect.
+import { column, core } from "./data.js";
+import { element, percent, short, whole } from "./text.js";
+
+const SVG = "http://www.w3.org/2000/svg";
+const [WIDTH, HEIGHT] = [320, 96]; // of a bar figure, in units of its drawing
+const LEVELS = 9;
+
+export function svg(tag, attributes = {}, text = "") {
+  const node = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  if (text) node.textContent = text;
+  return node;
+}
+
+// Puts a drawing into a panel with a title, a definition, and a button that saves it.
+export function panel(title, note, drawing, { testid = "", file = "" } = {}) {
+  const figure = element("figure", "panel");
+  figure.dataset.testid = testid;
+  const head = element("div", "panel-head");
+  head.append(element("h3", "", title));
+  if (file) {
+    const save = element("button", "save", "SVG");
+    save.type = "button";
+    save.dataset.save = file;
+    save.setAttribute("aria-label", `Save the figure \u201c${title}\u201d as SVG`);
+    head.append(save);
+  }
+  figure.append(head, element("figcaption", "", note), ...[drawing].flat());
+  return figure;
+}
+
+export function drawHistogram({ id, histogram }) {
+  const { edges } = column;
+  const top = histogram.reduce((a, b) => Math.max(a, b), 1);
+  const bars = Array.from(histogram, (n, i) => ({
+    share: n / top,
+    tip: `${short(edges[i])} to ${short(edges[i + 1])}: ${whole(n)} tokens`,
+  }));
+  const ticks = [0, 1, 2, 3, 4].map((i) => {
+    const at = Math.round((i * histogram.length) / 4);
+    return [at, short(edges[at])];
+  });
+  const drawing = drawBars(bars, ticks, `Histogram of the activations of feature ${id}`);
+  const note = `Tokens by activation (logarithmic axis). Tallest bar: ${whole(top)} tokens.`;
+  return panel("How strongly it fires", note, drawing, {
+    testid: "histogram", file: `feature-${id}-activations`,
+  });
+}
+
+export function drawPositions({ id, byPosition }) {
+  const shares = Array.from(byPosition, (n, i) => ratio(n, core.n_by_position[i]));
+  const top = Math.max(...shares) || 1;
+  const bars = shares.map((share, i) => ({
+    share: share / top,
+    tip: `${10 * i} to ${10 * i + 10} % of the rollout: fires on ${percent(share)} of tokens`,
+  }));
+  const ticks = [[0, "start"], [5, "middle"], [10, "end"]];
+  const drawing = drawBars(bars, ticks, `Density of feature ${id} by place in the rollout`);
+  const note = `Density in each tenth of a rollout. Tallest bar: ${percent(Math.max(...shares))}.`;
+  return panel("Where in a rollout", note, drawing, {
+    testid: "positions", file: `feature-${id}-positions`,
+  });
+}
+
+export function drawRoles({ byRole }) {
+  const table = element("div", "meter-rows");
+  table.dataset.walk = "";
+  const shares = Array.from(byRole, (n, i) => ratio(n, core.n_by_role[i]));
+  const top = Math.max(...shares) || 1;
+  shares.forEach((share, i) => {
+    if (!core.n_by_role[i]) return;
+    const tokens = `${whole(byRole[i])} of ${whole(core.n_by_role[i])} tokens`;
+    const row = element("div", "meter-row");
+    row.dataset.tip = `${core.roles[i]}: fires on ${tokens}`;
+    row.tabIndex = table.childElementCount ? -1 : 0;
+    row.append(element("span", "meter-name", core.roles[i]), meter(share / top));
+    const number = element("span", "meter-value", percent(share));
+    number.dataset.testid = `role-${core.roles[i]}`;
+    number.dataset.value = String(share);
+    row.append(number);
+    table.append(row);
+  });
+  return panel("In which role", "Density among the tokens of each role.", table, {
+    testid: "roles",
+  });
+}
+
+export function meter(share) {
+  const bar = element("span", "meter");
+  const fill = element("span", "meter-fill");
+  fill.style.width = `${Math.max(0, Math.min(100, 100 * share))}%`;
+  bar.append(fill);
+  return bar;
+}
+
+// Draws the share of a feature's effect at each site: layers across, projections down.
+export function drawFingerprint({ id, shares }) {
+  const layers = [...new Set(core.sites.map(([layer]) => layer))].sort((a, b) => a - b);
+  const projections = [...new Set(core.sites.map(([, projection]) => projection))];
+  const [left, cell] = [46, 274 / layers.length];
+  const tall = Math.max(13, Math.min(17, cell));
+  const height = tall * projections.length;
+  const grid = svg("svg", {
+    viewBox: `0 0 ${WIDTH} ${height + 16}`, role: "group",
+    "aria-label": `Share of the effect of feature ${id} at each layer and projection`,
+  });
+  grid.dataset.walk = "";
+  grid.append(svg("rect", { x: left, y: 0, width: 274, height, class: "grid-back" }));
+  projections.forEach((name, row) => {
+    const at = { x: left - 5, y: (row + 0.5) * tall + 3, class: "tick end" };
+    grid.append(svg("text", at, name.replace(/_proj$/, "").slice(0, 9)));
+  });
+  const step = Math.max(1, Math.ceil(layers.length / 8));
+  layers.forEach((layer, i) => {
+    if (i % step) return;
+    const at = { x: left + (i + 0.5) * cell, y: height + 12, class: "tick middle" };
+    grid.append(svg("text", at, layer < 0 ? "\u2013" : String(layer)));
+  });
+  const top = shares.reduce((a, b) => Math.max(a, b), 0);
+  const best = shares.indexOf(top);
+  core.sites.forEach(([layer, projection], site) => {
+    if (!(shares[site] > 0)) return;
+    const level = Math.max(1, Math.ceil((LEVELS * shares[site]) / top));
+    const place = layer < 0 ? projection : `layer ${layer}, ${projection}`;
+    const rect = svg("rect", {
+      x: left + layers.indexOf(layer) * cell, y: projections.indexOf(projection) * tall,
+      width: Math.max(0.5, cell - 0.6), height: tall - 0.8, class: `cell-${level}`,
+      tabindex: site === best ? 0 : -1,
+    });
+    rect.dataset.tip = `${place}: ${percent(shares[site])} of its effect`;
+    grid.append(rect);
+  });
+  const order = Array.from(shares.keys()).sort((a, b) => shares[b] - shares[a]).slice(0, 3);
+  const names = order.filter((site) => shares[site] > 0).map((site) => {
+    const [layer, projection] = core.sites[site];
+    return `${layer < 0 ? "" : `${layer}.`}${projection} ${percent(shares[site])}`;
+  });
+  const most = element("p", "figure-note", names.length ? `Most: ${names.join(", ")}` : "None");
+  most.dataset.testid = "fingerprint-most";
+  const note = "Share of what it writes, by layer (across) and projection (down).";
+  return panel("Where it acts", note, [grid, most], {
+    testid: "fingerprint", file: `feature-${id}-sites`,
+  });
+}
+
+function drawBars(bars, ticks, label) {
+  const plot = HEIGHT - 18;
+  const drawing = svg("svg", {
+    viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "group", "aria-label": label,
+  });
+  drawing.dataset.walk = "";
+  const step = WIDTH / bars.length;
+  let stop = 0;
+  bars.forEach(({ share, tip }, i) => {
+    const height = share > 0 ? Math.max(1.5, (plot - 2) * share) : 0;
+    const at = { x: i * step, y: 0, width: step, height: plot, class: "bar-space" };
+    const space = svg("rect", { ...at, tabindex: share > 0 && !stop ? 0 : -1 });
+    if (share > 0) stop = 1;
+    space.dataset.tip = tip;
+    const width = Math.max(0.5, step - Math.min(2, 0.16 * step));
+    const shape = { x: i * step + (step - width) / 2, y: plot - height, width, height };
+    drawing.append(svg("rect", { ...shape, class: "bar-fig" }), space);
+  });
+  drawing.append(svg("line", { x1: 0, x2: WIDTH, y1: plot, y2: plot, class: "base" }));
+  for (const [at, text] of ticks) {
+    const place = at === 0 ? "start" : at === bars.length ? "end" : "middle";
+    const shape = { x: at * step, y: HEIGHT - 4, class: `tick ${place}` };
+    drawing.append(svg("text", shape, text));
+  }
+  return drawing;
+}
+
+function ratio(n, total) {
+  return n >= 0 && total > 0 ? n / total : 0;
+}

@@ -1,0 +1,125 @@
+// Which features are in the list, and in which order.
+import { NOWHERE, column, core } from "./data.js";
+import { isStarred, labelOf, noteOf } from "./notes.js";
+import { density } from "./stats.js";
+
+// Name in the address -> what stands for "no filter". The controls of the page have these names.
+const NONE = {
+  q: "", in: "fires", sort: "id", full: false, dead: false, role: "", layer: "", projection: "",
+  mark: "", dmin: "", dmax: "", amin: "", amax: "", nmin: "", smin: "", lasso: "",
+};
+const WIDTH = NOWHERE - 1; // of the map
+const GRID = 999; // steps of a lasso's corners across the map
+
+const LEAST = -Infinity;
+const SORTS = {
+  often: (id) => -column.n_active[id],
+  rare: (id) => column.n_active[id],
+  max: (id) => -(Number.isNaN(column.max[id]) ? LEAST : column.max[id]),
+  mean: (id) => -(Number.isNaN(column.mean[id]) ? LEAST : column.mean[id]),
+  stable: (id) => -(Number.isNaN(column.stability[id]) ? LEAST : column.stability[id]),
+  site: (id) => column.main_site[id],
+  role: (id) => column.main_role[id],
+};
+
+export function noFilters() {
+  return { ...NONE };
+}
+
+// Returns the filters as the part of an address after "?", "" where there are none.
+export function toQuery(filters) {
+  const query = new URLSearchParams();
+  for (const [name, value] of Object.entries(filters)) {
+    if (value !== NONE[name]) query.set(name, value === true ? "1" : value);
+  }
+  return query.toString();
+}
+
+export function fromQuery(query) {
+  const filters = noFilters();
+  for (const [name, value] of new URLSearchParams(query)) {
+    if (!(name in NONE)) continue;
+    filters[name] = typeof NONE[name] === "boolean" ? value === "1" : value;
+  }
+  return filters;
+}
+
+// Returns the features that pass, in order. `found` says of each whether the search found it.
+export function choose(filters, found = null) {
+  const passes = tests(filters);
+  const ids = [];
+  for (let id = 0; id < core.n_features; id++) {
+    if (found && !found[id]) continue;
+    if (passes.every((test) => test(id))) ids.push(id);
+  }
+  const key = SORTS[filters.sort];
+  if (key) ids.sort((a, b) => key(a) - key(b) || a - b);
+  else if (filters.sort === "label") {
+    ids.sort((a, b) => (labelOf(b) !== "") - (labelOf(a) !== "") ||
+      labelOf(a).localeCompare(labelOf(b)) || a - b);
+  }
+  return Uint32Array.from(ids);
+}
+
+function tests(filters) {
+  const found = [];
+  const n = column.n_examples;
+  if (filters.full) found.push((id) => n[id] > 0 && n[id] === core.top_k);
+  else if (!filters.dead) found.push((id) => n[id] > 0);
+  const ranges = [
+    ["dmin", "dmax", (id) => 100 * density(id)], ["amin", "amax", (id) => column.max[id]],
+    ["nmin", "", (id) => n[id]], ["smin", "", (id) => column.stability[id]],
+  ];
+  for (const [low, high, value] of ranges) {
+    const from = bound(filters[low]);
+    const to = bound(filters[high]);
+    if (from !== undefined) found.push((id) => value(id) >= from);
+    if (to !== undefined) found.push((id) => value(id) <= to);
+  }
+  if (filters.role) found.push((id) => core.roles[column.main_role[id]] === filters.role);
+  const site = (id) => core.sites?.[column.main_site[id]];
+  if (filters.layer) found.push((id) => String(site(id)?.[0]) === filters.layer);
+  if (filters.projection) found.push((id) => site(id)?.[1] === filters.projection);
+  const marks = {
+    labelled: (id) => labelOf(id) !== "", unlabelled: (id) => labelOf(id) === "",
+    starred: isStarred, noted: (id) => noteOf(id) !== "",
+  };
+  if (marks[filters.mark]) found.push(marks[filters.mark]);
+  const corners = cornersOf(filters.lasso);
+  if (corners.length) found.push((id) => isInside(id, corners));
+  return found;
+}
+
+function bound(text) {
+  const value = Number(text);
+  return text === undefined || String(text).trim() === "" || Number.isNaN(value) ? undefined : value;
+}
+
+// Returns a lasso, given as corners in places of the map, as text for the address.
+export function toLasso(corners) {
+  const step = Math.ceil(corners.length / 48);
+  return corners
+    .filter((_, i) => i % step === 0)
+    .map((corner) => corner.map((at) => Math.round((GRID * at) / WIDTH)).join("."))
+    .join("_");
+}
+
+function cornersOf(text) {
+  const corners = text.split("_").map((corner) => corner.split(".").map(Number));
+  const good = corners.every(([x, y]) => Number.isFinite(x) && Number.isFinite(y));
+  if (!text || !good || corners.length < 3) return [];
+  return corners.map(([x, y]) => [(x * WIDTH) / GRID, (y * WIDTH) / GRID]);
+}
+
+// Whether a feature's place is inside a polygon: a ray from it crosses the border an odd number
+// of times.
+function isInside(id, corners) {
+  const [x, y] = [column.x[id], column.y[id]];
+  if (x === NOWHERE) return false;
+  let inside = false;
+  corners.forEach(([x1, y1], i) => {
+    const [x2, y2] = corners[(i + 1) % corners.length];
+    if (y1 > y !== y2 > y && x < x1 + ((y - y1) * (x2 - x1)) / (y2 - y1)) inside = !inside;
+  });
+  return inside;
+}

@@ -1,0 +1,139 @@
+// The search field and the filters beside the list.
+import { column, core } from "./data.js";
+import { choose, fromQuery, noFilters, toQuery } from "./filters.js";
+import { fill, listed } from "./list.js";
+import { search, stopSearch } from "./search.js";
+import { element, whole } from "./text.js";
+
+const byId = (id) => document.getElementById(id);
+const form = byId("finder");
+const controls = [...form.elements].filter((control) => control.name);
+const PAUSE = 60; // milliseconds after the last letter before a search begins
+
+let found = null; // flags by feature of the last search, null without one
+let searched = ""; // what they are of
+let timer = 0;
+let relisted = () => {};
+
+// Calls `action` after the list has changed.
+export function onList(action) {
+  relisted = action;
+}
+
+export function filters() {
+  const now = noFilters();
+  for (const { name, type, checked, value } of controls) {
+    now[name] = type === "checkbox" ? checked : value;
+  }
+  return now;
+}
+
+export function query() {
+  return toQuery(filters());
+}
+
+// Takes the filters from an address, and fills the list.
+export function setFilters(text) {
+  const now = fromQuery(text ?? "");
+  for (const control of controls) {
+    if (control.type === "checkbox") control.checked = now[control.name];
+    else control.value = now[control.name];
+    if (control.tagName === "SELECT" && control.selectedIndex < 0) control.selectedIndex = 0;
+  }
+  byId("more").open ||= nMore(filters()) > 0;
+  refill(false);
+}
+
+export function clearFilters() {
+  setFilters("");
+  relisted();
+}
+
+// Keeps the features inside a lasso of the map.
+export function setLasso(lasso) {
+  form.elements.lasso.value = lasso;
+  refill(true);
+}
+
+export function refill(say = true) {
+  const now = filters();
+  byId("dead").disabled = now.full;
+  if (!now.q.trim()) {
+    stopSearch();
+    found = null;
+    searched = "";
+  } else if (searched !== `${now.in} ${now.q}`) {
+    begin(now);
+    return;
+  }
+  show(1, say);
+}
+
+function begin(now) {
+  searched = `${now.in} ${now.q}`;
+  byId("list").setAttribute("aria-busy", "true");
+  search(now.q, now.in, (flags, share) => {
+    found = flags;
+    show(share, share === 1);
+  });
+}
+
+function show(share, say) {
+  const now = filters();
+  fill(choose(now, now.q.trim() ? found : null));
+  const n = listed().length;
+  const hidden = core.n_features - n;
+  const note = hidden ? ` (${whole(hidden)} hidden)` : "";
+  const state = share < 1 ? `, searching: ${Math.floor(100 * share)} %` : "";
+  byId("list-count").textContent = `${whole(n)} feature${n === 1 ? "" : "s"}${note}${state}`;
+  byId("list").setAttribute("aria-busy", String(share < 1));
+  const more = nMore(now);
+  byId("n-filters").textContent = more ? ` (${more})` : "";
+  byId("clear").hidden = toQuery({ ...now, sort: "id" }) === "";
+  if (say) relisted();
+}
+
+function nMore(now) {
+  const names = ["dmin", "dmax", "amin", "amax", "nmin", "smin", "role", "layer", "projection",
+    "mark", "lasso"];
+  return names.filter((name) => now[name]).length;
+}
+
+function offer(name, values) {
+  const select = form.elements[name];
+  for (const value of values) {
+    const option = element("option", "", value === "-1" ? "none" : value);
+    option.value = value;
+    select.append(option);
+  }
+}
+
+function hide(need) {
+  for (const node of form.querySelectorAll(`[data-need="${need}"]`)) node.hidden = true;
+}
+
+byId("full-count").textContent = core.top_k;
+const roles = core.roles.filter((_, i) => core.n_by_role?.[i] > 0);
+if (roles.length) offer("role", roles);
+else hide("role");
+if (core.sites && column.main_site.length) {
+  const layers = [...new Set(core.sites.map(([layer]) => layer))].sort((a, b) => a - b);
+  offer("layer", layers.map(String));
+  offer("projection", [...new Set(core.sites.map(([, projection]) => projection))]);
+} else {
+  hide("site");
+}
+if (!column.stability.some((value) => !Number.isNaN(value))) hide("stability");
+
+form.addEventListener("input", (event) => {
+  clearTimeout(timer);
+  const typed = event.target.matches("input:not([type=checkbox])");
+  if (typed) timer = setTimeout(refill, PAUSE);
+  else refill();
+});
+form.addEventListener("submit", (event) => {
+  event.preventDefault();
+  clearTimeout(timer);
+  refill();
+});
+byId("clear").addEventListener("click", clearFilters);

@@ -1,0 +1,54 @@
+// Keys, and the overlay that lists them. Keys do nothing while people type.
+import { element } from "./text.js";
+
+const help = document.getElementById("help");
+const actions = new Map(); // key -> function
+
+// Lists more keys in the overlay that other parts of the page handle.
+const ELSEWHERE = [
+  ["\u2191 \u2193 Page Home End", "in the list: another feature"],
+  ["Tab, then \u2190 \u2192 Home End", "in a text or figure: walk its parts and read their values"],
+  ["\u2190 \u2192 \u2191 \u2193 + \u2212 0 Enter", "on the map: move, zoom, all of it, open a feature"],
+  ["Esc", "close this, or leave a field"],
+];
+
+// Takes `[key, name of the key for people, what it does, function]` for every key.
+export function setKeys(keys) {
+  const list = document.getElementById("help-keys");
+  const lines = keys.map(([key, name, text, action]) => {
+    actions.set(key, action);
+    return [name, text];
+  });
+  for (const [name, text] of [...lines, ...ELSEWHERE]) {
+    const row = element("div", "help-row");
+    const keyCell = element("dt");
+    keyCell.append(element("kbd", "", name));
+    row.append(keyCell, element("dd", "", text));
+    list.append(row);
+  }
+}
+
+export function openHelp() {
+  if (!help.open) help.showModal();
+}
+
+addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && isTyping(event.target) && !help.open) event.target.blur();
+  if (event.defaultPrevented || help.open || isTyping(event.target)) return;
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.shiftKey && event.key !== "?") return;
+  const action = actions.get(event.key);
+  if (!action) return;
+  event.preventDefault();
+  action();
+});
+
+help.addEventListener("click", (event) => {
+  if (event.target === help || event.target.closest("button")) help.close();
+});
+
+function isTyping(target) {
+  if (!target.matches) return false;
+  if (target.isContentEditable || target.matches("textarea, select")) return true;
+  return target.matches("input") && !["checkbox", "radio", "button", "file"].includes(target.type);
+}

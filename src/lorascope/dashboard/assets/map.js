@@ -1,0 +1,338 @@
+// The map: every feature at its place, near those whose decoder rows are near.
+import { NOWHERE, column, core } from "./data.js";
+import { toLasso } from "./filters.js";
+import { setLasso } from "./finder.js";
+import { place } from "./list.js";
+import { labelOf } from "./notes.js";
+import { drawName } from "./related.js";
+import { density, mainRole, mainSite } from "./stats.js";
+import { element, percent, short } from "./text.js";
+import { onTheme } from "./theme.js";
+import { hideTip, tipAt } from "./tip.js";
+
+const WIDTH = NOWHERE - 1;
+const NEAR = 14; // pixels within which the pointer means a feature
+const KINDS = 7; // colours of kinds in colors.css; what is beyond them shares the last
+const LEVELS = 9;
+
+const area = document.getElementById("map");
+const canvas = element("canvas", "canvas");
+const legend = element("div", "map-legend");
+const color = element("select");
+const lassoButton = element("button", "small", "Lasso");
+const onMap = [];
+for (let id = 0; id < core.n_features; id++) if (column.x[id] !== NOWHERE) onMap.push(id);
+
+export const hasMap = onMap.length > 0;
+
+let view = { x: 0.5, y: 0.5, zoom: 1 }; // what is in the middle, in map widths
+let hovered = -1;
+let current = -1;
+let lasso = null; // corners so far, in pixels
+let dragging = null;
+let wanted = false; // whether a frame is asked for
+let open = () => {};
+
+export function onOpen(action) {
+  open = action;
+}
+
+// Shows the map; `id` is the feature that is marked on it.
+export function showMap(id = current) {
+  current = id;
+  if (!wanted) requestAnimationFrame(draw);
+  wanted = true;
+}
+
+// Returns the map as a Promise of a PNG.
+export function mapImage() {
+  return new Promise((done) => canvas.toBlob(done, "image/png"));
+}
+
+function size() {
+  return Math.min(canvas.clientWidth, canvas.clientHeight) * 0.94;
+}
+
+function toScreen(id) {
+  const unit = size() * view.zoom;
+  return [
+    canvas.clientWidth / 2 + (column.x[id] / WIDTH - view.x) * unit,
+    canvas.clientHeight / 2 + (column.y[id] / WIDTH - view.y) * unit,
+  ];
+}
+
+function toMap([x, y]) {
+  const unit = size() * view.zoom;
+  return [
+    (view.x + (x - canvas.clientWidth / 2) / unit) * WIDTH,
+    (view.y + (y - canvas.clientHeight / 2) / unit) * WIDTH,
+  ];
+}
+
+const DENSITY = (id) => {
+  const share = density(id);
+  if (!(share > 0)) return 1;
+  return Math.max(1, Math.min(LEVELS, Math.round(LEVELS + 1.8 * Math.log10(share))));
+};
+
+// How points may be coloured: name -> [kinds, the kind of a feature].
+function colorings() {
+  const found = { density: [null, DENSITY] };
+  const kinds = (names, of) => [names, (id) => Math.min(KINDS, names.indexOf(of(id)) + 1)];
+  const roles = core.roles.filter((_, i) => core.n_by_role?.[i] > 0);
+  if (roles.length) found.role = kinds(roles, mainRole);
+  if (core.sites) {
+    const projections = [...new Set(core.sites.map(([, projection]) => projection))];
+    found.projection = kinds(projections, (id) => core.sites[column.main_site[id]]?.[1]);
+  }
+  return found;
+}
+const COLORINGS = colorings();
+
+function draw() {
+  wanted = false;
+  if (!canvas.clientWidth) return;
+  const ratio = devicePixelRatio || 1;
+  const [width, height] = [canvas.clientWidth, canvas.clientHeight];
+  if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio)) {
+    canvas.width = Math.round(width * ratio);
+    canvas.height = Math.round(height * ratio);
+  }
+  const style = getComputedStyle(canvas);
+  const ink = (name) => style.getPropertyValue(name).trim();
+  const pen = canvas.getContext("2d");
+  pen.setTransform(ratio, 0, 0, ratio, 0, 0);
+  pen.fillStyle = ink("--panel");
+  pen.fillRect(0, 0, width, height);
+  const [kinds, kindOf] = COLORINGS[color.value];
+  const colors = Array.from({ length: 10 }, (_, i) => ink(kinds ? `--kind-${i}` : `--deep-${i}`));
+  const few = Math.sqrt(4000 / Math.max(1, onMap.length));
+  const radius = Math.max(1, Math.min(5, 3.4 * few * Math.sqrt(view.zoom)));
+  const dots = [[], []]; // hidden by a filter, and listed
+  for (const id of onMap) dots[place(id) >= 0 ? 1 : 0].push(id);
+  dots.forEach((ids, listed) => {
+    pen.globalAlpha = listed ? 0.9 : 0.5;
+    for (const id of ids) {
+      const [x, y] = toScreen(id);
+      if (x < -9 || y < -9 || x > width + 9 || y > height + 9) continue;
+      pen.fillStyle = listed ? colors[kindOf(id)] || ink("--soft") : ink("--line");
+      if (radius < 2) pen.fillRect(x - radius, y - radius, 2 * radius, 2 * radius);
+      else {
+        pen.beginPath();
+        pen.arc(x, y, radius, 0, 7);
+        pen.fill();
+      }
+    }
+  });
+  pen.globalAlpha = 1;
+  pen.lineWidth = 2;
+  for (const [id, shade] of [[current, "--accent"], [hovered, "--ink"]]) {
+    if (id < 0 || column.x[id] === NOWHERE) continue;
+    const [x, y] = toScreen(id);
+    pen.strokeStyle = ink(shade);
+    pen.beginPath();
+    pen.arc(x, y, radius + 4, 0, 7);
+    pen.stroke();
+  }
+  drawLabels(pen, ink, width, height);
+  if (lasso) drawLasso(pen, ink);
+  drawLegend(kinds);
+}
+
+function drawLabels(pen, ink, width, height) {
+  pen.font = "12px system-ui, sans-serif";
+  pen.fillStyle = ink("--ink");
+  for (const id of onMap) {
+    if (!labelOf(id)) continue;
+    const [x, y] = toScreen(id);
+    if (x > 0 && y > 0 && x < width && y < height) pen.fillText(labelOf(id).slice(0, 40), x + 7, y + 4);
+  }
+}
+
+function drawLasso(pen, ink) {
+  pen.strokeStyle = ink("--accent");
+  pen.setLineDash([5, 4]);
+  pen.beginPath();
+  lasso.forEach(([x, y], i) => (i ? pen.lineTo(x, y) : pen.moveTo(x, y)));
+  pen.closePath();
+  pen.stroke();
+  pen.setLineDash([]);
+}
+
+function drawLegend(kinds) {
+  const parts = (kinds ?? []).map((name, i) => {
+    const part = element("span", "legend-kind");
+    part.append(element("i", `kind-${Math.min(KINDS, i + 1)}`), name.replace(/_proj$/, ""));
+    return part;
+  });
+  if (!kinds) {
+    const ramp = element("span", "ramp");
+    for (let i = 1; i <= LEVELS; i++) ramp.append(element("i", `deep-${i}`));
+    parts.push(element("span", "", "rare"), ramp, element("span", "", "frequent"));
+  }
+  legend.replaceChildren(...parts);
+}
+
+function nearest([x, y], within) {
+  let [best, least] = [-1, within * within];
+  for (const id of onMap) {
+    const [px, py] = toScreen(id);
+    const far = (px - x) ** 2 + (py - y) ** 2;
+    // Of two at one place the listed one is meant.
+    if (far < least && place(id) >= 0) [best, least] = [id, far];
+  }
+  return best;
+}
+
+function point(id, x, y) {
+  hovered = id;
+  canvas.dataset.hovered = id;
+  if (id < 0) hideTip();
+  else {
+    const box = canvas.getBoundingClientRect();
+    const head = element("span", "tip-value", `Feature ${id}`);
+    const share = density(id);
+    const notes = [mainSite(id), mainRole(id), Number.isNaN(share) ? "" : percent(share),
+      Number.isNaN(column.max[id]) ? "" : `max ${short(column.max[id])}`].filter(Boolean);
+    const lines = [head, drawName(id), element("span", "tip-note", notes.join(" \u00b7 "))];
+    tipAt(box.left + x, box.top + y, lines);
+    canvas.setAttribute("aria-label", `Map of features. Feature ${id} ${labelOf(id)}; ` +
+      "Enter opens it, arrow keys move, plus and minus zoom");
+  }
+  showMap();
+}
+
+function zoom(by, [x, y] = [canvas.clientWidth / 2, canvas.clientHeight / 2]) {
+  const before = toMap([x, y]);
+  view.zoom = Math.max(0.5, Math.min(200, view.zoom * by));
+  const after = toMap([x, y]);
+  view.x += (before[0] - after[0]) / WIDTH;
+  view.y += (before[1] - after[1]) / WIDTH;
+  showMap();
+}
+
+function pan(dx, dy) {
+  view.x -= dx / (size() * view.zoom);
+  view.y -= dy / (size() * view.zoom);
+  showMap();
+}
+
+function whole() {
+  view = { x: 0.5, y: 0.5, zoom: 1 };
+  showMap();
+}
+
+function keepVisible() {
+  const [w, h] = [canvas.clientWidth, canvas.clientHeight];
+  setLasso(toLasso([[0, 0], [w, 0], [w, h], [0, h]].map(toMap)));
+}
+
+const at = (event) => [event.offsetX, event.offsetY];
+
+canvas.addEventListener("wheel", (event) => {
+  event.preventDefault();
+  zoom(Math.exp(-event.deltaY / 400), at(event));
+}, { passive: false });
+canvas.addEventListener("pointerdown", (event) => {
+  canvas.setPointerCapture(event.pointerId);
+  dragging = { from: at(event), moved: false };
+  if (event.shiftKey || lassoButton.getAttribute("aria-pressed") === "true") lasso = [at(event)];
+});
+canvas.addEventListener("pointermove", (event) => {
+  if (!dragging) return point(nearest(at(event), NEAR), ...at(event));
+  const [dx, dy] = [event.offsetX - dragging.from[0], event.offsetY - dragging.from[1]];
+  if (!dragging.moved && Math.hypot(dx, dy) < 4) return undefined;
+  dragging.moved = true;
+  hideTip();
+  if (lasso) {
+    lasso.push(at(event));
+    return showMap();
+  }
+  dragging.from = at(event);
+  return pan(dx, dy);
+});
+canvas.addEventListener("pointerup", (event) => {
+  const { moved } = dragging ?? {};
+  const corners = lasso;
+  dragging = null;
+  lasso = null;
+  if (moved && corners?.length > 2) setLasso(toLasso(corners.map(toMap)));
+  else if (moved === false) {
+    const id = nearest(at(event), NEAR);
+    if (id >= 0) open(id);
+  }
+  showMap();
+});
+canvas.addEventListener("pointerleave", () => !dragging && point(-1, 0, 0));
+canvas.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  const step = 60;
+  const act = {
+    ArrowLeft: () => pan(step, 0), ArrowRight: () => pan(-step, 0), ArrowUp: () => pan(0, step),
+    ArrowDown: () => pan(0, -step), "+": () => zoom(1.5), "=": () => zoom(1.5),
+    "-": () => zoom(1 / 1.5), 0: whole,
+    Enter: () => hovered >= 0 && open(hovered),
+  }[event.key];
+  if (!act) return;
+  event.preventDefault();
+  event.stopPropagation();
+  act();
+  if (event.key !== "Enter") toMiddle();
+});
+canvas.addEventListener("focus", () => canvas.matches(":focus-visible") && toMiddle());
+canvas.addEventListener("blur", () => point(-1, 0, 0));
+
+// With the keyboard, the feature nearest to the middle is meant.
+function toMiddle() {
+  const middle = [canvas.clientWidth / 2, canvas.clientHeight / 2];
+  const id = nearest(middle, Infinity);
+  point(id, ...(id < 0 ? middle : toScreen(id)));
+}
+
+function build() {
+  const tools = element("div", "map-tools");
+  const button = (text, action, testid, label = text) => {
+    const node = element("button", "small", text);
+    node.type = "button";
+    node.dataset.testid = testid;
+    node.setAttribute("aria-label", label);
+    node.addEventListener("click", action);
+    return node;
+  };
+  const label = element("label", "line", "colour by");
+  color.dataset.testid = "map-color";
+  for (const name of Object.keys(COLORINGS)) color.append(element("option", "", name));
+  color.addEventListener("change", () => showMap());
+  label.append(color);
+  lassoButton.type = "button";
+  lassoButton.dataset.testid = "lasso";
+  lassoButton.title = "draw around features to list only them (or drag with Shift)";
+  lassoButton.setAttribute("aria-pressed", "false");
+  lassoButton.addEventListener("click", () => {
+    const on = lassoButton.getAttribute("aria-pressed") === "true";
+    lassoButton.setAttribute("aria-pressed", String(!on));
+  });
+  const save = button("PNG", () => {}, "save-map", "Save the map as PNG");
+  save.dataset.save = "map";
+  tools.append(
+    label,
+    button("+", () => zoom(1.5), "zoom-in", "Zoom in"),
+    button("\u2212", () => zoom(1 / 1.5), "zoom-out", "Zoom out"),
+    button("Whole map", whole, "zoom-all"),
+    lassoButton,
+    button("List what is in view", keepVisible, "keep-visible"),
+    save,
+  );
+  canvas.tabIndex = 0;
+  canvas.setAttribute("role", "application");
+  canvas.setAttribute("aria-label", "Map of features: arrow keys move, plus and minus zoom");
+  canvas.dataset.testid = "canvas";
+  const note = element("p", "note", "Each dot is a feature; features whose decoder rows are near " +
+    "stand near one another. Distances between groups mean nothing. Drag to move, turn the wheel " +
+    "to zoom, click to open.");
+  area.append(tools, canvas, legend, note);
+}
+
+build();
+onTheme(() => showMap());
+new ResizeObserver(() => showMap()).observe(canvas);

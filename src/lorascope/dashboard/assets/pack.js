@@ -1,0 +1,76 @@
+// Columns of numbers out of the page: base64, zlib, and the types that dashboard/packing.py writes.
+
+const ARRAYS = {
+  "<u2": Uint16Array,
+  "<u4": Uint32Array,
+  "<i2": Int16Array,
+  "<i4": Int32Array,
+  "<f4": Float32Array,
+  "<f8": Float64Array,
+  "|u1": Uint8Array,
+  "|i1": Int8Array,
+  "<b2": Uint16Array, // the upper half of a float32
+};
+
+// Returns the column of a base64 text that is not compressed.
+export function plain(type, base64) {
+  return new ARRAYS[type](bytesOf(base64).buffer);
+}
+
+// Returns a Promise of the columns of a script element that Python filled.
+export async function unpack(id, types) {
+  if (!("DecompressionStream" in window)) {
+    throw new Error("This browser is too old to unpack the data. Please use one of 2023 or later.");
+  }
+  const data = await inflate(bytesOf((await packElement(id)).textContent));
+  const lengths = new Uint32Array(data, 0, types.length);
+  const columns = {};
+  let at = 4 * types.length;
+  types.forEach(([name, type], i) => {
+    at += (8 - (at % 8)) % 8;
+    const column = new ARRAYS[type](data, at, lengths[i]);
+    at += column.byteLength;
+    columns[name] = type === "<b2" ? whole(column) : column;
+  });
+  return columns;
+}
+
+// Returns where each of some runs of the given lengths starts, and after them where all end.
+export function starts(lengths) {
+  const found = new Uint32Array(lengths.length + 1);
+  for (let i = 0; i < lengths.length; i++) found[i + 1] = found[i] + lengths[i];
+  return found;
+}
+
+function whole(halves) {
+  const bits = new Uint32Array(halves.length);
+  for (let i = 0; i < halves.length; i++) bits[i] = halves[i] << 16;
+  return new Float32Array(bits.buffer);
+}
+
+// The packs stand behind the script, so a large file may still be on its way.
+async function packElement(id) {
+  while (!document.getElementById(id)) {
+    if (document.readyState !== "loading") {
+      throw new Error("This file is incomplete: a part of its data is missing. Make it anew.");
+    }
+    await new Promise((done) => setTimeout(done, 20));
+  }
+  return document.getElementById(id);
+}
+
+function bytesOf(base64) {
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(base64);
+  const text = atob(base64);
+  const bytes = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+  return bytes;
+}
+
+async function inflate(bytes) {
+  const stream = new DecompressionStream("deflate");
+  const writer = stream.writable.getWriter();
+  const written = writer.write(bytes).then(() => writer.close());
+  const [buffer] = await Promise.all([new Response(stream.readable).arrayBuffer(), written]);
+  return buffer;
+}

@@ -1,0 +1,69 @@
+// Files that people take with them: the table as CSV, figures as SVG, the map as PNG, labels.
+import { column, core } from "./data.js";
+import { isStarred, labelOf, noteOf } from "./notes.js";
+import { density, mainRole, mainSite } from "./stats.js";
+
+const PAINT = ["fill", "stroke", "font-size", "font-family", "text-anchor", "opacity"];
+
+// Gives a file to the browser's downloads.
+export function saveFile(name, content, type) {
+  const link = document.createElement("a");
+  const blob = content instanceof Blob ? content : new Blob([content], { type });
+  link.href = URL.createObjectURL(blob);
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+}
+
+// Saves the statistics of the given features, a line each.
+export function saveTable(ids) {
+  const known = (value) => (Number.isNaN(value) || value < 0 ? "" : value);
+  const real = (value) => (Number.isNaN(value) ? "" : value);
+  const columns = {
+    feature: (id) => id,
+    label: (id) => words(labelOf(id)),
+    note: (id) => words(noteOf(id)),
+    starred: (id) => (isStarred(id) ? 1 : 0),
+    n_active: (id) => known(column.n_active[id]),
+    density: (id) => known(density(id)),
+    n_rollouts: (id) => known(column.n_rollouts[id]),
+    max: (id) => real(column.max[id]),
+    mean: (id) => real(column.mean[id]),
+    std: (id) => real(column.std[id]),
+    n_examples: (id) => column.n_examples[id],
+    stability: (id) => real(column.stability[id]),
+    role: (id) => words(mainRole(id)),
+    site: (id) => words(mainSite(id)),
+    token: (id) => words(column.n_examples[id] ? core.texts[column.top_token[id]] : ""),
+  };
+  const lines = [Object.keys(columns).join(",")];
+  for (const id of ids) lines.push(Object.values(columns).map((write) => write(id)).join(","));
+  saveFile("features.csv", `${lines.join("\r\n")}\r\n`, "text/csv");
+}
+
+// Saves a drawing with the colours that it has on the page.
+export function saveDrawing(drawing, name) {
+  const copy = drawing.cloneNode(true);
+  const nodes = [...drawing.querySelectorAll("*")];
+  [...copy.querySelectorAll("*")].forEach((node, i) => {
+    const style = getComputedStyle(nodes[i]);
+    for (const property of PAINT) node.setAttribute(property, style.getPropertyValue(property));
+    for (const own of ["class", "tabindex", "role", "aria-label"]) node.removeAttribute(own);
+    if (nodes[i].dataset.tip) {
+      const title = document.createElementNS("http://www.w3.org/2000/svg", "title");
+      title.textContent = nodes[i].dataset.tip;
+      node.append(title);
+      node.removeAttribute("data-tip");
+    }
+  });
+  const [, , width, height] = copy.getAttribute("viewBox").split(" ");
+  copy.setAttribute("width", 2 * width);
+  copy.setAttribute("height", 2 * height);
+  saveFile(`${name}.svg`, new XMLSerializer().serializeToString(copy), "image/svg+xml");
+}
+
+// A token may be "=cmd()", which a spreadsheet would run: such text gets an apostrophe before it.
+function words(text) {
+  const safe = /^[=+\-@\t\r]/.test(text) ? `'${text}` : text;
+  return /[",\r\n]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
+}
