@@ -59,12 +59,11 @@ def serve(server: PageServer) -> None:
     with server:
         try:
             server.serve_forever()
-        except Interrupted:
+        except (Interrupted, KeyboardInterrupt):
             log.info("stopped")
 
 
 class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
     server_version, sys_version = "lorascope", ""
     timeout = 60  # seconds after which a silent connection is closed
 
