@@ -4,9 +4,13 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Locator, Page
 
 ARGUMENTS = [
     "--headless",
@@ -35,3 +39,29 @@ def open_browser() -> Iterator[Any]:
         browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
         yield browser
         browser.close()
+
+
+@dataclass
+class Shown:
+    """A page in a browser, and everything that it complained of or asked the network for."""
+
+    page: "Page"
+    complaints: list[str]
+
+    def part(self, testid: str) -> "Locator":
+        return self.page.get_by_test_id(testid)
+
+    def text(self, testid: str) -> str:
+        return self.part(testid).first.text_content() or ""
+
+    def press(self, *keys: str) -> None:
+        for key in keys:
+            self.page.keyboard.press(key)
+
+    def wait_for(self, feature: int) -> None:
+        self.page.wait_for_selector(f"[data-testid=detail][data-feature='{feature}']")
+        assert self.text("heading") == f"Feature {feature}"
+
+    def tokens(self, n: int = 0) -> list[str]:
+        """The texts of the tokens of example `n`."""
+        return self.part("window").nth(n).get_by_test_id("token").all_text_contents()

@@ -2,8 +2,9 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -22,6 +23,9 @@ from lorascope.activations.store import (
 from lorascope.artifact import MANIFEST, digest_file, make_manifest
 from lorascope.sites import PROJECTIONS, Site, SiteLayout
 from lorascope.subject.rollouts import ROLES
+
+if TYPE_CHECKING:
+    from browser import Shown
 
 CHAT_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
@@ -214,3 +218,47 @@ def make_store(tmp_path: Path):
         return write_store(tmp_path / name, rows, **given)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tab() -> Iterator["Shown"]:
+    """One tab for all tests: a new one for each would take longer than all of them."""
+    from browser import Shown, open_browser
+
+    with open_browser() as browser:
+        shown = Shown(browser.new_page(), [])
+        shown.page.set_default_timeout(120_000)  # a busy machine is slow, not wrong
+        shown.page.on("console", lambda message: shown.complaints.append(message.text))
+        shown.page.on("pageerror", lambda error: shown.complaints.append(str(error)))
+        shown.page.on("request", lambda request: shown.complaints.append(request.url))
+        yield shown
+
+
+@pytest.fixture
+def show(tab: "Shown", tmp_path: Path) -> Iterator[Any]:
+    """Open the page of an index; at the end, the console must be clean and nothing requested."""
+    from lorascope.dashboard.render import DashboardConfig, run
+    from lorascope.features.index import FeatureIndex
+
+    output = tmp_path / "page.html"
+
+    def start(
+        source: Any, address: str = "", *, scheme: Any = "light", width: int = 1200
+    ) -> "Shown":
+        if isinstance(source, FeatureIndex):
+            source.save(tmp_path / "features.h5")
+            source = tmp_path / "features.h5"
+        run(DashboardConfig(input=source, output=output, title="T", overwrite=True))
+        tab.page.set_viewport_size({"width": width, "height": 800})
+        tab.page.emulate_media(color_scheme=scheme)
+        tab.page.mouse.move(0, 0)
+        tab.page.evaluate("try { localStorage.clear(); } catch {}")  # all files share it
+        tab.complaints.clear()
+        tab.page.goto(output.resolve().as_uri() + address, wait_until="domcontentloaded")
+        tab.page.wait_for_selector("html[data-ready=true]")
+        return tab
+
+    yield start
+    uri = output.resolve().as_uri()
+    assert [text for text in tab.complaints if text.partition("#")[0] != uri] == []
+    assert tab.page.title() != "run"

@@ -1,23 +1,17 @@
 """The page in a browser: what people see, and how they move."""
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
-from browser import open_browser
 from test_index import TOKENS, example, index_of, small_index
 
-from lorascope.dashboard.render import DashboardConfig, run
 from lorascope.features.export import write_published
 from lorascope.features.index import FeatureIndex
-
-if TYPE_CHECKING:
-    from playwright.sync_api import Locator, Page
 
 HOSTILE = {
     1: b"</script><script>document.title='run'</script>",
@@ -33,66 +27,6 @@ HOSTILE = {
     11: b"-->",
     12: b"<![CDATA[",
 }
-
-
-@dataclass
-class Shown:
-    """A page in a browser, and everything that it complained of or asked the network for."""
-
-    page: "Page"
-    complaints: list[str]
-
-    def part(self, testid: str) -> "Locator":
-        return self.page.get_by_test_id(testid)
-
-    def text(self, testid: str) -> str:
-        return self.part(testid).first.text_content() or ""
-
-    def wait_for(self, feature: int) -> None:
-        self.page.wait_for_selector(f"[data-testid=detail][data-feature='{feature}']")
-        assert self.text("heading") == f"Feature {feature}"
-
-    def tokens(self, n: int = 0) -> list[str]:
-        """The texts of the tokens of example `n`."""
-        return self.part("window").nth(n).get_by_test_id("token").all_text_contents()
-
-
-@pytest.fixture(scope="module")
-def tab() -> Iterator[Shown]:
-    """One tab for all tests: a new one for each would take longer than all of them."""
-    with open_browser() as browser:
-        shown = Shown(browser.new_page(), [])
-        shown.page.set_default_timeout(120_000)  # a busy machine is slow, not wrong
-        shown.page.on("console", lambda message: shown.complaints.append(message.text))
-        shown.page.on("pageerror", lambda error: shown.complaints.append(str(error)))
-        shown.page.on("request", lambda request: shown.complaints.append(request.url))
-        yield shown
-
-
-@pytest.fixture
-def show(tab: Shown, tmp_path: Path) -> Iterator[Any]:
-    """Open the page of an index; at the end, the console must be clean and nothing requested."""
-    output = tmp_path / "page.html"
-
-    def start(
-        source: FeatureIndex | Path, address: str = "", *, scheme: Any = "light", width: int = 1200
-    ) -> Shown:
-        if isinstance(source, FeatureIndex):
-            source.save(tmp_path / "features.h5")
-            source = tmp_path / "features.h5"
-        run(DashboardConfig(input=source, output=output, title="T"))
-        tab.page.set_viewport_size({"width": width, "height": 800})
-        tab.page.emulate_media(color_scheme=scheme)
-        tab.page.mouse.move(0, 0)
-        tab.complaints.clear()
-        tab.page.goto(output.resolve().as_uri() + address, wait_until="domcontentloaded")
-        tab.page.wait_for_selector("html[data-ready=true]")
-        return tab
-
-    yield start
-    uri = output.resolve().as_uri()
-    assert [text for text in tab.complaints if text.partition("#")[0] != uri] == []
-    assert tab.page.title() != "run"
 
 
 def numbered(n: int) -> FeatureIndex:

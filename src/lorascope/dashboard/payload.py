@@ -281,7 +281,7 @@ class Payload:
     @cached_property
     def _columns(self) -> dict[str, str]:
         entry, latent = narrowest(len(self._texts.texts)), narrowest(len(self.index))
-        narrow = {name: entry for name in ("token", *RANKINGS)}
+        narrow = dict.fromkeys(("token", *RANKINGS), entry)
         return {**_COLUMNS, **narrow, "near": latent, "beside": latent}
 
     @cached_property

@@ -22,6 +22,7 @@ const [previous, next, number] = [byId("previous"), byId("next"), byId("number")
 let view = "feature";
 let current = -1; // feature that is shown, -1 while a message is
 let text = -1; // text that is shown
+let isListed = false; // whether the list was ever filled
 let wanted = 0; // number of the latest request, so that a late answer is dropped
 
 async function show(id) {
@@ -95,8 +96,13 @@ function showView(name) {
 async function showAddress() {
   const { view: name, word, query: asked } = address();
   hideTip();
-  if (name === "text" && nTexts) return openText(word, asked);
-  if (name !== "text" && asked !== undefined) setFilters(asked);
+  if (name === "text" && nTexts) {
+    if (!isListed) setFilters("");
+    isListed = true;
+    return openText(word, asked);
+  }
+  if (asked !== undefined || !isListed) setFilters(asked, isListed && word === undefined);
+  isListed = true;
   if (name === "map" && hasMap) return openMap();
   const back = view !== "feature";
   showView("feature");
@@ -200,7 +206,14 @@ function stepText(by) {
 }
 
 // After a filter changes, stays where it is if it can; else goes to the next feature in the list.
-function relisted() {
+function relisted(moves) {
+  if (!moves && (current >= 0 || view !== "feature" || !isListed)) {
+    if (view === "feature" && current >= 0) {
+      mark(current);
+      drawPlace();
+    } else if (view === "map") openMap();
+    return undefined;
+  }
   if (view === "map") {
     amend("map", undefined, query());
     return openMap();
@@ -288,7 +301,6 @@ addEventListener("click", (event) => {
   else saveDrawing(button.closest("figure").querySelector("svg"), button.dataset.save);
 });
 
-setFilters(address().view === "text" ? "" : address().query);
 showAddress().then(() =>
   requestAnimationFrame(() => {
     performance.mark("first-feature");

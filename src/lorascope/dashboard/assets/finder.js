@@ -8,6 +8,7 @@ import { element, whole } from "./text.js";
 const byId = (id) => document.getElementById(id);
 const form = byId("finder");
 const controls = [...form.elements].filter((control) => control.name);
+const NOTHING = new Uint8Array(core.n_features);
 const PAUSE = 60; // milliseconds after the last letter before a search begins
 
 let found = null; // flags by feature of the last search, null without one
@@ -15,7 +16,7 @@ let searched = ""; // what they are of
 let timer = 0;
 let relisted = () => {};
 
-// Calls `action` after the list has changed.
+// Calls `action` after the list has changed, with whether the feature that is shown may change too.
 export function onList(action) {
   relisted = action;
 }
@@ -32,8 +33,9 @@ export function query() {
   return toQuery(filters());
 }
 
-// Takes the filters from an address, and fills the list.
-export function setFilters(text) {
+// Takes the filters from an address, and fills the list. `moves` says whether the feature that is
+// shown may change with it: not where the address names one.
+export function setFilters(text, moves = false) {
   const now = fromQuery(text ?? "");
   for (const control of controls) {
     if (control.type === "checkbox") control.checked = now[control.name];
@@ -41,12 +43,11 @@ export function setFilters(text) {
     if (control.tagName === "SELECT" && control.selectedIndex < 0) control.selectedIndex = 0;
   }
   byId("more").open ||= nMore(filters()) > 0;
-  refill(false);
+  refill(moves);
 }
 
 export function clearFilters() {
-  setFilters("");
-  relisted();
+  setFilters("", true);
 }
 
 // Keeps the features inside a lasso of the map.
@@ -55,7 +56,7 @@ export function setLasso(lasso) {
   refill(true);
 }
 
-export function refill(say = true) {
+export function refill(moves = true) {
   const now = filters();
   byId("dead").disabled = now.full;
   if (!now.q.trim()) {
@@ -63,24 +64,24 @@ export function refill(say = true) {
     found = null;
     searched = "";
   } else if (searched !== `${now.in} ${now.q}`) {
-    begin(now);
+    begin(now, moves);
     return;
   }
-  show(1, say);
+  show(1, moves);
 }
 
-function begin(now) {
+function begin(now, moves) {
   searched = `${now.in} ${now.q}`;
   byId("list").setAttribute("aria-busy", "true");
   search(now.q, now.in, (flags, share) => {
     found = flags;
-    show(share, share === 1);
+    show(share, moves && share === 1);
   });
 }
 
-function show(share, say) {
+function show(share, moves) {
   const now = filters();
-  fill(choose(now, now.q.trim() ? found : null));
+  fill(choose(now, now.q.trim() ? (found ?? NOTHING) : null));
   const n = listed().length;
   const hidden = core.n_features - n;
   const note = hidden ? ` (${whole(hidden)} hidden)` : "";
@@ -90,7 +91,7 @@ function show(share, say) {
   const more = nMore(now);
   byId("n-filters").textContent = more ? ` (${more})` : "";
   byId("clear").hidden = toQuery({ ...now, sort: "id" }) === "";
-  if (say) relisted();
+  relisted(moves);
 }
 
 function nMore(now) {

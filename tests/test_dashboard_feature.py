@@ -1,0 +1,168 @@
+"""The view of one feature: everything the index knows of it, by mouse and by keyboard."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_index import example, index_of, small_index
+from test_synthetic_features import synthetic
+
+from lorascope.features.arrays import RANKINGS
+from lorascope.features.index import FeatureIndex
+
+
+@cache
+def full_index() -> FeatureIndex:
+    """60 features with everything that an index may know."""
+    return synthetic(60, 5, 6, n_texts=4, n_rollouts=20, n_layers=4, dead=0.1)
+
+
+def feature_with(index: FeatureIndex, has: Any) -> int:
+    return next(i for i in range(len(index)) if index.n_examples[i] and has(index[i]))
+
+
+def numbers(shown: Any, selector: str) -> list[float]:
+    found = shown.page.locator(selector).evaluate_all("nodes => nodes.map(n => n.dataset.value)")
+    return [float(value) for value in found]
+
+
+def test_samples_of_each_fifth_stand_below_the_examples_with_their_values(show: Any):
+    index = full_index()
+    latent = feature_with(index, lambda feature: len(feature.samples) > 4)
+    shown = show(index, f"#/feature/{latent}")
+    shown.page.wait_for_selector(f"[data-whole='{latent}']")
+    samples = index[latent].samples
+    assert numbers(shown, "[data-testid=sample-value]") == [s.value for s in samples]
+    titles = shown.part("samples").locator("h4").all_text_contents()
+    assert titles[0] == "strongest fifth"
+    assert len(titles) == len({sample.quantile for sample in samples})
+
+
+def test_places_with_the_same_tokens_are_shown_once_with_their_count(show: Any):
+    shown = show(small_index())
+    assert shown.part("alike").all_text_contents() == ["×3"]
+    assert shown.part("alike").get_attribute("aria-label") == "in 3 places"
+
+
+def test_rankings_of_tokens_and_the_profile_by_role_are_those_of_the_index(show: Any):
+    index = full_index()
+    latent = feature_with(index, lambda feature: all(feature.tokens.values()))
+    shown = show(index, f"#/feature/{latent}")
+    for name in RANKINGS:
+        panel = f"[data-testid=ranked-{name}]"
+        shown.page.wait_for_selector(panel)
+        expected = index.ranked_tokens(latent, name)
+        texts = shown.page.locator(f"{panel} .ranked-token").all_text_contents()
+        assert texts == [text for text, _ in expected]
+        np.testing.assert_allclose(
+            numbers(shown, f"{panel} .meter-value"), [s for _, s in expected], rtol=1 / 256
+        )
+    for role, share in index[latent].stats.by_role.items():
+        found = shown.part(f"role-{role}")
+        if found.count():
+            assert float(found.get_attribute("data-value")) == pytest.approx(share)
+
+
+def test_a_neighbour_is_followed_by_mouse_and_by_keyboard(show: Any):
+    index = full_index()
+    latent = feature_with(index, lambda feature: feature.similar and feature.beside)
+    shown = show(index, f"#/feature/{latent}")
+    near, cosine = index[latent].similar[0]
+    link = shown.part("similar").locator("a").first
+    assert link.get_attribute("data-feature") == str(near)
+    np.testing.assert_allclose(
+        numbers(shown, "[data-testid=similar] .meter-value")[0], cosine, rtol=1 / 256
+    )
+    link.click()
+    shown.wait_for(near)
+    shown.page.go_back()
+    shown.wait_for(latent)
+    shown.part("beside").locator("a").first.focus()
+    shown.press("Enter")
+    shown.wait_for(index[latent].beside[0][0])
+
+
+def test_the_grid_says_the_share_of_each_site_on_hover_and_on_the_arrow_keys(show: Any):
+    index = full_index()
+    latent = feature_with(index, lambda feature: len([*feature.fingerprint]) > 3)
+    shares = index.latent_fingerprint[latent].astype(float)
+    site = index.manifest["layout"]["sites"][int(shares.argmax())]
+    shown = show(index, f"#/feature/{latent}")
+    assert f"{site['layer']}.{site['projection']}" in shown.text("fingerprint-most")
+    best = shown.part("fingerprint").locator("rect[tabindex='0']")
+    best.hover()
+    place = f"layer {site['layer']}, {site['projection']}"
+    assert place in shown.text("tip")
+    told = float(shown.text("tip").partition(": ")[2].split("\u00a0")[0])
+    assert told == pytest.approx(100 * shares.max(), rel=0.01)
+    shown.page.mouse.move(0, 0)
+    shown.part("fingerprint").locator("button").focus()
+    shown.press("Tab")
+    assert place in shown.text("tip")
+    before = shown.text("tip")
+    for key in ("ArrowLeft", "ArrowUp", "ArrowRight", "ArrowDown"):
+        shown.press(key)
+    shown.press("Home")
+    assert shown.text("tip") != before
+    assert shown.text("heading") == f"Feature {latent}"
+
+
+def test_the_bars_of_a_histogram_tell_their_counts_to_the_keyboard(show: Any):
+    index = full_index()
+    latent = feature_with(index, lambda feature: feature.stats.histogram.sum() > 3)
+    shown = show(index, f"#/feature/{latent}")
+    shown.part("histogram").locator("button").focus()
+    told = []
+    shown.press("Tab", "Home")
+    for _ in index.latent_histogram[latent]:
+        told.append(shown.text("tip"))
+        shown.press("ArrowRight")
+    counts = [int(text.split(": ")[1].split()[0].replace(",", "")) for text in told]
+    assert counts == index.latent_histogram[latent].tolist()
+
+
+def test_a_long_window_is_folded_around_its_token_and_unfolds(show: Any):
+    window = [1, 2] * 30
+    shown = show(index_of([[example(1.0, 99, window, 31)]]))
+    assert len(shown.tokens()) == 60
+
+    def seen() -> int:
+        return len([t for t in shown.part("token").all() if t.is_visible()])
+
+    assert seen() == 21
+    shown.part("unfold").click()
+    assert seen() == 60
+    shown.part("unfold").focus()
+    shown.press("Enter")
+    assert seen() == 21
+    shown.page.locator("[data-target=true]").focus()
+    shown.press("ArrowLeft", "Home")
+    assert shown.page.evaluate("document.activeElement.getClientRects().length") == 1
+
+
+def test_the_whole_text_of_an_example_opens_at_its_token(show: Any):
+    shown = show(small_index())
+    shown.part("open-text").last.click()
+    shown.page.wait_for_selector("[data-testid=reader][data-text='7']")
+    assert shown.text("heading") == "Rollout 7"
+    shown.page.go_back()
+    shown.wait_for(0)
+
+
+def test_what_a_file_of_another_tool_does_not_say_has_no_panel(show: Any, tmp_path: Path):
+    path = tmp_path / "features.json"
+    path.write_text(
+        '{"features": {"0": {"examples": [{"activation_value": 2, "tokens": ["a", " b"],'
+        ' "target_position": 1, "activations": [0, 1.5]}]}}}'
+    )
+    shown = show(path)
+    shown.page.wait_for_selector("[data-whole='0']")
+    assert shown.page.locator("figure").count() == 0
+    assert shown.part("samples").count() == 0
+    assert not shown.part("tab-map").is_visible()
+    assert not shown.part("tab-text").is_visible()
+    assert not shown.part("role").is_visible()
+    assert numbers(shown, "[data-testid=token]") == [0, 1.5]
+    assert numbers(shown, "[data-testid=example-value]") == [2]

@@ -1,0 +1,166 @@
+"""Finding features: search, filters, sorting, and the address that keeps them."""
+
+from typing import Any
+from urllib.parse import parse_qs
+
+import numpy as np
+import pytest
+from test_dashboard_feature import full_index
+from test_index import example, index_of
+
+TOKENS = {1: b" the", 2: b" def", 3: b" ma", 4: b"in", 5: b"Zebra", 6: b"<|im_end|>"}
+
+
+def few_features() -> Any:
+    """Latent 0 fires on ` def` before ` main`, 1 on `in`, 2 on ` the` beside `Zebra`, 3 not."""
+    return index_of(
+        [
+            [example(3.0, 9, [1, 2, 3, 4], 1, also=[2])],
+            [example(1.0, 19, [3, 4, 1], 1), example(0.5, 29, [1, 4], 1)],
+            [example(2.0, 39, [5, 1], 1)],
+            [],
+        ],
+        TOKENS,
+    )
+
+
+def listed(shown: Any) -> list[int]:
+    """The features of the list in its order, once a search is done."""
+    shown.page.wait_for_selector("[data-testid=list]:not([aria-busy=true])")
+    return shown.part("row").evaluate_all(
+        "rows => rows.sort((a, b) => a.offsetTop - b.offsetTop).map(r => Number(r.dataset.feature))"
+    )
+
+
+def wait_listed(shown: Any, expected: list[int]) -> None:
+    shown.page.wait_for_function(
+        """ids => JSON.stringify([...document.querySelectorAll("[data-testid=row]")]
+          .sort((a, b) => a.offsetTop - b.offsetTop).map(r => Number(r.dataset.feature))) === ids""",
+        arg="[" + ",".join(map(str, expected)) + "]",
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "fires", "context"),
+    [
+        ("the", [2], [0, 1, 2]),
+        ("DEF", [0], [0]),
+        ("zebra", [], [2]),
+        ("def main", [0], [0]),
+        ("f ma", [0], [0]),
+        ("main", [0, 1], [0, 1]),
+        ("main the", [1], [1]),
+        ("nowhere", [], []),
+    ],
+)
+def test_a_search_finds_tokens_and_phrases(
+    show: Any, words: str, fires: list[int], context: list[int]
+):
+    shown = show(few_features())
+    shown.part("search").fill(words)
+    wait_listed(shown, fires)
+    shown.part("search-in").select_option("context")
+    wait_listed(shown, context)
+
+
+def test_results_come_as_one_types_and_the_letters_are_no_keys(show: Any):
+    shown = show(few_features())
+    shown.press("/")
+    assert shown.page.evaluate("document.activeElement.dataset.testid") == "search"
+    shown.page.keyboard.type("the")
+    wait_listed(shown, [2])
+    shown.wait_for(2)
+    assert shown.page.locator("html").get_attribute("data-theme") == "light"
+    shown.press("Escape", "c")
+    wait_listed(shown, [0, 1, 2])
+
+
+def test_a_search_finds_a_number_and_a_label(show: Any):
+    shown = show(few_features())
+    shown.part("label").fill("Opening of Functions")
+    shown.part("search").fill("1")
+    wait_listed(shown, [1])
+    shown.part("search").fill("functions")
+    wait_listed(shown, [0])
+
+
+def test_a_search_without_a_result_says_so_and_is_cleared_by_a_button(show: Any):
+    shown = show(few_features())
+    shown.part("search").fill("nowhere")
+    wait_listed(shown, [])
+    assert "No feature passes" in shown.text("message")
+    shown.part("clear").click()
+    wait_listed(shown, [0, 1, 2])
+    shown.wait_for(0)
+
+
+def test_each_filter_keeps_the_features_that_the_index_says(show: Any):
+    index = full_index()
+    shown = show(index)
+    shown.part("more-filters").click()
+    content, sites = index.content, index.manifest["layout"]["sites"]
+    density = 100 * (index.latent_n_active / content["n_eligible"])
+    alive = index.n_examples > 0
+    by_role = index.latent_by_role / np.maximum(content["n_by_role"], 1)
+    role = content["roles"].index("think")
+    site = index.latent_fingerprint.argmax(axis=1)
+    layer = np.array([s["layer"] for s in sites])[site]
+    projection = np.array([s["projection"] for s in sites])[site]
+    middle = float(np.median(density[alive]))
+    largest = float(np.median(index.latent_max[alive]))
+    cases = {
+        "density-min": (f"{middle}", density >= middle),
+        "density-max": (f"{middle}", density <= middle),
+        "max-min": (f"{largest}", index.latent_max >= largest),
+        "max-max": (f"{largest}", index.latent_max <= largest),
+        "examples-min": ("5", index.n_examples >= 5),
+        "stability-min": ("0.8", index.latent_stability >= 0.8),
+        "role": ("think", by_role.argmax(axis=1) == role),
+        "layer": ("2", layer == 2),
+        "projection": ("q_proj", projection == "q_proj"),
+    }
+    for name, (value, passes) in cases.items():
+        control = shown.part(name)
+        if control.evaluate("node => node.tagName") == "SELECT":
+            control.select_option(value)
+        else:
+            control.fill(value)
+        n = int((passes & alive).sum())
+        assert 0 < n < alive.sum(), name
+        text = f"{n} feature{'' if n == 1 else 's'} "
+        shown.page.wait_for_function(
+            "text => document.getElementById('list-count').textContent.startsWith(text)", arg=text
+        )
+        shown.part("clear").click()
+
+
+def test_filters_stand_in_the_address_and_come_back_from_it(show: Any):
+    shown = show(few_features(), "#/feature/1?sort=max&in=context&q=the")
+    shown.wait_for(1)
+    wait_listed(shown, [0, 2, 1])
+    assert shown.part("search").input_value() == "the"
+    shown.part("sort").select_option("often")
+    wait_listed(shown, [1, 0, 2])
+    shown.page.wait_for_url("**sort=often**")
+    found = parse_qs(shown.page.url.partition("?")[2])
+    assert found == {"sort": ["often"], "in": ["context"], "q": ["the"]}
+    shown.page.evaluate("location.hash = '#/feature/2'")
+    shown.wait_for(2)
+    assert shown.part("search").input_value() == "the"
+
+
+@pytest.mark.parametrize(
+    "query", ["sort=%3Cb%3E&role=x", "lasso=a.b_c", "q=%", "dmin=many", "__proto__=1", "full=yes"]
+)
+def test_filters_that_make_no_sense_are_passed_over(show: Any, query: str):
+    shown = show(few_features(), f"#/feature/1?{query}")
+    shown.wait_for(1)
+    assert set(listed(shown)) <= {0, 1, 2}
+
+
+def test_sorting_by_stability_puts_the_unknown_last(show: Any):
+    index = few_features()
+    index.latent_stability[:] = [0.5, 0.75, np.nan, np.nan]
+    shown = show(index)
+    shown.part("sort").select_option("stable")
+    wait_listed(shown, [1, 0, 2])

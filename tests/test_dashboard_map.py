@@ -1,0 +1,146 @@
+"""The map of features: moving on it, opening and choosing from it."""
+
+from typing import Any
+
+import numpy as np
+from test_dashboard_feature import full_index
+
+from lorascope.dashboard.layout import layout
+
+
+def open_map(show: Any, address: str = "#/map") -> Any:
+    shown = show(full_index(), address)
+    shown.page.wait_for_selector("body[data-view=map]")
+    shown.page.wait_for_function("() => document.querySelector('canvas').width > 300")
+    return shown
+
+
+def where(shown: Any, latent: int) -> tuple[float, float]:
+    """Where a feature's dot is on the screen while the whole map is shown."""
+    box = shown.part("canvas").evaluate(
+        """node => { const box = node.getBoundingClientRect();
+          return [box.left + 1, box.top + 1, node.clientWidth, node.clientHeight]; }"""
+    )
+    unit = 0.94 * min(box[2:])
+    x, y = layout(full_index())[latent].tolist()
+    return box[0] + box[2] / 2 + (x - 0.5) * unit, box[1] + box[3] / 2 + (y - 0.5) * unit
+
+
+def alone() -> int:
+    """A feature on the map with nobody near it."""
+    places = layout(full_index())
+    apart = np.linalg.norm(places[:, None] - places[None], axis=2)
+    np.fill_diagonal(apart, np.nan)
+    inside = (np.abs(places - 0.5) < 0.4).all(axis=1)
+    return int(np.nanargmax(np.where(inside, np.nanmin(apart, axis=1, initial=9), np.nan)))
+
+
+def test_a_dot_tells_its_feature_and_opens_it(show: Any):
+    shown = open_map(show)
+    latent = alone()
+    shown.page.mouse.move(*where(shown, latent))
+    assert f"Feature {latent}" in shown.text("tip")
+    shown.page.mouse.click(*where(shown, latent))
+    shown.wait_for(latent)
+    shown.page.go_back()
+    shown.page.wait_for_selector("body[data-view=map]")
+
+
+def test_the_map_is_moved_and_zoomed_by_buttons_wheel_and_drag(show: Any):
+    shown = open_map(show)
+    latent = alone()
+    x, y = where(shown, latent)
+
+    def hit(at: tuple[float, float]) -> bool:
+        shown.page.mouse.move(*at)
+        return shown.part("canvas").get_attribute("data-hovered") == str(latent)
+
+    assert hit((x, y))
+    shown.page.mouse.down()
+    shown.page.mouse.move(x + 30, y + 20, steps=4)
+    shown.page.mouse.move(x + 60, y + 40, steps=4)
+    shown.page.mouse.up()
+    assert not hit((x, y))
+    assert hit((x + 60, y + 40))
+    shown.page.mouse.wheel(0, -400)
+    assert hit((x + 60, y + 40))
+    assert not hit((x + 110, y + 90))
+    shown.part("zoom-all").click()
+    assert hit((x, y))
+    shown.part("zoom-in").click()
+    shown.part("zoom-out").click()
+    assert hit((x, y))
+
+
+def test_the_keyboard_walks_the_map_and_opens_the_feature_in_the_middle(show: Any):
+    shown = open_map(show)
+    shown.part("save-map").focus()
+    shown.press("Tab")
+    places = layout(full_index())
+    middle = int(np.nanargmin(np.linalg.norm(places - 0.5, axis=1)))
+    assert shown.part("canvas").get_attribute("data-hovered") == str(middle)
+    assert f"Feature {middle}" in shown.part("canvas").get_attribute("aria-label")
+    shown.press("+", "+", "ArrowRight", "ArrowRight", "ArrowRight", "ArrowDown")
+    other = shown.part("canvas").get_attribute("data-hovered")
+    assert other != str(middle)
+    shown.press("0")
+    assert shown.part("canvas").get_attribute("data-hovered") == str(middle)
+    shown.press("Enter")
+    shown.wait_for(middle)
+
+
+def test_a_lasso_lists_the_features_inside_and_stands_in_the_address(show: Any):
+    shown = open_map(show)
+    places = layout(full_index())
+    corners = [(0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (0.0, 1.0)]
+    inside = np.flatnonzero(places[:, 0] < 0.5)
+    x0, y0 = where(shown, alone())
+    px, py = places[alone()].tolist()
+    unit = 0.94 * min(
+        shown.part("canvas").evaluate("node => [node.clientWidth, node.clientHeight]")
+    )
+    screen = [(x0 + (x - px) * unit, y0 + (y - py) * unit) for x, y in corners]
+    screen[0] = (screen[0][0] - 8, screen[0][1] - 6)
+    screen[3] = (screen[3][0] - 8, screen[3][1] + 6)
+    screen[1] = (screen[1][0], screen[1][1] - 6)
+    screen[2] = (screen[2][0], screen[2][1] + 6)
+    shown.part("lasso").focus()
+    shown.press("Enter")
+    assert shown.part("lasso").get_attribute("aria-pressed") == "true"
+    shown.page.mouse.move(*screen[0])
+    shown.page.mouse.down()
+    for corner in screen[1:]:
+        shown.page.mouse.move(*corner, steps=3)
+    shown.page.mouse.up()
+    expected = f"{len(inside)} features"
+    shown.page.wait_for_function(
+        "text => document.getElementById('list-count').textContent.startsWith(text)", arg=expected
+    )
+    shown.page.wait_for_url("**lasso=**")
+    address = shown.page.url
+    shown = show(full_index(), address.partition(".html")[2])
+    assert shown.text("list-count").startswith(expected)
+    shown.part("clear").click()
+    alive = int((full_index().n_examples > 0).sum())
+    assert shown.text("list-count").startswith(f"{alive} features")
+
+
+def test_what_is_in_view_becomes_the_list(show: Any):
+    shown = open_map(show)
+    alive = int((full_index().n_examples > 0).sum())
+    for _ in range(3):
+        shown.part("zoom-in").click()
+    shown.part("keep-visible").click()
+    count = int(shown.text("list-count").split()[0])
+    assert 0 < count < alive
+
+
+def test_colours_have_a_legend(show: Any):
+    shown = open_map(show)
+    assert "frequent" in shown.text("map")
+    shown.part("map-color").select_option("projection")
+    shown.page.wait_for_function("() => document.querySelectorAll('.legend-kind').length === 7")
+    shown.part("map-color").select_option("role")
+    shown.page.wait_for_function(
+        "() => document.querySelector('.map-legend').textContent.includes('think')"
+    )

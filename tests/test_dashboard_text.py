@@ -1,0 +1,159 @@
+"""Whole texts: which there are, what is said in them, and what fires on each token."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from test_dashboard_feature import full_index
+from test_index import example, index_of, small_index
+
+
+def open_text(shown: Any, rollout: int) -> None:
+    shown.page.wait_for_selector(f"[data-testid=reader][data-text='{rollout}']")
+    assert shown.text("heading") == f"Rollout {rollout:,}"
+
+
+def fired(shown: Any) -> list[tuple[int, float]]:
+    """The features of the panel and their values."""
+    return [
+        (int(row[0]), float(row[1]))
+        for row in shown.part("fired").evaluate_all(
+            """rows => rows.map(row => [row.querySelector("a").dataset.feature,
+              row.querySelector(".meter-value").dataset.value])"""
+        )
+    ]
+
+
+def test_a_text_is_read_with_its_roles_and_its_numbers(show: Any):
+    shown = show(small_index(), "#/text/7")
+    open_text(shown, 7)
+    tokens = shown.part("text").get_by_test_id("token")
+    assert tokens.all_text_contents() == [" the", "é", "<|im_end|>"]
+    for name, value in (("length", 3), ("l0", 1), ("fvu", 0.25), ("rarity", 0.5)):
+        assert float(shown.part(f"text-{name}").get_attribute("data-value")) == value
+    index = full_index()
+    shown = show(index, "#/text")
+    open_text(shown, int(index.text_rollout[0]))
+    shown.page.wait_for_selector("[data-testid=text] .role")
+    roles = shown.part("text").locator(".role").all_text_contents()
+    first = slice(*index.text_offset[:2])
+    names = [index.content["roles"][role] for role in index.text_role[first]]
+    assert [role for role in names if role != "special"][0] == roles[0]
+    assert set(roles) == set(names) - {"special"}
+
+
+def test_a_token_tells_what_fires_there_on_hover_click_and_enter(show: Any):
+    shown = show(small_index(), "#/text/7")
+    open_text(shown, 7)
+    tokens = shown.part("text").get_by_test_id("token")
+    tokens.nth(0).hover()
+    assert "feature 0: 0.5" in shown.text("tip")
+    assert "feature 3: 0.25" in shown.text("tip")
+    tokens.nth(1).click()
+    assert fired(shown) == [(0, 1.0)]
+    tokens.nth(0).focus()
+    shown.press("Enter")
+    assert fired(shown) == [(0, 0.5), (3, 0.25)]
+    shown.press("ArrowRight", "ArrowRight", " ")
+    assert fired(shown) == []
+    assert "0 features fire here" in shown.text("here")
+
+
+def test_the_codes_of_every_token_are_those_of_the_index(show: Any):
+    index = full_index()
+    rollout = int(index.text_rollout[1])
+    shown = show(index, f"#/text/{rollout}")
+    open_text(shown, rollout)
+    first = int(index.text_offset[1])
+    counts = np.diff(index.text_code_offset[first : int(index.text_offset[2]) + 1])
+    for t in np.argsort(-counts)[:3].tolist():
+        shown.part("text").get_by_test_id("token").nth(t).click()
+        codes = slice(*index.text_code_offset[first + t : first + t + 2].tolist())
+        found = dict(fired(shown))
+        assert sorted(found) == sorted(index.text_latent[codes].tolist())
+        expected = [index.text_value[codes][index.text_latent[codes] == i][0] for i in found]
+        np.testing.assert_allclose(list(found.values()), expected, rtol=1 / 256)
+
+
+def test_features_are_painted_over_the_text_by_mouse_keyboard_and_address(show: Any):
+    shown = show(small_index(), "#/text/7")
+    open_text(shown, 7)
+
+    def classes() -> list[str]:
+        nodes = shown.part("text").get_by_test_id("token")
+        return nodes.evaluate_all(
+            "nodes => nodes.map(n => /(heat|paint)-\\d/.exec(n.className)?.[0] ?? '')"
+        )
+
+    assert classes() == ["", "", ""]
+    shown.page.get_by_role("button", name="Paint feature 0").click()
+    assert classes() == ["heat-2", "heat-4", ""]
+    shown.page.wait_for_url("**paint=0")
+    shown.part("paint-number").fill("3")
+    shown.press("Enter")
+    assert classes() == ["paint-2", "paint-1", ""]
+    assert shown.part("painted").count() == 2
+    shown.page.get_by_role("button", name="Stop painting feature 0").focus()
+    shown.press("Enter")
+    assert classes() == ["heat-3", "", ""]
+    shown = show(small_index(), "#/text/7?token=1&paint=0,3,99999,x")
+    shown.page.wait_for_selector(".pinned")
+    assert classes() == ["paint-2", "paint-1", ""]
+    assert fired(shown) == [(0, 1.0)]
+
+
+def test_texts_are_listed_by_why_they_were_kept_and_found_by_their_words(show: Any):
+    index = full_index()
+    shown = show(index, "#/text")
+    rows = shown.part("text-row")
+    assert rows.count() == len(index.text_rollout)
+    for why, measure in ((1, index.text_l0), (2, index.text_rarity), (4, index.text_fvu)):
+        kept = np.flatnonzero(index.text_why & why)
+        order = kept[np.argsort(-measure[kept], kind="stable")]
+        shown.part("text-order").select_option(str(why))
+        expected = [str(i) for i in order]
+        shown.page.wait_for_function(
+            """wanted => JSON.stringify([...document.querySelectorAll("[data-testid=text-row]")]
+              .map(row => row.dataset.text)) === JSON.stringify(wanted)""",
+            arg=expected,
+        )
+    shown.part("text-order").select_option("0")
+    ids = index.text_token_id[slice(*index.text_offset[2:4])]
+    words = b"".join(index.token_bytes(int(i)) for i in ids[5:12]).decode(errors="replace")
+    shown.press("/")
+    shown.page.keyboard.type("no such words")
+    shown.page.wait_for_function("() => document.querySelectorAll('[data-testid=text-row]').length === 0")
+    shown.part("text-search").fill(words.splitlines()[0])
+    shown.page.wait_for_selector("[data-testid=text-row][data-text='2']")
+    shown.page.locator("[data-testid=text-row][data-text='2']").click()
+    open_text(shown, int(index.text_rollout[2]))
+    shown.page.wait_for_selector(".pinned")
+
+
+def test_arrow_keys_go_to_the_next_text_and_links_back_to_features(show: Any):
+    index = full_index()
+    shown = show(index, "#/text")
+    open_text(shown, int(index.text_rollout[0]))
+    shown.press("ArrowRight")
+    open_text(shown, int(index.text_rollout[1]))
+    shown.page.go_back()
+    open_text(shown, int(index.text_rollout[0]))
+    link = shown.part("here").locator("a").first
+    latent = int(link.get_attribute("data-feature"))
+    link.click()
+    shown.wait_for(latent)
+    assert not shown.part("reader").is_visible()
+
+
+@pytest.mark.parametrize("word", ["99", "-1", "x", "%3Cb%3E", "%"])
+def test_a_link_to_a_text_that_is_not_kept_is_answered(show: Any, word: str):
+    shown = show(small_index(), f"#/text/{word}")
+    assert "is not kept whole" in shown.text("message")
+    shown.part("tab-feature").click()
+    shown.wait_for(0)
+
+
+def test_a_page_without_texts_answers_a_link_to_one_with_its_features(show: Any):
+    shown = show(index_of([[example(1.0, 9, [1], 0)]]), "#/text/7")
+    assert not shown.part("tab-text").is_visible()
+    assert "There is no feature 7" in shown.text("message")

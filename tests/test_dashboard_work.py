@@ -1,0 +1,194 @@
+"""Working with the page: keys, colours, words of one's own, files to take away."""
+
+import csv
+import io
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_dashboard_feature import feature_with, full_index
+from test_index import example, index_of, small_index
+
+
+def saved(shown: Any, testid: str) -> Path:
+    with shown.page.expect_download() as download:
+        shown.part(testid).click()
+    shown.complaints[:] = [text for text in shown.complaints if not text.startswith("blob:")]
+    return download.value.path()
+
+
+def test_the_help_lists_every_key_and_closes_again(show: Any):
+    shown = show(small_index())
+    for opens in (lambda: shown.press("?"), lambda: shown.part("help-button").click()):
+        opens()
+        assert shown.part("help").is_visible()
+        for word in ("search", "map", "texts", "star", "colours", "previous"):
+            assert word in shown.text("help")
+        shown.press("d", "ArrowRight")
+        assert shown.page.locator("html").get_attribute("data-theme") == "light"
+        assert shown.text("heading") == "Feature 0"
+        shown.press("Escape")
+        assert not shown.part("help").is_visible()
+    shown.press("?")
+    shown.part("help-close").click()
+    assert not shown.part("help").is_visible()
+
+
+def test_keys_go_between_the_views_and_to_the_fields(show: Any):
+    shown = show(full_index())
+    shown.press("m")
+    shown.page.wait_for_selector("body[data-view=map]")
+    shown.press("t")
+    shown.page.wait_for_selector("body[data-view=text]")
+    shown.press("f")
+    shown.page.wait_for_selector("body[data-view=feature]")
+    shown.press("g")
+    shown.page.keyboard.type("2")
+    shown.press("Enter")
+    shown.wait_for(2)
+    for key, field in (("l", "label"), ("n", "note"), ("/", "search")):
+        shown.page.locator("h2#heading").focus()
+        shown.press(key)
+        assert shown.page.evaluate("document.activeElement.dataset.testid") == field
+        shown.press("Escape")
+        assert shown.page.evaluate("document.activeElement === document.body")
+
+
+def test_letters_that_are_typed_into_a_field_are_letters(show: Any):
+    shown = show(full_index())
+    shown.part("label").fill("")
+    shown.part("label").focus()
+    shown.page.keyboard.type("smtfd?/c")
+    assert shown.part("label").input_value() == "smtfd?/c"
+    assert shown.page.locator("body").get_attribute("data-view") == "feature"
+    assert shown.part("star").get_attribute("aria-pressed") == "false"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_follow_the_system_until_they_are_switched(show: Any, scheme: str):
+    other = {"light": "dark", "dark": "light"}
+    shown = show(small_index(), scheme=scheme)
+    root = shown.page.locator("html")
+    assert root.get_attribute("data-theme") == scheme
+    shown.page.emulate_media(color_scheme=other[scheme])
+    shown.page.wait_for_selector(f"html[data-theme={other[scheme]}]")
+    shown.part("theme").click()
+    assert root.get_attribute("data-theme") == scheme
+    shown.page.reload()
+    shown.page.wait_for_selector("html[data-ready=true]")
+    assert root.get_attribute("data-theme") == scheme
+    shown.press("d")
+    assert root.get_attribute("data-theme") == other[scheme]
+
+
+def test_labels_notes_and_stars_are_kept_and_listed(show: Any):
+    shown = show(small_index())
+    shown.press("l")
+    shown.page.keyboard.type("Names <b>")
+    shown.press("Enter", "s", "n")
+    shown.page.keyboard.type("seen twice")
+    shown.page.reload()
+    shown.page.wait_for_selector("html[data-ready=true]")
+    assert shown.part("label").input_value() == "Names <b>"
+    assert shown.part("note").input_value() == "seen twice"
+    assert shown.part("star").get_attribute("aria-pressed") == "true"
+    row = shown.page.locator("[data-testid=row][data-feature='0']")
+    assert "Names <b>" in row.text_content()
+    assert "\u2605" in row.text_content()
+    shown.part("more-filters").click()
+    for mark, count in (("starred", 1), ("labelled", 1), ("noted", 1), ("unlabelled", 2)):
+        shown.part("mark").select_option(mark)
+        assert shown.text("list-count").startswith(f"{count} feature")
+    shown.part("mark").select_option("")
+    shown.page.evaluate("location.hash = '#/feature/2'")
+    shown.wait_for(2)
+    assert shown.part("label").input_value() == ""
+
+
+def test_labels_go_into_a_file_and_come_back(show: Any, tmp_path: Path):
+    shown = show(small_index())
+    shown.part("label").fill("Names")
+    shown.part("star").click()
+    data = json.loads(saved(shown, "save-notes").read_text())
+    assert data["features"] == {"0": {"label": "Names", "note": "", "star": True}}
+    data["features"]["2"] = {"label": "Ends", "note": 7, "star": "yes", "more": 1}
+    data["features"]["99"] = {"label": "nobody"}
+    file = tmp_path / "labels.json"
+    file.write_text(json.dumps(data))
+    shown.part("notes-file").set_input_files(file)
+    shown.page.wait_for_function(
+        "() => document.getElementById('files-said').textContent.includes('2 features')"
+    )
+    assert "Ends" in shown.page.locator("[data-testid=row][data-feature='2']").text_content()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "no JSON"),
+        ("[]", "no labels"),
+        ('{"format": "lorascope labels 1", "sae": "x", "features": {}}', "another SAE"),
+    ],
+)
+def test_a_file_that_has_no_labels_for_this_page_is_refused(
+    show: Any, tmp_path: Path, text: str, said: str
+):
+    shown = show(small_index())
+    (tmp_path / "labels.json").write_text(text)
+    shown.part("notes-file").set_input_files(tmp_path / "labels.json")
+    shown.page.wait_for_function(
+        "said => document.getElementById('files-said').textContent.includes(said)", arg=said
+    )
+    assert shown.part("label").input_value() == ""
+
+
+def test_the_table_is_saved_as_it_is_listed_and_no_cell_is_a_formula(show: Any):
+    tokens = {1: b"=1+1", 2: b'a "b",\n'}
+    features = [[example(v, 9, [t], 0)] for v, t in ((1.0, 1), (3.0, 2))]
+    shown = show(index_of(features, tokens))
+    shown.part("label").fill("@x")
+    shown.part("sort").select_option("max")
+    text = saved(shown, "save-table").read_bytes().decode()
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    assert [row["feature"] for row in rows] == ["1", "0"]
+    assert [float(row["max"]) for row in rows] == [3.0, 1.0]
+    assert [row["token"] for row in rows] == ['a "b",\n', "'=1+1"]
+    assert rows[1]["label"] == "'@x"
+    assert rows[0]["stability"] == ""
+
+
+def test_a_figure_is_saved_as_svg_with_its_colours(show: Any):
+    index = full_index()
+    latent = feature_with(index, lambda feature: feature.stats.histogram.sum() > 3)
+    shown = show(index, f"#/feature/{latent}")
+    with shown.page.expect_download() as download:
+        shown.part("fingerprint").locator("button").click()
+    shown.complaints[:] = [text for text in shown.complaints if not text.startswith("blob:")]
+    assert download.value.suggested_filename == f"feature-{latent}-sites.svg"
+    drawing = ElementTree.fromstring(download.value.path().read_text())
+    fills = {node.get("fill") for node in drawing.iter() if node.tag.endswith("rect")}
+    assert len(fills) > 2
+    assert all(fill and fill.startswith(("rgb", "color")) for fill in fills)
+
+
+def test_the_map_is_saved_as_png(show: Any):
+    shown = show(full_index(), "#/map")
+    shown.page.wait_for_function("() => document.querySelector('canvas').width > 300")
+    assert saved(shown, "save-map").read_bytes().startswith(b"\x89PNG")
+
+
+def test_print_leaves_out_what_only_a_screen_needs(show: Any):
+    shown = show(full_index())
+    shown.page.emulate_media(media="print")
+    for part in ("list", "next", "theme", "search"):
+        assert not shown.part(part).is_visible()
+    assert shown.part("example").first.is_visible()
+    shown.page.emulate_media(media="screen")
+
+
+@pytest.mark.parametrize("address", ["", "#/map", "#/text"])
+def test_every_view_fits_a_phone(show: Any, address: str):
+    shown = show(full_index(), address, width=390)
+    assert shown.page.evaluate("document.documentElement.scrollWidth") <= 390
