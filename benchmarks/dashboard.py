@@ -4,8 +4,10 @@
 
 Makes a synthetic index of each size (`synthetic_features.py`) with 10 examples of 21 tokens a
 feature, and of the same examples two pages: ours from `features.h5`, with all that it has besides
-examples, and the published one from its JSON (`published_page.py`), in turn. Each page is then
-opened in a fresh headless Chromium, in turn again, and each figure is the median over the runs:
+examples, and the published one from its JSON (`published_page.py`), in turn. `--per-fifth 2` adds
+the ten samples a feature that `collect` draws, which are as many windows again and which the
+published JSON does not have. Each page is then opened in a fresh headless Chromium, in turn again,
+and each figure is the median over the runs:
 
 - `first`: from the start of the navigation to the frame after the first tokens stood in the page,
   as the page's own clock says. The file is in the page cache.
@@ -153,7 +155,7 @@ def measure(n_features: int, given: argparse.Namespace, folder: Path) -> list[st
     """Print a table of one size, and return what is over its budget."""
     from playwright.sync_api import Error, sync_playwright
 
-    index = synthetic(n_features, 10, 10, n_rollouts=4000, dead=0)
+    index = synthetic(n_features, 10, 10, per_fifth=given.per_fifth, n_rollouts=4000, dead=0)
     index.save(folder / "features.h5")
     write_published(index, folder / "features.json", index.manifest)
     n_examples, n_tokens = (
@@ -181,7 +183,10 @@ def measure(n_features: int, given: argparse.Namespace, folder: Path) -> list[st
                     )
                 except Error as error:
                     failed[name] = error.message.splitlines()[0]
-    print(f"\n{n_features:,} features, {n_examples:,} examples, {n_tokens:,} tokens in them\n")
+    print(
+        f"\n{n_features:,} features, {n_examples:,} examples, {n_tokens:,} tokens in them, "
+        f"{len(index.sample_value):,} samples\n"
+    )
     print(
         "| page | file, MB | built, s | first, ms | next (slowest), ms | heap, MB | process, MB |"
     )
@@ -220,6 +225,7 @@ def measure(n_features: int, given: argparse.Namespace, folder: Path) -> list[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--features", type=int, nargs="+", default=[7168, 100_000])
+    parser.add_argument("--per-fifth", type=int, default=0, help="samples of each fifth")
     parser.add_argument("--runs", type=int, default=5, help="visits to each page")
     parser.add_argument("--builds", type=int, default=3, help="times that each page is built")
     parser.add_argument("--presses", type=int, default=200, help="features that a visit goes on")

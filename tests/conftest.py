@@ -224,9 +224,9 @@ def make_store(tmp_path: Path):
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tab() -> Iterator["Shown"]:
-    """One tab for all tests: a new one for each would take longer than all of them."""
+    """One tab for the tests of a file: a new one for each would take longer than all of them."""
     from browser import Shown, open_browser
 
     with open_browser() as browser:
@@ -257,6 +257,7 @@ def show(tab: "Shown", tmp_path: Path) -> Iterator[Any]:
         tab.page.emulate_media(color_scheme=scheme)
         tab.page.mouse.move(0, 0)
         tab.page.evaluate("try { localStorage.clear(); } catch {}")  # all files share it
+        tab.page.goto("about:blank")  # another part of the same address would be no new page
         tab.complaints.clear()
         tab.page.goto(output.resolve().as_uri() + address, wait_until="domcontentloaded")
         tab.page.wait_for_selector("html[data-ready=true]")

@@ -34,9 +34,9 @@ def listed(shown: Any) -> list[int]:
 
 def wait_listed(shown: Any, expected: list[int]) -> None:
     shown.page.wait_for_function(
-        """ids => JSON.stringify([...document.querySelectorAll("[data-testid=row]")]
-          .sort((a, b) => a.offsetTop - b.offsetTop).map(r => Number(r.dataset.feature))) === ids""",
-        arg="[" + ",".join(map(str, expected)) + "]",
+        """ids => [...document.querySelectorAll("[data-testid=row]")]
+          .sort((a, b) => a.offsetTop - b.offsetTop).map(r => r.dataset.feature).join() === ids""",
+        arg=",".join(map(str, expected)),
     )
 
 

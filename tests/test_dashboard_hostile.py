@@ -1,5 +1,7 @@
 """Pages of texts that want to break them, of nothing, of one feature, and of very many."""
 
+import csv
+import json
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -20,7 +22,7 @@ from test_synthetic_features import synthetic
 from lorascope.artifact import read_manifest
 from lorascope.dashboard.payload import Payload
 from lorascope.dashboard.render import DashboardConfig, page, run
-from lorascope.features.display import pack_tokens
+from lorascope.features.display import display_texts, pack_tokens
 from lorascope.features.export import write_published
 from lorascope.features.index import FeatureIndex
 from lorascope.subject.spelling import token_bytes
@@ -256,6 +258,101 @@ def test_a_page_in_which_everything_is_hostile_can_be_read_by_keyboard(show: Any
     assert len(shown) == 30
 
 
+ADDRESSES = [
+    *(f"#/{view}/{word}" for view in ("feature", "text") for word in (
+        "%3Cimg%20src=x%20onerror=window.hacked=1%3E", "__proto__", "constructor", "-0", "1e3",
+        "0x1", "%E2%80%AE", "%00", "NaN", "9" * 400,
+    )),
+    "#/map?lasso=__proto__&q=%3Cscript%3E&sort=constructor&role=99&layer=-1&projection=%00",
+    "#/map?lasso=" + "1,2,".rstrip(",") + ",3" * 5000,
+    "#/feature/1?q=" + "%3C%2Fscript%3E" * 500 + "&dmin=1e999&dmax=NaN&amin=-&smin=%E2%80%AE",
+    "#/feature?sort=__proto__&in=toString&mark=<b>&full=yes&dead",
+    "#/text?token=-5&paint=__proto__,1,-1,99999999999999",
+    "#/nowhere/<script>", "#javascript:window.hacked=1", "#%ff%fe", "#/feature/1?%ff=%",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(ADDRESSES)))
+def test_an_address_that_wants_to_break_the_page_opens_it(show: Any, number: int):
+    visit = show(hostile_index(), ADDRESSES[number])
+    assert (visit.part("heading").text_content() or "").strip()
+    visit.page.evaluate("location.hash = '#/feature/1'")
+    visit.page.wait_for_selector("[data-testid=detail][data-feature='1']")
+
+
+def test_hostile_texts_that_are_kept_whole_are_read_literally(show: Any):
+    index = hostile_index()
+    for text in range(len(index.text_rollout)):
+        visit = show(index, f"#/text/{index.text_rollout[text]}")
+        span = slice(*index.text_offset[text : text + 2].tolist())
+        raw = [index.token_bytes(int(i)) for i in index.text_token_id[span]]
+        tokens = visit.part("text").get_by_test_id("token")
+        tokens.nth(len(raw) - 1).wait_for(state="attached")
+        assert tokens.all_text_contents() == display_texts(raw)
+    n_fired = np.diff(index.text_code_offset[span.start : span.stop + 1])
+    for nth in np.flatnonzero(n_fired)[:20:4].tolist():
+        tokens.nth(nth).click()
+        assert visit.part("fired").count() == min(n_fired[nth], 40)
+    assert HOSTILE[0] in (visit.part("text").text_content() or "")  # as the name of a role, too
+
+
+def test_hostile_words_can_be_searched_for(show: Any):
+    visit = show(hostile_index())
+    for text in HOSTILE[::3]:
+        visit.part("search").fill(text.replace("\ud83d", "").replace("\udc00", ""))
+        visit.page.wait_for_timeout(30)
+    visit.part("search").fill("</script>")
+    visit.page.wait_for_function("() => !document.querySelector('[data-testid=search]:invalid')")
+    visit.part("row").first.wait_for()
+    visit.part("search").fill("")
+    visit.part("tab-text").click()
+    visit.part("text-search").fill("</script><script>")
+    visit.part("text-row").first.wait_for()
+
+
+def test_hostile_labels_and_notes_are_kept_literally_and_leave_as_such(show: Any, tmp_path: Path):
+    visit = show(hostile_index())
+    text = "=cmd()\"',</script><img src=x onerror=window.hacked=1>\u202e"
+    visit.part("label").fill(text)
+    visit.part("note-button").click()
+    visit.part("note").fill(text)
+    visit.part("heading").click()
+    with visit.page.expect_download() as saved:
+        visit.part("save-notes").click()
+    labels = json.loads(Path(saved.value.path()).read_text("utf-8"))
+    (said,) = labels["features"].values()
+    assert said["label"] == said["note"] == text
+    with visit.page.expect_download() as saved:
+        visit.part("save-table").click()
+    with Path(saved.value.path()).open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0]["label"] == "'" + text  # no formula for a spreadsheet
+    assert not any(cell[:1] in "=+@\t" for row in rows for cell in row.values() if cell)
+    visit.part("tab-map").click()
+    visit.part("canvas").hover()
+    with visit.page.expect_download() as saved:
+        visit.part("save-map").click()
+    assert Path(saved.value.path()).read_bytes().startswith(b"\x89PNG")
+    for told in ('{"__proto__": 1}', "[]", "null", "\x00", '{"format": "lorascope labels 1"}'):
+        (tmp_path / "labels.json").write_text(told, "utf-8")
+        visit.part("notes-file").set_input_files(tmp_path / "labels.json")
+        visit.page.wait_for_function(
+            "() => document.querySelector('[data-testid=files-said]').textContent"
+        )
+    features = {
+        "1": {"label": HOSTILE[0], "note": HOSTILE[2], "star": True}, "__proto__": {"label": "x"},
+        "99999999": {"label": "x"}, "2": "words", "3": {"label": {"toString": 1}, "star": "yes"},
+    }  # fmt: skip
+    labels["features"] = features
+    (tmp_path / "labels.json").write_text(json.dumps(labels), "utf-8")
+    visit.part("notes-file").set_input_files(tmp_path / "labels.json")
+    visit.page.evaluate("location.hash = '#/feature/1'")
+    visit.page.wait_for_selector("[data-testid=detail][data-feature='1']")
+    assert visit.part("label").input_value() == HOSTILE[0]
+    assert visit.part("note").input_value() == HOSTILE[2]
+    visit.page.evaluate("localStorage.clear()")
+
+
 def test_hostile_text_of_a_json_of_any_tool_is_shown_literally(show: Any, tmp_path: Path):
     path = tmp_path / "features.json"
     index = plain_index(dict(enumerate(RAW, start=1)))
@@ -350,6 +447,19 @@ def test_small_pages_open_at_any_address_and_say_what_they_have(show: Any, kind:
         assert "There is no feature 8" in (visit.part("message").text_content() or "")
     if kind == "no features" and not word:
         assert "no features" in (visit.part("message").text_content() or "")
+
+
+def test_a_file_that_is_hard_to_send_is_warned_of_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    plain_index({1: b"a"}).save(tmp_path / "features.h5")
+    for limit, warned in ((10**9, False), (1000, True)):
+        monkeypatch.setattr("lorascope.dashboard.render._LARGE", limit)
+        caplog.clear()
+        run(DashboardConfig(input=tmp_path / "features.h5", output=tmp_path / f"{limit}.html"))
+        said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+        assert bool(said) == warned
+        assert all("1000.html is large" in text and "--top-k" in text for text in said)
 
 
 def test_a_thousand_features_are_a_small_file_that_is_painted_soon_and_takes_little(

@@ -38,7 +38,7 @@ def test_a_text_is_read_with_its_roles_and_its_numbers(show: Any):
     roles = shown.part("text").locator(".role").all_text_contents()
     first = slice(*index.text_offset[:2])
     names = [index.content["roles"][role] for role in index.text_role[first]]
-    assert [role for role in names if role != "special"][0] == roles[0]
+    assert next(role for role in names if role != "special") == roles[0]
     assert set(roles) == set(names) - {"special"}
 
 
@@ -122,7 +122,9 @@ def test_texts_are_listed_by_why_they_were_kept_and_found_by_their_words(show: A
     words = b"".join(index.token_bytes(int(i)) for i in ids[5:12]).decode(errors="replace")
     shown.press("/")
     shown.page.keyboard.type("no such words")
-    shown.page.wait_for_function("() => document.querySelectorAll('[data-testid=text-row]').length === 0")
+    shown.page.wait_for_function(
+        "() => document.querySelectorAll('[data-testid=text-row]').length === 0"
+    )
     shown.part("text-search").fill(words.splitlines()[0])
     shown.page.wait_for_selector("[data-testid=text-row][data-text='2']")
     shown.page.locator("[data-testid=text-row][data-text='2']").click()

@@ -3,9 +3,9 @@
 import csv
 import io
 import json
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from test_dashboard_feature import feature_with, full_index

@@ -7,6 +7,9 @@
 
 The page's policy forbids every request and every script or style but the two whose hashes it
 names. Data reaches it as JSON and base64 in script elements that no browser runs.
+
+`--serve` shows the same page at an address of this machine until Ctrl-C, and writes nothing: its
+data are made when the page asks for them (serve.py), so there may be more than a file can hold.
 """
 
 import base64
@@ -29,7 +32,8 @@ from lorascope.artifact import (
 )
 from lorascope.config import Config, option
 from lorascope.dashboard.payload import Payload, manifest_comment
-from lorascope.errors import ArtifactError
+from lorascope.dashboard.serve import PageServer, serve
+from lorascope.errors import ArtifactError, ConfigError
 from lorascope.features.export import read_published
 from lorascope.features.index import FeatureIndex
 from lorascope.runtime import progress
@@ -58,13 +62,27 @@ class DashboardConfig(Config):
     overwrite: bool = option(
         False, help="replace an output that was made with other settings", identity=False
     )
+    serve: bool = option(
+        False, help="show the page at a local address instead of writing a file", identity=False
+    )
+    port: int | None = option(
+        None, help="port of 127.0.0.1 to serve at; default: any free one", identity=False
+    )
+
+    def check(self) -> None:
+        """Refuse a port that there is not, and one without --serve."""
+        super().check()
+        if self.port is not None and not 1 <= self.port <= 65535:
+            raise ConfigError(f"--port is {self.port}, expected 1 to 65535")
+        if self.port is not None and not self.serve:
+            raise ConfigError("--port is for --serve; give both or neither")
 
 
 def run(config: DashboardConfig) -> Path:
     """Write the page and return its path. The same input gives the same bytes.
 
-    Raises ArtifactError when the input is not a feature index, or when the output is something
-    else and `overwrite` is off.
+    With `serve`, show it until Ctrl-C and return the input's path. Raises ArtifactError when the
+    input is not a feature index, or when the output is something else and `overwrite` is off.
     """
     source, output = config.input.expanduser(), config.output.expanduser()
     index = _read(source)
@@ -72,7 +90,7 @@ def run(config: DashboardConfig) -> Path:
     parents = {"features": digest_file(source) if made_by is None else digest_of(made_by)}
     settings = config.settings()
     identity = {"settings": settings, "parents": parents, "overwrite": config.overwrite}
-    if is_made(output, KIND, **identity):
+    if not config.serve and is_made(output, KIND, **identity):
         log.info("%s is already made from %s", output, source)
         return output
     manifest = make_manifest(
@@ -84,6 +102,9 @@ def run(config: DashboardConfig) -> Path:
         content={"n_features": len(index), "n_examples": len(index.example_value)},
     )
     payload = Payload(index, config.title)
+    if config.serve:
+        serve(server_of(payload, manifest, config.port or 0))
+        return source
     with building(output, KIND, **identity) as build:
         with (build.path / _PAGE).open("w", encoding="ascii", newline="\n") as file:
             for piece in page(payload, manifest):
@@ -96,18 +117,42 @@ def run(config: DashboardConfig) -> Path:
     return published
 
 
-def page(payload: Payload, manifest: dict[str, object]) -> Iterator[str]:
-    """Yield the page piece by piece, ASCII only."""
-    style, script = "".join(map(_asset, STYLES)), bundle()
+def server_of(payload: Payload, manifest: dict[str, object], port: int = 0) -> PageServer:
+    """Return the server of a page and of the data that it asks for."""
+
+    def pack(name: str) -> str | None:
+        kind, _, number = name.partition("-")
+        n, make = {
+            "block": (payload.n_blocks, payload.block),
+            "text": (payload.n_texts, payload.text),
+        }[kind]
+        return make(int(number)) if int(number) < n else None
+
+    text = "".join(page(payload, manifest, served=True))
+    return PageServer(text.encode("ascii"), policy(served=True), pack, port)
+
+
+def policy(*, served: bool = False) -> str:
+    """Return the page's Content-Security-Policy. A served page may ask where it comes from."""
+    script, style = _hash(bundle(served=served)), _hash(_style())
+    return (
+        f"default-src 'none'; script-src {script}; style-src {style}; "
+        + "connect-src 'self'; " * served
+        + "base-uri 'none'; form-action 'none'"
+    )
+
+
+def page(payload: Payload, manifest: dict[str, object], *, served: bool = False) -> Iterator[str]:
+    """Yield the page piece by piece, ASCII only; `served`, with the first block alone."""
     slots = {
-        "policy": f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "
-        "base-uri 'none'; form-action 'none'",
+        "policy": policy(served=served),
         "manifest": manifest_comment(manifest),
         "title": html.escape(payload.title).encode("ascii", "xmlcharrefreplace").decode(),
-        "style": style,
-        "script": script,
+        "style": _style(),
+        "script": bundle(served=served),
     }
-    with progress(payload.n_blocks + payload.n_texts, "dashboard", "block") as bar:
+    n_packs = 1 if served else payload.n_blocks + payload.n_texts
+    with progress(n_packs, "dashboard", "block") as bar:
         # Alternating text and slot names: what a slot is filled with is never searched for slots.
         for place, piece in enumerate(_SLOT.split(_asset("index.html"))):
             if place % 2 == 0:
@@ -118,25 +163,28 @@ def page(payload: Payload, manifest: dict[str, object]) -> Iterator[str]:
                 number = payload.first_block
                 yield _block(f"block-{number}", payload.block(number))
                 bar.update()
-            elif piece == "blocks":
+            elif piece != "blocks":
+                yield slots[piece]
+            elif not served:
                 for number, data in payload.blocks():
                     yield _block(f"block-{number}", data)
                     bar.update()
                 for number in range(payload.n_texts):
                     yield _block(f"text-{number}", payload.text(number))
                     bar.update()
-            else:
-                yield slots[piece]
 
 
-def bundle() -> str:
-    """Return the modules of the page as one script: each a scope, after those that it imports."""
+def bundle(*, served: bool = False) -> str:
+    """Return the modules of the page as one script: each a scope, after those that it imports.
+
+    Only a `served` page has a module that can ask for anything.
+    """
     scopes: dict[str, str] = {}
 
     def visit(name: str) -> None:
         if name in scopes:
             return
-        text = _asset(f"{name}.js")
+        text = _asset("served.js" if served and name == "embedded" else f"{name}.js")
         for _, needed in _IMPORT.findall(text):
             visit(needed)
         exports = ", ".join(name for _, name in _EXPORT.findall(text))
@@ -157,6 +205,10 @@ def _read(source: Path) -> FeatureIndex:
 
 def _block(name: str, data: str) -> str:
     return f'<script type="text/plain" id="{name}">{data}</script>\n'
+
+
+def _style() -> str:
+    return "".join(map(_asset, STYLES))
 
 
 def _hash(text: str) -> str:

@@ -1,4 +1,5 @@
 // Columns of numbers out of the page: base64, zlib, and the types that dashboard/packing.py writes.
+import { packText } from "./embedded.js";
 
 const ARRAYS = {
   "<u2": Uint16Array,
@@ -17,12 +18,12 @@ export function plain(type, base64) {
   return new ARRAYS[type](bytesOf(base64).buffer);
 }
 
-// Returns a Promise of the columns of a script element that Python filled.
+// Returns a Promise of the columns of a pack that Python wrote.
 export async function unpack(id, types) {
   if (!("DecompressionStream" in window)) {
     throw new Error("This browser is too old to unpack the data. Please use one of 2023 or later.");
   }
-  const data = await inflate(bytesOf((await packElement(id)).textContent));
+  const data = await inflate(bytesOf(await packText(id)));
   const lengths = new Uint32Array(data, 0, types.length);
   const columns = {};
   let at = 4 * types.length;
@@ -46,17 +47,6 @@ function whole(halves) {
   const bits = new Uint32Array(halves.length);
   for (let i = 0; i < halves.length; i++) bits[i] = halves[i] << 16;
   return new Float32Array(bits.buffer);
-}
-
-// The packs stand behind the script, so a large file may still be on its way.
-async function packElement(id) {
-  while (!document.getElementById(id)) {
-    if (document.readyState !== "loading") {
-      throw new Error("This file is incomplete: a part of its data is missing. Make it anew.");
-    }
-    await new Promise((done) => setTimeout(done, 20));
-  }
-  return document.getElementById(id);
 }
 
 function bytesOf(base64) {

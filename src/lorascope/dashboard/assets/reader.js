@@ -193,7 +193,7 @@ function drawHere(t) {
   const what = t < 0
     ? panel("Firing most in this text", "Features by the sum of their activations, as shares of " +
       "their largest. Choose a token to see what fires there.", list, { testid: "here" })
-    : panel(`On token ${whole(t)}`, `${n} feature${pairs.length === 1 ? "" : "s"} fire here. ` +
+    : panel(`On token ${whole(t)}`, `${n} feature${pairs.length === 1 ? " fires" : "s fire"} here. ` +
       "Bar: share of the feature's largest activation.", list, { testid: "here" });
   shown.at.replaceChildren(what);
 }

@@ -8,8 +8,8 @@ const RANKED = [
   ["mean", "Strongest on", "tokens by the mean of its activation on them", short],
   ["lift", "Specific to", "tokens by how many times as often as elsewhere it fires on them",
     (score) => `${short(score)}\u00d7`],
-  ["before", "After", "tokens right before those it fires on, by their share", percent],
-  ["after", "Before", "tokens right after those it fires on, by their share", percent],
+  ["before", "Comes after", "tokens right before those it fires on, by their share", percent],
+  ["after", "Comes before", "tokens right after those it fires on, by their share", percent],
 ];
 
 // Returns a panel for each ranking of tokens that is known.
