@@ -449,6 +449,19 @@ def test_small_pages_open_at_any_address_and_say_what_they_have(show: Any, kind:
         assert "no features" in (visit.part("message").text_content() or "")
 
 
+def test_a_file_that_is_hard_to_send_is_warned_of_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    plain_index({1: b"a"}).save(tmp_path / "features.h5")
+    for limit, warned in ((10**9, False), (1000, True)):
+        monkeypatch.setattr("lorascope.dashboard.render._LARGE", limit)
+        caplog.clear()
+        run(DashboardConfig(input=tmp_path / "features.h5", output=tmp_path / f"{limit}.html"))
+        said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+        assert bool(said) == warned
+        assert all("1000.html is large" in text and "--top-k" in text for text in said)
+
+
 def test_a_thousand_features_are_a_small_file_that_is_painted_soon_and_takes_little(
     show: Any, tmp_path: Path
 ):
