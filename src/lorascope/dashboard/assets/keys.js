@@ -4,7 +4,7 @@ import { element } from "./text.js";
 const help = document.getElementById("help");
 const actions = new Map(); // key -> function
 
-// Lists more keys in the overlay that other parts of the page handle.
+// Keys that other parts of the page handle.
 const ELSEWHERE = [
   ["\u2191 \u2193 Page Home End", "in the list: another feature"],
   ["Tab, then \u2190 \u2192 Home End", "in a text or figure: walk its parts and read their values"],

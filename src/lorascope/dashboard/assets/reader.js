@@ -13,11 +13,12 @@ const area = document.getElementById("reader");
 const AT_ONCE = 2500; // tokens that are drawn before the page may answer again
 const MAX_PAINTED = 4;
 const MANY = 40; // features listed at a token
-const FEW = 12; // features listed of a text, and at a token under the pointer 5
+const FEW = 12; // features listed of a text
+const AT_POINTER = 5; // features in the note beside the pointer
 
 let shown = null; // { text, kept, nodes, painted, panels }
 
-// Shows a text. `query` may name a token to go to and features to paint. Returns its heading.
+// Shows a text. `query` may name a token to go to and features to paint.
 export async function showText(text, query) {
   const kept = await keptText(text);
   const asked = new URLSearchParams(query ?? "");
@@ -227,10 +228,11 @@ watchTokens(area, (token) => {
   const pairs = firing(t);
   const role = core.roles[shown.kept.role[t]];
   const lines = [element("span", "tip-note", `token ${whole(t)}${role ? `, ${role}` : ""}`)];
-  for (const [id, value] of pairs.slice(0, 5)) {
+  for (const [id, value] of pairs.slice(0, AT_POINTER)) {
     lines.push(element("span", "tip-fired", `feature ${id}: ${short(Number(value.toPrecision(3)))}`));
   }
-  if (pairs.length > 5) lines.push(element("span", "tip-note", `and ${pairs.length - 5} more`));
+  const more = pairs.length - AT_POINTER;
+  if (more > 0) lines.push(element("span", "tip-note", `and ${more} more`));
   return lines;
 });
 area.addEventListener("click", (event) => {

@@ -100,8 +100,8 @@ function row(text, { token, around }) {
   link.dataset.testid = "text-row";
   link.append(element("span", "text-name", `Rollout ${whole(rollout)}`));
   const facts = textFacts(text).filter(([, , , written]) => written);
-  const short = facts.map(([label, , , written]) => `${written} ${label}`).join(" \u00b7 ");
-  link.append(element("span", "text-note", short));
+  const said = facts.map(([label, , , written]) => `${written} ${label}`).join(" \u00b7 ");
+  link.append(element("span", "text-note", said));
   const why = element("span", "text-why");
   for (const word of whyOf(text)) why.append(element("span", "chip", word));
   link.append(why);
