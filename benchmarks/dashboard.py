@@ -135,10 +135,10 @@ def _visit(playwright: Any, chromium: str, page: Path, shown: str, presses: int)
         first = float(tab.locator("html").get_attribute("data-first-shown"))
         tab.wait_for_load_state("load")
         times = tab.evaluate(_NEXT, [presses, shown])
-        session = tab.context.new_cdp_session(tab)
-        session.send("HeapProfiler.collectGarbage")
-        session.send("Performance.enable")
-        metrics = {m["name"]: m["value"] for m in session.send("Performance.getMetrics")["metrics"]}
+        cdp = tab.context.new_cdp_session(tab)
+        cdp.send("HeapProfiler.collectGarbage")
+        cdp.send("Performance.enable")
+        metrics = {m["name"]: m["value"] for m in cdp.send("Performance.getMetrics")["metrics"]}
         infos = browser.new_browser_cdp_session().send("SystemInfo.getProcessInfo")["processInfo"]
         resident = max(_resident(info["id"]) for info in infos if info["type"] == "renderer")
         heap = metrics["JSHeapUsedSize"] / 1e6

@@ -469,9 +469,9 @@ def test_a_thousand_features_are_a_small_file_that_is_painted_soon_and_takes_lit
     assert (tmp_path / "page.html").stat().st_size < 4_000_000
     first = visit.page.evaluate("performance.getEntriesByName('first-feature')[0].startTime")
     assert first < 2000
-    session = visit.page.context.new_cdp_session(visit.page)
-    session.send("HeapProfiler.collectGarbage")
-    assert session.send("Runtime.getHeapUsage")["usedSize"] < 100e6
+    cdp = visit.page.context.new_cdp_session(visit.page)
+    cdp.send("HeapProfiler.collectGarbage")
+    assert cdp.send("Runtime.getHeapUsage")["usedSize"] < 100e6
     assert visit.page.locator("*").count() < 10_000
 
 
