@@ -114,6 +114,8 @@ def test_every_option_of_every_command_has_a_help_sentence_and_survives_json(nam
     config_class = COMMANDS[name].config_class()
     for field in dataclasses.fields(config_class):
         assert len(field.metadata["help"]) > 8, field.name
-    needed = {f.name: Path("x.json") for f in dataclasses.fields(config_class) if f.default is MISSING}
-    settings = config_class(**needed).settings()
+    needed = {
+        f.name: Path("x.json") for f in dataclasses.fields(config_class) if f.default is MISSING
+    }
+    settings = config_class(**{name: Path("x.json") for name in needed}).settings()
     assert json.loads(json.dumps(settings)) == settings

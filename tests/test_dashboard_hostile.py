@@ -459,7 +459,7 @@ def test_a_file_that_is_hard_to_send_is_warned_of_with_what_to_do(
         run(DashboardConfig(input=tmp_path / "features.h5", output=tmp_path / f"{limit}.html"))
         said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
         assert bool(said) == warned
-        assert all("1000.html is large" in text and "--top-k" in text for text in said)
+        assert all("1000.html is large" in text and "--max-examples" in text for text in said)
 
 
 def test_a_thousand_features_are_a_small_file_that_is_painted_soon_and_takes_little(

@@ -18,6 +18,7 @@ from lorascope.features.arrays import KIND, RANKINGS, SCHEMA
 from lorascope.features.display import display_texts, pack_tokens
 from lorascope.features.feature import Example
 from lorascope.features.index import FeatureIndex
+from lorascope.features.lookup import limited
 
 ARRAYS = [field.name for field in fields(FeatureIndex) if field.name != "manifest"]
 TOKENS = {
@@ -425,3 +426,17 @@ def test_the_table_has_a_line_for_every_latent():
     assert table["density_think"].tolist() == [0.1, 0.0, 0.1, 0.2]
     assert "density_answer" not in table  # no token has this role
     assert table["tokens_mean"].tolist() == ["é", "", "é", "é"]
+
+
+def test_an_index_with_fewer_examples_keeps_the_strongest_and_what_is_known(tmp_path: Path):
+    index = small_index()
+    few = limited(index, 1)
+    few.verify()
+    assert [len(few[i].examples) for i in range(4)] == [1, 0, 1, 1]
+    assert few[0].examples[0].tokens == index[0].examples[0].tokens
+    assert few[0].samples == ()  # a fifth of one
+    np.testing.assert_array_equal(few.latent_n_active, index.latent_n_active)
+    assert [s.value for s in limited(index, 5)[0].samples] == [2.25, 0.25]
+    same = limited(index, 100)
+    for name in ARRAYS:
+        np.testing.assert_array_equal(getattr(same, name), getattr(index, name))

@@ -36,6 +36,7 @@ from lorascope.dashboard.serve import PageServer, serve
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.features.export import read_published
 from lorascope.features.index import FeatureIndex
+from lorascope.features.lookup import limited
 from lorascope.runtime import progress
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,11 @@ class DashboardConfig(Config):
     )
     output: Path = option(Path("sae_dashboard_new.html"), help="HTML file to write", identity=False)
     title: str = option("LoRA features", help="heading of the page")
+    max_examples: int | None = option(
+        None,
+        help="examples of each feature on the page, and a fifth as many samples of each fifth of "
+        "its firings; default: all. Fewer make a smaller file",
+    )
     overwrite: bool = option(
         False, help="replace an output that was made with other settings", identity=False
     )
@@ -72,6 +78,7 @@ class DashboardConfig(Config):
     def check(self) -> None:
         """Refuse a port that there is not, and one without --serve."""
         super().check()
+        self.require("max_examples", 1)
         if self.port is not None and not 1 <= self.port <= 65535:
             raise ConfigError(f"--port is {self.port}, expected 1 to 65535")
         if self.port is not None and not self.serve:
@@ -101,6 +108,8 @@ def run(config: DashboardConfig) -> Path:
         layout=index.manifest.get("layout"),
         content={"n_features": len(index), "n_examples": len(index.example_value)},
     )
+    if config.max_examples is not None:
+        index = limited(index, config.max_examples)
     payload = Payload(index, config.title)
     if config.serve:
         serve(server_of(payload, manifest, config.port or 0))
@@ -113,7 +122,7 @@ def run(config: DashboardConfig) -> Path:
         published = build.publish_file(_PAGE)
     log.info("%d features with %d examples: %.1f MB", *manifest["content"].values(), size / 1e6)
     if size > _LARGE:
-        log.warning("%s is large; collect with a smaller --top-k or --context-window", output)
+        log.warning("%s is large; give fewer --max-examples, or look at it with --serve", output)
     return published
 
 

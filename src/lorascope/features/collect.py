@@ -29,15 +29,12 @@ from lorascope.errors import ConfigError, DatasetError
 from lorascope.features.arrays import KIND, SCHEMA
 from lorascope.features.display import pack_tokens
 from lorascope.features.evidence import Evidence, lowest_threshold, scan, spans_of
-from lorascope.features.examples import example_arrays, sample_arrays, window_arrays
 from lorascope.features.export import write_published
 from lorascope.features.index import FeatureIndex
-from lorascope.features.neighbours import cofiring, effect_rows, fingerprint, nearest_rows
 from lorascope.features.rankings import ranked_tokens
 from lorascope.features.surroundings import Span
 from lorascope.features.tally import histogram_edges
 from lorascope.features.topk import Firings
-from lorascope.features.whole_texts import text_arrays
 from lorascope.sites import SiteLayout, parse_adapter_types
 from lorascope.subject.rollouts import ROLES
 
@@ -222,6 +219,10 @@ def _arrays(
     config: CollectConfig,
 ) -> dict[str, Any]:
     """Return every array of the index."""
+    from lorascope.features.examples import example_arrays, sample_arrays, window_arrays
+    from lorascope.features.neighbours import cofiring, effect_rows, fingerprint, nearest_rows
+    from lorascope.features.whole_texts import text_arrays
+
     tally, reach = evidence.tally, min(ALIKE, config.context_window)
     examples = evidence.top.sorted()
     samples, drawn = sample_arrays(store, evidence.sample, examples, config.samples)
@@ -276,6 +277,8 @@ def _content(
     store: ActivationStore, sae: "SAE", evidence: Evidence, config: CollectConfig
 ) -> dict[str, Any]:
     """Return what the manifest says of the work beside its settings."""
+    from lorascope.features.neighbours import effect_rows
+
     report = sae.manifest["content"].get("report", {})
     known = ("adapter_name", "base_model", "dataset")
     return {

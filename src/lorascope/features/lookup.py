@@ -1,11 +1,13 @@
-"""Finding features in an index: by text, and as a table of statistics."""
+"""An index seen in other ways: found by text, as a table of statistics, with fewer examples."""
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lorascope.features.index import FeatureIndex
+from lorascope.features.topk import rank_in_run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,3 +82,34 @@ def table(index: FeatureIndex) -> "pd.DataFrame":
         tokens = [index.ranked_tokens(latent, ranking) for latent in range(len(index))]
         columns[f"tokens_{ranking}"] = [" | ".join(text for text, _ in found) for found in tokens]
     return pd.DataFrame(columns, index=pd.RangeIndex(len(index), name="feature"))
+
+
+def limited(index: FeatureIndex, n: int) -> FeatureIndex:
+    """Return the index with `n` examples of each latent at most, and `n // 5` samples of a fifth.
+
+    Examples are the strongest; statistics stay as they are.
+    """
+    owner = np.repeat(np.arange(len(index)), np.diff(index.example_offset))
+    examples = rank_in_run(owner) < n
+    drawn = np.repeat(np.arange(len(index)), np.diff(index.sample_offset))
+    samples = rank_in_run(drawn * 128 + index.sample_quantile) < n // 5
+    windows = np.concatenate([examples, samples])
+    lengths = np.diff(index.window_offset)
+    tokens = np.repeat(windows, lengths)
+    kept = {"example": examples, "sample": samples}
+    arrays = {
+        name: array[kept[name.partition("_")[0]]]
+        for name, array in index.arrays.items()
+        if name.startswith(("example_", "sample_")) and not name.endswith("_offset")
+    }
+    for name, of, chosen in (("example", owner, examples), ("sample", drawn, samples)):
+        counts = np.bincount(of[chosen], minlength=len(index))
+        arrays[f"{name}_offset"] = np.concatenate([[0], np.cumsum(counts)])
+    return replace(
+        index,
+        **arrays,
+        window_offset=np.concatenate([[0], np.cumsum(lengths[windows])]),
+        window_target=index.window_target[windows],
+        window_token_id=index.window_token_id[tokens],
+        window_activation=index.window_activation[tokens],
+    )

@@ -28,7 +28,8 @@ _BLOCK = 1024  # latents whose cosines are held at once
 _PAIRS = 1 << 22  # pairs of firings that are counted at once
 _LEAST = 0.01  # a lower index says that two latents have nothing to do with each other
 _SEEN = 3  # common firings in the samples: fewer are chance where samples are not everything
-_HASHES = float(1 << 32)
+_WHOLE = 1 << 32
+_HASHES = float(_WHOLE)
 Nearest = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]  # (latent, N_NEAR) each
 
 
@@ -82,26 +83,30 @@ def cofiring(sample: FiringSample, n_active: npt.NDArray[np.int64]) -> Nearest:
         return ids, scores
     reach = np.where(n_active > sample.n, (sample.bound + 1.0) / _HASHES, 1.0)  # (latent,)
     order = np.argsort(kept.row, kind="stable")
-    of_row = kept.latent[order]  # the latents that fire in each row, row by row
+    of_row = kept.latent[order].astype(np.uint32)  # the latents that fire in each row, row by row
     starts = np.flatnonzero(np.concatenate([[True], np.diff(kept.row[order]) != 0]))
     lengths = np.diff(np.append(starts, len(order)))
     run = np.empty(len(order), np.int64)
     run[order] = np.repeat(np.arange(len(starts)), lengths)
-    n_others = lengths[run]  # of each firing, by latent
+    n_others, begin = lengths[run], starts[run]  # of each firing, by latent
     bounds = np.concatenate([[0], np.cumsum(n_others)])
     offset = np.searchsorted(kept.latent, np.arange(sample.d_sae + 1))
+    most = max(_WHOLE // sample.d_sae, 1)  # latents of a turn, so that a pair is a uint32
     first = 0
     while first < sample.d_sae:  # some latents at a time, with all that fires beside them
         last = int(np.searchsorted(bounds[offset], bounds[offset[first]] + _PAIRS, side="right"))
-        last = max(last - 1, first + 1)
+        last = min(max(last - 1, first + 1), first + most)
         mine = slice(int(offset[first]), int(offset[last]))
-        owner = np.repeat(kept.latent[mine], n_others[mine])
-        at = np.arange(len(owner)) - np.repeat(bounds[mine] - bounds[mine.start], n_others[mine])
-        other = of_row[at + np.repeat(starts[run[mine]], n_others[mine])]
-        pairs = np.sort(owner * sample.d_sae + other)
+        n = n_others[mine]
+        at = np.repeat(begin[mine] - (bounds[mine] - bounds[mine.start]), n)
+        at += np.arange(len(at))
+        owners = ((kept.latent[mine] - first) * sample.d_sae).astype(np.uint32)
+        pairs = np.repeat(owners, n) + of_row[at]
+        pairs.sort()
         begins = np.flatnonzero(np.concatenate([[len(pairs) > 0], pairs[1:] != pairs[:-1]]))
         counts = np.diff(np.append(begins, len(pairs)))
-        owner, other = np.divmod(pairs[begins], sample.d_sae)
+        owner, other = np.divmod(pairs[begins].astype(np.int64), sample.d_sae)
+        owner += first
         shared = counts / np.minimum(reach[owner], reach[other])
         shared = np.minimum(shared, np.minimum(n_active[owner], n_active[other]))
         jaccard = shared / (n_active[owner] + n_active[other] - shared)

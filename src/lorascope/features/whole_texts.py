@@ -14,6 +14,7 @@ import torch
 
 from lorascope.activations.store import ActivationStore
 from lorascope.features.evidence import Evidence
+from lorascope.features.surroundings import Span
 from lorascope.features.topk import row_hash
 
 if TYPE_CHECKING:
@@ -43,22 +44,33 @@ def text_arrays(
     lists[1] = lists[1][rare[lists[1]] > 0]
     why = _chosen(lists, np.diff(store.rollout_start[: len(l0) + 1]), n_tokens)
     chosen = np.flatnonzero(why)
-    parts = [_text(store, sae, evidence, int(i), only) for i in chosen]
-    whole = (
-        {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
-    )
-    if not parts:
+    if not len(chosen):
         return {"text_offset": np.zeros(1, np.int64), "text_code_offset": np.zeros(1, np.int64)}
-    lengths = [len(part["text_token_id"]) for part in parts]
-    fired = whole.pop("n_fired")
+    spans = [Span(store, int(i), int(i) + 1, only) for i in chosen]
+    lengths = np.array([span.n_rows for span in spans])
+    rows = np.concatenate([span.rows(0, span.n_rows) for span in spans])
+    counts = np.concatenate([span.eligible for span in spans])
+    code = sae.encode(torch.from_numpy(rows).to(sae.b_enc.device))
+    n_fired, latents, values = (t.cpu().numpy() for t in (code.l0, code.latents, code.values))
+    of_fired = np.repeat(counts, n_fired)  # tokens that do not count have no code
+    latents, values, n_fired = latents[of_fired], values[of_fired], n_fired * counts
+    density = evidence.tally.n_active[latents] / max(evidence.roles.sum(), 1)
+    text = np.repeat(np.repeat(np.arange(len(chosen)), lengths), n_fired)
+    total = np.bincount(text, -np.log10(density), minlength=len(chosen))
+    with np.errstate(invalid="ignore"):
+        rarity = total / np.bincount(text, minlength=len(chosen))
     return {
         "text_rollout": store.rollout_id[chosen],
         "text_why": why[chosen],
         "text_l0": l0[chosen],
         "text_fvu": fvu[chosen],
+        "text_rarity": rarity,
         "text_offset": np.concatenate([[0], np.cumsum(lengths)]),
-        "text_code_offset": np.concatenate([[0], np.cumsum(fired)]),
-        **whole,
+        "text_token_id": np.concatenate([span.token_ids for span in spans]),
+        "text_role": np.concatenate([span.roles for span in spans]),
+        "text_code_offset": np.concatenate([[0], np.cumsum(n_fired)]),
+        "text_latent": latents,
+        "text_value": values,
     }
 
 
@@ -90,27 +102,3 @@ def _chosen(
                 left -= int(lengths[rollout])
             why[rollout] |= 1 << bit
     return why
-
-
-def _text(
-    store: ActivationStore, sae: "SAE", evidence: Evidence, rollout: int, only: tuple[str, ...]
-) -> dict[str, npt.NDArray[Any]]:
-    """Return one rollout's arrays; tokens that do not count have no code."""
-    start, stop = store.rollout_start[rollout : rollout + 2].tolist()
-    token_ids, roles = store.token_ids_of(start, stop), store.roles_of(start, stop)
-    rows = torch.from_numpy(np.array(store.rows(start, stop))).to(sae.b_enc.device)
-    code = sae.encode(rows)
-    n_fired, latents, values = (t.cpu().numpy() for t in (code.l0, code.latents, code.values))
-    counts = store.eligible_of(token_ids, roles, only)
-    of_fired = np.repeat(counts, n_fired)
-    latents, values = latents[of_fired], values[of_fired]
-    density = evidence.tally.n_active[latents] / max(evidence.roles.sum(), 1)
-    rarity = -np.log10(density).mean() if len(latents) else np.nan
-    return {
-        "text_rarity": np.array([rarity]),
-        "text_token_id": token_ids,
-        "text_role": roles,
-        "text_latent": latents,
-        "text_value": values,
-        "n_fired": n_fired * counts,
-    }

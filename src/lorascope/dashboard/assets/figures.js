@@ -30,8 +30,9 @@ export function panel(title, note, drawing, { testid = "", file = "" } = {}) {
   return figure;
 }
 
-export function drawHistogram({ id, histogram }) {
+export function drawHistogram({ id, histogram: all }) {
   const { edges } = column;
+  const histogram = all.subarray(0, usedBins());
   const top = histogram.reduce((a, b) => Math.max(a, b), 1);
   const bars = Array.from(histogram, (n, i) => ({
     share: n / top,
@@ -46,6 +47,15 @@ export function drawHistogram({ id, histogram }) {
   return panel("How strongly it fires", note, drawing, {
     testid: "histogram", file: `feature-${id}-activations`,
   });
+}
+
+// Bins above the largest activation of any feature are empty in every histogram.
+function usedBins() {
+  const { edges, max } = column;
+  const largest = max.reduce((a, b) => (b > a ? b : a), 0);
+  let n = edges.length - 1;
+  while (largest && n > 1 && edges[n - 1] > largest) n -= 1;
+  return n;
 }
 
 export function drawPositions({ id, byPosition }) {
