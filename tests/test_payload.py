@@ -188,7 +188,7 @@ def test_the_page_carries_its_manifest_and_its_parent(tmp_path: Path):
     manifest = read_manifest(page)
     assert manifest is not None
     assert manifest["kind"] == "dashboard"
-    assert manifest["settings"] == {"title": "--> <b>"}
+    assert manifest["settings"] == {"title": "--> <b>", "max_examples": None}
     features = read_manifest(tmp_path / "features.h5")
     assert manifest["parents"] == {"features": digest_of(features)}
     assert b"<b>" not in page.read_bytes()

@@ -35,7 +35,6 @@ from lorascope.config import Config, option
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.features import neuronpedia
 from lorascope.features.arrays import KIND
-from lorascope.features.feature import Feature
 from lorascope.features.foreign import read_published, well_formed
 from lorascope.features.index import FeatureIndex
 from lorascope.runtime import progress
@@ -118,7 +117,7 @@ def to_published(index: FeatureIndex, manifest: Mapping[str, Any]) -> Iterator[s
     yield '{"metadata": ' + _text(metadata) + ',\n"features": {'
     for latent in range(len(index)):
         comma = ",\n" if latent else "\n"
-        yield f'{comma}"{latent}": ' + _text(_published_feature(index[latent]))
+        yield f'{comma}"{latent}": ' + _text(_published_feature(index, latent))
     yield "\n}}\n"
 
 
@@ -191,15 +190,16 @@ def _cell(text: str) -> str:
     return f"'{text}" if text.lstrip().startswith(_FORMULA) else text
 
 
-def _published_feature(feature: Feature) -> dict[str, Any]:
+def _published_feature(index: FeatureIndex, latent: int) -> dict[str, Any]:
+    known = index.stats(latent)
     stats = {
-        "n_examples": feature.stats.n_examples,
-        "max_activation": feature.stats.max,
-        "mean_activation": feature.stats.mean,
-        "std_activation": feature.stats.std,
-        "n_active": feature.stats.n_active,
-        "n_rollouts": feature.stats.n_rollouts,
-        "histogram": feature.stats.histogram.tolist() or None,
+        "n_examples": known.n_examples,
+        "max_activation": known.max,
+        "mean_activation": known.mean,
+        "std_activation": known.std,
+        "n_active": known.n_active,
+        "n_rollouts": known.n_rollouts,
+        "histogram": known.histogram.tolist() or None,
     }
     return {
         "examples": [
@@ -213,7 +213,7 @@ def _published_feature(feature: Feature) -> dict[str, Any]:
                 "activations": np.asarray(example.activations).tolist(),
                 **({"n_alike": example.n_alike} if example.n_alike >= 0 else {}),
             }
-            for example in feature.examples
+            for example in index.examples(latent)
         ],
         "stats": {key: value for key, value in stats.items() if value is not None},
     }

@@ -188,23 +188,26 @@ class FeatureIndex:
         """Return the feature of a latent. Raises IndexError when there is none."""
         if not 0 <= latent < len(self):
             raise IndexError(f"there is no latent {latent}, they are 0 to {len(self) - 1}")
-        first, last = self.example_offset[latent : latent + 2].tolist()
         sampled = self.sample_offset[latent : latent + 2].tolist()
-        sites = (self.manifest.get("layout") or {}).get("sites") or []
-        modules = [str(site.get("module")) for site in sites]
         share = self.latent_fingerprint[latent].astype(float).tolist()
         return Feature(
             latent=latent,
-            stats=self._stats(latent),
-            examples=tuple(self._example(e) for e in range(first, last)),
+            stats=self.stats(latent),
+            examples=self.examples(latent),
             samples=tuple(self._sample(s) for s in range(*sampled)),
-            fingerprint=dict(zip(modules, share, strict=False)),
+            fingerprint=dict(zip(self._modules, share, strict=False)),
             similar=_pairs(self.near_decoder[latent], self.near_cosine[latent]),
             beside=_pairs(self.near_cofiring[latent], self.near_jaccard[latent]),
             tokens={name: self.ranked_tokens(latent, name) for name in RANKINGS},
         )
 
-    def _stats(self, latent: int) -> FeatureStats:
+    def examples(self, latent: int) -> tuple[Example, ...]:
+        """Return the strongest examples of a latent."""
+        first, last = self.example_offset[latent : latent + 2].tolist()
+        return tuple(self._example(e) for e in range(first, last))
+
+    def stats(self, latent: int) -> FeatureStats:
+        """Return the numbers of a latent."""
         n_active, n_eligible = _known(self.latent_n_active[latent]), self.content.get("n_eligible")
         density = None
         if n_active is not None and isinstance(n_eligible, int) and n_eligible > 0:
@@ -252,7 +255,7 @@ class FeatureIndex:
             "target": int(self.window_target[w]),
             "token_ids": token_ids,
             "activations": self.window_activation[window],
-            "tokens": tuple(display_texts([self.token_bytes(int(i)) for i in token_ids])),
+            "tokens": tuple(display_texts([self.token_bytes(i) for i in token_ids.tolist()])),
         }
 
     @property
@@ -263,15 +266,28 @@ class FeatureIndex:
 
     @cached_property
     def n_examples(self) -> npt.NDArray[np.int64]:
-        """Examples of each latent, `(latent,)`."""
+        """Examples of each latent."""
         return np.diff(self.example_offset)
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the raw bytes of a token of the index. Raises KeyError for others."""
-        at = bisect_left(self.token_id, token_id)
-        if at == len(self.token_id) or self.token_id[at] != token_id:
-            raise KeyError(f"token {token_id} is not in the index")
-        return self.token_data[self.token_offset[at] : self.token_offset[at + 1]].tobytes()
+        known = self._bytes.get(token_id)
+        if known is None:
+            at = bisect_left(self.token_id, token_id)
+            if at == len(self.token_id) or self.token_id[at] != token_id:
+                raise KeyError(f"token {token_id} is not in the index")
+            known = self.token_data[self.token_offset[at] : self.token_offset[at + 1]].tobytes()
+            self._bytes[token_id] = known
+        return known
+
+    @cached_property
+    def _bytes(self) -> dict[int, bytes]:
+        return {}  # of the tokens that were asked for
+
+    @cached_property
+    def _modules(self) -> tuple[str, ...]:
+        sites = (self.manifest.get("layout") or {}).get("sites") or []
+        return tuple(str(site.get("module")) for site in sites)
 
     def ranked_tokens(self, latent: int, ranking: str) -> tuple[tuple[str, float], ...]:
         """Return the tokens of one of `RANKINGS`, best first, each with its score."""
@@ -284,11 +300,7 @@ class FeatureIndex:
         )
 
     def search(self, text: str) -> list[int]:
-        """Return the latents with a window that holds `text`, in any case; strongest first.
-
-        Strongest is the largest value at a token that the text covers, if the latent fires there;
-        latents that do not fire in the text itself come after.
-        """
+        """Return the latents with a window that holds `text`, in any case; strongest there first."""
         from lorascope.features.lookup import search
 
         return search(self, text)

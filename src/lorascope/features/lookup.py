@@ -16,7 +16,11 @@ _BETWEEN = b"\xff"  # no UTF-8 text holds this byte, so no match goes from one w
 
 
 def search(index: FeatureIndex, text: str) -> list[int]:
-    """Return the latents with a window that holds `text`; `FeatureIndex.search` says the order."""
+    """Return the latents with a window that holds `text`, in any case.
+
+    Ordered by the largest value at a token that the text covers; those that do not fire in the text
+    itself come last. Every latent, where the text is empty.
+    """
     wanted = text.lower().encode("utf-8", "surrogatepass")
     if not wanted:
         return list(range(len(index)))
