@@ -300,7 +300,7 @@ class FeatureIndex:
         )
 
     def search(self, text: str) -> list[int]:
-        """Return the latents with a window that holds `text`, in any case; strongest there first."""
+        """Return the latents with a window that holds `text`, in any case, strongest first."""
         from lorascope.features.lookup import search
 
         return search(self, text)
