@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from lorascope.activations.generate import GenerateConfig
     from lorascope.activations.generate import run as generate
     from lorascope.activations.store import ActivationStore
+    from lorascope.causal.faithfulness import EvaluateConfig
+    from lorascope.causal.faithfulness import run as evaluate
     from lorascope.dashboard.render import DashboardConfig
     from lorascope.dashboard.render import run as render
     from lorascope.errors import LorascopeError
@@ -30,6 +32,7 @@ __all__ = [
     "ActivationStore",
     "CollectConfig",
     "DashboardConfig",
+    "EvaluateConfig",
     "FeatureIndex",
     "GenerateConfig",
     "LorascopeError",
@@ -37,6 +40,7 @@ __all__ = [
     "SiteLayout",
     "TrainConfig",
     "collect",
+    "evaluate",
     "generate",
     "load_sae",
     "render",
@@ -49,6 +53,7 @@ _HOMES = {
     "ActivationStore": "activations.store.ActivationStore",
     "CollectConfig": "features.collect.CollectConfig",
     "DashboardConfig": "dashboard.render.DashboardConfig",
+    "EvaluateConfig": "causal.faithfulness.EvaluateConfig",
     "FeatureIndex": "features.index.FeatureIndex",
     "GenerateConfig": "activations.generate.GenerateConfig",
     "LorascopeError": "errors.LorascopeError",
@@ -56,6 +61,7 @@ _HOMES = {
     "SiteLayout": "sites.SiteLayout",
     "TrainConfig": "sae.settings.TrainConfig",
     "collect": "features.collect.run",
+    "evaluate": "causal.faithfulness.run",
     "render": "dashboard.render.run",
     "generate": "activations.generate.run",
     "load_sae": "sae.model.load_sae",
