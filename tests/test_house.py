@@ -79,6 +79,7 @@ def test_help_and_import_need_no_torch():
 
 def test_the_public_names_are_these():
     assert sorted(lorascope.__all__) == [
+        "AblateConfig",
         "ActivationStore",
         "CollectConfig",
         "DashboardConfig",
@@ -90,6 +91,7 @@ def test_the_public_names_are_these():
         "SAE",
         "SiteLayout",
         "TrainConfig",
+        "ablate",
         "collect",
         "evaluate",
         "generate",

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from lorascope.activations.generate import GenerateConfig
     from lorascope.activations.generate import run as generate
     from lorascope.activations.store import ActivationStore
+    from lorascope.causal.ablate import AblateConfig
+    from lorascope.causal.ablate import run as ablate
     from lorascope.causal.faithfulness import EvaluateConfig
     from lorascope.causal.faithfulness import run as evaluate
     from lorascope.dashboard.render import DashboardConfig
@@ -29,6 +31,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SAE",
+    "AblateConfig",
     "ActivationStore",
     "CollectConfig",
     "DashboardConfig",
@@ -39,6 +42,7 @@ __all__ = [
     "RunConfig",
     "SiteLayout",
     "TrainConfig",
+    "ablate",
     "collect",
     "evaluate",
     "generate",
@@ -50,6 +54,7 @@ __all__ = [
 
 _HOMES = {
     "SAE": "sae.model.SAE",
+    "AblateConfig": "causal.ablate.AblateConfig",
     "ActivationStore": "activations.store.ActivationStore",
     "CollectConfig": "features.collect.CollectConfig",
     "DashboardConfig": "dashboard.render.DashboardConfig",
@@ -60,6 +65,7 @@ _HOMES = {
     "RunConfig": "pipeline.RunConfig",
     "SiteLayout": "sites.SiteLayout",
     "TrainConfig": "sae.settings.TrainConfig",
+    "ablate": "causal.ablate.run",
     "collect": "features.collect.run",
     "evaluate": "causal.faithfulness.run",
     "render": "dashboard.render.run",

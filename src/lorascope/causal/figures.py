@@ -38,6 +38,7 @@ _STYLE: dict[str, Any] = {
 _DPI = 150
 _HEADER = 0.55  # inches above the panels
 _DROPPED: Mapping[str, Any] = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
+_BEYOND = 10.0  # times the floor that an effect must have to be one
 _LOW = -0.05  # where the axis of shares begins
 _LONGEST = 40  # characters of a name
 
@@ -128,6 +129,80 @@ def _draw_shares(axes: "Axes", title: str, parts: Mapping[str, Mapping[str, Any]
             axes.plot([_inside(edge) for edge in edges], [i, i], color=_INK, linewidth=1)
         text = f"{value:.3f}" if kept is None else f"{value:.3f} · {kept:.3f}"
         axes.text(1.24, i, text, ha="right", va="center", color=_SOFT)
+
+
+def draw_ablation(data: Mapping[str, Any], path: Path) -> Path:
+    """Draw what taking out each layer costs as bars, and each site as a map of layers and kinds.
+
+    In the bars, ticks are the controls of the same norm and the dashed line is the rounding floor.
+    In the map, a site whose effect is below ten times that floor is crossed out.
+    """
+    manifest = data["metadata"]["lorascope"]
+    layers, floor = data["layers"], data["floor"]["rounding"]
+    sites = manifest["layout"]["sites"]
+    kinds = list(dict.fromkeys(data["projections"]))
+    width = max(8.0, 2.2 + 0.16 * len(layers))
+    with _drawing(path, (width, 4.2 + 0.2 * len(kinds))) as figure:
+        _head(
+            figure,
+            f"{_plain(manifest['content']['adapter_name'])}: what taking out each part changes",
+            f"KL(adapter ‖ without) in nats a token; {data['n_rollouts']} rollouts, "
+            f"{data['n_tokens']:,} tokens; without all {data['without_adapter']['kl']:.3g}; "
+            f"floor {floor:.1e} ({manifest['content']['compute_dtype']})",
+        )
+        heights = (2.2, 0.25 * len(kinds) + 0.5)
+        grid = figure.add_gridspec(2, 2, height_ratios=heights, width_ratios=(40, 1))
+        bars = figure.add_subplot(grid[0, 0])
+        _draw_layers(bars, layers, floor)
+        below = figure.add_subplot(grid[1, 0])
+        _draw_sites(figure, below, figure.add_subplot(grid[1, 1]), sites, data, kinds)
+    return path
+
+
+def _draw_layers(axes: "Axes", layers: Mapping[str, Mapping[str, Any]], floor: float) -> None:
+    axes.set_title("without one layer; ticks: a random direction of the same norm instead")
+    axes.set_xlim(-0.5, len(layers) - 0.5)  # as the map below
+    for i, part in enumerate(layers.values()):
+        axes.bar(i, part["kl"], width=0.7, color=_MAIN)
+        if part["kl_interval"] is not None:
+            axes.plot([i, i], part["kl_interval"], color=_INK, linewidth=1)
+        axes.plot([i - 0.42, i + 0.42], [part["kl_random"]] * 2, color=_OTHER, linewidth=2)
+    axes.axhline(floor, color=_SOFT, linewidth=1, linestyle=(0, (4, 3)), zorder=3)
+    axes.annotate(
+        f"floor\n{floor:.1e}", (1, floor), xycoords=axes.get_yaxis_transform(), color=_SOFT,
+        xytext=(4, 0), textcoords="offset points", va="center",
+    )  # fmt: skip
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("nats a token")
+    _layer_ticks(axes, list(layers))
+
+
+def _draw_sites(
+    figure: "Figure", axes: "Axes", side: "Axes", sites: Any, data: Mapping[str, Any], kinds: Any
+) -> None:
+    import numpy as np
+
+    layers = list(data["layers"])
+    cells = np.full((len(kinds), len(layers)), np.nan)
+    for site, part in zip(sites, data["sites"].values(), strict=True):
+        place = kinds.index(site["projection"]), layers.index(str(site["layer"]))
+        cells[place] = part["kl"]
+        if part["kl"] <= _BEYOND * data["floor"]["rounding"]:
+            axes.plot(place[1], place[0], marker="x", color=_SOFT, markersize=4)
+    axes.set_title("without one site; crossed out: not above ten times the floor")
+    image = axes.imshow(cells, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
+    figure.colorbar(image, cax=side)
+    axes.set_yticks(range(len(kinds)), [_plain(kind) for kind in kinds])
+    axes.spines[:].set_visible(False)
+    _layer_ticks(axes, layers)
+    axes.set_xlabel("layer")
+
+
+def _layer_ticks(axes: "Axes", layers: "list[str]") -> None:
+    """Name every layer, or every so many where they are many; -1 is outside of all."""
+    step = -(-len(layers) // 32)
+    names = ["none" if name == "-1" else name for name in layers]
+    axes.set_xticks(range(0, len(layers), step), names[::step])
 
 
 def _inside(share: float) -> float:
