@@ -79,9 +79,11 @@ def test_help_and_import_need_no_torch():
 
 def test_the_public_names_are_these():
     assert sorted(lorascope.__all__) == [
+        "AblateConfig",
         "ActivationStore",
         "CollectConfig",
         "DashboardConfig",
+        "EvaluateConfig",
         "FeatureIndex",
         "GenerateConfig",
         "LorascopeError",
@@ -89,7 +91,9 @@ def test_the_public_names_are_these():
         "SAE",
         "SiteLayout",
         "TrainConfig",
+        "ablate",
         "collect",
+        "evaluate",
         "generate",
         "load_sae",
         "render",

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from lorascope.activations.generate import GenerateConfig
     from lorascope.activations.generate import run as generate
     from lorascope.activations.store import ActivationStore
+    from lorascope.causal.ablate import AblateConfig
+    from lorascope.causal.ablate import run as ablate
+    from lorascope.causal.faithfulness import EvaluateConfig
+    from lorascope.causal.faithfulness import run as evaluate
     from lorascope.dashboard.render import DashboardConfig
     from lorascope.dashboard.render import run as render
     from lorascope.errors import LorascopeError
@@ -27,16 +31,20 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SAE",
+    "AblateConfig",
     "ActivationStore",
     "CollectConfig",
     "DashboardConfig",
+    "EvaluateConfig",
     "FeatureIndex",
     "GenerateConfig",
     "LorascopeError",
     "RunConfig",
     "SiteLayout",
     "TrainConfig",
+    "ablate",
     "collect",
+    "evaluate",
     "generate",
     "load_sae",
     "render",
@@ -46,16 +54,20 @@ __all__ = [
 
 _HOMES = {
     "SAE": "sae.model.SAE",
+    "AblateConfig": "causal.ablate.AblateConfig",
     "ActivationStore": "activations.store.ActivationStore",
     "CollectConfig": "features.collect.CollectConfig",
     "DashboardConfig": "dashboard.render.DashboardConfig",
+    "EvaluateConfig": "causal.faithfulness.EvaluateConfig",
     "FeatureIndex": "features.index.FeatureIndex",
     "GenerateConfig": "activations.generate.GenerateConfig",
     "LorascopeError": "errors.LorascopeError",
     "RunConfig": "pipeline.RunConfig",
     "SiteLayout": "sites.SiteLayout",
     "TrainConfig": "sae.settings.TrainConfig",
+    "ablate": "causal.ablate.run",
     "collect": "features.collect.run",
+    "evaluate": "causal.faithfulness.run",
     "render": "dashboard.render.run",
     "generate": "activations.generate.run",
     "load_sae": "sae.model.load_sae",

@@ -81,6 +81,18 @@ COMMANDS = {
         "make one self-contained HTML page of a feature index",
         "lorascope dashboard --input features.h5 --output page.html",
     ),
+    "evaluate": Command(
+        "lorascope.causal.faithfulness",
+        "EvaluateConfig",
+        "measure how much of what the adapter does an SAE explains: a report",
+        "lorascope evaluate --lora-path my-adapter --data-dir out/activations --model-path out/sae",
+    ),
+    "ablate": Command(
+        "lorascope.causal.ablate",
+        "AblateConfig",
+        "take layers, projections, sites and features out: what each does, as a report",
+        "lorascope ablate --lora-path my-adapter --data-dir out/activations --model-path out/sae",
+    ),
 }
 _LOOKS = {
     "info": "say what an artifact or an adapter is, from its files alone",
@@ -298,6 +310,10 @@ def _broken(path: Path, kind: str) -> list[str]:
             from lorascope.sae.model import load_sae
 
             load_sae(path)
+        elif kind in ("evaluation", "ablation"):
+            from lorascope.causal.effects import open_report
+
+            open_report(path)
     except LorascopeError as error:
         return [str(error)]
     return []

@@ -66,6 +66,17 @@ def split_rows(
     return rows[~held], rows[held]
 
 
+def halves(store: ActivationStore, rows: RowNumbers) -> tuple[RowNumbers, RowNumbers]:
+    """Part held-out rows by every other rollout: the first half calibrates, the other is reported.
+
+    Rows of one rollout serve both ends.
+    """
+    _, number = np.unique(store.rollout_of(rows), return_inverse=True)
+    if not number.any():
+        return rows, rows
+    return rows[number % 2 == 1], rows[number % 2 == 0]
+
+
 def count_roles(store: ActivationStore) -> dict[str, int]:
     """Return how many eligible rows each role has, in the order of `ROLES`; only roles with any."""
     counts = np.bincount(store.roles[store.eligible], minlength=len(ROLES))

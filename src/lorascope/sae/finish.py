@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorascope.activations.batches import BatchPlan, RowNumbers, read_blocks
+from lorascope.activations.batches import BatchPlan, RowNumbers, halves, read_blocks
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import Build, make_manifest, read_manifest, write_text
 from lorascope.runtime import place
@@ -90,7 +90,7 @@ def publish(
             KIND, SCHEMA, **identity, layout=store.layout.to_json(), content=content
         ),
     )
-    to_calibrate, to_report = _halves(store, run.held_out)
+    to_calibrate, to_report = halves(store, run.held_out)
     sae = sae.calibrated(store, to_calibrate, variant.k)
     report = evaluate(sae, read_blocks(store, to_report))
     report["train"] = trainer.means()
@@ -104,14 +104,6 @@ def publish(
 def beside(out: Path, suffix: str) -> Path:
     """Return the path of a file beside an SAE: `sae.pt` and `sae/` have `sae.jsonl`."""
     return out.with_name(out.name.removesuffix(".pt") + suffix)
-
-
-def _halves(store: ActivationStore, rows: RowNumbers) -> tuple[RowNumbers, RowNumbers]:
-    """Part held-out rows by every other rollout; rows of one rollout serve both ends."""
-    _, number = np.unique(store.rollout_of(rows), return_inverse=True)
-    if not number.any():
-        return rows, rows
-    return rows[number % 2 == 1], rows[number % 2 == 0]
 
 
 def write_table(base: Path, todo: Mapping[Path, tuple[Variant, dict[str, Any]]]) -> Path:

@@ -1,0 +1,1 @@
+"""What rows, sites and features do to the model's output, measured by changing them."""

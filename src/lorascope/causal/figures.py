@@ -1,0 +1,217 @@
+"""Pictures of effects, as PNG or SVG: what was recovered, and what happens without each part.
+
+The same input gives the same bytes: fonts are those that matplotlib ships, the user's settings do
+not count, no date is written. A value that is undefined is named so, never drawn as zero.
+"""
+
+import warnings
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorascope.artifact import replacing
+from lorascope.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Blue and orange after Okabe and Ito, which the colour-blind can tell apart.
+_MAIN, _OTHER, _INK, _SOFT, _LINE = "#2f6f9f", "#b35a10", "#1d2630", "#5d6873", "#c3cad1"
+_STYLE: dict[str, Any] = {
+    "font.sans-serif": ["DejaVu Sans"],  # shipped with matplotlib, so everywhere the same
+    "font.size": 8,
+    "text.color": _INK,
+    "text.parse_math": False,
+    "axes.edgecolor": _LINE,
+    "axes.labelcolor": _SOFT,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    **{f"{axis}tick.color": _LINE for axis in "xy"},
+    **{f"{axis}tick.labelcolor": _SOFT for axis in "xy"},
+    "svg.hashsalt": "lorascope",
+}
+_DPI = 150
+_HEADER = 0.55  # inches above the panels
+_DROPPED: Mapping[str, Any] = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
+_BEYOND = 10.0  # times the floor that an effect must have to be one
+_LOW = -0.05  # where the axis of shares begins
+_LONGEST = 40  # characters of a name
+
+
+@contextmanager
+def _drawing(path: Path, size: tuple[float, float]) -> Generator["Figure"]:
+    """Yield a figure of `size` inches, room for a header on top, and write it to `path` at the end.
+
+    Raises ConfigError at an end other than .png or .svg.
+    """
+    if path.suffix not in _DROPPED:
+        raise ConfigError(f"{path} ends in {path.suffix!r}, expected .png or .svg")
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    below = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - _HEADER / size[1]))
+    with mpl.rc_context(), warnings.catch_warnings():
+        # A character that the font lacks is drawn as a box.
+        warnings.filterwarnings("ignore", message="Glyph .* missing|Matplotlib currently does not")
+        mpl.rcdefaults()
+        mpl.rcParams.update(_STYLE)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        figure = Figure(figsize=size, dpi=_DPI, layout=below)
+        yield figure
+        with replacing(path) as beside:
+            figure.savefig(beside, format=path.suffix[1:], metadata=_DROPPED[path.suffix])
+
+
+def draw_faithfulness(data: Mapping[str, Any], path: Path) -> Path:
+    """Draw an evaluation report: the share recovered by each run, role, layer and projection."""
+    made, found = data["reconstruction"], data["faithfulness"]
+    content = data["metadata"]["lorascope"]["content"]
+    runs = {name: run for name, run in found["runs"].items() if "special_kept" in run}
+    panels = {
+        "rows written; pale: special tokens' rows kept": runs,
+        "the SAE, by role of the predicted token; pale: as above": found["roles"],
+        "the SAE in one layer, share of that layer": found["layers"],
+        "the SAE in one projection, share of that projection": found["projections"],
+    }
+    heights = [
+        max(len(found["layers"]), len(runs)),
+        max(len(found["roles"]), len(found["projections"])),
+    ]
+    with _drawing(path, (10, 1.6 + 0.19 * sum(heights))) as figure:
+        _head(
+            figure,
+            f"{_plain(content['sae_name'])} on {_plain(content['adapter_name'])}: share of the "
+            "adapter's effect that is recovered",
+            f"1 − KL(adapter ‖ run) / KL(adapter ‖ 0), 0 is {found['zero_is']}; "
+            f"{found['n_rollouts']} held-out rollouts, {found['n_tokens']:,} tokens, lines: 95 % "
+            f"intervals; L0 {made['l0']:.1f}; floor {found['floor']['rounding']:.1e} nats a token",
+        )
+        grid = figure.add_gridspec(2, 2, height_ratios=heights)
+        places = grid[0, 0], grid[1, 0], grid[0, 1], grid[1, 1]
+        for place, (title, parts) in zip(places, panels.items(), strict=True):
+            _draw_shares(figure.add_subplot(place), title, parts)
+    return path
+
+
+def _head(figure: "Figure", title: str, text: str) -> None:
+    """Write a title and a line below it into the room above the panels."""
+    inch = 1 / figure.get_figheight()
+    figure.text(0.01, 1 - 0.2 * inch, title, size=11, weight="bold", va="center")
+    figure.text(0.01, 1 - 0.42 * inch, text, color=_SOFT, va="center")
+
+
+def _draw_shares(axes: "Axes", title: str, parts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Draw the share of each part as a bar with its interval, the first on top."""
+    axes.set_title(title)
+    names = [_plain(name) for name in parts]
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlim(_LOW, 1.25)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
+    axes.axvline(0, color=_LINE, linewidth=0.8)
+    axes.axvline(1, color=_LINE, linewidth=0.8, linestyle=(0, (3, 3)))
+    for i, (name, part) in enumerate(parts.items()):
+        color = _MAIN if name == "sae" or "ce" not in part else _OTHER
+        value, edges = part["recovered"], part["recovered_interval"]
+        kept = part.get("special_kept", {}).get("recovered")
+        if kept is not None:
+            axes.barh(i, _inside(kept), height=0.72, color=color, alpha=0.3)
+        if value is None:
+            axes.text(0.01, i, "undefined", color=_SOFT, va="center")
+            continue
+        axes.barh(i, _inside(value), height=0.4, color=color)
+        if edges is not None:
+            axes.plot([_inside(edge) for edge in edges], [i, i], color=_INK, linewidth=1)
+        text = f"{value:.3f}" if kept is None else f"{value:.3f} · {kept:.3f}"
+        axes.text(1.24, i, text, ha="right", va="center", color=_SOFT)
+
+
+def draw_ablation(data: Mapping[str, Any], path: Path) -> Path:
+    """Draw what taking out each layer costs as bars, and each site as a map of layers and kinds.
+
+    In the bars, ticks are the controls of the same norm and the dashed line is the rounding floor.
+    In the map, a site whose effect is below ten times that floor is crossed out.
+    """
+    manifest = data["metadata"]["lorascope"]
+    layers, floor = data["layers"], data["floor"]["rounding"]
+    sites = manifest["layout"]["sites"]
+    kinds = list(dict.fromkeys(data["projections"]))
+    width = max(8.0, 2.2 + 0.16 * len(layers))
+    with _drawing(path, (width, 4.2 + 0.2 * len(kinds))) as figure:
+        _head(
+            figure,
+            f"{_plain(manifest['content']['adapter_name'])}: what taking out each part changes",
+            f"KL(adapter ‖ without) in nats a token; {data['n_rollouts']} rollouts, "
+            f"{data['n_tokens']:,} tokens; without all {data['without_adapter']['kl']:.3g}; "
+            f"floor {floor:.1e} ({manifest['content']['compute_dtype']})",
+        )
+        heights = (2.2, 0.25 * len(kinds) + 0.5)
+        grid = figure.add_gridspec(2, 2, height_ratios=heights, width_ratios=(40, 1))
+        bars = figure.add_subplot(grid[0, 0])
+        _draw_layers(bars, layers, floor)
+        below = figure.add_subplot(grid[1, 0])
+        _draw_sites(figure, below, figure.add_subplot(grid[1, 1]), sites, data, kinds)
+    return path
+
+
+def _draw_layers(axes: "Axes", layers: Mapping[str, Mapping[str, Any]], floor: float) -> None:
+    axes.set_title("without one layer; ticks: a random direction of the same norm instead")
+    axes.set_xlim(-0.5, len(layers) - 0.5)  # as the map below
+    for i, part in enumerate(layers.values()):
+        axes.bar(i, part["kl"], width=0.7, color=_MAIN)
+        if part["kl_interval"] is not None:
+            axes.plot([i, i], part["kl_interval"], color=_INK, linewidth=1)
+        axes.plot([i - 0.42, i + 0.42], [part["kl_random"]] * 2, color=_OTHER, linewidth=2)
+    axes.axhline(floor, color=_SOFT, linewidth=1, linestyle=(0, (4, 3)), zorder=3)
+    axes.annotate(
+        f"floor\n{floor:.1e}", (1, floor), xycoords=axes.get_yaxis_transform(), color=_SOFT,
+        xytext=(4, 0), textcoords="offset points", va="center",
+    )  # fmt: skip
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("nats a token")
+    _layer_ticks(axes, list(layers))
+
+
+def _draw_sites(
+    figure: "Figure", axes: "Axes", side: "Axes", sites: Any, data: Mapping[str, Any], kinds: Any
+) -> None:
+    import numpy as np
+
+    layers = list(data["layers"])
+    cells = np.full((len(kinds), len(layers)), np.nan)
+    for site, part in zip(sites, data["sites"].values(), strict=True):
+        place = kinds.index(site["projection"]), layers.index(str(site["layer"]))
+        cells[place] = part["kl"]
+        if part["kl"] <= _BEYOND * data["floor"]["rounding"]:
+            axes.plot(place[1], place[0], marker="x", color=_SOFT, markersize=4)
+    axes.set_title("without one site; crossed out: not above ten times the floor")
+    image = axes.imshow(cells, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
+    figure.colorbar(image, cax=side)
+    axes.set_yticks(range(len(kinds)), [_plain(kind) for kind in kinds])
+    axes.spines[:].set_visible(False)
+    _layer_ticks(axes, layers)
+    axes.set_xlabel("layer")
+
+
+def _layer_ticks(axes: "Axes", layers: "list[str]") -> None:
+    """Name every layer, or every so many where they are many; -1 is outside of all."""
+    step = -(-len(layers) // 32)
+    names = ["none" if name == "-1" else name for name in layers]
+    axes.set_xticks(range(0, len(layers), step), names[::step])
+
+
+def _inside(share: float) -> float:
+    """Return a share cut to what the axis shows; its number stands beside it in full."""
+    return min(max(share, _LOW), 1.0)
+
+
+def _plain(text: Any) -> str:
+    """Return text in one line of printable characters, cut where it is long."""
+    text = str(text)
+    text = text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

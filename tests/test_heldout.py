@@ -1,0 +1,150 @@
+"""Which texts are held out, how they are batched, and what must belong together."""
+
+import logging
+import re
+
+import numpy as np
+import pytest
+import torch
+from studies import each_column, make_texts
+from test_published import capture
+from test_train import planted_rows
+
+from lorascope.causal.heldout import EffectOptions, held_out_rollouts, open_held_out
+from lorascope.errors import ArtifactError, ConfigError
+from lorascope.sae.model import load_sae
+from lorascope.sae.settings import TrainConfig
+from lorascope.sae.train import run as train
+from lorascope.sites import PROJECTIONS
+from lorascope.subject.intervene import RowEditor
+from lorascope.subject.rollouts import ROLES
+
+
+@pytest.fixture(scope="module")
+def texts_dir(subject_dirs, dataset_file, tmp_path_factory):
+    return make_texts(subject_dirs, dataset_file, tmp_path_factory.mktemp("texts") / "store")
+
+
+def options(subject_dirs, texts_dir, **given):
+    base, adapter = subject_dirs
+    return EffectOptions(
+        **{
+            "lora_path": str(adapter),
+            "base_model": str(base),
+            "data_dir": texts_dir,
+            "device": "cpu",
+            **given,
+        }
+    )
+
+
+def test_held_out_are_the_rollouts_that_the_training_reports_on(make_store, tmp_path):
+    store = make_store(planted_rows(20 * 40), n_rollouts=20)
+    out = train(
+        TrainConfig(
+            data_dir=store.path,
+            output=tmp_path / "sae",
+            expansion_factor=2,
+            k=2,
+            batch_size=64,
+            epochs=1,
+            holdout=0.3,
+            device="cpu",
+        )
+    )
+    sae = load_sae(out, store)
+    rollouts = held_out_rollouts(sae, store)
+    assert 2 <= len(rollouts) <= 4
+    n_rows = int(store.eligible[np.isin(store.rollout_of(np.arange(store.n_rows)), rollouts)].sum())
+    assert n_rows == sae.manifest["content"]["report"]["n_rows"]
+
+
+def test_a_store_that_the_sae_was_not_trained_on_is_taken_whole_and_said(make_store, caplog):
+    store = make_store()
+    with caplog.at_level(logging.WARNING):
+        rollouts = held_out_rollouts(each_column(store), store)
+    assert rollouts.tolist() == list(range(store.n_rollouts))
+    assert "was not trained on" in caplog.text
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 60, 4096])
+def test_every_token_but_the_first_of_a_text_is_predicted_once(
+    subject_dirs, texts_dir, batch_tokens
+):
+    texts = open_held_out(options(subject_dirs, texts_dir, batch_tokens=batch_tokens), None)
+    store, seen = texts.store, []
+    for batch in texts.batches():
+        assert batch.mask.shape == batch.token_ids.shape
+        assert (batch.mask <= batch.own).all()
+        assert batch.token_ids.numel() <= max(batch_tokens, batch.token_ids.shape[1])
+        rows = batch.measured
+        assert np.array_equal(store.token_ids[rows], batch.token_ids[batch.mask].numpy())
+        assert np.array_equal(store.token_ids[rows + 1], batch.targets[batch.mask].numpy())
+        assert np.array_equal(store.rollout_of(rows), store.rollout_of(rows + 1))
+        seen.append(rows)
+    everything = np.setdiff1d(np.arange(store.n_rows), store.rollout_start[1:] - 1)
+    assert np.array_equal(np.sort(np.concatenate(seen)), everything)
+
+
+@torch.inference_mode()
+def test_texts_read_in_windows_are_run_in_the_same_windows(subject_dirs, dataset_file, tmp_path):
+    store_dir = make_texts(
+        subject_dirs, dataset_file, tmp_path / "store", max_length=30, long_texts="window"
+    )
+    texts = open_held_out(options(subject_dirs, store_dir), None)
+    store, seen = texts.store, []
+    with RowEditor(texts.subject) as editor:
+        for batch in texts.batches():
+            assert batch.token_ids.shape[1] <= 30
+            rows = editor.run(batch.token_ids).rows[batch.mask]
+            stored = torch.from_numpy(np.array(store.take(batch.measured)))
+            torch.testing.assert_close(rows, stored, rtol=1e-4, atol=1e-5)
+            seen.append(batch.measured)
+    assert np.array_equal(
+        np.sort(np.concatenate(seen)),
+        np.setdiff1d(np.arange(store.n_rows), store.rollout_start[1:] - 1),
+    )
+
+
+def test_a_prediction_counts_under_the_role_of_the_token_that_is_predicted(subject_dirs, texts_dir):
+    texts = open_held_out(options(subject_dirs, texts_dir), None)
+    rows = np.arange(texts.store.n_rows - 1)
+    roles = texts.role_of(rows)
+    assert np.array_equal(roles, texts.store.roles[1:])  # special ones have that role here
+    assert set(np.unique(roles)) >= {ROLES.index(name) for name in ("user", "think", "special")}
+
+
+@torch.inference_mode()
+def test_rows_of_another_model_are_an_error(subject_dirs, texts_dir):
+    texts = open_held_out(options(subject_dirs, texts_dir, max_rollouts=2), None)
+    assert len(texts.rollouts) == 2
+    with RowEditor(texts.subject) as editor:
+        for batch in texts.batches():
+            rows = editor.run(batch.token_ids).rows
+            assert texts.require_rows(batch, rows) < 1e-5
+            with pytest.raises(ArtifactError, match="made with another model"):
+                texts.require_rows(batch, 1.1 * rows)
+
+
+def test_what_does_not_belong_together_is_one_line(subject_dirs, make_subject, texts_dir, tmp_path):
+    base, _ = subject_dirs
+    other = make_subject(seed=5)
+    longer = make_subject(n_layers=3)
+    cases = [
+        (options((base, other[1]), texts_dir), ArtifactError, "is of adapter"),
+        (options((longer[0], longer[1]), texts_dir), ArtifactError, "another base model"),
+        (options(subject_dirs, tmp_path / "none"), ArtifactError, "does not exist"),
+    ]
+    for config, kind, words in cases:
+        with pytest.raises(kind, match=re.escape(words)) as caught:
+            open_held_out(config, None)
+        assert "\n" not in str(caught.value)
+    for bad in ({"max_rollouts": 0}, {"batch_tokens": 0}, {"seed": -1}):
+        with pytest.raises(ConfigError):
+            options(subject_dirs, texts_dir, **bad)
+
+
+def test_a_folder_of_the_published_scripts_has_no_token_ids_to_run(subject_dirs, tmp_path):
+    folder = capture(tmp_path / "published", PROJECTIONS)
+    with pytest.raises(ArtifactError, match="does not say the ids"):
+        open_held_out(options(subject_dirs, folder), None)
