@@ -440,3 +440,10 @@ def test_an_index_with_fewer_examples_keeps_the_strongest_and_what_is_known(tmp_
     same = limited(index, 100)
     for name in ARRAYS:
         np.testing.assert_array_equal(getattr(same, name), getattr(index, name))
+
+
+def test_an_index_of_the_first_schema_is_answered_with_what_to_do(tmp_path: Path):
+    old = {**manifest_of(4), "schema": 1}
+    replace(small_index(), manifest=old).save(tmp_path / "features.h5")
+    with pytest.raises(ArtifactError, match="schema 1 of features, this version reads 2; run coll"):
+        FeatureIndex.open(tmp_path / "features.h5")
