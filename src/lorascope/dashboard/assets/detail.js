@@ -1,7 +1,7 @@
 // One feature: its numbers, its examples, and what else is known of it.
 import { column, core } from "./data.js";
 import { drawExamples, drawSamples, scaleOf } from "./examples.js";
-import { drawFingerprint, drawHistogram, drawPositions, drawRoles } from "./figures.js";
+import { drawDensities, drawFingerprint, drawHistogram, drawPositions, drawRoles } from "./figures.js";
 import { drawNeighbours, drawRankings } from "./related.js";
 import { drawStats } from "./stats.js";
 import { element } from "./text.js";
@@ -45,5 +45,6 @@ function drawSide(record) {
   if (fires && record.byRole.some((n) => n > 0)) parts.push(drawRoles(record));
   if (fires && record.byPosition.some((n) => n > 0)) parts.push(drawPositions(record));
   parts.push(...drawNeighbours(record));
+  if (fires && core.n_eligible > 0) parts.push(drawDensities(record));
   return parts;
 }
