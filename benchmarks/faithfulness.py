@@ -67,7 +67,7 @@ def row(store: Path, folder: Path, expansion: int, k: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--problems", type=int, default=400)
     n = parser.parse_args().problems
     with tempfile.TemporaryDirectory() as name:

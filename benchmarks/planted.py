@@ -91,8 +91,8 @@ def make_base(folder: Path, seed: int) -> None:
             tie_word_embeddings=False,
         )
     )
-    torch.nn.init.normal_(model.get_input_embeddings().weight)
-    torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.1)
+    torch.nn.init.normal_(model.model.embed_tokens.weight)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.1)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -145,7 +145,7 @@ def plant(
         mixed, _ = torch.linalg.qr(torch.randn(rank, rank, generator=generator))
         module.lora_A["default"].weight.copy_(mixed @ a)
         module.lora_B["default"].weight.copy_(b @ mixed.T)
-    model.save_pretrained(out, save_embedding_layers=False)
+    model.save_pretrained(str(out), save_embedding_layers=False)
 
 
 def _inputs(causal: Any, module: Any, store: ActivationStore) -> tuple[Tensor, Tensor]:
@@ -248,7 +248,7 @@ def make(folder: Path, n_texts: int, seed: int) -> tuple[ActivationStore, list[B
     blank = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     get_peft_model(
         blank, LoraConfig(r=1, target_modules=["down_proj"], task_type="CAUSAL_LM")
-    ).save_pretrained(folder / "blank", save_embedding_layers=False)
+    ).save_pretrained(str(folder / "blank"), save_embedding_layers=False)
     plain = ActivationStore.open(
         generate(
             GenerateConfig(lora_path=str(folder / "blank"), output_dir=folder / "plain", **given)
@@ -316,7 +316,7 @@ def study(folder: Path, n_texts: int, seed: int, k: float = 0.5) -> dict[str, An
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--texts", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     flags = parser.parse_args()
