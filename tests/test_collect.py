@@ -12,7 +12,7 @@ from lorascope.artifact import make_manifest, read_manifest
 from lorascope.errors import ArtifactError, ConfigError, DatasetError
 from lorascope.features import collect
 from lorascope.features.collect import CollectConfig
-from lorascope.features.export import read_published
+from lorascope.features.foreign import read_published
 from lorascope.features.index import FeatureIndex
 from lorascope.sae.model import SAE
 

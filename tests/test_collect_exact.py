@@ -236,6 +236,17 @@ def test_memory_does_not_grow_with_the_store(tmp_path):
     assert sizes[0] == sizes[1] == 24 * (5 + evidence.N_SAMPLED)
 
 
+def test_spans_keep_no_token_between_uses(shared, tmp_path, monkeypatch):
+    """Else memory would grow with the store although what is kept of a latent does not."""
+    cut_at(monkeypatch, 1)
+    used = []
+    real = collect.spans_of
+    monkeypatch.setattr(collect, "spans_of", lambda *args: used.extend(real(*args)) or used)
+    made(*shared, tmp_path / "f.h5")
+    assert len(used) == 12
+    assert {name for span in used for name in vars(span)} == {"store", "first", "last", "only"}
+
+
 def test_codes_in_the_texts_are_those_of_the_sae(tmp_path):
     store = write_store(tmp_path / "store")
     sae = make_sae(tmp_path / "sae")

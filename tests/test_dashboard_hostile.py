@@ -23,7 +23,7 @@ from lorascope.artifact import read_manifest
 from lorascope.dashboard.payload import Payload
 from lorascope.dashboard.render import DashboardConfig, page, run
 from lorascope.features.display import display_texts, pack_tokens
-from lorascope.features.export import write_published
+from lorascope.features.features_json import write_published
 from lorascope.features.index import FeatureIndex
 from lorascope.subject.spelling import token_bytes
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_index import TOKENS, example, index_of, small_index
 
-from lorascope.features.export import write_published
+from lorascope.features.features_json import write_published
 from lorascope.features.index import FeatureIndex
 
 HOSTILE = {

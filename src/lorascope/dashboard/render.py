@@ -34,7 +34,7 @@ from lorascope.config import Config, option
 from lorascope.dashboard.payload import Payload, manifest_comment
 from lorascope.dashboard.serve import PageServer, serve
 from lorascope.errors import ArtifactError, ConfigError
-from lorascope.features.export import read_published
+from lorascope.features.foreign import read_published
 from lorascope.features.index import FeatureIndex
 from lorascope.features.lookup import limited
 from lorascope.runtime import progress

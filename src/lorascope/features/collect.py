@@ -29,7 +29,7 @@ from lorascope.errors import ConfigError, DatasetError
 from lorascope.features.arrays import KIND, SCHEMA
 from lorascope.features.display import pack_tokens
 from lorascope.features.evidence import Evidence, lowest_threshold, scan, spans_of
-from lorascope.features.export import write_published
+from lorascope.features.features_json import write_published
 from lorascope.features.index import FeatureIndex
 from lorascope.features.rankings import ranked_tokens
 from lorascope.features.surroundings import Span
@@ -131,7 +131,7 @@ def run(config: CollectConfig) -> Path:
     n_rollouts = min(config.max_rollouts or store.n_rollouts, store.n_rollouts)
     n_rows = int(store.rollout_start[n_rollouts])
     spans = spans_of(store, n_rollouts, sae.d_sae, config.roles)
-    if not any(span.eligible.any() for span in spans):
+    if not any(span.anew().eligible.any() for span in spans):
         wanted = f"of the roles {', '.join(config.roles)}" if config.roles else "but special ones"
         raise DatasetError(f"{data_dir} has no token that counts: none of {n_rows} {wanted}")
     n_workers = runtime.n_workers(config.device, config.num_gpus)
@@ -193,7 +193,7 @@ def _gather(build: Build, spans: list[Span], sae: "SAE", config: CollectConfig) 
             here = mine.after()
             counted.add(claim.unit)
             for n_rows in scan(
-                spans[claim.unit],
+                spans[claim.unit].anew(),
                 sae,
                 here,
                 config.batch_size,

@@ -114,18 +114,16 @@ def _places(store: ActivationStore, firings: Firings, d_sae: int, name: str) -> 
 def _n_alike(examples: Firings, spans: list[Span], reach: int) -> npt.NDArray[np.int64]:
     """Return at how many eligible tokens the same tokens stand within `reach` places."""
     own = np.zeros(len(examples.row), np.uint64)
-    hashes = []
     for span in spans:
-        hashes.append(span.surroundings(reach))
-        here = (examples.row >= span.first_row) & (examples.row < span.first_row + span.n_rows)
-        own[here] = hashes[-1][examples.row[here] - span.first_row]
-        hashes[-1] = hashes[-1][span.eligible]
+        row = examples.row - span.first_row
+        here = (row >= 0) & (row < span.n_rows)
+        own[here] = span.anew().surroundings(reach)[row[here]]
     wanted, inverse = np.unique(own, return_inverse=True)
     counts = np.zeros(len(wanted), np.int64)
-    for found in hashes:
-        at = np.minimum(np.searchsorted(wanted, found), max(len(wanted) - 1, 0))
-        if len(wanted):
-            counts += np.bincount(at[wanted[at] == found], minlength=len(wanted))
+    for span in (span.anew() for span in spans if len(wanted)):
+        found = span.surroundings(reach)[span.eligible]
+        at = np.minimum(np.searchsorted(wanted, found), len(wanted) - 1)
+        counts += np.bincount(at[wanted[at] == found], minlength=len(wanted))
     return counts[inverse]
 
 

@@ -1,6 +1,6 @@
 """A run of whole rollouts of a store: where each token stands, and what stands around it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -16,6 +16,7 @@ _BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no power of it vanishes
 class Span:
     """The rollouts `[first, last)` of a store, by index. Arrays are `(n_rows,)`.
 
+    They are read when they are asked for and then kept: use `anew` where a span lives on.
     `only` are the roles of the tokens that count, all but `special` where it is empty.
     """
 
@@ -23,6 +24,10 @@ class Span:
     first: int
     last: int
     only: tuple[str, ...] = ()
+
+    def anew(self) -> "Span":
+        """Return the span without the arrays that it has read."""
+        return replace(self)
 
     @property
     def first_row(self) -> int:
