@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lorascope.errors import AdapterError
 from lorascope.subject.adapter import WEIGHTS, inspect_adapter, ranks_by_projection
 from lorascope.subject.inventory import inventory
 from lorascope.subject.load import Subject, find_base, load_subject
+from lorascope.subject.writing import ReadOut, writers_of
 
 CPU = torch.device("cpu")
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -270,3 +272,53 @@ def test_an_adapter_of_separate_experts_is_fused_by_peft_and_its_attention_is_re
     reasons = dict(inventory(subject.adapter).unreadable)
     assert len(reasons) == 2 * 4 * 3
     assert "routed" in reasons["model.layers.0.mlp.experts.3.up_proj"]
+
+
+WRITERS = {
+    "Gemma2": set(),  # a norm stands between them and the stream
+    "Gemma3": set(),
+    "Olmo2": set(),
+    "GPT2": {"attn.c_proj", "mlp.c_proj"},
+    "GPTNeoX": {"dense", "dense_4h_to_h"},
+    "Mamba": set(),
+    "Qwen3Moe": {"o_proj"},
+    "Qwen2Moe": set(),
+}
+
+
+@pytest.mark.parametrize("made", CASES, ids=lambda made: made.name)
+def test_the_sites_that_write_to_the_residual_stream_are_told_from_the_others(made, subject_of):
+    subject = subject_of(made)
+    found = {writer.name for writer in writers_of(subject, subject.layout)}
+    expected = WRITERS.get(made.name, {"o_proj", "down_proj"})
+    assert found == {s.name for s in subject.layout.sites if s.projection in expected}
+
+
+@pytest.mark.parametrize("made", CASES, ids=lambda made: made.name)
+@torch.no_grad()
+def test_the_read_out_is_the_slope_of_the_real_norm_and_head(made, subject_of):
+    """Along directions that leave the norm's divisor as it is."""
+    subject = subject_of(made)
+    norms = {n: m for n, m in subject.causal.named_modules() if "norm" in n or n.endswith("ln_f")}
+    seen = []
+    handles = [
+        norm.register_forward_hook(lambda m, args, out: seen.append((m, args[0])))
+        for norm in norms.values()
+        if not list(norm.children())
+    ]
+    subject.causal(input_ids=ids_of(1, 5), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    norm, stream = seen[-1]  # the last norm that runs is the final one
+    x = stream[0, -1].double()
+    norm, head = deepcopy(norm).double(), deepcopy(subject.causal.get_output_embeddings()).double()
+    head = getattr(head, "base_layer", head)
+    read_out = ReadOut(subject)
+    v = torch.randn(len(x), generator=torch.Generator().manual_seed(0)).double()
+    centred = x - x.mean() if read_out.centres else x
+    v -= centred * (centred @ v) / (centred @ centred)
+    length = centred.square().mean().sqrt()
+    v *= 1e-3 * length
+    slope = head(norm(x + v)) - head(norm(x - v))
+    expected = 2 * read_out.logits(v[None].float())[0].double() / length
+    torch.testing.assert_close(slope, expected, rtol=1e-2, atol=1e-2 * float(slope.abs().max()))

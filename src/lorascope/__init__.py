@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from lorascope.activations.store import ActivationStore
     from lorascope.causal.ablate import AblateConfig
     from lorascope.causal.ablate import run as ablate
+    from lorascope.causal.attribute import AttributeConfig
+    from lorascope.causal.attribute import run as attribute
+    from lorascope.causal.direct import DirectConfig
+    from lorascope.causal.direct import run as direct
     from lorascope.causal.faithfulness import EvaluateConfig
     from lorascope.causal.faithfulness import run as evaluate
     from lorascope.dashboard.render import DashboardConfig
@@ -33,8 +37,10 @@ __all__ = [
     "SAE",
     "AblateConfig",
     "ActivationStore",
+    "AttributeConfig",
     "CollectConfig",
     "DashboardConfig",
+    "DirectConfig",
     "EvaluateConfig",
     "FeatureIndex",
     "GenerateConfig",
@@ -43,7 +49,9 @@ __all__ = [
     "SiteLayout",
     "TrainConfig",
     "ablate",
+    "attribute",
     "collect",
+    "direct",
     "evaluate",
     "generate",
     "load_sae",
@@ -56,8 +64,10 @@ _HOMES = {
     "SAE": "sae.model.SAE",
     "AblateConfig": "causal.ablate.AblateConfig",
     "ActivationStore": "activations.store.ActivationStore",
+    "AttributeConfig": "causal.attribute.AttributeConfig",
     "CollectConfig": "features.collect.CollectConfig",
     "DashboardConfig": "dashboard.render.DashboardConfig",
+    "DirectConfig": "causal.direct.DirectConfig",
     "EvaluateConfig": "causal.faithfulness.EvaluateConfig",
     "FeatureIndex": "features.index.FeatureIndex",
     "GenerateConfig": "activations.generate.GenerateConfig",
@@ -66,7 +76,9 @@ _HOMES = {
     "SiteLayout": "sites.SiteLayout",
     "TrainConfig": "sae.settings.TrainConfig",
     "ablate": "causal.ablate.run",
+    "attribute": "causal.attribute.run",
     "collect": "features.collect.run",
+    "direct": "causal.direct.run",
     "evaluate": "causal.faithfulness.run",
     "render": "dashboard.render.run",
     "generate": "activations.generate.run",

@@ -93,6 +93,19 @@ COMMANDS = {
         "take layers, projections, sites and features out: what each does, as a report",
         "lorascope ablate --lora-path my-adapter --data-dir out/activations --model-path out/sae",
     ),
+    "direct": Command(
+        "lorascope.causal.direct",
+        "DirectConfig",
+        "say which tokens each feature promotes and suppresses, from weights alone: a report",
+        "lorascope direct --lora-path my-adapter --model-path out/sae",
+    ),
+    "attribute": Command(
+        "lorascope.causal.attribute",
+        "AttributeConfig",
+        "say which features made the model predict each token: a report",
+        "lorascope attribute --lora-path my-adapter --data-dir out/activations "
+        "--model-path out/sae --texts-of out/features.h5",
+    ),
 }
 _LOOKS = {
     "info": "say what an artifact or an adapter is, from its files alone",
@@ -310,7 +323,7 @@ def _broken(path: Path, kind: str) -> list[str]:
             from lorascope.sae.model import load_sae
 
             load_sae(path)
-        elif kind in ("evaluation", "ablation"):
+        elif kind in ("evaluation", "ablation", "attribution", "direct"):
             from lorascope.causal.effects import open_report
 
             open_report(path)

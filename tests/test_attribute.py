@@ -1,0 +1,326 @@
+"""Which features made the model say a token: where theory has an answer, and against removals."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from studies import dictionary, each_column, make_texts, strengthen
+from subjects import load, save_adapter
+
+from lorascope.activations.store import ActivationStore
+from lorascope.causal.attribute import AttributeConfig, run
+from lorascope.causal.attribution_report import Behind, agreement_of
+from lorascope.causal.effects import open_report
+from lorascope.causal.gradients import Share, Targets, mean_gradients, no_weight_gradients
+from lorascope.cli import call
+from lorascope.errors import ArtifactError, ConfigError, NumberError
+from lorascope.sites import Site, SiteLayout
+from lorascope.subject.intervene import RowEditor
+from lorascope.subject.load import WEIGHTS, Adapter, Base, Subject
+
+
+@pytest.fixture(scope="module")
+def dirs(make_subject, tmp_path_factory):
+    """A subject whose predictions are far from even, and whose adapter moves them moderately."""
+    base, adapter = strengthen(make_subject(), tmp_path_factory.mktemp("strong"))
+    tensors = load_file(adapter / WEIGHTS)
+    for name in tensors:
+        tensors[name] *= 0.02 if "lora_B" in name else 1.0
+    save_file(tensors, adapter / WEIGHTS, metadata={"format": "pt"})
+    return base, adapter
+
+
+@pytest.fixture(scope="module")
+def store(dirs, dataset_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts") / "store"
+    return ActivationStore.open(make_texts(dirs, dataset_file, folder, num_examples=3))
+
+
+@pytest.fixture(scope="module")
+def sae(store):
+    return each_column(store)
+
+
+@pytest.fixture
+def attributed(dirs, store, sae, tmp_path):
+    """Return a function that makes a report."""
+
+    def made(name="attribution", **given):
+        base, adapter = dirs
+        sae.save(tmp_path / "sae")
+        given = {"base_model": str(base), "data_dir": store.path, "device": "cpu", **given}
+        return run(
+            AttributeConfig(
+                lora_path=str(adapter),
+                model_path=tmp_path / "sae",
+                output=tmp_path / f"{name}.json",
+                **given,
+            )
+        )
+
+    return made
+
+
+class Toy(torch.nn.Module):
+    """A linear model: a running sum of embeddings, two modules that add to it, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(11, 6)
+        self.one, self.two = (torch.nn.Linear(6, 6, bias=False) for _ in range(2))
+        self.head = torch.nn.Linear(6, 11, bias=False)
+
+    def forward(self, input_ids, use_cache=False):
+        x = self.embed(input_ids).cumsum(1)
+        x = x + self.one(x)
+        x = x + self.two(x).cumsum(1)
+        return _Out(self.head(x))
+
+
+class _Out(dict):
+    def __init__(self, logits):
+        super().__init__(logits=logits)
+        self.logits = logits
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """A linear subject with LoRA of rank 2 on both modules."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["one", "two"], init_lora_weights=False)
+    model = get_peft_model(Toy(), config).eval()
+    causal = model.base_model.model
+    layout = SiteLayout.of([Site(layer=-1, projection=n, module=n, rank=2) for n in ("one", "two")])
+    return Subject(
+        model=model,
+        tokenizer=None,
+        adapter=Adapter(Path("toy"), "toy", {}, {}, "a" * 64),
+        base=Base("toy", Path("toy"), "b" * 64),
+        dtype=torch.float32,
+        layout=layout,
+        sites=tuple(causal.get_submodule(s.module).lora_A["default"] for s in layout.sites),
+        mixes=(None, None),
+        device=torch.device("cpu"),
+    )
+
+
+IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+
+
+def parted(subject, editor, ids, kind, places, sae=None):
+    """Return targets, a share and the rows of one text."""
+    with torch.no_grad():
+        rows = editor.run(ids).rows[0]
+        targets = Targets.of(kind, torch.tensor(places), ids, editor.base(ids))
+        if sae is None:
+            eye = torch.eye(rows.shape[1])
+            both = torch.cat([eye, -eye])
+            sae = dictionary(subject.layout, both.T.contiguous(), both)
+        everywhere = np.ones(len(rows), bool)
+        share = Share(sae, rows, np.arange(rows.shape[1]), everywhere)
+    return targets, share, rows
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_on_a_linear_model_contributions_are_the_real_removals_and_add_up(toy, steps):
+    with RowEditor(toy) as editor, no_weight_gradients(toy):
+        targets, share, rows = parted(toy, editor, IDS, "logit-difference", [2, 5, 7])
+        gradients = mean_gradients(editor, IDS, rows, targets, steps)
+        firings = share.firings(gradients)
+        with torch.no_grad():
+            y = targets.values(editor.run(IDS).logits[0, targets.places - 1])
+            y_base = targets.values(editor.base(IDS)[0, targets.places - 1])
+            for i in range(len(share.latent)):
+                changed = rows.clone()
+                changed[share.place[i]] -= share.value[i] * share.sae.W_dec[share.latent[i]]
+                logits = editor.run(IDS, lambda c, _, r=changed: r[None][..., c]).logits
+                gone = y - targets.values(logits[0, targets.places - 1])
+                torch.testing.assert_close(firings[:, i], gone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(firings.sum(1), y - y_base, rtol=1e-4, atol=1e-4)
+    for values in share.rests(gradients).values():
+        assert float(values.abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["kl", "logprob", "logit-difference"])
+def test_shares_add_up_to_the_effect_of_the_whole_adapter(dirs, kind):
+    subject = load(dirs[1], dirs[0])
+    ids = torch.tensor([[5, 9, 200, 31, 7, 64, 12, 90]])
+    gaps = {}
+    with RowEditor(subject) as editor, no_weight_gradients(subject):
+        targets, share, rows = parted(subject, editor, ids, kind, [3, 5, 7])
+        with torch.no_grad():
+            y, y_base = (
+                targets.values(logits[0, targets.places - 1])
+                for logits in (editor.run(ids).logits, editor.base(ids))
+            )
+        for steps in (2, 40):
+            gradients = mean_gradients(editor, ids, rows, targets, steps)
+            whole = share.firings(gradients).sum(1) + sum(share.rests(gradients).values())
+            gaps[steps] = float((whole - (y - y_base)).abs().sum() / (y - y_base).abs().sum())
+            torch.testing.assert_close(share.tokens(gradients).sum(1), whole)
+    assert float((y - y_base).abs().min()) > 1e-3
+    assert gaps[40] < 0.02
+    assert gaps[40] < gaps[2]
+
+
+def test_a_gradient_at_the_adapters_rows_is_the_slope_of_the_prediction(dirs):
+    subject = load(dirs[1], dirs[0])
+    ids = torch.tensor([[5, 9, 200, 31, 7, 64]])
+    with RowEditor(subject) as editor, no_weight_gradients(subject):
+        targets, _, rows = parted(subject, editor, ids, "logprob", [5])
+        gradient = mean_gradients(editor, ids, rows, targets, 0)[0]
+        for place, column in ((0, 2), (3, 5), (4, 12)):
+            moved = []
+            for sign in (1, -1):
+                given = rows.clone()
+                given[place, column] += sign * 0.02
+                with torch.no_grad():
+                    logits = editor.run(ids, lambda c, _, g=given: g[None][..., c]).logits
+                moved.append(float(targets.values(logits[0, targets.places - 1])))
+            slope = (moved[0] - moved[1]) / 0.04
+            assert float(gradient[place, column]) == pytest.approx(slope, rel=0.02, abs=2e-4)
+
+
+def test_nothing_at_or_behind_a_token_contributes_to_it(dirs):
+    subject = load(dirs[1], dirs[0])
+    ids = torch.tensor([[5, 9, 200, 31, 7, 64]])
+    with RowEditor(subject) as editor, no_weight_gradients(subject):
+        targets, share, rows = parted(subject, editor, ids, "kl", [2, 5])
+        firings = share.firings(mean_gradients(editor, ids, rows, targets, 3))
+    for i, place in enumerate(targets.places.tolist()):
+        assert not firings[i, share.place >= place].any()
+        assert firings[i, share.place < place].abs().max() > 0
+
+
+def test_an_adapter_that_writes_nothing_is_behind_nothing(dirs, tmp_path):
+    def silence(model):
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+
+    save_adapter(dirs[0], tmp_path / "adapter", change=silence, r=1)
+    subject = load(tmp_path / "adapter", dirs[0])
+    ids = torch.tensor([[5, 9, 200, 31]])
+    with RowEditor(subject) as editor, no_weight_gradients(subject):
+        for kind in ("kl", "logprob", "logit-difference"):
+            targets, share, rows = parted(subject, editor, ids, kind, [1, 3])
+            assert rows.abs().max() > 0
+            for steps in (0, 4):
+                gradients = mean_gradients(editor, ids, rows, targets, steps)
+                assert not share.firings(gradients).any()
+                assert not share.tokens(gradients).any()
+
+
+def test_tokens_that_both_models_rule_out_leave_a_kl_and_its_gradient_finite():
+    # B52
+    logits = torch.tensor([[1.0, 2.0, -torch.inf, 0.0]], requires_grad=True)
+    base = torch.tensor([[0.5, 0.0, -torch.inf, 1.0]]).log_softmax(-1)
+    targets = Targets("kl", torch.tensor([1]), torch.tensor([0]), base)
+    value = targets.values(logits)
+    (gradient,) = torch.autograd.grad(value.sum(), logits)
+    p, q = logits[0, [0, 1, 3]].softmax(-1), base[0, [0, 1, 3]].softmax(-1)
+    assert float(value.detach()) == pytest.approx(float((p * (p / q).log()).sum().detach()))
+    assert torch.isfinite(gradient).all()
+    impossible = Targets("kl", targets.places, targets.tokens, base.roll(1, -1))
+    with pytest.raises(NumberError, match="rules out"):
+        impossible.values(logits)
+
+
+def test_agreement_knows_what_agrees_and_what_does_not():
+    values = np.array([3.0, -1.0, 0.5, 0.2, 0.1, -2.0], np.float32)
+
+    def behind(taken):
+        return Behind(
+            rollout=0, token=9, text="", adapter=1.0, base=0.0, rests={}, first=0,
+            tokens=values, latents=np.arange(6), sources=np.zeros(6, np.int64),
+            contributions=values, removals=-values, taken=np.array(taken, np.float32),
+        )  # fmt: skip
+
+    agreed = agreement_of([behind(2 * values)])
+    assert agreed["contribution"] == {
+        "rank": pytest.approx(1),
+        "pearson": pytest.approx(1),
+        "top": 1,
+    }
+    assert agreed["removal"]["rank"] == pytest.approx(-1)
+    by_hand = [4, 1, 3, 2, 0, 5]  # ranks of the real removals; those of values: 5 1 4 3 2 0
+    expected = 1 - 6 * (1 + 0 + 1 + 1 + 4 + 25) / (6 * 35)
+    assert agreement_of([behind(by_hand)])["contribution"]["rank"] == pytest.approx(expected)
+    assert agreement_of([]) is None
+
+
+def test_the_report_says_where_adapter_and_base_differ_and_what_is_behind(attributed, store):
+    data = open_report(attributed(steps=24, check_texts=1, tokens=4, top=30))
+    assert data["n_rollouts"] == 3 and data["n_targets"] == 12
+    assert data["completeness"]["gap"] < 0.1
+    assert abs(data["completeness"]["unexplained"]) < 1e-4  # this dictionary rebuilds every row
+    assert data["agreement"]["n_targets"] == 4
+    assert data["agreement"]["removal"]["rank"] > 0.5
+    for text in data["rollouts"]:
+        index = list(store.rollout_id).index(text["rollout"])
+        n = int(np.diff(store.rollout_start)[index])
+        assert len(text["kl"]) == len(text["rise"]) == n
+        assert text["kl"][0] is None and None not in text["kl"][1:]
+        usual = [
+            text["kl"][i] for i in range(1, n) if store.eligible[store.rollout_start[index] + i]
+        ]
+        explained = [text["kl"][one["token"]] for one in text["targets"]]
+        assert sorted(explained) == sorted(usual)[-4:]
+        for one in text["targets"]:
+            assert one["adapter"] - one["base"] == pytest.approx(text["kl"][one["token"]], rel=1e-3)
+            parts = sum(one[name] for name in ("features", "bias", "unexplained", "special"))
+            assert sum(x for _, x, _, _ in one["behind"]) == pytest.approx(
+                one["features"], rel=0.5, abs=0.1
+            )
+            assert parts == pytest.approx(one["adapter"] - one["base"], rel=0.2, abs=0.05)
+            assert all(place < one["token"] for _, _, place, _ in one["behind"])
+
+
+def test_rise_is_what_the_adapter_adds_to_the_tokens_log_probability(attributed, dirs, store):
+    data = open_report(attributed(check_texts=0, target="logprob", steps=1))
+    assert data["agreement"] is None
+    for text in data["rollouts"]:
+        for one in text["targets"]:
+            assert one["adapter"] - one["base"] == pytest.approx(
+                text["rise"][one["token"]], rel=1e-3, abs=1e-4
+            )
+
+
+def test_the_same_command_gives_the_same_bytes_and_verify_reads_it(attributed):
+    out = attributed(steps=2)
+    first = out.read_bytes()
+    assert attributed(steps=2) == out
+    out.unlink()
+    assert attributed(steps=2).read_bytes() == first
+    assert call(["verify", str(out)]) == 0
+    text = json.loads(first)
+    text["rollouts"][0]["kl"][1] = 7.0
+    out.write_text(json.dumps(text))
+    assert call(["verify", str(out)]) == 1
+
+
+def test_a_token_that_is_asked_for_is_explained(attributed, store):
+    rollout = int(store.rollout_id[1])
+    data = open_report(attributed(rollouts=(rollout,), places=(4, 7), steps=2, check_texts=0))
+    assert [text["rollout"] for text in data["rollouts"]] == [rollout]
+    assert [one["token"] for one in data["rollouts"][0]["targets"]] == [4, 7]
+
+
+def test_impossible_requests_are_one_line(attributed, store, tmp_path):
+    for given, words in (
+        ({"rollouts": (10**6,)}, "no rollout 1000000"),
+        ({"places": (3,)}, "name the text"),
+        ({"rollouts": (int(store.rollout_id[0]),), "places": (0,)}, "first token is not predicted"),
+        ({"rollouts": (int(store.rollout_id[0]),), "places": (9999,)}, "tokens"),
+        ({"rollouts": (0,), "texts_of": tmp_path / "features.h5"}, "give one"),
+        ({"steps": 0}, "--steps is 0"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            attributed(**given)
+    with pytest.raises(ArtifactError):
+        attributed(texts_of=tmp_path / "features.h5")
+    assert not (tmp_path / "attribution.json").exists()
