@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from lorascope.causal.attribute import run as attribute
     from lorascope.causal.direct import DirectConfig
     from lorascope.causal.direct import run as direct
+    from lorascope.causal.edit import EditConfig
+    from lorascope.causal.edit import run as edit
     from lorascope.causal.faithfulness import EvaluateConfig
     from lorascope.causal.faithfulness import run as evaluate
+    from lorascope.causal.patch import Patch
     from lorascope.dashboard.render import DashboardConfig
     from lorascope.dashboard.render import run as render
     from lorascope.errors import LorascopeError
@@ -41,10 +44,12 @@ __all__ = [
     "CollectConfig",
     "DashboardConfig",
     "DirectConfig",
+    "EditConfig",
     "EvaluateConfig",
     "FeatureIndex",
     "GenerateConfig",
     "LorascopeError",
+    "Patch",
     "RunConfig",
     "SiteLayout",
     "TrainConfig",
@@ -52,6 +57,7 @@ __all__ = [
     "attribute",
     "collect",
     "direct",
+    "edit",
     "evaluate",
     "generate",
     "load_sae",
@@ -68,10 +74,12 @@ _HOMES = {
     "CollectConfig": "features.collect.CollectConfig",
     "DashboardConfig": "dashboard.render.DashboardConfig",
     "DirectConfig": "causal.direct.DirectConfig",
+    "EditConfig": "causal.edit.EditConfig",
     "EvaluateConfig": "causal.faithfulness.EvaluateConfig",
     "FeatureIndex": "features.index.FeatureIndex",
     "GenerateConfig": "activations.generate.GenerateConfig",
     "LorascopeError": "errors.LorascopeError",
+    "Patch": "causal.patch.Patch",
     "RunConfig": "pipeline.RunConfig",
     "SiteLayout": "sites.SiteLayout",
     "TrainConfig": "sae.settings.TrainConfig",
@@ -79,6 +87,7 @@ _HOMES = {
     "attribute": "causal.attribute.run",
     "collect": "features.collect.run",
     "direct": "causal.direct.run",
+    "edit": "causal.edit.run",
     "evaluate": "causal.faithfulness.run",
     "render": "dashboard.render.run",
     "generate": "activations.generate.run",

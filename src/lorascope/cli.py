@@ -99,6 +99,13 @@ COMMANDS = {
         "say which tokens each feature promotes and suppresses, from weights alone: a report",
         "lorascope direct --lora-path my-adapter --model-path out/sae",
     ),
+    "edit": Command(
+        "lorascope.causal.edit",
+        "EditConfig",
+        "take features out of an adapter, or scale them: a changed adapter, or a runtime patch",
+        "lorascope edit --lora-path my-adapter --data-dir out/activations --model-path out/sae "
+        "--features 12 --output without-12",
+    ),
     "attribute": Command(
         "lorascope.causal.attribute",
         "AttributeConfig",
@@ -317,6 +324,10 @@ def _broken(path: Path, kind: str) -> list[str]:
             read_published(path)
         elif kind == "neuronpedia":
             from lorascope.features.neuronpedia import verify
+
+            return verify(path)
+        elif kind == "edit":
+            from lorascope.causal.edit import verify
 
             return verify(path)
         elif kind == "sae":
