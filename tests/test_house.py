@@ -94,6 +94,7 @@ def test_the_public_names_are_these():
         "RunConfig",
         "SAE",
         "SiteLayout",
+        "SteerConfig",
         "TrainConfig",
         "ablate",
         "attribute",
@@ -105,6 +106,7 @@ def test_the_public_names_are_these():
         "load_sae",
         "render",
         "run",
+        "steer",
         "train",
     ]
     for name in lorascope.__all__:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from lorascope.causal.faithfulness import EvaluateConfig
     from lorascope.causal.faithfulness import run as evaluate
     from lorascope.causal.patch import Patch
+    from lorascope.causal.steer import SteerConfig
+    from lorascope.causal.steer import run as steer
     from lorascope.dashboard.render import DashboardConfig
     from lorascope.dashboard.render import run as render
     from lorascope.errors import LorascopeError
@@ -52,6 +54,7 @@ __all__ = [
     "Patch",
     "RunConfig",
     "SiteLayout",
+    "SteerConfig",
     "TrainConfig",
     "ablate",
     "attribute",
@@ -63,6 +66,7 @@ __all__ = [
     "load_sae",
     "render",
     "run",
+    "steer",
     "train",
 ]
 
@@ -82,6 +86,7 @@ _HOMES = {
     "Patch": "causal.patch.Patch",
     "RunConfig": "pipeline.RunConfig",
     "SiteLayout": "sites.SiteLayout",
+    "SteerConfig": "causal.steer.SteerConfig",
     "TrainConfig": "sae.settings.TrainConfig",
     "ablate": "causal.ablate.run",
     "attribute": "causal.attribute.run",
@@ -93,6 +98,7 @@ _HOMES = {
     "generate": "activations.generate.run",
     "load_sae": "sae.model.load_sae",
     "run": "pipeline.run",
+    "steer": "causal.steer.run",
     "train": "sae.train.run",
 }
 

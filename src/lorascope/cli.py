@@ -99,6 +99,13 @@ COMMANDS = {
         "say which tokens each feature promotes and suppresses, from weights alone: a report",
         "lorascope direct --lora-path my-adapter --model-path out/sae",
     ),
+    "steer": Command(
+        "lorascope.causal.steer",
+        "SteerConfig",
+        "let the model write with features added, removed or clamped: a dose curve and the texts",
+        "lorascope steer --lora-path my-adapter --data-dir out/activations --model-path out/sae "
+        "--features 12 --doses 0.5 1 2",
+    ),
     "edit": Command(
         "lorascope.causal.edit",
         "EditConfig",
@@ -334,7 +341,7 @@ def _broken(path: Path, kind: str) -> list[str]:
             from lorascope.sae.model import load_sae
 
             load_sae(path)
-        elif kind in ("evaluation", "ablation", "attribution", "direct"):
+        elif kind in ("evaluation", "ablation", "attribution", "direct", "steering"):
             from lorascope.causal.effects import open_report
 
             open_report(path)

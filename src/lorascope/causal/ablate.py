@@ -208,10 +208,11 @@ class _Study:
 
     def features(self, sae: "SAE", chosen: Sequence[int], seed: int) -> list[dict[str, Any]]:
         """Return the entries of the features that are asked for, by number."""
+        from lorascope.causal.baselines import random_rows
         from lorascope.causal.side_by_side import run_held
 
         _, columns = self.texts.subject.layout.select(sae.layout.adapter_types)
-        random = _random_rows(sae, seed)
+        random = random_rows(sae, seed)
         found = np.zeros((2, 4, sae.d_sae, len(self.counts)))
         n_fired = np.zeros(sae.d_sae, np.int64)
         wanted = np.isin(np.arange(sae.d_sae), chosen) if chosen else np.ones(sae.d_sae, bool)
@@ -243,16 +244,3 @@ def _without(rows: Tensor, columns: npt.NDArray[np.int64], values: Tensor, writt
     changed = rows.clone()
     changed[:, columns] -= (values[:, None] * written).to(rows.device)
     return Held(changed, values > 0)
-
-
-def _random_rows(sae: "SAE", seed: int) -> Tensor:
-    """Return a random direction for each latent, as long as its decoder row in the SAE's units.
-
-    In raw or effect units it would go mostly into columns that the adapter hardly uses.
-    """
-    scale = sae.scale.cpu()
-    drawn = torch.randn(sae.d_sae, sae.d_in, generator=torch.Generator().manual_seed(seed))
-    drawn *= scale > 0
-    length = (sae.W_dec.cpu() * scale).norm(dim=1, keepdim=True)
-    drawn *= length / drawn.norm(dim=1, keepdim=True).clamp(min=1e-30)
-    return torch.where(scale > 0, drawn / scale, 0.0)

@@ -60,3 +60,16 @@ def _best_of(directions: Tensor, x: Tensor, m: int) -> Tensor:
     gram += _RIDGE * torch.eye(gram.shape[-1], device=x.device)
     values = torch.linalg.solve(gram, (chosen @ x[:, :, None]))
     return (values * chosen).sum(1)
+
+
+def random_rows(sae: SAE, seed: int) -> Tensor:
+    """Return a random direction for each latent, as long as its decoder row in the SAE's units.
+
+    In raw or effect units it would go mostly into columns that the adapter hardly uses.
+    """
+    scale = sae.scale.cpu()
+    drawn = torch.randn(sae.d_sae, sae.d_in, generator=torch.Generator().manual_seed(seed))
+    drawn *= scale > 0
+    length = (sae.W_dec.cpu() * scale).norm(dim=1, keepdim=True)
+    drawn *= length / drawn.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    return torch.where(scale > 0, drawn / scale, 0.0)

@@ -205,6 +205,41 @@ def _layer_ticks(axes: "Axes", layers: "list[str]") -> None:
     axes.set_xticks(range(0, len(layers), step), names[::step])
 
 
+def draw_steering(data: Mapping[str, Any], path: Path) -> Path:
+    """Draw the dose curves of a steering report: how far, how unlikely, how repetitive."""
+    content = data["metadata"]["lorascope"]["content"]
+    named = _plain(", ".join(map(str, data["features"])))
+    panels = {
+        "KL(adapter ‖ steered), nats a token": "kl",
+        "−log p of the text by the adapter, nats a token": "surprise_adapter",
+        "four tokens in a row that were there before, share": "repeats",
+    }
+    still = data["arms"][0]
+    with _drawing(path, (10, 3.4)) as figure:
+        _head(
+            figure,
+            f"{_plain(content['adapter_name'])}: features {named}, {data['how']}",
+            f"{len(data['prompts'])} prompts, changed at {data['where']} tokens; 0 is no change; "
+            "dashed: a random direction of the same length instead; lines: 95 % intervals",
+        )
+        axes_of = figure.subplots(1, len(panels))
+        for axes, (title, name) in zip(axes_of, panels.items(), strict=True):
+            axes.set_title(title, fontsize=8)
+            axes.set_xlabel("dose")
+            for kind, color, line in (("control", _OTHER, (0, (4, 3))), ("feature", _MAIN, "-")):
+                arms = [still, *(arm for arm in data["arms"] if arm["kind"] == kind)]
+                arms = sorted((a for a in arms if a[name] is not None), key=lambda a: a["dose"])
+                doses = [arm["dose"] for arm in arms]
+                values = [arm[name] for arm in arms]
+                axes.plot(doses, values, "o", color=color, linestyle=line, markersize=3)
+                for arm in arms:
+                    edges = arm.get(f"{name}_interval")
+                    if edges is not None:
+                        axes.plot([arm["dose"]] * 2, edges, color=color, linewidth=1, alpha=0.6)
+            axes.set_ylim(bottom=0)
+    return path
+
+
 def _inside(share: float) -> float:
     """Return a share cut to what the axis shows; its number stands beside it in full."""
     return min(max(share, _LOW), 1.0)

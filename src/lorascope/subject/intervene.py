@@ -104,7 +104,7 @@ class RowEditor:
         Texts begin at place 0; what stands behind a shorter one's end may be any token. `push` is
         a control: it adds to what site i writes `push[:, i]` times as much, by Euclidean norm, in
         a random direction that is the same for every token. With `cache` (what a run before
-        returned, or a new cache object) only the tokens that come next are given. Raises
+        returned; True begins one) only the tokens that come next are given. Raises
         AdapterError unless each site ran exactly once, for every token.
         """
         self._read = [[] for _ in self.subject.sites]
@@ -113,7 +113,7 @@ class RowEditor:
             out = self.subject.causal(
                 input_ids=token_ids.to(self.subject.device),
                 use_cache=cache is not None,
-                **({} if cache is None else {"past_key_values": cache}),
+                **({} if cache in (None, True) else {"past_key_values": cache}),
             )
             return Outcome(out.logits, self._rows(self._read), out.get("past_key_values"))
         finally:

@@ -42,7 +42,7 @@ def sample(
 def _continue(
     subject: Subject, prompts: Sequence[Rollout], max_new_tokens: int, temperature: float
 ) -> list[Rollout]:
-    ends = _end_ids(subject)
+    ends = end_ids(subject)
     pad = ends[0] if ends else 0
     longest = max(len(prompt.token_ids) for prompt in prompts)
     room = (subject.max_length or 1 << 62) - longest
@@ -85,7 +85,7 @@ def _joined(
     )
 
 
-def _end_ids(subject: Subject) -> list[int]:
+def end_ids(subject: Subject) -> list[int]:
     """Return the ids that end a turn: the generation config's, and the tokenizer's own."""
     configured = getattr(subject.causal.generation_config, "eos_token_id", None)
     found = configured if isinstance(configured, list) else [configured]

@@ -1,0 +1,152 @@
+"""Texts written while rows are changed: against plain generation, whole passes, and theory."""
+
+import numpy as np
+import pytest
+import torch
+from studies import each_column, make_texts, strengthen
+from subjects import load, save_adapter
+
+from lorascope.activations.store import ActivationStore
+from lorascope.causal.continuing import Change, continue_text
+from lorascope.subject.intervene import RowEditor
+from lorascope.subject.rollouts import ROLES, Rollout
+from lorascope.subject.sample import sample
+
+PROMPT = torch.tensor([5, 9, 200, 31, 7, 64])
+TEXT = torch.ones(6, dtype=torch.bool)
+
+
+@pytest.fixture(scope="module")
+def dirs(make_subject, tmp_path_factory):
+    return strengthen(make_subject(), tmp_path_factory.mktemp("strong"), 3.0)
+
+
+@pytest.fixture(scope="module")
+def subject(dirs):
+    return load(dirs[1], dirs[0])
+
+
+def push(size):
+    def of(rows, _counts):
+        added = torch.zeros_like(rows)
+        added[..., 3] = size
+        return added
+
+    return Change(of)
+
+
+def written(subject, arms, **given):
+    with RowEditor(subject) as editor:
+        return continue_text(editor, PROMPT, TEXT, arms, max_new_tokens=8, **given)
+
+
+def test_without_a_change_it_is_what_the_model_writes_by_itself(subject):
+    prompt = Rollout(0, PROMPT.numpy().astype(np.int32), np.full(6, ROLES.index("text"), np.uint8))
+    (plain,) = sample(subject, [prompt], max_new_tokens=8, temperature=0.0, seed=[0])
+    ((one,),) = written(subject, [None])
+    assert one.token_ids.tolist() == plain.token_ids[6:].tolist()
+    assert len(one.token_ids) > 2
+    assert not one.kl.any()
+
+
+def test_a_change_of_nothing_is_no_change_to_the_bit(subject):
+    for temperature in (0.0, 1.0):
+        (plain,), (nothing,), (pushed,) = written(
+            subject, [None, push(0.0), push(5.0)], temperature=temperature
+        )
+        assert plain.token_ids.tolist() == nothing.token_ids.tolist()
+        assert not nothing.kl.any()
+        assert np.array_equal(plain.surprise, nothing.surprise)
+        assert pushed.kl.max() > 0
+
+
+@torch.inference_mode()
+def test_token_by_token_is_one_pass_over_the_whole_text(subject):
+    """KL, surprise and rows of a changed text, by two plain passes without a cache."""
+    ((one,),) = written(subject, [push(2.0)], temperature=1.0)
+    whole = torch.cat([PROMPT, torch.from_numpy(one.token_ids)])[None]
+    where = torch.zeros(1, whole.shape[1], 1)
+    where[:, 5:] = 1
+
+    def edit(columns, values):
+        bump = torch.zeros(columns.stop - columns.start)
+        if columns.start <= 3 < columns.stop:
+            bump[3 - columns.start] = 2.0
+        return values + where * bump
+
+    with RowEditor(subject) as editor:
+        clean = editor.run(whole)
+        changed = editor.run(whole, edit)
+    log_p, log_q = (x.logits[0, 5:-1].double().log_softmax(-1) for x in (clean, changed))
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    np.testing.assert_allclose(one.kl, kl.numpy(), rtol=1e-3, atol=1e-6)
+    surprise = -log_p.gather(-1, torch.from_numpy(one.token_ids)[:, None])[:, 0]
+    np.testing.assert_allclose(one.surprise, surprise.numpy(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one.rows, clean.rows[0, 6:-1], rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_rows_held_at_nothing_are_the_base_model(subject):
+    nothing = Change(lambda rows, counts: torch.zeros_like(rows), held=True)
+    with RowEditor(subject) as editor:
+        ((one,),) = continue_text(
+            editor, PROMPT, TEXT, [nothing], max_new_tokens=8, everywhere=True
+        )
+        ids = PROMPT[None]
+        for token in one.token_ids:
+            assert int(editor.base(ids)[0, -1].argmax()) == token
+            ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+
+
+def test_taking_out_everything_that_a_dictionary_sees_is_the_base_model(
+    dirs, subject, dataset_file, tmp_path
+):
+    store = ActivationStore.open(make_texts(dirs, dataset_file, tmp_path / "s", num_examples=2))
+    sae = each_column(store)
+    held = Change(lambda rows, counts: torch.zeros_like(rows), held=True)
+
+    def of(rows, _counts):
+        return rows - sae.decode(sae.encode(rows))
+
+    (by_code,), (by_hand,) = written(
+        subject, [Change(of, held=True), held], everywhere=True, temperature=1.0
+    )
+    assert by_code.token_ids.tolist() == by_hand.token_ids.tolist()
+
+
+def test_arms_meet_the_same_noise_whoever_is_beside_them(subject):
+    given = {"samples": 3, "temperature": 1.0, "seed": (7, 1)}
+    alone = written(subject, [None], **given)[0]
+    beside = written(subject, [push(9.0), None, push(0.0)], **given)
+    for sample_, (one, other, third) in enumerate(zip(alone, beside[1], beside[2], strict=True)):
+        assert one.token_ids.tolist() == other.token_ids.tolist() == third.token_ids.tolist()
+        assert sample_ < 3
+    assert len({tuple(one.token_ids) for one in alone}) > 1
+    other_seed = written(subject, [None], **{**given, "seed": (8, 1)})[0]
+    assert [tuple(x.token_ids) for x in other_seed] != [tuple(x.token_ids) for x in alone]
+
+
+def test_an_adapter_that_writes_nothing_cannot_be_steered(dirs, tmp_path):
+    def silence(model):
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+
+    save_adapter(dirs[0], tmp_path / "adapter", change=silence, r=1)
+    silent = load(tmp_path / "adapter", dirs[0])
+    (plain,), (pushed,) = written(silent, [None, push(100.0)])
+    assert plain.token_ids.tolist() == pushed.token_ids.tolist()
+    assert not pushed.kl.any()
+
+
+def test_hooks_are_gone_after_a_change_that_raised(subject):
+    def raises(rows, counts):
+        raise RuntimeError("no")
+
+    def n_hooks():
+        return sum(len(module._forward_hooks) for module in subject.model.modules())
+
+    before = n_hooks()
+    with pytest.raises(RuntimeError, match="no"):
+        written(subject, [Change(raises)])
+    assert n_hooks() == before
