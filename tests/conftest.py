@@ -247,12 +247,20 @@ def show(tab: "Shown", tmp_path: Path) -> Iterator[Any]:
     output = tmp_path / "page.html"
 
     def start(
-        source: Any, address: str = "", *, scheme: Any = "light", width: int = 1200
+        source: Any,
+        address: str = "",
+        *,
+        scheme: Any = "light",
+        width: int = 1200,
+        effects: tuple[Path, ...] = (),
     ) -> "Shown":
         if isinstance(source, FeatureIndex):
             source.save(tmp_path / "features.h5")
             source = tmp_path / "features.h5"
-        run(DashboardConfig(input=source, output=output, title="T", overwrite=True))
+        config = DashboardConfig(
+            input=source, output=output, title="T", overwrite=True, effects=effects
+        )
+        run(config)
         tab.page.set_viewport_size({"width": width, "height": 800})
         tab.page.emulate_media(color_scheme=scheme)
         tab.page.mouse.move(0, 0)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from browser import open_browser
+from effect_reports import write_all
 from test_index import index_of
 from test_synthetic_features import synthetic
 
@@ -23,14 +24,16 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("access")
     full = synthetic(300, 5, 6, n_texts=9, n_rollouts=30, n_layers=4)
 
-    def made(name: str, index: FeatureIndex) -> str:
+    def made(name: str, index: FeatureIndex, effects: tuple[Path, ...] = ()) -> str:
         index.save(folder / f"{name}.h5")
-        config = DashboardConfig(input=folder / f"{name}.h5", output=folder / f"{name}.html")
+        source, output = folder / f"{name}.h5", folder / f"{name}.html"
+        config = DashboardConfig(input=source, output=output, effects=effects)
         return run(config).resolve().as_uri()
 
     shortest = int(full.text_rollout[np.diff(full.text_offset).argmin()])
     return {
         "full": made("full", full),
+        "effects": made("effects", full, write_all(folder, full)),
         "empty": made("empty", index_of([])),
         "text": str(shortest),  # axe-core takes long for each token
     }
@@ -65,6 +68,10 @@ VIEWS = {
     "map": ("full", "#/map", ()),
     "texts": ("full", "#/text/{text}", ()),
     "painted text": ("full", "#/text/{text}?paint=1,2,4", ()),
+    "effects": ("effects", "#/feature/3", ()),
+    "effects of nothing": ("effects", "#/feature/1", ()),
+    "apart": ("effects", "#/text/{text}", ()),
+    "behind a token": ("effects", "#/text/{text}?token=2", ()),
     "help": ("full", "#/feature/1", ("help-button",)),
     "unknown feature": ("full", "#/feature/9999", ()),
     "unknown text": ("full", "#/text/9999", ()),

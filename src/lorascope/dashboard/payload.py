@@ -6,11 +6,13 @@
    (packing.py). The page decodes a block when it shows one of its features.
 3. A rollout that is kept whole is one block too, with the codes of all its tokens.
 4. Tokens are indices into the table of texts (texttable.py).
+5. Reports of effects (reports.py) add columns to all three, where they are given.
 
 Statistics, the values of examples and samples, and rows are the index's own bits. Rounded are:
 activations of the tokens around (by at most 1/32767 of the feature's largest in its windows),
 shares of a fingerprint (1/62 of its largest), places on the map (1/131068 of its width); scores
-of neighbours and of ranked tokens and values in kept texts (1/256 of themselves).
+of neighbours and of ranked and promoted tokens, values in kept texts, KL and contributions there
+(1/256 of themselves).
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,6 +27,7 @@ from lorascope.artifact import canonical, digest_of
 from lorascope.dashboard.facts import facts
 from lorascope.dashboard.layout import layout
 from lorascope.dashboard.packing import SHARES, halved, narrowest, pack, scaled, text_of
+from lorascope.dashboard.reports import SIDES, TEXT_COLUMNS, Reports
 from lorascope.dashboard.texttable import TextTable
 from lorascope.features.arrays import RANKINGS
 from lorascope.features.index import FeatureIndex
@@ -76,6 +79,7 @@ class Payload:
 
     index: FeatureIndex
     title: str
+    reports: Reports = Reports(0)
 
     @property
     def n_blocks(self) -> int:
@@ -120,6 +124,10 @@ class Payload:
             "kept_fvu": ("<f4", index.text_fvu),
             "kept_rarity": ("<f4", index.text_rarity),
             "kept_length": ("<u4", np.diff(index.text_offset)),
+            **{
+                name: ("<f4", values)
+                for name, values in (self.reports.effects() | self.reports.shares()).items()
+            },
         }
         data = {
             "title": self.title,
@@ -147,6 +155,7 @@ class Payload:
                 }
                 for name, (dtype, values) in columns.items()
             },
+            "effects": self.reports.about(),
             "texts": texts.texts,
             "bytes": texts.bytes,
         }
@@ -213,6 +222,9 @@ class Payload:
             ids = getattr(index, f"ranked_{name}_id")[latents]
             values[name] = np.where(ids == -1, 0, self._texts.of_ids(ids) + 1)
             values[f"{name}_"] = halved(getattr(index, f"ranked_{name}_score")[latents])
+        for side, (ids, scores) in self._directed.items():
+            values[side] = np.where(ids[latents] == -1, 0, self._texts.of_ids(ids[latents]) + 1)
+            values[f"{side}_"] = halved(scores[latents])
         return pack(values, self._columns)
 
     def blocks(self) -> Iterator[tuple[int, str]]:
@@ -233,6 +245,8 @@ class Payload:
             "latent": index.text_latent[code[0] : code[-1]],
             "value": halved(index.text_value[code[0] : code[-1]]),
         }
+        if "attribution" in self.reports.found:
+            values |= self.reports.text(int(index.text_rollout[number]), last - first)
         return pack(values, self._text_columns)
 
     def _key(self) -> str:
@@ -282,16 +296,24 @@ class Payload:
     def _columns(self) -> dict[str, str]:
         entry, latent = narrowest(len(self._texts.texts)), narrowest(len(self.index))
         narrow = dict.fromkeys(("token", *RANKINGS), entry)
-        return {**_COLUMNS, **narrow, "near": latent, "beside": latent}
+        named = dict.fromkeys(self._directed, entry)
+        scores = {f"{side}_": "<b2" for side in self._directed}
+        return {**_COLUMNS, **narrow, "near": latent, "beside": latent, **named, **scores}
 
     @cached_property
     def _text_columns(self) -> dict[str, str]:
         entry, latent = narrowest(len(self._texts.texts)), narrowest(len(self.index))
-        return {**_TEXT_COLUMNS, "token": entry, "latent": latent}
+        more = TEXT_COLUMNS if "attribution" in self.reports.found else {}
+        return {**_TEXT_COLUMNS, "token": entry, "latent": latent, **more}
+
+    @cached_property
+    def _directed(self) -> dict[str, tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
+        known = "direct" in self.reports.found
+        return {side: self.reports.tokens(side) for side in SIDES} if known else {}
 
     @cached_property
     def _texts(self) -> TextTable:
-        return TextTable.of(self.index)
+        return TextTable.of(self.index, self.reports.vocabulary)
 
 
 def escape_json(text: str) -> str:

@@ -32,6 +32,7 @@ from lorascope.artifact import (
 )
 from lorascope.config import Config, option
 from lorascope.dashboard.payload import Payload, manifest_comment
+from lorascope.dashboard.reports import Reports
 from lorascope.dashboard.serve import PageServer, serve
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.features.foreign import read_published
@@ -59,6 +60,12 @@ class DashboardConfig(Config):
         help="features.h5, or a features JSON of the published schema", identity=False
     )
     output: Path = option(Path("sae_dashboard_new.html"), help="HTML file to write", identity=False)
+    effects: tuple[Path, ...] = option(
+        (),
+        help="reports of what the features do, to show beside them: those of ablate, direct and "
+        "attribute",
+        identity=False,
+    )
     title: str = option("LoRA features", help="heading of the page")
     max_examples: int | None = option(
         None,
@@ -95,6 +102,8 @@ def run(config: DashboardConfig) -> Path:
     index = _read(source)
     made_by = read_manifest(source)
     parents = {"features": digest_file(source) if made_by is None else digest_of(made_by)}
+    reports = Reports.open(config.effects, index, source)
+    parents |= Reports.parents(config.effects)
     settings = config.settings()
     identity = {"settings": settings, "parents": parents, "overwrite": config.overwrite}
     if not config.serve and is_made(output, KIND, **identity):
@@ -110,7 +119,7 @@ def run(config: DashboardConfig) -> Path:
     )
     if config.max_examples is not None:
         index = limited(index, config.max_examples)
-    payload = Payload(index, config.title)
+    payload = Payload(index, config.title, reports)
     if config.serve:
         serve(server_of(payload, manifest, config.port or 0))
         return source

@@ -4,7 +4,7 @@ The table has an entry per vocabulary token, in the vocabulary's order, and afte
 tokens whose text depends on their neighbours: the pieces of a character that tokens share.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,6 +21,8 @@ Ints = npt.NDArray[np.int64]
 class TextTable:
     """Texts, their tokens, and the entries of every window and text where they are its own."""
 
+    ids: npt.NDArray[np.int32]  # of the vocabulary, ascending
+    special: npt.NDArray[np.bool_]
     index: FeatureIndex
     texts: list[str]
     token: list[int]  # entry -> place in the vocabulary
@@ -30,11 +32,20 @@ class TextTable:
     rollouts: dict[int, list[int]] = field(default_factory=dict)  # kept text -> entries
 
     @classmethod
-    def of(cls, index: FeatureIndex) -> "TextTable":
-        """Build the table in the order of the vocabulary, then windows, then kept texts."""
-        raw = [index.token_bytes(int(i)) for i in index.token_id]
+    def of(cls, index: FeatureIndex, more: Mapping[int, bytes] | None = None) -> "TextTable":
+        """Build the table in the order of the vocabulary, then windows, then kept texts.
+
+        `more` are tokens with their bytes that need not occur in the index.
+        """
+        spelled = {int(i): index.token_bytes(int(i)) for i in index.token_id}
+        spelled = {**(more or {}), **spelled}
+        ids = np.array(sorted(spelled), np.int32)
+        raw = [spelled[i] for i in ids.tolist()]
+        special = np.isin(ids, index.token_id[index.token_special != 0])
         partial = np.array([not _is_text(token) for token in raw], dtype=bool)
         table = cls(
+            ids,
+            special,
             index,
             [token.decode(errors="replace") for token in raw],
             list(range(len(raw))),
@@ -53,13 +64,13 @@ class TextTable:
     @property
     def token_ids(self) -> npt.NDArray[np.int32]:
         """Token id of every entry."""
-        return self.index.token_id[np.array(self.token, dtype=np.int64)]
+        return self.ids[np.array(self.token, dtype=np.int64)]
 
     @property
     def flags(self) -> npt.NDArray[np.uint8]:
         """Whether each entry is of a special token or of a piece of a character."""
         owner = np.array(self.token, dtype=np.int64)
-        special = _SPECIAL * (self.index.token_special[owner] != 0)
+        special = _SPECIAL * self.special[owner]
         return (special + _PARTIAL * self.partial[owner]).astype(np.uint8)
 
     @property
@@ -69,7 +80,7 @@ class TextTable:
 
     def of_ids(self, ids: npt.NDArray[np.int32]) -> Ints:
         """Return the vocabulary's own entries of tokens, whatever stands beside them."""
-        return np.searchsorted(self.index.token_id, ids)
+        return np.searchsorted(self.ids, ids)
 
     def of_windows(self, first: int, last: int) -> Ints:
         """Return the entries of the tokens of windows `first` to `last`, behind one another."""

@@ -122,7 +122,16 @@ function record(block, id) {
         return [name, pairs(row(block[name], n), row(block[`${name}_`], n))];
       }),
     ),
+    promoted: directed(block, "promoted", i),
+    suppressed: directed(block, "suppressed", i),
   };
+}
+
+function directed(block, side, i) {
+  const n = core.effects.direct?.n ?? 0;
+  if (!n) return [];
+  const part = (values) => values.subarray(i * n, (i + 1) * n);
+  return pairs(part(block[side]), part(block[`${side}_`]));
 }
 
 function windowOf(block, w, i) {

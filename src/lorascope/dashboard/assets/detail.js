@@ -1,5 +1,6 @@
 // One feature: its numbers, its examples, and what else is known of it.
 import { column, core } from "./data.js";
+import { drawEffects } from "./effects.js";
 import { drawExamples, drawSamples, scaleOf } from "./examples.js";
 import { drawDensities, drawFingerprint, drawHistogram, drawPositions, drawRoles } from "./figures.js";
 import { drawNeighbours, drawRankings } from "./related.js";
@@ -39,7 +40,7 @@ export function drawMessage(text, testid = "message") {
 
 function drawSide(record) {
   const fires = column.n_active[record.id] > 0;
-  const parts = [];
+  const parts = drawEffects(record);
   if (core.sites && record.shares.some((share) => share > 0)) parts.push(drawFingerprint(record));
   parts.push(...drawRankings(record));
   if (fires && record.byRole.some((n) => n > 0)) parts.push(drawRoles(record));

@@ -18,6 +18,8 @@ const SORTS = {
   max: (id) => -(Number.isNaN(column.max[id]) ? LEAST : column.max[id]),
   mean: (id) => -(Number.isNaN(column.mean[id]) ? LEAST : column.mean[id]),
   stable: (id) => -(Number.isNaN(column.stability[id]) ? LEAST : column.stability[id]),
+  effect: (id) => -(column.effect_kl?.[id] >= 0 ? column.effect_kl[id] : LEAST),
+  each: (id) => -(column.effect_each?.[id] >= 0 ? column.effect_each[id] : LEAST),
   site: (id) => column.main_site[id],
   role: (id) => column.main_role[id],
 };

@@ -124,6 +124,9 @@ if (core.sites && column.main_site.length) {
 } else {
   hide("site");
 }
+if (!column.effect_kl) {
+  for (const node of form.querySelectorAll('[data-need="effect"]')) node.remove();
+}
 if (!column.stability.some((value) => !Number.isNaN(value))) hide("stability");
 
 form.addEventListener("input", (event) => {

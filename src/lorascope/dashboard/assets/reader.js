@@ -1,5 +1,6 @@
 // One text, read whole: its roles, what fires on each token, and features painted over it.
 import { column, core, keptText } from "./data.js";
+import { apartNotes, drawApartLegend, drawBehind, drawMostApart, isAttributed, paintApart } from "./apart.js";
 import { drawMessage } from "./detail.js";
 import { LEVELS, drawToken, lineEnd } from "./examples.js";
 import { meter, panel } from "./figures.js";
@@ -16,7 +17,7 @@ const MANY = 40; // features listed at a token
 const FEW = 12; // features listed of a text
 const AT_POINTER = 5; // features in the note beside the pointer
 
-let shown = null; // { text, kept, nodes, painted, panels }
+let shown = null; // { text, kept, nodes, painted, asked, and nodes that are redrawn }
 
 // Shows a text. `query` may name a token to go to and features to paint.
 export async function showText(text, query) {
@@ -32,10 +33,11 @@ export async function showText(text, query) {
   const side = element("div", "feature-side");
   shown.at = element("div", "here");
   shown.paints = element("div", "paints");
+  shown.legend = element("div");
   side.append(shown.paints, shown.at);
   const layout = element("div", "feature-body");
   layout.append(body, side);
-  area.replaceChildren(drawFacts(text), layout);
+  area.replaceChildren(drawFacts(text), shown.legend, layout);
   area.dataset.text = column.kept_rollout[text];
   drawPaints();
   drawHere(-1);
@@ -112,6 +114,7 @@ function paint() {
   nodes.forEach((node, t) => {
     node.className = node.className.replace(/ ?\b(heat|paint)-\d\b/g, "");
     delete node.dataset.value;
+    delete node.dataset.kl;
     if (!painted.length) return;
     let [best, level, value] = [-1, 0, 0];
     for (let c = kept.codes[t]; c < kept.codes[t + 1]; c++) {
@@ -126,6 +129,9 @@ function paint() {
     else node.classList.add(`paint-${best + 1}`);
     node.style.setProperty("--level", `${Math.round(15 + 40 * level)}%`);
   });
+  const isApart = !painted.length && isAttributed(kept);
+  if (isApart) paintApart(kept, nodes);
+  shown.legend.replaceChildren(...(isApart ? [drawApartLegend(kept)] : []));
 }
 
 function setPainted(ids) {
@@ -163,7 +169,8 @@ function drawPaints() {
     const id = /^\d{1,9}$/.test(input.value.trim()) ? Number(input.value) : -1;
     if (id >= 0 && id < core.n_features && !painted.includes(id)) setPainted([...painted, id]);
   });
-  const note = "Colour by activation, as a share of the feature's largest anywhere. Up to four.";
+  const note = "Colour by activation, as a share of the feature's largest anywhere. Up to four." +
+    (isAttributed(shown.kept) ? " Without any: how far adapter and base are apart." : "");
   shown.paints.replaceChildren(panel("Painted features", note, [chips, form], { testid: "paints" }));
 }
 
@@ -196,7 +203,11 @@ function drawHere(t) {
       "their largest. Choose a token to see what fires there.", list, { testid: "here" })
     : panel(`On token ${whole(t)}`, `${n} feature${pairs.length === 1 ? " fires" : "s fire"} here. ` +
       "Bar: share of the feature's largest activation.", list, { testid: "here" });
-  shown.at.replaceChildren(what);
+  const { kept } = shown;
+  const apart = !isAttributed(kept) ? [] : [
+    t < 0 ? drawMostApart(kept, goTo) : drawBehind(kept, t, markSource),
+  ];
+  shown.at.replaceChildren(...apart, what);
 }
 
 function most() {
@@ -207,6 +218,17 @@ function most() {
     sums.set(id, (sums.get(id) ?? 0) + share);
   });
   return [...sums].sort((a, b) => b[1] - a[1]);
+}
+
+// Pins a token and brings it into view.
+function goTo(t) {
+  pin(t);
+  shown.nodes[t].scrollIntoView({ block: "center" });
+  shown.nodes[t].focus({ preventScroll: true });
+}
+
+function markSource(t, on) {
+  shown.nodes[t]?.classList.toggle("source", on);
 }
 
 function pin(t) {
@@ -233,6 +255,7 @@ watchTokens(area, (token) => {
   }
   const more = pairs.length - AT_POINTER;
   if (more > 0) lines.push(element("span", "tip-note", `and ${more} more`));
+  lines.push(...apartNotes(shown.kept, t));
   return lines;
 });
 area.addEventListener("click", (event) => {

@@ -32,6 +32,12 @@ export function saveTable(ids) {
     std: (id) => real(column.std[id]),
     n_examples: (id) => column.n_examples[id],
     stability: (id) => real(column.stability[id]),
+    ...(column.effect_kl && {
+      kl: (id) => real(column.effect_kl[id]),
+      kl_each: (id) => real(column.effect_each[id]),
+      kl_random: (id) => real(column.effect_random[id]),
+    }),
+    ...(column.direct_share && { direct_share: (id) => real(column.direct_share[id]) }),
     role: (id) => words(mainRole(id)),
     site: (id) => words(mainSite(id)),
     token: (id) => words(column.n_examples[id] ? core.texts[column.top_token[id]] : ""),

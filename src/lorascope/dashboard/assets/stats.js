@@ -36,6 +36,11 @@ export function drawStats(id) {
   return stats;
 }
 
+function effect(id) {
+  const kl = column.effect_kl?.[id];
+  return kl >= 0 && short(Number(kl.toPrecision(3)));
+}
+
 function rows(id) {
   const real = (name) => !Number.isNaN(column[name][id]) && short(column[name][id]);
   const count = (name) => column[name][id] >= 0 && whole(column[name][id]);
@@ -51,6 +56,8 @@ function rows(id) {
     ["mean", "mean", column.mean[id], real("mean"),
       "average activation over the tokens on which it fires"],
     ["std", "std", column.std[id], real("std"), "standard deviation over the same tokens"],
+    ["effect", "effect", column.effect_kl?.[id], effect(id),
+      "KL(adapter \u2016 without it), nats a token, on held-out texts"],
     ["examples", "n_examples", column.n_examples[id], String(column.n_examples[id]),
       `strongest tokens kept, of ${core.top_k} at most`],
     ["stability", "stability", column.stability[id], real("stability"),

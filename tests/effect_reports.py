@@ -1,0 +1,143 @@
+"""Reports of effects that fit a feature index, made up: for tests of the page."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorascope.artifact import make_manifest
+from lorascope.causal.effects import seal
+from lorascope.features.index import FeatureIndex
+
+NEW_TOKEN = 900_001  # not in any index: its text is hostile
+HOSTILE = "</script><img src=x onerror=alert(1)>"
+
+
+def write(path: Path, kind: str, index: FeatureIndex, report: dict[str, Any]) -> Path:
+    """Write a report with its checksum, as of the index's SAE and store."""
+    manifest = make_manifest(
+        kind,
+        1,
+        settings={},
+        parents=dict(index.manifest.get("parents") or {}),
+        layout=None,
+        content={},
+    )
+    path.write_text(seal(manifest, report), encoding="utf-8")
+    return path
+
+
+def ablation(index: FeatureIndex) -> dict[str, Any]:
+    """An entry for each feature but the last two; 1 never fires, 2 does in one text only."""
+    rng = np.random.default_rng(1)
+    entries = []
+    for latent in range(max(len(index) - 2, 0)):
+        kl = 0.0 if latent == 1 else float(10 ** rng.uniform(-6, -2))
+        entries.append(
+            {
+                "feature": latent,
+                "n_fired": 0 if latent == 1 else 5 + latent,
+                "kl": kl,
+                "kl_interval": None if latent == 2 else [kl / 3, kl * 2],
+                "kl_each": None if latent == 1 else kl * 20,
+                "share_here": None if latent == 1 else 0.25,
+                "ce_rise": -kl / 7,
+                "kl_special": kl,
+                "kl_random": kl / 2,
+            }
+        )
+    return {
+        "n_rollouts": 5,
+        "n_tokens": 400,
+        "floor": {"null": 0.0, "rounding": 3e-12},
+        "without_adapter": {"kl": 0.3},
+        "features": entries,
+    }
+
+
+def direct(index: FeatureIndex) -> dict[str, Any]:
+    """Two tokens on each side, one of which the index does not have; feature 1 writes nothing."""
+    known = int(index.token_id[index.token_id >= 0][0])
+    vocabulary = {known: index.token_bytes(known), NEW_TOKEN: HOSTILE.encode()}
+
+    def side(sign: int, latent: int) -> list[dict[str, Any]]:
+        return [
+            {"token_id": i, "token": vocabulary[i].decode(errors="replace"), "z": sign * z}
+            for i, z in ((NEW_TOKEN, 4.0 + latent), (known, 1.5))
+        ]
+
+    return {
+        "unit": "standard deviations over the vocabulary",
+        "n_tokens": 2,
+        "writers": ["0.down_proj"],
+        "indirect": [],
+        "vocabulary": {str(i): raw.hex() for i, raw in vocabulary.items()},
+        "features": [
+            {
+                "feature": latent,
+                "share": 0.0 if latent == 1 else 0.625,
+                "promoted": [] if latent == 1 else side(1, latent),
+                "suppressed": [] if latent == 1 else side(-1, latent),
+            }
+            for latent in range(len(index))
+        ],
+    }
+
+
+def attribution(index: FeatureIndex) -> dict[str, Any]:
+    """KL and rise of every token of the whole texts; the strongest two of each are explained."""
+    rng = np.random.default_rng(2)
+    rollouts = []
+    for number, rollout in enumerate(index.text_rollout.tolist()):
+        n = int(np.diff(index.text_offset)[number])
+        kl = [None, *(10 ** rng.uniform(-4, 1, n - 1)).tolist()]
+        order = sorted(range(1, n), key=lambda t: -kl[t])[:2]
+        rollouts.append(
+            {
+                "rollout": rollout,
+                "kl": kl,
+                "rise": [None, *rng.normal(size=n - 1).tolist()],
+                "targets": [
+                    {
+                        "token": t,
+                        "text": "x",
+                        "adapter": kl[t],
+                        "base": 0.0,
+                        "features": 0.6 * kl[t],
+                        "bias": 0.1 * kl[t],
+                        "unexplained": -0.05 * kl[t],
+                        "special": 0.35 * kl[t],
+                        "other_columns": 0.0,
+                        "sources": [[0, kl[t]]],
+                        "behind": [
+                            [0, 0.8 * kl[t], t - 1, 0.1],
+                            [min(3, len(index) - 1), -0.2 * kl[t], 0, -0.3],
+                        ],
+                    }
+                    for t in sorted(order)
+                ],
+            }
+        )
+    return {
+        "target": "kl",
+        "unit": "nats",
+        "steps": 8,
+        "n_rollouts": len(rollouts),
+        "n_tokens": 10,
+        "n_targets": 4,
+        "kl": 0.1,
+        "completeness": {"gap": 0.1},
+        "agreement": None,
+        "features": [],
+        "rollouts": rollouts,
+    }
+
+
+MAKERS = {"ablation": ablation, "direct": direct, "attribution": attribution}
+
+
+def write_all(folder: Path, index: FeatureIndex) -> tuple[Path, ...]:
+    """Write one report of each kind."""
+    return tuple(
+        write(folder / f"{kind}.json", kind, index, make(index)) for kind, make in MAKERS.items()
+    )

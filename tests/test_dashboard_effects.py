@@ -1,0 +1,177 @@
+"""What features do, in the page: the reports' numbers, read back in a browser."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from effect_reports import HOSTILE, ablation, attribution, direct, write, write_all
+from test_synthetic_features import synthetic
+
+
+@pytest.fixture(scope="module")
+def index():
+    return synthetic(150, 3, 4, n_texts=4, n_rollouts=20, n_layers=2)
+
+
+def number(shown: Any, name: str) -> float:
+    return float(shown.part(name).get_attribute("data-value"))
+
+
+def scores(shown: Any, name: str) -> list[tuple[str, float]]:
+    rows = shown.part(name).evaluate_all(
+        """lists => lists.flatMap(list => [...list.querySelectorAll("li")].map(row =>
+          [row.querySelector(".ranked-token").textContent,
+           row.querySelector(".meter-value").dataset.value]))"""
+    )
+    return [(text, float(value)) for text, value in rows]
+
+
+def test_what_is_gone_without_a_feature_stands_beside_its_examples(show: Any, index, tmp_path):
+    shown = show(index, "#/feature/3", effects=write_all(tmp_path, index))
+    one = ablation(index)["features"][3]
+    shown.page.wait_for_selector("[data-testid=effect]")
+    for name, key in (
+        ("kl", "kl"),
+        ("each", "kl_each"),
+        ("ce", "ce_rise"),
+        ("random", "kl_random"),
+    ):
+        assert number(shown, f"effect-{name}") == pytest.approx(one[key], rel=1e-6)
+    assert number(shown, "stat-effect") == pytest.approx(one["kl"], rel=1e-6)
+    assert "25" in shown.text("effect-here")
+    assert "held-out texts" in shown.text("effect")
+    dots = shown.part("effect").locator("circle")
+    places = [float(dots.nth(i).get_attribute("cx")) for i in range(3)]
+    assert places[1] < places[0] < places[2]  # the control is half as large, the adapter larger
+
+
+def test_a_feature_that_was_not_measured_or_does_nothing_says_so(show: Any, index, tmp_path):
+    paths = write_all(tmp_path, index)
+    shown = show(index, f"#/feature/{len(index) - 1}", effects=paths)
+    shown.page.wait_for_selector("[data-testid=effect]")
+    assert "Not measured" in shown.text("effect")
+    shown = show(index, "#/feature/1", effects=paths)
+    shown.page.wait_for_selector("[data-testid=direct]")
+    assert "indirect" in shown.text("direct")
+    assert number(shown, "effect-kl") == 0
+
+
+def test_promoted_and_suppressed_tokens_are_text_however_hostile(show: Any, index, tmp_path):
+    shown = show(index, "#/feature/2", effects=write_all(tmp_path, index))
+    shown.page.wait_for_selector("[data-testid=promoted]")
+    entry = direct(index)["features"][2]
+    for side in ("promoted", "suppressed"):
+        expected = [(t["token"], t["z"]) for t in entry[side]]
+        assert scores(shown, side) == expected
+    assert HOSTILE in shown.text("promoted")
+    assert shown.page.locator("img").count() == 0
+    assert number(shown, "direct-share") == 0.625
+
+
+def test_the_list_sorts_by_effect_and_the_address_keeps_it(show: Any, index, tmp_path):
+    paths = write_all(tmp_path, index)
+    shown = show(index, "#/feature/0?dead=1&sort=effect", effects=paths)
+    entries = ablation(index)["features"]
+    best = sorted(entries, key=lambda one: (-one["kl"], one["feature"]))[:5]
+    rows = shown.part("row").evaluate_all(
+        "rows => rows.map(r => [Number(r.style.top.slice(0, -2)), Number(r.dataset.feature)])"
+    )
+    listed = [feature for _, feature in sorted(rows)]
+    assert shown.page.locator("#sort").input_value() == "effect"
+    count = shown.page.evaluate("document.getElementById('list').scrollTop = 0")
+    assert count == 0
+    shown.page.wait_for_timeout(100)
+    rows = shown.part("row").evaluate_all(
+        "rows => rows.map(r => [Number(r.style.top.slice(0, -2)), Number(r.dataset.feature)])"
+    )
+    listed = [feature for _, feature in sorted(rows)]
+    assert listed[:5] == [one["feature"] for one in best]
+    shown = show(index, "#/feature/0")
+    assert shown.page.locator("#sort option[value=effect]").count() == 0
+
+
+def test_a_text_is_coloured_by_how_far_adapter_and_base_are_apart(show: Any, index, tmp_path):
+    rollout = int(index.text_rollout[0])
+    shown = show(index, f"#/text/{rollout}", effects=write_all(tmp_path, index))
+    shown.page.wait_for_selector("[data-testid=most-apart]")
+    text = attribution(index)["rollouts"][0]
+    tokens = shown.part("text").get_by_test_id("token")
+    found = tokens.evaluate_all("ts => ts.map(t => [t.dataset.kl, t.className])")
+    assert len(found) == len(text["kl"])
+    levels = []
+    for kl, (value, name) in zip(text["kl"][1:], found[1:], strict=True):
+        assert float(value) == pytest.approx(kl, rel=1 / 250)
+        level = [int(word[5:]) for word in name.split() if word.startswith("heat-")]
+        assert bool(level) == (float(value) >= 0.001)
+        levels.append((kl, level[0] if level else 0))
+    ranked = [level for _, level in sorted(levels)]
+    assert ranked == sorted(ranked) and ranked[-1] == 9
+    shown.page.locator("[data-testid=paint-number]").fill("0")
+    shown.press("Enter")
+    assert shown.part("apart-legend").count() == 0
+    assert tokens.nth(1).get_attribute("data-kl") is None
+
+
+def test_the_features_behind_a_token_are_listed_when_it_is_chosen(show: Any, index, tmp_path):
+    rollout = int(index.text_rollout[0])
+    text = attribution(index)["rollouts"][0]
+    one = max(text["targets"], key=lambda target: target["adapter"])
+    address = f"#/text/{rollout}?token={one['token']}"
+    shown = show(index, address, effects=write_all(tmp_path, index))
+    shown.page.wait_for_selector("[data-testid=behind-feature]")
+    rows = shown.part("behind-feature").evaluate_all(
+        """rows => rows.map(row => [Number(row.querySelector("a").dataset.feature),
+          Number(row.querySelector(".meter-value").dataset.value)])"""
+    )
+    assert [feature for feature, _ in rows] == [pair[0] for pair in one["behind"]]
+    np.testing.assert_allclose([v for _, v in rows], [p[1] for p in one["behind"]], rtol=1 / 250)
+    for name in ("features", "bias", "unexplained", "special"):
+        assert number(shown, f"behind-{name}") == pytest.approx(one[name], rel=1e-5)
+    assert number(shown, "token-kl") == pytest.approx(one["adapter"], rel=1 / 250)
+    shown.part("behind-feature").nth(0).locator("a").focus()  # by keyboard as by pointer
+    marked = shown.page.locator(".token.source")
+    assert int(marked.get_attribute("data-at")) == one["behind"][0][2]
+    shown.part("behind-feature").nth(1).locator("a").focus()
+    assert int(marked.get_attribute("data-at")) == one["behind"][1][2]
+
+
+def test_the_tokens_of_largest_kl_are_a_list_that_leads_to_them(show: Any, index, tmp_path):
+    rollout = int(index.text_rollout[0])
+    shown = show(index, f"#/text/{rollout}", effects=write_all(tmp_path, index))
+    shown.page.wait_for_selector("[data-testid=apart]")
+    text = attribution(index)["rollouts"][0]
+    special = index.content["roles"].index("special")
+    roles = index.text_role[slice(*index.text_offset[:2])]
+    order = [t for t in range(1, len(text["kl"])) if roles[t] != special]
+    order.sort(key=lambda t: -text["kl"][t])
+    places = shown.part("apart").evaluate_all("bs => bs.map(b => Number(b.dataset.at))")
+    assert places[:3] == order[:3]
+    shown.part("apart").nth(0).focus()
+    shown.press("Enter")
+    pinned = shown.page.locator(".token.pinned")
+    assert int(pinned.get_attribute("data-at")) == places[0]
+    assert shown.part("behind").count() == 1
+
+
+def test_a_text_without_an_attribution_is_as_before(show: Any, index, tmp_path):
+    report = attribution(index)
+    gone = report["rollouts"].pop(1)["rollout"]
+    path = write(tmp_path / "attribution.json", "attribution", index, report)
+    shown = show(index, f"#/text/{gone}", effects=(path,))
+    shown.page.wait_for_selector("[data-testid=here]")
+    assert shown.part("most-apart").count() == 0
+    assert shown.part("apart-legend").count() == 0
+
+
+def test_the_table_that_is_saved_has_the_effects(show: Any, index, tmp_path):
+    shown = show(index, "#/feature/0?dead=1", effects=write_all(tmp_path, index))
+    with shown.page.expect_download() as download:
+        shown.part("save-table").click()
+    lines = download.value.path().read_text().splitlines()
+    names = lines[0].split(",")
+    cells = dict(zip(names, lines[4].split(","), strict=False))
+    one = ablation(index)["features"][3]
+    assert float(cells["kl"]) == pytest.approx(one["kl"], rel=1e-6)
+    assert float(cells["kl_random"]) == pytest.approx(one["kl_random"], rel=1e-6)
+    assert json.loads(cells["direct_share"]) == 0.625

@@ -1,0 +1,191 @@
+"""Reports of effects in the page's data: the same numbers, and refusals of what does not belong."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from effect_reports import (
+    HOSTILE,
+    MAKERS,
+    NEW_TOKEN,
+    ablation,
+    attribution,
+    direct,
+    write,
+    write_all,
+)
+from test_index import small_index
+from test_payload import block, column
+from test_synthetic_features import synthetic
+
+from lorascope.artifact import read_manifest
+from lorascope.dashboard.payload import Payload
+from lorascope.dashboard.render import DashboardConfig, run
+from lorascope.dashboard.reports import TARGET, Reports
+from lorascope.errors import ArtifactError
+
+
+@pytest.fixture(scope="module")
+def index():
+    return synthetic(150, 3, 4, n_texts=4, n_rollouts=20, n_layers=2)
+
+
+def payload_of(index, folder, *kinds):
+    paths = [write(folder / f"{k}.json", k, index, MAKERS[k](index)) for k in kinds or MAKERS]
+    return Payload(index, "T", Reports.open(paths, index, Path("features.h5")))
+
+
+def test_effects_of_features_are_the_reports_own_numbers(index, tmp_path):
+    core = json.loads(payload_of(index, tmp_path).core())
+    names = {
+        "effect_kl": "kl",
+        "effect_each": "kl_each",
+        "effect_here": "share_here",
+        "effect_ce": "ce_rise",
+        "effect_random": "kl_random",
+        "effect_fired": "n_fired",
+    }
+    for name, key in names.items():
+        values = column(core, name)
+        for one in ablation(index)["features"]:
+            expected = np.nan if one[key] is None else np.float32(one[key])
+            assert np.array_equal(np.float32(values[one["feature"]]), expected, equal_nan=True)
+        assert np.isnan(values[-2:]).all()  # not in the report
+    low, high = column(core, "effect_low"), column(core, "effect_high")
+    assert np.isnan([low[2], high[2]]).all() and low[0] < high[0]
+    assert core["effects"]["ablation"] == {
+        "n_rollouts": 5, "n_tokens": 400, "whole": 0.3, "floor": 3e-12,
+    }  # fmt: skip
+
+
+def test_promoted_tokens_are_in_the_table_of_texts_though_no_text_has_them(index, tmp_path):
+    payload = payload_of(index, tmp_path)
+    core = json.loads(payload.core())
+    assert column(core, "direct_share")[:2] == [0.625, 0]
+    ids = column(core, "text_token_id")
+    at = ids.index(NEW_TOKEN)
+    assert core["texts"][at] == HOSTILE
+    found = block(core, payload.block(0))
+    n = core["effects"]["direct"]["n"]
+    assert found["promoted"][:n][0] == at + 1
+    assert found["promoted_"][:n] == [4, 1.5]
+    assert found["suppressed_"][2 * n : 3 * n] == [-6, -1.5]
+    assert found["promoted"][n : 2 * n] == [0, 0]  # feature 1 writes nothing
+    plain = json.loads(Payload(index, "T").core())
+    known = [i for i in ids if i != NEW_TOKEN]
+    assert column(plain, "text_token_id") == known
+
+
+def test_attributions_of_whole_texts_are_the_reports_up_to_rounding(index, tmp_path):
+    payload = payload_of(index, tmp_path)
+    core = json.loads(payload.core())
+    assert core["effects"]["attribution"]["parts"] == list(TARGET)
+    for number, text in enumerate(attribution(index)["rollouts"]):
+        data = payload.text(number)
+        raw = block({"block_columns": core["text_columns"]}, data)
+        for name in ("kl", "rise"):
+            assert np.isnan(raw[name][0])
+            np.testing.assert_allclose(raw[name][1:], text[name][1:], rtol=1 / 256)
+        assert raw["target_token"] == [one["token"] for one in text["targets"]]
+        parts = np.array(raw["target_parts"]).reshape(-1, len(TARGET))
+        for row, one in zip(parts, text["targets"], strict=True):
+            np.testing.assert_allclose(row, [one[name] for name in TARGET], rtol=1e-6)
+        behind = [pair for one in text["targets"] for pair in one["behind"]]
+        assert raw["behind_count"] == [2] * len(text["targets"])
+        assert raw["behind_latent"] == [pair[0] for pair in behind]
+        assert raw["behind_source"] == [pair[2] for pair in behind]
+        np.testing.assert_allclose(raw["behind_value"], [p[1] for p in behind], rtol=1 / 256)
+
+
+def test_without_reports_the_page_has_nothing_of_them(index):
+    core = json.loads(Payload(index, "T").core())
+    assert core["effects"] == {}
+    names = {name for name, _ in core["block_columns"] + core["text_columns"]} | set(
+        core["columns"]
+    )
+    assert not {n for n in names if n.startswith(("effect", "promoted", "kl", "behind", "direct"))}
+
+
+def test_a_page_names_its_reports_and_is_made_anew_with_others(index, tmp_path):
+    index.save(tmp_path / "features.h5")
+    paths = write_all(tmp_path, index)
+    given = {"input": tmp_path / "features.h5", "output": tmp_path / "page.html"}
+    page = run(DashboardConfig(**given, effects=paths))
+    first = page.read_bytes()
+    parents = read_manifest(page)["parents"]
+    assert {"effects ablation.json", "effects direct.json", "effects attribution.json"} < set(
+        parents
+    )
+    assert run(DashboardConfig(**given, effects=paths)).read_bytes() == first
+    with pytest.raises(ArtifactError, match="another"):
+        run(DashboardConfig(**given, effects=paths[:1]))
+    assert b"onerror" in first and HOSTILE.encode() not in first
+
+
+def broken(report, change):
+    change(report)
+    return report
+
+
+def first_of(report, *path):
+    for key in path:
+        report = report[key]
+    return report
+
+
+TOKEN = ("features", 0, "promoted", 0)
+TARGET_ONE = ("rollouts", 0, "targets", 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "change", "words"),
+    [
+        (ablation, lambda r: r["features"][0].update(feature=10**6), "names feature 1000000"),
+        (ablation, lambda r: r["features"][0].update(kl="much"), "does not hold"),
+        (ablation, lambda r: r["features"][0].pop("kl_each"), "does not hold"),
+        (direct, lambda r: first_of(r, *TOKEN).update(token_id=5_000_000), "vocabulary"),
+        (direct, lambda r: r["features"][0]["promoted"].extend([{}] * 9), "names 11 tokens"),
+        (direct, lambda r: r["vocabulary"].update({"7": "zz"}), "does not hold"),
+        (attribution, lambda r: first_of(r, *TARGET_ONE).update(token=10**6), "a place"),
+        (attribution, lambda r: first_of(r, *TARGET_ONE)["behind"].append([-1, 1, 0, 0]), "-1"),
+        (attribution, lambda r: first_of(r, *TARGET_ONE).pop("bias"), "does not hold"),
+    ],
+)
+def test_a_report_that_is_not_what_it_says_is_one_line(index, tmp_path, make, change, words):
+    report = broken(make(index), change)
+    path = write(tmp_path / "report.json", make.__name__, index, report)
+    with pytest.raises(ArtifactError, match=words) as caught:
+        Reports.open([path], index, Path("features.h5"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_report_of_another_sae_a_second_one_and_other_kinds_are_refused(index, tmp_path):
+    source = Path("features.h5")
+    other = small_index()
+    strange = write(tmp_path / "other.json", "ablation", other, ablation(index))
+    data = json.loads(strange.read_text())
+    assert data["metadata"]["lorascope"]["parents"] != index.manifest.get("parents")
+    with pytest.raises(ArtifactError, match="another SAE"):
+        Reports.open([strange], index, source)
+    one = write(tmp_path / "one.json", "direct", index, direct(index))
+    two = write(tmp_path / "two.json", "direct", index, direct(index))
+    with pytest.raises(ArtifactError, match="second report"):
+        Reports.open([one, two], index, source)
+    evaluation = write(tmp_path / "evaluation.json", "evaluation", index, {})
+    with pytest.raises(ArtifactError, match="shows nothing"):
+        Reports.open([evaluation], index, source)
+    one.write_text(one.read_text().replace("0.625", "0.626"))
+    with pytest.raises(ArtifactError, match="other numbers"):
+        Reports.open([one], index, source)
+
+
+def test_an_attribution_of_texts_of_another_length_is_refused(index, tmp_path):
+    report = attribution(index)
+    text = report["rollouts"][0]
+    text["kl"].append(0.1)
+    text["rise"].append(0.1)
+    path = write(tmp_path / "attribution.json", "attribution", index, report)
+    payload = Payload(index, "T", Reports.open([path], index, Path("features.h5")))
+    with pytest.raises(ArtifactError, match="from the same store"):
+        payload.text(0)
