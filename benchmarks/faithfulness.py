@@ -1,9 +1,12 @@
 """Faithfulness of SAEs of the shipped subject against sparsity and size, beside the baselines.
 
     python benchmarks/faithfulness.py --problems 400
+    python benchmarks/faithfulness.py --solve 150 --run demo-output
 
-Trains an SAE of each setting on the demo's problems, evaluates it on rollouts that it never saw,
-and prints a row of a Markdown table for each. Baselines: all rows rebuilt, then special ones kept.
+The first trains an SAE of each setting on the demo's problems, evaluates it on rollouts that it
+never saw, and prints a row of a Markdown table for each. Baselines: all rows rebuilt, then special
+ones kept. The second lets the subject solve problems that nobody showed it, with the rows rebuilt
+by the SAE of a folder that `lorascope demo` made and by the baselines, and counts right answers.
 """
 
 import argparse
@@ -11,15 +14,24 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from lorascope.activations.generate import GenerateConfig
 from lorascope.activations.generate import run as generate
+from lorascope.activations.store import ActivationStore
+from lorascope.causal.baselines import baselines
+from lorascope.causal.continuing import Change
 from lorascope.causal.effects import open_report
 from lorascope.causal.faithfulness import EvaluateConfig
 from lorascope.causal.faithfulness import run as evaluate
+from lorascope.demo.accuracy import solved, spliced, wilson, without_adapter
 from lorascope.demo.demo import SUBJECT
-from lorascope.demo.problems import write_jsonl
+from lorascope.demo.problems import make_problem, write_jsonl
+from lorascope.sae.model import load_sae
 from lorascope.sae.settings import TrainConfig
 from lorascope.sae.train import run as train
+from lorascope.subject.load import find_base, inspect_adapter, load_subject, load_tokenizer
 
 SETTINGS = ((4, 1.0), (4, 2.0), (4, 4.0), (4, 8.0), (4, 16.0), (1, 4.0), (16, 4.0))
 SUBJECT_OF: dict[str, Any] = {
@@ -66,10 +78,43 @@ def row(store: Path, folder: Path, expansion: int, k: float) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def accuracies(run: Path, n: int) -> None:
+    """Print what share of `n` problems each arm solves, with Wilson's interval."""
+    store = ActivationStore.open(run / "activations")
+    sae = load_sae(run / "sae", store)
+    adapter = inspect_adapter(SUBJECT_OF["lora_path"])
+    base = find_base(adapter, SUBJECT_OF["base_model"])
+    subject = load_subject(
+        adapter, base, load_tokenizer(adapter, base), torch.device("cpu"), "float32"
+    )
+    training = np.flatnonzero(store.eligible)[::4]
+    fitted = torch.from_numpy(store.take(training).astype(np.float32))
+    l0 = float(sae.manifest["content"]["report"]["l0"])
+    simple = baselines(sae, fitted, l0, seed=0)
+    rebuilt = {"sae": lambda x: sae.decode(sae.encode(x))}
+    rebuilt |= {name: simple[name] for name in ("columns", "pca", "mean")}
+    arms: dict[str, Change | None] = {"base": without_adapter(), "adapter": None}
+    for name, how in rebuilt.items():
+        arms[name] = spliced(how, keep_special=False)
+        arms[f"{name}, special kept"] = spliced(how, keep_special=True)
+    problems = [make_problem("eval", i) for i in range(n)]
+    found = solved(subject, problems, arms)
+    print("| rows written | solved | 95 % |\n|---|---|---|")
+    for name, right in found.items():
+        low, high = wilson(sum(right), len(right))
+        print(f"| {name} | {sum(right) / len(right):.1%} | {low:.1%} to {high:.1%} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--problems", type=int, default=400)
-    n = parser.parse_args().problems
+    parser.add_argument("--solve", type=int, help="problems to solve, instead")
+    parser.add_argument("--run", type=Path, default=Path("demo-output"))
+    flags = parser.parse_args()
+    if flags.solve:
+        accuracies(flags.run, flags.solve)
+        return
+    n = flags.problems
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_jsonl(folder / "problems.jsonl", n, "demo")

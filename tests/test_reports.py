@@ -113,7 +113,9 @@ def test_a_page_names_its_reports_and_is_made_anew_with_others(index, tmp_path):
     given = {"input": tmp_path / "features.h5", "output": tmp_path / "page.html"}
     page = run(DashboardConfig(**given, effects=paths))
     first = page.read_bytes()
-    parents = read_manifest(page)["parents"]
+    manifest = read_manifest(page)
+    assert manifest is not None
+    parents = manifest["parents"]
     assert {"effects ablation.json", "effects direct.json", "effects attribution.json"} < set(
         parents
     )

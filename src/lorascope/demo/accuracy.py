@@ -1,0 +1,88 @@
+"""Let the shipped subject solve problems that nobody showed it, its rows as they are or rebuilt.
+
+The last question on an SAE: not how close the predictions stay (`evaluate`), but whether the model
+still does what the adapter taught it. Each arm answers the same problems, greedily; a problem is
+solved when the number behind the last answer marker is right.
+"""
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorascope.causal.continuing import Change, continue_text
+from lorascope.demo.problems import Problem, answer_of
+from lorascope.runtime import progress
+from lorascope.subject.intervene import RowEditor
+from lorascope.subject.load import Subject
+from lorascope.subject.rollouts import ROLES, Rollout, load_prompts
+
+Rebuild = Callable[[Tensor], Tensor]
+
+
+def prompts_of(problems: Sequence[Problem], tokenizer: Any) -> list[Rollout]:
+    """Return each problem as a chat up to where the assistant begins."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "questions.jsonl"
+        records = [{"messages": [{"role": "user", "content": p.question}]} for p in problems]
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
+        found, _ = load_prompts(
+            dataset=str(file), split="train", limit=None, template="chat", tokenizer=tokenizer
+        )
+    return found
+
+
+def spliced(rebuild: Rebuild, *, keep_special: bool) -> Change:
+    """Return the change that writes rebuilt rows, at special tokens too or not."""
+
+    def of(rows: Tensor, counts: Tensor) -> Tensor:
+        made = rebuild(rows.reshape(-1, rows.shape[-1]).cpu()).view(rows.shape).to(rows.device)
+        return torch.where(counts[..., None], made, rows) if keep_special else made
+
+    return Change(of, held=True)
+
+
+def without_adapter() -> Change:
+    """Return the change that writes nothing at all: the base model, for plain LoRA."""
+    return Change(lambda rows, counts: torch.zeros_like(rows), held=True)
+
+
+def solved(
+    subject: Subject,
+    problems: Sequence[Problem],
+    arms: Mapping[str, Change | None],
+    max_new_tokens: int = 220,
+) -> dict[str, list[bool]]:
+    """Return of each arm which problems it solved, in their order."""
+    special = ROLES.index("special")
+    right: dict[str, list[bool]] = {name: [] for name in arms}
+    prompts = prompts_of(problems, subject.tokenizer)
+    with RowEditor(subject) as editor, progress(len(prompts), "solve", "problems") as bar:
+        for prompt, problem in zip(prompts, problems, strict=True):
+            written = continue_text(
+                editor,
+                torch.from_numpy(prompt.token_ids.astype(np.int64)),
+                torch.from_numpy(prompt.roles != special),
+                list(arms.values()),
+                max_new_tokens=max_new_tokens,
+                everywhere=True,
+            )
+            for name, (one,) in zip(arms, written, strict=True):
+                text = str(subject.tokenizer.decode(one.token_ids))
+                right[name].append(answer_of(text) == problem.answer)
+            bar.update(1)
+    return right
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a share (Wilson 1927)."""
+    z, share = 1.96, right / n
+    centre = share + z * z / (2 * n)
+    spread = z * math.sqrt(share * (1 - share) / n + (z / n) ** 2 / 4)
+    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
