@@ -10,6 +10,8 @@
    behaviour was planted, and how many latents have one above 1/2: an SAE may split a behaviour.
    Removed: how much of what the adapter adds to P(S) there goes when these features are taken out
    (1 all of it), or the strongest of them alone. Spilt: the most that this changes for another.
+   Named: at how many of the places where it acts `attribute`'s strongest contribution to log P(S)
+   is of one of these features.
 4. The same for a dictionary of just what was planted, which says what an SAE could reach.
 5. Recall: behaviours found (F1 above 1/2) and removed (by half). Precision: of as many features as
    were planted, those of highest KL in `ablate`, the share that fires as one of the planted does.
@@ -36,17 +38,25 @@ from lorascope.activations.generate import run as generate
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.ablate import AblateConfig
 from lorascope.causal.ablate import run as ablate
+from lorascope.causal.gradients import Share, Targets, mean_gradients, no_weight_gradients
 from lorascope.demo.demo import SUBJECT
 from lorascope.demo.problems import write_jsonl
 from lorascope.sae.model import SAE, load_sae
 from lorascope.sae.settings import TrainConfig
 from lorascope.sae.train import run as train
 from lorascope.subject.intervene import RowEditor
-from lorascope.subject.load import find_base, inspect_adapter, load_subject, load_tokenizer
+from lorascope.subject.load import (
+    Subject,
+    find_base,
+    inspect_adapter,
+    load_subject,
+    load_tokenizer,
+)
 
 LAYERS = {0: 2, 1: 4}  # rank of the down_proj of a layer
 _HIDDEN = 128
 _RIDGE = 1e-4
+_PLACES, _STEPS = 6, 4  # of a behaviour, and of an attribution
 _STRENGTH = 3.0  # size of what a behaviour writes, in sizes of the residual stream
 
 
@@ -73,6 +83,7 @@ class Result:
     removed: float
     removed_by_one: float
     spilt: float
+    named: float
 
 
 def make_base(folder: Path, seed: int) -> None:
@@ -167,7 +178,7 @@ def _texts(store: ActivationStore) -> list[Tensor]:
     return [part[None] for part in ids.split(np.diff(store.rollout_start).tolist())]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def score(
     adapter_dir: Path,
     base_dir: Path,
@@ -203,6 +214,10 @@ def score(
                     at = torch.from_numpy(one.acts[here])
                     p[run, k] += float(chance[at, one.target].sum())
     p /= np.array([one.acts.sum() for one in planted])
+    named = [
+        _named(subject, store, sae, one, some)
+        for one, some in zip(planted, taken[: len(planted)], strict=True)
+    ]
     gone = (p[1] - p[2:]) / (p[1] - p[0])  # of behaviour k (column) without what each row takes out
     others = ~np.eye(len(planted), dtype=bool)
     return [
@@ -215,9 +230,32 @@ def score(
             removed=float(gone[k, k]),
             removed_by_one=float(gone[len(planted) + k, k]),
             spilt=float(np.abs(gone[k][others[k]]).max()),
+            named=named[k],
         )
         for k, one in enumerate(planted)
     ]
+
+
+def _named(
+    subject: Subject, store: ActivationStore, sae: SAE, one: Behaviour, latents: np.ndarray
+) -> float:
+    """Return at what share of some places the strongest contribution is of one of `latents`."""
+    rows = np.flatnonzero(one.acts)
+    rows = rows[np.linspace(0, len(rows) - 1, min(_PLACES, len(rows))).astype(int)]
+    hits = 0
+    with RowEditor(subject) as editor, no_weight_gradients(subject):
+        for row in rows:
+            first = int(store.rollout_start[store.rollout_of(row)])
+            ids = torch.from_numpy(store.token_ids[first : row + 1].astype(np.int64))[None]
+            ids = torch.cat([ids, torch.tensor([[one.target]])], dim=1)  # had it come
+            x, base = editor.run(ids).rows[0], editor.base(ids)
+            targets = Targets.of("logprob", torch.tensor([ids.shape[1] - 1]), ids, base)
+            eligible = np.append(store.eligible[first : row + 1], False)
+            share = Share(sae, x, np.arange(store.d_in), eligible)
+            found = share.firings(mean_gradients(editor, ids, x, targets, _STEPS))[0]
+            sums = torch.zeros(sae.d_sae).index_add_(0, share.latent, found)
+            hits += int(sums.abs().argmax()) in latents.tolist()
+    return hits / len(rows)
 
 
 def _codes(store: ActivationStore, sae: SAE) -> tuple[Tensor, Tensor]:
@@ -329,7 +367,7 @@ def main() -> None:
                 f"  {one['name']:<10} F1 {one['f1']:.2f} (precision {one['precision']:.2f}, recall "
                 f"{one['recall']:.2f}), {one['n_latents']} latents  P {one['p_base']:.3f} to "
                 f"{one['p_adapter']:.3f}  removed {one['removed']:.2f} (by the strongest "
-                f"{one['removed_by_one']:.2f}), spilt {one['spilt']:.2f}"
+                f"{one['removed_by_one']:.2f}), spilt {one['spilt']:.2f}, named {one['named']:.2f}"
             )
 
 
