@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from lorascope.activations.store import ActivationStore, verify
+from lorascope.artifact import read_manifest
+from lorascope.causal.effects import open_report
 from lorascope.cli import call
 from lorascope.demo import demo, meaning
 from lorascope.demo.demo import DemoConfig
@@ -48,6 +50,19 @@ def test_a_thousand_fresh_rollouts_go_through_everything(folder, store):
     assert summary["fvu"] < 0.5
     assert verify(folder / "activations") == []
     FeatureIndex.open(folder / "features.h5").verify()
+
+
+def test_the_page_shows_what_the_features_do(folder, store):
+    for name in ("direct", "ablation", "attribution"):
+        report = open_report(folder / "effects" / f"{name}.json")
+        assert report["metadata"]["lorascope"]["parents"]["sae"]
+    manifest = read_manifest(folder / "dashboard.html")
+    assert manifest is not None
+    assert sum(parent.startswith("effects ") for parent in manifest["parents"]) == 3
+    ablation = open_report(folder / "effects" / "ablation.json")
+    measured = [one for one in ablation["features"] if one["kl"] > 0]
+    assert len(measured) > 0.5 * store.d_in
+    assert ablation["floor"]["rounding"] < min(one["kl"] for one in measured)
 
 
 def test_the_same_command_again_changes_no_byte(folder, capsys):

@@ -1,7 +1,8 @@
 """Take an adapter and a dataset through every stage into one folder.
 
 In: adapter, base model, dataset. Out: a folder with `activations/`, `sae/`, `features.h5`,
-`dashboard.html` and `summary.json`. Finished stages are skipped, so a re-run continues.
+`dashboard.html` and `summary.json`; with `--effect-texts` also `effects/`, the reports of what the
+features do, which the page then shows. Finished stages are skipped, so a re-run continues.
 """
 
 import json
@@ -33,9 +34,19 @@ class RunConfig(CollectOptions, TrainOptions, SubjectOptions):
     adapter_types: tuple[str, ...] = option(
         (), help="projections to keep: names, initials, mlp, attention or all"
     )
+    effect_texts: int = option(
+        0,
+        help="held-out texts on which to measure what each feature does, and whole texts of the "
+        "page of which to explain tokens; 0: none. It runs the model once for each feature of each",
+    )
     output_dir: Path = option(Path("lorascope-output"), help="folder to make", identity=False)
     device: str = option("auto", help="auto, cpu, cuda or cuda:N", identity=False)
     overwrite: bool = option(False, help="replace outputs of other settings", identity=False)
+
+    def check(self) -> None:
+        """Refuse impossible numbers."""
+        super().check()
+        self.require("effect_texts", 0)
 
 
 def run(config: RunConfig) -> Path:
@@ -76,7 +87,10 @@ def run(config: RunConfig) -> Path:
                 batch_size=2048,
             )
         ),
-        "dashboard": lambda: render.run(pick(DashboardConfig, config, input=index, output=page)),
+        **_effects(config),
+        "dashboard": lambda: render.run(
+            pick(DashboardConfig, config, input=index, output=page, effects=_reports(config))
+        ),
     }
     seconds: dict[str, float] = {}
     for name, stage in stages.items():
@@ -87,6 +101,47 @@ def run(config: RunConfig) -> Path:
     write_text(out / "summary.json", json.dumps({**summary, "seconds": seconds}, indent=1) + "\n")
     log.info("\n%s", table(summary, seconds))
     return page
+
+
+def _reports(config: RunConfig) -> tuple[Path, ...]:
+    """Return the files of the reports of effects, none where they are not asked for."""
+    names = ("direct", "ablation", "attribution") if config.effect_texts else ()
+    return tuple(config.output_dir / "effects" / f"{name}.json" for name in names)
+
+
+def _effects(config: RunConfig) -> dict[str, Callable[[], Path]]:
+    """Return the stages that make the reports of effects, none where they are not asked for."""
+    if not config.effect_texts:
+        return {}
+    from lorascope.causal import ablate, attribute, direct
+
+    out = config.output_dir
+    direct_json, ablation_json, attribution_json = _reports(config)
+    given: dict[str, Any] = {
+        "data_dir": out / "activations",
+        "model_path": out / "sae",
+        "max_rollouts": config.effect_texts,
+        "batch_tokens": None,
+        "seed": 0,
+    }
+    return {
+        "direct": lambda: direct.run(
+            pick(direct.DirectConfig, config, model_path=out / "sae", output=direct_json)
+        ),
+        "ablate": lambda: ablate.run(
+            pick(ablate.AblateConfig, config, output=ablation_json, greedy="none", **given)
+        ),
+        "attribute": lambda: attribute.run(
+            pick(
+                attribute.AttributeConfig,
+                config,
+                texts_of=out / "features.h5",
+                output=attribution_json,
+                check_texts=1,
+                **given,
+            )
+        ),
+    }
 
 
 def _require_room(config: RunConfig) -> None:

@@ -27,12 +27,16 @@ class DemoConfig(Config):
 
     output_dir: Path = option(Path("demo-output"), help="folder to make", identity=False)
     num_examples: int = option(1000, help="problems to write and read")
+    effect_texts: int = option(
+        4, help="texts on which to measure what the features do; 0: leave that out"
+    )
     open: bool = option(False, help="open the page in a browser", identity=False)
     overwrite: bool = option(False, help="replace outputs of other settings", identity=False)
 
     def check(self) -> None:
         """Refuse impossible numbers."""
         self.require("num_examples", 1)
+        self.require("effect_texts", 0)
 
 
 def run(config: DemoConfig) -> Path:
@@ -61,6 +65,7 @@ def demo_run(problems: Path, config: DemoConfig) -> pipeline.RunConfig:
         expansion_factor=4,
         k=3,
         epochs=12,
+        effect_texts=config.effect_texts,
         output_dir=config.output_dir,
         overwrite=config.overwrite,
     )
