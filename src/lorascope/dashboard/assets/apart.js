@@ -8,6 +8,8 @@ import { element, percent, whole, writeToken } from "./text.js";
 
 const LEAST = 0.001; // nats; a KL below is not coloured
 const FEW = 10; // tokens listed of a text
+const TARGETS = { kl: "KL(prediction \u2016 base)", logprob: "log p of this token",
+  "logit-difference": "its logit over that of the base's likeliest other token" };
 const REST = { bias: "the SAE's bias", unexplained: "unexplained by the SAE",
   special: "rows of special tokens", other_columns: "columns that the SAE does not read" };
 
@@ -97,7 +99,7 @@ export function drawBehind(kept, t, mark) {
   const stop = first + kept.behind_count[target];
   for (let i = first; i < stop; i++) list.append(drawFeature(kept, i, kept.behind_value[first], mark));
   const whole_ = parts.adapter - parts.base;
-  const rest = element("dl", "effect-facts");
+  const rest = element("dl", "effect-facts rest");
   for (const [name, label] of [["features", "all features"], ...Object.entries(REST)]) {
     if (Math.abs(parts[name]) < 1e-6 * Math.abs(whole_)) continue;
     const line = element("div", "effect-fact");
@@ -108,7 +110,8 @@ export function drawBehind(kept, t, mark) {
     rest.append(line);
   }
   const gap = said.gap === null ? "" : `, missing it by ${percent(said.gap)} of its size on average`;
-  const note = `What each feature contributed to ${said.target}: ${three(parts.base)} without and ` +
+  const note = `What each feature contributed to ${TARGETS[said.target] ?? said.target}: ` +
+    `${three(parts.base)} without and ` +
     `${three(parts.adapter)} ${said.unit} with the adapter. Parts add up to it${gap}. Point at one ` +
     "to see the token that it acts from.";
   return panel(title, note, [numbers, list, rest], { testid: "behind" });
