@@ -116,9 +116,7 @@ def test_a_page_names_its_reports_and_is_made_anew_with_others(index, tmp_path):
     manifest = read_manifest(page)
     assert manifest is not None
     parents = manifest["parents"]
-    assert {"effects ablation.json", "effects direct.json", "effects attribution.json"} < set(
-        parents
-    )
+    assert {"effects ablation", "effects direct", "effects attribution"} < set(parents)
     assert run(DashboardConfig(**given, effects=paths)).read_bytes() == first
     with pytest.raises(ArtifactError, match="another"):
         run(DashboardConfig(**given, effects=paths[:1]))
@@ -152,6 +150,19 @@ TARGET_ONE = ("rollouts", 0, "targets", 0)
         (attribution, lambda r: first_of(r, *TARGET_ONE).update(token=10**6), "a place"),
         (attribution, lambda r: first_of(r, *TARGET_ONE)["behind"].append([-1, 1, 0, 0]), "-1"),
         (attribution, lambda r: first_of(r, *TARGET_ONE).pop("bias"), "does not hold"),
+        (ablation, lambda r: r["features"].append(r["features"][0]), "twice"),
+        (ablation, lambda r: r["features"][0].update(kl=-3.0), "-3.0 is not from 0"),
+        (ablation, lambda r: r["features"][0].update(kl_interval=[1, 2, 3]), "does not hold"),
+        (ablation, lambda r: r.pop("floor"), "does not hold"),
+        (ablation, lambda r: r["floor"].update(rounding=None), "None is no number"),
+        (direct, lambda r: r["features"].pop(), "has 149 features"),
+        (direct, lambda r: r["features"][0].update(share=7), "7 is not from 0"),
+        (direct, lambda r: r.update(n_tokens=10**11), "names 100000000000 tokens"),
+        (direct, lambda r: first_of(r, *TOKEN).update(z=1e300), "is not from"),
+        (attribution, lambda r: r.update(target="<b>"), "target"),
+        (attribution, lambda r: r["completeness"].update(gap="much"), "no number"),
+        (attribution, lambda r: r["rollouts"].append(r["rollouts"][0]), "twice"),
+        (attribution, lambda r: r["rollouts"][0]["kl"].append(0.1), "tokens of rollout"),
     ],
 )
 def test_a_report_that_is_not_what_it_says_is_one_line(index, tmp_path, make, change, words):
@@ -182,12 +193,48 @@ def test_a_report_of_another_sae_a_second_one_and_other_kinds_are_refused(index,
         Reports.open([one], index, source)
 
 
-def test_an_attribution_of_texts_of_another_length_is_refused(index, tmp_path):
-    report = attribution(index)
-    text = report["rollouts"][0]
-    text["kl"].append(0.1)
-    text["rise"].append(0.1)
-    path = write(tmp_path / "attribution.json", "attribution", index, report)
-    payload = Payload(index, "T", Reports.open([path], index, Path("features.h5")))
-    with pytest.raises(ArtifactError, match="from the same store"):
-        payload.text(0)
+def test_damaged_files_are_one_line(index, tmp_path):
+    path = write(tmp_path / "report.json", "ablation", index, ablation(index))
+    good = json.loads(path.read_text())
+    for change in (
+        lambda d: d["metadata"]["lorascope"].pop("content"),
+        lambda d: d["metadata"]["lorascope"].update(parents=[]),
+        lambda d: d["metadata"]["lorascope"].update(schema=99),
+        lambda d: d["floor"].update(rounding=float("nan")),
+    ):
+        data = json.loads(json.dumps(good))
+        change(data)
+        path.write_text(json.dumps(data))
+        with pytest.raises(ArtifactError) as caught:
+            Reports.open([path], index, Path("features.h5"))
+        assert "\n" not in str(caught.value)
+
+
+def test_tokens_of_another_tokenizer_are_refused(index, tmp_path):
+    report = direct(index)
+    known = min(int(i) for i in report["vocabulary"])
+    report["vocabulary"][str(known)] = b"another".hex()
+    path = write(tmp_path / "direct.json", "direct", index, report)
+    with pytest.raises(ArtifactError, match="another one in the index"):
+        Reports.open([path], index, Path("features.h5"))
+
+
+def test_an_index_that_names_no_store_takes_an_attribution(tmp_path):
+    index = small_index()
+    assert "activations" not in index.manifest["parents"]
+    path = write(tmp_path / "attribution.json", "attribution", index, attribution(index))
+    assert Reports.open([path], index, Path("features.h5")).about()
+
+
+def test_a_page_with_a_changed_report_of_the_same_name_is_another_page(index, tmp_path):
+    index.save(tmp_path / "features.h5")
+    given = {"input": tmp_path / "features.h5", "output": tmp_path / "page.html"}
+    pages = []
+    for n in (5, 6):
+        (tmp_path / str(n)).mkdir()
+        report = {**ablation(index), "n_rollouts": n}
+        path = write(tmp_path / str(n) / "r.json", "ablation", index, report)
+        pages.append(DashboardConfig(**given, effects=(path,)))
+    run(pages[0])
+    with pytest.raises(ArtifactError, match="another"):
+        run(pages[1])

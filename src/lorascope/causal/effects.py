@@ -122,10 +122,16 @@ def open_report(path: Path) -> dict[str, Any]:
     Raises ArtifactError when it is missing, no report, or was changed.
     """
     manifest = read_manifest(path)
-    expected = None if manifest is None else manifest["content"].get("report_sha256")
+    content = None if manifest is None else manifest.get("content")
+    expected = content.get("report_sha256") if isinstance(content, dict) else None
     if expected is None:
         raise ArtifactError(f"{path} is no report of lorascope; make it with lorascope evaluate")
     data = json.loads(path.read_text(encoding="utf-8"))
-    if digest_of({name: part for name, part in data.items() if name != "metadata"}) != expected:
+    report = {name: part for name, part in data.items() if name != "metadata"}
+    try:
+        found = digest_of(report)
+    except ValueError as error:  # a number that JSON has no word for
+        raise ArtifactError(f"{path} holds a number that is not finite; make it anew") from error
+    if found != expected:
         raise ArtifactError(f"{path} holds other numbers than its manifest says; make it anew")
     return data

@@ -103,7 +103,7 @@ def run(config: DashboardConfig) -> Path:
     made_by = read_manifest(source)
     parents = {"features": digest_file(source) if made_by is None else digest_of(made_by)}
     reports = Reports.open(config.effects, index, source)
-    parents |= Reports.parents(config.effects)
+    parents |= reports.parents
     settings = config.settings()
     identity = {"settings": settings, "parents": parents, "overwrite": config.overwrite}
     if not config.serve and is_made(output, KIND, **identity):

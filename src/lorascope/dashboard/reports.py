@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lorascope.artifact import digest_of, read_manifest
+from lorascope.artifact import digest_of, open_manifest
 from lorascope.causal.effects import open_report
 from lorascope.dashboard.packing import halved
 from lorascope.errors import ArtifactError
@@ -24,16 +24,20 @@ from lorascope.features.index import FeatureIndex
 
 KINDS = ("ablation", "direct", "attribution")
 SIDES = ("promoted", "suppressed")
-_EFFECTS = {  # column of the core -> where an entry of `ablation` has it
-    "effect_kl": lambda one: one["kl"],
-    "effect_low": lambda one: (one["kl_interval"] or (None, None))[0],
-    "effect_high": lambda one: (one["kl_interval"] or (None, None))[1],
-    "effect_each": lambda one: one["kl_each"],
-    "effect_here": lambda one: one["share_here"],
-    "effect_ce": lambda one: one["ce_rise"],
-    "effect_random": lambda one: one["kl_random"],
-    "effect_fired": lambda one: one["n_fired"],
+_EFFECTS = {  # column of the core -> key in an entry of `ablation`; `kl_interval` stands apart
+    "effect_kl": "kl",
+    "effect_each": "kl_each",
+    "effect_here": "share_here",
+    "effect_ce": "ce_rise",
+    "effect_random": "kl_random",
+    "effect_fired": "n_fired",
 }
+_ANY_SIGN = ("ce_rise",)
+_MAY_LACK = ("kl_each", "share_here")
+_SCHEMA = 1  # of each kind
+_LARGEST = 1e30  # of any number: float32 holds it
+_MOST = 1000  # tokens that a feature may promote
+_TARGETS = ("kl", "logprob", "logit-difference")
 TARGET = ("adapter", "base", "features", "bias", "unexplained", "special", "other_columns")
 TEXT_COLUMNS = {
     "kl": "<b2",  # of each token; nothing where the text was not attributed
@@ -77,66 +81,68 @@ class Reports:
                 )
             if kind in found:
                 raise ArtifactError(f"{path} is a second report of kind {kind}; give one of them")
-            for parent in ("sae", "activations") if kind == "attribution" else ("sae",):
-                mine = (index.manifest.get("parents") or {}).get(parent)
-                its = manifest["parents"].get(parent)
-                if mine != its:
-                    what = "SAE" if parent == "sae" else "activation store"
-                    raise ArtifactError(
-                        f"{path} is of another {what} than {source}, so its features are not "
-                        "these; make both from the same"
-                    )
+            open_manifest(path, kind, _SCHEMA)
+            _require_parents(path, manifest, index, source)
             found[kind] = data
-        reports = cls(len(index), found)
-        for path, kind in zip(paths, found, strict=True):
             try:
-                reports._check(kind)
+                cls(len(index), {kind: data})._check(kind, index)
             except _BROKEN as error:
                 raise ArtifactError(
                     f"{path} does not hold what a report of kind {kind} does ({error}); make it "
-                    "anew"
+                    "anew, from the same SAE and store"
                 ) from error
-        return reports
+        return cls(len(index), found)
 
-    @staticmethod
-    def parents(paths: Sequence[Path]) -> dict[str, str]:
-        """Return what a page records of its reports: digests by file name."""
-        return {f"effects {path.name}": digest_of(read_manifest(path)) for path in paths}
+    @property
+    def parents(self) -> dict[str, str]:
+        """Digests of the reports, by what a page records them under."""
+        return {
+            f"effects {kind}": digest_of(data["metadata"]["lorascope"])
+            for kind, data in self.found.items()
+        }
 
-    def _check(self, kind: str) -> None:
+    def _check(self, kind: str, index: FeatureIndex) -> None:
         """Make every column once: whatever is not as promised raises here, not half-way."""
+        self.about()
         if kind == "ablation":
-            for values in self.effects().values():
-                if np.isinf(values).any():
-                    raise ValueError("an effect is not finite")
+            self.effects()
         elif kind == "direct":
             self.shares()
             for side in SIDES:
                 self.tokens(side)
+            for i, raw in self.vocabulary.items():
+                if i in index.token_id and index.token_bytes(i) != raw:
+                    raise ValueError(f"token {i} is another one in the index")
         else:
+            lengths = dict(
+                zip(index.text_rollout.tolist(), np.diff(index.text_offset).tolist(), strict=True)
+            )
             for rollout in self._texts:
-                self.text(rollout, None)
+                self.text(rollout, lengths.get(rollout))
 
     def about(self) -> dict[str, Any]:
         """Return what the core says of the reports."""
         said: dict[str, Any] = {}
-        if "ablation" in self.found and self.found["ablation"].get("features") is not None:
+        if self.found.get("ablation", {}).get("features") is not None:
             data = self.found["ablation"]
             said["ablation"] = {
                 "n_rollouts": int(data["n_rollouts"]),
                 "n_tokens": int(data["n_tokens"]),
-                "whole": float(data["without_adapter"]["kl"]),
-                "floor": float(data["floor"]["rounding"]),
+                "whole": _real(data["without_adapter"]["kl"], least=0),
+                "floor": _real(data["floor"]["rounding"], least=0),
             }
         if "direct" in self.found:
-            said["direct"] = {"n": int(self.found["direct"]["n_tokens"])}
+            said["direct"] = {"n": self._n_tokens}
         if "attribution" in self.found:
             data = self.found["attribution"]
+            gap = data["completeness"]["gap"]
+            if data["target"] not in _TARGETS:
+                raise ValueError(f"its target is {data['target']!r}")
             said["attribution"] = {
-                "target": str(data["target"]),
+                "target": data["target"],
                 "unit": str(data["unit"]),
                 "steps": int(data["steps"]),
-                "gap": data["completeness"]["gap"],
+                "gap": None if gap is None else _real(gap, least=0),
                 "parts": list(TARGET),
             }
         return said
@@ -146,25 +152,42 @@ class Reports:
         entries = self.found.get("ablation", {}).get("features")
         if entries is None:
             return {}
-        columns = {name: np.full(self.n_features, np.nan, np.float32) for name in _EFFECTS}
+        names = (*_EFFECTS, "effect_low", "effect_high")
+        columns = {name: np.full(self.n_features, np.nan, np.float32) for name in names}
         for one in entries:
-            for name, pick in _EFFECTS.items():
-                value = pick(one)
-                columns[name][self._latent(one["feature"])] = np.nan if value is None else value
+            latent = self._latent(one["feature"])
+            if not np.isnan(columns["effect_kl"][latent]):
+                raise ValueError(f"feature {latent} is there twice")
+            for name, key in _EFFECTS.items():
+                if one[key] is None and key in _MAY_LACK:
+                    continue
+                columns[name][latent] = _real(one[key], least=None if key in _ANY_SIGN else 0)
+            if one["kl_interval"] is not None:
+                low, high = one["kl_interval"]
+                columns["effect_low"][latent] = _real(low, least=0)
+                columns["effect_high"][latent] = _real(high, least=0)
         return columns
 
     def shares(self) -> Arrays:
         """Return the share of each feature's effect that is written directly."""
         if "direct" not in self.found:
             return {}
-        share = np.full(self.n_features, np.nan, np.float32)
-        for one in self.found["direct"]["features"]:
-            share[self._latent(one["feature"])] = one["share"]
-        return {"direct_share": share}
+        entries = self.found["direct"]["features"]
+        if [self._latent(one["feature"]) for one in entries] != list(range(self.n_features)):
+            raise ValueError(f"it has {len(entries)} features, the index {self.n_features}")
+        share = [_real(one["share"], least=0, most=1.001) for one in entries]
+        return {"direct_share": np.array(share, np.float32)}
+
+    @property
+    def _n_tokens(self) -> int:
+        n = self.found["direct"]["n_tokens"]
+        if type(n) is not int or not 1 <= n <= _MOST:
+            raise ValueError(f"it names {n!r} tokens of each feature")
+        return n
 
     def tokens(self, side: str) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """Return token ids (-1: none) and scores of a side, `(feature, n)`."""
-        n = int(self.found["direct"]["n_tokens"])
+        n = self._n_tokens
         ids = np.full((self.n_features, n), -1, np.int32)
         scores = np.zeros((self.n_features, n), np.float32)
         for one in self.found["direct"]["features"]:
@@ -187,29 +210,31 @@ class Reports:
     @cached_property
     def _texts(self) -> dict[int, Mapping[str, Any]]:
         texts = self.found.get("attribution", {}).get("rollouts", [])
-        return {int(text["rollout"]): text for text in texts}
+        found = {int(text["rollout"]): text for text in texts}
+        if len(found) < len(texts):
+            raise ValueError("a rollout is there twice")
+        return found
 
     def text(self, rollout: int, n_tokens: int | None) -> Arrays:
         """Return the columns of a whole text, by the names in TEXT_COLUMNS; empty if not known.
 
-        `n_tokens` are those of the index; None checks the report alone.
+        `n_tokens` are those of the index; None where it has not got the text.
         """
         text = self._texts.get(rollout)
         if text is None:
             return {name: np.zeros(0) for name in TEXT_COLUMNS}
         n = len(text["kl"])
         if n_tokens not in (None, n) or len(text["rise"]) != n:
-            raise ArtifactError(
-                f"the attribution has {n} tokens of rollout {rollout}, the feature index "
-                f"{n_tokens}; make both from the same store"
-            )
+            raise ValueError(f"it has {n} tokens of rollout {rollout}, the index {n_tokens}")
         targets = text["targets"]
         behind = [pair for one in targets for pair in one["behind"]]
         places = [one["token"] for one in targets] + [pair[2] for pair in behind]
         if not all(type(place) is int and 0 <= place < n for place in places):
             raise ValueError(f"a place is outside of rollout {rollout}")
+        if len({one["token"] for one in targets}) < len(targets):
+            raise ValueError(f"a token of rollout {rollout} is explained twice")
         columns: dict[str, Any] = {
-            "kl": _halves(text["kl"]),
+            "kl": _halves(text["kl"], least=0),
             "rise": _halves(text["rise"]),
             "target_token": [one["token"] for one in targets],
             "target_parts": [_real(one[name]) for one in targets for name in TARGET],
@@ -233,13 +258,37 @@ def _token(number: Any) -> int:
     return number
 
 
-def _real(value: Any) -> float:
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"{value!r} is not finite")
-    return number
+def _real(value: Any, least: float | None = None, most: float = _LARGEST) -> float:
+    """Return a number of a report as it is: no text, no truth value, within what is possible."""
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no number")
+    low = -most if least is None else least
+    if not low <= value <= most:
+        raise ValueError(f"{value!r} is not from {low:g} to {most:g}")
+    return float(value)
 
 
-def _halves(values: Sequence[Any]) -> npt.NDArray[np.uint16]:
+def _halves(values: Sequence[Any], least: float | None = None) -> npt.NDArray[np.uint16]:
     """Return numbers in two bytes each; None becomes NaN."""
-    return halved(np.array([np.nan if v is None else _real(v) for v in values], np.float32))
+    numbers = [np.nan if v is None else _real(v, least) for v in values]
+    return halved(np.array(numbers, np.float32))
+
+
+def _require_parents(
+    path: Path, manifest: Mapping[str, Any], index: FeatureIndex, source: Path
+) -> None:
+    """Raise ArtifactError at a report of another SAE, or of another store that the index names."""
+    mine, its = index.manifest.get("parents") or {}, manifest.get("parents")
+    its = its if isinstance(its, Mapping) else {}
+    if its.get("sae") is None or mine.get("sae") != its["sae"]:
+        raise ArtifactError(
+            f"{path} is of another SAE than {source}, so its features are not these; make both "
+            "from the same"
+        )
+    if manifest["kind"] != "attribution" or "activations" not in mine:
+        return
+    if mine["activations"] != its.get("activations"):
+        raise ArtifactError(
+            f"{path} is of another activation store than {source}, so its texts are not these; "
+            "make both from the same"
+        )

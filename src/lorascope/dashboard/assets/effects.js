@@ -23,9 +23,10 @@ function drawGone(id) {
   const { n_rollouts: texts, n_tokens: tokens, whole: all, floor } = core.effects.ablation;
   const note = `KL(adapter \u2016 without it), nats a token, on ${whole(tokens)} tokens of ` +
     `${whole(texts)} held-out texts (logarithmic axis).`;
-  if (!isMeasured(id)) {
-    const why = element("p", "figure-note", "Not measured: it fires on none of these texts, or " +
-      "was not asked for.");
+  if (!isMeasured(id) || column.effect_fired[id] === 0) {
+    const why = element("p", "figure-note", isMeasured(id)
+      ? "Nothing: it never fired on these texts."
+      : "Not in the report: it never fired on these texts, or was not asked for.");
     return panel("What is gone without it", note, why, { testid: "effect" });
   }
   const value = (name) => column[`effect_${name}`][id];
@@ -66,12 +67,14 @@ function facts(value) {
 
 // Draws values as dots on a logarithmic axis, with the floor of rounding as a line.
 function drawScale(id, rows, floor) {
-  const values = rows.map(([, value]) => value).filter((value) => value > 0);
-  const low = Math.floor(Math.log10(Math.max(1e-12, Math.min(floor || Infinity, ...values)))) - 0.2;
+  const values = [floor, ...rows.flatMap(([, value, edges]) => [value, ...edges])]
+    .filter((value) => value > 0);
+  const low = Math.floor(Math.log10(Math.max(1e-13, Math.min(...values, 1e-9)))) - 0.2;
   const high = Math.ceil(Math.log10(Math.max(...values, 1e-9)));
   const [left, right] = [104, WIDTH - 8];
-  const at = (value) => left + ((right - left) * (Math.log10(value) - low)) / (high - low);
-  const height = ROW * rows.length;
+  const at = (value) => left +
+    (right - left) * Math.max(0, (Math.log10(value) - low) / (high - low));
+  const height = ROW * rows.length + 12; // the last line names the floor
   const drawing = svg("svg", {
     viewBox: `0 0 ${WIDTH} ${height + 16}`, role: "group",
     "aria-label": `KL without feature ${id}, its control and the whole adapter`,
@@ -85,7 +88,8 @@ function drawScale(id, rows, floor) {
   }
   if (floor > 0) {
     const line = { x1: at(floor), x2: at(floor), y1: 0, y2: height, class: "floor-line" };
-    drawing.append(svg("line", line));
+    drawing.append(svg("line", line),
+      svg("text", { x: at(floor) + 4, y: height - 3, class: "tick start" }, "floor of rounding"));
   }
   rows.forEach(([label, value, [from, to], kind], i) => {
     const y = ROW * (i + 0.5);

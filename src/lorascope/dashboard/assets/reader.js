@@ -223,6 +223,8 @@ function most() {
 // Pins a token and brings it into view.
 function goTo(t) {
   pin(t);
+  const paint = shown.painted.length ? `&paint=${shown.painted.join(",")}` : "";
+  amend("text", column.kept_rollout[shown.text], `token=${t}${paint}`);
   shown.nodes[t].scrollIntoView({ block: "center" });
   shown.nodes[t].focus({ preventScroll: true });
 }
