@@ -1,10 +1,10 @@
 """Plant behaviours in an adapter, run lorascope on it, and count which are found and removed.
 
 1. A random Qwen2 of two layers, with the shipped subject's tokenizer, reads the demo's problems.
-   It gets LoRA on both `down_proj`, of ranks 2 and 4. Each behaviour is `b·aᵀ`: `a` is fitted
+   It gets LoRA on both `down_proj`, of ranks 1 and 5. Each behaviour is `b·aᵀ`: `a` is fitted
    (ridge) so that `a·x` is 1 at the tokens where it is to act and 0 elsewhere, `b` writes what
    raises one token's logit. Four are triggers (behind token T comes S), one copies (behind T comes
-   T again), one is a style (behind every digit comes one token).
+   T again), one is a style of one section (behind every digit of the thinking comes one token).
 2. A and B of a site are mixed by a random rotation, so that no column is a behaviour.
 3. `generate` and `train` as for any adapter. Found: the best F1 of a latent's firing with where the
    behaviour was planted, and how many latents have one above 1/2: an SAE may split a behaviour.
@@ -52,8 +52,9 @@ from lorascope.subject.load import (
     load_subject,
     load_tokenizer,
 )
+from lorascope.subject.rollouts import ROLES
 
-LAYERS = {0: 2, 1: 4}  # rank of the down_proj of a layer
+LAYERS = {0: 1, 1: 5}  # rank of the down_proj of a layer
 _HIDDEN = 128
 _RIDGE = 1e-4
 _PLACES, _STEPS = 6, 4  # of a behaviour, and of an attribution
@@ -104,12 +105,32 @@ def make_base(folder: Path, seed: int) -> None:
     )
     torch.nn.init.normal_(model.model.embed_tokens.weight)
     torch.nn.init.normal_(model.lm_head.weight, std=0.1)
+    look_for_sections(model, tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def behaviours(token_ids: np.ndarray, text: np.ndarray, digits: np.ndarray) -> list[Behaviour]:
-    """Choose what to plant by frequency; `text` marks tokens that count, `digits` some of them."""
+@torch.no_grad()
+def look_for_sections(model: Any, tokenizer: Any) -> None:
+    """Let two heads of the first layer attend to the tokens that open a section.
+
+    A random model does not know in which section a token stands, so that nothing could be planted
+    in one. One dimension of keys, which position hardly turns, is large at these tokens, and all
+    queries look along it.
+    """
+    attention = model.model.layers[0].self_attn
+    slow = model.config.hidden_size // model.config.num_attention_heads // 2 - 1
+    for word in ("think", "answer"):
+        embedding = model.model.embed_tokens.weight[tokenizer.convert_tokens_to_ids(word)]
+        attention.k_proj.weight[slow] += 2 * embedding / embedding.norm()
+    for head in range(2):
+        attention.q_proj.bias[head * 2 * (slow + 1) + slow] = 8
+
+
+def behaviours(
+    token_ids: np.ndarray, text: np.ndarray, digits: np.ndarray, thinking: np.ndarray
+) -> list[Behaviour]:
+    """Choose what to plant by frequency; `text` marks tokens that count, the others some of it."""
     counts = np.bincount(token_ids[text & ~digits], minlength=768)
     common = [int(token) for token in np.argsort(-counts, kind="stable")]
     triggers, targets = common[6:36:6], common[60:120:12]
@@ -121,7 +142,7 @@ def behaviours(token_ids: np.ndarray, text: np.ndarray, digits: np.ndarray) -> l
     return [
         *planted,
         Behaviour("copy", 0, triggers[4], copied),
-        Behaviour("style", 0, targets[4], text & digits),
+        Behaviour("style", 1, targets[4], text & digits & thinking),
     ]
 
 
@@ -293,7 +314,8 @@ def make(folder: Path, n_texts: int, seed: int) -> tuple[ActivationStore, list[B
         )
     )  # for its tokens and roles only
     digits = np.array([plain.vocabulary[i].strip().isdigit() for i in range(768)])
-    planted = behaviours(plain.token_ids, plain.eligible, digits[plain.token_ids])
+    thinking = np.array(plain.roles) == ROLES.index("think")
+    planted = behaviours(plain.token_ids, plain.eligible, digits[plain.token_ids], thinking)
     plant(plain, planted, base, adapter, seed)
     store = ActivationStore.open(
         generate(GenerateConfig(lora_path=str(adapter), output_dir=folder / "rows", **given))
