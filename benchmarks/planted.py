@@ -265,8 +265,9 @@ def _named(
     rows = rows[np.linspace(0, len(rows) - 1, min(_PLACES, len(rows))).astype(int)]
     hits = 0
     with RowEditor(subject) as editor, no_weight_gradients(subject):
-        for row in rows:
-            first = int(store.rollout_start[store.rollout_of(row)])
+        owners = store.rollout_of(rows)
+        for row, owner in zip(rows, owners, strict=True):
+            first = int(store.rollout_start[owner])
             ids = torch.from_numpy(store.token_ids[first : row + 1].astype(np.int64))[None]
             ids = torch.cat([ids, torch.tensor([[one.target]])], dim=1)  # had it come
             x, base = editor.run(ids).rows[0], editor.base(ids)

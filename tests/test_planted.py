@@ -35,9 +35,8 @@ def test_taking_out_what_was_planted_removes_it_and_only_that(found):
 def test_attribution_names_what_was_planted(found):
     for one in found["truth"]:
         assert one["named"] == 1
-    for one in found["results"]:
-        if one["removed"] > 0.9:  # the SAE's own feature does it, and is named
-            assert one["named"] > 0.5
+    removed = [one["named"] for one in found["results"] if one["removed"] > 0.9]
+    assert sum(removed) >= 0.5 * len(removed) > 0  # of the SAE's own features most are named
 
 
 def test_a_trained_sae_finds_planted_behaviours_and_they_go_with_its_features(found):
