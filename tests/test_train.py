@@ -76,7 +76,7 @@ def test_the_threshold_gives_k_on_half_of_the_held_out_rollouts(small_config, ar
     names = np.unique(rollouts)
     calibrated = held_out[np.isin(rollouts, names[1::2])]
     l0 = sae.encode(torch.from_numpy(store.take(calibrated))).l0.float().mean()
-    assert float(l0) == pytest.approx(3, abs=5e-3)
+    assert float(l0) == pytest.approx(3, abs=1.5 / len(calibrated))  # one firing more or less
     report = sae.manifest["content"]["report"]
     assert report["n_calibrated"] == len(calibrated)
     assert report["n_rows"] == len(held_out) - len(calibrated)
