@@ -22,9 +22,9 @@ from lorascope.activations.generate import run as generate
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.baselines import baselines
 from lorascope.causal.continuing import Change
-from lorascope.causal.effects import open_report
 from lorascope.causal.faithfulness import EvaluateConfig
 from lorascope.causal.faithfulness import run as evaluate
+from lorascope.causal.report_file import open_report
 from lorascope.demo.accuracy import solved, spliced, wilson, without_adapter
 from lorascope.demo.demo import SUBJECT
 from lorascope.demo.problems import make_problem, write_jsonl

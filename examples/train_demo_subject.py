@@ -41,6 +41,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
+from lorascope.demo.accuracy import wilson
 from lorascope.demo.problems import Problem, answer_of, make_problem
 from lorascope.demo.stories import KINDS
 
@@ -416,14 +417,6 @@ def load_base(output: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(output / "base", dtype=torch.float32)
 
 
-def wilson(right: int, n: int) -> list[float]:
-    """Return Wilson's 95 % interval of a share."""
-    z, share = 1.96, right / n
-    centre = share + z * z / (2 * n)
-    spread = z * math.sqrt(share * (1 - share) / n + (z / n) ** 2 / 4)
-    return [round((centre + sign * spread) / (1 + z * z / n), 4) for sign in (-1, 1)]
-
-
 def evaluate(output: Path, full: Any, scale: Scale) -> dict[str, Any]:
     """Return accuracies of the saved base and adapter and of `full`, and three example replies."""
     tokenizer = AutoTokenizer.from_pretrained(output / "base")
@@ -455,7 +448,7 @@ def evaluate(output: Path, full: Any, scale: Scale) -> dict[str, Any]:
             "n": len(right),
             "right": sum(right),
             "accuracy": round(sum(right) / len(right), 4),
-            "interval_95": wilson(sum(right), len(right)),
+            "interval_95": [round(edge, 4) for edge in wilson(sum(right), len(right))],
             "by_kind": {kind: round(sum(r) / max(1, len(r)), 3) for kind, r in by_kind.items()},
             "seconds": round(time.perf_counter() - began, 1),
         }

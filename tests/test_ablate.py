@@ -12,8 +12,9 @@ from subjects import load, logits_of, reference, save_adapter
 
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.ablate import AblateConfig, run
-from lorascope.causal.effects import ce_of, kl_of, open_report
+from lorascope.causal.effects import ce_of, kl_of
 from lorascope.causal.parts import parts_of
+from lorascope.causal.report_file import open_report
 from lorascope.errors import ConfigError
 from lorascope.subject.intervene import RowEditor
 

@@ -14,8 +14,8 @@ from subjects import load, save_adapter
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.attribute import AttributeConfig, run
 from lorascope.causal.attribution_report import Behind, agreement_of
-from lorascope.causal.effects import open_report
 from lorascope.causal.gradients import Share, Targets, mean_gradients, no_weight_gradients
+from lorascope.causal.report_file import open_report
 from lorascope.cli import call
 from lorascope.errors import ArtifactError, ConfigError, NumberError
 from lorascope.sites import Site, SiteLayout

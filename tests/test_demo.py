@@ -9,7 +9,7 @@ import torch
 
 from lorascope.activations.store import ActivationStore, verify
 from lorascope.artifact import read_manifest
-from lorascope.causal.effects import open_report
+from lorascope.causal.report_file import open_report
 from lorascope.cli import call
 from lorascope.demo import demo, meaning
 from lorascope.demo.demo import DemoConfig

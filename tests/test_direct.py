@@ -8,7 +8,7 @@ from studies import dictionary, strengthen
 from subjects import IDS, load, save_adapter
 
 from lorascope.causal.direct import DirectConfig, measure, run
-from lorascope.causal.effects import open_report
+from lorascope.causal.report_file import open_report
 from lorascope.cli import call
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.subject.intervene import RowEditor

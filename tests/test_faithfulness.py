@@ -15,9 +15,10 @@ from subjects import logits_of, reference
 from transformers import AutoModelForCausalLM
 
 from lorascope.activations.store import ActivationStore
-from lorascope.causal.effects import kl_of, open_report
+from lorascope.causal.effects import kl_of
 from lorascope.causal.faithfulness import EvaluateConfig, run
 from lorascope.causal.heldout import EffectOptions, open_held_out
+from lorascope.causal.report_file import open_report
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.sae.evaluate import evaluate
 from lorascope.subject.intervene import RowEditor

@@ -5,7 +5,7 @@ import torch
 from studies import dictionary, make_texts, strengthen
 
 from lorascope.activations.store import ActivationStore
-from lorascope.causal.effects import open_report
+from lorascope.causal.report_file import open_report
 from lorascope.causal.steer import SteerConfig, run
 from lorascope.causal.steering_report import repeats_of
 from lorascope.cli import call

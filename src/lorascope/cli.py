@@ -342,7 +342,7 @@ def _broken(path: Path, kind: str) -> list[str]:
 
             load_sae(path)
         elif kind in ("evaluation", "ablation", "attribution", "direct", "steering"):
-            from lorascope.causal.effects import open_report
+            from lorascope.causal.report_file import open_report
 
             open_report(path)
     except LorascopeError as error:

@@ -122,14 +122,13 @@ def _effects(config: RunConfig) -> dict[str, Callable[[], Path]]:
         "model_path": out / "sae",
         "max_rollouts": config.effect_texts,
         "batch_tokens": None,
-        "seed": 0,
     }
     return {
         "direct": lambda: direct.run(
             pick(direct.DirectConfig, config, model_path=out / "sae", output=direct_json)
         ),
         "ablate": lambda: ablate.run(
-            pick(ablate.AblateConfig, config, output=ablation_json, greedy="none", **given)
+            pick(ablate.AblateConfig, config, output=ablation_json, greedy="none", seed=0, **given)
         ),
         "attribute": lambda: attribute.run(
             pick(

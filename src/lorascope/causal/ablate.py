@@ -28,16 +28,23 @@ from torch import Tensor
 
 from lorascope import runtime
 from lorascope.activations.store import ActivationStore
-from lorascope.artifact import building, is_made, make_manifest, write_text
 from lorascope.causal.ablation_report import (
     feature_entries,
     greedy_entries,
     part_entries,
     table,
 )
-from lorascope.causal.effects import counted, kl_of, seal
-from lorascope.causal.heldout import SPECIAL, EffectOptions, HeldOut, open_held_out
+from lorascope.causal.effects import counted, kl_of
+from lorascope.causal.heldout import (
+    SPECIAL,
+    HeldOut,
+    RandomEffectOptions,
+    described,
+    open_held_out,
+    require_features,
+)
 from lorascope.causal.parts import Part, parts_of
+from lorascope.causal.report_file import Report, report_at
 from lorascope.config import option
 from lorascope.errors import ArtifactError, ConfigError
 
@@ -53,7 +60,7 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class AblateConfig(EffectOptions):
+class AblateConfig(RandomEffectOptions):
     """Options of `ablate`."""
 
     model_path: Path | None = option(
@@ -75,8 +82,7 @@ class AblateConfig(EffectOptions):
             raise ConfigError(f"--output is {self.output}, expected a .json file")
         if self.features and self.model_path is None:
             raise ConfigError("--features are those of an SAE; name it with --model-path")
-        if min(self.features, default=0) < 0 or len(set(self.features)) < len(self.features):
-            raise ConfigError("--features are to be different numbers from 0")
+        require_features(self.features)
 
 
 def run(config: AblateConfig) -> Path:
@@ -86,37 +92,26 @@ def run(config: AblateConfig) -> Path:
 
     store = ActivationStore.open(config.data_dir)
     sae = None if config.model_path is None else load_sae(config.model_path, store)
-    if sae is not None and max(config.features, default=0) >= sae.d_sae:
-        raise ConfigError(
-            f"--features names {max(config.features)}, the SAE has features 0 to {sae.d_sae - 1}"
-        )
-    parents = {"activations": store.digest, **({} if sae is None else {"sae": sae.digest})}
-    identity = {"settings": config.settings(), "parents": parents}
-    if is_made(config.output, KIND, **identity, overwrite=config.overwrite):
-        log.info("%s is already made with these settings", config.output)
-        return config.output
-    texts = open_held_out(config, sae)
-    with building(config.output, KIND, **identity, overwrite=config.overwrite) as build:
+    require_features(config.features, sae)
+
+    def make() -> Report:
+        texts = open_held_out(config, sae)
         report = measure(texts, config, sae)
-        manifest = make_manifest(
-            KIND,
-            SCHEMA,
-            **identity,
-            layout=texts.subject.layout.to_json(),
-            content={
-                "sae_name": None if config.model_path is None else config.model_path.name,
-                "adapter_name": texts.subject.adapter.name,
-                "compute_dtype": str(texts.subject.dtype).removeprefix("torch."),
-                "batch_tokens": texts.batch_tokens,
-            },
-        )
-        write_text(build.path / "report.json", seal(manifest, report))
-        for end in (".png", ".svg"):
-            data = {"metadata": {"lorascope": manifest}, **report}
-            draw_ablation(data, config.output.with_suffix(end))
-        build.publish_file("report.json")
-    log.info("%s", table(report))
-    return config.output
+        return Report(report, texts.subject.layout, described(texts, config.model_path))
+
+    return report_at(
+        config.output,
+        KIND,
+        SCHEMA,
+        settings=config.settings(),
+        parents={"activations": store.digest, **({} if sae is None else {"sae": sae.digest})},
+        overwrite=config.overwrite,
+        make=make,
+        table=table,
+        draw=lambda data: [
+            draw_ablation(data, config.output.with_suffix(end)) for end in (".png", ".svg")
+        ],
+    )
 
 
 @torch.inference_mode()

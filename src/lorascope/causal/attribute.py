@@ -13,7 +13,6 @@
 In: adapter, activation store, SAE. Out: a report (JSON); the table goes to stderr.
 """
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,10 +25,17 @@ from torch import Tensor
 
 from lorascope import runtime
 from lorascope.activations.store import ActivationStore
-from lorascope.artifact import building, is_made, make_manifest, write_text
 from lorascope.causal.attribution_report import Behind, summarize, table
-from lorascope.causal.effects import ce_of, counted, kl_of, seal
-from lorascope.causal.heldout import SPECIAL, Batch, EffectOptions, HeldOut, open_held_out
+from lorascope.causal.effects import ce_of, counted, kl_of
+from lorascope.causal.heldout import (
+    SPECIAL,
+    Batch,
+    EffectOptions,
+    HeldOut,
+    described,
+    open_held_out,
+)
+from lorascope.causal.report_file import Report, report_at
 from lorascope.config import option
 from lorascope.errors import ArtifactError, ConfigError
 
@@ -37,8 +43,6 @@ if TYPE_CHECKING:
     from lorascope.causal.gradients import Share, Targets
     from lorascope.sae.model import SAE
     from lorascope.subject.intervene import RowEditor
-
-log = logging.getLogger(__name__)
 
 KIND = "attribution"
 SCHEMA = 1
@@ -101,33 +105,24 @@ def run(config: AttributeConfig) -> Path:
     store = ActivationStore.open(config.data_dir)
     sae = load_sae(config.model_path, store)
     chosen = _chosen(config, store)
-    parents = {"activations": store.digest, "sae": sae.digest}
-    settings = {**config.settings(), "rollouts": [int(store.rollout_id[i]) for i in chosen]}
-    identity = {"settings": settings, "parents": parents}
-    if is_made(config.output, KIND, **identity, overwrite=config.overwrite):
-        log.info("%s is already made with these settings", config.output)
-        return config.output
-    texts = open_held_out(config, sae)
-    if chosen:
-        texts = replace(texts, rollouts=np.array(chosen)[: config.max_rollouts])
-    with building(config.output, KIND, **identity, overwrite=config.overwrite) as build:
+
+    def make() -> Report:
+        texts = open_held_out(config, sae)
+        if chosen:
+            texts = replace(texts, rollouts=np.array(chosen)[: config.max_rollouts])
         report = measure(texts, sae, config)
-        manifest = make_manifest(
-            KIND,
-            SCHEMA,
-            **identity,
-            layout=texts.subject.layout.to_json(),
-            content={
-                "sae_name": config.model_path.name,
-                "adapter_name": texts.subject.adapter.name,
-                "compute_dtype": str(texts.subject.dtype).removeprefix("torch."),
-                "batch_tokens": texts.batch_tokens,
-            },
-        )
-        write_text(build.path / "report.json", seal(manifest, report))
-        build.publish_file("report.json")
-    log.info("%s", table(report))
-    return config.output
+        return Report(report, texts.subject.layout, described(texts, config.model_path))
+
+    return report_at(
+        config.output,
+        KIND,
+        SCHEMA,
+        settings={**config.settings(), "rollouts": [int(store.rollout_id[i]) for i in chosen]},
+        parents={"activations": store.digest, "sae": sae.digest},
+        overwrite=config.overwrite,
+        make=make,
+        table=table,
+    )
 
 
 def _chosen(config: AttributeConfig, store: ActivationStore) -> list[int]:

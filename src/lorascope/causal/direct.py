@@ -12,7 +12,6 @@
 In: adapter, base model, SAE. Out: a report (JSON); the table goes to stderr. No forward pass.
 """
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +23,14 @@ import torch
 from torch import Tensor
 
 from lorascope import runtime
-from lorascope.artifact import building, is_made, make_manifest, write_text
-from lorascope.causal.effects import seal
-from lorascope.config import Config, option
+from lorascope.causal.report_file import Report, report_at
+from lorascope.config import option
 from lorascope.errors import ConfigError
+from lorascope.subject.options import AdapterOptions
 
 if TYPE_CHECKING:
     from lorascope.sae.model import SAE
     from lorascope.subject.load import Subject
-
-log = logging.getLogger(__name__)
 
 KIND = "direct"
 SCHEMA = 1
@@ -44,21 +41,9 @@ _NAMED = 4  # tokens of each
 
 
 @dataclass(frozen=True, kw_only=True)
-class DirectConfig(Config):
+class DirectConfig(AdapterOptions):
     """Options of `direct`."""
 
-    lora_path: str | None = option(
-        None, help="adapter: a folder or a hub id", identity=False, path=True
-    )
-    adapter_name: str | None = option(
-        None, help="which adapter, where the folder holds several", identity=False
-    )
-    base_model: str | None = option(
-        None,
-        help="base model: a folder or a hub id; default: the one that the adapter names",
-        identity=False,
-        path=True,
-    )
     model_path: Path = option(
         Path("trained_sae_adapters_g-u-d-q-k-v-o.pt"), help="SAE of the features", identity=False
     )
@@ -86,38 +71,33 @@ def run(config: DirectConfig) -> Path:
     sae = load_sae(config.model_path)
     adapter = inspect_adapter(config.lora_path, config.adapter_name)
     base = find_base(adapter, config.base_model)
-    identity = {
-        "settings": config.settings(),
-        "parents": {"sae": sae.digest, "adapter": adapter.digest, "base_model": base.digest},
-    }
-    if is_made(config.output, KIND, **identity, overwrite=config.overwrite):
-        log.info("%s is already made with these settings", config.output)
-        return config.output
-    gauges = {site.gauge for site in sae.layout.sites}
-    subject = load_subject(
-        adapter,
-        base,
-        load_tokenizer(adapter, base),
-        runtime.pick_device(config.device),
-        config.dtype,
-        gauge="auto" if len(gauges) > 1 else gauges.pop(),
-        skip_unhookable=True,
-    )
-    mine, _ = subject.layout.select(sae.layout.adapter_types)
-    sae.layout.require_same(mine, str(config.model_path), f"adapter {adapter.name}")
-    with building(config.output, KIND, **identity, overwrite=config.overwrite) as build:
-        report = measure(subject, sae, config.top)
-        manifest = make_manifest(
-            KIND,
-            SCHEMA,
-            **identity,
-            layout=sae.layout.to_json(),
-            content={"sae_name": config.model_path.name, "adapter_name": adapter.name},
+
+    def make() -> Report:
+        gauges = {site.gauge for site in sae.layout.sites}
+        subject = load_subject(
+            adapter,
+            base,
+            load_tokenizer(adapter, base),
+            runtime.pick_device(config.device),
+            config.dtype,
+            gauge="auto" if len(gauges) > 1 else gauges.pop(),
+            skip_unhookable=True,
         )
-        write_text(build.path / "report.json", seal(manifest, report))
-        build.publish_file("report.json")
-    log.info("%s", table(report))
-    return config.output
+        mine, _ = subject.layout.select(sae.layout.adapter_types)
+        sae.layout.require_same(mine, str(config.model_path), f"adapter {adapter.name}")
+        content = {"sae_name": config.model_path.name, "adapter_name": adapter.name}
+        return Report(measure(subject, sae, config.top), sae.layout, content)
+
+    return report_at(
+        config.output,
+        KIND,
+        SCHEMA,
+        settings=config.settings(),
+        parents={"sae": sae.digest, "adapter": adapter.digest, "base_model": base.digest},
+        overwrite=config.overwrite,
+        make=make,
+        table=table,
+    )
 
 
 @torch.inference_mode()

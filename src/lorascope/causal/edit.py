@@ -13,6 +13,7 @@ In: adapter, activation store, SAE, features. Out: a folder with the adapter or 
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,7 +37,14 @@ from lorascope.artifact import (
     write_text,
 )
 from lorascope.causal.effects import counted, interval_of, kl_of
-from lorascope.causal.heldout import SPECIAL, EffectOptions, HeldOut, open_held_out
+from lorascope.causal.heldout import (
+    SPECIAL,
+    HeldOut,
+    RandomEffectOptions,
+    described,
+    open_held_out,
+    require_features,
+)
 from lorascope.config import option
 from lorascope.errors import ConfigError
 
@@ -56,7 +64,7 @@ _ARMS = ("base", "patched", "folded")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditConfig(EffectOptions):
+class EditConfig(RandomEffectOptions):
     """Options of `edit`."""
 
     model_path: Path = option(
@@ -82,8 +90,7 @@ class EditConfig(EffectOptions):
         super().check()
         if not self.features:
             raise ConfigError("--features names no feature; give the numbers of those to edit")
-        if min(self.features) < 0 or len(set(self.features)) < len(self.features):
-            raise ConfigError("--features are to be different numbers from 0")
+        require_features(self.features)
         if not math.isfinite(self.factor):
             raise ConfigError(f"--factor is {self.factor}, expected a finite number")
         self.require("tolerance", 0)
@@ -97,10 +104,7 @@ def run(config: EditConfig) -> Path:
 
     store = ActivationStore.open(config.data_dir)
     sae = load_sae(config.model_path, store)
-    if max(config.features) >= sae.d_sae:
-        raise ConfigError(
-            f"--features names {max(config.features)}, the SAE has features 0 to {sae.d_sae - 1}"
-        )
+    require_features(config.features, sae)
     identity = {
         "settings": config.settings(),
         "parents": {"activations": store.digest, "sae": sae.digest},
@@ -116,13 +120,25 @@ def run(config: EditConfig) -> Path:
     fold = fit(patch, sae.narrow(store), counts, fitted if fitted.any() else ~fitted)
     as_weights = _folds(config, fold)
     with building(config.output, KIND, **identity, overwrite=config.overwrite) as build:
-        report = {**describe(config, sae, fold, as_weights), **measure(texts, counts, patch, fold)}
-        if as_weights:
-            _write_adapter(build, texts.subject, sae, fold)
-        else:
+        found = measure(texts, counts, patch, fold, config.seed)
+        report = {**describe(config, sae, fold, as_weights), **found}
+        names = _write_adapter(build, texts.subject, sae, fold) if as_weights else [PATCH]
+        if not as_weights:
             patch.save(build.path / PATCH)
         write_text(build.path / REPORT, json.dumps(report, indent=1, allow_nan=False) + "\n")
-        _publish(build, config, identity, texts)
+        manifest = make_manifest(
+            KIND,
+            SCHEMA,
+            **identity,
+            layout=texts.subject.layout.to_json(),
+            content=described(texts, config.model_path),
+            files={
+                name: {"bytes": file.stat().st_size, "sha256": digest_file(file)}
+                for name in sorted([*names, REPORT])
+                for file in [build.path / name]
+            },
+        )
+        build.publish_directory(manifest)
     log.info("%s", table(report, config.output))
     return config.output
 
@@ -150,7 +166,7 @@ def describe(config: EditConfig, sae: "SAE", fold: "Fold", as_weights: bool) -> 
 
 @torch.inference_mode()
 def measure(
-    texts: HeldOut, counts: npt.NDArray[np.bool_], patch: "Patch", fold: "Fold"
+    texts: HeldOut, counts: npt.NDArray[np.bool_], patch: "Patch", fold: "Fold", seed: int = 0
 ) -> dict[str, Any]:
     """Return KL of patched and folded runs on the held-out texts, nats a token, as JSON values.
 
@@ -200,7 +216,7 @@ def measure(
         "kl": {
             name: {
                 "kl": float(totals[name].sum()) / n,
-                "interval": interval_of(totals[name], tokens),
+                "interval": interval_of(totals[name], tokens, seed),
             }
             for name in _ARMS
         },
@@ -229,40 +245,33 @@ def _changes(patch: "Patch", fold: "Fold") -> list[tuple[Any, torch.Tensor]]:
     return [(patch.layout.sites[i], change) for i, change in fold.changes.items()]
 
 
-def _write_adapter(build: Build, subject: "Subject", sae: "SAE", fold: "Fold") -> None:
-    from lorascope.causal.folding import write_folded
-    from lorascope.subject.adapter import WEIGHTS
+def _write_adapter(build: Build, subject: "Subject", sae: "SAE", fold: "Fold") -> list[str]:
+    """Write the folded adapter into the folder, as PEFT saves one; return its files' names.
 
-    source = subject.adapter.path
-    for file in sorted(source.iterdir()):
-        if file.suffix in _COPIED and file.name not in (MANIFEST, REPORT) and file.is_file():
-            shutil.copyfile(file, build.path / file.name)
+    A base model that its config names relatively is named from where the folder will be.
+    """
+    from lorascope.causal.folding import write_folded
+    from lorascope.subject.adapter import CONFIG, WEIGHTS
+
+    source, out = subject.adapter.path, build.path
+    copied = [
+        file.name
+        for file in sorted(source.iterdir())
+        if file.suffix in _COPIED and file.name not in (CONFIG, MANIFEST, REPORT) and file.is_file()
+    ]
+    for name in copied:
+        shutil.copyfile(source / name, out / name)
+    named = subject.adapter.config.get("base_model_name_or_path")
+    beside = source / str(named)
+    if named and not Path(str(named)).is_absolute() and beside.is_dir():
+        named = Path(os.path.relpath(beside.resolve(), build.out.resolve())).as_posix()
+    settings = {**subject.adapter.config, "base_model_name_or_path": named}
+    write_text(out / CONFIG, json.dumps(settings, indent=2, sort_keys=True) + "\n")
     mixes = {
         site.module: mix for site, mix in zip(subject.layout.sites, subject.mixes, strict=True)
     }
-    write_folded(subject.adapter, sae.layout, mixes, fold, build.path / WEIGHTS)
-
-
-def _publish(build: Build, config: EditConfig, identity: Mapping[str, Any], texts: HeldOut) -> Path:
-    files = {
-        file.name: {"bytes": file.stat().st_size, "sha256": digest_file(file)}
-        for file in sorted(build.path.iterdir())
-        if file.is_file() and file.name not in ("settings.json", ".lock")
-    }
-    manifest = make_manifest(
-        KIND,
-        SCHEMA,
-        **identity,
-        layout=texts.subject.layout.to_json(),
-        content={
-            "sae_name": config.model_path.name,
-            "adapter_name": texts.subject.adapter.name,
-            "compute_dtype": str(texts.subject.dtype).removeprefix("torch."),
-            "batch_tokens": texts.batch_tokens,
-        },
-        files=files,
-    )
-    return build.publish_directory(manifest)
+    write_folded(subject.adapter, sae.layout, mixes, fold, out / WEIGHTS)
+    return [*copied, CONFIG, WEIGHTS]
 
 
 def table(report: Mapping[str, Any], out: Path) -> str:

@@ -6,20 +6,13 @@ float64. Everything is over texts that were drawn as a whole, so intervals draw 
 tokens: those of one text are not independent.
 """
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-
-from lorascope.artifact import digest_of, read_manifest
-from lorascope.errors import ArtifactError
 
 Values = npt.NDArray[np.float32]
 Sums = npt.NDArray[np.float64]
@@ -106,32 +99,3 @@ def interval_of(above: Sums, below: Sums, seed: int = 0) -> list[float] | None:
     if not bottom.all():
         return None
     return [float(edge) for edge in np.percentile(top / bottom, _EDGES)]
-
-
-def seal(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> str:
-    """Return the text of a report's file: its numbers, the manifest, and what proves them whole."""
-    content = {**manifest["content"], "report_sha256": digest_of(report)}
-    sealed = {**manifest, "content": content}
-    data = {"metadata": {"lorascope": sealed}, **report}
-    return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def open_report(path: Path) -> dict[str, Any]:
-    """Return a report of effects: its parts by name, and `metadata`.
-
-    Raises ArtifactError when it is missing, no report, or was changed.
-    """
-    manifest = read_manifest(path)
-    content = None if manifest is None else manifest.get("content")
-    expected = content.get("report_sha256") if isinstance(content, dict) else None
-    if expected is None:
-        raise ArtifactError(f"{path} is no report of lorascope; make it with lorascope evaluate")
-    data = json.loads(path.read_text(encoding="utf-8"))
-    report = {name: part for name, part in data.items() if name != "metadata"}
-    try:
-        found = digest_of(report)
-    except ValueError as error:  # a number that JSON has no word for
-        raise ArtifactError(f"{path} holds a number that is not finite; make it anew") from error
-    if found != expected:
-        raise ArtifactError(f"{path} holds other numbers than its manifest says; make it anew")
-    return data

@@ -31,10 +31,16 @@ from torch import Tensor
 from lorascope import runtime
 from lorascope.activations.batches import read_blocks, split_rows
 from lorascope.activations.store import ActivationStore
-from lorascope.artifact import building, is_made, make_manifest, write_text
-from lorascope.causal.effects import Values, ce_of, counted, kl_of, seal
+from lorascope.causal.effects import Values, ce_of, counted, kl_of
 from lorascope.causal.faithfulness_report import summarize, table
-from lorascope.causal.heldout import Batch, EffectOptions, HeldOut, open_held_out
+from lorascope.causal.heldout import (
+    Batch,
+    HeldOut,
+    RandomEffectOptions,
+    described,
+    open_held_out,
+)
+from lorascope.causal.report_file import Report, report_at
 from lorascope.config import option
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.sites import SiteLayout
@@ -53,7 +59,7 @@ Rebuild = Callable[[Tensor], Tensor]  # rows (n, d_in of the SAE) to rows
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(EffectOptions):
+class EvaluateConfig(RandomEffectOptions):
     """Options of `evaluate`."""
 
     model_path: Path = option(
@@ -86,42 +92,34 @@ def run(config: EvaluateConfig) -> Path:
     if len(others) < len(config.against):
         raise ConfigError("--against names two SAEs of one file name; rename one of them")
     out = config.output or Path(f"evaluation_{config.model_path.stem}.json")
-    parents = {
-        "activations": store.digest,
-        "sae": sae.digest,
-        **{name: other.digest for name, other in others.items()},
-    }
-    identity = {"settings": config.settings(), "parents": parents}
-    if is_made(out, KIND, **identity, overwrite=config.overwrite):
-        log.info("%s is already made with these settings", out)
-        return out
-    for name, other in others.items():
-        other.layout.require_same(sae.layout, name, config.model_path.name)
-    texts = open_held_out(config, sae)
-    with building(out, KIND, **identity, overwrite=config.overwrite) as build:
+
+    def make() -> Report:
+        for name, other in others.items():
+            other.layout.require_same(sae.layout, name, config.model_path.name)
+        texts = open_held_out(config, sae)
         narrow = sae.narrow(store)
         rows = _rows_of(narrow, texts.rollouts)
         reconstruction = evaluate(sae, read_blocks(narrow, rows))
         arms = _arms(sae, others, narrow, reconstruction["l0"], config.seed)
         faithfulness = measure(texts, sae, arms, config.seed)
         report = {"reconstruction": reconstruction, "faithfulness": faithfulness}
-        manifest = make_manifest(
-            KIND,
-            SCHEMA,
-            **identity,
-            layout=sae.layout.to_json(),
-            content={
-                "sae_name": config.model_path.name,
-                "adapter_name": texts.subject.adapter.name,
-                "compute_dtype": str(texts.subject.dtype).removeprefix("torch."),
-                "batch_tokens": texts.batch_tokens,
-            },
-        )
-        write_text(build.path / "report.json", seal(manifest, report))
-        draw_faithfulness({"metadata": {"lorascope": manifest}, **report}, out.with_suffix(".png"))
-        build.publish_file("report.json")
-    log.info("%s", table(report))
-    return out
+        return Report(report, sae.layout, described(texts, config.model_path))
+
+    return report_at(
+        out,
+        KIND,
+        SCHEMA,
+        settings=config.settings(),
+        parents={
+            "activations": store.digest,
+            "sae": sae.digest,
+            **{name: other.digest for name, other in others.items()},
+        },
+        overwrite=config.overwrite,
+        make=make,
+        table=table,
+        draw=lambda data: draw_faithfulness(data, out.with_suffix(".png")),
+    )
 
 
 def _rows_of(store: ActivationStore, rollouts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

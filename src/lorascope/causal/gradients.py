@@ -145,7 +145,7 @@ def _nodes(steps: int) -> list[tuple[float, float]]:
 
 
 class Share:
-    """The rows of one text as the SAE parts them; `of` gives each part's share of a target.
+    """The rows of one text as the SAE parts them, and the share of each part in a target.
 
     `eligible` marks the tokens that the SAE reads; the rows of the others stay whole, as `special`.
     Columns that it does not read are `other_columns`.

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +25,10 @@ from lorascope.activations.batches import halves, split_rows
 from lorascope.activations.capture import plan_batches
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import read_manifest
-from lorascope.config import Config, option
-from lorascope.errors import ArtifactError
+from lorascope.config import option
+from lorascope.errors import ArtifactError, ConfigError
 from lorascope.subject.adapter import inspect_adapter
+from lorascope.subject.options import AdapterOptions
 from lorascope.subject.rollouts import ROLES, windows
 
 if TYPE_CHECKING:
@@ -44,21 +45,9 @@ _DRIFT = 0.05  # share of the rows' norm: 16-bit computing moves them by about a
 
 
 @dataclass(frozen=True, kw_only=True)
-class EffectOptions(Config):
+class EffectOptions(AdapterOptions):
     """Options of every command that runs the subject on the texts of a store."""
 
-    lora_path: str | None = option(
-        None, help="adapter: a folder or a hub id", identity=False, path=True
-    )
-    adapter_name: str | None = option(
-        None, help="which adapter, where the folder holds several", identity=False
-    )
-    base_model: str | None = option(
-        None,
-        help="base model: a folder or a hub id; default: the one that the adapter names",
-        identity=False,
-        path=True,
-    )
     data_dir: Path = option(
         Path("activations_all_adapters"),
         help="activation store whose texts to run",
@@ -74,7 +63,6 @@ class EffectOptions(Config):
         "default: what keeps its logits below 512 MB, at most 2048",
         identity=False,
     )
-    seed: int = option(0, help="seed of random directions and of the bootstrap")
     device: str = option("auto", help="auto, cpu, cuda or cuda:N", identity=False)
     overwrite: bool = option(False, help="replace an output of other settings", identity=False)
 
@@ -83,6 +71,17 @@ class EffectOptions(Config):
         super().check()
         self.require("max_rollouts", 1)
         self.require("batch_tokens", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomEffectOptions(EffectOptions):
+    """Options of those that draw something besides."""
+
+    seed: int = option(0, help="seed of random directions, of noise and of the bootstrap")
+
+    def check(self) -> None:
+        """Refuse impossible numbers."""
+        super().check()
         self.require("seed", 0)
 
 
@@ -175,6 +174,26 @@ class HeldOut:
                 "dtype; generate it again"
             )
         return drift
+
+
+def require_features(features: Sequence[int], sae: "SAE | None" = None) -> None:
+    """Raise ConfigError unless `--features` are different numbers, and of `sae` if it is given."""
+    if min(features, default=0) < 0 or len(set(features)) < len(features):
+        raise ConfigError("--features are to be different numbers from 0")
+    if sae is not None and max(features, default=0) >= sae.d_sae:
+        raise ConfigError(
+            f"--features names {max(features)}, the SAE has features 0 to {sae.d_sae - 1}"
+        )
+
+
+def described(texts: HeldOut, sae: Path | None) -> dict[str, Any]:
+    """Return what a report says of its subject and of the SAE's file."""
+    return {
+        "sae_name": None if sae is None else sae.name,
+        "adapter_name": texts.subject.adapter.name,
+        "compute_dtype": str(texts.subject.dtype).removeprefix("torch."),
+        "batch_tokens": texts.batch_tokens,
+    }
 
 
 def open_held_out(config: EffectOptions, sae: "SAE | None") -> HeldOut:

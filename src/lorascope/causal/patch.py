@@ -31,6 +31,23 @@ from lorascope.subject.intervene import Edit, RowEditor
 PATCH = "patch.safetensors"
 
 
+def only(sae: SAE, features: Sequence[int]) -> SAE:
+    """Return an SAE of some latents, in the order given. Raises ArtifactError without threshold.
+
+    Its codes are those of the whole to the last bit, and its encoder is built once.
+    """
+    some = torch.tensor(features)
+    if sae.threshold is None:
+        raise ArtifactError("the SAE has no threshold; load it with load_sae(path, store)")
+    return replace(
+        sae,
+        W_enc=sae.W_enc[:, some].contiguous(),
+        b_enc=sae.b_enc[some],
+        W_dec=sae.W_dec[some],
+        threshold=sae.threshold[some],
+    )
+
+
 @dataclass(frozen=True)
 class Patch:
     """Some features of an SAE, and by what factor their part of a row is multiplied.
@@ -51,17 +68,7 @@ class Patch:
     @classmethod
     def of(cls, sae: SAE, features: Sequence[int], factor: float) -> "Patch":
         """Take features out of an SAE, which must have its threshold."""
-        some = torch.tensor(features)
-        if sae.threshold is None:
-            raise ArtifactError("the SAE has no threshold; load it with load_sae(path, store)")
-        few = replace(
-            sae,
-            W_enc=sae.W_enc[:, some].contiguous(),
-            b_enc=sae.b_enc[some],
-            W_dec=sae.W_dec[some],
-            threshold=sae.threshold[some],
-        )
-        return cls(tuple(features), factor, few)
+        return cls(tuple(features), factor, only(sae, features))
 
     @classmethod
     def open(cls, folder: Path) -> "Patch":

@@ -22,21 +22,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from lorascope import runtime
 from lorascope.activations.store import ActivationStore
-from lorascope.artifact import building, digest_file, is_made, make_manifest, write_text
-from lorascope.causal.effects import ce_of, seal
-from lorascope.causal.heldout import EffectOptions, HeldOut, open_held_out
+from lorascope.artifact import digest_file
+from lorascope.causal.continuing import Change, Written, continue_text
+from lorascope.causal.effects import ce_of
+from lorascope.causal.heldout import (
+    HeldOut,
+    RandomEffectOptions,
+    described,
+    open_held_out,
+    require_features,
+)
+from lorascope.causal.report_file import Report, report_at
 from lorascope.causal.steering_report import Arm, summarize, table
 from lorascope.config import option
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.subject.rollouts import ROLES
 
 if TYPE_CHECKING:
-    from lorascope.causal.continuing import Change, Written
     from lorascope.sae.model import SAE
     from lorascope.subject.intervene import RowEditor
 
@@ -49,7 +57,7 @@ _SAID = tuple(ROLES.index(role) for role in ("think", "answer"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class SteerConfig(EffectOptions):
+class SteerConfig(RandomEffectOptions):
     """Options of `steer`."""
 
     model_path: Path = option(
@@ -90,8 +98,7 @@ class SteerConfig(EffectOptions):
             raise ConfigError(f"--output is {self.output}, expected a .json file")
         if not self.features:
             raise ConfigError("--features names no feature; give the numbers of those to steer")
-        if min(self.features) < 0 or len(set(self.features)) < len(self.features):
-            raise ConfigError("--features are to be different numbers from 0")
+        require_features(self.features)
         if not self.doses or not all(map(math.isfinite, (*self.doses, self.temperature))):
             raise ConfigError("--doses and --temperature are to be finite numbers")
         if self.samples > 1 and not self.temperature:
@@ -105,74 +112,69 @@ def run(config: SteerConfig) -> Path:
 
     store = ActivationStore.open(config.data_dir)
     sae = load_sae(config.model_path, store)
-    if max(config.features) >= sae.d_sae:
-        raise ConfigError(
-            f"--features names {max(config.features)}, the SAE has features 0 to {sae.d_sae - 1}"
-        )
+    require_features(config.features, sae)
     parents = {"activations": store.digest, "sae": sae.digest}
     if config.prompts is not None and Path(config.prompts).is_file():
         parents["prompts"] = digest_file(Path(config.prompts))
-    settings = {**config.settings(), "prompts": config.prompts and Path(config.prompts).name}
-    identity = {"settings": settings, "parents": parents}
-    if is_made(config.output, KIND, **identity, overwrite=config.overwrite):
-        log.info("%s is already made with these settings", config.output)
-        return config.output
-    texts = open_held_out(config, sae)
-    with building(config.output, KIND, **identity, overwrite=config.overwrite) as build:
+
+    def make() -> Report:
+        texts = open_held_out(config, sae)
         report = measure(texts, sae, config)
-        manifest = make_manifest(
-            KIND,
-            SCHEMA,
-            **identity,
-            layout=texts.subject.layout.to_json(),
-            content={
-                "sae_name": config.model_path.name,
-                "adapter_name": texts.subject.adapter.name,
-                "compute_dtype": str(texts.subject.dtype).removeprefix("torch."),
-            },
-        )
-        write_text(build.path / "report.json", seal(manifest, report))
-        data = {"metadata": {"lorascope": manifest}, **report}
-        draw_steering(data, config.output.with_suffix(".png"))
-        build.publish_file("report.json")
-    log.info("%s", table(report))
-    return config.output
+        return Report(report, texts.subject.layout, described(texts, config.model_path))
+
+    return report_at(
+        config.output,
+        KIND,
+        SCHEMA,
+        settings={**config.settings(), "prompts": config.prompts and Path(config.prompts).name},
+        parents=parents,
+        overwrite=config.overwrite,
+        make=make,
+        table=table,
+        draw=lambda data: draw_steering(data, config.output.with_suffix(".png")),
+    )
 
 
 @torch.inference_mode()
 def measure(texts: HeldOut, sae: "SAE", config: SteerConfig) -> dict[str, Any]:
     """Return the report's parts as JSON values."""
-    from lorascope.causal.continuing import continue_text
+    from lorascope.causal.baselines import random_rows
+    from lorascope.causal.patch import only
     from lorascope.subject.intervene import RowEditor
 
-    prompts = _prompts(texts, config)
-    largest = _largest(sae, texts.store, config.features)
-    doses = [dose for dose in dict.fromkeys(config.doses) if dose]
-    named = [("none", 0.0), *((kind, dose) for dose in doses for kind in ("feature", "control"))]
-    changes = _changes(texts, sae, config, largest)
-    arms = [None if kind == "none" else changes(kind, dose) for kind, dose in named]
-    found = [Arm(kind, dose, [], []) for kind, dose in named]
+    prompts, few = _prompts(texts, config), only(sae, config.features)
+    largest = _largest(few, texts.store, config.features)
+    control = random_rows(sae, config.seed)[list(config.features)]
     _, columns = texts.subject.layout.select(sae.layout.adapter_types)
+    arms: list[tuple[Arm, Change | None]] = [(Arm("none", 0.0, [], []), None)]
+    for dose in dict.fromkeys(dose for dose in config.doses if dose):
+        for kind, written in (("feature", few.W_dec), ("control", control)):
+            change = _change(few, columns, config.how, dose * largest, dose, written)
+            arms.append((Arm(kind, dose, [], []), change))
     with (
         RowEditor(texts.subject) as editor,
         runtime.progress(len(prompts), "steer", "texts") as bar,
     ):
         for number, (_, prompt, counts) in enumerate(prompts):
-            written = continue_text(
-                editor,
-                prompt,
-                counts,
-                arms,
-                samples=config.samples,
-                max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature,
-                seed=(config.seed, number),
-                everywhere=config.where == "all",
-            )
-            for arm, ours in zip(found, written, strict=True):
-                for one in ours:
-                    arm.texts.append((number, one, _base_surprise(editor, prompt, one)))
-                    arm.values.append(_values(sae, one, columns, config.features))
+            longest = config.samples * (len(prompt) + config.max_new_tokens)
+            at_once = max(1, texts.batch_tokens // longest)
+            for first in range(0, len(arms), at_once):
+                some = arms[first : first + at_once]
+                written = continue_text(
+                    editor,
+                    prompt,
+                    counts,
+                    [change for _, change in some],
+                    samples=config.samples,
+                    max_new_tokens=config.max_new_tokens,
+                    temperature=config.temperature,
+                    seed=(config.seed, number),
+                    everywhere=config.where == "all",
+                )
+                for (arm, _), ours in zip(some, written, strict=True):
+                    for one in ours:
+                        arm.texts.append((number, one, _base_surprise(editor, prompt, one)))
+                        arm.values.append(_values(few, one, columns))
             bar.update(1)
     spell = texts.subject.tokenizer.decode
     heads = [{"rollout": rollout, "text": spell(prompt)} for rollout, prompt, _ in prompts]
@@ -182,7 +184,7 @@ def measure(texts: HeldOut, sae: "SAE", config: SteerConfig) -> dict[str, Any]:
         "where": config.where,
         "unit": dict(zip(map(str, config.features), largest.tolist(), strict=True)),
         "prompts": heads,
-        "arms": summarize(found, len(prompts), spell, config.seed),
+        "arms": summarize([arm for arm, _ in arms], len(prompts), spell, config.seed),
     }
 
 
@@ -224,59 +226,51 @@ def _prompts(texts: HeldOut, config: SteerConfig) -> list[tuple[int | None, Tens
     return found
 
 
-def _largest(sae: "SAE", store: ActivationStore, features: Sequence[int]) -> Tensor:
-    """Return each feature's largest value on the store's tokens of text."""
-    narrow, some = sae.narrow(store), torch.tensor(features)
-    largest = torch.zeros(len(features))
-    for first, block in narrow.blocks(_BLOCK):
+def _largest(few: "SAE", store: ActivationStore, features: Sequence[int]) -> Tensor:
+    """Return the largest value of each latent of `few` on the store's tokens of text."""
+    largest = torch.zeros(few.d_sae)
+    for first, block in few.narrow(store).blocks(_BLOCK):
         rows = torch.from_numpy(np.array(block)[store.eligible[first : first + len(block)]])
         if len(rows):
-            largest = torch.maximum(largest, sae.encode_dense(rows, some).amax(0))
+            largest = torch.maximum(largest, few.encode_dense(rows).amax(0))
     silent = [feature for feature, u in zip(features, largest.tolist(), strict=True) if not u]
     if silent:
         log.warning("features %s never fire on the store: no dose does anything", silent)
     return largest
 
 
-def _changes(texts: HeldOut, sae: "SAE", config: SteerConfig, largest: Tensor) -> Any:
-    """Return the function from a kind of arm and a dose to its change."""
-    from lorascope.causal.baselines import random_rows
-    from lorascope.causal.continuing import Change
+def _change(
+    few: "SAE",
+    columns: npt.NDArray[np.int64],
+    how: str,
+    wanted: Tensor,
+    dose: float,
+    written: Tensor,
+) -> Change:
+    """Return the change of one dose; `wanted` is `t·u` of each latent, `written` what it writes."""
 
-    some = torch.tensor(config.features)
-    _, columns = texts.subject.layout.select(sae.layout.adapter_types)
-    written = {"feature": sae.W_dec[some], "control": random_rows(sae, config.seed)[some]}
+    def of(rows: Tensor, counts: Tensor) -> Tensor:
+        if how == "add":
+            amount = wanted.expand(*rows.shape[:2], -1)
+        else:
+            values = few.encode_dense(rows[..., columns].cpu()) * counts.cpu()[..., None]
+            raised = (wanted - values).clamp(min=0) * (wanted != 0)
+            amount = -dose * values if how == "remove" else raised
+        added = torch.zeros_like(rows)
+        added[..., columns] = (amount @ written).to(rows.device)
+        return added
 
-    def change(kind: str, dose: float) -> "Change":
-        def of(rows: Tensor, counts: Tensor) -> Tensor:
-            if config.how == "add":
-                amount = (dose * largest).expand(*rows.shape[:2], -1)
-            else:
-                values = sae.encode_dense(rows[..., columns].cpu(), some)
-                values = values * counts.cpu()[..., None]
-                amount = (
-                    -dose * values
-                    if config.how == "remove"
-                    else (dose * largest - values).clamp(min=0) * (largest > 0)
-                )
-            added = torch.zeros_like(rows)
-            added[..., columns] = (amount @ written[kind]).to(rows.device)
-            return added
-
-        return Change(of)
-
-    return change
+    return Change(of)
 
 
-def _values(sae: "SAE", one: "Written", columns: Any, features: Sequence[int]) -> Tensor:
+def _values(few: "SAE", one: Written, columns: npt.NDArray[np.int64]) -> Tensor:
     """Return the features' values as the clean pass reads the written tokens, `(read, feature)`."""
     if not len(one.rows):
-        return torch.zeros(0, len(features))
-    code = sae.encode_dense(one.rows[:, columns], torch.tensor(features))
-    return code[one.counts]
+        return torch.zeros(0, few.d_sae)
+    return few.encode_dense(one.rows[:, columns])[one.counts]
 
 
-def _base_surprise(editor: "RowEditor", prompt: Tensor, one: "Written") -> Any:
+def _base_surprise(editor: "RowEditor", prompt: Tensor, one: Written) -> Any:
     """Return −log p of each written token under the base model, in nats."""
     written = torch.from_numpy(one.token_ids)
     whole = torch.cat([prompt, written])[None]

@@ -1,4 +1,4 @@
-"""The options that say which model is studied on which texts; every stage that runs it has them."""
+"""The options that say which model is studied, and on which texts."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -7,8 +7,8 @@ from lorascope.config import Config, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class SubjectOptions(Config):
-    """Options that say which model is studied on which texts."""
+class AdapterOptions(Config):
+    """Options that say which adapter of which base model is meant."""
 
     lora_path: str | None = option(
         None, help="adapter: a folder or a hub id", identity=False, path=True
@@ -22,6 +22,12 @@ class SubjectOptions(Config):
         identity=False,
         path=True,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubjectOptions(AdapterOptions):
+    """Options that say which model is studied on which texts."""
+
     skip_unhookable: bool = option(
         False, help="go on without the parts of the adapter that have no A·x for each token"
     )

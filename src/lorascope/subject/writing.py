@@ -97,7 +97,8 @@ class ReadOut:
         if head is None or len(norms) != 1:
             what = "no unembedding" if head is None else "no final norm by any usual name"
             raise AdapterError(
-                f"{type(causal).__name__} has {what}: its direct effects are not known"
+                f"{type(causal).__name__} has {what}, so that direct effects are not known; leave "
+                "lorascope direct (of run: --effect-texts) out"
             )
         head = getattr(head, "base_layer", head)  # the adapter may sit on it
         self.unembedding = head.weight.detach()
