@@ -9,7 +9,7 @@ SOURCES := pyproject.toml constraints.txt
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.installed
-	$(BIN)/lorascope demo --output-dir demo-output
+	$(BIN)/lorascope demo --output demo-output
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile

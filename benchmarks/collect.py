@@ -56,7 +56,7 @@ from lorascope.features import collect
 from lorascope.features.collect import CollectConfig
 from lorascope.features.index import FeatureIndex
 from lorascope.kernels import cpu
-from lorascope.kernels.firing import Encoder
+from lorascope.kernels.encoder import Encoder
 
 MIB = 1 << 20
 BLOCK = 1024  # rows of a product
@@ -307,9 +307,9 @@ def _collect(given: argparse.Namespace, setup: Setup, **options: Any) -> Path:
     out = given.folder / "features.h5"
     out.unlink(missing_ok=True)
     config = CollectConfig(
-        model_path=setup.sae_path,
+        sae=setup.sae_path,
         data_dir=setup.store.path,
-        output_path=out,
+        output=out,
         top_k=given.top_k,
         device="cpu",
         overwrite=True,  # what a stopped run left
@@ -322,9 +322,9 @@ def _command(given: argparse.Namespace, setup: Setup) -> None:
     out = given.folder / "features.json"
     out.unlink(missing_ok=True)
     flags = {
-        "--model-path": setup.sae_path,
+        "--sae": setup.sae_path,
         "--data-dir": setup.store.path,
-        "--output-path": out,
+        "--output": out,
         "--top-k": given.top_k,
         "--device": "cpu",
     }

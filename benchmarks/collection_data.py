@@ -23,7 +23,7 @@ from lorascope.sae.model import SAE, load_sae
 from lorascope.sae.settings import TrainConfig
 from lorascope.sae.train import run as train
 from lorascope.sites import PROJECTIONS, Site, SiteLayout
-from lorascope.subject.rollouts import ROLES
+from lorascope.texts.rollouts import ROLES
 
 TRAINING = 400_000  # tokens
 TRAINED = "training"  # the store that the SAE is trained on
@@ -76,7 +76,7 @@ def make_long(folder: Path, n_tokens: int) -> ActivationStore:
 def layout_of() -> SiteLayout:
     """Return 448 columns: rank 1 on seven projections of 64 layers."""
     sites = [Site(layer=i, projection=p, module=f"{i}.{p}") for i in range(64) for p in PROJECTIONS]
-    return SiteLayout.of(sites)
+    return SiteLayout.from_sites(sites)
 
 
 def texts(store: ActivationStore) -> list[list[str]]:
@@ -128,7 +128,7 @@ def _write(folder: Path, layout: SiteLayout, rollouts: Iterator[np.ndarray]) -> 
     if waiting:
         shard()
     words = [f" w{i}".encode() for i in range(_WORDS)]
-    Vocabulary.of(words, np.zeros(_WORDS, bool)).save(folder / VOCABULARY)
+    Vocabulary.from_tokens(words, np.zeros(_WORDS, bool)).save(folder / VOCABULARY)
     files = {
         file.name: {"bytes": file.stat().st_size, "sha256": digest_file(file)}
         for file in sorted(folder.glob("*.h5"))

@@ -33,7 +33,7 @@ from published_page import write_page
 from synthetic_features import synthetic
 
 from lorascope.dashboard.render import DashboardConfig, run
-from lorascope.features.features_json import write_published
+from lorascope.features.published_json import write_published
 
 ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 TIMEOUT = 180_000  # milliseconds that a page may take to open

@@ -21,10 +21,10 @@ from lorascope.activations.generate import GenerateConfig
 from lorascope.activations.generate import run as generate
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.baselines import baselines
-from lorascope.causal.continuing import Change
-from lorascope.causal.faithfulness import EvaluateConfig
-from lorascope.causal.faithfulness import run as evaluate
-from lorascope.causal.report_file import open_report
+from lorascope.causal.continuation import Change
+from lorascope.causal.evaluate import EvaluateConfig
+from lorascope.causal.evaluate import run as evaluate
+from lorascope.causal.study import open_report
 from lorascope.demo.accuracy import solved, spliced, wilson, without_adapter
 from lorascope.demo.demo import SUBJECT
 from lorascope.demo.problems import make_problem, write_jsonl
@@ -56,7 +56,7 @@ def row(store: Path, folder: Path, expansion: int, k: float) -> str:
         evaluate(
             EvaluateConfig(
                 data_dir=store,
-                model_path=sae,
+                sae=sae,
                 output=folder / f"report-{expansion}-{k:g}.json",
                 **SUBJECT_OF,
             )
@@ -122,7 +122,7 @@ def main() -> None:
             GenerateConfig(
                 dataset=str(folder / "problems.jsonl"),
                 num_examples=n,
-                output_dir=folder / "rows",
+                output=folder / "rows",
                 **SUBJECT_OF,
             )
         )

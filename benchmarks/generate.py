@@ -35,7 +35,7 @@ from lorascope.activations.capture import Capture, plan_batches
 from lorascope.sites import PROJECTIONS, Site, SiteLayout
 from lorascope.subject.hooks import RowReader
 from lorascope.subject.load import Adapter, Base, Subject
-from lorascope.subject.rollouts import Rollout
+from lorascope.texts.rollouts import Rollout
 
 MODELS: dict[str, dict[str, Any]] = {
     "small": {

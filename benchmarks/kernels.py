@@ -36,7 +36,7 @@ COPIED = 256 << 20
 def main() -> None:
     given = _arguments()
     device = torch.device(given.device)
-    ours = kernels.of(device)
+    ours = kernels.for_device(device)
     generator = torch.Generator(device).manual_seed(0)
     rate = _copy_rate(device, given.repeats)
     print(f"{_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} threads")

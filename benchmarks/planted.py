@@ -52,7 +52,7 @@ from lorascope.subject.load import (
     load_subject,
     load_tokenizer,
 )
-from lorascope.subject.rollouts import ROLES
+from lorascope.texts.rollouts import ROLES
 
 LAYERS = {0: 1, 1: 5}  # rank of the down_proj of a layer
 _HIDDEN = 128
@@ -271,7 +271,7 @@ def _named(
             ids = torch.from_numpy(store.token_ids[first : row + 1].astype(np.int64))[None]
             ids = torch.cat([ids, torch.tensor([[one.target]])], dim=1)  # had it come
             x, base = editor.run(ids).rows[0], editor.base(ids)
-            targets = Targets.of("logprob", torch.tensor([ids.shape[1] - 1]), ids, base)
+            targets = Targets.at("logprob", torch.tensor([ids.shape[1] - 1]), ids, base)
             eligible = np.append(store.eligible[first : row + 1], False)
             share = Share(sae, x, np.arange(store.d_in), eligible)
             found = share.firings(mean_gradients(editor, ids, x, targets, _STEPS))[0]
@@ -310,16 +310,14 @@ def make(folder: Path, n_texts: int, seed: int) -> tuple[ActivationStore, list[B
         blank, LoraConfig(r=1, target_modules=["down_proj"], task_type="CAUSAL_LM")
     ).save_pretrained(str(folder / "blank"), save_embedding_layers=False)
     plain = ActivationStore.open(
-        generate(
-            GenerateConfig(lora_path=str(folder / "blank"), output_dir=folder / "plain", **given)
-        )
+        generate(GenerateConfig(lora_path=str(folder / "blank"), output=folder / "plain", **given))
     )  # for its tokens and roles only
     digits = np.array([plain.vocabulary[i].strip().isdigit() for i in range(768)])
     thinking = np.array(plain.roles) == ROLES.index("think")
     planted = behaviours(plain.token_ids, plain.eligible, digits[plain.token_ids], thinking)
     plant(plain, planted, base, adapter, seed)
     store = ActivationStore.open(
-        generate(GenerateConfig(lora_path=str(adapter), output_dir=folder / "rows", **given))
+        generate(GenerateConfig(lora_path=str(adapter), output=folder / "rows", **given))
     )
     return store, planted
 
@@ -356,7 +354,7 @@ def study(folder: Path, n_texts: int, seed: int, k: float = 0.5) -> dict[str, An
             lora_path=str(adapter),
             base_model=str(base),
             data_dir=store.path,
-            model_path=trained,
+            sae=trained,
             output=folder / "ablation.json",
             greedy="none",
             device="cpu",

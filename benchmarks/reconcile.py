@@ -42,7 +42,7 @@ def main() -> None:
                 lora_path=str(SUBJECT / "adapter"),
                 dataset=str(given.dataset),
                 num_examples=None,
-                output_dir=Path(folder) / "store",
+                output=Path(folder) / "store",
                 long_texts="window",
             )
         )

@@ -41,14 +41,14 @@ ROWS_PER_SHARD = 64 * 1024
 def make(folder: Path, n_rows: int) -> ActivationStore:
     """Write a store of random rows."""
     sites = [Site(layer=i, projection=p, module=f"{i}.{p}") for i in range(64) for p in PROJECTIONS]
-    layout = SiteLayout.of(sites)
+    layout = SiteLayout.from_sites(sites)
     rng = np.random.default_rng(0)
     block = rng.standard_normal((ROWS_PER_SHARD, layout.d_in)).astype(np.float16)
     for number in range(-(-n_rows // ROWS_PER_SHARD)):
         n = min(ROWS_PER_SHARD, n_rows - number * ROWS_PER_SHARD)
         ids, roles = np.zeros(n, np.int32), np.zeros(n, np.uint8)
         write(folder / f"shard-{number:05d}.h5", block[:n], ids, roles, [n], [number])
-    Vocabulary.of([b"x"], np.array([False])).save(folder / VOCABULARY)
+    Vocabulary.from_tokens([b"x"], np.array([False])).save(folder / VOCABULARY)
     files = {
         file.name: {"bytes": file.stat().st_size, "sha256": digest_file(file)}
         for file in sorted(folder.glob("*.h5"))
@@ -131,7 +131,7 @@ def _in_order(store: ActivationStore) -> int:
 def _epochs(store: ActivationStore) -> list[float]:
     """Return the rows per second of the first epoch, loading included, and of the second."""
     begun, rates = time.perf_counter(), []
-    plan = BatchPlan.of(store, np.arange(store.n_rows), BATCH, seed=0)
+    plan = BatchPlan.from_store(store, np.arange(store.n_rows), BATCH, seed=0)
     n = plan.n_batches(1)
     for first in (0, n):
         rows = sum(len(plan.batch(i)) for i in range(first, first + n))
@@ -143,7 +143,7 @@ def _epochs(store: ActivationStore) -> list[float]:
 def _streamed(store: ActivationStore) -> float:
     """Return the rows per second of an epoch of which a tenth at a time is shuffled in memory."""
     begun, rows = time.perf_counter(), np.arange(store.n_rows)
-    plan = BatchPlan.of(store, rows, BATCH, seed=0, buffer_rows=-(-len(rows) // 10))
+    plan = BatchPlan.from_store(store, rows, BATCH, seed=0, buffer_rows=-(-len(rows) // 10))
     n_rows = sum(len(batch) for batch in plan.batches(0, plan.n_batches(1)))
     return n_rows / (time.perf_counter() - begun)
 

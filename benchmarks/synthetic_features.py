@@ -29,7 +29,7 @@ from lorascope.features.arrays import KIND, SCHEMA
 from lorascope.features.display import pack_tokens
 from lorascope.features.index import FeatureIndex
 from lorascope.sites import PROJECTIONS, Site, SiteLayout
-from lorascope.subject.rollouts import ROLES
+from lorascope.texts.rollouts import ROLES
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -106,7 +106,7 @@ def synthetic(
     latents, chosen, firings = _chosen(rng, corpus, alive, n_examples, per_fifth)
     windows = _windows(firings, chosen, context)
     texts, texts_fired = _texts(rng, firings, windows, min(n_texts, n_rollouts), latents)
-    layout = SiteLayout.of(
+    layout = SiteLayout.from_sites(
         [
             Site(
                 layer=layer, projection=name, module=f"model.layers.{layer}.{name}", b_norms=(1.0,)
@@ -157,7 +157,7 @@ def synthetic(
         layout=layout.to_json(),
         content=content,
     )
-    return FeatureIndex.of(manifest, arrays)
+    return FeatureIndex.from_arrays(manifest, arrays)
 
 
 def _vocabulary(rng: np.random.Generator) -> tuple[list[bytes], npt.NDArray[np.bool_]]:

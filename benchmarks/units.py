@@ -33,13 +33,13 @@ from train import measure, prepare
 import lorascope
 from lorascope import GenerateConfig, TrainConfig
 from lorascope.activations.store import ActivationStore
-from lorascope.activations.units import load_texts
+from lorascope.activations.work_units import load_texts
 from lorascope.demo.problems import write_jsonl
 from lorascope.sae.model import SAE, load_sae
 from lorascope.subject.adapter import inspect_adapter
 from lorascope.subject.hooks import RowReader
 from lorascope.subject.load import Subject, find_base, load_subject, load_tokenizer
-from lorascope.subject.rollouts import ROLES
+from lorascope.texts.rollouts import ROLES
 
 UNITS = ("effect", "std", "rms", "none")
 SUBJECT = Path(lorascope.__file__).parent / "demo" / "subject"
@@ -96,7 +96,7 @@ def subject(given: Namespace) -> None:
             lora_path=str(SUBJECT / "adapter"),
             dataset=str(folder / "train.jsonl"),
             num_examples=given.problems,
-            output_dir=folder / "store",
+            output=folder / "store",
         )
         store = ActivationStore.open(lorascope.generate(reading))
         texts = [

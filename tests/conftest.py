@@ -16,7 +16,7 @@ from lorascope.activations.shards import write_shard
 from lorascope.activations.store import KIND, SCHEMA, VOCABULARY, ActivationStore, Vocabulary
 from lorascope.artifact import MANIFEST, digest_file, make_manifest
 from lorascope.sites import PROJECTIONS, Site, SiteLayout
-from lorascope.subject.rollouts import ROLES
+from lorascope.texts.rollouts import ROLES
 
 if TYPE_CHECKING:
     from browser import Shown
@@ -145,7 +145,7 @@ def layout_of(n_layers: int = 2, adapter: str | None = "a" * 64, seed: int = 0) 
         for i in range(n_layers)
         for p in PROJECTIONS
     ]
-    return SiteLayout.of(sites, adapter)
+    return SiteLayout.from_sites(sites, adapter)
 
 
 def write_store(
@@ -185,7 +185,7 @@ def write_store(
     roles = roles.copy()
     for i in range(n_special):
         ids[i::length], roles[i::length] = 0, ROLES.index("special")
-    Vocabulary.of([word.encode() for word in words], special).save(folder / VOCABULARY)
+    Vocabulary.from_tokens([word.encode() for word in words], special).save(folder / VOCABULARY)
     for first in range(0, n_rollouts, rollouts_per_shard):
         n = min(rollouts_per_shard, n_rollouts - first)
         here = slice(first * length, (first + n) * length)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from lorascope.artifact import make_manifest
-from lorascope.causal.report_file import seal
+from lorascope.causal.study import seal
 from lorascope.features.index import FeatureIndex
 
 NEW_TOKEN = 900_001  # not in any index: its text is hostile

@@ -16,7 +16,7 @@ from lorascope.sites import SiteLayout
 def make_texts(dirs: tuple[Path, Path], dataset: Path, out: Path, **options) -> Path:
     """Make the activation store of a subject, in float32, and return its folder."""
     base, adapter = dirs
-    given = {"num_examples": 6, "store_dtype": "float32", "output_dir": out, **options}
+    given = {"num_examples": 6, "store_dtype": "float32", "output": out, **options}
     return run(
         GenerateConfig(
             lora_path=str(adapter),

@@ -14,7 +14,7 @@ from lorascope.activations.store import ActivationStore
 from lorascope.causal.ablate import AblateConfig, run
 from lorascope.causal.effects import ce_of, kl_of
 from lorascope.causal.parts import parts_of
-from lorascope.causal.report_file import open_report
+from lorascope.causal.study import open_report
 from lorascope.errors import ConfigError
 from lorascope.subject.intervene import RowEditor
 
@@ -34,7 +34,7 @@ def ablated(dirs, store, tmp_path, sae=None, name="ablation", **given):
     base, adapter = dirs
     if sae is not None:
         sae.save(tmp_path / "sae")
-        given["model_path"] = tmp_path / "sae"
+        given["sae"] = tmp_path / "sae"
     return open_report(
         run(
             AblateConfig(
@@ -272,10 +272,10 @@ def test_the_report_its_pictures_and_a_table_are_left_and_made_once(dirs, store,
 def test_bad_choices_are_one_line(dirs, store, tmp_path):
     with pytest.raises(ConfigError, match=r"expected a \.json file"):
         AblateConfig(output=tmp_path / "report.html")
-    with pytest.raises(ConfigError, match="--model-path"):
+    with pytest.raises(ConfigError, match="--sae"):
         AblateConfig(features=(1,))
     for bad in ((-1,), (2, 2)):
         with pytest.raises(ConfigError, match="different numbers"):
-            AblateConfig(features=bad, model_path=tmp_path)
+            AblateConfig(features=bad, sae=tmp_path)
     with pytest.raises(ConfigError, match="the SAE has features 0 to 27"):
         ablated(dirs, store, tmp_path, each_column(store), features=(28,))

@@ -17,7 +17,7 @@ from lorascope.errors import AdapterError
 from lorascope.subject.adapter import WEIGHTS, inspect_adapter, ranks_by_projection
 from lorascope.subject.inventory import inventory
 from lorascope.subject.load import Subject, find_base, load_subject
-from lorascope.subject.writing import ReadOut, writers_of
+from lorascope.subject.unembedding import ReadOut, writers_of
 
 CPU = torch.device("cpu")
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

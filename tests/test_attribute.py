@@ -13,9 +13,9 @@ from subjects import load, save_adapter
 
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.attribute import AttributeConfig, run
-from lorascope.causal.attribution_report import Behind, agreement_of
+from lorascope.causal.attribution_report import TokenAttribution, agreement_of
 from lorascope.causal.gradients import Share, Targets, mean_gradients, no_weight_gradients
-from lorascope.causal.report_file import open_report
+from lorascope.causal.study import open_report
 from lorascope.cli import call
 from lorascope.errors import ArtifactError, ConfigError, NumberError
 from lorascope.sites import Site, SiteLayout
@@ -56,7 +56,7 @@ def attributed(dirs, store, sae, tmp_path):
         return run(
             AttributeConfig(
                 lora_path=str(adapter),
-                model_path=tmp_path / "sae",
+                sae=tmp_path / "sae",
                 output=tmp_path / f"{name}.json",
                 **given,
             )
@@ -94,7 +94,9 @@ def toy():
     config = LoraConfig(r=2, target_modules=["one", "two"], init_lora_weights=False)
     model = get_peft_model(Toy(), config).eval()
     causal = model.base_model.model
-    layout = SiteLayout.of([Site(layer=-1, projection=n, module=n, rank=2) for n in ("one", "two")])
+    layout = SiteLayout.from_sites(
+        [Site(layer=-1, projection=n, module=n, rank=2) for n in ("one", "two")]
+    )
     return Subject(
         model=model,
         tokenizer=None,
@@ -115,7 +117,7 @@ def parted(subject, editor, ids, kind, places, sae=None):
     """Return targets, a share and the rows of one text."""
     with torch.no_grad():
         rows = editor.run(ids).rows[0]
-        targets = Targets.of(kind, torch.tensor(places), ids, editor.base(ids))
+        targets = Targets.at(kind, torch.tensor(places), ids, editor.base(ids))
         if sae is None:
             eye = torch.eye(rows.shape[1])
             both = torch.cat([eye, -eye])
@@ -234,7 +236,7 @@ def test_agreement_knows_what_agrees_and_what_does_not():
     values = np.array([3.0, -1.0, 0.5, 0.2, 0.1, -2.0], np.float32)
 
     def behind(taken):
-        return Behind(
+        return TokenAttribution(
             rollout=0, token=9, text="", adapter=1.0, base=0.0, rests={}, first=0,
             tokens=values, latents=np.arange(6), sources=np.zeros(6, np.int64),
             contributions=values, removals=-values, taken=np.array(taken, np.float32),

@@ -21,7 +21,7 @@ from lorascope.activations.batches import BatchPlan, count_roles, read_blocks, s
 from lorascope.activations.shuffle import Shuffle
 from lorascope.activations.store import ActivationStore
 from lorascope.errors import ArtifactError, ConfigError, NumberError
-from lorascope.subject.rollouts import ROLES
+from lorascope.texts.rollouts import ROLES
 
 
 def numbered(make_store, n_rollouts=10, length=30, **kwargs):
@@ -60,7 +60,7 @@ def test_a_store_of_special_tokens_only_is_refused(make_store):
 def test_every_epoch_shows_every_row_once_in_another_order(make_store):
     store = numbered(make_store)
     rows = np.flatnonzero(store.eligible)  # 290 rows: not a multiple of 64
-    plan = BatchPlan.of(store, rows, 64, seed=3)
+    plan = BatchPlan.from_store(store, rows, 64, seed=3)
     seen = np.concatenate([plan.batch(i)[:, 0].numpy() for i in range(plan.n_batches(3))])
     assert plan.n_batches(3) == 3 * 290 // 64
     first, second = seen[:290], seen[290:580]
@@ -71,13 +71,13 @@ def test_every_epoch_shows_every_row_once_in_another_order(make_store):
 
 def test_one_pool_is_one_permutation_of_all_rows(make_store):
     store = numbered(make_store)
-    plan = BatchPlan.of(store, np.arange(300), 100, seed=3)
+    plan = BatchPlan.from_store(store, np.arange(300), 100, seed=3)
     assert plan.buffer_rows == 300
     assert plan.loaded is not None
     for epoch in (0, 1):
         places = np.concatenate([plan.places(3 * epoch + i) for i in range(3)])
         assert (places == np.random.default_rng([3, 1, epoch]).permutation(300)).all()
-    larger = BatchPlan.of(store, np.arange(300), 100, seed=3, buffer_rows=10**9)
+    larger = BatchPlan.from_store(store, np.arange(300), 100, seed=3, buffer_rows=10**9)
     assert (larger.places(4) == plan.places(4)).all()
 
 
@@ -85,9 +85,9 @@ def test_one_pool_is_one_permutation_of_all_rows(make_store):
 def test_any_batch_is_the_same_alone_and_in_a_row(make_store, buffer_rows):
     store = numbered(make_store, dtype="float16")
     rows = np.flatnonzero(store.eligible)
-    straight = BatchPlan.of(store, rows, 100, seed=3, buffer_rows=buffer_rows)
+    straight = BatchPlan.from_store(store, rows, 100, seed=3, buffer_rows=buffer_rows)
     line = [straight.batch(i) for i in range(9)]
-    alone = BatchPlan.of(store, rows, 100, seed=3, buffer_rows=buffer_rows)
+    alone = BatchPlan.from_store(store, rows, 100, seed=3, buffer_rows=buffer_rows)
     for i in (7, 2, 8, 0):
         assert torch.equal(alone.batch(i), line[i])
         assert alone.batch(i).dtype == torch.float32
@@ -96,13 +96,13 @@ def test_any_batch_is_the_same_alone_and_in_a_row(make_store, buffer_rows):
         assert [b.tolist() for b in resumed] == [b.tolist() for b in line[first:]]
         assert {b.dtype for b in resumed} == {torch.float32}
     assert not torch.equal(
-        BatchPlan.of(store, rows, 100, seed=4, buffer_rows=buffer_rows).batch(0), line[0]
+        BatchPlan.from_store(store, rows, 100, seed=4, buffer_rows=buffer_rows).batch(0), line[0]
     )
 
 
 def test_neighbours_of_one_rollout_rarely_stay_neighbours(make_store):
     store = numbered(make_store, 20, 50)
-    plan = BatchPlan.of(store, np.flatnonzero(store.eligible), 980, seed=0)
+    plan = BatchPlan.from_store(store, np.flatnonzero(store.eligible), 980, seed=0)
     rollouts = store.rollout_of(plan.batch(0)[:, 0].numpy().astype(np.int64))
     assert (np.diff(rollouts) == 0).mean() < 0.1  # 1 in 20 by chance
 
@@ -110,7 +110,7 @@ def test_neighbours_of_one_rollout_rarely_stay_neighbours(make_store):
 def test_one_shard_and_one_batch_work(make_store):
     store = numbered(make_store, rollouts_per_shard=10)
     rows = np.flatnonzero(store.eligible)
-    plan = BatchPlan.of(store, rows, len(rows), seed=0)
+    plan = BatchPlan.from_store(store, rows, len(rows), seed=0)
     assert plan.n_batches(1) == 1
     assert sorted(plan.batch(0)[:, 0].tolist()) == sorted(rows)
 
@@ -118,14 +118,14 @@ def test_one_shard_and_one_batch_work(make_store):
 def test_numpys_global_generator_is_neither_read_nor_changed(make_store):
     store = numbered(make_store)
     before = np.random.get_state()[1].copy()
-    BatchPlan.of(store, split_rows(store, 0.1, 0)[0], 8, seed=0).batch(0)
+    BatchPlan.from_store(store, split_rows(store, 0.1, 0)[0], 8, seed=0).batch(0)
     assert (np.random.get_state()[1] == before).all()
 
 
 def test_fewer_tokens_than_a_batch_are_refused(make_store):
     store = numbered(make_store)
     with pytest.raises(ArtifactError, match="200 training tokens, fewer than one batch of 201"):
-        BatchPlan.of(store, np.arange(200), 201, seed=0)
+        BatchPlan.from_store(store, np.arange(200), 201, seed=0)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -135,7 +135,7 @@ def test_a_value_that_is_not_finite_is_named_by_row_and_column(make_store, bad, 
     rows[37, 8] = bad
     store = make_store(rows, n_rollouts=3)
     with pytest.raises(NumberError, match=r"row 37 \(rollout 1\) is .* column 8 \(1.up_proj\)"):
-        BatchPlan.of(store, np.arange(60), 60, seed=0, buffer_rows=buffer_rows).batch(0)
+        BatchPlan.from_store(store, np.arange(60), 60, seed=0, buffer_rows=buffer_rows).batch(0)
 
 
 def test_blocks_come_in_the_order_asked_for(make_store):
@@ -218,7 +218,7 @@ def long_store(tmp_path_factory):
 
 @pytest.mark.parametrize("buffer_rows", [1000, 4000, 16_400, 39_999, 40_000])
 def test_emitted_order_does_not_follow_the_stores_order(long_store, buffer_rows):
-    plan = BatchPlan.of(long_store, np.arange(40_000), 1000, 5, buffer_rows=buffer_rows)
+    plan = BatchPlan.from_store(long_store, np.arange(40_000), 1000, 5, buffer_rows=buffer_rows)
     orders = [order_of(plan, epoch) for epoch in range(8)]
     for order in orders:
         assert (np.sort(order) == np.arange(40_000)).all()
@@ -232,7 +232,7 @@ def test_emitted_order_does_not_follow_the_stores_order(long_store, buffer_rows)
 
 @pytest.mark.parametrize("buffer_rows", [1000, 4000, 16_400, 39_999])
 def test_neighbours_come_from_one_rollout_as_rarely_as_stated(long_store, buffer_rows):
-    plan = BatchPlan.of(long_store, np.arange(40_000), 1000, 5, buffer_rows=buffer_rows)
+    plan = BatchPlan.from_store(long_store, np.arange(40_000), 1000, 5, buffer_rows=buffer_rows)
     orders = [order_of(plan, epoch) for epoch in range(4)]
     pairs = np.concatenate([np.stack([order[:-1], order[1:]]) for order in orders], axis=1)
     same = (np.diff(long_store.rollout_of(pairs), axis=0) == 0).mean()
@@ -288,7 +288,7 @@ def test_a_stream_has_every_row_once_an_epoch_whatever_the_sizes(small_store, da
     buffer_rows = data.draw(st.integers(max(1, n_rows // 40), n_rows + 5), "buffer")
     epochs, world = data.draw(st.integers(1, 3), "epochs"), data.draw(st.integers(1, 5), "world")
     rows = np.sort(np.random.default_rng(n_rows).choice(700, n_rows, replace=False))
-    plan = BatchPlan.of(small_store, rows, batch_size, n_rows, buffer_rows=buffer_rows)
+    plan = BatchPlan.from_store(small_store, rows, batch_size, n_rows, buffer_rows=buffer_rows)
     assert (plan.loaded is None) == (buffer_rows < n_rows)
     n = plan.n_batches(epochs)
     assert n == epochs * n_rows // batch_size
@@ -320,7 +320,7 @@ def test_the_number_of_reading_threads_changes_nothing(small_store, monkeypatch,
 
 
 def streamed(store, rows, batch_size, buffer_rows, n):
-    plan = BatchPlan.of(store, rows, batch_size, 0, buffer_rows=buffer_rows)
+    plan = BatchPlan.from_store(store, rows, batch_size, 0, buffer_rows=buffer_rows)
     return torch.cat(list(plan.batches(0, n)))
 
 
@@ -335,7 +335,7 @@ def test_one_shard_one_run_and_a_buffer_smaller_than_a_batch_work(make_store):
 
 def test_columns_of_a_selection_are_streamed(make_store):
     store = make_store(dtype="float16").select(["up_proj", "o_proj"])
-    plan = BatchPlan.of(store, np.arange(240), 50, 1, buffer_rows=60)
+    plan = BatchPlan.from_store(store, np.arange(240), 50, 1, buffer_rows=60)
     for i, found in enumerate(plan.batches(0, 12)):
         rows = torch.from_numpy(store.take(plan.rows[plan.places(i)])).float()
         assert found.shape == (50, 4)
@@ -347,20 +347,20 @@ def test_a_buffer_by_default_is_what_fits_in_memory_and_half_of_that_in_a_stream
 ):
     store = numbered(make_store, dtype="float16")  # 28 bytes a row
     monkeypatch.setattr(batches, "_IN_MEMORY", 28 * 300)
-    assert BatchPlan.of(store, np.arange(300), 10, 0).buffer_rows == 300
+    assert BatchPlan.from_store(store, np.arange(300), 10, 0).buffer_rows == 300
     monkeypatch.setattr(batches, "_IN_MEMORY", 28 * 299)
-    plan = BatchPlan.of(store, np.arange(300), 10, 0)
+    plan = BatchPlan.from_store(store, np.arange(300), 10, 0)
     assert plan.buffer_rows == 149
     assert plan.loaded is None
     with pytest.raises(ConfigError, match="0 rows, expected 1 or more"):
-        BatchPlan.of(store, np.arange(300), 10, 0, buffer_rows=0)
+        BatchPlan.from_store(store, np.arange(300), 10, 0, buffer_rows=0)
 
 
 def test_two_pools_are_in_memory_at_most(make_store, monkeypatch):
     layout = layout_of(n_layers=40)  # 1120 bytes a row: what is kept per row counts for little
     store = make_store(layout=layout, n_rollouts=20, length=1000, rollouts_per_shard=5)
     monkeypatch.setattr(batches, "_CHUNK", 64)
-    plan = BatchPlan.of(store, np.arange(20_000), 100, 0, buffer_rows=2000)
+    plan = BatchPlan.from_store(store, np.arange(20_000), 100, 0, buffer_rows=2000)
     pool = 2000 * layout.d_in * 4
     list(plan.batches(0, 2))
     store.take(np.arange(2))
@@ -379,7 +379,7 @@ def test_a_part_of_the_batches_keeps_that_part_of_the_pools_only(make_store, mon
     layout = layout_of(n_layers=40)
     store = make_store(layout=layout, n_rollouts=20, length=1000, rollouts_per_shard=5)
     monkeypatch.setattr(batches, "_CHUNK", 16)
-    plan = BatchPlan.of(store, np.arange(20_000), 100, 0, buffer_rows=5000)
+    plan = BatchPlan.from_store(store, np.arange(20_000), 100, 0, buffer_rows=5000)
     list(plan.batches(0, 2, part=(0, 4)))
     tracemalloc.start()
     for found in plan.batches(0, 200, part=(1, 4)):
@@ -419,7 +419,7 @@ def test_the_next_pool_is_read_while_one_is_used_and_none_after_it(small_store, 
     reads = Reads(monkeypatch)
     monkeypatch.setattr(batches, "_READERS", 1)
     monkeypatch.setattr(batches, "_CHUNK", 20)
-    plan = BatchPlan.of(small_store, np.arange(700), 10, 0, buffer_rows=100)
+    plan = BatchPlan.from_store(small_store, np.arange(700), 10, 0, buffer_rows=100)
     with contextlib.closing(plan.batches(0, 70)) as stream:
         assert reads.count() == 0
         next(stream)
@@ -437,7 +437,7 @@ def test_the_next_pool_is_read_while_one_is_used_and_none_after_it(small_store, 
 
 def test_a_resumed_stream_reads_only_what_it_emits(small_store, monkeypatch):
     reads = Reads(monkeypatch)
-    plan = BatchPlan.of(small_store, np.arange(700), 10, 0, buffer_rows=350)
+    plan = BatchPlan.from_store(small_store, np.arange(700), 10, 0, buffer_rows=350)
     list(plan.batches(30, 40))
     assert reads.count() == 100
     reads.rows.clear()
@@ -451,7 +451,7 @@ def test_a_bad_value_is_raised_at_its_batch_and_not_before(make_store, buffer_ro
     rows = np.zeros((700, 14))
     rows[437, 8] = np.nan
     store = make_store(rows, n_rollouts=20, length=35, dtype="float16")
-    plan = BatchPlan.of(store, np.arange(700), 10, 0, buffer_rows=buffer_rows)
+    plan = BatchPlan.from_store(store, np.arange(700), 10, 0, buffer_rows=buffer_rows)
     at = next(i for i in range(70) if 437 in plan.places(i))
     assert at % 22 > 3  # neither at a pool's beginning nor among the first batches
     found = []
@@ -475,7 +475,7 @@ def test_an_error_of_reading_surfaces_in_the_caller_at_the_pools_first_batch(
     small_store, monkeypatch
 ):
     reads = Reads(monkeypatch)
-    plan = BatchPlan.of(small_store, np.arange(700), 10, 0, buffer_rows=100)
+    plan = BatchPlan.from_store(small_store, np.arange(700), 10, 0, buffer_rows=100)
 
     def fail():
         if reads.count() >= 100:
@@ -507,7 +507,7 @@ def settled_threads():
 
 @pytest.mark.parametrize("buffer_rows", [100, 700])
 def test_closing_ends_the_threads_at_once(small_store, buffer_rows):
-    plan = BatchPlan.of(small_store, np.arange(700), 10, 0, buffer_rows=buffer_rows)
+    plan = BatchPlan.from_store(small_store, np.arange(700), 10, 0, buffer_rows=buffer_rows)
     assert own_threads() == []
     stream = plan.batches(0, 70)
     next(stream)
@@ -527,7 +527,7 @@ def test_closing_in_the_midst_of_a_pool_does_not_read_the_rest_of_it(small_store
     monkeypatch.setattr(batches, "_CHUNK", 1)
     # the second of three pools would take three seconds in four threads
     reads.before = lambda: time.sleep(0.05 if reads.count() > 234 else 0)
-    plan = BatchPlan.of(small_store, np.arange(700), 10, 0, buffer_rows=340)
+    plan = BatchPlan.from_store(small_store, np.arange(700), 10, 0, buffer_rows=340)
     stream = plan.batches(0, 70)
     next(stream)
     reads.settle(236)
@@ -537,7 +537,7 @@ def test_closing_in_the_midst_of_a_pool_does_not_read_the_rest_of_it(small_store
 
 
 def test_a_forgotten_stream_ends_its_threads(small_store):
-    plan = BatchPlan.of(small_store, np.arange(700), 10, 0, buffer_rows=100)
+    plan = BatchPlan.from_store(small_store, np.arange(700), 10, 0, buffer_rows=100)
     stream = plan.batches(0, 70)
     next(stream)
     assert own_threads()
@@ -555,7 +555,7 @@ def test_a_stream_may_be_closed_by_one_of_its_own_threads(small_store, monkeypat
         "batches": (batches, "_all_finite"),
     }[where]
     real, calls, armed, closed = getattr(place, name), [], threading.Event(), threading.Event()
-    plan = BatchPlan.of(small_store, np.arange(700), 10, 0, buffer_rows=100)
+    plan = BatchPlan.from_store(small_store, np.arange(700), 10, 0, buffer_rows=100)
     stream = plan.batches(0, 70)
 
     def hooked(*given):
@@ -583,7 +583,7 @@ from pathlib import Path
 from lorascope.activations.batches import BatchPlan
 from lorascope.activations.store import ActivationStore
 store = ActivationStore.open(Path({str(small_store.path)!r}))
-plan = BatchPlan.of(store, np.arange(700), 10, 0, buffer_rows=100)
+plan = BatchPlan.from_store(store, np.arange(700), 10, 0, buffer_rows=100)
 stream = plan.batches(0, 70)
 next(stream)
 print("begun", flush=True)
@@ -598,7 +598,7 @@ print("begun", flush=True)
 
 
 def test_two_streams_and_single_batches_do_not_disturb_each_other(small_store):
-    plan = BatchPlan.of(small_store, np.arange(700), 10, 0, buffer_rows=100)
+    plan = BatchPlan.from_store(small_store, np.arange(700), 10, 0, buffer_rows=100)
     copy = pickle.loads(pickle.dumps(plan))
     for i, (a, b) in enumerate(zip(plan.batches(0, 60), copy.batches(10, 70), strict=True)):
         assert torch.equal(a, copy.batch(i))
@@ -608,7 +608,7 @@ def test_two_streams_and_single_batches_do_not_disturb_each_other(small_store):
 
 def test_rows_kept_on_a_device_give_the_plans_batches(make_store):
     store = make_store(np.arange(97 * 14.0).reshape(97, 14), n_rollouts=5, dtype="float16")
-    plan = BatchPlan.of(store, np.flatnonzero(store.eligible), 7, seed=3)
+    plan = BatchPlan.from_store(store, np.flatnonzero(store.eligible), 7, seed=3)
     last = plan.n_batches(9)
     for part in [(0, 1), (0, 2), (1, 2)]:
         wanted = list(plan.batches(2, last, part))

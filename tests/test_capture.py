@@ -13,7 +13,7 @@ from lorascope.errors import AdapterError, ConfigError, NumberError
 from lorascope.subject.adapter import inspect_adapter
 from lorascope.subject.hooks import RowReader
 from lorascope.subject.load import find_base, load_subject, load_tokenizer
-from lorascope.subject.rollouts import Rollout
+from lorascope.texts.rollouts import Rollout
 
 CPU = torch.device("cpu")
 

@@ -15,11 +15,11 @@ from test_collect import make_sae
 
 from lorascope.cli import COMMANDS, call
 
-GENERATE = "generate --lora-path {adapter} --dataset {data} --output-dir {out}"
+GENERATE = "generate --lora-path {adapter} --dataset {data} --output {out}"
 TRAIN = "train --data-dir {store} --output {out} --batch-size 64 --expansion-factor 2 --k 3"
-COLLECT = "collect --data-dir {store} --model-path {sae} --output-path {out}.h5"
+COLLECT = "collect --data-dir {store} --sae {sae} --output {out}.h5"
 
-RUN = "run --lora-path {adapter} --dataset {data} --output-dir {out}"
+RUN = "run --lora-path {adapter} --dataset {data} --output {out}"
 
 
 @pytest.fixture
@@ -88,8 +88,8 @@ def refused(place, capsys, line, *words):
         (TRAIN + " --batch-size 5000", ["5000"]),
         (TRAIN + " --adapter-types qqq", ["qqq is not among"]),
         (TRAIN + " --normalize l2", ["--normalize is 'l2'"]),
-        ("collect --data-dir {store} --model-path {tmp}/none", ["none does not exist"]),
-        ("collect --data-dir {store} --model-path {store}", ["holds activations, expected sae"]),
+        ("collect --data-dir {store} --sae {tmp}/none", ["none does not exist"]),
+        ("collect --data-dir {store} --sae {store}", ["holds activations, expected sae"]),
         (RUN + " --k 300", ["--k is 300, expected at most 224"]),
         (RUN + " --k -1", ["--k is -1, expected more than 0"]),
         (RUN + " --top-k 0", ["--top-k is 0, expected 1 or more"]),
@@ -194,7 +194,7 @@ def test_the_page_of_commands_is_up_to_date():
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(docs)},
+        env={**os.environ, "PYTHONPATH": f"{docs}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == (docs / "commands.md").read_text(encoding="utf-8"), (

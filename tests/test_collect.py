@@ -12,8 +12,8 @@ from lorascope.artifact import make_manifest, read_manifest
 from lorascope.errors import ArtifactError, ConfigError, DatasetError
 from lorascope.features import collect
 from lorascope.features.collect import CollectConfig
-from lorascope.features.foreign import read_published
 from lorascope.features.index import FeatureIndex
+from lorascope.features.published_json import read_published
 from lorascope.sae.model import SAE
 
 
@@ -47,9 +47,7 @@ def made(make_store, tmp_path):
 
     def run(**given) -> FeatureIndex:
         out = tmp_path / given.pop("name", "features.h5")
-        config = CollectConfig(
-            model_path=tmp_path / "sae", data_dir=store.path, output_path=out, **given
-        )
+        config = CollectConfig(sae=tmp_path / "sae", data_dir=store.path, output=out, **given)
         return FeatureIndex.open(collect.run(config))
 
     return store, sae, run
@@ -65,9 +63,9 @@ def test_examples_are_the_brute_force_argsort_ties_included(make_store, tmp_path
     store = make_store(rows)
     sae = make_sae(tmp_path / "sae", threshold=0.5)
     config = CollectConfig(
-        model_path=tmp_path / "sae",
+        sae=tmp_path / "sae",
         data_dir=store.path,
-        output_path=tmp_path / "f.h5",
+        output=tmp_path / "f.h5",
         top_k=7,
         max_per_rollout=0,
         alike="keep",
@@ -129,9 +127,7 @@ def test_special_tokens_are_never_chosen(make_store, tmp_path):
     store = make_store(rows)
     make_sae(tmp_path / "sae")
     out = collect.run(
-        CollectConfig(
-            model_path=tmp_path / "sae", data_dir=store.path, output_path=tmp_path / "f.h5"
-        )
+        CollectConfig(sae=tmp_path / "sae", data_dir=store.path, output=tmp_path / "f.h5")
     )
     assert not np.isin(FeatureIndex.open(out).example_row, np.arange(0, 240, 40)).any()
 
@@ -150,9 +146,7 @@ def test_the_batch_size_changes_no_byte(shared, tmp_path_factory, batch_size):
 
     def made(size):
         out = folder / f"{size}.h5"
-        config = CollectConfig(
-            data_dir=shared[0], model_path=shared[1], output_path=out, batch_size=size
-        )
+        config = CollectConfig(data_dir=shared[0], sae=shared[1], output=out, batch_size=size)
         return collect.run(config).read_bytes()
 
     assert made(batch_size) == made(2048)
@@ -162,7 +156,7 @@ def test_the_json_says_what_the_arrays_say(made, tmp_path):
     store, _, run = made
     index = run()
     out = tmp_path / "features.json"
-    collect.run(CollectConfig(model_path=tmp_path / "sae", data_dir=store.path, output_path=out))
+    collect.run(CollectConfig(sae=tmp_path / "sae", data_dir=store.path, output=out))
     data = json.loads(out.read_text(encoding="utf-8"))
     assert data["metadata"]["n_features"] == 24
     assert data["metadata"]["top_k"] == 10
@@ -193,9 +187,7 @@ def test_a_store_and_an_sae_of_different_adapters_are_refused(make_store, tmp_pa
     make_sae(tmp_path / "other", layout_of(adapter="b" * 64))
     make_sae(tmp_path / "wide", layout_of(3))
     for name, message in (("other", "aaaa"), ("wide", "d_in 21")):
-        config = CollectConfig(
-            model_path=tmp_path / name, data_dir=store.path, output_path=tmp_path / "f.h5"
-        )
+        config = CollectConfig(sae=tmp_path / name, data_dir=store.path, output=tmp_path / "f.h5")
         with pytest.raises(ArtifactError, match=f"{message}.*different adapters"):
             collect.run(config)
     assert not (tmp_path / "f.h5").exists()
@@ -207,9 +199,7 @@ def test_an_sae_of_some_projections_reads_a_store_of_all(make_store, tmp_path):
     layout, _ = store.layout.select(["gate_proj", "up_proj"])
     make_sae(tmp_path / "sae", layout)
     out = collect.run(
-        CollectConfig(
-            model_path=tmp_path / "sae", data_dir=store.path, output_path=tmp_path / "f.h5"
-        )
+        CollectConfig(sae=tmp_path / "sae", data_dir=store.path, output=tmp_path / "f.h5")
     )
     assert FeatureIndex.open(out).content["adapter_types"] == ["gate_proj", "up_proj"]
 
@@ -217,25 +207,21 @@ def test_an_sae_of_some_projections_reads_a_store_of_all(make_store, tmp_path):
 def test_a_store_of_special_tokens_only_is_refused(make_store, tmp_path):
     store = make_store(n_special=40)
     make_sae(tmp_path / "sae")
-    config = CollectConfig(
-        model_path=tmp_path / "sae", data_dir=store.path, output_path=tmp_path / "f.h5"
-    )
+    config = CollectConfig(sae=tmp_path / "sae", data_dir=store.path, output=tmp_path / "f.h5")
     with pytest.raises(DatasetError, match="no token that counts"):
         collect.run(config)
 
 
 def test_an_output_of_another_kind_of_file_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"expected a .h5 or .json file"):
-        CollectConfig(output_path=tmp_path / "features.csv")
+        CollectConfig(output=tmp_path / "features.csv")
 
 
 def test_a_dead_sae_gives_an_empty_index(make_store, tmp_path):
     store = make_store()
     make_sae(tmp_path / "sae", threshold=1e9)
     out = collect.run(
-        CollectConfig(
-            model_path=tmp_path / "sae", data_dir=store.path, output_path=tmp_path / "f.h5"
-        )
+        CollectConfig(sae=tmp_path / "sae", data_dir=store.path, output=tmp_path / "f.h5")
     )
     index = FeatureIndex.open(out)
     index.verify()

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from test_collect import dense_code, make_sae
 
 from lorascope.errors import ConfigError
-from lorascope.features import collect, evidence
+from lorascope.features import accumulators, collect
 from lorascope.features.collect import CollectConfig
 from lorascope.features.index import FeatureIndex
-from lorascope.subject.rollouts import ROLES
+from lorascope.texts.rollouts import ROLES
 
 
 def store_of_ties(folder, seed=5, **given):
@@ -22,7 +22,7 @@ def store_of_ties(folder, seed=5, **given):
 
 
 def made(store, sae_path, out, **given):
-    config = CollectConfig(model_path=sae_path, data_dir=store.path, output_path=out, **given)
+    config = CollectConfig(sae=sae_path, data_dir=store.path, output=out, **given)
     index = FeatureIndex.open(collect.run(config))
     index.verify()
     return index
@@ -30,8 +30,8 @@ def made(store, sae_path, out, **given):
 
 def cut_at(patch, n_rows):
     """Let spans have as many rows, or the rollout that goes beyond."""
-    patch.setattr(evidence, "_SPAN", n_rows)
-    patch.setattr(evidence, "_PER_LATENT", 0)
+    patch.setattr(accumulators, "_SPAN", n_rows)
+    patch.setattr(accumulators, "_PER_LATENT", 0)
 
 
 def surroundings(store, row, reach=5):
@@ -121,15 +121,15 @@ def test_three_processes_make_the_bytes_of_one(shared, tmp_path):
     store, sae = shared
     made(store, sae, tmp_path / "one.h5")
     code = (
-        "import sys; from lorascope.features import evidence\n"
-        "evidence._SPAN, evidence._PER_LATENT = 1, 0\n"
+        "import sys; from lorascope.features import accumulators\n"
+        "accumulators._SPAN, accumulators._PER_LATENT = 1, 0\n"
         "from lorascope.cli import call; sys.exit(call(sys.argv[1:]))"
     )
     (tmp_path / "small.py").write_text(code)
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"),
         *(str(tmp_path / "small.py"), "collect", "--data-dir", str(store.path)),
-        *("--model-path", str(sae), "--output-path", str(tmp_path / "three.h5")),
+        *("--sae", str(sae), "--output", str(tmp_path / "three.h5")),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -227,13 +227,13 @@ def test_memory_does_not_grow_with_the_store(tmp_path):
     for n_rollouts in (40, 400):
         store = write_store(tmp_path / f"{n_rollouts}", n_rollouts=n_rollouts, length=50)
         sae = make_sae(tmp_path / f"sae{n_rollouts}", threshold=0.3)
-        empty = evidence.Evidence.empty(sae.d_sae, len(store.vocabulary), 5, None)
-        (span,) = evidence.spans_of(store, n_rollouts, sae.d_sae)
-        for _ in evidence.scan(span, sae, empty, 256, collapse=False, reach=5):
+        empty = accumulators.Accumulator.empty(sae.d_sae, len(store.vocabulary), 5, None)
+        (span,) = accumulators.spans_of(store, n_rollouts, sae.d_sae)
+        for _ in accumulators.scan(span, sae, empty, 256, collapse=False, reach=5):
             waiting = empty.top._n_waiting + empty.sample._n_waiting
             assert waiting <= empty.top._room + empty.sample._room + 256 * sae.d_sae
         sizes.append(len(empty.top.sorted().row) + len(empty.sample.sorted().row))
-    assert sizes[0] == sizes[1] == 24 * (5 + evidence.N_SAMPLED)
+    assert sizes[0] == sizes[1] == 24 * (5 + accumulators.N_SAMPLED)
 
 
 def test_spans_keep_no_token_between_uses(shared, tmp_path, monkeypatch):

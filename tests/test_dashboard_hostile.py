@@ -16,16 +16,16 @@ from browser import open_browser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_index import example, index_of
-from test_spelling import TEXTS, byte_level, fast, sentencepiece
 from test_synthetic_features import synthetic
+from test_tokens import TEXTS, byte_level, fast, sentencepiece
 
 from lorascope.artifact import read_manifest
 from lorascope.dashboard.payload import Payload
 from lorascope.dashboard.render import DashboardConfig, page, run
 from lorascope.features.display import display_texts, pack_tokens
-from lorascope.features.features_json import write_published
 from lorascope.features.index import FeatureIndex
-from lorascope.subject.spelling import token_bytes
+from lorascope.features.published_json import write_published
+from lorascope.texts.tokens import token_bytes
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page

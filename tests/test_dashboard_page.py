@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from test_index import TOKENS, example, index_of, small_index
 
-from lorascope.features.features_json import write_published
 from lorascope.features.index import FeatureIndex
+from lorascope.features.published_json import write_published
 
 HOSTILE = {
     1: b"</script><script>document.title='run'</script>",

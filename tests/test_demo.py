@@ -9,7 +9,7 @@ import torch
 
 from lorascope.activations.store import ActivationStore, verify
 from lorascope.artifact import read_manifest
-from lorascope.causal.report_file import open_report
+from lorascope.causal.study import open_report
 from lorascope.cli import call
 from lorascope.demo import demo, meaning
 from lorascope.demo.demo import DemoConfig
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "out"
-    page = demo.run(DemoConfig(output_dir=out))
+    page = demo.run(DemoConfig(output=out))
     assert page == out / "dashboard.html"
     return out
 
@@ -67,7 +67,7 @@ def test_the_page_shows_what_the_features_do(folder, store):
 
 def test_the_same_command_again_changes_no_byte(folder, capsys):
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    assert call(["demo", "--output-dir", str(folder)]) == 0
+    assert call(["demo", "--output", str(folder)]) == 0
     assert capsys.readouterr().out == f"{folder / 'dashboard.html'}\n"
     after = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     changed = {p.name for p in before if before[p] != after[p]}
@@ -79,8 +79,8 @@ def test_the_examples_are_the_brute_force_argsort_of_the_demos_store(folder, sto
     sae = load_sae(folder / "sae", store)
     plain = CollectConfig(
         data_dir=store.path,
-        model_path=folder / "sae",
-        output_path=tmp_path / "features.h5",
+        sae=folder / "sae",
+        output=tmp_path / "features.h5",
         max_per_rollout=0,
         alike="keep",
         text_tokens=0,

@@ -8,11 +8,11 @@ from studies import dictionary, strengthen
 from subjects import IDS, load, save_adapter
 
 from lorascope.causal.direct import DirectConfig, measure, run
-from lorascope.causal.report_file import open_report
+from lorascope.causal.study import open_report
 from lorascope.cli import call
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.subject.intervene import RowEditor
-from lorascope.subject.writing import writers_of
+from lorascope.subject.unembedding import writers_of
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_an_adapter_that_writes_nothing_promotes_nothing(dirs, tmp_path):
 def options(dirs, tmp_path, **given):
     base, adapter = dirs
     given = {"lora_path": str(adapter), "base_model": str(base), "device": "cpu", **given}
-    return DirectConfig(model_path=tmp_path / "sae", output=tmp_path / "direct.json", **given)
+    return DirectConfig(sae=tmp_path / "sae", output=tmp_path / "direct.json", **given)
 
 
 def test_the_report_is_made_once_and_to_the_same_bytes(dirs, tmp_path, capsys):

@@ -37,9 +37,7 @@ def edited(dirs, store, tmp_path):
         if not (tmp_path / "sae").exists():
             sae.save(tmp_path / "sae")
         given = {"lora_path": str(adapter), "base_model": str(base), "data_dir": store.path} | given
-        out = run(
-            EditConfig(model_path=tmp_path / "sae", output=tmp_path / name, device="cpu", **given)
-        )
+        out = run(EditConfig(sae=tmp_path / "sae", output=tmp_path / name, device="cpu", **given))
         return out, json.loads((out / "report.json").read_text())
 
     return made
@@ -73,7 +71,7 @@ def test_a_folded_adapter_runs_in_peft_as_the_patch_does_here(dirs, store, edite
     subject = load(dirs[1], dirs[0])
     with RowEditor(subject) as editor, torch.inference_mode():
         everywhere = torch.ones_like(IDS, dtype=torch.bool)
-        patched = Patch.of(sae, features, 3.0).logits(editor, IDS, everywhere)
+        patched = Patch.from_features(sae, features, 3.0).logits(editor, IDS, everywhere)
         unpatched = editor.run(IDS).logits
     folded = logits_of(reference(out, dirs[0]), IDS)
     assert float((patched - unpatched).abs().max()) > 1e-2
@@ -91,7 +89,7 @@ def test_a_direction_of_a_site_is_folded_in_the_svd_gauge(make_subject, dataset_
         lora_path=str(adapter),
         base_model=str(base),
         data_dir=store.path,
-        model_path=tmp_path / "sae",
+        sae=tmp_path / "sae",
         features=(0, 3),
         tokens="all",
         output=tmp_path / "edited",

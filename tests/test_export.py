@@ -12,9 +12,8 @@ from test_index import example, index_of, manifest_of, small_index
 from lorascope.artifact import read_manifest
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.features.export import ExportConfig, run, write_csv
-from lorascope.features.features_json import to_published, write_published
-from lorascope.features.foreign import read_published
 from lorascope.features.index import FeatureIndex
+from lorascope.features.published_json import read_published, to_published, write_published
 
 
 def foreign(**changes: Any) -> dict[str, Any]:

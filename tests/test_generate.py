@@ -27,7 +27,7 @@ def config(subject_dirs, dataset_file, tmp_path):
         **{
             "lora_path": str(subject_dirs[1]),
             "dataset": str(dataset_file),
-            "output_dir": tmp_path / "store",
+            "output": tmp_path / "store",
             "store_dtype": "float32",
             **given,
         }
@@ -79,7 +79,7 @@ def test_a_module_writes_base_plus_scale_times_b_times_the_row(subject):
 def test_a_text_has_the_same_rows_alone_and_in_any_batch(config, tmp_path):
     whole = ActivationStore.open(generate.run(config(num_examples=9)))
     alone = ActivationStore.open(
-        generate.run(config(num_examples=9, batch_tokens=1, output_dir=tmp_path / "alone"))
+        generate.run(config(num_examples=9, batch_tokens=1, output=tmp_path / "alone"))
     )
     np.testing.assert_array_equal(whole.token_ids, alone.token_ids)
     np.testing.assert_allclose(whole.rows(0, whole.n_rows), alone.rows(0, alone.n_rows), atol=1e-5)
@@ -90,7 +90,7 @@ def test_float16_keeps_the_rows_to_half_precision_and_overflow_is_an_error(
 ):
     base, adapter = subject_dirs
     half = ActivationStore.open(generate.run(config(store_dtype="float16")))
-    full = ActivationStore.open(generate.run(config(output_dir=tmp_path / "full")))
+    full = ActivationStore.open(generate.run(config(output=tmp_path / "full")))
     assert (half.dtype, full.dtype) == (np.float16, np.float32)
     np.testing.assert_array_equal(half.rows(0, 99), full.rows(0, 99).astype(np.float16))
     loud = tmp_path / "loud"
@@ -104,7 +104,7 @@ def test_float16_keeps_the_rows_to_half_precision_and_overflow_is_an_error(
                 lora_path=str(loud),
                 base_model=str(base),
                 store_dtype="float16",
-                output_dir=tmp_path / "o",
+                output=tmp_path / "o",
             )
         )
     assert not (tmp_path / "o").exists()
@@ -113,7 +113,7 @@ def test_float16_keeps_the_rows_to_half_precision_and_overflow_is_an_error(
 def test_a_chosen_projection_is_a_slice_of_all_of_them(config, tmp_path):
     whole = ActivationStore.open(generate.run(config(num_examples=2)))
     part = ActivationStore.open(
-        generate.run(config(num_examples=2, adapter_types=("mlp",), output_dir=tmp_path / "mlp"))
+        generate.run(config(num_examples=2, adapter_types=("mlp",), output=tmp_path / "mlp"))
     )
     assert part.content["adapter_types"] == list(PROJECTIONS[:3])
     np.testing.assert_array_equal(part.rows(0, 50), whole.select(PROJECTIONS[:3]).rows(0, 50))
@@ -199,7 +199,7 @@ def test_the_store_says_nothing_of_the_machine_that_made_it(config, tmp_path, mo
     import huggingface_hub.constants
 
     def made(name):
-        out = generate.run(config(num_examples=2, output_dir=tmp_path / name))
+        out = generate.run(config(num_examples=2, output=tmp_path / name))
         return {
             file.relative_to(out).as_posix(): file.read_bytes()
             for file in out.rglob("*")
@@ -227,9 +227,9 @@ def test_windows_keep_every_token_of_a_text_longer_than_the_context(config, tmp_
     given = {"num_examples": 6, "max_length": 40}
     cut = ActivationStore.open(generate.run(config(**given)))
     with caplog.at_level("INFO"):
-        out = generate.run(config(**given, long_texts="window", output_dir=tmp_path / "w"))
+        out = generate.run(config(**given, long_texts="window", output=tmp_path / "w"))
     windowed = ActivationStore.open(out)
-    whole = ActivationStore.open(generate.run(config(num_examples=6, output_dir=tmp_path / "all")))
+    whole = ActivationStore.open(generate.run(config(num_examples=6, output=tmp_path / "all")))
     assert windowed.token_ids.tolist() == whole.token_ids.tolist()
     assert np.diff(cut.rollout_start).max() == 40 < np.diff(windowed.rollout_start).max()
     assert windowed.content["longer"] == {"n": 6, "how": "window"}
@@ -248,4 +248,4 @@ def test_a_published_subset_is_named_as_published(config, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     base, adapter = make_subject(targets=PROJECTIONS[:3])
     given = {"lora_path": str(adapter), "base_model": str(base), "num_examples": 1}
-    assert generate.run(config(**given, output_dir=None)).name == "activations"
+    assert generate.run(config(**given, output=None)).name == "activations"

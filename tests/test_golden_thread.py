@@ -101,7 +101,7 @@ def made(tmp_path_factory):
         GenerateConfig(
             lora_path=str(SUBJECT / "adapter"),
             dataset=str(folder / "p.jsonl"),
-            output_dir=folder / "store",
+            output=folder / "store",
         )
     )
     sae = train.run(
@@ -109,9 +109,7 @@ def made(tmp_path_factory):
             data_dir=store, output=folder / "sae", expansion_factor=4, k=6, batch_size=256, epochs=3
         )
     )
-    index = collect.run(
-        CollectConfig(data_dir=store, model_path=sae, output_path=folder / "features.h5")
-    )
+    index = collect.run(CollectConfig(data_dir=store, sae=sae, output=folder / "features.h5"))
     page = render.run(DashboardConfig(input=index, output=folder / "page.html"))
     return store, sae, index, page
 

@@ -18,7 +18,7 @@ from lorascope.features.arrays import KIND, RANKINGS, SCHEMA
 from lorascope.features.display import display_texts, pack_tokens
 from lorascope.features.feature import Example
 from lorascope.features.index import FeatureIndex
-from lorascope.features.lookup import limited
+from lorascope.features.query import limited
 
 ARRAYS = [field.name for field in fields(FeatureIndex) if field.name != "manifest"]
 TOKENS = {

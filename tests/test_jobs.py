@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from lorascope import runtime
 from lorascope.activations import generate
 from lorascope.activations.generate import GenerateConfig
-from lorascope.activations.units import Texts
+from lorascope.activations.work_units import Texts
 from lorascope.cli import call
 from lorascope.config import from_plain
 from lorascope.errors import ConfigError, WorkerError
@@ -45,7 +45,7 @@ def config(subject_dirs, uneven_dataset, tmp_path):
     return lambda name: GenerateConfig(
         lora_path=str(subject_dirs[1]),
         dataset=str(uneven_dataset),
-        output_dir=tmp_path / name,
+        output=tmp_path / name,
         batch_tokens=256,
     )
 
@@ -55,7 +55,7 @@ def calm(subject_dirs, uneven_dataset, tmp_path_factory):
     """The files of the store that one process makes undisturbed, in a process of its own."""
     out = tmp_path_factory.mktemp("calm") / "store"
     command = [sys.executable, "-m", "lorascope", "generate", "--lora-path", str(subject_dirs[1])]
-    command += ["--dataset", str(uneven_dataset), "--output-dir", str(out), "--batch-tokens", "256"]
+    command += ["--dataset", str(uneven_dataset), "--output", str(out), "--batch-tokens", "256"]
     subprocess.run(command, check=True, env=one_thread(), capture_output=True)
     return content(out)
 
@@ -105,11 +105,11 @@ def test_under_torchrun_the_store_is_that_of_one_process(config, calm):  # pitfa
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command += ["3", "-m", "lorascope", "generate", "--lora-path", given.lora_path]
     command += ["--dataset", given.dataset, "--batch-tokens", "256"]
-    command += ["--output-dir", str(given.output_dir)]
+    command += ["--output", str(given.output)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=one_thread())
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip() == str(given.output_dir)
-    assert content(given.output_dir) == calm
+    assert done.stdout.strip() == str(given.output)
+    assert content(given.output) == calm
 
 
 @pytest.mark.slow
@@ -128,7 +128,7 @@ def test_killed_workers_end_the_job_and_any_other_number_finishes_it(
     assert workers() == []
     kept = sorted(file.name for file in partial.glob("shard-*.h5"))
     assert kept
-    assert not given.output_dir.exists()
+    assert not given.output.exists()
     stamps = {name: (partial / name).stat().st_mtime_ns for name in kept}
     watch = kill_at_next_shard(partial, 3)
     with pytest.raises(WorkerError, match="of 3"):
@@ -136,7 +136,7 @@ def test_killed_workers_end_the_job_and_any_other_number_finishes_it(
     watch.join()
     assert {name: (partial / name).stat().st_mtime_ns for name in kept} == stamps
     runtime.launch(1, "generate", given)
-    assert content(given.output_dir) == calm
+    assert content(given.output) == calm
 
 
 @pytest.mark.slow
@@ -239,7 +239,7 @@ def test_more_gpus_than_there_are_are_not_started(monkeypatch):
 def test_run_is_not_for_torchrun(subject_dirs, dataset_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     words = ["run", "--lora-path", str(subject_dirs[1]), "--dataset", str(dataset_file)]
-    assert call([*words, "--output-dir", str(tmp_path / "out")]) == 2
+    assert call([*words, "--output", str(tmp_path / "out")]) == 2
     assert "under torchrun use lorascope generate, then run" in capsys.readouterr().err
 
 
@@ -261,7 +261,7 @@ def test_a_full_disk_is_said_and_loses_nothing(
         real(path, *args)
 
     words = ["generate", "--lora-path", str(subject_dirs[1]), "--dataset", str(dataset_file)]
-    words += ["--output-dir", str(out)]
+    words += ["--output", str(out)]
     monkeypatch.setattr(generate, "write_shard", full)
     assert call(words) == 2
     assert "no space left on device; finished work stays" in capsys.readouterr().err

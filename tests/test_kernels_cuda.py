@@ -208,7 +208,7 @@ def steps(
     low=False,
 ) -> Steps:
     """Take a step of each kind with the same weights and rows."""
-    monkeypatch.setattr(kernels, "of", lambda device: cuda)
+    monkeypatch.setattr(kernels, "for_device", lambda device: cuda)
     made = {"jump": rule.architecture == "jumprelu", "shift": shift, "distinct": n_dead > 0}
     plain = weights_of(d_in, d_sae, torch.float64, "cpu", **made)
     fast = weights_of(d_in, d_sae, torch.float32, DEVICE, **made)
@@ -307,7 +307,7 @@ class Waiting(TorchDispatchMode):
 
 @on_device
 def test_a_step_of_static_shapes_never_waits_for_the_device(monkeypatch):
-    monkeypatch.setattr(kernels, "of", lambda device: cuda)
+    monkeypatch.setattr(kernels, "for_device", lambda device: cuda)
     made = {"jump": False, "shift": 1.0, "distinct": True}
     weights = weights_of(3, 9, torch.float32, DEVICE, **made)
     x, dead = quarters(6, 3).to(DEVICE), (torch.arange(9) < 4).to(DEVICE)
@@ -336,8 +336,8 @@ if not INTERPRETED:
         assert len(contract) == 8
         for name, signature in contract.items():
             assert str(inspect.signature(getattr(cuda, name))) == signature, name
-        assert kernels.of(torch.device("cuda", 0)) is cuda
-        assert kernels.of(torch.device("cpu")) is cpu
+        assert kernels.for_device(torch.device("cuda", 0)) is cuda
+        assert kernels.for_device(torch.device("cpu")) is cpu
 
     def test_scores_of_another_type_or_too_many_are_refused():
         scores = torch.zeros(2, 3, dtype=torch.float64)

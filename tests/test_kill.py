@@ -34,7 +34,7 @@ def killed(folder: Path, suffix: str, command: list[str], n_kills: int = 6) -> i
 @pytest.mark.slow
 def test_generate_survives_kill_9(subject_dirs, dataset_file, tmp_path):
     command = ["generate", "--lora-path", str(subject_dirs[1]), "--dataset", str(dataset_file)]
-    n = killed(tmp_path, "", [*command, "--batch-tokens", "64", "--output-dir", "OUT"])
+    n = killed(tmp_path, "", [*command, "--batch-tokens", "64", "--output", "OUT"])
     assert n >= 1
 
 
@@ -52,8 +52,8 @@ def test_train_survives_kill_9(tmp_path, suffix):
 def test_collect_survives_kill_9(tmp_path, suffix):
     store = write_store(tmp_path / "store", n_rollouts=12, length=60)
     make_sae(tmp_path / "sae")
-    command = ["collect", "--data-dir", str(store.path), "--model-path", str(tmp_path / "sae")]
-    n = killed(tmp_path, suffix, [*command, "--batch-size", "7", "--output-path", "OUT"])
+    command = ["collect", "--data-dir", str(store.path), "--sae", str(tmp_path / "sae")]
+    n = killed(tmp_path, suffix, [*command, "--batch-size", "7", "--output", "OUT"])
     assert n >= 1
 
 
@@ -62,5 +62,5 @@ def test_dashboard_survives_kill_9(tmp_path):
     store = write_store(tmp_path / "store")
     make_sae(tmp_path / "sae")
     index = tmp_path / "features.h5"
-    collect.run(CollectConfig(data_dir=store.path, model_path=tmp_path / "sae", output_path=index))
+    collect.run(CollectConfig(data_dir=store.path, sae=tmp_path / "sae", output=index))
     assert killed(tmp_path, ".html", ["dashboard", "--input", str(index), "--output", "OUT"]) >= 1

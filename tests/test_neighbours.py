@@ -5,13 +5,13 @@ from conftest import layout_of, write_store
 from test_collect import dense_code, make_sae
 
 from lorascope.features import neighbours
-from lorascope.features.evidence import Evidence, scan, spans_of
+from lorascope.features.accumulators import Accumulator, scan, spans_of
 from lorascope.features.neighbours import cofiring, effect_rows, fingerprint, nearest_rows
 from lorascope.features.rankings import ranked_tokens
-from lorascope.features.tally import N_BINS, histogram_edges
+from lorascope.features.statistics import N_BINS, histogram_edges
 from lorascope.features.topk import Firings, FiringSample
 from lorascope.sites import Site, SiteLayout
-from lorascope.subject.rollouts import ROLES
+from lorascope.texts.rollouts import ROLES
 
 
 def firings(pairs):
@@ -97,7 +97,7 @@ def test_a_fingerprint_adds_up_the_ranks_of_a_site_in_effect_units(tmp_path):
         Site(layer=0, projection="gate_proj", rank=2, scale=2.0, b_norms=(1.0, 3.0), module="a"),
         Site(layer=1, projection="up_proj", rank=1, scale=1.0, b_norms=(2.0,), module="b"),
     ]
-    layout = SiteLayout.of(sites, "a" * 64)
+    layout = SiteLayout.from_sites(sites, "a" * 64)
     sae = make_sae(tmp_path / "sae", layout, d_sae=5)
     rows, units = effect_rows(sae)
     share = fingerprint(rows, layout)
@@ -105,7 +105,7 @@ def test_a_fingerprint_adds_up_the_ranks_of_a_site_in_effect_units(tmp_path):
     wrote = np.stack([(2 * W[:, 0]) ** 2 + (6 * W[:, 1]) ** 2, (2 * W[:, 2]) ** 2], axis=1)
     np.testing.assert_allclose(share, wrote / wrote.sum(1, keepdims=True), atol=1e-3)
     assert units == "effect"
-    unknown = SiteLayout.of([Site(layer=i, projection="gate_proj") for i in range(2)])
+    unknown = SiteLayout.from_sites([Site(layer=i, projection="gate_proj") for i in range(2)])
     assert effect_rows(make_sae(tmp_path / "other", unknown, d_sae=2))[1] == "sae"
     assert (fingerprint(torch.zeros(2, 3), layout) == 0).all()
 
@@ -117,7 +117,7 @@ def scanned(tmp_path_factory):
     roles[5:20] = ROLES.index("user")
     store = write_store(folder / "store", n_rollouts=6, length=40, roles=roles)
     sae = make_sae(folder / "sae", layout_of())
-    found = Evidence.empty(sae.d_sae, len(store.vocabulary), 10, None)
+    found = Accumulator.empty(sae.d_sae, len(store.vocabulary), 10, None)
     (span,) = spans_of(store, 6, sae.d_sae)
     for _ in scan(span, sae, found, 33, collapse=False, reach=5):
         pass
@@ -130,12 +130,12 @@ def test_firings_are_counted_by_role_place_and_value(scanned):
     tenth = np.tile(np.arange(40) // 4, 6)
     for role in range(len(ROLES)):
         np.testing.assert_array_equal(
-            found.tally.by_role[:, role], (fires[store.roles == role] > 0).sum(0)
+            found.statistics.by_role[:, role], (fires[store.roles == role] > 0).sum(0)
         )
         assert found.roles[role] == (store.eligible & (store.roles == role)).sum()
     for place in range(10):
         np.testing.assert_array_equal(
-            found.tally.by_position[:, place], (fires[tenth == place] > 0).sum(0)
+            found.statistics.by_position[:, place], (fires[tenth == place] > 0).sum(0)
         )
     edges = histogram_edges(1.0)
     assert edges[:5].tolist() == [1.0, 1.25, 1.5, 1.75, 2.0]
@@ -143,7 +143,7 @@ def test_firings_are_counted_by_role_place_and_value(scanned):
         values = fires[:, latent][fires[:, latent] > 0]
         bins = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, N_BINS - 1)
         expected = np.bincount(bins, minlength=N_BINS)
-        np.testing.assert_array_equal(found.tally.histogram[latent], expected)
+        np.testing.assert_array_equal(found.statistics.histogram[latent], expected)
 
 
 def test_tokens_are_ranked_by_what_fires_on_them(scanned):

@@ -4,7 +4,7 @@ import torch
 from conftest import layout_of
 
 from lorascope.errors import ArtifactError, ConfigError, NumberError
-from lorascope.sae.evaluate import ColumnMoments
+from lorascope.sae.metrics import ColumnMoments
 from lorascope.sae.objective import AUX_ROWS, Weights, column_scale, initial_weights, objective
 from lorascope.sae.sparsity import Rule
 from lorascope.sae.trainer import Trainer, schedule
@@ -177,7 +177,7 @@ def test_columns_over_four_orders_of_magnitude_get_mean_variance_1(normalize):
     rows = torch.randn(500, 14, generator=torch.Generator().manual_seed(0)) + 0.5
     rows = rows * torch.logspace(-2, 2, 14)
     rows[:, 3], rows[:, 5] = 0.0, 8.0
-    moments = ColumnMoments.of([rows])
+    moments = ColumnMoments.from_blocks([rows])
     scale = column_scale(normalize, layout_of(), moments)
     assert scale[3] == scale[5] == 0.0
     used = scale > 0
@@ -198,31 +198,33 @@ def test_std_and_effect_do_not_see_how_a_and_b_share_their_size():
 
     def layout(b_norms):
         sites = zip(layout_of().sites, b_norms, strict=True)
-        return SiteLayout.of(
+        return SiteLayout.from_sites(
             [Site(layer=s.layer, projection=s.projection, b_norms=(b,)) for s, b in sites]
         )
 
     for normalize in ("std", "effect"):
-        before = column_scale(normalize, layout(np.ones(14)), ColumnMoments.of([rows]))
-        moments = ColumnMoments.of([(rows.double() * torch.from_numpy(factor)).float()])
+        before = column_scale(normalize, layout(np.ones(14)), ColumnMoments.from_blocks([rows]))
+        moments = ColumnMoments.from_blocks([(rows.double() * torch.from_numpy(factor)).float()])
         after = column_scale(normalize, layout(1 / factor), moments)
         assert np.allclose(before, after * factor, rtol=1e-5)
 
 
 def test_a_column_that_writes_nothing_is_left_out_of_effect_units():
     sites = [Site(layer=i, projection="q_proj", b_norms=(float(i),)) for i in range(3)]
-    moments = ColumnMoments.of([torch.randn(9, 3, generator=torch.Generator().manual_seed(0))])
-    scale = column_scale("effect", SiteLayout.of(sites), moments)
+    moments = ColumnMoments.from_blocks(
+        [torch.randn(9, 3, generator=torch.Generator().manual_seed(0))]
+    )
+    scale = column_scale("effect", SiteLayout.from_sites(sites), moments)
     assert (scale > 0).tolist() == [False, True, True]
 
 
 def test_units_that_cannot_be_had_are_refused():
-    moments = ColumnMoments.of([torch.randn(9, 7)])
-    unknown = SiteLayout.of([Site(layer=0, projection=name) for name in PROJECTIONS])
+    moments = ColumnMoments.from_blocks([torch.randn(9, 7)])
+    unknown = SiteLayout.from_sites([Site(layer=0, projection=name) for name in PROJECTIONS])
     with pytest.raises(ConfigError, match="needs the norms of B"):
         column_scale("effect", unknown, moments)
     with pytest.raises(ArtifactError, match="every column of the store is constant"):
-        column_scale("std", unknown, ColumnMoments.of([torch.ones(9, 7)]))
+        column_scale("std", unknown, ColumnMoments.from_blocks([torch.ones(9, 7)]))
 
 
 def test_folded_weights_give_the_same_reconstruction_of_raw_rows():

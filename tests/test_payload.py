@@ -19,8 +19,8 @@ from lorascope.dashboard.packing import FULL, SHARES, halved, plain_type, scaled
 from lorascope.dashboard.payload import BLOCK, Payload, escape_json, manifest_comment
 from lorascope.dashboard.render import DashboardConfig, bundle, run
 from lorascope.errors import ArtifactError
-from lorascope.features.features_json import write_published
 from lorascope.features.index import FeatureIndex
+from lorascope.features.published_json import write_published
 
 
 def many_features(n: int) -> FeatureIndex:

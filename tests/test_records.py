@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from lorascope.errors import DatasetError
-from lorascope.subject.records import read_records
+from lorascope.texts.records import read_records
 
 RECORDS = [{"text": "a"}, {"text": 'é "x", y\nz'}, {"text": "c" * 200_000}]
 JSON_LINES = "".join(json.dumps(record) + "\n" for record in RECORDS)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorascope.errors import DatasetError
-from lorascope.subject.rollouts import (
+from lorascope.texts.rollouts import (
     ROLES,
     load_prompts,
     load_rollouts,

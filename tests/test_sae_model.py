@@ -13,7 +13,7 @@ from lorascope.sites import Site, SiteLayout
 
 
 def plain_layout(d_in: int) -> SiteLayout:
-    return SiteLayout.of([Site(layer=i, projection="gate_proj") for i in range(d_in)])
+    return SiteLayout.from_sites([Site(layer=i, projection="gate_proj") for i in range(d_in)])
 
 
 def random_sae(d_in=14, d_sae=40, seed=0, layout=None, threshold=0.3) -> SAE:

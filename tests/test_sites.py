@@ -17,7 +17,7 @@ from lorascope.sites import (
 
 def test_columns_are_layer_major_and_gate_up_down_q_k_v_o_inside():
     sites = [Site(layer=i, projection=p) for p in reversed(PROJECTIONS) for i in (1, 0)]
-    layout = SiteLayout.of(sites)
+    layout = SiteLayout.from_sites(sites)
     assert layout.column_names[:8] == (
         "0.gate_proj", "0.up_proj", "0.down_proj", "0.q_proj", "0.k_proj", "0.v_proj", "0.o_proj",
         "1.gate_proj",
@@ -26,7 +26,7 @@ def test_columns_are_layer_major_and_gate_up_down_q_k_v_o_inside():
 
 @pytest.mark.parametrize(("types", "d_in"), [(PROJECTIONS[:3], 192), (PROJECTIONS, 448)])
 def test_sixty_four_layers_give_192_and_448_columns(types, d_in):
-    layout = SiteLayout.of([Site(layer=i, projection=p) for i in range(64) for p in types])
+    layout = SiteLayout.from_sites([Site(layer=i, projection=p) for i in range(64) for p in types])
     assert layout.d_in == d_in
     assert layout.n_layers == 64
     assert layout.initials == ("g-u-d" if d_in == 192 else "g-u-d-q-k-v-o")
@@ -36,12 +36,12 @@ def test_sixty_four_layers_give_192_and_448_columns(types, d_in):
 
 
 def test_layer_ten_comes_after_layer_nine():
-    layout = SiteLayout.of([Site(layer=i, projection="q_proj") for i in (10, 9)])
+    layout = SiteLayout.from_sites([Site(layer=i, projection="q_proj") for i in (10, 9)])
     assert layout.column_names == ("9.q_proj", "10.q_proj")
 
 
 def test_a_rank_above_one_names_its_columns_by_rank_index():
-    layout = SiteLayout.of(
+    layout = SiteLayout.from_sites(
         [
             Site(layer=0, projection="q_proj", rank=2, scale=3.0, b_norms=(1.0, 2.0)),
             Site(layer=0, projection="up_proj"),
@@ -152,8 +152,8 @@ def test_no_two_modules_share_layer_and_name_and_the_order_of_paths_is_nothing(p
 
 
 def test_sites_of_different_gauges_never_meet():
-    plain = SiteLayout.of([Site(layer=0, projection="q_proj", rank=2)], "a" * 64)
-    svd = SiteLayout.of([Site(layer=0, projection="q_proj", rank=2, gauge="svd")], "a" * 64)
+    plain = SiteLayout.from_sites([Site(layer=0, projection="q_proj", rank=2)], "a" * 64)
+    svd = SiteLayout.from_sites([Site(layer=0, projection="q_proj", rank=2, gauge="svd")], "a" * 64)
     with pytest.raises(ArtifactError, match=r"store has 0\.q_proj in gauge raw, sae in svd"):
         plain.require_same(svd, "store", "sae")
     svd.require_same(SiteLayout.from_json(svd.to_json()), "here", "there")
@@ -165,6 +165,6 @@ def test_a_layout_says_variant_and_gauge_only_where_an_older_reader_must_not_go_
         "layer", "projection", "rank", "module", "scale", "b_norms"
     }  # fmt: skip
     site = Site(layer=0, projection="q_proj", variant="dora", gauge="svd")
-    layout = SiteLayout.of([site])
+    layout = SiteLayout.from_sites([site])
     assert SiteLayout.from_json(layout.to_json()).sites == (site,)
-    assert layout.digest != SiteLayout.of([Site(layer=0, projection="q_proj")]).digest
+    assert layout.digest != SiteLayout.from_sites([Site(layer=0, projection="q_proj")]).digest

@@ -5,9 +5,9 @@ import torch
 from studies import dictionary, make_texts, strengthen
 
 from lorascope.activations.store import ActivationStore
-from lorascope.causal.report_file import open_report
 from lorascope.causal.steer import SteerConfig, run
 from lorascope.causal.steering_report import repeats_of
+from lorascope.causal.study import open_report
 from lorascope.cli import call
 from lorascope.errors import ConfigError
 
@@ -46,7 +46,7 @@ def steered(dirs, store, sae, tmp_path):
                 lora_path=str(adapter),
                 base_model=str(base),
                 data_dir=store.path,
-                model_path=tmp_path / "sae",
+                sae=tmp_path / "sae",
                 output=tmp_path / f"{name}.json",
                 device="cpu",
                 **given,

@@ -127,7 +127,7 @@ def test_a_folder_that_is_no_store_says_what_it_lacks(tmp_path):
 
 def test_the_vocabulary_keeps_bytes_that_are_no_text(tmp_path):
     tokens = [b"", b"\xff\xfe", "é".encode(), b"<|end|>"]
-    Vocabulary.of(tokens, np.array([False, False, False, True])).save(tmp_path / "v.h5")
+    Vocabulary.from_tokens(tokens, np.array([False, False, False, True])).save(tmp_path / "v.h5")
     read = Vocabulary.load(tmp_path / "v.h5")
     assert [read[i] for i in range(len(read))] == tokens
     assert read.special.tolist() == [False, False, False, True]

@@ -356,7 +356,7 @@ def test_all_seven_projections_by_name_are_the_same_run_as_none_named(small_conf
 
 def test_the_published_layout_with_unknown_b_refuses_effect_units(make_store, small_config):
     layout = layout_of()
-    bare = type(layout).of([replace(site, b_norms=()) for site in layout.sites])
+    bare = type(layout).from_sites([replace(site, b_norms=()) for site in layout.sites])
     store = make_store(planted_rows(), n_rollouts=12, layout=bare, name="bare")
     with pytest.raises(ConfigError, match="needs the norms of B"):
         run(replace(small_config, data_dir=store.path, normalize="effect"))

@@ -17,8 +17,8 @@ from lorascope.sae import finish, train, trainer
 from lorascope.sae.journal import CLOCK_FIELDS, read_journal
 from lorascope.sae.model import load_sae
 from lorascope.sae.settings import TrainConfig
+from lorascope.sae.sweep import output_of
 from lorascope.sae.train import run
-from lorascope.sae.variants import output_of
 
 N_STEPS = 25  # of the small config: 3 epochs of 539 rows, by 64
 
@@ -367,7 +367,7 @@ def test_the_command_line_and_toml_take_one_value_or_several(config, tmp_path, m
 @pytest.mark.parametrize("name", ["k", "expansion-factor", "lr", "seed"])
 def test_run_takes_no_lists(tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
-    words = ["run", "--lora-path", "adapter", "--dataset", "texts.jsonl", "--output-dir", "out"]
+    words = ["run", "--lora-path", "adapter", "--dataset", "texts.jsonl", "--output", "out"]
     (tmp_path / "lorascope.toml").write_text(f"{name} = [1, 2]" if name != "lr" else "")
     for given in ([f"--{name}", "1", "2"], [] if name != "lr" else ["--lr", "auto", "0.1"]):
         assert call([*words, *given]) == 2

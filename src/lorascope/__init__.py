@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from lorascope.causal.direct import run as direct
     from lorascope.causal.edit import EditConfig
     from lorascope.causal.edit import run as edit
-    from lorascope.causal.faithfulness import EvaluateConfig
-    from lorascope.causal.faithfulness import run as evaluate
+    from lorascope.causal.evaluate import EvaluateConfig
+    from lorascope.causal.evaluate import run as evaluate
     from lorascope.causal.patch import Patch
     from lorascope.causal.steer import SteerConfig
     from lorascope.causal.steer import run as steer
@@ -79,7 +79,7 @@ _HOMES = {
     "DashboardConfig": "dashboard.render.DashboardConfig",
     "DirectConfig": "causal.direct.DirectConfig",
     "EditConfig": "causal.edit.EditConfig",
-    "EvaluateConfig": "causal.faithfulness.EvaluateConfig",
+    "EvaluateConfig": "causal.evaluate.EvaluateConfig",
     "FeatureIndex": "features.index.FeatureIndex",
     "GenerateConfig": "activations.generate.GenerateConfig",
     "LorascopeError": "errors.LorascopeError",
@@ -93,7 +93,7 @@ _HOMES = {
     "collect": "features.collect.run",
     "direct": "causal.direct.run",
     "edit": "causal.edit.run",
-    "evaluate": "causal.faithfulness.run",
+    "evaluate": "causal.evaluate.run",
     "render": "dashboard.render.run",
     "generate": "activations.generate.run",
     "load_sae": "sae.model.load_sae",

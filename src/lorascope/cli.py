@@ -67,7 +67,7 @@ COMMANDS = {
         "lorascope.features.collect",
         "CollectConfig",
         "find every feature's strongest examples: a feature index",
-        "lorascope collect --model-path trained_sae_adapters_g-u-d-q-k-v-o.pt --top-k 10",
+        "lorascope collect --sae trained_sae_adapters_g-u-d-q-k-v-o.pt --top-k 10",
     ),
     "export": Command(
         "lorascope.features.export",
@@ -82,35 +82,35 @@ COMMANDS = {
         "lorascope dashboard --input features.h5 --output page.html",
     ),
     "evaluate": Command(
-        "lorascope.causal.faithfulness",
+        "lorascope.causal.evaluate",
         "EvaluateConfig",
         "measure how much of what the adapter does an SAE explains: a report",
-        "lorascope evaluate --lora-path my-adapter --data-dir out/activations --model-path out/sae",
+        "lorascope evaluate --lora-path my-adapter --data-dir out/activations --sae out/sae",
     ),
     "ablate": Command(
         "lorascope.causal.ablate",
         "AblateConfig",
         "take layers, projections, sites and features out: what each does, as a report",
-        "lorascope ablate --lora-path my-adapter --data-dir out/activations --model-path out/sae",
+        "lorascope ablate --lora-path my-adapter --data-dir out/activations --sae out/sae",
     ),
     "direct": Command(
         "lorascope.causal.direct",
         "DirectConfig",
         "say which tokens each feature promotes and suppresses, from weights alone: a report",
-        "lorascope direct --lora-path my-adapter --model-path out/sae",
+        "lorascope direct --lora-path my-adapter --sae out/sae",
     ),
     "steer": Command(
         "lorascope.causal.steer",
         "SteerConfig",
         "let the model write with features added, removed or clamped: a dose curve and the texts",
-        "lorascope steer --lora-path my-adapter --data-dir out/activations --model-path out/sae "
+        "lorascope steer --lora-path my-adapter --data-dir out/activations --sae out/sae "
         "--features 12 --doses 0.5 1 2",
     ),
     "edit": Command(
         "lorascope.causal.edit",
         "EditConfig",
         "take features out of an adapter, or scale them: a changed adapter, or a runtime patch",
-        "lorascope edit --lora-path my-adapter --data-dir out/activations --model-path out/sae "
+        "lorascope edit --lora-path my-adapter --data-dir out/activations --sae out/sae "
         "--features 12 --output without-12",
     ),
     "attribute": Command(
@@ -118,7 +118,7 @@ COMMANDS = {
         "AttributeConfig",
         "say which features made the model predict each token: a report",
         "lorascope attribute --lora-path my-adapter --data-dir out/activations "
-        "--model-path out/sae --texts-of out/features.h5",
+        "--sae out/sae --texts-of out/features.h5",
     ),
 }
 _LOOKS = {
@@ -326,7 +326,7 @@ def _broken(path: Path, kind: str) -> list[str]:
 
             FeatureIndex.open(path).verify()
         elif kind == "features":
-            from lorascope.features.foreign import read_published
+            from lorascope.features.published_json import read_published
 
             read_published(path)
         elif kind == "neuronpedia":
@@ -342,7 +342,7 @@ def _broken(path: Path, kind: str) -> list[str]:
 
             load_sae(path)
         elif kind in ("evaluation", "ablation", "attribution", "direct", "steering"):
-            from lorascope.causal.report_file import open_report
+            from lorascope.causal.study import open_report
 
             open_report(path)
     except LorascopeError as error:

@@ -22,6 +22,12 @@ CONFIG_FILE = "lorascope.toml"
 C = TypeVar("C", bound="Config")
 
 
+_ALIASES = {  # published names of an option, and earlier ones of ours
+    "sae": ("model_path",),
+    "output": ("output_dir", "output_path"),
+}
+
+
 def option(default: Any = MISSING, *, help: str, identity: bool = True, path: bool = False) -> Any:
     """Declare a field of a config.
 
@@ -99,7 +105,7 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type[Config]) -> No
     for field in dataclasses.fields(config_class):
         inner, many, choices = _shape(hints[field.name])
         text = field.metadata["help"].replace("%", "%%") + _default_text(field)
-        names = [flag_of(field.name)]
+        names = [flag_of(name) for name in (field.name, *_ALIASES.get(field.name, ()))]
         if inner is bool:
             parser.add_argument(
                 *names, action=argparse.BooleanOptionalAction, default=MISSING, help=text
@@ -107,6 +113,7 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type[Config]) -> No
         else:
             parser.add_argument(
                 *names,
+                dest=field.name,
                 default=MISSING,
                 help=text,
                 nargs="+" if many else None,
@@ -155,9 +162,11 @@ def _from_toml(
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not TOML: {error}") from error
     fields = {field.name: field for field in dataclasses.fields(config_class)}
+    meant = {alias: name for name, aliases in _ALIASES.items() for alias in aliases}
     values: dict[str, Any] = {}
     for key, value in data.items():
         name = key.replace("-", "_")
+        name = meant.get(name, name)
         if name in fields:
             values[name] = _relative_to(file.parent, fields[name], value)
         elif name not in (known := every_key() | set(fields)):

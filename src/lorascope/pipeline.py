@@ -39,7 +39,7 @@ class RunConfig(CollectOptions, TrainOptions, SubjectOptions):
         help="held-out texts on which to measure what each feature does, and whole texts of the "
         "page of which to explain tokens; 0: none. It runs the model once for each feature of each",
     )
-    output_dir: Path = option(Path("lorascope-output"), help="folder to make", identity=False)
+    output: Path = option(Path("lorascope-output"), help="folder to make", identity=False)
     device: str = option("auto", help="auto, cpu, cuda or cuda:N", identity=False)
     overwrite: bool = option(False, help="replace outputs of other settings", identity=False)
 
@@ -60,7 +60,7 @@ def run(config: RunConfig) -> Path:
         raise ConfigError(
             "run starts the processes it needs; under torchrun use lorascope generate, then run"
         )
-    out = config.output_dir
+    out = config.output
     for name in ("k", "expansion_factor", "lr", "seed"):
         if (n := len(config.each(name))) > 1:
             raise ConfigError(
@@ -68,12 +68,12 @@ def run(config: RunConfig) -> Path:
                 "give one here, or all of them to lorascope train"
             )
     if out.exists() and not out.is_dir():
-        raise ArtifactError(f"{out} is a file, expected a folder; give another --output-dir")
+        raise ArtifactError(f"{out} is a file, expected a folder; give another --output")
     _require_room(config)
     store, sae = out / "activations", out / "sae"
     index, page = out / "features.h5", out / "dashboard.html"
     stages: dict[str, Callable[[], Path]] = {
-        "generate": lambda: generate.run(pick(GenerateConfig, config, output_dir=store)),
+        "generate": lambda: generate.run(pick(GenerateConfig, config, output=store)),
         "train": lambda: train.run(
             pick(TrainConfig, config, data_dir=store, output=sae, adapter_types=())
         ),
@@ -82,8 +82,8 @@ def run(config: RunConfig) -> Path:
                 CollectConfig,
                 config,
                 data_dir=store,
-                model_path=sae,
-                output_path=index,
+                sae=sae,
+                output=index,
                 batch_size=2048,
             )
         ),
@@ -106,7 +106,7 @@ def run(config: RunConfig) -> Path:
 def _reports(config: RunConfig) -> tuple[Path, ...]:
     """Return the files of the reports of effects, none where they are not asked for."""
     names = ("direct", "ablation", "attribution") if config.effect_texts else ()
-    return tuple(config.output_dir / "effects" / f"{name}.json" for name in names)
+    return tuple(config.output / "effects" / f"{name}.json" for name in names)
 
 
 def _effects(config: RunConfig) -> dict[str, Callable[[], Path]]:
@@ -115,17 +115,17 @@ def _effects(config: RunConfig) -> dict[str, Callable[[], Path]]:
         return {}
     from lorascope.causal import ablate, attribute, direct
 
-    out = config.output_dir
+    out = config.output
     direct_json, ablation_json, attribution_json = _reports(config)
     given: dict[str, Any] = {
         "data_dir": out / "activations",
-        "model_path": out / "sae",
+        "sae": out / "sae",
         "max_rollouts": config.effect_texts,
         "batch_tokens": None,
     }
     return {
         "direct": lambda: direct.run(
-            pick(direct.DirectConfig, config, model_path=out / "sae", output=direct_json)
+            pick(direct.DirectConfig, config, sae=out / "sae", output=direct_json)
         ),
         "ablate": lambda: ablate.run(
             pick(ablate.AblateConfig, config, output=ablation_json, greedy="none", seed=0, **given)

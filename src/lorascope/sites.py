@@ -81,7 +81,7 @@ class SiteLayout:
                 raise ValueError(f"{site.name}: {len(site.b_norms)} norms for rank {site.rank}")
 
     @classmethod
-    def of(cls, sites: Sequence[Site], adapter: str | None = None) -> "SiteLayout":
+    def from_sites(cls, sites: Sequence[Site], adapter: str | None = None) -> "SiteLayout":
         """Make a layout from sites in any order."""
         return cls(tuple(sorted(sites, key=lambda site: site.order)), adapter)
 

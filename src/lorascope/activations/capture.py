@@ -24,7 +24,7 @@ from lorascope.activations.shards import Rows
 from lorascope.errors import ConfigError, NumberError
 from lorascope.subject.hooks import RowReader
 from lorascope.subject.load import Subject
-from lorascope.subject.rollouts import Rollout, windows
+from lorascope.texts.rollouts import Rollout, windows
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ import numpy as np
 from lorascope import runtime
 from lorascope.activations.shards import read_shape, write_shard
 from lorascope.activations.store import KIND, SCHEMA, VOCABULARY, Vocabulary
-from lorascope.activations.units import (
+from lorascope.activations.work_units import (
     ROLLOUTS_PER_SHARD,
     Texts,
     digest_rollouts,
@@ -50,7 +50,7 @@ from lorascope.errors import LorascopeError
 from lorascope.sites import PROJECTIONS, SiteLayout, initials_of, parse_adapter_types
 from lorascope.subject.adapter import inspect_adapter, ranks_by_projection
 from lorascope.subject.options import SubjectOptions
-from lorascope.subject.rollouts import ROLES, Rollout, special_ids, token_bytes
+from lorascope.texts.rollouts import ROLES, Rollout, special_ids, token_bytes
 
 if TYPE_CHECKING:
     from lorascope.activations.capture import Capture, Pending
@@ -71,7 +71,7 @@ class GenerateConfig(SubjectOptions):
     store_dtype: Literal["float16", "float32"] = option(
         "float16", help="type in which activations are stored; what does not fit is an error"
     )
-    output_dir: Path | None = option(
+    output: Path | None = option(
         None, help="folder to make; default: activations_all_adapters and such", identity=False
     )
     device: str = option("auto", help="auto, cpu, cuda or cuda:N", identity=False)
@@ -94,7 +94,7 @@ def run(config: GenerateConfig) -> Path:
     adapter = inspect_adapter(config.lora_path, config.adapter_name)
     base = find_base(adapter, config.base_model)
     types = parse_adapter_types(config.adapter_types) or tuple(ranks_by_projection(adapter))
-    out = config.output_dir or Path(default_name(types))
+    out = config.output or Path(default_name(types))
     tokenizer = load_tokenizer(adapter, base)
     rollouts, counts = load_texts(config, tokenizer)
     parents = {
@@ -201,7 +201,7 @@ class _Shards:
         prompts = self.texts.unit(unit)
         if self.config.sample is None:
             return prompts
-        from lorascope.subject.sample import sample
+        from lorascope.subject.sampling import sample
 
         return sample(
             self.subject,
@@ -320,7 +320,7 @@ def _vocabulary(subject: "Subject") -> Vocabulary:
     tokens = token_bytes(subject.tokenizer, subject.causal.config.get_text_config().vocab_size)
     special = np.zeros(len(tokens), bool)
     special[special_ids(subject.tokenizer)] = True
-    return Vocabulary.of(tokens, special)
+    return Vocabulary.from_tokens(tokens, special)
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -23,7 +23,7 @@ from lorascope.activations.store import ActivationStore, Vocabulary
 from lorascope.artifact import digest_of
 from lorascope.errors import ArtifactError
 from lorascope.sites import PROJECTIONS, Site, SiteLayout
-from lorascope.subject.rollouts import ROLES
+from lorascope.texts.rollouts import ROLES
 
 TOKENS = "rollout_tokens.json"
 _FILE = re.compile(r"rollout_(\d+)\.h5")
@@ -53,7 +53,9 @@ def open_published(path: Path) -> ActivationStore:
                 f"{headers[0][1]} of {', '.join(headers[0][2])}: they come from different captures"
             )
     n_layers, types = headers[0][1], headers[0][2]
-    layout = SiteLayout.of([Site(layer=i, projection=t) for i in range(n_layers) for t in types])
+    layout = SiteLayout.from_sites(
+        [Site(layer=i, projection=t) for i in range(n_layers) for t in types]
+    )
     order = [types.index(name) for name in layout.adapter_types]
     lengths = {number: h[0] for (number, _), h in zip(files, headers, strict=True)}
     texts = _read_tokens(path / TOKENS, lengths)
@@ -78,7 +80,9 @@ def open_published(path: Path) -> ActivationStore:
         digest=digest_of([[file.name, file.stat().st_size] for _, file in files]),
         content={"published": True, "n_rollouts": len(shards)},
         shards=tuple(shards),
-        vocabulary=Vocabulary.of([t.encode("utf-8", "surrogatepass") for t in known], special),
+        vocabulary=Vocabulary.from_tokens(
+            [t.encode("utf-8", "surrogatepass") for t in known], special
+        ),
     )
 
 

@@ -22,7 +22,7 @@ from lorascope.artifact import MANIFEST, digest_file, digest_of, open_manifest
 from lorascope.config import nearest
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.sites import SiteLayout
-from lorascope.subject.rollouts import ROLES
+from lorascope.texts.rollouts import ROLES
 
 KIND = "activations"
 SCHEMA = 1
@@ -41,7 +41,7 @@ class Vocabulary:
     special: npt.NDArray[np.bool_]
 
     @classmethod
-    def of(cls, tokens: Sequence[bytes], special: npt.NDArray[np.bool_]) -> "Vocabulary":
+    def from_tokens(cls, tokens: Sequence[bytes], special: npt.NDArray[np.bool_]) -> "Vocabulary":
         """Make a vocabulary from every token's bytes, in id order."""
         offset = np.zeros(len(tokens) + 1, np.int64)
         np.cumsum([len(token) for token in tokens], out=offset[1:])

@@ -35,7 +35,7 @@ from lorascope.causal.ablation_report import (
     table,
 )
 from lorascope.causal.effects import counted, kl_of
-from lorascope.causal.heldout import (
+from lorascope.causal.held_out import (
     SPECIAL,
     HeldOut,
     RandomEffectOptions,
@@ -44,12 +44,12 @@ from lorascope.causal.heldout import (
     require_features,
 )
 from lorascope.causal.parts import Part, parts_of
-from lorascope.causal.report_file import Report, report_at
+from lorascope.causal.study import Report, report_at
 from lorascope.config import option
 from lorascope.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
-    from lorascope.causal.side_by_side import Sums
+    from lorascope.causal.removals import Sums
     from lorascope.sae.model import SAE
     from lorascope.subject.intervene import RowEditor
 
@@ -63,7 +63,7 @@ SCHEMA = 1
 class AblateConfig(RandomEffectOptions):
     """Options of `ablate`."""
 
-    model_path: Path | None = option(
+    sae: Path | None = option(
         None, help="SAE whose features to take out too, and whose held-out texts to run",
         identity=False,
     )  # fmt: skip
@@ -80,8 +80,8 @@ class AblateConfig(RandomEffectOptions):
         super().check()
         if self.output.suffix != ".json":
             raise ConfigError(f"--output is {self.output}, expected a .json file")
-        if self.features and self.model_path is None:
-            raise ConfigError("--features are those of an SAE; name it with --model-path")
+        if self.features and self.sae is None:
+            raise ConfigError("--features are those of an SAE; name it with --sae")
         require_features(self.features)
 
 
@@ -91,13 +91,13 @@ def run(config: AblateConfig) -> Path:
     from lorascope.sae.model import load_sae
 
     store = ActivationStore.open(config.data_dir)
-    sae = None if config.model_path is None else load_sae(config.model_path, store)
+    sae = None if config.sae is None else load_sae(config.sae, store)
     require_features(config.features, sae)
 
     def make() -> Report:
         texts = open_held_out(config, sae)
         report = measure(texts, config, sae)
-        return Report(report, texts.subject.layout, described(texts, config.model_path))
+        return Report(report, texts.subject.layout, described(texts, config.sae))
 
     return report_at(
         config.output,
@@ -151,7 +151,7 @@ class _Study:
 
     def parts(self, parts: Sequence[Part], seed: int) -> dict[str, Any]:
         """Return the report's entries of all parts, and the floors."""
-        from lorascope.causal.side_by_side import Live
+        from lorascope.causal.removals import Live
 
         eps = torch.finfo(self.texts.subject.dtype).eps
         changes = [
@@ -172,7 +172,7 @@ class _Study:
 
     def greedy(self, parts: Sequence[Part]) -> list[tuple[str, float, float]]:
         """Return the parts as they are taken out, each with the KL and the loss summed then."""
-        from lorascope.causal.side_by_side import Live
+        from lorascope.causal.removals import Live
 
         left, keep, steps = list(parts), self.ones.bool(), []
         while left:
@@ -186,7 +186,7 @@ class _Study:
 
     def _live(self, changes: Sequence[Any], label: str) -> "tuple[Sums, float]":
         """Return sums `(n_changes, n_texts)`, and the KL a token that the batch alone makes."""
-        from lorascope.causal.side_by_side import Sums, run_live
+        from lorascope.causal.removals import Sums, run_live
 
         found = np.zeros((4, len(changes), len(self.counts)))
         null = 0.0
@@ -204,7 +204,7 @@ class _Study:
     def features(self, sae: "SAE", chosen: Sequence[int], seed: int) -> list[dict[str, Any]]:
         """Return the entries of the features that are asked for, by number."""
         from lorascope.causal.baselines import random_rows
-        from lorascope.causal.side_by_side import run_held
+        from lorascope.causal.removals import run_held
 
         _, columns = self.texts.subject.layout.select(sae.layout.adapter_types)
         random = random_rows(sae, seed)
@@ -234,7 +234,7 @@ class _Study:
 
 def _without(rows: Tensor, columns: npt.NDArray[np.int64], values: Tensor, written: Tensor) -> Any:
     """Return the change that takes `value · written` out of the rows of each token."""
-    from lorascope.causal.side_by_side import Held
+    from lorascope.causal.removals import Held
 
     changed = rows.clone()
     changed[:, columns] -= (values[:, None] * written).to(rows.device)

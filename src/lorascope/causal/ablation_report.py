@@ -10,7 +10,7 @@ from lorascope.causal.effects import interval_of, ratio_of
 from lorascope.causal.parts import Part
 
 if TYPE_CHECKING:
-    from lorascope.causal.side_by_side import Sums
+    from lorascope.causal.removals import Sums
 
 _SHOWN = 10  # features in the table
 _KINDS = {"site": "sites", "projection": "projections", "layer": "layers", "block": "blocks"}

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from lorascope import runtime
 from lorascope.activations.store import ActivationStore
-from lorascope.causal.attribution_report import Behind, summarize, table
+from lorascope.causal.attribution_report import TokenAttribution, summarize, table
 from lorascope.causal.effects import ce_of, counted, kl_of
-from lorascope.causal.heldout import (
+from lorascope.causal.held_out import (
     SPECIAL,
     Batch,
     EffectOptions,
@@ -35,7 +35,7 @@ from lorascope.causal.heldout import (
     described,
     open_held_out,
 )
-from lorascope.causal.report_file import Report, report_at
+from lorascope.causal.study import Report, report_at
 from lorascope.config import option
 from lorascope.errors import ArtifactError, ConfigError
 
@@ -53,7 +53,7 @@ _COPIES = 16  # of a text in one batch: each keeps its activations for the backw
 class AttributeConfig(EffectOptions):
     """Options of `attribute`."""
 
-    model_path: Path = option(
+    sae: Path = option(
         Path("trained_sae_adapters_g-u-d-q-k-v-o.pt"), help="SAE of the features", identity=False
     )
     target: Literal["kl", "logprob", "logit-difference"] = option(
@@ -103,7 +103,7 @@ def run(config: AttributeConfig) -> Path:
     from lorascope.sae.model import load_sae
 
     store = ActivationStore.open(config.data_dir)
-    sae = load_sae(config.model_path, store)
+    sae = load_sae(config.sae, store)
     chosen = _chosen(config, store)
 
     def make() -> Report:
@@ -111,7 +111,7 @@ def run(config: AttributeConfig) -> Path:
         if chosen:
             texts = replace(texts, rollouts=np.array(chosen)[: config.max_rollouts])
         report = measure(texts, sae, config)
-        return Report(report, texts.subject.layout, described(texts, config.model_path))
+        return Report(report, texts.subject.layout, described(texts, config.sae))
 
     return report_at(
         config.output,
@@ -174,7 +174,7 @@ class _Study:
         # of each rollout: KL, rise, and whether the token counts, by its place
         self.numbers = {i: np.full((2, n), np.nan) for i, n in sizes.items()}
         self.usual = {i: np.zeros(n, bool) for i, n in sizes.items()}
-        self.behind: list[Behind] = []
+        self.behind: list[TokenAttribution] = []
 
     @property
     def rollouts(self) -> dict[int, Any]:
@@ -231,7 +231,7 @@ class _Study:
         with torch.no_grad():
             out, base = self.editor.run(ids), self.editor.base(ids)
             nothing = self.editor.run(ids, lambda _, values: torch.zeros_like(values)).logits
-            targets = Targets.of(self.config.target, places, ids, base)
+            targets = Targets.at(self.config.target, places, ids, base)
             y, y_base = (
                 targets.values(logits[0, targets.places - 1]).cpu()
                 for logits in (out.logits, nothing)
@@ -250,7 +250,7 @@ class _Study:
             for i, place in enumerate(group.places.tolist()):
                 number = int((places == place).nonzero())
                 self.behind.append(
-                    Behind(
+                    TokenAttribution(
                         rollout=int(store.rollout_id[rollout]),
                         token=first + place,
                         text=store.vocabulary[int(group.tokens[i])].decode(errors="replace"),

@@ -19,7 +19,7 @@ Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Behind:
+class TokenAttribution:
     """What is behind one prediction. `adapter` and `base` are its number with rows and with none.
 
     `tokens` are the shares of whole rows, of the tokens from `first` on. Firing i is of latent
@@ -73,7 +73,7 @@ class Behind:
 
 def summarize(
     rollouts: Mapping[int, npt.NDArray[np.float64]],
-    behind: Sequence[Behind],
+    behind: Sequence[TokenAttribution],
     usual: Mapping[int, npt.NDArray[np.bool_]],
     d_sae: int,
     config: "AttributeConfig",
@@ -81,7 +81,7 @@ def summarize(
     """Return the report as JSON values; `rollouts` are KL and rise of each token, by text id."""
     masks = list(usual.values())
     kl = np.concatenate([x[0][m] for x, m in zip(rollouts.values(), masks, strict=True)])
-    by_text: dict[int, list[Behind]] = {rollout: [] for rollout in rollouts}
+    by_text: dict[int, list[TokenAttribution]] = {rollout: [] for rollout in rollouts}
     for one in sorted(behind, key=lambda one: one.token):
         by_text[one.rollout].append(one)
     return {
@@ -107,7 +107,7 @@ def summarize(
     }
 
 
-def completeness_of(behind: Sequence[Behind]) -> dict[str, float | None]:
+def completeness_of(behind: Sequence[TokenAttribution]) -> dict[str, float | None]:
     """Return how much of the adapter's effect the shares add up to, and how far each token's miss.
 
     `gap` is `Σ|sum of shares − effect| / Σ|effect|` over targets. The others are sums over targets
@@ -133,7 +133,7 @@ def completeness_of(behind: Sequence[Behind]) -> dict[str, float | None]:
     }
 
 
-def agreement_of(behind: Sequence[Behind]) -> dict[str, Any] | None:
+def agreement_of(behind: Sequence[TokenAttribution]) -> dict[str, Any] | None:
     """Return how contributions and first-order removals compare with real removals.
 
     `rank` is Spearman's correlation over the features that fire before a target, averaged over
@@ -168,7 +168,7 @@ def agreement_of(behind: Sequence[Behind]) -> dict[str, Any] | None:
     return found
 
 
-def feature_entries(behind: Sequence[Behind], d_sae: int) -> list[dict[str, Any]]:
+def feature_entries(behind: Sequence[TokenAttribution], d_sae: int) -> list[dict[str, Any]]:
     """Return an entry of each latent that contributed: its sums over all targets, by number."""
     sums, sizes, counts = np.zeros(d_sae), np.zeros(d_sae), np.zeros(d_sae, np.int64)
     for one in behind:
@@ -220,7 +220,7 @@ def table(report: Mapping[str, Any]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _target(one: Behind, top: int) -> dict[str, Any]:
+def _target(one: TokenAttribution, top: int) -> dict[str, Any]:
     return {
         "token": one.token,
         "text": one.text,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lorascope import runtime
-from lorascope.causal.report_file import Report, report_at
+from lorascope.causal.study import Report, report_at
 from lorascope.config import option
 from lorascope.errors import ConfigError
 from lorascope.subject.options import AdapterOptions
@@ -44,7 +44,7 @@ _NAMED = 4  # tokens of each
 class DirectConfig(AdapterOptions):
     """Options of `direct`."""
 
-    model_path: Path = option(
+    sae: Path = option(
         Path("trained_sae_adapters_g-u-d-q-k-v-o.pt"), help="SAE of the features", identity=False
     )
     top: int = option(10, help="tokens to name that a feature promotes, and as many it suppresses")
@@ -68,7 +68,7 @@ def run(config: DirectConfig) -> Path:
     from lorascope.sae.model import load_sae
     from lorascope.subject.load import find_base, inspect_adapter, load_subject, load_tokenizer
 
-    sae = load_sae(config.model_path)
+    sae = load_sae(config.sae)
     adapter = inspect_adapter(config.lora_path, config.adapter_name)
     base = find_base(adapter, config.base_model)
 
@@ -84,8 +84,8 @@ def run(config: DirectConfig) -> Path:
             skip_unhookable=True,
         )
         mine, _ = subject.layout.select(sae.layout.adapter_types)
-        sae.layout.require_same(mine, str(config.model_path), f"adapter {adapter.name}")
-        content = {"sae_name": config.model_path.name, "adapter_name": adapter.name}
+        sae.layout.require_same(mine, str(config.sae), f"adapter {adapter.name}")
+        content = {"sae_name": config.sae.name, "adapter_name": adapter.name}
         return Report(measure(subject, sae, config.top), sae.layout, content)
 
     return report_at(
@@ -103,8 +103,8 @@ def run(config: DirectConfig) -> Path:
 @torch.inference_mode()
 def measure(subject: "Subject", sae: "SAE", top: int) -> dict[str, Any]:
     """Return the report's parts as JSON values: `top` tokens on each side, of every latent."""
-    from lorascope.subject.spelling import special_ids, token_bytes
-    from lorascope.subject.writing import ReadOut, writers_of
+    from lorascope.subject.unembedding import ReadOut, writers_of
+    from lorascope.texts.tokens import special_ids, token_bytes
 
     writers, head = writers_of(subject, sae.layout), ReadOut(subject)
     names = {writer.name for writer in writers}

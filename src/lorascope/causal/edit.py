@@ -37,7 +37,7 @@ from lorascope.artifact import (
     write_text,
 )
 from lorascope.causal.effects import counted, interval_of, kl_of
-from lorascope.causal.heldout import (
+from lorascope.causal.held_out import (
     SPECIAL,
     HeldOut,
     RandomEffectOptions,
@@ -67,7 +67,7 @@ _ARMS = ("base", "patched", "folded")
 class EditConfig(RandomEffectOptions):
     """Options of `edit`."""
 
-    model_path: Path = option(
+    sae: Path = option(
         Path("trained_sae_adapters_g-u-d-q-k-v-o.pt"), help="SAE of the features", identity=False
     )
     features: tuple[int, ...] = option(help="numbers of the features to edit, together")
@@ -103,7 +103,7 @@ def run(config: EditConfig) -> Path:
     from lorascope.sae.model import load_sae
 
     store = ActivationStore.open(config.data_dir)
-    sae = load_sae(config.model_path, store)
+    sae = load_sae(config.sae, store)
     require_features(config.features, sae)
     identity = {
         "settings": config.settings(),
@@ -113,7 +113,7 @@ def run(config: EditConfig) -> Path:
         log.info("%s is already made with these settings", config.output)
         return config.output
     texts = open_held_out(config, sae)
-    patch = Patch.of(sae, config.features, config.factor)
+    patch = Patch.from_features(sae, config.features, config.factor)
     fitted = np.ones(store.n_rollouts, bool)
     fitted[texts.rollouts] = False
     counts = store.eligible if config.tokens == "text" else np.ones(store.n_rows, bool)
@@ -131,7 +131,7 @@ def run(config: EditConfig) -> Path:
             SCHEMA,
             **identity,
             layout=texts.subject.layout.to_json(),
-            content=described(texts, config.model_path),
+            content=described(texts, config.sae),
             files={
                 name: {"bytes": file.stat().st_size, "sha256": digest_file(file)}
                 for name in sorted([*names, REPORT])

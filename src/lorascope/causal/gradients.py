@@ -50,7 +50,7 @@ class Targets:
     base: Float[Tensor, "target vocab"]
 
     @classmethod
-    def of(
+    def at(
         cls,
         kind: Kind,
         places: Int[Tensor, "target"],

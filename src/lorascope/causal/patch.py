@@ -66,7 +66,7 @@ class Patch:
         return self.sae.layout
 
     @classmethod
-    def of(cls, sae: SAE, features: Sequence[int], factor: float) -> "Patch":
+    def from_features(cls, sae: SAE, features: Sequence[int], factor: float) -> "Patch":
         """Take features out of an SAE, which must have its threshold."""
         return cls(tuple(features), factor, only(sae, features))
 
@@ -127,7 +127,7 @@ class Patch:
     ) -> Float[Tensor, "batch seq vocab"]:
         """Run texts under the patch. `counts` are the tokens of text; default: all but special."""
         if counts is None:
-            from lorascope.subject.spelling import special_ids
+            from lorascope.texts.tokens import special_ids
 
             counts = ~torch.isin(token_ids, torch.tensor(special_ids(editor.subject.tokenizer)))
         rows = editor.run(token_ids).rows

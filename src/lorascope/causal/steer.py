@@ -29,20 +29,20 @@ from torch import Tensor
 from lorascope import runtime
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import digest_file
-from lorascope.causal.continuing import Change, Written, continue_text
+from lorascope.causal.continuation import Change, Written, continue_text
 from lorascope.causal.effects import ce_of
-from lorascope.causal.heldout import (
+from lorascope.causal.held_out import (
     HeldOut,
     RandomEffectOptions,
     described,
     open_held_out,
     require_features,
 )
-from lorascope.causal.report_file import Report, report_at
 from lorascope.causal.steering_report import Arm, summarize, table
+from lorascope.causal.study import Report, report_at
 from lorascope.config import option
 from lorascope.errors import ArtifactError, ConfigError
-from lorascope.subject.rollouts import ROLES
+from lorascope.texts.rollouts import ROLES
 
 if TYPE_CHECKING:
     from lorascope.sae.model import SAE
@@ -60,7 +60,7 @@ _SAID = tuple(ROLES.index(role) for role in ("think", "answer"))
 class SteerConfig(RandomEffectOptions):
     """Options of `steer`."""
 
-    model_path: Path = option(
+    sae: Path = option(
         Path("trained_sae_adapters_g-u-d-q-k-v-o.pt"), help="SAE of the features", identity=False
     )
     features: tuple[int, ...] = option(help="numbers of the features to steer, together")
@@ -111,7 +111,7 @@ def run(config: SteerConfig) -> Path:
     from lorascope.sae.model import load_sae
 
     store = ActivationStore.open(config.data_dir)
-    sae = load_sae(config.model_path, store)
+    sae = load_sae(config.sae, store)
     require_features(config.features, sae)
     parents = {"activations": store.digest, "sae": sae.digest}
     if config.prompts is not None and Path(config.prompts).is_file():
@@ -120,7 +120,7 @@ def run(config: SteerConfig) -> Path:
     def make() -> Report:
         texts = open_held_out(config, sae)
         report = measure(texts, sae, config)
-        return Report(report, texts.subject.layout, described(texts, config.model_path))
+        return Report(report, texts.subject.layout, described(texts, config.sae))
 
     return report_at(
         config.output,
@@ -191,7 +191,7 @@ def measure(texts: HeldOut, sae: "SAE", config: SteerConfig) -> dict[str, Any]:
 def _prompts(texts: HeldOut, config: SteerConfig) -> list[tuple[int | None, Tensor, Tensor]]:
     """Return each prompt's rollout (None: not of the store), token ids, and what counts as text."""
     if config.prompts is not None:
-        from lorascope.subject.rollouts import load_prompts
+        from lorascope.texts.rollouts import load_prompts
 
         rollouts, _ = load_prompts(
             dataset=config.prompts,

@@ -11,7 +11,7 @@ from torch import Tensor
 from lorascope.causal.effects import interval_of, ratio_of
 
 if TYPE_CHECKING:
-    from lorascope.causal.continuing import Written
+    from lorascope.causal.continuation import Written
 
 _GRAM = 4  # tokens of what may be repeated
 _SHOWN = 100  # characters of a text in the table

@@ -28,7 +28,7 @@ from lorascope.dashboard.facts import facts
 from lorascope.dashboard.layout import layout
 from lorascope.dashboard.packing import SHARES, halved, narrowest, pack, scaled, text_of
 from lorascope.dashboard.reports import SIDES, TEXT_COLUMNS, Reports
-from lorascope.dashboard.texttable import TextTable
+from lorascope.dashboard.token_table import TokenTable
 from lorascope.features.arrays import RANKINGS
 from lorascope.features.index import FeatureIndex
 
@@ -312,8 +312,8 @@ class Payload:
         return {side: self.reports.tokens(side) for side in SIDES} if known else {}
 
     @cached_property
-    def _texts(self) -> TextTable:
-        return TextTable.of(self.index, self.reports.vocabulary)
+    def _texts(self) -> TokenTable:
+        return TokenTable.from_index(self.index, self.reports.vocabulary)
 
 
 def escape_json(text: str) -> str:

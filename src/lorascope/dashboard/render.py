@@ -35,9 +35,9 @@ from lorascope.dashboard.payload import Payload, manifest_comment
 from lorascope.dashboard.reports import Reports
 from lorascope.dashboard.serve import PageServer, serve
 from lorascope.errors import ArtifactError, ConfigError
-from lorascope.features.foreign import read_published
 from lorascope.features.index import FeatureIndex
-from lorascope.features.lookup import limited
+from lorascope.features.published_json import read_published
+from lorascope.features.query import limited
 from lorascope.runtime import progress
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorascope.artifact import digest_of, open_manifest
-from lorascope.causal.report_file import open_report
+from lorascope.causal.study import open_report
 from lorascope.dashboard.packing import halved
 from lorascope.errors import ArtifactError
 from lorascope.features.index import FeatureIndex

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorascope.causal.continuing import Change, continue_text
+from lorascope.causal.continuation import Change, continue_text
 from lorascope.demo.problems import Problem, answer_of
 from lorascope.runtime import progress
 from lorascope.subject.intervene import RowEditor
 from lorascope.subject.load import Subject
-from lorascope.subject.rollouts import ROLES, Rollout, load_prompts
+from lorascope.texts.rollouts import ROLES, Rollout, load_prompts
 
 Rebuild = Callable[[Tensor], Tensor]
 

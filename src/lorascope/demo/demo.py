@@ -25,7 +25,7 @@ SUBJECT = Path(__file__).parent / "subject"
 class DemoConfig(Config):
     """Options of `demo`."""
 
-    output_dir: Path = option(Path("demo-output"), help="folder to make", identity=False)
+    output: Path = option(Path("demo-output"), help="folder to make", identity=False)
     num_examples: int = option(1000, help="problems to write and read")
     effect_texts: int = option(
         4, help="texts on which to measure what the features do; 0: leave that out"
@@ -41,8 +41,8 @@ class DemoConfig(Config):
 
 def run(config: DemoConfig) -> Path:
     """Make the demo's folder and return its page."""
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    problems = config.output_dir / "problems.jsonl"
+    config.output.mkdir(parents=True, exist_ok=True)
+    problems = config.output / "problems.jsonl"
     write_jsonl(problems, config.num_examples, "demo")
     page = pipeline.run(demo_run(problems, config))
     if config.open:
@@ -66,6 +66,6 @@ def demo_run(problems: Path, config: DemoConfig) -> pipeline.RunConfig:
         k=3,
         epochs=12,
         effect_texts=config.effect_texts,
-        output_dir=config.output_dir,
+        output=config.output,
         overwrite=config.overwrite,
     )

@@ -1,9 +1,9 @@
-"""Read a store with an SAE and keep the evidence of every latent.
+"""Read a store with an SAE and keep the strongest examples and the statistics of every latent.
 
-1. Scan: the store is cut into spans of whole rollouts (`evidence.spans_of`). Each is encoded once;
+1. Scan: the store is cut into spans of whole rollouts (`spans_of`). Each is encoded once;
    its counts, its strongest firings and a sample of its firings become one file, so that what is
    finished stays. Any number of processes share the spans.
-2. Merge the spans' evidence, in their order.
+2. Merge the accumulators of the spans, in their order.
 3. Examples and samples get their windows (`examples`), and the samples say which tokens a latent
    is about (`rankings`) and what is near it (`neighbours`). Some rollouts are kept whole
    (`whole_texts`).
@@ -26,17 +26,17 @@ from lorascope.activations.store import ActivationStore
 from lorascope.artifact import Build, building, is_made, join, make_manifest, read_manifest
 from lorascope.config import Config, option
 from lorascope.errors import ConfigError, DatasetError
+from lorascope.features.accumulators import Accumulator, lowest_threshold, scan, spans_of
 from lorascope.features.arrays import KIND, SCHEMA
 from lorascope.features.display import pack_tokens
-from lorascope.features.evidence import Evidence, lowest_threshold, scan, spans_of
-from lorascope.features.features_json import write_published
 from lorascope.features.index import FeatureIndex
+from lorascope.features.published_json import write_published
 from lorascope.features.rankings import ranked_tokens
-from lorascope.features.surroundings import Span
-from lorascope.features.tally import histogram_edges
+from lorascope.features.spans import Span
+from lorascope.features.statistics import histogram_edges
 from lorascope.features.topk import Firings
 from lorascope.sites import SiteLayout, parse_adapter_types
-from lorascope.subject.rollouts import ROLES
+from lorascope.texts.rollouts import ROLES
 
 if TYPE_CHECKING:
     from lorascope.sae.model import SAE
@@ -79,7 +79,7 @@ class CollectOptions(Config):
 class CollectConfig(CollectOptions):
     """Options of `collect`."""
 
-    model_path: Path = option(
+    sae: Path = option(
         Path("trained_sae_adapters_g-u-d-q-k-v-o.pt"), help="SAE to read with", identity=False
     )
     data_dir: Path | None = option(
@@ -87,7 +87,7 @@ class CollectConfig(CollectOptions):
         help="activation store to read; default: the published name for the SAE's adapter types",
         identity=False,
     )
-    output_path: Path | None = option(
+    output: Path | None = option(
         None,
         help="file to make, .h5 or .json; default: sae_features_data_{SAE's name}.json",
         identity=False,
@@ -110,19 +110,19 @@ class CollectConfig(CollectOptions):
         super().check()
         self.require("max_rollouts", 1)
         self.require("batch_size", 1)
-        if self.output_path is not None and self.output_path.suffix not in (".h5", ".json"):
-            raise ConfigError(f"--output-path is {self.output_path}, expected a .h5 or .json file")
+        if self.output is not None and self.output.suffix not in (".h5", ".json"):
+            raise ConfigError(f"--output is {self.output}, expected a .h5 or .json file")
 
 
 def run(config: CollectConfig) -> Path:
     """Make a feature index, or find the finished one, and return its file."""
     from lorascope.sae.model import load_sae
 
-    data_dir = config.data_dir or _published_store(config.model_path)
+    data_dir = config.data_dir or _published_store(config.sae)
     store = ActivationStore.open(data_dir)
-    sae = load_sae(config.model_path, store)
+    sae = load_sae(config.sae, store)
     store = sae.narrow(store)
-    out = config.output_path or Path(f"sae_features_data_{config.model_path.stem}.json")
+    out = config.output or Path(f"sae_features_data_{config.sae.stem}.json")
     settings = config.settings()
     parents = {"activations": store.digest, "sae": sae.digest}
     if is_made(out, KIND, settings=settings, parents=parents, overwrite=config.overwrite):
@@ -131,7 +131,7 @@ def run(config: CollectConfig) -> Path:
     n_rollouts = min(config.max_rollouts or store.n_rollouts, store.n_rollouts)
     n_rows = int(store.rollout_start[n_rollouts])
     spans = spans_of(store, n_rollouts, sae.d_sae, config.roles)
-    if not any(span.anew().eligible.any() for span in spans):
+    if not any(span.reopened().eligible.any() for span in spans):
         wanted = f"of the roles {', '.join(config.roles)}" if config.roles else "but special ones"
         raise DatasetError(f"{data_dir} has no token that counts: none of {n_rows} {wanted}")
     n_workers = runtime.n_workers(config.device, config.num_gpus)
@@ -146,13 +146,13 @@ def run(config: CollectConfig) -> Path:
             _gather(build, spans, sae, config)
         return out
     with building(out, KIND, **identity, overwrite=config.overwrite) as build:
-        evidence = _gather(build, spans, sae, config)
-        arrays = _arrays(store, spans, sae, evidence, config)
-        content = _content(store, sae, evidence, config)
+        accumulator = _gather(build, spans, sae, config)
+        arrays = _arrays(store, spans, sae, accumulator, config)
+        content = _content(store, sae, accumulator, config)
         manifest = make_manifest(
             KIND, SCHEMA, **identity, layout=store.layout.to_json(), content=content
         )
-        index = FeatureIndex.of(manifest, arrays)
+        index = FeatureIndex.from_arrays(manifest, arrays)
         name = "features" + out.suffix
         if out.suffix == ".json":
             write_published(index, build.path / name, index.manifest)
@@ -174,13 +174,15 @@ def _published_store(model_path: Path) -> Path:
     return Path(default_name(types))
 
 
-def _gather(build: Build, spans: list[Span], sae: "SAE", config: CollectConfig) -> Evidence:
+def _gather(build: Build, spans: list[Span], sae: "SAE", config: CollectConfig) -> Accumulator:
     """Scan the spans that nobody has, until all are there; rank 0 returns what they hold."""
     store = spans[0].store
     per_rollout = config.max_per_rollout or None
-    evidence = Evidence.empty(sae.d_sae, len(store.vocabulary), config.top_k, per_rollout)
+    accumulator = Accumulator.empty(sae.d_sae, len(store.vocabulary), config.top_k, per_rollout)
     paths = [build.path / f"span-{i:06d}.safetensors" for i in range(len(spans))]
-    mine = evidence.after()  # of this process alone: it tells later spans what they may leave out
+    mine = (
+        accumulator.successor()
+    )  # of this process alone: it tells later spans what they may leave out
     bar = runtime.progress(sum(span.n_rows for span in spans), "collect", "tokens")
     counted: set[int] = set()
 
@@ -190,10 +192,10 @@ def _gather(build: Build, spans: list[Span], sae: "SAE", config: CollectConfig) 
 
     with bar:
         for claim in runtime.claims(paths, build.path / ".claims", found, lambda: None):
-            here = mine.after()
+            here = mine.successor()
             counted.add(claim.unit)
             for n_rows in scan(
-                spans[claim.unit].anew(),
+                spans[claim.unit].reopened(),
                 sae,
                 here,
                 config.batch_size,
@@ -207,15 +209,15 @@ def _gather(build: Build, spans: list[Span], sae: "SAE", config: CollectConfig) 
             mine.sample.merge(here.sample)
     if runtime.place().rank == 0:
         for path in paths:
-            evidence.load(path, store)
-    return evidence
+            accumulator.load(path, store)
+    return accumulator
 
 
 def _arrays(
     store: ActivationStore,
     spans: list[Span],
     sae: "SAE",
-    evidence: Evidence,
+    accumulator: Accumulator,
     config: CollectConfig,
 ) -> dict[str, Any]:
     """Return every array of the index."""
@@ -223,34 +225,34 @@ def _arrays(
     from lorascope.features.neighbours import cofiring, effect_rows, fingerprint, nearest_rows
     from lorascope.features.whole_texts import text_arrays
 
-    tally, reach = evidence.tally, min(ALIKE, config.context_window)
-    examples = evidence.top.sorted()
-    samples, drawn = sample_arrays(store, evidence.sample, examples, config.samples)
+    statistics, reach = accumulator.statistics, min(ALIKE, config.context_window)
+    examples = accumulator.top.sorted()
+    samples, drawn = sample_arrays(store, accumulator.sample, examples, config.samples)
     rows, _ = effect_rows(sae)
-    decoder, cosine = nearest_rows(rows, tally.n_active > 0)
-    beside, jaccard = cofiring(evidence.sample, tally.n_active)
+    decoder, cosine = nearest_rows(rows, statistics.n_active > 0)
+    beside, jaccard = cofiring(accumulator.sample, statistics.n_active)
     largest = np.zeros(sae.d_sae, np.float32)
     np.maximum.at(largest, examples.latent, examples.value)
     arrays = {
-        "latent_n_active": tally.n_active,
+        "latent_n_active": statistics.n_active,
         "latent_max": largest,
-        "latent_mean": tally.mean,
-        "latent_std": tally.std,
-        "latent_n_rollouts": tally.n_rollouts,
-        "latent_by_role": tally.by_role,
-        "latent_by_position": tally.by_position,
-        "latent_histogram": tally.histogram,
+        "latent_mean": statistics.mean,
+        "latent_std": statistics.std,
+        "latent_n_rollouts": statistics.n_rollouts,
+        "latent_by_role": statistics.by_role,
+        "latent_by_position": statistics.by_position,
+        "latent_histogram": statistics.histogram,
         "latent_histogram_edges": histogram_edges(lowest_threshold(sae)),
         "latent_fingerprint": fingerprint(rows, sae.layout),
         "near_decoder": decoder,
         "near_cosine": cosine,
         "near_cofiring": beside,
         "near_jaccard": jaccard,
-        **ranked_tokens(store, evidence.sample, evidence.tokens),
+        **ranked_tokens(store, accumulator.sample, accumulator.tokens),
         **example_arrays(store, examples, spans, sae.d_sae, reach),
         **drawn,
         **window_arrays(store, sae, Firings.joined([examples, samples]), config.context_window),
-        **text_arrays(store, sae, evidence, config.text_tokens, config.roles),
+        **text_arrays(store, sae, accumulator, config.text_tokens, config.roles),
     }
     if sae.stability is not None:
         arrays["latent_stability"] = sae.stability.numpy()
@@ -274,7 +276,7 @@ def _vocabulary(store: ActivationStore, arrays: Mapping[str, Any]) -> dict[str, 
 
 
 def _content(
-    store: ActivationStore, sae: "SAE", evidence: Evidence, config: CollectConfig
+    store: ActivationStore, sae: "SAE", accumulator: Accumulator, config: CollectConfig
 ) -> dict[str, Any]:
     """Return what the manifest says of the work beside its settings."""
     from lorascope.features.neighbours import effect_rows
@@ -283,21 +285,21 @@ def _content(
     known = ("adapter_name", "base_model", "dataset")
     return {
         **{key: store.content[key] for key in known if key in store.content},
-        "sae_name": config.model_path.name,
+        "sae_name": config.sae.name,
         "sae_config": sae.manifest["content"].get("config", {}),
         "adapter_types": list(store.layout.adapter_types),
         "fvu": report.get("fvu"),
         "l0": report.get("l0"),
-        "n_tokens": int(store.rollout_start[len(evidence.rollouts)]),
-        "n_eligible": int(evidence.roles.sum()),
-        "n_rollouts": len(evidence.rollouts),
+        "n_tokens": int(store.rollout_start[len(accumulator.rollouts)]),
+        "n_eligible": int(accumulator.roles.sum()),
+        "n_rollouts": len(accumulator.rollouts),
         "n_features": sae.d_sae,
-        "n_alive": int((evidence.tally.n_active > 0).sum()),
+        "n_alive": int((accumulator.statistics.n_active > 0).sum()),
         "top_k": config.top_k,
         "context_window": config.context_window,
-        "n_sampled": evidence.sample.n,
+        "n_sampled": accumulator.sample.n,
         "effect_units": effect_rows(sae)[1],
         "roles": list(ROLES),
-        "n_by_role": evidence.roles.tolist(),
-        "n_by_position": evidence.tenths.tolist(),
+        "n_by_role": accumulator.roles.tolist(),
+        "n_by_position": accumulator.tenths.tolist(),
     }

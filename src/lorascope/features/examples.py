@@ -16,7 +16,7 @@ import torch
 from lorascope import runtime
 from lorascope.activations.store import ActivationStore
 from lorascope.features.rankings import take_tokens
-from lorascope.features.surroundings import Span
+from lorascope.features.spans import Span
 from lorascope.features.topk import Firings, FiringSample, rank_in_run, row_hash
 
 if TYPE_CHECKING:
@@ -117,11 +117,11 @@ def _n_alike(examples: Firings, spans: list[Span], reach: int) -> npt.NDArray[np
     for span in spans:
         row = examples.row - span.first_row
         here = (row >= 0) & (row < span.n_rows)
-        own[here] = span.anew().surroundings(reach)[row[here]]
+        own[here] = span.reopened().neighbourhoods(reach)[row[here]]
     wanted, inverse = np.unique(own, return_inverse=True)
     counts = np.zeros(len(wanted), np.int64)
-    for span in (span.anew() for span in spans if len(wanted)):
-        found = span.surroundings(reach)[span.eligible]
+    for span in (span.reopened() for span in spans if len(wanted)):
+        found = span.neighbourhoods(reach)[span.eligible]
         at = np.minimum(np.searchsorted(wanted, found), len(wanted) - 1)
         counts += np.bincount(at[wanted[at] == found], minlength=len(wanted))
     return counts[inverse]

@@ -25,9 +25,8 @@ from lorascope.config import Config, option
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.features import neuronpedia
 from lorascope.features.arrays import KIND
-from lorascope.features.features_json import to_published
-from lorascope.features.foreign import read_published
 from lorascope.features.index import FeatureIndex
+from lorascope.features.published_json import read_published, to_published
 from lorascope.runtime import progress
 
 log = logging.getLogger(__name__)

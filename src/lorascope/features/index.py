@@ -103,7 +103,9 @@ class FeatureIndex:
     token_special: npt.NDArray[np.uint8]  # (vocabulary,), 1 for special tokens
 
     @classmethod
-    def of(cls, manifest: Mapping[str, Any], arrays: Mapping[str, npt.ArrayLike]) -> "FeatureIndex":
+    def from_arrays(
+        cls, manifest: Mapping[str, Any], arrays: Mapping[str, npt.ArrayLike]
+    ) -> "FeatureIndex":
         """Make an index of arrays by field name; those that are not given are unknown."""
         return cls(manifest=manifest, **completed(arrays))
 
@@ -160,7 +162,7 @@ class FeatureIndex:
             "token_special": [i in special for i in vocabulary],
             **(latents or {}),
         }
-        return cls.of(manifest, values)
+        return cls.from_arrays(manifest, values)
 
     @classmethod
     def open(cls, path: Path) -> "FeatureIndex":
@@ -301,19 +303,19 @@ class FeatureIndex:
 
     def search(self, text: str) -> list[int]:
         """Return the latents with a window that holds `text`, in any case, strongest first."""
-        from lorascope.features.lookup import search
+        from lorascope.features.query import search
 
         return search(self, text)
 
     def table(self) -> "pd.DataFrame":
         """Return the statistics as a pandas table, one line per latent."""
-        from lorascope.features.lookup import table
+        from lorascope.features.query import table
 
         return table(self)
 
     def verify(self) -> None:
         """Raise ArtifactError that names the first broken promise, if there is one."""
-        from lorascope.features.promises import promises
+        from lorascope.features.invariants import promises
 
         for name, said in self.manifest.get("files", {}).items():
             array = self.arrays.get(name.replace("/", "_", 1))

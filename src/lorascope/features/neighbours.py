@@ -62,7 +62,7 @@ def nearest_rows(rows: torch.Tensor, alive: npt.NDArray[np.bool_]) -> Nearest:
     if n < 1:
         return ids, scores
     unit = torch.nn.functional.normalize(rows[torch.from_numpy(living).to(rows.device)], dim=1)
-    product = kernels.of(rows.device).product
+    product = kernels.for_device(rows.device).product
     for first in range(0, len(living), _BLOCK):
         block = unit[first : first + _BLOCK]
         cosine = product(block, unit, block.new_empty(len(block), len(unit)))

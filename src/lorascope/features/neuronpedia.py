@@ -34,8 +34,8 @@ from lorascope.artifact import (
     open_manifest,
 )
 from lorascope.features.feature import Example, Feature
-from lorascope.features.foreign import well_formed
 from lorascope.features.index import FeatureIndex
+from lorascope.features.published_json import well_formed
 from lorascope.runtime import progress
 
 log = logging.getLogger(__name__)

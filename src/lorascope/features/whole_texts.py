@@ -2,7 +2,7 @@
 
 Four lists are drawn from in turn until `n_tokens` are kept: the rollouts in which most latents
 fire, those that hold most of what rare latents do, those that the SAE explains worst, and random
-ones. Rare latents are those whose every firing is known (`evidence.N_SAMPLED` or fewer): each gives
+ones. Rare latents are those whose every firing is known (`N_SAMPLED` or fewer): each gives
 its rollouts shares that add up to 1.
 """
 
@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 
 from lorascope.activations.store import ActivationStore
-from lorascope.features.evidence import Evidence
-from lorascope.features.surroundings import Span
+from lorascope.features.accumulators import Accumulator
+from lorascope.features.spans import Span
 from lorascope.features.topk import row_hash
 
 if TYPE_CHECKING:
@@ -26,15 +26,15 @@ WHY = ("most", "rarest", "strangest", "random")  # bits of `text_why`, the first
 def text_arrays(
     store: ActivationStore,
     sae: "SAE",
-    evidence: Evidence,
+    accumulator: Accumulator,
     n_tokens: int,
     only: tuple[str, ...] = (),
 ) -> dict[str, npt.NDArray[Any]]:
     """Return the arrays `text_*`. A rollout longer than what is left is passed over."""
-    n_eligible, n_fired, error, size = evidence.rollouts.T
+    n_eligible, n_fired, error, size = accumulator.rollouts.T
     l0 = n_fired / np.maximum(n_eligible, 1)
     fvu = error / np.where(size > 0, size, 1)
-    rare = _rare(evidence)
+    rare = _rare(accumulator)
     random = row_hash(np.arange(len(l0)))
     able = n_eligible > 0
     lists = [
@@ -54,7 +54,7 @@ def text_arrays(
     n_fired, latents, values = (t.cpu().numpy() for t in (code.l0, code.latents, code.values))
     of_fired = np.repeat(counts, n_fired)  # tokens that do not count have no code
     latents, values, n_fired = latents[of_fired], values[of_fired], n_fired * counts
-    density = evidence.tally.n_active[latents] / max(evidence.roles.sum(), 1)
+    density = accumulator.statistics.n_active[latents] / max(accumulator.roles.sum(), 1)
     text = np.repeat(np.repeat(np.arange(len(chosen)), lengths), n_fired)
     total = np.bincount(text, -np.log10(density), minlength=len(chosen))
     with np.errstate(invalid="ignore"):
@@ -74,12 +74,12 @@ def text_arrays(
     }
 
 
-def _rare(evidence: Evidence) -> npt.NDArray[np.float64]:
-    kept = evidence.sample.sorted()
-    n_active = evidence.tally.n_active[kept.latent]
-    known = n_active <= evidence.sample.n
+def _rare(accumulator: Accumulator) -> npt.NDArray[np.float64]:
+    kept = accumulator.sample.sorted()
+    n_active = accumulator.statistics.n_active[kept.latent]
+    known = n_active <= accumulator.sample.n
     weight = 1 / n_active[known]
-    share = np.bincount(kept.rollout[known], weight, minlength=len(evidence.rollouts))
+    share = np.bincount(kept.rollout[known], weight, minlength=len(accumulator.rollouts))
     return share.astype(np.float64)  # of nothing it is whole numbers
 
 

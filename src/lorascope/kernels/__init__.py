@@ -38,7 +38,7 @@ class Best(NamedTuple):
     guess: float
 
 
-def of(device: torch.device) -> ModuleType:
+def for_device(device: torch.device) -> ModuleType:
     """Return the module that has the operations for tensors on a device."""
     if device.type == "cuda":
         from lorascope.kernels import cuda

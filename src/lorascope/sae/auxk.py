@@ -67,7 +67,7 @@ def by_dead(of: AuxK, dead: Bool[Tensor, "latent"]) -> Revival:
 
 def by_pairs(of: AuxK, dead: Bool[Tensor, "latent"]) -> Revival:
     """Return the revival by the chosen pairs; the number of the dead decides no shape."""
-    kernel, n_rows, W_dec = kernels.of(dead.device), len(of.centred), of.weights.W_dec
+    kernel, n_rows, W_dec = kernels.for_device(dead.device), len(of.centred), of.weights.W_dec
     scores = of.centred @ of.weights.W_enc + of.weights.b_enc
     scores.masked_fill_(~dead, -torch.inf)
     best = scores.topk(min(of.k_aux, len(dead)), sorted=False)

@@ -19,12 +19,12 @@ from lorascope.activations.batches import BatchPlan, RowNumbers, halves, read_bl
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import Build, make_manifest, read_manifest, write_text
 from lorascope.runtime import place
-from lorascope.sae.evaluate import ColumnMoments, evaluate, stability
+from lorascope.sae.metrics import ColumnMoments, evaluate, stability
 from lorascope.sae.model import KIND, SAE, SCHEMA
 from lorascope.sae.settings import TrainConfig
+from lorascope.sae.sweep import Variant, table
 from lorascope.sae.trainer import Trainer
 from lorascope.sae.training_report import draw_training
-from lorascope.sae.variants import Variant, table
 
 log = logging.getLogger(__name__)
 

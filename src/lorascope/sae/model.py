@@ -7,7 +7,7 @@
 It takes raw rows: the units in which it was trained are folded into the weights. Latents are
 scaled so that decoder rows have unit norm in those units, so a latent's value is its score, and
 one threshold compares with it. A token's code depends on its own row alone, to the last bit
-(`kernels/firing.py`).
+(`kernels/encoder.py`).
 
 A folder holds one (`cfg.json` and `sae_weights.safetensors` as SAELens 6 reads them, and
 `manifest.json`), or a `.pt` with the keys of the published scripts. `interop` has others' files.
@@ -45,7 +45,7 @@ from lorascope.artifact import (
     write_text,
 )
 from lorascope.errors import ArtifactError, NumberError
-from lorascope.kernels.firing import BLOCK, Encoder
+from lorascope.kernels.encoder import BLOCK, Encoder
 from lorascope.sae.sparsity import SparseCode, calibrate_threshold
 from lorascope.sae.weights import NAMES, checked, read_pt, read_safetensors, section
 from lorascope.sites import SiteLayout
@@ -219,7 +219,7 @@ class SAE:
         if len(rows) > CALIBRATION_ROWS:
             rows = rows[np.linspace(0, len(rows) - 1, CALIBRATION_ROWS).astype(np.int64)]
 
-        weight, product = self.W_enc.T.contiguous(), kernels.of(self.b_enc.device).product
+        weight, product = self.W_enc.T.contiguous(), kernels.for_device(self.b_enc.device).product
         out = self.W_enc.new_empty(BLOCK, self.d_sae)
 
         def scores() -> Iterator[Tensor]:

@@ -30,7 +30,7 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from lorascope.errors import ArtifactError, ConfigError
-from lorascope.sae.evaluate import ColumnMoments, Columns
+from lorascope.sae.metrics import ColumnMoments, Columns
 from lorascope.sae.sparsity import Rule, chosen
 from lorascope.sites import SiteLayout
 

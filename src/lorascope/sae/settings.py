@@ -8,7 +8,7 @@ from typing import Any, Literal
 from lorascope.config import Config, flag_of, option
 from lorascope.errors import ConfigError
 from lorascope.sae.journal import require_trackers
-from lorascope.sae.variants import Variant, variants
+from lorascope.sae.sweep import Variant, variants
 from lorascope.sites import parse_adapter_types
 
 Architecture = Literal["batchtopk", "topk", "jumprelu", "matryoshka"]

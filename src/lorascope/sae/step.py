@@ -25,8 +25,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from lorascope import kernels
-from lorascope.kernels import cpu, screen
-from lorascope.kernels.screen import Screen
+from lorascope.kernels import cpu, prefilter
+from lorascope.kernels.prefilter import Screen
 from lorascope.runtime import Team
 from lorascope.sae.auxk import AuxK, by_dead, by_pairs
 from lorascope.sae.objective import AUX_ROWS, JUMP_WEIGHT, JUMP_WIDTH, LEAST_SPREAD, Loss, Weights
@@ -72,7 +72,7 @@ class Step:
         by_row: bool = False,
     ) -> Loss:
         """Return the loss of a batch, of which `x` is this process's part, after its gradients."""
-        kernel = kernels.of(x.device)
+        kernel = kernels.for_device(x.device)
         n_rows = self.team.share(len(x))[1]
         mean = self.team.sum(x.sum(0)) / n_rows
         spread = self.team.sum((x - mean).square().sum())
@@ -154,14 +154,14 @@ class Step:
         shape = (len(centred), len(encoder))
         if self._scores is None or self._scores.shape != shape:
             self._scores = centred.new_empty(shape)
-        return kernels.of(centred.device).product(centred, encoder, self._scores)
+        return kernels.for_device(centred.device).product(centred, encoder, self._scores)
 
     def _pairs(self, weights: Weights, centred: Tensor, by_row: bool) -> Pairs:
         """Choose what fires, and where thresholds are learned what may."""
-        kernel, rule, bias = kernels.of(centred.device), self.rule, weights.b_enc
+        kernel, rule, bias = kernels.for_device(centred.device), self.rule, weights.b_enc
         k = rule.k if self.team.world == 1 else math.ceil(rule.k)
         n = round(rule.k * self.team.share(len(centred))[1])
-        able = kernel is cpu and screen.is_faster(centred.device, centred.dtype)
+        able = kernel is cpu and prefilter.is_faster(centred.device, centred.dtype)
         if weights.log_threshold is not None:
             bound = weights.log_threshold.exp() - JUMP_WIDTH / 2
             best = kernel.above(self._product(weights, centred), bound, bias=bias)
@@ -204,7 +204,7 @@ class Step:
         """Return those of this process's best that are among the `n` best of all processes."""
         parts = self.team.gather(best.values)
         every = torch.cat(parts)[None]  # by rank, so in the order of the whole batch's places
-        kept = kernels.of(every.device).best_places(every, n, signed=self.rule.signed)
+        kept = kernels.for_device(every.device).best_places(every, n, signed=self.rule.signed)
         first = sum(len(part) for part in parts[: self.team.rank])
         here = (kept.places >= first) & (kept.places < first + len(best.values))
         mine = kept.places[here] - first

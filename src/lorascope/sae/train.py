@@ -35,14 +35,14 @@ from lorascope.artifact import (
 )
 from lorascope.errors import ConfigError, Interrupted
 from lorascope.runtime import Team, pick_device, progress, stop_between_steps, team
-from lorascope.sae.evaluate import ColumnMoments
 from lorascope.sae.finish import TrainingRun, beside, publish, write_table
 from lorascope.sae.journal import Journal, journals
+from lorascope.sae.metrics import ColumnMoments
 from lorascope.sae.model import KIND
 from lorascope.sae.objective import column_scale, initial_weights
 from lorascope.sae.settings import TrainConfig, number
+from lorascope.sae.sweep import Variant, output_of
 from lorascope.sae.trainer import Trainer
-from lorascope.sae.variants import Variant, output_of
 from lorascope.sites import parse_adapter_types
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def run(config: TrainConfig) -> Path:
         log.info("%s is already there, made with these settings", " and ".join(map(str, todo)))
     else:
         rows, held_out = split_rows(store, config.holdout, config.each("seed")[0], config.roles)
-        plan = BatchPlan.of(
+        plan = BatchPlan.from_store(
             store, rows, config.batch_size, config.each("seed")[0], buffer_rows=config.buffer_rows
         )
         device = _able(pick_device(config.device))
@@ -132,7 +132,7 @@ def _prepared(
         *(store.path, n_train, len(held_out), store.n_rows - n_train - len(held_out)),
         *(store.d_in, store.layout.initials),
     )
-    moments = ColumnMoments.of(read_blocks(store, plan.rows))
+    moments = ColumnMoments.from_blocks(read_blocks(store, plan.rows))
     for _ in read_blocks(store, held_out):
         pass  # a value that is not finite is an error now, not after training
     scale = column_scale(config.normalize, store.layout, moments)

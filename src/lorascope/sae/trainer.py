@@ -131,7 +131,7 @@ class Trainer:
         weights = self.weights
         pre = (x - weights.b_dec) @ weights.W_enc + weights.b_enc
         n = round(self.rule.k * self.team.share(len(x))[1])
-        best = torch.cat(self.team.gather(kernels.of(x.device).best_places(pre, n).values))
+        best = torch.cat(self.team.gather(kernels.for_device(x.device).best_places(pre, n).values))
         best = best.topk(min(n, len(best))).values
         best = best[best > 0]
         lowest = best[-1] if len(best) else pre.new_ones(())

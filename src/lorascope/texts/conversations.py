@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from lorascope.subject.records import Record, RecordError
+from lorascope.texts.records import Record, RecordError
 
 Span = tuple[int, int, str]  # start, stop, role
 Message = dict[str, Any]

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from lorascope.causal.effects import ce_of, kl_of
 from lorascope.subject.intervene import Edit, RowEditor
-from lorascope.subject.sample import end_ids
-from lorascope.subject.spelling import special_ids
+from lorascope.subject.sampling import end_ids
+from lorascope.texts.tokens import special_ids
 
 
 @dataclass(frozen=True)

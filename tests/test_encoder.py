@@ -3,14 +3,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorascope.kernels import firing, reference, screen
-from lorascope.kernels.firing import Encoder
+from lorascope.kernels import encoder, prefilter, reference
+from lorascope.kernels.encoder import Encoder
 
 
 @pytest.fixture(params=[True, False], ids=["bfloat16", "float32"])
 def rough(request, monkeypatch):
     """The product in either type, whatever this machine would choose."""
-    monkeypatch.setattr(screen, "is_faster", lambda *_: request.param)
+    monkeypatch.setattr(prefilter, "is_faster", lambda *_: request.param)
 
 
 def problem(n, d_in, n_latents, *, seed=0, spread=0.0, bias=0.1):
@@ -52,7 +52,7 @@ def test_both_products_find_the_same_pairs_to_the_bit(monkeypatch):
     x, W_enc, b_enc, threshold = problem(700, 56, 900)
     found = []
     for faster in (True, False):
-        monkeypatch.setattr(screen, "is_faster", lambda *_, faster=faster: faster)
+        monkeypatch.setattr(prefilter, "is_faster", lambda *_, faster=faster: faster)
         found.append(Encoder(W_enc, b_enc, threshold)(x))
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
@@ -90,7 +90,7 @@ def test_a_rows_code_is_the_same_in_any_batch_and_through_a_slice_of_latents(d_i
 def test_blocks_change_nothing(rough, monkeypatch):
     x, W_enc, b_enc, threshold = problem(50, 14, 24)
     whole = Encoder(W_enc, b_enc, threshold)(x)
-    monkeypatch.setattr(firing, "BLOCK", 7)
+    monkeypatch.setattr(encoder, "BLOCK", 7)
     for one, other in zip(Encoder(W_enc, b_enc, threshold)(x), whole, strict=True):
         assert torch.equal(one, other)
 

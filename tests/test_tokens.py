@@ -3,7 +3,7 @@
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from lorascope.subject.spelling import special_ids, token_bytes
+from lorascope.texts.tokens import special_ids, token_bytes
 
 TEXTS = [
     "Hello world", "  two leading spaces", "a\tb\n\n  c \n", "🎉 👩‍👩‍👧 flags 🇫🇷",

@@ -13,7 +13,7 @@ import numpy as np
 
 from lorascope.errors import ConfigError
 from lorascope.subject.options import SubjectOptions
-from lorascope.subject.rollouts import Rollout, load_prompts, load_rollouts
+from lorascope.texts.rollouts import Rollout, load_prompts, load_rollouts
 
 log = logging.getLogger(__name__)
 

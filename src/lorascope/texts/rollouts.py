@@ -22,10 +22,10 @@ import numpy.typing as npt
 
 from lorascope import runtime
 from lorascope.errors import DatasetError
-from lorascope.subject.forms import Span, sections
-from lorascope.subject.records import Record, RecordError, Records, read_records
-from lorascope.subject.spelling import special_ids, speller, token_bytes
-from lorascope.subject.template import Rendered, Renderer
+from lorascope.texts.conversations import Span, sections
+from lorascope.texts.records import Record, RecordError, Records, read_records
+from lorascope.texts.templates import Rendered, Renderer
+from lorascope.texts.tokens import special_ids, speller, token_bytes
 
 __all__ = [
     "ROLES",

@@ -1,19 +1,25 @@
-"""Read the features JSON of the published schema, ours or another tool's, into a feature index.
+"""Feature indexes as JSON of the published schema: write ours, read ours and other tools'.
 
-`export` says what is in it. What a file does not say is unknown in the index, not zero: rows and
-token ids always are. Token ids below zero are made up, one for each text.
+`metadata` holds n_features, top_k and, in ours, the manifest under `lorascope`.
+`features` maps the latent's number to its `examples` (activation_value, rollout_idx, token_idx,
+token, tokens, target_position, activations and, in ours, n_alike) and its `stats` (n_examples,
+max_activation and, in ours, more). The JSON holds nothing else of an index. Numbers are float32
+values written in full, so reading them back gives the same bits.
+
+When reading, what a file does not say is unknown in the index, not zero; rows and token ids are
+always unknown. Token ids below zero are made up, one for each text.
 """
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from lorascope.artifact import make_manifest
+from lorascope.artifact import canonical, make_manifest
 from lorascope.errors import ArtifactError
 from lorascope.features.arrays import KIND, SCHEMA
 from lorascope.features.feature import Example
@@ -21,6 +27,7 @@ from lorascope.features.index import FeatureIndex
 
 log = logging.getLogger(__name__)
 
+_METADATA = ("context_window", "n_tokens", "n_eligible", "n_rollouts", "fvu", "l0")
 _MAX_FEATURES = 1 << 24  # above it an id is a mistake, and would ask for gigabytes of nothing
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _STATS = {  # key of `stats` -> field of the index
@@ -31,6 +38,70 @@ _STATS = {  # key of `stats` -> field of the index
     "std_activation": "latent_std",
     "histogram": "latent_histogram",
 }
+
+
+def to_published(index: FeatureIndex, manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the JSON text piece by piece, one feature at a time; dead features are included."""
+    content = index.content
+    examples = index.n_examples
+    metadata = {
+        "n_features": len(index),
+        "top_k": content.get("top_k", int(examples.max(initial=0))),
+        **{key: content[key] for key in _METADATA if key in content},
+        "special_tokens": _special_texts(index),
+        "histogram_edges": index.latent_histogram_edges.tolist(),
+        "lorascope": json.loads(canonical(manifest)),  # keys in one order, whoever made it
+    }
+    yield '{"metadata": ' + _text(metadata) + ',\n"features": {'
+    for latent in range(len(index)):
+        comma = ",\n" if latent else "\n"
+        yield f'{comma}"{latent}": ' + _text(_published_feature(index, latent))
+    yield "\n}}\n"
+
+
+def write_published(index: FeatureIndex, path: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the published JSON; the same index gives the same bytes. Not atomic by itself."""
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(to_published(index, manifest))
+
+
+def _published_feature(index: FeatureIndex, latent: int) -> dict[str, Any]:
+    known = index.stats(latent)
+    stats = {
+        "n_examples": known.n_examples,
+        "max_activation": known.max,
+        "mean_activation": known.mean,
+        "std_activation": known.std,
+        "n_active": known.n_active,
+        "n_rollouts": known.n_rollouts,
+        "histogram": known.histogram.tolist() or None,
+    }
+    return {
+        "examples": [
+            {
+                "activation_value": example.value,
+                "rollout_idx": example.rollout,
+                "token_idx": example.position,
+                "token": example.tokens[example.target],
+                "tokens": example.tokens,
+                "target_position": example.target,
+                "activations": np.asarray(example.activations).tolist(),
+                **({"n_alike": example.n_alike} if example.n_alike >= 0 else {}),
+            }
+            for example in index.examples(latent)
+        ],
+        "stats": {key: value for key, value in stats.items() if value is not None},
+    }
+
+
+def _special_texts(index: FeatureIndex) -> list[str]:
+    special = index.token_id[index.token_special != 0]
+    return sorted({index.token_bytes(int(i)).decode(errors="replace") for i in special})
+
+
+def _text(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text if text.isascii() else well_formed(text)
 
 
 def read_published(path: Path) -> FeatureIndex:

@@ -9,8 +9,8 @@ from lorascope.activations import generate
 from lorascope.activations.generate import GenerateConfig
 from lorascope.activations.store import ActivationStore
 from lorascope.errors import ConfigError
-from lorascope.subject.rollouts import ROLES, Rollout
-from lorascope.subject.sample import sample
+from lorascope.subject.sampling import sample
+from lorascope.texts.rollouts import ROLES, Rollout
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_the_stage_stores_what_the_model_wrote(subject_dirs, dataset_file, tmp_p
     config = GenerateConfig(
         lora_path=str(subject_dirs[1]),
         dataset=str(dataset_file),
-        output_dir=tmp_path / "store",
+        output=tmp_path / "store",
         sample=70,
         num_examples=70,
         max_new_tokens=8,
@@ -111,7 +111,7 @@ def test_more_texts_than_prompts_need_a_temperature(subject_dirs, dataset_file, 
     options = {
         "lora_path": str(subject_dirs[1]),
         "dataset": str(dataset_file),
-        "output_dir": tmp_path / "store",
+        "output": tmp_path / "store",
         "num_examples": 2,
         "sample": 5,
         "max_new_tokens": 4,

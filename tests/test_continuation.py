@@ -7,10 +7,10 @@ from studies import each_column, make_texts, strengthen
 from subjects import load, save_adapter
 
 from lorascope.activations.store import ActivationStore
-from lorascope.causal.continuing import Change, continue_text
+from lorascope.causal.continuation import Change, continue_text
 from lorascope.subject.intervene import RowEditor
-from lorascope.subject.rollouts import ROLES, Rollout
-from lorascope.subject.sample import sample
+from lorascope.subject.sampling import sample
+from lorascope.texts.rollouts import ROLES, Rollout
 
 PROMPT = torch.tensor([5, 9, 200, 31, 7, 64])
 TEXT = torch.ones(6, dtype=torch.bool)

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lorascope.causal.effects import ce_of, counted, kl_of
-from lorascope.causal.heldout import SPECIAL, Batch, HeldOut
+from lorascope.causal.held_out import SPECIAL, Batch, HeldOut
 from lorascope.subject.intervene import RowEditor
 
 __all__ = ["Held", "Live", "Sums", "copies_of", "run_held", "run_live"]

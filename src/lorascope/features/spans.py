@@ -25,7 +25,7 @@ class Span:
     last: int
     only: tuple[str, ...] = ()
 
-    def anew(self) -> "Span":
+    def reopened(self) -> "Span":
         """Return the span without the arrays that it has read."""
         return replace(self)
 
@@ -85,7 +85,7 @@ class Span:
         """Tenth of its rollout in which each token stands, 0 to 9."""
         return self.position * 10 // self.lengths
 
-    def surroundings(self, reach: int) -> npt.NDArray[np.uint64]:
+    def neighbourhoods(self, reach: int) -> npt.NDArray[np.uint64]:
         """Return a hash of the tokens within `reach` places of each token, of its rollout only."""
         value = self.token_ids.astype(np.uint64) + np.uint64(1)
         out = np.zeros(self.n_rows, np.uint64)

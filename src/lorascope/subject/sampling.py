@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lorascope.subject.load import Subject
-from lorascope.subject.rollouts import Rollout, roles_of_sampled
+from lorascope.texts.rollouts import Rollout, roles_of_sampled
 
 _TOGETHER = 16  # texts written at a time
 

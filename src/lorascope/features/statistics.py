@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorascope.features.topk import Firings
-from lorascope.subject.rollouts import ROLES
+from lorascope.texts.rollouts import ROLES
 
 N_BINS = 40  # four to an octave, from the lowest threshold up: a factor of 1,024
 N_TENTHS = 10
@@ -20,7 +20,7 @@ _LOWEST = 1e-6  # where the histogram begins at the latest
 
 
 @dataclass(frozen=True)
-class Tally:
+class FiringStatistics:
     """What is counted. Arrays are changed in place."""
 
     n_active: npt.NDArray[np.int64]  # (latent,)
@@ -32,8 +32,8 @@ class Tally:
     histogram: npt.NDArray[np.int64]  # (latent, N_BINS)
 
     @classmethod
-    def empty(cls, d_sae: int) -> "Tally":
-        """Return a tally of no firings."""
+    def empty(cls, d_sae: int) -> "FiringStatistics":
+        """Return statistics of no firings."""
 
         def zeros(*width: int) -> npt.NDArray[np.int64]:
             return np.zeros((d_sae, *width), np.int64)
@@ -60,8 +60,8 @@ class Tally:
         bins = np.clip(bins, 0, N_BINS - 1)
         np.add.at(self.histogram.reshape(-1), latent * N_BINS + bins, 1)
 
-    def merge(self, later: "Tally") -> None:
-        """Add the tally of the rows that follow."""
+    def merge(self, later: "FiringStatistics") -> None:
+        """Add the statistics of the rows that follow."""
         for field in fields(self):
             mine = getattr(self, field.name)
             mine += getattr(later, field.name)

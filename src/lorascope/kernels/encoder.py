@@ -25,7 +25,7 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from lorascope import kernels
-from lorascope.kernels import cpu, screen
+from lorascope.kernels import cpu, prefilter
 
 BLOCK = 1024  # rows of one product
 _ALIGN = 16  # columns are filled up to 64 bytes: inner products then begin at the same place
@@ -51,7 +51,7 @@ class Encoder:
     ) -> None:
         d_in, self.n_latents = W_enc.shape
         device = W_enc.device
-        self._ops = kernels.of(device)
+        self._ops = kernels.for_device(device)
         self._b_enc, self._threshold = b_enc, threshold
         size = W_enc.double().square().mean(1).sqrt()  # (d_in,)
         self._scale = torch.where(size > 0, torch.exp2(size.log2().round()), 0.0).float()
@@ -60,7 +60,7 @@ class Encoder:
         self._weight = W_enc.new_zeros(self.n_latents, width)
         self._weight[:, :d_in] = weight.T
 
-        rough = device.type == "cuda" or screen.is_faster(device, torch.float32)
+        rough = device.type == "cuda" or prefilter.is_faster(device, torch.float32)
         dtype = torch.bfloat16 if rough else torch.float32
         norm = weight.double().norm(dim=0)
         norm = torch.where(norm > 0, norm, 1.0)

@@ -10,14 +10,14 @@ from studies import each_column, make_texts
 from test_published import capture
 from test_train import planted_rows
 
-from lorascope.causal.heldout import EffectOptions, held_out_rollouts, open_held_out
+from lorascope.causal.held_out import EffectOptions, held_out_rollouts, open_held_out
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.sae.model import load_sae
 from lorascope.sae.settings import TrainConfig
 from lorascope.sae.train import run as train
 from lorascope.sites import PROJECTIONS
 from lorascope.subject.intervene import RowEditor
-from lorascope.subject.rollouts import ROLES
+from lorascope.texts.rollouts import ROLES
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_what_does_not_belong_together_is_one_line(subject_dirs, make_subject, t
         with pytest.raises(kind, match=re.escape(words)) as caught:
             open_held_out(config, None)
         assert "\n" not in str(caught.value)
-    for bad in ({"max_rollouts": 0}, {"batch_tokens": 0}, {"seed": -1}):
+    for bad in ({"max_rollouts": 0}, {"batch_tokens": 0}):
         with pytest.raises(ConfigError):
             options(subject_dirs, texts_dir, **bad)
 

@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM
 
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.effects import kl_of
-from lorascope.causal.faithfulness import EvaluateConfig, run
-from lorascope.causal.heldout import EffectOptions, open_held_out
-from lorascope.causal.report_file import open_report
+from lorascope.causal.evaluate import EvaluateConfig, run
+from lorascope.causal.held_out import EffectOptions, open_held_out
+from lorascope.causal.study import open_report
 from lorascope.errors import ArtifactError, ConfigError
-from lorascope.sae.evaluate import evaluate
+from lorascope.sae.metrics import evaluate
 from lorascope.subject.intervene import RowEditor
-from lorascope.subject.rollouts import ROLES
+from lorascope.texts.rollouts import ROLES
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def report_of(subject_dirs, store, tmp_path):
                 lora_path=str(adapter),
                 base_model=str(base),
                 data_dir=store.path,
-                model_path=tmp_path / name,
+                sae=tmp_path / name,
                 output=tmp_path / f"{name}.json",
                 device="cpu",
                 **given,
@@ -231,7 +231,7 @@ def test_an_adapter_that_does_nothing_has_no_share_to_recover(subject_dirs, data
             lora_path=str(adapter),
             base_model=str(base),
             data_dir=texts.path,
-            model_path=tmp_path / "sae",
+            sae=tmp_path / "sae",
             output=tmp_path / "report.json",
             device="cpu",
         )

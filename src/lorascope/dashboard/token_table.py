@@ -18,7 +18,7 @@ Ints = npt.NDArray[np.int64]
 
 
 @dataclass
-class TextTable:
+class TokenTable:
     """Texts, their tokens, and the entries of every window and text where they are its own."""
 
     ids: npt.NDArray[np.int32]  # of the vocabulary, ascending
@@ -32,7 +32,9 @@ class TextTable:
     rollouts: dict[int, list[int]] = field(default_factory=dict)  # kept text -> entries
 
     @classmethod
-    def of(cls, index: FeatureIndex, more: Mapping[int, bytes] | None = None) -> "TextTable":
+    def from_index(
+        cls, index: FeatureIndex, more: Mapping[int, bytes] | None = None
+    ) -> "TokenTable":
         """Build the table in the order of the vocabulary, then windows, then kept texts.
 
         `more` are tokens with their bytes that need not occur in the index.

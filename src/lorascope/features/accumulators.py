@@ -1,7 +1,7 @@
 """What one pass over the rows keeps of every latent, in memory that does not grow with the rows.
 
 A *span* is a run of whole rollouts, fixed by the store and the SAE; `scan` reads one and returns
-its `Evidence`, which is saved, loaded, and merged in the order of the spans: however many
+its `Accumulator`, which is saved, loaded, and merged in the order of the spans: however many
 processes shared the spans, the sum is the same.
 """
 
@@ -15,10 +15,10 @@ import numpy.typing as npt
 
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import replacing
-from lorascope.features.surroundings import Span
-from lorascope.features.tally import N_TENTHS, Tally
+from lorascope.features.spans import Span
+from lorascope.features.statistics import N_TENTHS, FiringStatistics
 from lorascope.features.topk import Firings, FiringSample, TopExamples
-from lorascope.subject.rollouts import ROLES
+from lorascope.texts.rollouts import ROLES
 
 if TYPE_CHECKING:
     from lorascope.sae.model import SAE
@@ -29,14 +29,14 @@ _PER_LATENT = 64  # and for each latent, so that a span's file is small beside i
 
 
 @dataclass
-class Evidence:
+class Accumulator:
     """The tally, the strongest firings and the sample of some spans; counts of their tokens.
 
     `rollouts` has for each rollout its eligible tokens, the latents that fired on them, and the
     squared error of reconstruction and the squared size of its rows: `(n_rollouts, 4)`.
     """
 
-    tally: Tally
+    statistics: FiringStatistics
     top: TopExamples
     sample: FiringSample
     tokens: npt.NDArray[np.int64]  # (vocabulary,), eligible ones
@@ -45,10 +45,10 @@ class Evidence:
     rollouts: npt.NDArray[np.float64]
 
     @classmethod
-    def empty(cls, d_sae: int, n_vocabulary: int, k: int, per_rollout: int | None) -> "Evidence":
-        """Return the evidence of no rows."""
+    def empty(cls, d_sae: int, n_vocabulary: int, k: int, per_rollout: int | None) -> "Accumulator":
+        """Return an empty accumulator."""
         return cls(
-            Tally.empty(d_sae),
+            FiringStatistics.empty(d_sae),
             TopExamples(d_sae, k, per_rollout),
             FiringSample(d_sae, N_SAMPLED),
             np.zeros(n_vocabulary, np.int64),
@@ -57,18 +57,18 @@ class Evidence:
             np.zeros((0, 4)),
         )
 
-    def after(self) -> "Evidence":
-        """Return empty evidence that may leave out what this one's makes needless."""
-        new = Evidence.empty(
-            len(self.tally.n_active), len(self.tokens), self.top.n, self.top.per_rollout
+    def successor(self) -> "Accumulator":
+        """Return an empty accumulator that inherits the current cut-offs."""
+        new = Accumulator.empty(
+            len(self.statistics.n_active), len(self.tokens), self.top.n, self.top.per_rollout
         )
         new.top.bound[:] = self.top.bound
         new.sample.bound[:] = self.sample.bound
         return new
 
-    def merge(self, later: "Evidence") -> None:
-        """Add the evidence of the spans that follow."""
-        self.tally.merge(later.tally)
+    def merge(self, later: "Accumulator") -> None:
+        """Merge the accumulator of later spans."""
+        self.statistics.merge(later.statistics)
         self.top.merge(later.top)
         self.sample.merge(later.sample)
         self.tokens += later.tokens
@@ -82,7 +82,10 @@ class Evidence:
 
         sampled = self.sample.sorted()  # of its columns, row tells the others
         arrays: dict[str, npt.NDArray[Any]] = {
-            **{f"tally.{f.name}": getattr(self.tally, f.name) for f in fields(Tally)},
+            **{
+                f"statistics.{f.name}": getattr(self.statistics, f.name)
+                for f in fields(FiringStatistics)
+            },
             **{f"top.{n}": c for n, c in self.top.sorted()._asdict().items()},
             "sample.latent": sampled.latent.astype(np.int32),
             "sample.value": sampled.value,
@@ -93,13 +96,13 @@ class Evidence:
             save_file({n: np.ascontiguousarray(a) for n, a in arrays.items()}, beside)
 
     def load(self, path: Path, store: ActivationStore) -> None:
-        """Add the evidence of the span that follows, from its file."""
+        """Merge the accumulator of the next span from its file."""
         from safetensors.numpy import load_file
 
         arrays = load_file(path)
-        later = self.after()
-        for field in fields(Tally):
-            getattr(later.tally, field.name)[:] = arrays[f"tally.{field.name}"]
+        later = self.successor()
+        for field in fields(FiringStatistics):
+            getattr(later.statistics, field.name)[:] = arrays[f"statistics.{field.name}"]
         later.top.add(Firings(**{name: arrays[f"top.{name}"] for name in Firings._fields}))
         row = arrays["sample.row"]
         later.sample.add(
@@ -134,15 +137,15 @@ def spans_of(
 
 
 def scan(
-    span: Span, sae: "SAE", evidence: Evidence, batch_size: int, *, collapse: bool, reach: int
+    span: Span, sae: "SAE", accumulator: Accumulator, batch_size: int, *, collapse: bool, reach: int
 ) -> Iterator[int]:
-    """Read a span into empty evidence, and yield the rows of each batch when they are read.
+    """Read a span into empty accumulator, and yield the rows of each batch when they are read.
 
     `collapse` takes firings for alike where the tokens within `reach` places are the same.
     """
     lowest = lowest_threshold(sae)
     tenths, eligible = span.tenths, span.eligible
-    groups = span.surroundings(reach) if collapse else None
+    groups = span.neighbourhoods(reach) if collapse else None
     seen = np.zeros((1, sae.d_sae), bool)  # of the rollout that a batch begins in
     n_fired = np.zeros(span.n_rows)
     squares = np.zeros((2, span.n_rows))
@@ -155,26 +158,26 @@ def scan(
         row = local + span.first_row
         group = row.astype(np.uint64) if groups is None else groups[local]
         firings = Firings(latent, value, row, rollout, group)
-        evidence.tally.add(firings, span.roles[local], tenths[local], lowest)
+        accumulator.statistics.add(firings, span.roles[local], tenths[local], lowest)
         last = span.rollout[stop - 1]
         is_cut = stop < span.n_rows and span.rollout[stop] == last
         open_from = int(span.store.rollout_start[last]) if is_cut else None
-        evidence.top.add(firings, open_from=open_from)
-        evidence.sample.add(firings)
+        accumulator.top.add(firings, open_from=open_from)
+        accumulator.sample.add(firings)
         np.add.at(n_fired, local, 1)
         begun = span.rollout[start]
         marks = np.zeros((last - begun + 1, sae.d_sae), bool)
         marks[0] = seen[0]
         marks[rollout - begun, latent] = True
         done = marks[: len(marks) - is_cut]
-        evidence.tally.n_rollouts[:] += done.sum(0)
+        accumulator.statistics.n_rollouts[:] += done.sum(0)
         seen = marks[len(marks) - 1 :] if is_cut else np.zeros_like(seen)
         yield stop - start
-    evidence.tokens += np.bincount(span.token_ids[eligible], minlength=len(evidence.tokens))
-    evidence.roles += np.bincount(span.roles[eligible], minlength=len(ROLES))
-    evidence.tenths += np.bincount(tenths[eligible], minlength=N_TENTHS)
+    accumulator.tokens += np.bincount(span.token_ids[eligible], minlength=len(accumulator.tokens))
+    accumulator.roles += np.bincount(span.roles[eligible], minlength=len(ROLES))
+    accumulator.tenths += np.bincount(tenths[eligible], minlength=N_TENTHS)
     columns = np.stack([eligible.astype(np.float64), n_fired, *squares])
-    evidence.rollouts = np.add.reduceat(columns, span.starts, axis=1).T
+    accumulator.rollouts = np.add.reduceat(columns, span.starts, axis=1).T
 
 
 def lowest_threshold(sae: "SAE") -> float:

@@ -5,7 +5,7 @@ from conftest import layout_of
 from test_sae_model import plain_layout, random_sae, rows_of
 
 from lorascope.errors import ArtifactError
-from lorascope.sae.evaluate import ColumnMoments, evaluate, fvu
+from lorascope.sae.metrics import ColumnMoments, evaluate, fvu
 from lorascope.sae.model import SAE
 from lorascope.sites import Site, SiteLayout
 
@@ -90,7 +90,7 @@ def test_every_unit_agrees_with_numpy():
 
 def test_effect_units_are_not_claimed_where_b_is_unknown():
     sites = [Site(layer=0, projection="q_proj"), Site(layer=0, projection="o_proj", b_norms=(2.0,))]
-    sae = random_sae(2, 6, layout=SiteLayout.of(sites))
+    sae = random_sae(2, 6, layout=SiteLayout.from_sites(sites))
     assert evaluate(sae, [rows_of(5, 2)])["fvu_effect"] is None
 
 
@@ -104,13 +104,13 @@ def test_no_rows_are_refused():
         with pytest.raises(ArtifactError, match="no held-out rows"):
             evaluate(exact_sae(), blocks)
     with pytest.raises(ArtifactError, match="no rows to measure"):
-        ColumnMoments.of([])
+        ColumnMoments.from_blocks([])
 
 
 def test_moments_keep_their_digits_where_the_mean_is_large():
     rows = rows_of(1000, 4).double()
     rows = (rows * torch.tensor([1e-3, 1, 10, 0]) + torch.tensor([1e3, 0, -5, 7])).float()
-    moments = ColumnMoments.of(rows.split(33))
+    moments = ColumnMoments.from_blocks(rows.split(33))
     x = rows.double().numpy()
     assert np.allclose(moments.mean, x.mean(0), rtol=1e-12)
     assert np.allclose(moments.std, x.std(0), rtol=1e-9)

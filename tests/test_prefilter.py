@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lorascope.kernels import cpu, screen
-from lorascope.kernels.screen import Screen
+from lorascope.kernels import cpu, prefilter
+from lorascope.kernels.prefilter import Screen
 from lorascope.runtime import Team
 from lorascope.sae.objective import initial_weights
 from lorascope.sae.sparsity import Rule
@@ -75,7 +75,7 @@ def test_a_step_with_the_screen_is_the_step_without(monkeypatch):
     for architecture, by_row in (("batchtopk", False), ("batchtopk", True), ("matryoshka", False)):
         grads = []
         for screened in (True, False):
-            monkeypatch.setattr(screen, "is_faster", lambda *_, on=screened: on)
+            monkeypatch.setattr(prefilter, "is_faster", lambda *_, on=screened: on)
             weights = initial_weights(x, 512, torch.Generator().manual_seed(1))
             step = Step(Rule(architecture, 8), 16, 0.5, Team())
             for _ in range(2):
@@ -90,9 +90,9 @@ def test_a_step_with_the_screen_is_the_step_without(monkeypatch):
 
 def test_only_float32_on_a_cpu_that_multiplies_bfloat16_is_screened(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    assert screen.is_faster(torch.device("cpu"), torch.float32)
-    assert not screen.is_faster(torch.device("cpu"), torch.float64)
-    assert not screen.is_faster(torch.device("cuda"), torch.float32)
+    assert prefilter.is_faster(torch.device("cpu"), torch.float32)
+    assert not prefilter.is_faster(torch.device("cpu"), torch.float64)
+    assert not prefilter.is_faster(torch.device("cuda"), torch.float32)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert not screen.is_faster(torch.device("cpu"), torch.float32)
+    assert not prefilter.is_faster(torch.device("cpu"), torch.float32)

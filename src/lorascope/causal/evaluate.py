@@ -32,15 +32,15 @@ from lorascope import runtime
 from lorascope.activations.batches import read_blocks, split_rows
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.effects import Values, ce_of, counted, kl_of
-from lorascope.causal.faithfulness_report import summarize, table
-from lorascope.causal.heldout import (
+from lorascope.causal.evaluation_report import summarize, table
+from lorascope.causal.held_out import (
     Batch,
     HeldOut,
     RandomEffectOptions,
     described,
     open_held_out,
 )
-from lorascope.causal.report_file import Report, report_at
+from lorascope.causal.study import Report, report_at
 from lorascope.config import option
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.sites import SiteLayout
@@ -62,7 +62,7 @@ Rebuild = Callable[[Tensor], Tensor]  # rows (n, d_in of the SAE) to rows
 class EvaluateConfig(RandomEffectOptions):
     """Options of `evaluate`."""
 
-    model_path: Path = option(
+    sae: Path = option(
         Path("trained_sae_adapters_g-u-d-q-k-v-o.pt"), help="SAE to evaluate", identity=False
     )
     against: tuple[Path, ...] = option(
@@ -83,19 +83,19 @@ class EvaluateConfig(RandomEffectOptions):
 def run(config: EvaluateConfig) -> Path:
     """Make a report, or find the finished one, and return its file."""
     from lorascope.causal.figures import draw_faithfulness
-    from lorascope.sae.evaluate import evaluate
+    from lorascope.sae.metrics import evaluate
     from lorascope.sae.model import load_sae
 
     store = ActivationStore.open(config.data_dir)
-    sae = load_sae(config.model_path, store)
+    sae = load_sae(config.sae, store)
     others = {f"against {path.name}": load_sae(path, store) for path in config.against}
     if len(others) < len(config.against):
         raise ConfigError("--against names two SAEs of one file name; rename one of them")
-    out = config.output or Path(f"evaluation_{config.model_path.stem}.json")
+    out = config.output or Path(f"evaluation_{config.sae.stem}.json")
 
     def make() -> Report:
         for name, other in others.items():
-            other.layout.require_same(sae.layout, name, config.model_path.name)
+            other.layout.require_same(sae.layout, name, config.sae.name)
         texts = open_held_out(config, sae)
         narrow = sae.narrow(store)
         rows = _rows_of(narrow, texts.rollouts)
@@ -103,7 +103,7 @@ def run(config: EvaluateConfig) -> Path:
         arms = _arms(sae, others, narrow, reconstruction["l0"], config.seed)
         faithfulness = measure(texts, sae, arms, config.seed)
         report = {"reconstruction": reconstruction, "faithfulness": faithfulness}
-        return Report(report, sae.layout, described(texts, config.model_path))
+        return Report(report, sae.layout, described(texts, config.sae))
 
     return report_at(
         out,

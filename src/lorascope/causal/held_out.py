@@ -29,7 +29,7 @@ from lorascope.config import option
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.subject.adapter import inspect_adapter
 from lorascope.subject.options import AdapterOptions
-from lorascope.subject.rollouts import ROLES, windows
+from lorascope.texts.rollouts import ROLES, windows
 
 if TYPE_CHECKING:
     from lorascope.sae.model import SAE

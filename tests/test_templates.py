@@ -4,9 +4,9 @@ import pytest
 from conftest import CHAT_TEMPLATE, s1_records
 
 from lorascope.errors import DatasetError
-from lorascope.subject.forms import form_of, sections
-from lorascope.subject.records import RecordError
-from lorascope.subject.template import Renderer
+from lorascope.texts.conversations import form_of, sections
+from lorascope.texts.records import RecordError
+from lorascope.texts.templates import Renderer
 
 # Shortened from the models' own: what they do to messages is kept.
 QWEN3 = (

@@ -20,7 +20,7 @@ from itertools import takewhile
 from typing import Any
 
 from lorascope.errors import DatasetError
-from lorascope.subject.forms import (
+from lorascope.texts.conversations import (
     MARK,
     ROLE_OF,
     S1_THINK,
@@ -33,8 +33,8 @@ from lorascope.subject.forms import (
     text_of,
     up_to_reply,
 )
-from lorascope.subject.records import Record, RecordError
-from lorascope.subject.spelling import special_ids
+from lorascope.texts.records import Record, RecordError
+from lorascope.texts.tokens import special_ids
 
 # Templates that write today's date would give another text every day. The 26th of July 2024 is
 # what Llama 3's own template falls back to.

@@ -40,18 +40,18 @@ class ColumnMoments:
     high: Columns
 
     @classmethod
-    def of(cls, blocks: Iterable[Float[Tensor, "_ d_in"]]) -> "ColumnMoments":
+    def from_blocks(cls, blocks: Iterable[Float[Tensor, "_ d_in"]]) -> "ColumnMoments":
         """Sum up blocks of rows. Raises ArtifactError when there is no row."""
         total: ColumnMoments | None = None
         for block in blocks:
             if len(block):
-                total = total.merge(cls.of_block(block)) if total else cls.of_block(block)
+                total = total.merge(cls.from_block(block)) if total else cls.from_block(block)
         if total is None:
             raise ArtifactError("there are no rows to measure; generate more")
         return total
 
     @classmethod
-    def of_block(cls, block: Float[Tensor, "batch d_in"]) -> "ColumnMoments":
+    def from_block(cls, block: Float[Tensor, "batch d_in"]) -> "ColumnMoments":
         """Sum up one block of one row or more."""
         x = block.cpu().numpy().astype(np.float64)
         mean = x.mean(0)
@@ -111,7 +111,7 @@ def evaluate(sae: SAE, blocks: Iterable[Float[Tensor, "_ d_in"]]) -> dict[str, A
     for rows in blocks:
         if len(rows) == 0:
             continue
-        here = ColumnMoments.of_block(rows)
+        here = ColumnMoments.from_block(rows)
         moments = moments.merge(here) if moments else here
         x = rows.to(scale.device, torch.float32)
         code = sae.encode(x)

@@ -1,0 +1,1 @@
+"""Texts under study: records, chat templates, rollouts and tokens. Needs no torch."""
