@@ -4,12 +4,15 @@
 base and adapter, without torch, transformers or PEFT.
 """
 
+import importlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from browser import open_browser
 from safetensors.numpy import load_file
 
@@ -164,3 +167,53 @@ def test_every_row_of_several_texts_equals_the_weights_own_arithmetic(made):
         stored = store.rows(start, stop)
         np.testing.assert_allclose(stored, expected, rtol=2e-3, atol=2e-3)
         assert np.abs(expected).max() > 0.1
+
+
+TOUR = Path(__file__).parent.parent / "docs" / "tour.md"
+
+
+def test_every_number_of_the_tour_is_what_the_pipeline_makes(made):
+    """Numbers that depend on the trained SAE may move a little between processors."""
+    store, sae, index = ActivationStore.open(made[0]), load_sae(made[1]), FeatureIndex.open(made[2])
+    rollout, position, latent, column = 20, 151, 101, store.layout.column_names.index("5.o_proj")
+    start, stop = store.rollout_start[rollout : rollout + 2]
+    row = int(start) + position
+    text = b"".join(store.vocabulary[i] for i in store.token_ids[start:stop]).decode()
+    h = float(store.rows(row, row + 1)[0, column])
+    code = sae.encode_dense(torch.from_numpy(store.rows(row, row + 1).astype(np.float32)))[0]
+    example = index.examples(latent)[0]
+    measured = {
+        "1. A record": store.rollout_id[rollout],
+        "2. A rendered text": len(text),
+        "3. A token": store.token_ids[row],
+        "4. The bottleneck": h,
+        "5. A row of the store": example.row,
+        "6. The dictionary": h * float(sae.W_enc[column, latent]),
+        "7. The code": float(code[latent]),
+        "8. The strongest examples": index.stats(latent).n_active,
+        "9. The feature index": float(example.activations[example.target - 8]),
+        "10. The page": example.value,
+    }
+    tour = TOUR.read_text(encoding="utf-8")
+    stops = re.findall(
+        r"^## (.+)\n(?:.*\n)*?- \*\*where\*\* `(.+)`, `(.+)`\n.*\n- \*\*number\*\* .*`(.+)`",
+        tour,
+        re.MULTILINE,
+    )
+    assert [title for title, *_ in stops] == list(measured)
+    for title, file, name, stated in stops:
+        found: Any = importlib.import_module(f"lorascope.{file[:-3].replace('/', '.')}")
+        for part in name.split("."):
+            found = getattr(found, part)
+        assert callable(found), title
+        decimals = len(stated.partition(".")[2])
+        printed = 0.5 * 10**-decimals if decimals else 0
+        trained = 0.01 if title[:2] in ("6.", "7.", "8.", "9.", "10") else 0  # 0.001 was seen
+        assert abs(float(stated) - measured[title]) <= printed + trained * abs(measured[title]), (
+            title
+        )
+    assert store.roles[row] == 3
+    assert len(store.token_ids[start:stop]) == 154
+    assert store.rows(0, store.n_rows).shape == (3821, 56)
+    assert sae.W_enc.shape == (56, 224)
+    assert 8 <= int((code > 0).sum()) <= 10
