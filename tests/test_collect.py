@@ -13,6 +13,7 @@ from lorascope.errors import ArtifactError, ConfigError, DatasetError
 from lorascope.features import collect
 from lorascope.features.collect import CollectConfig
 from lorascope.features.index import FeatureIndex
+from lorascope.features.invariants import verify
 from lorascope.features.published_json import read_published
 from lorascope.sae.model import SAE
 
@@ -71,7 +72,7 @@ def test_examples_are_the_brute_force_argsort_ties_included(make_store, tmp_path
         alike="keep",
     )
     index = FeatureIndex.open(collect.run(config))
-    index.verify()
+    verify(index)
     code = dense_code(store, sae)
     code[~store.eligible] = 0
     n_ties = 0
@@ -224,7 +225,7 @@ def test_a_dead_sae_gives_an_empty_index(make_store, tmp_path):
         CollectConfig(sae=tmp_path / "sae", data_dir=store.path, output=tmp_path / "f.h5")
     )
     index = FeatureIndex.open(out)
-    index.verify()
+    verify(index)
     assert index.content["n_alive"] == 0
     assert index[0].examples == ()
     assert isinstance(ActivationStore.open(store.path), ActivationStore)

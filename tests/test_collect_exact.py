@@ -12,6 +12,7 @@ from lorascope.errors import ConfigError
 from lorascope.features import accumulators, collect
 from lorascope.features.collect import CollectConfig
 from lorascope.features.index import FeatureIndex
+from lorascope.features.invariants import verify
 from lorascope.texts.rollouts import ROLES
 
 
@@ -24,7 +25,7 @@ def store_of_ties(folder, seed=5, **given):
 def made(store, sae_path, out, **given):
     config = CollectConfig(sae=sae_path, data_dir=store.path, output=out, **given)
     index = FeatureIndex.open(collect.run(config))
-    index.verify()
+    verify(index)
     return index
 
 

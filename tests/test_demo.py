@@ -17,6 +17,7 @@ from lorascope.demo.problems import CLASSES, make_problem
 from lorascope.features import collect
 from lorascope.features.collect import CollectConfig
 from lorascope.features.index import FeatureIndex
+from lorascope.features.invariants import verify as verify_index
 from lorascope.sae.model import load_sae
 
 pytestmark = pytest.mark.slow
@@ -49,7 +50,7 @@ def test_a_thousand_fresh_rollouts_go_through_everything(folder, store):
     assert summary["features_alive"] > 0.9 * summary["features"]
     assert summary["fvu"] < 0.5
     assert verify(folder / "activations") == []
-    FeatureIndex.open(folder / "features.h5").verify()
+    verify_index(FeatureIndex.open(folder / "features.h5"))
 
 
 def test_the_page_shows_what_the_features_do(folder, store):

@@ -13,6 +13,7 @@ from lorascope.artifact import read_manifest
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.features.export import ExportConfig, run, write_csv
 from lorascope.features.index import FeatureIndex
+from lorascope.features.invariants import verify
 from lorascope.features.published_json import read_published, to_published, write_published
 
 
@@ -86,7 +87,7 @@ def test_what_is_written_is_read_back_to_the_last_bit(tmp_path: Path):
     index = small_index()
     write_published(index, tmp_path / "features.json", index.manifest)
     again = read_published(tmp_path / "features.json")
-    again.verify()
+    verify(again)
     assert again.manifest["content"] == index.manifest["content"]
     shown = np.arange(index.window_offset[len(index.example_value)])  # without the samples
     np.testing.assert_array_equal(again.window_activation, index.window_activation[shown])

@@ -18,7 +18,7 @@ from lorascope.features.arrays import KIND, RANKINGS, SCHEMA
 from lorascope.features.display import display_texts, pack_tokens
 from lorascope.features.feature import Example
 from lorascope.features.index import FeatureIndex
-from lorascope.features.query import limited
+from lorascope.features.invariants import verify
 
 ARRAYS = [field.name for field in fields(FeatureIndex) if field.name != "manifest"]
 TOKENS = {
@@ -158,7 +158,7 @@ def test_what_is_saved_is_what_is_opened(tmp_path: Path):
         np.testing.assert_array_equal(after, before)
     assert opened.manifest["content"] == index.manifest["content"]
     assert read_manifest(tmp_path / "features.h5") == opened.manifest
-    opened.verify()
+    verify(opened)
 
 
 def test_an_opened_index_is_a_read_only_map_of_the_file(tmp_path: Path):
@@ -189,7 +189,7 @@ def test_an_index_without_a_single_latent_or_example_is_kept(tmp_path: Path):
     for features in ([], [[], []]):
         index_of(features, {}).save(tmp_path / "features.h5")
         opened = FeatureIndex.open(tmp_path / "features.h5")
-        opened.verify()
+        verify(opened)
         assert [len(feature.examples) for feature in opened] == [0] * len(features)
 
 
@@ -221,7 +221,7 @@ def test_there_is_no_latent_outside_the_index():
 
 def test_unknown_statistics_are_none_and_not_zero():
     index = FeatureIndex.from_examples(manifest_of(1), [[example(1.0, 5, [1], 0)]], TOKENS)
-    index.verify()
+    verify(index)
     stats = index[0].stats
     assert (stats.n_active, stats.density, stats.max, stats.mean, stats.n_rollouts) == (None,) * 5
     assert stats.n_examples == 1
@@ -308,9 +308,9 @@ DECIDING = {
 def test_verify_names_the_broken_promise(
     change: Callable[[FeatureIndex], FeatureIndex], broken: str
 ):
-    small_index().verify()
+    verify(small_index())
     with pytest.raises(ArtifactError, match=broken):
-        change(small_index()).verify()
+        verify(change(small_index()))
 
 
 def test_one_flipped_byte_in_the_file_is_found(tmp_path: Path):
@@ -322,7 +322,7 @@ def test_one_flipped_byte_in_the_file_is_found(tmp_path: Path):
     data[place] ^= 1
     path.write_bytes(data)
     with pytest.raises(ArtifactError, match="latent/mean has other bytes"):
-        FeatureIndex.open(path).verify()
+        verify(FeatureIndex.open(path))
 
 
 def test_a_file_that_is_no_feature_index_is_refused(tmp_path: Path):
@@ -430,14 +430,14 @@ def test_the_table_has_a_line_for_every_latent():
 
 def test_an_index_with_fewer_examples_keeps_the_strongest_and_what_is_known(tmp_path: Path):
     index = small_index()
-    few = limited(index, 1)
-    few.verify()
+    few = index.limited(1)
+    verify(few)
     assert [len(few[i].examples) for i in range(4)] == [1, 0, 1, 1]
     assert few[0].examples[0].tokens == index[0].examples[0].tokens
     assert few[0].samples == ()  # a fifth of one
     np.testing.assert_array_equal(few.latent_n_active, index.latent_n_active)
-    assert [s.value for s in limited(index, 5)[0].samples] == [2.25, 0.25]
-    same = limited(index, 100)
+    assert [s.value for s in index.limited(5)[0].samples] == [2.25, 0.25]
+    same = index.limited(100)
     for name in ARRAYS:
         np.testing.assert_array_equal(getattr(same, name), getattr(index, name))
 

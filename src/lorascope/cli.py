@@ -323,8 +323,9 @@ def _broken(path: Path, kind: str) -> list[str]:
             return verify(path)
         if kind == "features" and path.suffix == ".h5":
             from lorascope.features.index import FeatureIndex
+            from lorascope.features.invariants import verify as verify_index
 
-            FeatureIndex.open(path).verify()
+            verify_index(FeatureIndex.open(path))
         elif kind == "features":
             from lorascope.features.published_json import read_published
 

@@ -37,7 +37,6 @@ from lorascope.dashboard.serve import PageServer, serve
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.features.index import FeatureIndex
 from lorascope.features.published_json import read_published
-from lorascope.features.query import limited
 from lorascope.runtime import progress
 
 log = logging.getLogger(__name__)
@@ -118,7 +117,7 @@ def run(config: DashboardConfig) -> Path:
         content={"n_features": len(index), "n_examples": len(index.example_value)},
     )
     if config.max_examples is not None:
-        index = limited(index, config.max_examples)
+        index = index.limited(config.max_examples)
     payload = Payload(index, config.title, reports)
     if config.serve:
         serve(server_of(payload, manifest, config.port or 0))

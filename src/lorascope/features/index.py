@@ -6,9 +6,10 @@ import; they name a text, not an entry of a tokenizer, and -1 ends a list of ran
 """
 
 import math
+import re
 from bisect import bisect_left
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -17,19 +18,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from lorascope.errors import ArtifactError
-from lorascope.features.arrays import (
-    RANKINGS,
-    completed,
-    map_arrays,
-    save_arrays,
-    seal,
-)
+from lorascope.features.arrays import RANKINGS, completed, map_arrays, save_arrays
 from lorascope.features.display import display_texts, pack_tokens
 from lorascope.features.feature import Example, Feature, FeatureStats
+from lorascope.features.topk import rank_in_run
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_WINDOW_END = b"\xff"  # never part of UTF-8 text, so no match spans two windows
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -302,32 +299,105 @@ class FeatureIndex:
         )
 
     def search(self, text: str) -> list[int]:
-        """Return the latents with a window that holds `text`, in any case, strongest first."""
-        from lorascope.features.query import search
+        """Return the latents with a window that contains `text`, ignoring case.
 
-        return search(self, text)
+        Sorted by the largest value on a token of the match, so latents that fire only around the
+        text come last. Ties go to the lower latent. An empty text returns every latent.
+        """
+        wanted = text.lower().encode("utf-8", "surrogatepass")
+        if not wanted:
+            return list(range(len(self)))
+        raw = [self.token_bytes(int(i)) for i in self.token_id]
+        lowered = [token.decode("utf-8", "surrogateescape").lower() for token in raw]
+        folded = [token.encode("utf-8", "surrogateescape") for token in lowered]
+        at = np.searchsorted(self.token_id, self.window_token_id)
+        pieces = [folded[i] for i in at.tolist()]
+        is_last = np.zeros(len(at), bool)
+        is_last[self.window_offset[1:][np.diff(self.window_offset) > 0] - 1] = True
+        for last in np.flatnonzero(is_last).tolist():
+            pieces[last] += _WINDOW_END
+        ends = np.cumsum(np.array([len(token) for token in folded], np.int64)[at] + is_last)
+        latents = np.concatenate([self._example_latent, self._sample_latent])  # of each window
+        best: dict[int, float] = {}
+        for match in re.finditer(re.escape(wanted), b"".join(pieces)):
+            first = int(np.searchsorted(ends, match.start(), side="right"))
+            last = int(np.searchsorted(ends, match.end() - 1, side="right"))
+            window = int(np.searchsorted(self.window_offset, first, side="right")) - 1
+            latent = int(latents[window])
+            value = float(self.window_activation[first : last + 1].max())
+            best[latent] = max(best.get(latent, 0.0), value)
+        return sorted(best, key=lambda latent: (-best[latent], latent))
 
     def table(self) -> "pd.DataFrame":
-        """Return the statistics as a pandas table, one line per latent."""
-        from lorascope.features.query import table
+        """Return the statistics as a pandas table, one line per latent; unknown is missing."""
+        import pandas as pd
 
-        return table(self)
+        content = self.content
+        n_eligible = content.get("n_eligible")
+        n_active = np.where(self.latent_n_active < 0, np.nan, self.latent_n_active)
+        n_rollouts = np.where(self.latent_n_rollouts < 0, np.nan, self.latent_n_rollouts)
+        columns = {
+            "n_active": n_active,
+            "density": n_active / n_eligible if n_eligible else np.full(len(self), np.nan),
+            "l0_share": n_active / max(np.nansum(n_active), 1.0),
+            "n_rollouts": n_rollouts,
+            "rollout_share": n_rollouts / (content.get("n_rollouts") or np.nan),
+            "max": self.latent_max,
+            "mean": self.latent_mean,
+            "std": self.latent_std,
+            "n_examples": self.n_examples,
+            "stability": self.latent_stability,
+        }
+        n_by_role = np.array(content.get("n_by_role") or [], float)
+        for role, counts, total in zip(
+            content.get("roles") or (), self.latent_by_role.T, n_by_role, strict=False
+        ):
+            if total:
+                columns[f"density_{role}"] = counts / total
+        if self.latent_fingerprint.shape[1] == len(self._modules) > 0:
+            strongest = self.latent_fingerprint.argmax(1)
+            columns["site"] = np.array(self._modules)[strongest]
+            columns["site_share"] = self.latent_fingerprint.max(1).astype(np.float32)
+        for ranking in ("mean", "lift"):
+            tokens = [self.ranked_tokens(latent, ranking) for latent in range(len(self))]
+            columns[f"tokens_{ranking}"] = [" | ".join(text for text, _ in row) for row in tokens]
+        return pd.DataFrame(columns, index=pd.RangeIndex(len(self), name="feature"))
 
-    def verify(self) -> None:
-        """Raise ArtifactError that names the first broken promise, if there is one."""
-        from lorascope.features.invariants import promises
+    def limited(self, n: int) -> "FeatureIndex":
+        """Return the index with at most `n` examples per latent and `n // 5` samples per fifth.
 
-        for name, said in self.manifest.get("files", {}).items():
-            array = self.arrays.get(name.replace("/", "_", 1))
-            if array is None or seal(array) != said:
-                raise _damaged(f"{name} has other bytes than its checksum")
-        for claim, holds in promises(self):
-            if not holds:
-                raise _damaged(claim)
+        The strongest examples stay. Statistics do not change.
+        """
+        examples = rank_in_run(self._example_latent) < n
+        samples = rank_in_run(self._sample_latent * 128 + self.sample_quantile) < n // 5
+        kept = {"example": examples, "sample": samples}
+        arrays = {
+            name: array[kept[name.partition("_")[0]]]
+            for name, array in self.arrays.items()
+            if name.startswith(("example_", "sample_")) and not name.endswith("_offset")
+        }
+        for name, latents in (("example", self._example_latent), ("sample", self._sample_latent)):
+            counts = np.bincount(latents[kept[name]], minlength=len(self))
+            arrays[f"{name}_offset"] = np.concatenate([[0], np.cumsum(counts)])
+        windows = np.concatenate([examples, samples])
+        lengths = np.diff(self.window_offset)
+        tokens = np.repeat(windows, lengths)
+        return replace(
+            self,
+            **arrays,
+            window_offset=np.concatenate([[0], np.cumsum(lengths[windows])]),
+            window_target=self.window_target[windows],
+            window_token_id=self.window_token_id[tokens],
+            window_activation=self.window_activation[tokens],
+        )
 
+    @property
+    def _example_latent(self) -> npt.NDArray[np.int64]:
+        return np.repeat(np.arange(len(self)), self.n_examples)
 
-def _damaged(claim: str) -> ArtifactError:
-    return ArtifactError(f"the feature index is damaged: {claim}; run collect again")
+    @property
+    def _sample_latent(self) -> npt.NDArray[np.int64]:
+        return np.repeat(np.arange(len(self)), np.diff(self.sample_offset))
 
 
 def _offsets(lengths: Iterable[int]) -> npt.NDArray[np.int64]:

@@ -5,13 +5,29 @@ from typing import Any
 
 import numpy as np
 
-from lorascope.features.arrays import RANKINGS, dataset_of, shape_promises
+from lorascope.errors import ArtifactError
+from lorascope.features.arrays import RANKINGS, dataset_of, seal, shape_promises
 from lorascope.features.index import FeatureIndex
 
 N_QUANTILES = 5
 
 
-def promises(index: FeatureIndex) -> Iterator[tuple[str, Any]]:
+def verify(index: FeatureIndex) -> None:
+    """Raise ArtifactError that names the first broken promise, if there is one."""
+    for name, said in index.manifest.get("files", {}).items():
+        array = index.arrays.get(name.replace("/", "_", 1))
+        if array is None or seal(array) != said:
+            raise _damaged(f"{name} has other bytes than its checksum")
+    for claim, holds in _promises(index):
+        if not holds:
+            raise _damaged(claim)
+
+
+def _damaged(claim: str) -> ArtifactError:
+    return ArtifactError(f"the feature index is damaged: {claim}; run collect again")
+
+
+def _promises(index: FeatureIndex) -> Iterator[tuple[str, Any]]:
     """Yield each promise with its truth, in an order in which later ones may lean on it."""
     yield from shape_promises(index.arrays)
     for name, total in (
