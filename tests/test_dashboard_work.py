@@ -11,6 +11,8 @@ import pytest
 from test_dashboard_feature import feature_with, full_index
 from test_index import example, index_of, small_index
 
+from lorascope.dashboard.render import read_glossary
+
 
 def saved(shown: Any, testid: str) -> Path:
     with shown.page.expect_download() as download:
@@ -34,6 +36,20 @@ def test_the_help_lists_every_key_and_closes_again(show: Any):
     shown.press("?")
     shown.part("help-close").click()
     assert not shown.part("help").is_visible()
+
+
+def test_the_glossary_in_the_help_is_complete_and_searched(show: Any):
+    shown = show(small_index())
+    shown.press("?")
+    entries = shown.part("glossary").locator(".glossary-entry")
+    expected = [text for part in read_glossary().values() for text in part.items()]
+    assert entries.locator("dt").all_text_contents() == [term for term, _ in expected]
+    assert entries.locator("dd").all_text_contents() == [text for _, text in expected]
+    shown.part("glossary-search").fill("Jaccard")
+    visible = [entry.text_content() for entry in entries.all() if entry.is_visible()]
+    assert visible == ["".join(entry) for entry in expected if "Jaccard" in entry[1]]
+    shown.part("glossary-search").fill("")
+    assert entries.last.is_visible()
 
 
 def test_keys_go_between_the_views_and_to_the_fields(show: Any):

@@ -17,7 +17,7 @@ from lorascope.artifact import digest_file, digest_of, read_manifest
 from lorascope.dashboard.facts import facts
 from lorascope.dashboard.packing import FULL, SHARES, halved, plain_type, scaled
 from lorascope.dashboard.payload import BLOCK, Payload, escape_json, manifest_comment
-from lorascope.dashboard.render import DashboardConfig, bundle, run
+from lorascope.dashboard.render import DashboardConfig, bundle, read_glossary, run
 from lorascope.errors import ArtifactError
 from lorascope.features.index import FeatureIndex
 from lorascope.features.published_json import write_published
@@ -249,6 +249,17 @@ def test_the_policy_names_the_hashes_of_the_only_style_and_script(tmp_path: Path
     assert text.index("charset") < 1024
     markup = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
     assert not re.search(r"\son\w+\s*=|https?://", markup)
+
+
+def test_the_glossary_in_docs_is_the_one_in_the_page():
+    docs = Path(__file__).parent.parent / "docs"
+    found = {}
+    for line in (docs / "glossary.md").read_text(encoding="utf-8").splitlines():
+        if entry := re.fullmatch(r"- \*\*(.+?)\*\*: (.+)", line):
+            found[entry[1]] = entry[2]
+        assert len(line) <= 120
+    entries = {term: text for part in read_glossary().values() for term, text in part.items()}
+    assert found == entries, "run python docs/make_glossary.py"
 
 
 def test_the_script_has_no_way_to_run_or_to_parse_text():

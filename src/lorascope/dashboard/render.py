@@ -15,6 +15,7 @@ data are made when the page asks for them (serve.py), so there may be more than 
 import base64
 import hashlib
 import html
+import json
 import logging
 import re
 from collections.abc import Iterator
@@ -164,9 +165,10 @@ def page(payload: Payload, manifest: dict[str, object], *, served: bool = False)
     slots = {
         "policy": policy(served=served),
         "manifest": manifest_comment(manifest),
-        "title": html.escape(payload.title).encode("ascii", "xmlcharrefreplace").decode(),
+        "title": _escape_html(payload.title),
         "style": _style(),
         "script": bundle(served=served),
+        "glossary": _glossary_html(),
     }
     n_packs = 1 if served else payload.n_blocks + payload.n_texts
     with progress(n_packs, "dashboard", "block") as bar:
@@ -210,6 +212,30 @@ def bundle(*, served: bool = False) -> str:
 
     visit("app")
     return "\n".join(["(() => {", '"use strict";', *scopes.values(), "})();"])
+
+
+def read_glossary() -> dict[str, dict[str, str]]:
+    """Return the glossary: subject -> term -> definition. docs/glossary.md is written from it."""
+    return json.loads(_asset("glossary.json"))
+
+
+def _glossary_html() -> str:
+    """Return the glossary as sections of the page's help."""
+    lines = []
+    for subject, entries in read_glossary().items():
+        lines += ["<section>", f"<h4>{_escape_html(subject)}</h4>", '<dl class="glossary">']
+        lines += [
+            f'<div class="glossary-entry"><dt>{_escape_html(term)}</dt>'
+            f"<dd>{_escape_html(definition)}</dd></div>"
+            for term, definition in entries.items()
+        ]
+        lines += ["</dl>", "</section>"]
+    return "\n".join(lines) + "\n"
+
+
+def _escape_html(text: str) -> str:
+    """Return text as ASCII that means the same in HTML."""
+    return html.escape(text).encode("ascii", "xmlcharrefreplace").decode()
 
 
 def _read(source: Path) -> FeatureIndex:

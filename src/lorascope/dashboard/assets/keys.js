@@ -1,15 +1,16 @@
-// Keys, and the overlay that lists them. Keys do nothing while people type.
+// Keys, and the help overlay with its glossary. Keys do nothing while people type.
 import { element } from "./text.js";
 
 const help = document.getElementById("help");
+const query = document.getElementById("glossary-query");
 const actions = new Map(); // key -> function
 
-// Keys that other parts of the page handle.
-const ELSEWHERE = [
-  ["\u2191 \u2193 Page Home End", "in the list: another feature"],
-  ["Tab, then \u2190 \u2192 Home End", "in a text or figure: walk its parts and read their values"],
-  ["\u2190 \u2192 \u2191 \u2193 + \u2212 0 Enter", "on the map: move, zoom, all of it, open a feature"],
-  ["Esc", "close this, or leave a field"],
+// Keys that other modules handle, for the list.
+const OTHER_KEYS = [
+  ["\u2191 \u2193 Page Home End", "in the list: go to another feature"],
+  ["Tab, then \u2190 \u2192 Home End", "in a window or figure: move between its parts and read their values"],
+  ["\u2190 \u2192 \u2191 \u2193 + \u2212 0 Enter", "on the map: move, zoom, reset, open a feature"],
+  ["Esc", "close this help, or leave a field"],
 ];
 
 // Takes `[key, name of the key for people, what it does, function]` for every key.
@@ -19,7 +20,7 @@ export function setKeys(keys) {
     actions.set(key, action);
     return [name, text];
   });
-  for (const [name, text] of [...lines, ...ELSEWHERE]) {
+  for (const [name, text] of [...lines, ...OTHER_KEYS]) {
     const row = element("div", "help-row");
     const keyCell = element("dt");
     keyCell.append(element("kbd", "", name));
@@ -46,6 +47,25 @@ addEventListener("keydown", (event) => {
 help.addEventListener("click", (event) => {
   if (event.target === help || event.target.closest("button")) help.close();
 });
+
+// Shows the glossary's entries that contain the search text, and the headings that have any.
+function filterGlossary() {
+  const wanted = query.value.trim().toLowerCase();
+  let n = 0;
+  for (const section of document.querySelectorAll("#glossary section")) {
+    let shown = 0;
+    for (const entry of section.querySelectorAll(".glossary-entry")) {
+      entry.hidden = !entry.textContent.toLowerCase().includes(wanted);
+      if (!entry.hidden) shown += 1;
+    }
+    section.hidden = shown === 0;
+    n += shown;
+  }
+  document.getElementById("glossary-count").textContent =
+    wanted ? `${n} entr${n === 1 ? "y" : "ies"} found` : "";
+}
+
+query.addEventListener("input", filterGlossary);
 
 function isTyping(target) {
   if (!target.matches) return false;
