@@ -8,8 +8,8 @@ from conftest import s1_records
 from safetensors.torch import load_file, save_file
 
 from lorascope.activations import generate
-from lorascope.activations.generate import GenerateConfig, default_name
-from lorascope.activations.store import ActivationStore, verify
+from lorascope.activations.generate import GenerateConfig
+from lorascope.activations.store import ActivationStore, default_name, verify
 from lorascope.errors import ArtifactError, ConfigError, NumberError
 from lorascope.sites import PROJECTIONS
 from lorascope.subject.load import (

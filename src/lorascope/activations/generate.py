@@ -25,7 +25,7 @@ import numpy as np
 
 from lorascope import runtime
 from lorascope.activations.shards import read_shape, write_shard
-from lorascope.activations.store import KIND, SCHEMA, VOCABULARY, Vocabulary
+from lorascope.activations.store import KIND, SCHEMA, VOCABULARY, Vocabulary, default_name
 from lorascope.activations.work_units import (
     ROLLOUTS_PER_SHARD,
     Texts,
@@ -47,7 +47,7 @@ from lorascope.artifact import (
 )
 from lorascope.config import option
 from lorascope.errors import LorascopeError
-from lorascope.sites import PROJECTIONS, SiteLayout, initials_of, parse_adapter_types
+from lorascope.sites import SiteLayout, parse_adapter_types
 from lorascope.subject.adapter import inspect_adapter, ranks_by_projection
 from lorascope.subject.options import SubjectOptions
 from lorascope.texts.rollouts import ROLES, Rollout, special_ids, token_bytes
@@ -76,15 +76,6 @@ class GenerateConfig(SubjectOptions):
     )
     device: str = option("auto", help="auto, cpu, cuda or cuda:N", identity=False)
     overwrite: bool = option(False, help="replace an output of other settings", identity=False)
-
-
-def default_name(adapter_types: tuple[str, ...]) -> str:
-    """Return the published folder name of a store with these projections."""
-    if set(adapter_types) == set(PROJECTIONS):
-        return "activations_all_adapters"
-    if adapter_types == PROJECTIONS[:3]:
-        return "activations"
-    return f"activations_{initials_of(adapter_types)}"
 
 
 def run(config: GenerateConfig) -> Path:

@@ -21,7 +21,7 @@ from lorascope.activations.shards import Rows, Shard, open_shard, read_array
 from lorascope.artifact import MANIFEST, digest_file, digest_of, open_manifest
 from lorascope.config import nearest
 from lorascope.errors import ArtifactError, ConfigError
-from lorascope.sites import SiteLayout
+from lorascope.sites import PROJECTIONS, SiteLayout, initials_of
 from lorascope.texts.rollouts import ROLES
 
 KIND = "activations"
@@ -247,6 +247,15 @@ class ActivationStore:
         """Yield `(first row, rows)` over the whole store, `size` rows at a time."""
         for start in range(0, self.n_rows, size):
             yield start, self.rows(start, min(start + size, self.n_rows))
+
+
+def default_name(adapter_types: tuple[str, ...]) -> str:
+    """Return the published folder name of a store with these projections."""
+    if set(adapter_types) == set(PROJECTIONS):
+        return "activations_all_adapters"
+    if adapter_types == PROJECTIONS[:3]:
+        return "activations"
+    return f"activations_{initials_of(adapter_types)}"
 
 
 def verify(path: Path) -> list[str]:

@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from lorascope import runtime
-from lorascope.activations.generate import default_name
-from lorascope.activations.store import ActivationStore
+from lorascope.activations.store import ActivationStore, default_name
 from lorascope.artifact import Build, building, is_made, join, make_manifest, read_manifest
 from lorascope.config import Config, option
 from lorascope.errors import ConfigError, DatasetError
