@@ -26,10 +26,10 @@ import numpy.typing as npt
 
 from lorascope.artifact import make_manifest
 from lorascope.features.arrays import KIND, SCHEMA
-from lorascope.features.display import pack_tokens
 from lorascope.features.index import FeatureIndex
 from lorascope.sites import PROJECTIONS, Site, SiteLayout
 from lorascope.texts.rollouts import ROLES
+from lorascope.texts.tokens import pack_tokens
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]

@@ -22,10 +22,9 @@ from test_tokens import TEXTS, byte_level, fast, sentencepiece
 from lorascope.artifact import read_manifest
 from lorascope.dashboard.payload import Payload
 from lorascope.dashboard.render import DashboardConfig, page, run
-from lorascope.features.display import display_texts, pack_tokens
 from lorascope.features.index import FeatureIndex
 from lorascope.features.published_json import write_published
-from lorascope.texts.tokens import token_bytes
+from lorascope.texts.tokens import display_texts, pack_tokens, token_bytes
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page

@@ -1,9 +1,13 @@
 """The bytes of a text's tokens, joined, are what the tokenizer itself decodes (pitfall 19)."""
 
+import time
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from lorascope.texts.tokens import special_ids, token_bytes
+from lorascope.texts.tokens import display_texts, pack_tokens, special_ids, token_bytes
 
 TEXTS = [
     "Hello world", "  two leading spaces", "a\tb\n\n  c \n", "🎉 👩‍👩‍👧 flags 🇫🇷",
@@ -97,3 +101,46 @@ def test_ids_without_a_token_have_no_bytes_and_special_ones_are_known():
     n = len(tokenizer)
     assert token_bytes(tokenizer, n + 2)[n:] == [b"", b""]
     assert [token_bytes(tokenizer)[i] for i in special_ids(tokenizer)] == [b"<|end|>"]
+
+
+def test_packed_tokens_are_found_by_their_offsets():
+    offset, data = pack_tokens([b"ab", b"", b"\xff"])
+    assert offset.tolist() == [0, 2, 2, 3]
+    assert data.tobytes() == b"ab\xff"
+
+
+@given(st.lists(st.binary(max_size=6), max_size=12))
+def test_display_texts_of_any_bytes_join_to_their_text(tokens: list[bytes]):
+    texts = display_texts(tokens)
+    assert len(texts) == len(tokens)
+    assert "".join(texts) == b"".join(tokens).decode(errors="replace")
+
+
+@given(st.text(max_size=12), st.data())
+def test_display_texts_of_cut_text_join_to_the_text(text: str, data: st.DataObject):
+    raw = text.encode(errors="replace")
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)), max_size=8)))
+    tokens = [raw[a:b] for a, b in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
+    assert "".join(display_texts(tokens)) == raw.decode()
+    for at in (i for i, token in enumerate(tokens) if token):
+        # A character stands where its first byte is.
+        first = len(b"".join(tokens[:at]).decode(errors="ignore").encode())
+        if first == sum(map(len, tokens[:at])):
+            assert raw.decode()[len(raw[:first].decode()) :].startswith(display_texts(tokens)[at])
+
+
+def test_a_split_character_stands_at_its_first_byte():
+    raw = "a😀b".encode()
+    assert display_texts([raw[:2], raw[2:3], raw[3:]]) == ["a😀", "", "b"]
+
+
+def test_a_window_that_cuts_a_character_shows_the_mark_of_broken_bytes():
+    raw = "é".encode()
+    assert display_texts([raw[1:], b"x", raw[:1]]) == ["\ufffd", "x", "\ufffd"]
+    assert display_texts(["😀".encode()[:2], "😀".encode()[2:3]]) == ["\ufffd", ""]
+
+
+def test_a_long_token_of_broken_bytes_takes_time_in_proportion_to_its_length():
+    start = time.process_time()
+    assert display_texts([b"\xff" * 300_000])[0] == "\ufffd" * 300_000
+    assert time.process_time() - start < 5  # 0.3 s; a copy for each broken byte takes 20 s

@@ -23,6 +23,7 @@ from lorascope.config import nearest
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.sites import PROJECTIONS, SiteLayout, initials_of
 from lorascope.texts.rollouts import ROLES
+from lorascope.texts.tokens import pack_tokens
 
 KIND = "activations"
 SCHEMA = 1
@@ -43,9 +44,7 @@ class Vocabulary:
     @classmethod
     def from_tokens(cls, tokens: Sequence[bytes], special: npt.NDArray[np.bool_]) -> "Vocabulary":
         """Make a vocabulary from every token's bytes, in id order."""
-        offset = np.zeros(len(tokens) + 1, np.int64)
-        np.cumsum([len(token) for token in tokens], out=offset[1:])
-        return cls(offset, np.frombuffer(b"".join(tokens), np.uint8), special)
+        return cls(*pack_tokens(tokens), special)
 
     def __len__(self) -> int:
         return len(self.special)
@@ -236,6 +235,15 @@ class ActivationStore:
             else:
                 taken = np.take(values, local, axis=0)
                 out[here] = taken if self.columns is None else taken[:, self.columns]
+        return out
+
+    def take_token_ids(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        """Return the token ids of any rows in any order, `(len(rows),)`."""
+        out = np.empty(len(rows), np.int32)
+        shard_of = np.searchsorted(self.first_row, rows, side="right") - 1
+        for index in np.unique(shard_of):
+            here = np.flatnonzero(shard_of == index)
+            out[here] = self.shards[index].token_ids()[rows[here] - self.first_row[index]]
         return out
 
     @cached_property

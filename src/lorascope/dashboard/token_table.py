@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from lorascope.features.display import display_texts
 from lorascope.features.index import FeatureIndex
+from lorascope.texts.tokens import display_texts
 
 _SPECIAL, _PARTIAL = 1, 2
 Ints = npt.NDArray[np.int64]

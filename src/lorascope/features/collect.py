@@ -27,7 +27,6 @@ from lorascope.config import Config, option
 from lorascope.errors import ConfigError, DatasetError
 from lorascope.features.accumulators import Accumulator, lowest_threshold, scan, spans_of
 from lorascope.features.arrays import KIND, SCHEMA
-from lorascope.features.display import pack_tokens
 from lorascope.features.index import FeatureIndex
 from lorascope.features.published_json import write_published
 from lorascope.features.rankings import ranked_tokens
@@ -36,6 +35,7 @@ from lorascope.features.statistics import histogram_edges
 from lorascope.features.topk import Firings
 from lorascope.sites import SiteLayout, parse_adapter_types
 from lorascope.texts.rollouts import ROLES
+from lorascope.texts.tokens import pack_tokens
 
 if TYPE_CHECKING:
     from lorascope.sae.model import SAE

@@ -15,7 +15,6 @@ import torch
 
 from lorascope import runtime
 from lorascope.activations.store import ActivationStore
-from lorascope.features.rankings import take_tokens
 from lorascope.features.spans import Span
 from lorascope.features.topk import Firings, FiringSample, rank_in_run, row_hash
 
@@ -70,7 +69,7 @@ def window_arrays(
     return {
         "window_offset": offset,
         "window_target": (centres.row - begin).astype(np.int32),
-        "window_token_id": take_tokens(store, rows),
+        "window_token_id": store.take_token_ids(rows),
         "window_activation": _values(store, sae, rows, centres.latent[owner]),
     }
 

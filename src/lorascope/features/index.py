@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lorascope.features.arrays import RANKINGS, completed, map_arrays, save_arrays
-from lorascope.features.display import display_texts, pack_tokens
 from lorascope.features.feature import Example, Feature, FeatureStats
 from lorascope.features.topk import rank_in_run
+from lorascope.texts.tokens import display_texts, pack_tokens
 
 if TYPE_CHECKING:
     import pandas as pd

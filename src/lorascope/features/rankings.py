@@ -39,7 +39,7 @@ def ranked_tokens(
         at = kept.row + by
         inside = np.flatnonzero((at >= starts) & (at < ends))
         latent = kept.latent[inside]
-        token = take_tokens(store, at[inside])
+        token = store.take_token_ids(at[inside])
         groups, inverse, counts = np.unique(
             latent * len(n_of_token) + token, return_inverse=True, return_counts=True
         )
@@ -59,15 +59,3 @@ def ranked_tokens(
             )
             arrays[f"ranked_{name}_id"], arrays[f"ranked_{name}_score"] = ids, scores
     return arrays
-
-
-def take_tokens(store: ActivationStore, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-    """Return the token ids of any rows."""
-    out = np.empty(len(rows), np.int32)
-    shard_of = np.searchsorted(store.first_row, rows, side="right") - 1
-    order = np.argsort(shard_of, kind="stable")
-    bounds = np.searchsorted(shard_of[order], np.arange(len(store.shards) + 1))
-    for index in np.flatnonzero(np.diff(bounds)):
-        here = order[bounds[index] : bounds[index + 1]]
-        out[here] = store.shards[index].token_ids()[rows[here] - store.first_row[index]]
-    return out

@@ -6,10 +6,22 @@ and only together do these spell it.
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# One match is one character, or the longest broken piece that Python, browsers and the Unicode
+# standard all replace by a single U+FFFD.
+_CHARACTER = re.compile(
+    rb"[\x00-\x7f]|[\xc2-\xdf][\x80-\xbf]|\xe0[\xa0-\xbf][\x80-\xbf]?"
+    rb"|[\xe1-\xec\xee\xef][\x80-\xbf]{1,2}|\xed[\x80-\x9f][\x80-\xbf]?"
+    rb"|\xf0[\x90-\xbf][\x80-\xbf]{0,2}|[\xf1-\xf3][\x80-\xbf]{1,3}"
+    rb"|\xf4[\x80-\x8f][\x80-\xbf]{0,2}|[\x80-\xff]"
+)
 
 
 def special_ids(tokenizer: Any) -> list[int]:
@@ -53,6 +65,34 @@ def speller(tokenizer: Any) -> Callable[[str], bytes]:
         return (token.replace("\u2581", " ") if spaced else token).encode("utf-8", "replace")
 
     return spell
+
+
+def display_texts(tokens: Sequence[bytes]) -> list[str]:
+    """Return a text for each token. Joined, the texts are the joined bytes decoded as UTF-8.
+
+    A character that is split over several tokens belongs to the token with its first byte; the
+    other tokens get what is left, often "". Bytes that do not belong to a whole character, such as
+    the rest of a character that began before the first token, become U+FFFD, as with
+    `errors="replace"`.
+    """
+    try:
+        return [token.decode() for token in tokens]
+    except UnicodeDecodeError:
+        pass
+    ends = list(accumulate(map(len, tokens)))
+    texts: list[list[str]] = [[] for _ in tokens]
+    token = 0
+    for match in _CHARACTER.finditer(b"".join(tokens)):
+        while match.start() >= ends[token]:
+            token += 1
+        texts[token].append(match.group().decode(errors="replace"))
+    return ["".join(pieces) for pieces in texts]
+
+
+def pack_tokens(tokens: Sequence[bytes]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
+    """Return offsets `(n + 1,)` and joined bytes; token i is `data[offset[i]:offset[i + 1]]`."""
+    offset = np.array([0, *accumulate(map(len, tokens))], dtype=np.int64)
+    return offset, np.frombuffer(b"".join(tokens), dtype=np.uint8)
 
 
 def _byte_alphabet() -> dict[int, str]:
