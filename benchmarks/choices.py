@@ -93,10 +93,15 @@ def train(run: dict[str, Any], data: Data, n_steps: int) -> tuple[Coder, int]:
         return (x @ raw["W_enc"] + raw["b_enc"]).relu()
 
     bound = calibrate_threshold(lambda: (scores(x) / ratios for x in sample.split(batch)), run["k"])
+
+    def code(x: Tensor) -> Tensor:
+        pre = scores(x)
+        return torch.where(pre > bound * ratios, pre, 0.0)
+
     now = one.means()
     coder = Coder(
         raw["W_dec"],
-        lambda x: torch.where((pre := scores(x)) > bound * ratios, pre, 0.0),
+        code,
         lambda code: code @ raw["W_dec"] + raw["b_dec"],
         now["l0"],
         now["dead"],
