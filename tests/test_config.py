@@ -6,7 +6,7 @@ from typing import Literal, get_type_hints
 import pytest
 
 from lorascope.cli import COMMANDS
-from lorascope.config import Config, add_flags, build, option, pick
+from lorascope.config import Config, add_flags, load_config, option
 from lorascope.errors import ConfigError
 
 
@@ -24,7 +24,7 @@ class Example(Config):
 def parse(*arguments: str, files: list[Path] | None = None, every_key=set) -> Example:
     parser = argparse.ArgumentParser()
     add_flags(parser, Example)
-    return build(Example, vars(parser.parse_args(arguments)), files or [], every_key)
+    return load_config(Example, vars(parser.parse_args(arguments)), files or [], every_key)
 
 
 def test_flags_give_the_types_of_the_fields():
@@ -97,13 +97,13 @@ def test_settings_are_json_of_what_decides_the_artifact():
     assert settings == {"top_k": 10, "k": 50.0, "kind": "a", "types": ["g"], "name": None}
 
 
-def test_pick_takes_the_shared_options():
+def test_a_config_takes_the_options_that_it_shares_with_another():
     @dataclass(frozen=True, kw_only=True)
     class Other(Config):
         top_k: int = option(1, help="n")
         other: int = option(2, help="n")
 
-    assert pick(Other, Example(source=Path("x"), top_k=5), other=9) == Other(top_k=5, other=9)
+    assert Other.from_shared(Example(source=Path("x"), top_k=5), other=9) == Other(top_k=5, other=9)
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

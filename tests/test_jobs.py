@@ -23,7 +23,6 @@ from lorascope.activations import generate
 from lorascope.activations.generate import GenerateConfig
 from lorascope.activations.work_units import Texts
 from lorascope.cli import call
-from lorascope.config import from_plain
 from lorascope.errors import ConfigError, WorkerError
 
 pytestmark = pytest.mark.dist
@@ -149,7 +148,7 @@ def test_what_a_worker_found_wrong_names_rank_and_unit(subject_dirs, config, tmp
     changed = {"lora_path": str(loud), "base_model": str(subject_dirs[0])}
     with pytest.raises(WorkerError, match=r"rank \d of 2 ended with exit code 2") as failed:
         runtime.launch(
-            2, "generate", from_plain(GenerateConfig, {**config("store").plain(), **changed})
+            2, "generate", GenerateConfig.from_json({**config("store").to_json(), **changed})
         )
     assert failed.value.exit_code == 2
     assert re.search(r"NumberError: rank \d, unit \d: site 1.down_proj", capfd.readouterr().err)
@@ -178,15 +177,15 @@ def test_finished_and_foreign_units_are_not_taken(tmp_path, monkeypatch):
     child.stdout.readline()
     taken = []
     with pytest.raises(TimeoutError):
-        for claim in runtime.claims(targets, tmp_path / "locks", found.append, idle):
-            taken.append(claim.unit)
-            targets[claim.unit].touch()
+        for claim in runtime.claim_work_units(targets, tmp_path / "locks", found.append, idle):
+            taken.append(claim.work_unit)
+            targets[claim.work_unit].touch()
             claim.release()
     assert (taken, found) == ([0, 3], [1, 0, 3])
     child.kill()
     child.communicate()
-    again = runtime.claims(targets, tmp_path / "locks", found.append, idle)
-    assert next(again).unit == 2  # the lock died with its holder
+    again = runtime.claim_work_units(targets, tmp_path / "locks", found.append, idle)
+    assert next(again).work_unit == 2  # the lock died with its holder
     again.close()
 
 
@@ -196,11 +195,11 @@ def test_a_process_that_comes_late_leaves_nothing_in_a_finished_folder(tmp_path,
     targets, found = [tmp_path / f"{i}" for i in range(3)], []
     for target in targets:
         target.touch()
-    assert list(runtime.claims(targets, tmp_path / "locks", found.append, list)) == []
+    assert list(runtime.claim_work_units(targets, tmp_path / "locks", found.append, list)) == []
     assert found == [0, 1, 2]
     assert not (tmp_path / "locks").exists()
     gone = tmp_path / "published"
-    assert list(runtime.claims([gone / "0"], gone / "locks", found.append, list)) == []
+    assert list(runtime.claim_work_units([gone / "0"], gone / "locks", found.append, list)) == []
 
 
 def test_without_locks_the_units_are_dealt_out_by_rank(tmp_path, monkeypatch):  # B28
@@ -217,9 +216,8 @@ def test_without_locks_the_units_are_dealt_out_by_rank(tmp_path, monkeypatch):  
             target.touch()
 
     found: list[int] = []
-    taken = [
-        claim.unit for claim in runtime.claims(targets, tmp_path / "locks", found.append, idle)
-    ]
+    claims = runtime.claim_work_units(targets, tmp_path / "locks", found.append, idle)
+    taken = [claim.work_unit for claim in claims]
     assert taken == [1, 4]
     assert sorted(found) == list(range(7))
 
@@ -245,9 +243,9 @@ def test_run_is_not_for_torchrun(subject_dirs, dataset_file, tmp_path, monkeypat
 
 def test_a_config_survives_the_way_to_another_process(config):
     given = config("store")
-    assert from_plain(GenerateConfig, given.plain()) == given
+    assert GenerateConfig.from_json(given.to_json()) == given
     with pytest.raises(ConfigError):
-        from_plain(GenerateConfig, {**given.plain(), "batch_tokens": 0})
+        GenerateConfig.from_json({**given.to_json(), "batch_tokens": 0})
 
 
 def test_a_full_disk_is_said_and_loses_nothing(

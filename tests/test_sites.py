@@ -9,7 +9,7 @@ from lorascope.sites import (
     PROJECTIONS,
     Site,
     SiteLayout,
-    initials_of,
+    join_initials,
     name_modules,
     parse_adapter_types,
 )
@@ -95,7 +95,7 @@ OTHERS = ("c_attn", "attn.c_proj", "mlp.c_proj", "qkv_proj", "query_key_value", 
 
 @given(st.sets(st.sampled_from(PROJECTIONS + OTHERS), min_size=1))
 def test_initials_name_the_same_projections_when_read_back(types):
-    assert set(parse_adapter_types([initials_of(parse_adapter_types(sorted(types)))])) == types
+    assert set(parse_adapter_types([join_initials(parse_adapter_types(sorted(types)))])) == types
 
 
 def test_a_damaged_layout_is_one_line():

@@ -129,7 +129,7 @@ def work(rank: int, job: dict) -> int:
         arrange(job["how"], job["at"])
     if "words" in job:
         return call(job["words"])
-    with runtime.team(torch.device("cpu")) as together:
+    with runtime.join_team(torch.device("cpu")) as together:
         made = {"gradients": gradients(together), "trained": trained(together)}
     torch.save(made, Path(job["folder"]) / f"rank{rank}.pt")
     return 0

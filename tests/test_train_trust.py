@@ -18,7 +18,6 @@ from lorascope.activations.batches import split_rows
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import digest_file, read_manifest
 from lorascope.cli import call
-from lorascope.config import from_plain
 from lorascope.errors import ArtifactError, NumberError
 from lorascope.sae import finish
 from lorascope.sae.journal import read_journal
@@ -157,7 +156,7 @@ def test_the_settings_are_on_disk_before_the_first_step(config, monkeypatch):
 def test_a_config_survives_the_way_to_another_process(config):
     many = replace(config, k=(3, 5.5), lr=("auto", "1e-3"), seed=(1, 2), roles=("think",))
     for given in (config, many):
-        assert from_plain(TrainConfig, json.loads(json.dumps(given.plain()))) == given
+        assert TrainConfig.from_json(json.loads(json.dumps(given.to_json()))) == given
 
 
 # --- values that are not finite

@@ -7,6 +7,8 @@ with flags. Names are imported when they are used, so that `import lorascope` ne
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lorascope.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from lorascope.activations.generate import GenerateConfig
     from lorascope.activations.generate import run as generate
@@ -35,8 +37,6 @@ if TYPE_CHECKING:
     from lorascope.sae.settings import TrainConfig
     from lorascope.sae.train import run as train
     from lorascope.sites import SiteLayout
-
-__version__ = "0.1.0"
 
 __all__ = [
     "SAE",

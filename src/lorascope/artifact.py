@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from lorascope.errors import ArtifactError
+from lorascope.version import __version__
 
 MANIFEST = "manifest.json"
 HTML_MARK = b"<!-- lorascope "
@@ -63,8 +64,6 @@ def make_manifest(
     files: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return a manifest; see the module's text for the meaning of its fields."""
-    from lorascope import __version__
-
     return {
         "kind": kind,
         "schema": schema,

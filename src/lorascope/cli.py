@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lorascope import __version__, config, runtime
+from lorascope import config, runtime
 from lorascope.errors import ArtifactError, ConfigError, Interrupted, LorascopeError
+from lorascope.version import __version__
 
 log = logging.getLogger("lorascope")
 
@@ -144,12 +145,12 @@ def call(argv: Sequence[str]) -> int:
     arguments = list(argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    above = [runtime.AboveBars()]
+    above = [runtime.LogHandler()]
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=above, force=True)
-    quiet = logging.ERROR if runtime.place().rank else logging.INFO  # one voice for a job
+    quiet = logging.ERROR if runtime.process_rank() else logging.INFO  # one voice for a job
     log.setLevel(logging.DEBUG if debug else quiet)
     try:
-        with runtime.stoppable():
+        with runtime.interruptible():
             return _dispatch(arguments)
     except LorascopeError as error:
         if debug:
@@ -186,14 +187,13 @@ def _dispatch(arguments: list[str]) -> int:
         return _look(name, rest)
     if name == runtime.WORKER:
         stage = COMMANDS[rest[0]]
-        values = config.from_plain(stage.config_class(), json.loads(rest[1]))
+        values = stage.config_class().from_json(json.loads(rest[1]))
         importlib.import_module(stage.module).run(values)
         return 0
     if name not in COMMANDS:
         known = [*COMMANDS, *_LOOKS]
-        raise ConfigError(
-            f"unknown command {name}{config.nearest(name, known)}; there are {', '.join(known)}"
-        )
+        hint = config.did_you_mean(name, known)
+        raise ConfigError(f"unknown command {name}{hint}; there are {', '.join(known)}")
     return _run_stage(name, COMMANDS[name], rest)
 
 
@@ -203,16 +203,15 @@ def _run_stage(name: str, command: Command, arguments: list[str]) -> int:
     if unknown:
         known = [action.option_strings[0] for action in parser._actions if action.option_strings]
         word = unknown[0].partition("=")[0]
-        raise ConfigError(
-            f"unknown argument {word}{config.nearest(word, known)}; see lorascope {name} --help"
-        )
+        hint = config.did_you_mean(word, known)
+        raise ConfigError(f"unknown argument {word}{hint}; see lorascope {name} --help")
     files = [file for file in [Path(config.CONFIG_FILE)] if file.is_file()]
     files += [Path(flags.config)] if flags.config else []
     config_class = command.config_class()
-    values = config.build(config_class, vars(flags), files, every_key=_every_key)
+    values = config.load_config(config_class, vars(flags), files, every_key=_every_key)
     module = importlib.import_module(command.module)
     made = module.run(values)
-    if runtime.speaks():
+    if runtime.prints_result():
         print(made)
     return 0
 

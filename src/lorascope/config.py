@@ -56,11 +56,23 @@ class Config:
         """Return the names of the options."""
         return {field.name for field in dataclasses.fields(cls)}
 
+    @classmethod
+    def from_json(cls: type[C], values: Mapping[str, Any]) -> C:
+        """Make a config from JSON values, or from words of the command line."""
+        hints = get_type_hints(cls)
+        return cls(**{name: _convert(name, hints[name], values[name]) for name in values})
+
+    @classmethod
+    def from_shared(cls: type[C], source: "Config", **given: Any) -> C:
+        """Make a config from the options that `source` has too, replaced by those `given`."""
+        shared = {name: getattr(source, name) for name in cls.names() & source.names()}
+        return cls(**{**shared, **given})
+
     def check(self) -> None:
         """Raise ConfigError when a value is impossible by itself. Children extend this."""
 
-    def plain(self) -> dict[str, Any]:
-        """Return every option as a JSON value; `from_plain` makes an equal config of it."""
+    def to_json(self) -> dict[str, Any]:
+        """Return every option as a JSON value; `from_json` makes an equal config of it."""
         return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
     def settings(self) -> dict[str, Any]:
@@ -79,24 +91,9 @@ class Config:
             raise ConfigError(f"{flag} is {value}, expected {at_least} or more{unit}")
 
 
-def from_plain(config_class: type[C], values: Mapping[str, Any]) -> C:
-    """Make a config from JSON values, or from words of the command line."""
-    hints = get_type_hints(config_class)
-    return config_class(**{name: _convert(name, hints[name], values[name]) for name in values})
-
-
 def flag_of(name: str) -> str:
     """Return the flag of a field name: `data_dir` is `--data-dir`."""
     return "--" + name.replace("_", "-")
-
-
-def pick(config_class: type[C], source: Config, **given: Any) -> C:
-    """Make a `config_class` from the fields that it shares with `source`, and `given` ones."""
-    names = {field.name for field in dataclasses.fields(config_class)}
-    shared = {
-        f.name: getattr(source, f.name) for f in dataclasses.fields(source) if f.name in names
-    }
-    return config_class(**{**shared, **given})
 
 
 def add_flags(parser: argparse.ArgumentParser, config_class: type[Config]) -> None:
@@ -121,7 +118,7 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type[Config]) -> No
             )
 
 
-def build(
+def load_config(
     config_class: type[C],
     flags: Mapping[str, Any],
     files: Iterable[Path],
@@ -143,10 +140,10 @@ def build(
                 f"{flag_of(field.name)} is missing ({field.metadata['help']}); "
                 f"give the flag, or put {field.name} = ... into {CONFIG_FILE}"
             )
-    return from_plain(config_class, values)
+    return config_class.from_json(values)
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean X?` for the nearest known word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
@@ -170,7 +167,7 @@ def _from_toml(
         if name in fields:
             values[name] = _relative_to(file.parent, fields[name], value)
         elif name not in (known := every_key() | set(fields)):
-            raise ConfigError(f"{file}: unknown key {key}{nearest(name, sorted(known))}")
+            raise ConfigError(f"{file}: unknown key {key}{did_you_mean(name, sorted(known))}")
     return values
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from lorascope.config import did_you_mean
 from lorascope.errors import AdapterError, LorascopeError
 
 
@@ -56,8 +57,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _similar(path: Path) -> str:
-    from lorascope.config import nearest
-
     if not path.parent.is_dir():
         return ""
-    return nearest(path.name, [child.name for child in path.parent.iterdir() if child.is_dir()])
+    folders = [child.name for child in path.parent.iterdir() if child.is_dir()]
+    return did_you_mean(path.name, folders)

@@ -16,7 +16,7 @@ from typing import Any
 from lorascope import runtime
 from lorascope.activations.generate import GenerateConfig
 from lorascope.artifact import read_manifest, write_text
-from lorascope.config import flag_of, option, pick
+from lorascope.config import flag_of, option
 from lorascope.dashboard.render import DashboardConfig
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.features.collect import CollectConfig, CollectOptions
@@ -56,7 +56,7 @@ def run(config: RunConfig) -> Path:
     from lorascope.features import collect
     from lorascope.sae import train
 
-    if runtime.place().world > 1:
+    if runtime.world_size() > 1:
         raise ConfigError(
             "run starts the processes it needs; under torchrun use lorascope generate, then run"
         )
@@ -73,13 +73,12 @@ def run(config: RunConfig) -> Path:
     store, sae = out / "activations", out / "sae"
     index, page = out / "features.h5", out / "dashboard.html"
     stages: dict[str, Callable[[], Path]] = {
-        "generate": lambda: generate.run(pick(GenerateConfig, config, output=store)),
+        "generate": lambda: generate.run(GenerateConfig.from_shared(config, output=store)),
         "train": lambda: train.run(
-            pick(TrainConfig, config, data_dir=store, output=sae, adapter_types=())
+            TrainConfig.from_shared(config, data_dir=store, output=sae, adapter_types=())
         ),
         "collect": lambda: collect.run(
-            pick(
-                CollectConfig,
+            CollectConfig.from_shared(
                 config,
                 data_dir=store,
                 sae=sae,
@@ -89,7 +88,7 @@ def run(config: RunConfig) -> Path:
         ),
         **_effects(config),
         "dashboard": lambda: render.run(
-            pick(DashboardConfig, config, input=index, output=page, effects=_reports(config))
+            DashboardConfig.from_shared(config, input=index, output=page, effects=_reports(config))
         ),
     }
     seconds: dict[str, float] = {}
@@ -125,14 +124,15 @@ def _effects(config: RunConfig) -> dict[str, Callable[[], Path]]:
     }
     return {
         "direct": lambda: direct.run(
-            pick(direct.DirectConfig, config, sae=out / "sae", output=direct_json)
+            direct.DirectConfig.from_shared(config, sae=out / "sae", output=direct_json)
         ),
         "ablate": lambda: ablate.run(
-            pick(ablate.AblateConfig, config, output=ablation_json, greedy="none", seed=0, **given)
+            ablate.AblateConfig.from_shared(
+                config, output=ablation_json, greedy="none", seed=0, **given
+            )
         ),
         "attribute": lambda: attribute.run(
-            pick(
-                attribute.AttributeConfig,
+            attribute.AttributeConfig.from_shared(
                 config,
                 texts_of=out / "features.h5",
                 output=attribution_json,

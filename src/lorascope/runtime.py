@@ -2,8 +2,8 @@
 
 The only module that knows how many processes and devices there are. A job of several is started by
 `torchrun`, or by `launch` for the user. Its work is cut into units that the config alone fixes;
-each process takes the next unit that nobody has (`claims`), and a lock that dies with its holder
-says which those are. No process ever waits for another inside a unit, so that fast ones do more.
+each process takes the next free unit (`claim_work_units`), and holds a lock on it that dies with
+the process. No process ever waits for another inside a unit, so that fast ones do more.
 """
 
 import errno
@@ -38,31 +38,26 @@ _JOB = "lorascope-"  # begins the id of a job that `launch` started
 _POLL = 0.1  # seconds between looks at what the others have finished
 
 
-@dataclass(frozen=True)
-class Place:
-    """Which process of a job this is: `rank` of `world`, `local_rank` on its machine."""
-
-    rank: int
-    local_rank: int
-    world: int
+def process_rank() -> int:
+    """Return the rank of this process in its job, from torchrun's environment; 0 without one."""
+    return int(os.environ.get("RANK", "0"))
 
 
-def place() -> Place:
-    """Return this process's place, as torchrun's environment says it; alone: 0 of 1."""
-    read = os.environ.get
-    return Place(int(read("RANK", "0")), int(read("LOCAL_RANK", "0")), int(read("WORLD_SIZE", "1")))
+def world_size() -> int:
+    """Return the number of processes in the job; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def speaks() -> bool:
+def prints_result() -> bool:
     """Say whether this process prints the job's result: rank 0, unless `launch` started it."""
-    return place().rank == 0 and not os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(_JOB)
+    return process_rank() == 0 and not os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(_JOB)
 
 
 def n_workers(device: str, num_gpus: int | None) -> int:
     """Return how many processes to start: one for each GPU to use, 1 inside a running job."""
     import torch
 
-    if place().world > 1 or device not in ("auto", "cuda") or not torch.cuda.is_available():
+    if world_size() > 1 or device not in ("auto", "cuda") or not torch.cuda.is_available():
         return 1
     found = torch.cuda.device_count()
     return max(min(found if num_gpus is None else num_gpus, found), 1)
@@ -90,7 +85,7 @@ def launch(n: int, command: str, config: Config) -> None:
         monitor_interval=0.1,
     )
     try:
-        options_text = json.dumps(config.plain())
+        options_text = json.dumps(config.to_json())
         elastic_launch(options, sys.executable)("-m", "lorascope", WORKER, command, options_text)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
@@ -115,29 +110,28 @@ def _signal(number: int) -> str:
 class Claim:
     """A unit of work that is this process's until `release`, or until the process dies."""
 
-    unit: int
+    work_unit: int
     _locks: IO[str] | None
 
     def release(self) -> None:
         """Let go of the unit: its file is there, or it is to be done by another."""
         if self._locks is not None:
-            fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, self.unit)
+            fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, self.work_unit)
 
 
-def claims(
+def claim_work_units(
     targets: Sequence[Path],
     locks: Path,
-    found: Callable[[int], None],
-    idle: Callable[[], None],
+    on_finished: Callable[[int], None],
+    on_idle: Callable[[], None],
 ) -> Generator[Claim]:
     """Yield the units to do, until every file of `targets` is there, by whomever it was made.
 
-    Unit i makes the file `targets[i]`, whole, by renaming, and then releases its claim; `found(i)`
-    is called for each file as it is seen, `idle` while there is nothing to do but wait. Byte i of
-    the file `locks` is locked for unit i. Where the file system has no locks, the units are dealt
-    out by rank instead.
+    The caller writes `targets[i]` for unit i, atomically, and then releases the claim.
+    `on_finished(i)` is called once for every file, whoever made it; `on_idle()` while all that is
+    left to do is to wait. Byte i of the file `locks` is locked for unit i. On a file system without
+    locks the units are dealt out by rank instead.
     """
-    here = place()
     pending = dict(enumerate(targets))
     mine: set[int] = set()
 
@@ -145,7 +139,7 @@ def claims(
         for unit in [unit for unit in units if pending[unit].exists()]:
             del pending[unit]
             mine.discard(unit)
-            found(unit)
+            on_finished(unit)
 
     see(list(pending))
     if not pending or not locks.parent.exists():
@@ -155,9 +149,9 @@ def claims(
             see(list(pending))
             taken = False
             for unit in list(pending):
-                if unit in mine or targets[unit].exists() or not _lock(file, unit, here):
+                if unit in mine or targets[unit].exists() or not _lock(file, unit):
                     continue
-                claim = Claim(unit, file if here.world > 1 else None)
+                claim = Claim(unit, file if world_size() > 1 else None)
                 if targets[unit].exists():  # made since the look before
                     claim.release()
                     continue
@@ -170,18 +164,18 @@ def claims(
             if pending and not taken:
                 if not locks.exists():
                     return  # rank 0 saw the last file before this process did, and published
-                idle()
+                on_idle()
                 time.sleep(_POLL)
 
 
-def _lock(file: IO[str], unit: int, here: Place) -> bool:
-    if here.world == 1:
+def _lock(file: IO[str], unit: int) -> bool:
+    if world_size() == 1:
         return True
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, unit)
     except OSError as error:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            return unit % here.world == here.rank
+            return unit % world_size() == process_rank()
         return False
     return True
 
@@ -222,7 +216,7 @@ class Team:
             torch.distributed.all_reduce(tensor)
         return tensor
 
-    def from_first(self, tensor: "torch.Tensor") -> "torch.Tensor":
+    def broadcast(self, tensor: "torch.Tensor") -> "torch.Tensor":
         """Return rank 0's tensor; the argument is overwritten."""
         if self.world > 1:
             import torch.distributed
@@ -263,10 +257,9 @@ class Team:
 
 
 @contextmanager
-def team(device: "torch.device") -> Generator[Team]:
+def join_team(device: "torch.device") -> Generator[Team]:
     """Join the processes that torchrun started, with its time limit; alone, be a team of one."""
-    here = place()
-    if here.world == 1:
+    if world_size() == 1:
         yield Team()
         return
     import torch
@@ -276,7 +269,7 @@ def team(device: "torch.device") -> Generator[Team]:
         torch.cuda.set_device(device)
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Team(here.world, here.rank)
+        yield Team(world_size(), process_rank())
     finally:
         torch.distributed.destroy_process_group()
 
@@ -294,8 +287,8 @@ def pick_device(requested: str = "auto", num_gpus: int | None = None) -> "torch.
     if num_gpus is not None and num_gpus > found:
         where = f"{found} GPU{'s' if found != 1 else ''}" if found else "the CPU"
         log.warning("asked for %d GPUs, the machine has %d: using %s", num_gpus, found, where)
-    if found and place().world > 1 and num_gpus != 0 and requested in ("auto", "cuda"):
-        return torch.device("cuda", place().local_rank % found)
+    if found and world_size() > 1 and num_gpus != 0 and requested in ("auto", "cuda"):
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % found)
     if requested != "auto":
         try:
             device = torch.device(requested)
@@ -331,11 +324,11 @@ def progress(total: int, label: str, unit: str) -> "tqdm[Any]":
         file=sys.stderr,
         dynamic_ncols=True,
         mininterval=0.2,
-        disable=place().rank > 0,
+        disable=process_rank() > 0,
     )
 
 
-class AboveBars(logging.StreamHandler[Any]):
+class LogHandler(logging.StreamHandler[Any]):
     """Write log lines to stderr above the progress bars, which are drawn anew below them."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -344,7 +337,7 @@ class AboveBars(logging.StreamHandler[Any]):
 
 
 @contextmanager
-def stoppable() -> Generator[None]:
+def interruptible() -> Generator[None]:
     """Turn SIGINT and SIGTERM into `Interrupted`, so that `finally` blocks run; restore after.
 
     In a job of several processes they end the process at once: whoever started the job waits for
@@ -354,7 +347,7 @@ def stoppable() -> Generator[None]:
     def stop(number: int, _frame: FrameType | None) -> None:
         raise Interrupted(number)
 
-    action = stop if place().world == 1 else signal.SIG_DFL
+    action = stop if world_size() == 1 else signal.SIG_DFL
     before = {number: signal.signal(number, action) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

@@ -126,7 +126,7 @@ class SiteLayout:
     @cached_property
     def initials(self) -> str:
         """The projections' initials joined by `-`, as the published file names carry them."""
-        return initials_of(self.adapter_types)
+        return join_initials(self.adapter_types)
 
     @cached_property
     def digest(self) -> str:
@@ -240,7 +240,7 @@ def _below_layer(path: str) -> tuple[int, list[str]]:
     return int(found.group(1)), path[found.end() :].split(".")
 
 
-def initials_of(adapter_types: Sequence[str]) -> str:
+def join_initials(adapter_types: Sequence[str]) -> str:
     """Join the initials of projections as published file names do: `g-u-d-q-k-v-o`."""
     return "-".join(_INITIALS.get(name, name) for name in adapter_types)
 

@@ -3,7 +3,7 @@
 1. Records are rendered and tokenised once; unusable ones are counted and left out. With `sample`
    the model writes the texts itself, unit by unit.
 2. Rollouts are cut into units, fixed by the options alone (units.py).
-3. Every process of the job takes the next unit that nobody has (runtime.claims) and reads its rows
+3. Every process of the job claims the next free unit (runtime.claim_work_units) and reads its rows
    in batches (capture.py). The unit becomes one shard, written beside its name and renamed while
    the next unit computes; a finished one is never done again.
 4. Rank 0 waits for the last shard and writes the manifest, which lists the shards' checksums.
@@ -122,7 +122,7 @@ def run(config: GenerateConfig) -> Path:
         *(len(texts.rollouts), texts.n_tokens, layout.d_in, layout.initials),
         *(adapter.name, subject.device, str(subject.dtype).removeprefix("torch.")),
     )
-    if runtime.place().rank > 0:
+    if runtime.process_rank() > 0:
         build = join(out, KIND, **identity)
         if build is not None:
             _Shards(config, subject, texts, build).make()
@@ -165,7 +165,7 @@ class _Shards:
         bar = runtime.progress(expected, "generate", "tokens")
 
         def found(unit: int) -> None:
-            if runtime.place().rank > 0:
+            if runtime.process_rank() > 0:
                 return  # rank 0 counts, and may give the folder its final name at any moment
             n_rows = _n_rows(self.paths[unit])
             self.n_rows += n_rows
@@ -173,9 +173,9 @@ class _Shards:
 
         with RowReader(self.subject) as reader, bar, ThreadPoolExecutor(1) as writer:
             locks = self.build.path / ".claims"
-            for claim in runtime.claims(self.paths, locks, found, self._raise_failed):
-                with _named(claim.unit):
-                    rollouts = self._rollouts(claim.unit)
+            for claim in runtime.claim_work_units(self.paths, locks, found, self._raise_failed):
+                with _named(claim.work_unit):
+                    rollouts = self._rollouts(claim.work_unit)
                     capture = self._open(reader, rollouts, expected)
                     pending = capture.run(rollouts)
                 while len(self._writing) >= _IN_FLIGHT:
@@ -221,7 +221,7 @@ class _Shards:
 
     def _announce(self, rate: float, expected: int) -> None:
         """Say what the run will take, from the rate of one text."""
-        world = runtime.place().world
+        world = runtime.world_size()
         item = np.dtype(self.config.store_dtype).itemsize
         peak = runtime.peak_memory(self.subject.device)
         unit = ROLLOUTS_PER_SHARD * expected / len(self.texts.rollouts) * self.layout.d_in * 4
@@ -236,10 +236,10 @@ class _Shards:
 
     def _write(self, pending: "Pending", claim: runtime.Claim) -> None:
         assert self._capture is not None, "it made what is pending"
-        with _named(claim.unit):
+        with _named(claim.work_unit):
             rows = self._capture.finish(pending)
             unit = pending.rollouts
-            with replacing(self.paths[claim.unit]) as beside:
+            with replacing(self.paths[claim.work_unit]) as beside:
                 write_shard(
                     beside,
                     rows,
@@ -254,12 +254,11 @@ class _Shards:
 @contextmanager
 def _named(unit: int) -> Generator[None]:
     """In a job of several processes, say of an error which one it was and what it was doing."""
-    here = runtime.place()
     try:
         yield
     except LorascopeError as error:
-        if here.world > 1:
-            error.args = (f"rank {here.rank}, unit {unit}: {error}",)
+        if runtime.world_size() > 1:
+            error.args = (f"rank {runtime.process_rank()}, unit {unit}: {error}",)
         raise
 
 

@@ -19,9 +19,9 @@ import numpy.typing as npt
 
 from lorascope.activations.shards import Rows, Shard, open_shard, read_array
 from lorascope.artifact import MANIFEST, digest_file, digest_of, open_manifest
-from lorascope.config import nearest
+from lorascope.config import did_you_mean
 from lorascope.errors import ArtifactError, ConfigError
-from lorascope.sites import PROJECTIONS, SiteLayout, initials_of
+from lorascope.sites import PROJECTIONS, SiteLayout, join_initials
 from lorascope.texts.rollouts import ROLES
 from lorascope.texts.tokens import pack_tokens
 
@@ -185,7 +185,7 @@ class ActivationStore:
         for role in only:
             if role not in ROLES:
                 raise ConfigError(
-                    f"unknown role {role}, expected {', '.join(ROLES)}{nearest(role, ROLES)}"
+                    f"unknown role {role}, expected {', '.join(ROLES)}{did_you_mean(role, ROLES)}"
                 )
         return (counts | special) & np.isin(roles, [ROLES.index(role) for role in only])
 
@@ -263,7 +263,7 @@ def default_name(adapter_types: tuple[str, ...]) -> str:
         return "activations_all_adapters"
     if adapter_types == PROJECTIONS[:3]:
         return "activations"
-    return f"activations_{initials_of(adapter_types)}"
+    return f"activations_{join_initials(adapter_types)}"
 
 
 def verify(path: Path) -> list[str]:

@@ -140,7 +140,7 @@ def run(config: CollectConfig) -> Path:
     log.info("%d tokens of %d rollouts, %d latents", n_rows, n_rollouts, sae.d_sae)
     sae = sae.to(runtime.pick_device(config.device, config.num_gpus))
     identity: dict[str, Any] = {"settings": settings, "parents": parents}
-    if runtime.place().rank > 0:
+    if runtime.process_rank() > 0:
         if build := join(out, KIND, **identity):
             _gather(build, spans, sae, config)
         return out
@@ -190,11 +190,11 @@ def _gather(build: Build, spans: list[Span], sae: "SAE", config: CollectConfig) 
             bar.update(spans[unit].n_rows)
 
     with bar:
-        for claim in runtime.claims(paths, build.path / ".claims", found, lambda: None):
+        for claim in runtime.claim_work_units(paths, build.path / ".claims", found, lambda: None):
             here = mine.successor()
-            counted.add(claim.unit)
+            counted.add(claim.work_unit)
             for n_rows in scan(
-                spans[claim.unit].reopened(),
+                spans[claim.work_unit].reopened(),
                 sae,
                 here,
                 config.batch_size,
@@ -202,11 +202,11 @@ def _gather(build: Build, spans: list[Span], sae: "SAE", config: CollectConfig) 
                 reach=min(ALIKE, config.context_window),
             ):
                 bar.update(n_rows)
-            here.save(paths[claim.unit])
+            here.save(paths[claim.work_unit])
             claim.release()
             mine.top.merge(here.top)
             mine.sample.merge(here.sample)
-    if runtime.place().rank == 0:
+    if runtime.process_rank() == 0:
         for path in paths:
             accumulator.load(path, store)
     return accumulator

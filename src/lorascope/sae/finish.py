@@ -18,7 +18,7 @@ from torch import Tensor
 from lorascope.activations.batches import BatchPlan, RowNumbers, halves, read_blocks
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import Build, make_manifest, read_manifest, write_text
-from lorascope.runtime import place
+from lorascope.runtime import process_rank
 from lorascope.sae.metrics import ColumnMoments, evaluate, stability
 from lorascope.sae.model import KIND, SAE, SCHEMA
 from lorascope.sae.settings import TrainConfig
@@ -109,7 +109,7 @@ def beside(out: Path, suffix: str) -> Path:
 def write_table(base: Path, todo: Mapping[Path, tuple[Variant, dict[str, Any]]]) -> Path:
     """Write and log one row for each SAE of a run of several."""
     path = beside(base, ".runs.json")
-    if place().rank > 0:
+    if process_rank() > 0:
         return path  # rank 0 may still be publishing
     rows = []
     for out, (variant, _) in todo.items():

@@ -34,7 +34,7 @@ from lorascope.artifact import (
     is_made,
 )
 from lorascope.errors import ConfigError, Interrupted
-from lorascope.runtime import Team, pick_device, progress, stop_between_steps, team
+from lorascope.runtime import Team, join_team, pick_device, progress, stop_between_steps
 from lorascope.sae.finish import TrainingRun, beside, publish, write_table
 from lorascope.sae.journal import Journal, journals
 from lorascope.sae.metrics import ColumnMoments
@@ -93,7 +93,7 @@ def run(config: TrainConfig) -> Path:
         device = _able(pick_device(config.device))
         families = {todo[out][0].kin for out in unfinished}  # whose decoders a stability needs
         needed = {out: made for out, made in todo.items() if made[0].kin in families}
-        with team(device) as together, ExitStack() as stack:
+        with join_team(device) as together, ExitStack() as stack:
             builds = {
                 out: stack.enter_context(
                     building(out, KIND, **identity, overwrite=config.overwrite)
@@ -204,7 +204,7 @@ def _train(
     with (
         journals(
             {todo[out][0].label: beside(out, ".jsonl") for out in builds},
-            config=config.plain(),
+            config=config.to_json(),
             folder=beside(next(iter(todo)), ".tensorboard"),
             track=config.track if builds else (),
             step={todo[out][0].label: trainers[out].step for out in builds},

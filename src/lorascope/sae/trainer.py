@@ -219,18 +219,18 @@ class Trainer:
         if self.team.world == 1:
             return
         device = self.silent_tokens.device
-        self.step = int(self.team.from_first(torch.tensor([self.step], device=device)))
+        self.step = int(self.team.broadcast(torch.tensor([self.step], device=device)))
         if self.step == 0:
             return
         for tensor in self._flat.values():
-            self.team.from_first(tensor)
+            self.team.broadcast(tensor)
             if tensor not in self.adam.state:
                 zeros = {key: torch.zeros_like(tensor) for key in _MOMENTS[1:]}
                 self.adam.state[tensor] = {"step": torch.zeros((), device=device), **zeros}
             for value in self.adam.state[tensor].values():
-                self.team.from_first(value)
-        self.team.from_first(self.silent_tokens)
-        self.team.from_first(self.running)
+                self.team.broadcast(value)
+        self.team.broadcast(self.silent_tokens)
+        self.team.broadcast(self.running)
 
 
 def schedule(step: int, n_steps: int, warmup: int) -> float:

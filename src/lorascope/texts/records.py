@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from lorascope.config import nearest
+from lorascope.config import did_you_mean
 from lorascope.errors import DatasetError
 
 log = logging.getLogger(__name__)
@@ -128,8 +128,9 @@ def _ending(path: Path) -> str:
 
 
 def _near(path: Path) -> str:
-    here = path.parent
-    return nearest(path.name, [child.name for child in here.iterdir()]) if here.is_dir() else ""
+    if not path.parent.is_dir():
+        return ""
+    return did_you_mean(path.name, [child.name for child in path.parent.iterdir()])
 
 
 def _file_rows(path: Path) -> Iterator[Row]:
