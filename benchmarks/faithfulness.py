@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accuracy import solved, spliced, wilson, without_adapter
 
 from lorascope.activations.generate import GenerateConfig
 from lorascope.activations.generate import run as generate
@@ -25,7 +26,6 @@ from lorascope.causal.continuation import Change
 from lorascope.causal.evaluate import EvaluateConfig
 from lorascope.causal.evaluate import run as evaluate
 from lorascope.causal.study import open_report
-from lorascope.demo.accuracy import solved, spliced, wilson, without_adapter
 from lorascope.demo.demo import SUBJECT
 from lorascope.demo.problems import make_problem, write_jsonl
 from lorascope.sae.model import load_sae

@@ -41,7 +41,6 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from lorascope.demo.accuracy import wilson
 from lorascope.demo.problems import Problem, answer_of, make_problem
 from lorascope.demo.stories import KINDS
 
@@ -468,6 +467,14 @@ def evaluate(output: Path, full: Any, scale: Scale) -> dict[str, Any]:
         "parameters": parameters,
         "examples": examples,
     }
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of the share `right / n` (Wilson 1927)."""
+    z, share = 1.96, right / n
+    centre = share + z * z / (2 * n)
+    spread = z * math.sqrt(share * (1 - share) / n + (z / n) ** 2 / 4)
+    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
 
 
 def card(measured: dict[str, Any]) -> str:

@@ -1,12 +1,18 @@
 """What share of problems the shipped subject solves: rows as they are, rebuilt, and at nothing."""
 
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from subjects import load
 
-from lorascope.demo.accuracy import prompts_of, solved, spliced, wilson, without_adapter
 from lorascope.demo.demo import SUBJECT
 from lorascope.demo.problems import answer_of, make_problem
+
+_FILE = Path(__file__).parent.parent / "benchmarks" / "accuracy.py"
+accuracy = SimpleNamespace(**runpy.run_path(str(_FILE)))
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +22,8 @@ def subject():
 
 def test_a_prompt_is_the_chat_up_to_where_the_assistant_begins(subject):
     problems = [make_problem("eval", i) for i in range(2)]
-    for prompt, problem in zip(prompts_of(problems, subject.tokenizer), problems, strict=True):
+    prompts = accuracy.prompts_of(problems, subject.tokenizer)
+    for prompt, problem in zip(prompts, problems, strict=True):
         messages = [{"role": "user", "content": problem.question}]
         text = subject.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
@@ -27,15 +34,16 @@ def test_a_prompt_is_the_chat_up_to_where_the_assistant_begins(subject):
 @torch.inference_mode()
 def test_arms_that_change_nothing_solve_what_the_adapter_solves_by_itself(subject):
     problems = [make_problem("eval", i) for i in range(3)]
-    found = solved(
+    found = accuracy.solved(
         subject,
         problems,
-        {"adapter": None, "itself": spliced(lambda rows: rows, keep_special=False),
-         "base": without_adapter()},
+        {"adapter": None, "itself": accuracy.spliced(lambda rows: rows, keep_special=False),
+         "base": accuracy.without_adapter()},
         max_new_tokens=160,
     )  # fmt: skip
     plain = []
-    for prompt, problem in zip(prompts_of(problems, subject.tokenizer), problems, strict=True):
+    prompts = accuracy.prompts_of(problems, subject.tokenizer)
+    for prompt, problem in zip(prompts, problems, strict=True):
         ids = torch.from_numpy(prompt.token_ids).long()[None]
         out = subject.causal.generate(
             input_ids=ids,
@@ -51,6 +59,6 @@ def test_arms_that_change_nothing_solve_what_the_adapter_solves_by_itself(subjec
 
 
 def test_wilsons_interval_is_that_of_the_book():
-    low, high = wilson(8, 10)
+    low, high = accuracy.wilson(8, 10)
     assert (low, high) == (pytest.approx(0.4902, abs=1e-3), pytest.approx(0.9433, abs=1e-3))
-    assert wilson(0, 10)[0] == pytest.approx(0, abs=1e-9)
+    assert accuracy.wilson(0, 10)[0] == pytest.approx(0, abs=1e-9)

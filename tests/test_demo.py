@@ -2,6 +2,9 @@
 
 import json
 import re
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from lorascope.activations.store import ActivationStore, verify
 from lorascope.artifact import read_manifest
 from lorascope.causal.study import open_report
 from lorascope.cli import call
-from lorascope.demo import demo, meaning
+from lorascope.demo import demo
 from lorascope.demo.demo import DemoConfig
 from lorascope.demo.problems import CLASSES, make_problem
 from lorascope.features import collect
@@ -19,6 +22,9 @@ from lorascope.features.collect import CollectConfig
 from lorascope.features.index import FeatureIndex
 from lorascope.features.invariants import verify as verify_index
 from lorascope.sae.model import load_sae
+
+_EXAMPLE = Path(__file__).parent.parent / "examples" / "feature_meaning.py"
+meaning = SimpleNamespace(**runpy.run_path(str(_EXAMPLE)))
 
 pytestmark = pytest.mark.slow
 

@@ -1,1 +1,1 @@
-"""The shipped demonstration: generated problems, a small subject model, the whole pipeline."""
+"""The demo: generated problems and a small subject model, run through every stage."""

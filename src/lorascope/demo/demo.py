@@ -1,8 +1,7 @@
-"""Take the shipped subject through everything, offline, into a page.
+"""Run every stage on the shipped subject model, offline, and make its page.
 
-1. Write fresh problems with their reasoning traces, in the s1 form, none of which the subject was
-   trained on.
-2. `run` the shipped base model and adapter over them.
+1. Write new problems with reasoning traces in the s1 format. The subject was not trained on them.
+2. `run` the shipped base model and adapter on them.
 
 In: nothing. Out: a folder with `problems.jsonl` and what `run` makes.
 """
@@ -26,15 +25,15 @@ class DemoConfig(Config):
     """Options of `demo`."""
 
     output: Path = option(Path("demo-output"), help="folder to make", identity=False)
-    num_examples: int = option(1000, help="problems to write and read")
+    num_examples: int = option(1000, help="problems to write, and rollouts to read")
     effect_texts: int = option(
-        4, help="texts on which to measure what the features do; 0: leave that out"
+        4, help="held-out rollouts on which to measure the features' effects; 0 to skip this"
     )
     open: bool = option(False, help="open the page in a browser", identity=False)
     overwrite: bool = option(False, help="replace outputs of other settings", identity=False)
 
     def check(self) -> None:
-        """Refuse impossible numbers."""
+        """Check the ranges of the numbers."""
         self.require("num_examples", 1)
         self.require("effect_texts", 0)
 
@@ -47,15 +46,15 @@ def run(config: DemoConfig) -> Path:
     page = pipeline.run(demo_run(problems, config))
     if config.open:
         webbrowser.open(page.resolve().as_uri())
-    log.info("the page: %s", page)
+    log.info("page: %s", page)
     return page
 
 
 def demo_run(problems: Path, config: DemoConfig) -> pipeline.RunConfig:
-    """Return the run that the demo makes.
+    """Return the config of the demo's run.
 
-    Four latents a column and three to a token gave the features that match the known classes of
-    tokens best (`meaning`), on average over four seeds, of those tried: 4 or 8, and 2 to 8.
+    Expansion factor 4 and k 3 gave the features that match known classes of tokens best
+    (`examples/feature_meaning.py`, mean of four seeds), among factors 4 and 8 and k from 2 to 8.
     """
     return pipeline.RunConfig(
         lora_path=str(SUBJECT / "adapter"),

@@ -1,14 +1,14 @@
-"""Generate word problems with reasoning traces and the ground truth about their characters.
+"""Generate word problems with reasoning traces, and label the characters of known token classes.
 
-1. `make_problem(split, index)` seeds its own generator with both, so a problem is a pure function
-   of its address. It draws questions until one belongs to the split.
-2. A question belongs to the split that its own hash names (`split_of`). Two splits therefore never
-   share a question, however many problems are drawn, and no list of used questions is needed.
+1. `make_problem(split, index)` seeds its own generator with both, so the same arguments always give
+   the same problem. It draws questions until one belongs to the split.
+2. The hash of a question decides its split (`split_of`). Splits therefore never share a question,
+   and no list of used questions is needed.
 3. `stories` draws what happens: sentences, and steps that depend on each other.
-4. `_trace` tells the steps as reasoning: plan, compute, sometimes slip and notice it, check,
-   conclude. `_attempt` tells them in short.
-5. Numbers that an earlier step computed are marked while the text is made; `_finish` removes the
-   marks and keeps their places, with the other token classes, as `Problem.spans`.
+4. `_trace` writes the steps as reasoning: plan, compute, sometimes make a mistake and notice it,
+   check, conclude. `_attempt` writes the short solution.
+5. Numbers that an earlier step computed are marked while the text is written. `_finish` removes the
+   marks and records their positions, with the other token classes, in `Problem.spans`.
 """
 
 import json
@@ -40,10 +40,10 @@ _ANSWER = re.compile(r"answer(?:\s+is)?[\s:*→=]*(\d+)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem in the s1 format, its answer, and where the token classes lie in its texts.
+    """A problem in the s1 format, its answer, and the character spans of its token classes.
 
-    `spans[field][class]` holds (start, end) character spans of that field's text, sorted and
-    disjoint. `carried` is a number that an earlier step computed, where it is used again.
+    `spans[field][class]` holds sorted, disjoint (start, end) character spans in that field's text.
+    `carried` marks the reuse of a number that an earlier step computed.
     """
 
     split: str
@@ -57,7 +57,7 @@ class Problem:
     spans: dict[str, Spans]
 
     def record(self) -> dict[str, str]:
-        """Return the row that `write_jsonl` writes: texts only, no spans."""
+        """Return the record that `write_jsonl` writes: texts only, no spans."""
         return {
             "id": f"{self.split}-{self.index}",
             "kind": self.kind,
@@ -66,7 +66,7 @@ class Problem:
 
 
 def make_problem(split: str, index: int) -> Problem:
-    """Return problem `index` of `split`: the same on every machine and Python version."""
+    """Return problem `index` of `split`, the same on every machine and Python version."""
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}: expected one of {', '.join(SPLITS)}")
     rng = random.Random(f"lorascope/problems/{split}/{index}")
@@ -92,13 +92,13 @@ def make_problem(split: str, index: int) -> Problem:
 
 
 def split_of(question: str) -> str:
-    """Return the only split that may hold this question."""
+    """Return the split that a question belongs to."""
     bucket = zlib.crc32(question.encode()) % 100
     return next(split for split, buckets in SPLITS.items() if bucket in buckets)
 
 
 def write_jsonl(path: Path | str, n: int, split: str, start: int = 0) -> None:
-    """Write problems `start` to `start + n - 1` of `split`, one JSON object a line, UTF-8."""
+    """Write problems `start` to `start + n - 1` of `split` as UTF-8, one JSON object per line."""
     with Path(path).open("w", encoding="utf-8", newline="\n") as file:
         for index in range(start, start + n):
             record = make_problem(split, index).record()
@@ -106,13 +106,13 @@ def write_jsonl(path: Path | str, n: int, split: str, start: int = 0) -> None:
 
 
 def answer_of(text: str) -> str | None:
-    """Return the number after the last answer marker of `text`, or None without one."""
+    """Return the number after the last answer marker of `text`, or None if there is none."""
     found = _ANSWER.findall(text)
     return str(int(found[-1])) if found else None
 
 
 def token_classes(text: str) -> Spans:
-    """Return the spans of every class that the characters alone decide: all but `carried`."""
+    """Return the spans of every class that the text alone decides: all but `carried`."""
     return {
         name: tuple(match.span() for match in pattern.finditer(text))
         for name, pattern in _CLASS_PATTERNS.items()
@@ -120,7 +120,7 @@ def token_classes(text: str) -> Spans:
 
 
 def _finish(marked: str) -> tuple[str, Spans]:
-    """Return the text without marks, and the spans of all classes in it."""
+    """Remove the marks; return the text and the spans of all its classes."""
     text, last = "", 0
     carried: list[Span] = []
     for match in _CARRIED.finditer(marked):
@@ -133,7 +133,7 @@ def _finish(marked: str) -> tuple[str, Spans]:
 
 
 def _show(operand: int | Step) -> str:
-    """Return the number, marked if an earlier step computed it."""
+    """Return the number as text, marked if an earlier step computed it."""
     return str(operand) if isinstance(operand, int) else f"⟦{operand.result}⟧"
 
 
@@ -146,7 +146,7 @@ def _equations(steps: list[Step], joint: str) -> str:
 
 
 def _question(rng: random.Random, story: Story) -> tuple[str, str]:
-    """Return the question and the words that dismiss its distractor ("" without one)."""
+    """Return the question, and the sentence that dismisses its distractor ("" if it has none)."""
     if not story.bystander or rng.random() < 0.55:
         return " ".join((*story.sentences, story.ask)), ""
     who, k = story.bystander, rng.randint(2, 60)
@@ -163,7 +163,7 @@ def _question(rng: random.Random, story: Story) -> tuple[str, str]:
 
 
 def _trace(rng: random.Random, story: Story, ignore: str) -> str:
-    """Return the reasoning as marked text: plan, steps, slips, checks, conclusion."""
+    """Return the reasoning as marked text: plan, steps, mistakes, checks, conclusion."""
     steps, answer = story.steps, story.steps[-1].result
     verbs = [VERBS[step.op] for step in steps]
     openers = (
@@ -195,7 +195,7 @@ def _trace(rng: random.Random, story: Story, ignore: str) -> str:
         slip = _slip(rng, step) if i == slip_at else ""
         lines.append(f"{lead}{slip}{_side(step)} = {step.result}{unit}.")
         if i == check_at:
-            # Done backwards: the result is used again.
+            # The check reverses the step, so it uses the result again.
             again = f"⟦{step.result}⟧ {INVERSE[step.op]} {_show(step.right)} = {_show(step.left)}"
             checks = (
                 f"Check: {again} ✓",
@@ -216,7 +216,7 @@ def _trace(rng: random.Random, story: Story, ignore: str) -> str:
 
 
 def _slip(rng: random.Random, step: Step) -> str:
-    """Return a wrong start of the step, and the words that notice it."""
+    """Return a wrong attempt at the step, and the words that notice it."""
     if rng.random() < 0.5:
         wrong = max(1, step.result + rng.choice((-10, -2, -1, 1, 2, 10)))
         wrong += wrong == step.result
@@ -228,7 +228,7 @@ def _slip(rng: random.Random, step: Step) -> str:
 
 
 def _attempt(rng: random.Random, story: Story) -> str:
-    """Return the short solution, as marked text, that ends in a marked answer."""
+    """Return the short solution as marked text. It ends with the answer marker and the answer."""
     answer = story.steps[-1].result
     body = rng.choice((_equations(story.steps, ", "), story.conclusion.format(answer)))
     marker = rng.choice((" Answer: ", "\nFinal answer: "))

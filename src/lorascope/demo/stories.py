@@ -1,7 +1,7 @@
-"""Draw the stories that the problems tell: what happens, what is asked, and the steps to it.
+"""Draw the stories behind the problems: what happens, the question, and the steps to the answer.
 
-A *kind* (`_inventory`, `_money`, …) draws a `Story`: sentences, and steps that depend on each
-other. Numbers stay small, so that a small model can do each step, but hardly all of them at once.
+Each *kind* (`_inventory`, `_money`, …) draws a `Story`: sentences, and steps that depend on each
+other. The numbers are small, so a small model can do each step, but rarely all of them at once.
 """
 
 import random
@@ -13,7 +13,7 @@ NAMES = (
     *("Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Hugo", "Ivy", "Mia", "Noah"),
     *("Zoë", "José", "Søren", "Chloé", "Jürgen", "Łukasz"),
 )
-# Too rare for the tokenizer to merge: their letters stay split over several byte tokens.
+# Too rare for the tokenizer to merge: their letters are split over several byte tokens.
 RARE_NAMES = ("Ngọc", "Şükrü", "Đorđe", "Þóra")
 THEMES = (
     *(("boxes", "apples"), ("bags", "marbles"), ("packs", "stickers"), ("shelves", "books")),
@@ -27,7 +27,7 @@ INVERSE = {"+": "−", "−": "+", "×": "÷", "÷": "×"}
 
 @dataclass(frozen=True)
 class Step:
-    """One computation. An operand that is a step is its result, carried over."""
+    """One computation. An operand that is a step stands for that step's result."""
 
     left: "int | Step"
     op: str
@@ -36,7 +36,7 @@ class Step:
 
     @property
     def result(self) -> int:
-        """Compute the step."""
+        """Result of the computation."""
         left, right = value_of(self.left), value_of(self.right)
         if self.op == "÷":
             return left // right
@@ -44,25 +44,25 @@ class Step:
 
     @property
     def is_fair(self) -> bool:
-        """Whether the step stays in the numbers that the problems keep to."""
+        """Whether division is exact and the numbers stay in the range that the problems use."""
         exact = self.op != "÷" or value_of(self.left) % value_of(self.right) == 0
         return exact and value_of(self.left) > 0 and 2 <= self.result <= 99
 
 
 @dataclass(frozen=True)
 class Story:
-    """What happens and what is asked, before it is told: the last step's result is the answer."""
+    """What happens and what is asked. The result of the last step is the answer."""
 
     sentences: list[str]
     ask: str
     steps: list[Step]
     unit: str
     conclusion: str  # with {} for the answer
-    bystander: str  # whom a distractor may tell about
+    bystander: str  # a person that a distractor may mention
 
 
 def draw_story(rng: random.Random) -> tuple[str, Story]:
-    """Return a kind's name and a story of it whose steps are all fair."""
+    """Return the name of a kind and a story of that kind; every step is fair."""
     while True:
         kind = rng.choice(KINDS)
         story = _KINDS[kind](rng)
@@ -71,11 +71,11 @@ def draw_story(rng: random.Random) -> tuple[str, Story]:
 
 
 def value_of(operand: int | Step) -> int:
-    """Return the number that a step computes with."""
+    """Return the number behind an operand."""
     return operand if isinstance(operand, int) else operand.result
 
 
-# The kinds: each returns a story whose steps may still be unfair; `draw_story` draws again.
+# The kinds. Their steps may be unfair; `draw_story` then draws again.
 
 
 def _people(rng: random.Random, n: int) -> list[str]:
@@ -86,7 +86,7 @@ def _people(rng: random.Random, n: int) -> list[str]:
 
 
 def _inventory(rng: random.Random) -> Story:
-    """Draw one heap of things that grows and shrinks in two to four steps."""
+    """Draw a heap of things that grows and shrinks in two to four steps."""
     n, m = _people(rng, 2)
     holders, things = rng.choice(THEMES)
     n_steps = rng.choice((2, 3, 3, 4, 4))
@@ -170,7 +170,7 @@ def _money(rng: random.Random) -> Story:
 
 
 def _compare(rng: random.Random) -> Story:
-    """Draw three people, each described by the one before, and often a total."""
+    """Draw three people, each described relative to the previous one, and often a total."""
     n, m, p = _people(rng, 3)
     things, op = rng.choice(GOODS), rng.choice("+−")
     a, b, c = rng.randint(3, 12), rng.randint(2, 5), rng.randint(2, 15)
@@ -190,7 +190,7 @@ def _compare(rng: random.Random) -> Story:
 
 
 def _equation(rng: random.Random) -> Story:
-    """Draw a linear equation in x, then often something to do with x."""
+    """Draw a linear equation in x, and often a further computation with x."""
     m, x, b = rng.randint(2, 6), rng.randint(2, 12), rng.randint(2, 20)
     k, j = rng.randint(2, 5), rng.randint(2, 15)
     n, sign = _people(rng, 1)[0], rng.choice("+−")
@@ -218,7 +218,7 @@ def _equation(rng: random.Random) -> Story:
 
 
 def _letters(rng: random.Random) -> Story:
-    """Draw a chain of definitions: each letter uses an earlier one."""
+    """Draw a chain of definitions in which each letter uses an earlier one."""
     letters = rng.choice(("abcd", "pqrs", "kmnt"))
     a, b = rng.randint(2, 9), rng.randint(2, 6)
     steps = [Step(a, "×", b, letters[0])]
@@ -240,7 +240,7 @@ def _letters(rng: random.Random) -> Story:
 
 
 def _trip(rng: random.Random) -> Story:
-    """Draw speed times hours, something on top, and often the rest of a road."""
+    """Draw speed times hours, an extra distance, and often the rest of a road."""
     n, m = _people(rng, 2)
     speed, hours, walk = rng.randint(3, 12), rng.randint(2, 6), rng.randint(2, 15)
     ride = Step(speed, "×", hours, "the ride")

@@ -1,8 +1,8 @@
-"""Let the shipped subject solve problems that nobody showed it, its rows as they are or rebuilt.
+"""Measure how many held-out problems the shipped subject solves with its rows kept or replaced.
 
-The last question on an SAE: not how close the predictions stay (`evaluate`), but whether the model
-still does what the adapter taught it. Each arm answers the same problems, greedily; a problem is
-solved when the number behind the last answer marker is right.
+`evaluate` asks how close the predictions stay. This asks whether the model still does what the
+adapter taught it. Every arm (one way to write the rows) answers the same problems, greedily. A
+problem is solved when the number after the last answer marker is right.
 """
 
 import json
@@ -27,29 +27,29 @@ Rebuild = Callable[[Tensor], Tensor]
 
 
 def prompts_of(problems: Sequence[Problem], tokenizer: Any) -> list[Rollout]:
-    """Return each problem as a chat up to where the assistant begins."""
+    """Return each problem as a chat that ends where the assistant's answer starts."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "questions.jsonl"
         records = [{"messages": [{"role": "user", "content": p.question}]} for p in problems]
         file.write_text("".join(json.dumps(record) + "\n" for record in records))
-        found, _ = load_prompts(
+        prompts, _ = load_prompts(
             dataset=str(file), split="train", limit=None, template="chat", tokenizer=tokenizer
         )
-    return found
+    return prompts
 
 
 def spliced(rebuild: Rebuild, *, keep_special: bool) -> Change:
-    """Return the change that writes rebuilt rows, at special tokens too or not."""
+    """Return the change that writes rebuilt rows; `keep_special` leaves special tokens alone."""
 
-    def of(rows: Tensor, counts: Tensor) -> Tensor:
-        made = rebuild(rows.reshape(-1, rows.shape[-1]).cpu()).view(rows.shape).to(rows.device)
-        return torch.where(counts[..., None], made, rows) if keep_special else made
+    def rebuilt(rows: Tensor, counts: Tensor) -> Tensor:
+        new = rebuild(rows.reshape(-1, rows.shape[-1]).cpu()).view(rows.shape).to(rows.device)
+        return torch.where(counts[..., None], new, rows) if keep_special else new
 
-    return Change(of, held=True)
+    return Change(rebuilt, held=True)
 
 
 def without_adapter() -> Change:
-    """Return the change that writes nothing at all: the base model, for plain LoRA."""
+    """Return the change that writes zeros: for plain LoRA, this is the base model."""
     return Change(lambda rows, counts: torch.zeros_like(rows), held=True)
 
 
@@ -59,9 +59,9 @@ def solved(
     arms: Mapping[str, Change | None],
     max_new_tokens: int = 220,
 ) -> dict[str, list[bool]]:
-    """Return of each arm which problems it solved, in their order."""
+    """Return for each arm whether it solved each problem, in the problems' order."""
     special = ROLES.index("special")
-    right: dict[str, list[bool]] = {name: [] for name in arms}
+    is_right: dict[str, list[bool]] = {name: [] for name in arms}
     prompts = prompts_of(problems, subject.tokenizer)
     with RowEditor(subject) as editor, progress(len(prompts), "solve", "problems") as bar:
         for prompt, problem in zip(prompts, problems, strict=True):
@@ -73,15 +73,15 @@ def solved(
                 max_new_tokens=max_new_tokens,
                 everywhere=True,
             )
-            for name, (one,) in zip(arms, written, strict=True):
-                text = str(subject.tokenizer.decode(one.token_ids))
-                right[name].append(answer_of(text) == problem.answer)
+            for name, (answer,) in zip(arms, written, strict=True):
+                text = str(subject.tokenizer.decode(answer.token_ids))
+                is_right[name].append(answer_of(text) == problem.answer)
             bar.update(1)
-    return right
+    return is_right
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a share (Wilson 1927)."""
+    """Return Wilson's 95 % interval of the share `right / n` (Wilson 1927)."""
     z, share = 1.96, right / n
     centre = share + z * z / (2 * n)
     spread = z * math.sqrt(share * (1 - share) / n + (z / n) ** 2 / 4)
