@@ -1,18 +1,22 @@
-# Two commands: `make demo` shows what lorascope does, `make test` checks that it does.
-# Both make .venv; PYTHON chooses the interpreter (3.11 or newer) and VENV the environment.
+# `make demo` shows what lorascope does. `make test` checks it in three minutes; `make test-all` also
+# runs the slow tests: whole demos, kills, several processes, GPUs, every view of the page.
+# Each makes .venv; PYTHON chooses the interpreter (3.11 or newer) and VENV the environment.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/lorascope demo --output demo-output
 
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+test-all: test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "slow or dist or gpu"
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .

@@ -1,5 +1,6 @@
 """A tiny adapted model, its tokenizer and small stores, made in memory and on disk by the tests."""
 
+import importlib.util
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,23 @@ def s1_records(n: int) -> list[dict[str, str]]:
         }
         for i in range(n)
     ]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the tests that cannot run here: without a GPU, or without a package they need."""
+
+    def runs_here(item: pytest.Item) -> bool:
+        if item.get_closest_marker("gpu"):
+            import torch
+
+            if not torch.cuda.is_available():
+                return False
+        modules = [marker.args[0] for marker in item.iter_markers("needs")]
+        return all(importlib.util.find_spec(module) for module in modules)
+
+    kept = [item for item in items if runs_here(item)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
 
 
 @pytest.fixture(scope="session")
@@ -222,6 +240,14 @@ def make_store(tmp_path: Path):
         return write_store(tmp_path / name, rows, **given)
 
     return make
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train without drawing the picture of each SAE, which takes longer than a small training."""
+    from lorascope.sae import finish
+
+    monkeypatch.setattr(finish, "draw_training", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

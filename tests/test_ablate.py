@@ -122,6 +122,7 @@ def test_one_after_the_other_takes_the_cheapest_and_ends_with_the_base(report):
     assert steps[-1]["kl"] == pytest.approx(report["without_adapter"]["kl"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_batch_changes_numbers_by_rounding_only(dirs, store, report, tmp_path):
     alone = ablated(dirs, store, tmp_path, each_column(store), batch_tokens=1, greedy="none")
     many = ablated(
@@ -191,6 +192,7 @@ def test_a_feature_is_taken_out_at_the_tokens_of_text_on_which_it_fires(dirs, st
     assert entry["kl_random"] > 0
 
 
+@pytest.mark.slow
 def test_a_feature_that_never_fires_has_exactly_no_effect(dirs, store, tmp_path):
     sae = each_column(store)
     threshold = sae.threshold.clone()

@@ -31,6 +31,7 @@ def test_a_prompt_is_the_chat_up_to_where_the_assistant_begins(subject):
         assert subject.tokenizer.decode(prompt.token_ids) == text
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_arms_that_change_nothing_solve_what_the_adapter_solves_by_itself(subject):
     problems = [make_problem("eval", i) for i in range(3)]

@@ -280,6 +280,7 @@ def small_store(tmp_path_factory):
     return write_store(folder, rows, n_rollouts=20, rollouts_per_shard=8, n_special=0)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_a_stream_has_every_row_once_an_epoch_whatever_the_sizes(small_store, data):
@@ -575,6 +576,7 @@ def test_a_stream_may_be_closed_by_one_of_its_own_threads(small_store, monkeypat
     assert list(stream) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["pass", "raise KeyboardInterrupt", "sys.exit(3)"])
 def test_a_process_exits_with_a_stream_left_open(small_store, end):
     code = f"""

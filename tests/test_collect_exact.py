@@ -101,6 +101,7 @@ def shared(tmp_path_factory):
     return store, folder / "sae"
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(batch_size=st.integers(1, 300), span=st.integers(1, 300), per_shard=st.integers(1, 12))
 def test_no_cut_of_the_work_changes_a_byte(shared, tmp_path_factory, batch_size, span, per_shard):
@@ -115,6 +116,7 @@ def test_no_cut_of_the_work_changes_a_byte(shared, tmp_path_factory, batch_size,
         np.testing.assert_array_equal(getattr(cut, name), array, err_msg=name)
 
 
+@pytest.mark.dist
 def test_three_processes_make_the_bytes_of_one(shared, tmp_path):
     import subprocess
     import sys

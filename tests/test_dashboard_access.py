@@ -1,6 +1,7 @@
 """Everybody can read the page: axe-core finds nothing serious on any view of it."""
 
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,9 +82,15 @@ VIEWS = {
 }
 
 
-@pytest.mark.parametrize("width", [1280, 360])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("view", VIEWS)
+def every_look() -> Iterator[Any]:
+    """Every view in both colour schemes on a desktop and a phone; `make test` has some of them."""
+    for view, scheme, width in product(VIEWS, ("light", "dark"), (1280, 360)):
+        fast = (scheme, width) == ("light", 1280) and view in ("feature", "map", "texts", "effects")
+        marks = () if fast else pytest.mark.slow
+        yield pytest.param(view, scheme, width, marks=marks, id=f"{view}-{scheme}-{width}")
+
+
+@pytest.mark.parametrize(("view", "scheme", "width"), list(every_look()))
 def test_no_view_has_a_serious_violation(
     tab: "Page", pages: dict[str, str], view: str, scheme: Any, width: int
 ):

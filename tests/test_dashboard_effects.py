@@ -46,6 +46,7 @@ def test_what_is_gone_without_a_feature_stands_beside_its_examples(show: Any, in
     assert places[1] < places[0] < places[2]  # the control is half as large, the adapter larger
 
 
+@pytest.mark.slow
 def test_a_feature_that_was_not_measured_or_does_nothing_says_so(show: Any, index, tmp_path):
     paths = write_all(tmp_path, index)
     shown = show(index, f"#/feature/{len(index) - 1}", effects=paths)
@@ -69,6 +70,7 @@ def test_promoted_and_suppressed_tokens_are_text_however_hostile(show: Any, inde
     assert number(shown, "direct-share") == 0.625
 
 
+@pytest.mark.slow
 def test_the_list_sorts_by_effect_and_the_address_keeps_it(show: Any, index, tmp_path):
     paths = write_all(tmp_path, index)
     shown = show(index, "#/feature/0?dead=1&sort=effect", effects=paths)
@@ -136,6 +138,7 @@ def test_the_features_behind_a_token_are_listed_when_it_is_chosen(show: Any, ind
     assert int(marked.get_attribute("data-at")) == one["behind"][1][2]
 
 
+@pytest.mark.slow
 def test_the_tokens_of_largest_kl_are_a_list_that_leads_to_them(show: Any, index, tmp_path):
     rollout = int(index.text_rollout[0])
     shown = show(index, f"#/text/{rollout}", effects=write_all(tmp_path, index))
@@ -156,6 +159,7 @@ def test_the_tokens_of_largest_kl_are_a_list_that_leads_to_them(show: Any, index
     shown.page.wait_for_function("hash => location.hash === hash", arg=address)
 
 
+@pytest.mark.slow
 def test_a_text_without_an_attribution_is_as_before(show: Any, index, tmp_path):
     report = attribution(index)
     gone = report["rollouts"].pop(1)["rollout"]
@@ -166,6 +170,7 @@ def test_a_text_without_an_attribution_is_as_before(show: Any, index, tmp_path):
     assert shown.part("apart-legend").count() == 0
 
 
+@pytest.mark.slow
 def test_the_table_that_is_saved_has_the_effects(show: Any, index, tmp_path):
     shown = show(index, "#/feature/0?dead=1", effects=write_all(tmp_path, index))
     with shown.page.expect_download() as download:

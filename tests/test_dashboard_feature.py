@@ -84,6 +84,7 @@ def test_a_neighbour_is_followed_by_mouse_and_by_keyboard(show: Any):
     shown.wait_for(index[latent].beside[0][0])
 
 
+@pytest.mark.slow
 def test_the_grid_says_the_share_of_each_site_on_hover_and_on_the_arrow_keys(show: Any):
     index = full_index()
     latent = feature_with(index, lambda feature: len([*feature.fingerprint]) > 3)
@@ -109,6 +110,7 @@ def test_the_grid_says_the_share_of_each_site_on_hover_and_on_the_arrow_keys(sho
     assert shown.text("heading") == f"Feature {latent}"
 
 
+@pytest.mark.slow
 def test_the_bars_of_a_histogram_tell_their_counts_to_the_keyboard(show: Any):
     index = full_index()
     latent = feature_with(index, lambda feature: feature.stats.histogram.sum() > 3)
@@ -125,6 +127,7 @@ def test_the_bars_of_a_histogram_tell_their_counts_to_the_keyboard(show: Any):
     assert shown.text("tip") == told[-1], "bins that no feature reaches are not drawn"
 
 
+@pytest.mark.slow
 def test_a_feature_stands_among_all_by_its_density(show: Any):
     index = full_index()
     latent = feature_with(index, lambda feature: (feature.stats.density or 0) > 0)
@@ -143,6 +146,7 @@ def test_a_feature_stands_among_all_by_its_density(show: Any):
     assert shown.text("tip") == tips[-1]
 
 
+@pytest.mark.slow
 def test_a_long_window_is_folded_around_its_token_and_unfolds(show: Any):
     window = [1, 2] * 30
     shown = show(index_of([[example(1.0, 99, window, 31)]]))

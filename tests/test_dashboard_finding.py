@@ -40,6 +40,7 @@ def wait_listed(shown: Any, expected: list[int]) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "fires", "context"),
     [

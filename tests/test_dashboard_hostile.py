@@ -209,6 +209,7 @@ def test_hostile_tokens_are_shown_literally(show: Any, first: int):
     assert visit.page.locator("img, svg[onload], base, iframe, object, embed").count() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["byte level", "unigram", "bpe"])
 def test_tokens_of_real_tokenizers_read_as_their_text(show: Any, kind: str):
     tokenizer = fast(byte_level() if kind == "byte level" else sentencepiece(kind, prefix=False))
@@ -237,12 +238,14 @@ def test_hostile_names_and_titles_are_shown_literally(show: Any):
     assert visit.page.title().startswith(title.replace("\u2028", " ")[:30])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", ["\ud83d", "a\x00b", "", " ", "\u202e", "x" * 10_000])
 def test_a_title_that_is_no_text_still_makes_a_page(show: Any, title: str):
     visit = show(plain_index({1: b"a"}), title=title)
     assert visit.part("token").first.text_content() == "a"
 
 
+@pytest.mark.slow
 def test_a_page_in_which_everything_is_hostile_can_be_read_by_keyboard(show: Any):
     visit = show(hostile_index())
     shown = set()
@@ -271,6 +274,7 @@ ADDRESSES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(ADDRESSES)))
 def test_an_address_that_wants_to_break_the_page_opens_it(show: Any, number: int):
     visit = show(hostile_index(), ADDRESSES[number])
@@ -279,6 +283,7 @@ def test_an_address_that_wants_to_break_the_page_opens_it(show: Any, number: int
     visit.page.wait_for_selector("[data-testid=detail][data-feature='1']")
 
 
+@pytest.mark.slow
 def test_hostile_texts_that_are_kept_whole_are_read_literally(show: Any):
     index = hostile_index()
     for text in range(len(index.text_rollout)):
@@ -295,6 +300,7 @@ def test_hostile_texts_that_are_kept_whole_are_read_literally(show: Any):
     assert HOSTILE[0] in (visit.part("text").text_content() or "")  # as the name of a role, too
 
 
+@pytest.mark.slow
 def test_hostile_words_can_be_searched_for(show: Any):
     visit = show(hostile_index())
     for text in HOSTILE[::3]:
@@ -352,6 +358,7 @@ def test_hostile_labels_and_notes_are_kept_literally_and_leave_as_such(show: Any
     visit.page.evaluate("localStorage.clear()")
 
 
+@pytest.mark.slow
 def test_hostile_text_of_a_json_of_any_tool_is_shown_literally(show: Any, tmp_path: Path):
     path = tmp_path / "features.json"
     index = plain_index(dict(enumerate(RAW, start=1)))
@@ -361,6 +368,7 @@ def test_hostile_text_of_a_json_of_any_tool_is_shown_literally(show: Any, tmp_pa
     assert tokens == [raw.decode(errors="replace") for raw in RAW]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["one token", "one token of one line", "many tokens"])
 def test_a_megabyte_of_text_leaves_the_page_usable(show: Any, kind: str):
     long = {"one token": b"x" * 1_000_000, "one token of one line": b"\n" * 1_000_000}
@@ -431,6 +439,7 @@ def test_even_a_script_that_ran_in_the_page_could_ask_nobody(show: Any, tab: Vis
     tab.requests[:] = [url for url in tab.requests if url.startswith("file:")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["no features", "one feature", "all dead", "one dead"])
 @pytest.mark.parametrize("word", ["", "#/feature/0", "#/feature/7", "#/no/such/place", "#%"])
 def test_small_pages_open_at_any_address_and_say_what_they_have(show: Any, kind: str, word: str):
@@ -461,6 +470,7 @@ def test_a_file_that_is_hard_to_send_is_warned_of_with_what_to_do(
         assert all("1000.html is large" in text and "--max-examples" in text for text in said)
 
 
+@pytest.mark.slow
 def test_a_thousand_features_are_a_small_file_that_is_painted_soon_and_takes_little(
     show: Any, tmp_path: Path
 ):

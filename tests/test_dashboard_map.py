@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pytest
 from test_dashboard_feature import full_index
 
 from lorascope.dashboard.layout import layout
@@ -46,6 +47,7 @@ def test_a_dot_tells_its_feature_and_opens_it(show: Any):
     shown.page.wait_for_selector("body[data-view=map]")
 
 
+@pytest.mark.slow
 def test_the_map_is_moved_and_zoomed_by_buttons_wheel_and_drag(show: Any):
     shown = open_map(show)
     latent = alone()
@@ -89,6 +91,7 @@ def test_the_keyboard_walks_the_map_and_opens_the_feature_in_the_middle(show: An
     shown.wait_for(middle)
 
 
+@pytest.mark.slow
 def test_a_lasso_lists_the_features_inside_and_stands_in_the_address(show: Any):
     shown = open_map(show)
     places = layout(full_index())

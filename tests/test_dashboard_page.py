@@ -232,6 +232,7 @@ def test_a_link_to_an_unknown_feature_is_answered_and_left_by_a_key(show: Any, w
     shown.wait_for(0)
 
 
+@pytest.mark.slow
 def test_a_key_that_is_pressed_while_the_address_changes_is_not_undone(show: Any):
     shown = show(numbered(12))
     shown.page.evaluate(
@@ -346,6 +347,7 @@ def test_text_of_many_scripts_reads_as_it_was_written(show: Any):
     assert "".join(shown.tokens()) == text
 
 
+@pytest.mark.slow
 def test_a_token_of_a_megabyte_is_cut_and_says_so(show: Any):
     shown = show(index_of([[example(1.0, 99, [1, 2], 1)]], {1: b"x" * 1_000_000, 2: b"y"}))
     assert [len(text) for text in shown.tokens()] == [400, 1]
@@ -369,6 +371,7 @@ def luminance(color: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_level_of_heat_is_readable_and_hotter_than_the_one_before(show: Any, scheme: str):
     shown = show(small_index(), scheme=scheme)
@@ -390,6 +393,7 @@ def test_every_level_of_heat_is_readable_and_hotter_than_the_one_before(show: An
         assert levels == sorted(levels, reverse=scheme == "light")
 
 
+@pytest.mark.slow
 def test_the_page_fits_a_phone_and_its_list_opens_on_request(show: Any):
     shown = show(numbered(300), width=360)
     assert shown.page.evaluate("document.documentElement.scrollWidth") <= 360

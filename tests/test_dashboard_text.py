@@ -75,6 +75,7 @@ def test_the_codes_of_every_token_are_those_of_the_index(show: Any):
         np.testing.assert_allclose(list(found.values()), expected, rtol=1 / 256)
 
 
+@pytest.mark.slow
 def test_features_are_painted_over_the_text_by_mouse_keyboard_and_address(show: Any):
     shown = show(small_index(), "#/text/7")
     open_text(shown, 7)
@@ -147,6 +148,7 @@ def test_arrow_keys_go_to_the_next_text_and_links_back_to_features(show: Any):
     assert not shown.part("reader").is_visible()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", ["99", "-1", "x", "%3Cb%3E", "%"])
 def test_a_link_to_a_text_that_is_not_kept_is_answered(show: Any, word: str):
     shown = show(small_index(), f"#/text/{word}")

@@ -82,6 +82,7 @@ def test_letters_that_are_typed_into_a_field_are_letters(show: Any):
     assert shown.part("star").get_attribute("aria-pressed") == "false"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_colours_follow_the_system_until_they_are_switched(show: Any, scheme: str):
     other = {"light": "dark", "dark": "light"}
@@ -140,6 +141,7 @@ def test_labels_go_into_a_file_and_come_back(show: Any, tmp_path: Path):
     assert "Ends" in shown.page.locator("[data-testid=row][data-feature='2']").text_content()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -175,6 +177,7 @@ def test_the_table_is_saved_as_it_is_listed_and_no_cell_is_a_formula(show: Any):
     assert rows[0]["stability"] == ""
 
 
+@pytest.mark.slow
 def test_a_figure_is_saved_as_svg_with_its_colours(show: Any):
     index = full_index()
     latent = feature_with(index, lambda feature: feature.stats.histogram.sum() > 3)
@@ -189,12 +192,14 @@ def test_a_figure_is_saved_as_svg_with_its_colours(show: Any):
     assert all(fill and fill.startswith(("rgb", "color")) for fill in fills)
 
 
+@pytest.mark.slow
 def test_the_map_is_saved_as_png(show: Any):
     shown = show(full_index(), "#/map")
     shown.page.wait_for_function("() => document.querySelector('canvas').width > 300")
     assert saved(shown, "save-map").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_print_leaves_out_what_only_a_screen_needs(show: Any):
     shown = show(full_index())
     shown.page.emulate_media(media="print")
@@ -204,6 +209,7 @@ def test_print_leaves_out_what_only_a_screen_needs(show: Any):
     shown.page.emulate_media(media="screen")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("address", ["", "#/map", "#/text"])
 def test_every_view_fits_a_phone(show: Any, address: str):
     shown = show(full_index(), address, width=390)

@@ -135,6 +135,7 @@ def test_the_numbers_are_those_of_scaled_lora_weights_run_by_hand(subject_dirs, 
     )
 
 
+@pytest.mark.slow
 def test_the_batch_changes_numbers_by_rounding_only(store, report_of):
     one = report_of(half(store), "one", batch_tokens=1)["faithfulness"]
     many = report_of(half(store), "many", batch_tokens=4096)["faithfulness"]
@@ -203,6 +204,7 @@ def test_reconstruction_is_what_training_reports_and_other_saes_stand_beside(
     assert beside["recovered"] == pytest.approx(other["recovered"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_an_sae_of_some_columns_is_measured_against_those_at_zero(store, report_of):
     narrow = store.select(("gate_proj", "up_proj", "down_proj"))
     found = report_of(each_column(narrow), "perfect")["faithfulness"]
@@ -214,6 +216,7 @@ def test_an_sae_of_some_columns_is_measured_against_those_at_zero(store, report_
     assert set(found["projections"]) == {"gate_proj", "up_proj", "down_proj"}
 
 
+@pytest.mark.slow
 def test_an_adapter_that_does_nothing_has_no_share_to_recover(subject_dirs, dataset_file, tmp_path):
     from subjects import save_adapter
 

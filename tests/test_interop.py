@@ -1,3 +1,4 @@
+import importlib
 import io
 import json
 import os
@@ -452,15 +453,16 @@ def test_a_folder_with_other_files_is_not_written_into(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def need(module):
+def imported(module):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the library and what it imports
-        return pytest.importorskip(module)
+        return importlib.import_module(module)
 
 
+@pytest.mark.needs("sae_lens")
 @pytest.mark.filterwarnings("ignore")
 def test_the_real_saelens_gives_our_codes_and_reconstructions(tmp_path):
-    lens = need("sae_lens")
+    lens = imported("sae_lens")
     sae = replace(random_sae(), threshold=torch.linspace(0.1, 1, 40)).sealed(
         architecture="jumprelu"
     )
@@ -475,10 +477,11 @@ def test_the_real_saelens_gives_our_codes_and_reconstructions(tmp_path):
     assert theirs.cfg.metadata.columns == list(sae.layout.column_names)
 
 
+@pytest.mark.needs("sae_lens")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["jumprelu", "standard", "batchtopk"])
 def test_what_the_real_saelens_saved_has_its_codes(tmp_path, make_store, kind):
-    lens = need("sae_lens")
+    lens = imported("sae_lens")
     torch.manual_seed(0)
     if kind == "batchtopk":
         training = lens.BatchTopKTrainingSAE(
@@ -513,17 +516,19 @@ def randomize(module):
             parameter.copy_(torch.randn(parameter.shape))
 
 
+@pytest.mark.needs("sae_lens")
 @pytest.mark.filterwarnings("ignore")
 def test_a_topk_of_the_real_saelens_is_refused(tmp_path, make_store):
-    lens = need("sae_lens")
+    lens = imported("sae_lens")
     lens.TopKSAE(lens.TopKSAEConfig(d_in=14, d_sae=40, k=4)).save_model(tmp_path / "lens")
     with pytest.raises(ArtifactError, match="fires by its rank"):
         load_sae(tmp_path / "lens", make_store())
 
 
+@pytest.mark.needs("dictionary_learning")
 @pytest.mark.filterwarnings("ignore")
 def test_the_real_dictionary_learning_gives_our_codes(tmp_path, make_store):
-    library = need("dictionary_learning.trainers.batch_top_k")
+    library = imported("dictionary_learning.trainers.batch_top_k")
     sae = random_sae()
     folder = save_dictionary_learning(sae, tmp_path / "dict")
     theirs = library.BatchTopKSAE.from_pretrained(folder / "ae.pt")
@@ -535,9 +540,10 @@ def test_the_real_dictionary_learning_gives_our_codes(tmp_path, make_store):
         assert torch.allclose(theirs(rows), sae.decode(ours), atol=1e-4)
 
 
+@pytest.mark.needs("dictionary_learning")
 @pytest.mark.filterwarnings("ignore")
 def test_what_the_real_dictionary_learning_saved_has_its_codes(tmp_path, make_store):
-    library = need("dictionary_learning.trainers.batch_top_k")
+    library = imported("dictionary_learning.trainers.batch_top_k")
     torch.manual_seed(0)
     theirs = library.BatchTopKSAE(14, 40, 4)
     randomize(theirs)

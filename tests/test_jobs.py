@@ -25,8 +25,6 @@ from lorascope.activations.work_units import Texts
 from lorascope.cli import call
 from lorascope.errors import ConfigError, WorkerError
 
-pytestmark = pytest.mark.dist
-
 
 @pytest.fixture(scope="module")
 def uneven_dataset(tmp_path_factory):
@@ -98,7 +96,7 @@ def kill_at_next_shard(folder: Path, n: int) -> threading.Thread:
     return thread
 
 
-@pytest.mark.slow
+@pytest.mark.dist
 def test_under_torchrun_the_store_is_that_of_one_process(config, calm):  # pitfall 9, B36
     given = config("store")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -111,7 +109,7 @@ def test_under_torchrun_the_store_is_that_of_one_process(config, calm):  # pitfa
     assert content(given.output) == calm
 
 
-@pytest.mark.slow
+@pytest.mark.dist
 def test_killed_workers_end_the_job_and_any_other_number_finishes_it(
     config, calm, tmp_path, monkeypatch
 ):
@@ -138,7 +136,7 @@ def test_killed_workers_end_the_job_and_any_other_number_finishes_it(
     assert content(given.output) == calm
 
 
-@pytest.mark.slow
+@pytest.mark.dist
 def test_what_a_worker_found_wrong_names_rank_and_unit(subject_dirs, config, tmp_path, capfd):
     loud = tmp_path / "loud"
     shutil.copytree(subject_dirs[1], loud)

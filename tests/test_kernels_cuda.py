@@ -326,6 +326,7 @@ def test_a_step_of_static_shapes_never_waits_for_the_device(monkeypatch):
 
 if not INTERPRETED:
 
+    @pytest.mark.slow
     def test_parity_holds_in_the_interpreter():
         assert passed_in_the_interpreter(__file__) > 60
 

@@ -163,6 +163,7 @@ def test_the_served_page_shows_every_feature_and_text_of_the_index():
     assert "connect-src" not in policy()
 
 
+@pytest.mark.slow
 def test_a_served_page_whose_command_has_ended_says_so():
     index = synthetic(300, 2, 2, n_texts=0, n_rollouts=20, n_layers=1, dead=0)
     with open_browser() as browser:

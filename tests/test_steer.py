@@ -69,6 +69,7 @@ def test_the_first_arm_is_no_change_and_doses_move_away_from_it(steered, store, 
     assert [p["rollout"] for p in data["prompts"]] == store.rollout_id[:3].tolist()
 
 
+@pytest.mark.slow
 def test_a_feature_that_never_fires_does_nothing_in_any_dose(steered):
     for how in ("add", "remove", "clamp"):
         data = open_report(steered(how, features=(1,), how=how, doses=(1.0, 8.0)))
@@ -76,6 +77,7 @@ def test_a_feature_that_never_fires_does_nothing_in_any_dose(steered):
             assert arm["kl"] == 0 and arm["differ"] == 0
 
 
+@pytest.mark.slow
 def test_removing_once_takes_the_value_out_and_clamping_below_it_does_nothing(steered):
     """A dose of 1 of two features that are whole columns: nothing of the columns is left."""
     removed = open_report(steered("removed", features=(0, 2), how="remove", where="all"))

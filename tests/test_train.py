@@ -22,6 +22,8 @@ from lorascope.sae.model import load_sae
 from lorascope.sae.settings import TrainConfig
 from lorascope.sae.train import run
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 def planted_rows(n=1200, seed=0):
     """Rows of 14 columns made of 24 sparse directions; column scales spread over 10^4."""
@@ -144,7 +146,7 @@ def test_a_finished_output_is_left_alone_and_other_settings_are_refused(small_co
     assert load_sae(path).manifest["settings"]["k"] == 2.0
 
 
-@pytest.mark.parametrize("at", [1, 17, 40])
+@pytest.mark.parametrize("at", [17, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 40))])
 def test_a_run_broken_off_and_continued_is_the_undisturbed_run(
     small_config, tmp_path, monkeypatch, at, caplog
 ):
@@ -167,6 +169,7 @@ def test_a_run_broken_off_and_continued_is_the_undisturbed_run(
     assert f"going on from step {at}" in caplog.text
 
 
+@pytest.mark.slow
 def test_without_resume_it_begins_anew_and_ends_the_same(
     small_config, tmp_path, monkeypatch, caplog
 ):
@@ -216,6 +219,7 @@ def wait_for(path: Path, child: subprocess.Popen[bytes]) -> None:
     assert path.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)],

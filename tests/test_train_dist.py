@@ -338,12 +338,10 @@ def assert_close(one: Path, other: Path) -> None:
     assert first.manifest["settings"] == second.manifest["settings"]
 
 
-@pytest.mark.slow
 def test_under_torchrun_the_sae_is_that_of_one_process_up_to_rounding(config, straight, tmp_path):
     assert_close(run(replace(config, output=tmp_path / "alone.pt")), straight)
 
 
-@pytest.mark.slow
 def test_the_same_job_gives_the_same_bytes(config, straight, pair, tmp_path):
     again = replace(config, output=tmp_path / "sae.pt")
     codes, folder = pair(words=words_of(again))
@@ -380,7 +378,6 @@ def test_a_killed_process_ends_the_others_and_one_alone_may_go_on(config, straig
     assert_close(run(given), straight)
 
 
-@pytest.mark.slow
 def test_a_signal_to_torchrun_is_passed_on_and_loses_nothing(config, straight, pair, tmp_path):
     given = replace(config, output=tmp_path / "sae.pt", checkpoint_every=60)
     stopped = torchrun(__file__, *words_of(given), HOW="agent", AT="9")

@@ -20,12 +20,9 @@ from lorascope.sae.settings import TrainConfig
 from lorascope.sae.sweep import output_of
 from lorascope.sae.train import run
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 N_STEPS = 25  # of the small config: 3 epochs of 539 rows, by 64
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr(finish, "draw_training", lambda *_: None)
 
 
 @pytest.fixture
@@ -77,6 +74,7 @@ def steps_taken(monkeypatch):
     return taken
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sae.pt", "sae"])
 def test_each_of_many_has_the_bytes_of_its_run_alone(config, tmp_path, name):
     lists = {"k": (2.0, 4.0), "expansion_factor": (1, 2), "lr": ("auto", "0.02")}
@@ -181,6 +179,7 @@ def test_stability_is_the_cosine_with_the_nearest_latent_of_the_other_seeds(
         assert np.allclose(sae.stability.numpy(), expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_planted_direction_is_stable_and_what_only_one_seed_has_is_not(make_store, config):
     rng = np.random.default_rng(3)
     directions = np.linalg.qr(rng.standard_normal((14, 14)))[0][:6]

@@ -166,6 +166,7 @@ def words_of(figure):
     return "\n".join(text for text, _ in texts_of(figure))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_no_text_leaves_the_page_or_covers_another(drawn, case):
     figure = drawn(*CASES[case])
@@ -206,6 +207,7 @@ def test_the_bars_are_the_counts_and_decades_too_rare_for_the_rows_are_left_out(
     assert names == ["never", "10⁻⁴", "10⁻³", "10⁻²", "10⁻¹", "1"]
 
 
+@pytest.mark.slow
 def test_a_logarithmic_axis_is_said_to_be_one_and_every_other_begins_at_zero(drawn):
     fvu, l0, *others = drawn(WIDE, STEEP).axes
     for axes, unit in ((fvu, "FVU, share, logarithmic"), (l0, "L0, logarithmic")):
@@ -216,6 +218,7 @@ def test_a_logarithmic_axis_is_said_to_be_one_and_every_other_begins_at_zero(dra
     assert [axes.get_ylim()[0] for axes in drawn(MANIFEST, log_of()).axes[:2]] == [0.0, 0.0]
 
 
+@pytest.mark.slow
 def test_the_labels_of_the_rate_and_of_dead_latents_are_the_values_in_their_units(drawn):
     """In powers of ten and in percent: a label times its unit is where its tick stands."""
     _, _, rate, dead, *_ = drawn(MANIFEST, log_of()).axes
@@ -261,6 +264,7 @@ def test_an_empty_log_says_so_and_still_shows_what_was_held_out(drawn):
     assert [line.get_ydata()[0] for line in figure.axes[0].lines] == [0.139]
 
 
+@pytest.mark.slow
 def test_points_without_neighbours_are_seen_and_gaps_stay_gaps(tmp_path, drawn):
     """One point, or one between two gaps, has no line to be seen by."""
     log = log_of(9)
@@ -275,12 +279,14 @@ def test_points_without_neighbours_are_seen_and_gaps_stay_gaps(tmp_path, drawn):
     assert (inside == (0x2F, 0x6F, 0x9F)).all(2).sum() > 10
 
 
+@pytest.mark.slow
 def test_stability_is_shown_by_its_quartiles_where_there_is_one(drawn):
     assert "stability" not in words_of(drawn(MANIFEST))
     words = words_of(drawn(altered({"stability": [0.5, None, 0.7, 0.9, 1.0, 0.8]})))
     assert "stability, median\n0.800\nmiddle half 0.70 to 0.90" in words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [".png", ".svg"])
 def test_the_same_input_gives_the_same_bytes_whatever_the_users_settings(tmp_path, end):
     import matplotlib as mpl
@@ -312,6 +318,7 @@ def test_another_end_is_refused_in_one_line_and_nothing_is_written(tmp_path, nam
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_drawing_leaves_matplotlib_as_it_was_and_needs_no_pyplot(tmp_path):
     """In a process of its own: other tests may have imported pyplot or chosen a backend."""
     code = f"""
@@ -334,12 +341,14 @@ assert "matplotlib.pyplot" not in sys.modules
     assert (tmp_path / "sae.png").exists()
 
 
+@pytest.mark.slow
 def test_training_is_imported_without_matplotlib():
     code = "import sys, lorascope.sae.train; sys.exit('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_training_run_leaves_the_picture_of_its_sae_beside_it(make_store, tmp_path, drawn):
     store = make_store(planted_rows(), n_rollouts=12, dtype="float16")
     config = TrainConfig(
