@@ -1,13 +1,13 @@
-"""What each choice of training gives on planted rows: the tables of `docs/training.md`.
+"""Measure what each choice of training gives on planted rows: the tables of `docs/training.md`.
 
     python benchmarks/choices.py auxk=0.03125,lr=6e-3 auxk=0.03125,lr=6e-3,by_row=0
     python benchmarks/choices.py --tokens 1000000 lr=3.8e-3,auxk=0.25
     python benchmarks/choices.py lr=1.2e-2,d_in=56,expansion=8,k=8,directions=120,active=5
 
-Each argument is a run: `name=value`, by commas. What has no option of `train` is set in the module
-that has it: `by_row` (share of the steps), `encoder` (its first size, in decoders), `beta1`,
-`beta2`, `first` (`data` or `random` weights) and `rate` (`falls` or `stays`). Rows, measures and
-columns printed are those of `train.py quality`.
+Each argument is one run: `name=value` pairs, separated by commas. Choices without an option of
+`train` are set in the module that has them: `by_row` (share of the steps), `encoder` (initial size,
+in decoder norms), `beta1`, `beta2`, `first` (`data` or `random` weights) and `rate` (`falls` or
+`stays`). Rows, measures and columns are those of `train.py quality`.
 """
 
 import argparse

@@ -1,31 +1,31 @@
-"""How fast features are collected, and how many of the true examples are found, in one run.
+"""Measure how fast features are collected, and how many of the true examples are found.
 
     python benchmarks/collect.py                                # everything, on 99,135 tokens
     python benchmarks/collect.py speed --rounds 7
     python benchmarks/collect.py kept memory linear --longest 5000000
 
-448 columns, 7,168 latents, k 50, top 10 in windows of 21 tokens; `collection_data.py` makes the
-store and trains the SAE. All contenders read the same store with the same weights on the CPU.
+The shape is 448 columns, 7,168 latents, k 50, top 10, windows of 21 tokens. `collection_data.py`
+makes the store and trains the SAE. All contenders read the same store with the same weights on the
+CPU.
 
-`speed`: in turns, medians over the rounds. `lorascope collect` as a function, into `features.h5`;
-as a command, from the start of Python to a finished JSON, which is what is compared; the published
-collector (`published_collector.py`, its product in torch's `medium` precision), of which the scan
-is timed whole, but of the contexts one batch of 1,000 a round, and the JSON of these: its total is
-a projection to all its contexts. `product` is the encoder's product of the same rows in blocks of
-1,024 and nothing else, by `kernels.cpu.product`. Contexts a second are windows over the seconds of
-the bar `contexts`.
+`speed`: contenders alternate; medians over the rounds. lorascope runs as a function that writes
+`features.h5`, and as a command, from the start of Python to a finished JSON; the command is what is
+compared. The published collector (`published_collector.py`, its product in torch's `medium`
+precision) is timed for its whole scan but only 1,000 contexts per round and their JSON; its total
+is projected to all contexts. `product` is the encoder's product alone (`kernels.cpu.product`), in
+blocks of 1,024 rows. Contexts per second are windows over the seconds of the bar `contexts`.
 
-`kept`: the share of the true top examples that is found. True are the largest codes of all tokens,
-found by sorting all of them. Each collector has its own truth: the codes by which it ranks, those
-of lorascope computed here in float64, the published ones in its own batches.
+`kept`: the share of the true top examples that is found. The truth is found by sorting the codes of
+all tokens. Each collector has its own truth, by the codes it ranks with: lorascope's are computed
+here in float64, the published ones in its own batches.
 
-`memory`: what a collection adds to the resident memory, each in its own process, after store and
-SAE are loaded: the peak, and that of the part which is no page of a file (the store is mapped).
+`memory`: what a collection adds to the resident memory after store and SAE are loaded, each in its
+own process: the peak, and the part that is not backed by a file (the store is memory-mapped).
 
-`linear`: tokens a second of the function for the first rollouts of a long store.
+`linear`: tokens per second of the function for the first rollouts of a long store.
 
-`wide`: tokens a second of the encoder and of the product alone with 131,072 latents, for
-`docs/scale.md`. Its directions are rows of the data, its one threshold lets k of them fire.
+`wide`: tokens per second of the encoder, and of its product alone, with 131,072 latents, for
+`docs/scale.md`. Directions are rows of the data; one threshold lets k of them fire.
 """
 
 import argparse

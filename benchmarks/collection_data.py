@@ -1,9 +1,9 @@
-"""A store and an SAE to collect features with: planted rows in rollouts, and a dictionary for them.
+"""Make a store and an SAE to collect features from: planted rows in rollouts, and a dictionary.
 
-The rows are those of `planted_rows.py`; a rollout has 1,000 to 7,000 tokens, as long traces of
-reasoning do, whose texts are random words. All tokens count. The SAE is trained by lorascope on
-other rows of the same directions. A store of any length repeats a million rows, each rollout times
-a factor of its own between 0.9 and 1.1, so that no two rows are equal.
+The rows come from `planted_rows.py`. A rollout has 1,000 to 7,000 tokens, like long reasoning
+traces; its text is random words, and all tokens count. lorascope trains the SAE on other rows with
+the same directions. A longer store repeats a million rows and multiplies each rollout by its own
+factor between 0.9 and 1.1, so that no two rows are equal.
 """
 
 import itertools

@@ -1,26 +1,27 @@
 """Trainers that take the same rows: ours, four libraries', and the published loop.
 
-Each is a function `(rows, setting) -> Run`: `rows` are the training rows, float32; `run.step(x)`
-trains on a batch of them, `run.finish()` gives the SAE with the code that its users read it with.
+Each is a function `(rows, setting) -> Run`. `rows` are the training rows in float32, `run.step(x)`
+trains on one batch, and `run.finish()` returns the SAE with the code that its users read it with.
 The libraries train with their own classes, losses and optimisers:
 
-- `sae_lens`: `SAETrainer.step` on a `BatchTopKTrainingSAE`; saved and loaded as its JumpReLU SAE.
-- `dictionary_learning`: `BatchTopKTrainer.update`; its threshold afterwards.
-- `sparsify`: its trainer needs a language model, so the loop around `SparseCoder` (TopK, aux-k) is
-  ours, after its description: mean of the first batch as bias, Adam with linear decay. The other
-  form, `sparsify-signum`, has the optimiser that is its default.
-- `overcomplete`: `train_sae` on a `BatchTopKSAE`, a batch a call.
-- `published`: our writing of the published loop from its description: BatchTopK over scores times
-  decoder norms without a ReLU, Adam after a warm-up, no unit norms, no threshold (codes depend on
-  the batch), and an auxiliary loss in which the dead latents encode the residual, not detached.
-  Where the description is silent: the decoder starts as the encoder's transpose, the losses are
-  sums over columns and means over rows, and half as many dead latents as columns take part.
+- `sae_lens`: `SAETrainer.step` on a `BatchTopKTrainingSAE`, saved and loaded as its JumpReLU SAE.
+- `dictionary_learning`: `BatchTopKTrainer.update`, then its threshold.
+- `sparsify`: its trainer needs a language model, so we write the loop around `SparseCoder` (TopK,
+  aux-k) from its description: mean of the first batch as bias, Adam with linear decay.
+  `sparsify-signum` uses its default optimiser instead.
+- `overcomplete`: `train_sae` on a `BatchTopKSAE`, one batch per call.
+- `published`: our own writing of the published loop from its description: BatchTopK over scores
+  times decoder norms without a ReLU, Adam after a warm-up, no unit norms, no threshold (codes depend
+  on the batch), and an auxiliary loss in which dead latents encode the residual, not detached.
+  Where the description is silent, the decoder starts as the encoder's transpose, losses are sums
+  over columns and means over rows, and half as many dead latents as columns take part.
 
-Not the defaults: `dead_after` for all (100 k tokens; the libraries have 1 M to 10 M); warm-ups are
-at most a tenth of the run; sparsify's aux-k has weight 1/32 (it is off); dictionary_learning's
-threshold begins at half of the run (it would be after 1,000 steps, which short runs do not have).
-SAELens and dictionary_learning keep their rate constant, unless `decay`: then it falls to zero
-over the last fifth, by their own options. overcomplete has a plain squared error and no aux-k.
+What differs from their defaults: `dead_after` is 100,000 tokens for all (the libraries use 1 to 10
+million); warm-ups take at most a tenth of the run; sparsify's aux-k has weight 1/32 (off by
+default); dictionary_learning's threshold starts at half of the run (by default after 1,000 steps,
+more than short runs have). SAELens and dictionary_learning keep their rate constant unless `decay`
+is set: then it falls to zero over the last fifth, by their own options. overcomplete has a plain
+squared error and no aux-k.
 """
 
 import math

@@ -1,22 +1,22 @@
-"""What a page costs: file, building, opening, moving on, memory; beside the published form.
+"""Measure what a page costs: file size, building, opening, moving on, and memory.
 
     python benchmarks/dashboard.py --features 7168 100000
 
-Makes a synthetic index of each size (`synthetic_features.py`) with 10 examples of 21 tokens a
-feature, and of the same examples two pages: ours from `features.h5`, with all that it has besides
-examples, and the published one from its JSON (`published_page.py`), in turn. `--per-fifth 2` adds
-the ten samples a feature that `collect` draws, which are as many windows again and which the
-published JSON does not have. Each page is then opened in a fresh headless Chromium, in turn again,
-and each figure is the median over the runs:
+For each size this makes a synthetic index (`synthetic_features.py`) with 10 examples of 21 tokens
+per feature, and two pages of the same examples, in turn: ours from `features.h5`, with everything
+it has besides examples, and the published form from its JSON (`published_page.py`).
+`--per-fifth 2` adds the ten samples per feature that `collect` draws: as many windows again, which
+the published JSON lacks. Each page is then opened in a fresh headless Chromium, in turn. Figures
+are medians over the runs:
 
-- `first`: from the start of the navigation to the frame after the first tokens stood in the page,
-  as the page's own clock says. The file is in the page cache.
-- `next`: from a press of the right arrow key to the next feature's tokens, styled and laid out;
-  `slowest` is the slowest of them in a run. Every press waits for 30 ms of quiet before it.
+- `first`: from the start of the navigation to the frame after the first tokens appear, by the
+  page's own clock. The file is in the page cache.
+- `next`: from pressing the right arrow key to the next feature's tokens, styled and laid out;
+  `slowest` is the slowest press of a run. Each press waits for 30 ms of quiet first.
 - `heap`: the JavaScript heap after the presses and a garbage collection; `process`: the resident
-  memory of the process that shows the page, which has the file's text and the elements as well.
+  memory of the process that shows the page, including the file's text and the elements.
 
-`--budget` exits 1 when a figure of ours is over the budget of its size.
+With `--budget`, the exit code is 1 when one of our figures exceeds the budget of its size.
 """
 
 import argparse

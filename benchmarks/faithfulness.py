@@ -1,12 +1,13 @@
-"""Faithfulness of SAEs of the shipped subject against sparsity and size, beside the baselines.
+"""Measure how faithful SAEs of the shipped model are, by sparsity and size, next to baselines.
 
     python benchmarks/faithfulness.py --problems 400
     python benchmarks/faithfulness.py --solve 150 --run demo-output
 
-The first trains an SAE of each setting on the demo's problems, evaluates it on rollouts that it
-never saw, and prints a row of a Markdown table for each. Baselines: all rows rebuilt, then special
-ones kept. The second lets the subject solve problems that nobody showed it, with the rows rebuilt
-by the SAE of a folder that `lorascope demo` made and by the baselines, and counts right answers.
+The first command trains an SAE for each setting on the demo's problems, evaluates it on held-out
+rollouts, and prints one row of a Markdown table for each. Baselines are measured with all rows
+rebuilt, then with the rows of special tokens kept. The second command lets the model solve new
+problems with its rows rebuilt by the SAE of a finished demo and by the baselines, and counts right
+answers.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""How fast rows are read, beside the bare forward and the published way, in one run.
+"""Measure how fast rows are read, next to the bare forward pass and the published way.
 
     python benchmarks/generate.py                            # CPU: 8 layers of 512, float32
     python benchmarks/generate.py --dtype bfloat16
@@ -7,13 +7,13 @@
 Three ways take every batch of the same documents, in an order shuffled for each batch:
 
 - `lorascope`: what the stage does, up to rows in the stored type on the host.
-- `bare`: the base model alone on the same batches, no adapter, no lm_head, nothing read. It runs
-  twice; the second is the noise of the measurement.
-- `published`: as its paper's scripts do: a document at a time, PEFT's forward with the lm_head,
-  each site's output copied to the host by its own hook.
+- `bare`: the base model alone on the same batches: no adapter, no lm_head, nothing read. It runs
+  twice; the second run shows the noise of the measurement.
+- `published`: one document at a time through PEFT's forward with the lm_head, each site's output
+  copied to the host by its own hook.
 
-Prints tokens a second (tokens of documents; padding counts for nobody), the ratio of time to `bare`
-(median over the batches, with quartiles), and how far the rows of the ways are apart.
+Prints tokens per second (padding does not count), the ratio of time to `bare` (median over the
+batches, with quartiles), and how far the rows of the ways differ.
 """
 
 import argparse

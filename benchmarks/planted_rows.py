@@ -1,15 +1,15 @@
-"""Rows with known directions in them, like those of an adapter, to see what training recovers.
+"""Make rows with known directions in them, like those of an adapter, to see what training finds.
 
-1. Directions are random and of unit norm. Direction i is on in a share of the tokens that falls as
-   1 / (i + 1), at most in half of them, about 30 at a token in all (Zipf).
-2. A direction begins on its own or, half of the times, with its group: the ten of neighbouring
-   rates begin at the same token, each with its own chance. It stays on for three tokens on average
-   (geometric). Beginnings are Poisson, so the number that would be on at once is Poisson too, and
-   the share of the tokens with one or more is the wanted one exactly, in expectation.
-3. While it is on, its value is log-normal (sigma 0.4, mean 1), drawn anew at each token.
-4. Noise of the same size in every column is added: 0.25 % of the variance, about.
-5. Every column is multiplied by a scale of its own, spread evenly in the logarithm over
-   `10**spread`. `standardised` undoes this.
+1. Directions are random unit vectors. Direction i is on in a share of the tokens that falls as
+   1 / (i + 1), at most half of them; about 30 are on at a token (Zipf).
+2. A direction starts on its own or, half of the time, with its group: the ten with neighbouring
+   rates start at the same token, each with its own probability. It stays on for three tokens on
+   average (geometric). Starts are Poisson, so the number that are on at once is Poisson too, and in
+   expectation the share of tokens with one or more is exactly the wanted one.
+3. While it is on, its value is log-normal (sigma 0.4, mean 1), drawn again at each token.
+4. Every column gets noise of the same size, about 0.25 % of the variance.
+5. Every column is multiplied by its own scale, spread evenly in the logarithm over `10**spread`.
+   `standardised` undoes this.
 
 All draws come from one generator on the CPU: a seed gives the same rows everywhere.
 """

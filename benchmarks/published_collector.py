@@ -1,22 +1,23 @@
-"""The published collector of examples, in our own writing after a description of it, to be timed.
+"""The published collector of examples, in our own writing from a description, to be timed.
 
-1. Scan: the tokens of one rollout after the other, 2,048 at a time. A code is what BatchTopK keeps
-   of that batch: its k times tokens largest scores (value times norm of the decoder row), so that
-   it depends on the batch, and the last batch of a rollout has a bar of its own. Of each token
-   those latents that are above 0 are shown to the tracker.
-2. Tracker: an array of `top_k` values for each latent, largest first, and a loop over the tokens.
-   A value above a latent's last one is put in its place, one insertion at a time, with the fault
-   that the description names: what is smaller moves down from one slot too far up, so that the
-   value above changes places with the new one, and where the new one is the largest nothing moves
-   at all and the largest so far is overwritten. (Places are looked up as in an ordered list, which
-   it soon is not: this gives the recall that was measured, a linear search gives more.)
+1. Scan: one rollout after the other, 2,048 tokens at a time. A code is what BatchTopK keeps of that
+   batch: the k times tokens largest scores (value times norm of the decoder row). So it depends on
+   the batch, and the last batch of a rollout has its own cut-off. At each token, latents above 0
+   go to the tracker.
+2. Tracker: an array of `top_k` values per latent, largest first, and a loop over the tokens. A value
+   above a latent's last one is inserted, with the fault that the description names: smaller values
+   move down from one slot too high, so that the value above swaps with the new one; where the new
+   value is the largest, nothing moves and the largest so far is overwritten. (Slots are looked up
+   as in a sorted list, which it soon is not. This reproduces the measured recall; a linear search
+   keeps more.)
 3. Contexts, 1,000 at a time in the order of the latents: for each rollout the span from the first
    window to the last is encoded again, as one batch, and each window takes its latent's values.
 4. JSON in the published schema, indented by two.
 
-Float32 throughout. What is left out costs time in the original and none here: unpacking compressed
-files, and moving arrays to a device. Nothing here is read by lorascope; it keeps about half of the
-true examples. `python benchmarks/published_collector.py` shows that it does what is described.
+Everything is float32. What is left out costs time in the original and none here: unpacking
+compressed files, and moving arrays to a device. lorascope reads nothing from here. It keeps about
+half of the true examples; `python benchmarks/published_collector.py` shows that it behaves as
+described.
 """
 
 import json

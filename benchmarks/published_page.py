@@ -1,10 +1,10 @@
 """Our writing of the published page from its description, to measure against.
 
 One HTML file that holds the features JSON as it is, a number box, a select box with every feature,
-buttons and arrow keys, and a box for features with all examples only. Showing a feature writes its
-examples anew, each token on red as strong as its share of the example's largest value. Where the
-description is silent, the simplest thing is done: the JSON is one object of the script, and the
-examples are written as HTML text, escaped.
+buttons and arrow keys, and a filter for features with all examples. Showing a feature rewrites its
+examples, with each token on red by its share of the example's largest value. Where the description
+is silent, the simplest thing is done: the JSON is one object of the script, and examples are
+written as escaped HTML.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""Reconcile a store of the shipped subject with a tokenisation that shares no code with lorascope.
+"""Compare a store of the shipped model with a tokenisation that shares no code with lorascope.
 
     python benchmarks/reconcile.py train.jsonl        # records with `question` and `answer`
 
-Runs `generate` on the whole file into a temporary folder, then renders every record by a format
-string, encodes it with the `tokenizers` library alone, and compares: rollouts, token ids, rows.
+Runs `generate` on the whole file into a temporary folder. Then it renders every record with a format
+string, encodes it with the `tokenizers` library alone, and compares rollouts, token ids and rows.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""What the parts of a training step take at the least, by the fastest primitives seen.
+"""Measure the least time that each part of a training step can take, by the fastest primitives.
 
 The reference step is one dense product (the encoder), decoding, the gradient of the code (which
-reads the same decoder rows as decoding does, and is priced as it), the gradients of both matrices,
-and Adam. The choice of what fires costs nothing in it: it can be made while the product is written.
+reads the same decoder rows as decoding and is priced like it), the gradients of both matrices, and
+Adam. Selecting what fires is free in it: it can be done while the product is written.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,16 +1,16 @@
-"""How fast a store is read: in order, shuffled, and against a plain copy, in one run.
+"""Measure how fast a store is read: in order, shuffled, and against a plain copy.
 
     python benchmarks/store.py --gigabytes 1
 
 Writes a store of random rows (448 columns, float16) into a temporary folder, then reads batches of
-1,024 rows as float32, the ways alternating: `in order` (`store.rows`), `shuffled` (`store.take` of
-rows of a permutation of the whole store), and `copy`: a copy of the same bytes out of one
-array in memory, which is what the machine can do. The files are in the page cache.
+1,024 rows as float32 in alternating ways: `in order` (`store.rows`), `shuffled` (`store.take` with
+a permutation of the whole store), and `copy`: a copy of as many bytes from one array in memory,
+the most that the machine can do. The files are in the page cache.
 
-Then, with the files dropped from the page cache before each: `cold, in order`; and all shuffled
-batches of the `first epoch` as training takes them (`BatchPlan`: read in order, checked, kept in
-memory, taken in random order), and of the `second epoch`; and those of an epoch `streamed` through
-a buffer of a tenth of the store, as training takes a store larger than memory. Medians of five.
+Then, with the page cache dropped before each: `cold, in order`; all shuffled batches of the
+`first epoch` as training takes them (`BatchPlan`: read in order, checked, kept in memory, taken in
+random order), and of the `second epoch`; and those of an epoch `streamed` through a buffer of a
+tenth of the store, as training takes a store larger than memory. Figures are medians of five.
 """
 
 import argparse

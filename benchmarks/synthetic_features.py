@@ -1,19 +1,19 @@
-"""A feature index of any size that looks like a real one, to see what a page of it costs.
+"""Make a feature index of any size that looks like a real one, to measure its page.
 
     python benchmarks/synthetic_features.py --features 100000 --output /tmp/features.h5
 
 1. A corpus: rollouts of phrases, phrases of tokens, both drawn by Zipf's law, so that texts repeat
-   themselves as real ones do. Parts of a rollout have roles; headers between them are special.
-2. A latent fires on its trigger, one token of the vocabulary, and now and then beside the places
-   that were chosen. A share of the latents is dead.
-3. Of the trigger's places some are chosen: the strongest as examples, others as samples of each
-   fifth of the values. A latent's value at a row depends on latent and row alone, so windows that
-   overlap and texts that are kept whole agree.
-4. Statistics are drawn so that they add up as they must. The decoder's neighbours are those of
-   planted clusters of about 30 latents.
+   themselves as real ones do. Parts of a rollout have roles; the headers between them are special.
+2. A latent fires on its trigger (one token of the vocabulary) and now and then near the chosen
+   positions. A share of the latents is dead.
+3. Some of the trigger's positions are chosen: the strongest as examples, others as samples of each
+   fifth of the values. A latent's value at a row depends only on latent and row, so overlapping
+   windows and whole texts agree.
+4. Statistics are drawn so that they add up. Decoder neighbours come from planted clusters of about
+   30 latents.
 
 All draws come from one generator: a seed gives the same index everywhere. `FeatureIndex.verify`
-holds it to the promises of `docs/formats.md`.
+checks it against `docs/formats.md`.
 """
 
 import argparse

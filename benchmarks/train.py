@@ -1,4 +1,4 @@
-"""How fast SAEs are trained, and how good they are, beside the peers on the same rows, in one run.
+"""Measure how fast SAEs are trained, and how good they are, next to the peers on the same rows.
 
     python benchmarks/train.py speed                            # CPU, 1024 x 448 x 7168, k 50
     python benchmarks/train.py speed --batch 4096 --bf16
@@ -6,29 +6,29 @@
     python benchmarks/train.py quality --only lorascope,sparsify --spread 4 --raw
     python benchmarks/train.py memory --tokens 100000
 
-The rows are those of `planted_rows.py`, in one shuffled order for everybody; `contenders.py` says
-how each contender is run and what was changed from its defaults. Columns are divided by their
-standard deviation beforehand, for all: the choice of units must not be what wins. With `--raw` the
-rows are divided by one number, and each contender does what it does by itself. Products have
-torch's `medium` precision (on a CPU oneDNN instead of MKL, in float32 all the same) unless
-`--defaults` leaves it.
+The rows come from `planted_rows.py`, in one shuffled order for everybody. `contenders.py` says how
+each contender runs and what differs from its defaults. Columns are divided by their standard
+deviation beforehand, for all, so that the choice of scale cannot decide. With `--raw` all rows are
+divided by one number, and each contender scales by itself. Products have torch's `medium`
+precision (oneDNN instead of MKL on a CPU, still float32) unless `--defaults` leaves it.
 
 `speed`: the contenders take turns in blocks of `--steps`, in a shuffled order each round, with the
 limits of the machine (`step_limits.py`) between them. Ratios compare blocks of one round;
-`lorascope again` is the noise. `--settle 120` trains past the first 100 k tokens first, so that
-aux-k takes part.
+`lorascope again` is the noise. `--settle 120` first trains past 100,000 tokens, so that aux-k
+takes part.
 
-`quality`: the fraction of variance unexplained of held-out rows by the inference code (float64,
-about the mean of the held-out rows), L0 while training and afterwards, the share of latents that
-were silent for the last 100 k training tokens (where the contender counts them), the share that
-never fires in the held-out rows, and how many true directions are found (best absolute cosine with
-a decoder row > 0.9, and its mean), all in the units in which every column has variance 1. A line of
-JSON a run; what the output already has is not run again.
+`quality`: the fraction of variance unexplained on held-out rows with the inference code (float64,
+about the mean of the held-out rows); L0 in training and afterwards; the share of latents that were
+silent for the last 100,000 training tokens (where the contender counts them); the share that never
+fires on the held-out rows; and how many true directions are found (best absolute cosine with a
+decoder row > 0.9, and its mean). All with columns at variance 1. Each run is one line of JSON; a run
+that the output already has is skipped.
 
-`memory`: the peak of resident (on CUDA: allocated) memory that training adds, a process each.
+`memory`: the peak of resident memory (on CUDA: allocated memory) that training adds, one process
+per contender.
 
-The peers: `pip install lorascope[bench]`. Beside a CPU build of torch, torchvision must be a CPU
-build too, or absent: `pip uninstall torchvision` (some peers name it; nothing here needs it).
+The peers: `pip install lorascope[bench]`. With a CPU build of torch, torchvision must be a CPU build
+or absent (`pip uninstall torchvision`): some peers import it, and nothing here needs it.
 """
 
 import argparse

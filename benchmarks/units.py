@@ -1,17 +1,16 @@
-"""Which units of a column (`--normalize`) give the best dictionary.
+"""Measure which column scale (`--normalize`) gives the best dictionary.
 
     python benchmarks/units.py planted                   # scales of columns spread over 10^4
-    python benchmarks/units.py subject --problems 1000   # the shipped subject, by spliced KL
+    python benchmarks/units.py subject --problems 1000   # the shipped model, by spliced KL
 
-`planted`: the held-out FVU in each of the four units, and the share of the known directions with an
-absolute cosine > 0.9, with columns at variance 1 as in `train.py`.
+`planted`: the held-out FVU with each of the four scales, and the share of the known directions with
+an absolute cosine > 0.9, with columns at variance 1 as in `train.py`.
 
-`subject`: an SAE is trained by the command on problems that the subject writes its rows for. Then
-other problems are read twice: the second time every `lora_A` gives what the SAE makes of the rows
-of the first, as its threshold lets through. The KL divergence of the next-token distributions,
-nats a token: `spliced` from those of the adapted model; `mean` when every column is its mean
-instead, `zero` without the adapter. `kept` is 1 - spliced / zero. Rows of special tokens, which no
-SAE is trained on, stay as they are; the divergence counts at every token.
+`subject`: the command trains an SAE on the shipped model's rows. Then the model reads new problems
+twice; the second time, every `lora_A` returns what the SAE makes of the rows of the first pass,
+with its threshold. KL divergence of the next-token distributions from those of the adapted model,
+in nats per token: `spliced`; `mean` with every column at its mean; `zero` without the adapter.
+`kept` is 1 - spliced / zero. Rows of special tokens stay as they are; KL counts every token.
 """
 
 import argparse
