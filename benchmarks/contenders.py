@@ -11,7 +11,8 @@ The libraries train with their own classes, losses and optimisers:
   `sparsify-signum` uses its default optimiser instead.
 - `overcomplete`: `train_sae` on a `BatchTopKSAE`, one batch per call.
 - `published`: our own writing of the published loop from its description: BatchTopK over scores
-  times decoder norms without a ReLU, Adam after a warm-up, no unit norms, no threshold (codes depend
+  times decoder norms without a ReLU, Adam after a warm-up, no unit norms, no threshold (codes
+  depend
   on the batch), and an auxiliary loss in which dead latents encode the residual, not detached.
   Where the description is silent, the decoder starts as the encoder's transpose, losses are sums
   over columns and means over rows, and half as many dead latents as columns take part.

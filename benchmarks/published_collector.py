@@ -4,7 +4,8 @@
    batch: the k times tokens largest scores (value times norm of the decoder row). So it depends on
    the batch, and the last batch of a rollout has its own cut-off. At each token, latents above 0
    go to the tracker.
-2. Tracker: an array of `top_k` values per latent, largest first, and a loop over the tokens. A value
+2. Tracker: an array of `top_k` values per latent, largest first, and a loop over the tokens. A
+value
    above a latent's last one is inserted, with the fault that the description names: smaller values
    move down from one slot too high, so that the value above swaps with the new one; where the new
    value is the largest, nothing moves and the largest so far is overwritten. (Slots are looked up

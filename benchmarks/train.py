@@ -21,14 +21,14 @@ takes part.
 about the mean of the held-out rows); L0 in training and afterwards; the share of latents that were
 silent for the last 100,000 training tokens (where the contender counts them); the share that never
 fires on the held-out rows; and how many true directions are found (best absolute cosine with a
-decoder row > 0.9, and its mean). All with columns at variance 1. Each run is one line of JSON; a run
-that the output already has is skipped.
+decoder row > 0.9, and its mean). All with columns at variance 1. Each run is one line of JSON; a
+run that the output already has is skipped.
 
 `memory`: the peak of resident memory (on CUDA: allocated memory) that training adds, one process
 per contender.
 
-The peers: `pip install lorascope[bench]`. With a CPU build of torch, torchvision must be a CPU build
-or absent (`pip uninstall torchvision`): some peers import it, and nothing here needs it.
+The peers: `pip install lorascope[bench]`. With a CPU build of torch, torchvision must be a CPU
+build or absent (`pip uninstall torchvision`): some peers import it, and nothing here needs it.
 """
 
 import argparse
