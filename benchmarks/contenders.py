@@ -12,10 +12,9 @@ The libraries train with their own classes, losses and optimisers:
 - `overcomplete`: `train_sae` on a `BatchTopKSAE`, one batch per call.
 - `published`: our own writing of the published loop from its description: BatchTopK over scores
   times decoder norms without a ReLU, Adam after a warm-up, no unit norms, no threshold (codes
-  depend
-  on the batch), and an auxiliary loss in which dead latents encode the residual, not detached.
-  Where the description is silent, the decoder starts as the encoder's transpose, losses are sums
-  over columns and means over rows, and half as many dead latents as columns take part.
+  depend on the batch), and an auxiliary loss in which dead latents encode the residual, not
+  detached. Where the description is silent, the decoder starts as the encoder's transpose, losses
+  are sums over columns and means over rows, and half as many dead latents as columns take part.
 
 What differs from their defaults: `dead_after` is 100,000 tokens for all (the libraries use 1 to 10
 million); warm-ups take at most a tenth of the run; sparsify's aux-k has weight 1/32 (off by

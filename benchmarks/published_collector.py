@@ -5,12 +5,11 @@
    the batch, and the last batch of a rollout has its own cut-off. At each token, latents above 0
    go to the tracker.
 2. Tracker: an array of `top_k` values per latent, largest first, and a loop over the tokens. A
-value
-   above a latent's last one is inserted, with the fault that the description names: smaller values
-   move down from one slot too high, so that the value above swaps with the new one; where the new
-   value is the largest, nothing moves and the largest so far is overwritten. (Slots are looked up
-   as in a sorted list, which it soon is not. This reproduces the measured recall; a linear search
-   keeps more.)
+   value above a latent's last one is inserted, with the fault that the description names: smaller
+   values move down from one slot too high, so that the value above swaps with the new one; where
+   the new value is the largest, nothing moves and the largest so far is overwritten. (Slots are
+   looked up as in a sorted list, which it soon is not. This reproduces the measured recall; a
+   linear search keeps more.)
 3. Contexts, 1,000 at a time in the order of the latents: for each rollout the span from the first
    window to the last is encoded again, as one batch, and each window takes its latent's values.
 4. JSON in the published schema, indented by two.

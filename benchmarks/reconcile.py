@@ -3,8 +3,8 @@
     python benchmarks/reconcile.py train.jsonl        # records with `question` and `answer`
 
 Runs `generate` on the whole file into a temporary folder. Then it renders every record with a
-format
-string, encodes it with the `tokenizers` library alone, and compares rollouts, token ids and rows.
+format string, encodes it with the `tokenizers` library alone, and compares rollouts, token ids
+and rows.
 """
 
 import argparse
