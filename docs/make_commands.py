@@ -12,7 +12,7 @@ HEAD = """# Commands
 This page is made by `python docs/make_commands.py`; `lorascope COMMAND --help` says the same.
 Every flag is also a key of `lorascope.toml` (`--top-k` is `top_k`) and a keyword of the config in
 Python. Exit codes: 0 done, 2 your input is wrong (one line; `--debug` gives the traceback), 130 and
-143 interrupted (finished work stays), 1 a defect. stdout carries the path of what was made.
+143 interrupted (finished work is kept), 1 a defect. stdout carries the path of what was made.
 
 `lorascope info PATH` says what an artifact is, from its header alone. `lorascope verify PATH`
 checks its checksums and promises; exit code 1 names what is broken.

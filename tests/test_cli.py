@@ -15,6 +15,7 @@ from conftest import s1_records, write_store
 from test_collect import make_sae
 
 from lorascope.cli import COMMANDS, call
+from lorascope.runtime import ProgressLog, progress
 
 GENERATE = "generate --lora-path {adapter} --dataset {data} --output {out}"
 TRAIN = "train --data-dir {store} --output {out} --batch-size 64 --expansion-factor 2 --k 3"
@@ -78,7 +79,7 @@ def refused(place, capsys, line, *words):
         (GENERATE + " --num-examples 0", ["--num-examples is 0, expected 1 or more"]),
         (GENERATE + " --adapter-types gate_proj qqq", ["qqq is not among"]),
         (GENERATE + " --template html", ["--template is 'html', expected one of auto, s1"]),
-        (GENERATE + " --device cuda", ["device cuda was asked for"]),
+        (GENERATE + " --device cuda", ["--device is cuda", "no CUDA GPU"]),
         ("generate --lora-path {adapter} --dataset none.jsonl", ["none.jsonl does not exist"]),
         ("generate --lora-path {adapter} --dataset {tmp}", ["is a folder"]),
         ("train --data-dir {tmp}/none", ["does not exist; make it with lorascope generate"]),
@@ -202,6 +203,40 @@ def test_debug_shows_the_traceback(place):
         call(["generate", "--debug"])
 
 
+def test_progress_off_a_terminal_is_one_line_every_ten_seconds(caplog):
+    caplog.set_level("INFO", "lorascope")
+    now = 0.0
+    with ProgressLog(10_000, "collect", "tokens", clock=lambda: now) as counter:
+        for second in range(1, 101):
+            now = second
+            counter.update(50)
+    assert len(caplog.messages) == 10
+    assert caplog.messages[0] == "collect: 500 of 10,000 tokens, 50 a second, 03:10 remaining"
+
+
+def test_the_rate_of_progress_is_that_of_the_last_minute(caplog):
+    caplog.set_level("INFO", "lorascope")
+    now = 0.0
+    counter = ProgressLog(100_000, "training", "steps", clock=lambda: now)
+    counter.update(90_000)  # resumed
+    for second in range(1, 81):
+        now = second
+        counter.update(1)
+    assert "90,080 of 100,000 steps, 1 a second, 2:45:20 remaining" in caplog.messages[-1]
+
+
+def test_progress_is_a_bar_on_a_terminal_only_and_nothing_when_quiet(monkeypatch, caplog):
+    assert isinstance(progress(1, "collect", "tokens"), ProgressLog)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with progress(1, "collect", "tokens") as bar:
+        assert not isinstance(bar, ProgressLog)
+        assert not bar.disable
+    caplog.set_level("WARNING", "lorascope")
+    with progress(1, "collect", "tokens") as bar:
+        assert not isinstance(bar, ProgressLog)
+        assert bar.disable
+
+
 @pytest.mark.slow
 def test_an_interrupt_exits_130_keeps_finished_work_and_continues(place, tmp_path):
     data = tmp_path / "many.jsonl"
@@ -216,7 +251,7 @@ def test_an_interrupt_exits_130_keeps_finished_work_and_continues(place, tmp_pat
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "interrupted; finished work stays" in errors
+    assert "interrupted: finished work is kept" in errors
     before = shard.stat().st_mtime_ns
     assert call(line.split()) == 0
     assert (place["out"] / "shard-00000.h5").stat().st_mtime_ns == before

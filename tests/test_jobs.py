@@ -118,7 +118,7 @@ def test_killed_workers_end_the_job_and_any_other_number_finishes_it(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     watch = kill_at_next_shard(partial, 1)
     begun = time.monotonic()
-    with pytest.raises(WorkerError, match=r"rank \d of 2 was killed by SIGKILL; finished work"):
+    with pytest.raises(WorkerError, match=r"rank \d of 2 was killed by SIGKILL: finished"):
         runtime.launch(2, "generate", given)
     watch.join()
     assert time.monotonic() - begun < 120
@@ -260,7 +260,7 @@ def test_a_full_disk_is_said_and_loses_nothing(
     words += ["--output", str(out)]
     monkeypatch.setattr(generate, "write_shard", full)
     assert call(words) == 2
-    assert "no space left on device; finished work stays" in capsys.readouterr().err
+    assert "no space left on device; finished work is kept" in capsys.readouterr().err
     kept = out.with_name("store.partial") / "shard-00000.h5"
     stamp = kept.stat().st_mtime_ns
     monkeypatch.setattr(generate, "write_shard", real)

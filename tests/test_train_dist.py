@@ -361,7 +361,7 @@ def test_a_signal_to_one_process_ends_all_with_143_and_loses_nothing(
     for rank in range(2):
         err = (folder / f"{rank}.err").read_text()
         assert "Traceback" not in err
-        assert "interrupted; finished work stays, the same command continues" in err
+        assert "interrupted: finished work is kept" in err
     assert not given.output.exists()
     codes, folder = pair(words=words_of(given))
     assert codes == [0, 0]

@@ -2,7 +2,7 @@
 
 stdout carries the path of what was made and nothing else; logs and progress go to stderr. Exit
 codes: 0 done, 2 the user's input is wrong (one line; `--debug` gives the traceback), 130 and 143
-interrupted (finished work stays), 1 a defect of lorascope.
+interrupted (finished work is kept), 1 a defect of lorascope.
 """
 
 import argparse
@@ -158,14 +158,16 @@ def call(argv: Sequence[str]) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     except Interrupted as stop:
-        print("interrupted; finished work stays, the same command continues", file=sys.stderr)
+        print(
+            "interrupted; finished work is kept; run the command again to continue", file=sys.stderr
+        )
         return stop.exit_code
     except OSError as error:
         if debug or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise
         where = f"{error.filename}: " if error.filename else ""  # h5py does not say it
         what = os.strerror(error.errno).lower()
-        print(f"ArtifactError: {where}{what}; finished work stays", file=sys.stderr)
+        print(f"ArtifactError: {where}{what}; finished work is kept", file=sys.stderr)
         return LorascopeError.exit_code
 
 

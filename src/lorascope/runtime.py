@@ -1,9 +1,9 @@
-"""The processes that a stage runs in: their devices, signals, progress bars and shares of work.
+"""The processes that a stage runs in: their devices, signals, progress and shares of the work.
 
-The only module that knows how many processes and devices there are. A job of several is started by
-`torchrun`, or by `launch` for the user. Its work is cut into units that the config alone fixes;
-each process takes the next free unit (`claim_work_units`), and holds a lock on it that dies with
-the process. No process ever waits for another inside a unit, so that fast ones do more.
+Only this module knows how many processes and devices there are. `torchrun` starts a job of several
+processes; `launch` does it for the user. The config alone cuts the work into work units. Each
+process claims the next free unit (`claim_work_units`) and holds a lock on it that dies with the
+process. Inside a unit no process waits for another, so faster ones do more units.
 """
 
 import errno
@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,8 +35,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WORKER = "--worker"  # lorascope --worker COMMAND JSON is one process of a job
-_JOB = "lorascope-"  # begins the id of a job that `launch` started
-_POLL = 0.1  # seconds between looks at what the others have finished
+_JOB = "lorascope-"  # the ids of jobs that `launch` started begin with this
+_LINE_EVERY = 10.0  # seconds between lines of progress where stderr is no terminal
+_MARKS = 7  # lines of progress that a rate is measured over
+_POLL = 0.1  # seconds between checks for what other processes have finished
 
 
 def process_rank() -> int:
@@ -54,19 +57,19 @@ def prints_result() -> bool:
 
 
 def n_workers(device: str, num_gpus: int | None) -> int:
-    """Return how many processes to start: one for each GPU to use, 1 inside a running job."""
+    """Return how many processes to start: one per GPU to use, 1 inside a running job."""
     import torch
 
     if world_size() > 1 or device not in ("auto", "cuda") or not torch.cuda.is_available():
         return 1
-    found = torch.cuda.device_count()
-    return max(min(found if num_gpus is None else num_gpus, found), 1)
+    n_gpus = torch.cuda.device_count()
+    return max(min(n_gpus if num_gpus is None else num_gpus, n_gpus), 1)
 
 
 def launch(n: int, command: str, config: Config) -> None:
-    """Run a command with this config in `n` processes on this machine, and wait for them.
+    """Run a command with this config in `n` processes on this machine and wait for them.
 
-    Raises WorkerError naming the first process that failed, once all others are stopped.
+    When one fails, stops the others and raises WorkerError, which names the failed one.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -85,14 +88,14 @@ def launch(n: int, command: str, config: Config) -> None:
         monitor_interval=0.1,
     )
     try:
-        options_text = json.dumps(config.to_json())
-        elastic_launch(options, sys.executable)("-m", "lorascope", WORKER, command, options_text)
+        words = [WORKER, command, json.dumps(config.to_json()), *_verbosity()]
+        elastic_launch(options, sys.executable)("-m", "lorascope", *words)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = int(failure.exitcode)
         how = f"ended with exit code {code}" if code >= 0 else f"was killed by {_signal(-code)}"
         raise WorkerError(
-            f"rank {rank} of {n} {how}; finished work stays, the same command continues",
+            f"rank {rank} of {n} {how}: finished work is kept; run the command again to continue",
             exit_code=code if code > 0 else 1,
         ) from error
     except SignalException as stop:
@@ -106,15 +109,20 @@ def _signal(number: int) -> str:
         return f"signal {number}"
 
 
+def _verbosity() -> list[str]:
+    level = logging.getLogger("lorascope").getEffectiveLevel()
+    return ["--quiet"] if level > logging.INFO else ["--verbose"] if level < logging.INFO else []
+
+
 @dataclass(frozen=True)
 class Claim:
-    """A unit of work that is this process's until `release`, or until the process dies."""
+    """The right to do a work unit: this process has it until `release`, or until it dies."""
 
     work_unit: int
     _locks: IO[str] | None
 
     def release(self) -> None:
-        """Let go of the unit: its file is there, or it is to be done by another."""
+        """Give the work unit up: its file exists, or another process is to do it."""
         if self._locks is not None:
             fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, self.work_unit)
 
@@ -125,65 +133,66 @@ def claim_work_units(
     on_finished: Callable[[int], None],
     on_idle: Callable[[], None],
 ) -> Generator[Claim]:
-    """Yield the units to do, until every file of `targets` is there, by whomever it was made.
+    """Yield work units for this process to do until every file in `targets` exists.
 
-    The caller writes `targets[i]` for unit i, atomically, and then releases the claim.
-    `on_finished(i)` is called once for every file, whoever made it; `on_idle()` while all that is
-    left to do is to wait. Byte i of the file `locks` is locked for unit i. On a file system without
-    locks the units are dealt out by rank instead.
+    The caller writes `targets[i]` for work unit i, atomically, and then releases the claim.
+    `on_finished(i)` is called once for every file, whichever process wrote it; `on_idle()` is
+    called while there is nothing to do but wait. Byte i of the file `locks` is the lock of work
+    unit i. On a file system without locks, work unit i belongs to rank `i % world_size`.
     """
     pending = dict(enumerate(targets))
-    mine: set[int] = set()
+    claimed: set[int] = set()  # by this process, file not seen yet
 
-    def see(units: Iterable[int]) -> None:
-        for unit in [unit for unit in units if pending[unit].exists()]:
-            del pending[unit]
-            mine.discard(unit)
-            on_finished(unit)
+    def report_finished(candidates: Iterable[int]) -> None:
+        for i in [i for i in candidates if pending[i].exists()]:
+            del pending[i]
+            claimed.discard(i)
+            on_finished(i)
 
-    see(list(pending))
+    report_finished(list(pending))
     if not pending or not locks.parent.exists():
-        return  # nothing to do, or published: leave nothing in a folder that rank 0 may be sealing
+        return  # finished or published: write nothing into a folder that rank 0 may be sealing
     with locks.open("a") as file:
         while pending:
-            see(list(pending))
-            taken = False
-            for unit in list(pending):
-                if unit in mine or targets[unit].exists() or not _lock(file, unit):
+            report_finished(list(pending))
+            has_claimed = False
+            for i in list(pending):
+                if i in claimed or targets[i].exists() or not _lock(file, i):
                     continue
-                claim = Claim(unit, file if world_size() > 1 else None)
-                if targets[unit].exists():  # made since the look before
+                claim = Claim(i, file if world_size() > 1 else None)
+                if targets[i].exists():  # written between the check and the lock
                     claim.release()
                     continue
                 if not locks.exists():
-                    return  # made and published since the look before
-                taken = True
-                mine.add(unit)
+                    return  # written and published between the check and the lock
+                has_claimed = True
+                claimed.add(i)
                 yield claim
-                see(list(mine))
-            if pending and not taken:
+                report_finished(list(claimed))
+            if pending and not has_claimed:
                 if not locks.exists():
                     return  # rank 0 saw the last file before this process did, and published
                 on_idle()
                 time.sleep(_POLL)
 
 
-def _lock(file: IO[str], unit: int) -> bool:
+def _lock(file: IO[str], work_unit: int) -> bool:
     if world_size() == 1:
         return True
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, unit)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, work_unit)
     except OSError as error:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            return unit % world_size() == process_rank()
+            return work_unit % world_size() == process_rank()
         return False
     return True
 
 
 class Team:
-    """The processes that train together; alone, everything here is the identity.
+    """The processes that train together; with one process every method is the identity.
 
-    A batch is shared out in the order of the ranks. Every process calls every method.
+    Each process has a share of every batch, in the order of the ranks. All processes must call the
+    same methods in the same order.
     """
 
     def __init__(self, world: int = 1, rank: int = 0) -> None:
@@ -191,26 +200,22 @@ class Team:
         self._shares: dict[int, tuple[int, int]] = {}
 
     def share(self, n: int) -> tuple[int, int]:
-        """Return how many rows the ranks before have, and how many all have, where this has `n`.
+        """Return how many rows of a batch the lower ranks have, and how many all ranks have.
 
-        Asked of the others once for each `n`: the shares of a run's batches never change.
+        `n` is how many this rank has. The ranks exchange their counts once for each `n`, because
+        the shares of a run's batches never change.
         """
         if self.world == 1:
             return 0, n
         if n not in self._shares:
-            import torch
-            import torch.distributed
-
-            on_gpu = torch.distributed.get_backend() == "nccl"
-            mine = torch.tensor([n], device="cuda" if on_gpu else "cpu")
-            sizes = [int(part) for part in self.gather(mine)]
+            sizes = [int(part) for part in self.gather(_count(n))]
             self._shares[n] = sum(sizes[: self.rank]), sum(sizes)
         return self._shares[n]
 
     def sum(self, tensor: "torch.Tensor") -> "torch.Tensor":
         """Return the sum over the processes; the argument may be overwritten."""
         if self.world > 1:
-            import torch.distributed
+            import torch
 
             tensor = tensor.contiguous()
             torch.distributed.all_reduce(tensor)
@@ -219,51 +224,48 @@ class Team:
     def broadcast(self, tensor: "torch.Tensor") -> "torch.Tensor":
         """Return rank 0's tensor; the argument is overwritten."""
         if self.world > 1:
-            import torch.distributed
+            import torch
 
-            whole = tensor.contiguous()
-            torch.distributed.broadcast(whole, 0)
-            tensor.copy_(whole)
+            contiguous = tensor.contiguous()
+            torch.distributed.broadcast(contiguous, 0)
+            tensor.copy_(contiguous)
         return tensor
 
-    def any(self, yes: bool) -> bool:
-        """Say whether any process says yes."""
-        if self.world == 1:
-            return yes
-        import torch
-        import torch.distributed
-
-        on_gpu = torch.distributed.get_backend() == "nccl"
-        vote = torch.tensor([int(yes)], device="cuda" if on_gpu else "cpu")
-        return bool(self.sum(vote) > 0)
+    def any(self, flag: bool) -> bool:
+        """Say whether the flag is true in any process."""
+        return flag if self.world == 1 else bool(self.sum(_count(int(flag))) > 0)
 
     def gather(self, values: "torch.Tensor") -> "list[torch.Tensor]":
         """Return every process's vector, by rank; their lengths may differ."""
         if self.world == 1:
             return [values]
         import torch
-        import torch.distributed
 
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
-        lengths = [length.to(values.device) for length in lengths]
-        mine = torch.tensor([len(values)], device=values.device)
-        torch.distributed.all_gather(lengths, mine)
-        longest = max(int(length) for length in lengths)
-        padded = values.new_zeros(longest)
+        length = torch.tensor([len(values)], device=values.device)
+        lengths = [torch.empty_like(length) for _ in range(self.world)]
+        torch.distributed.all_gather(lengths, length)
+        padded = values.new_zeros(max(int(length) for length in lengths))
         padded[: len(values)] = values
         parts = [torch.empty_like(padded) for _ in range(self.world)]
         torch.distributed.all_gather(parts, padded)
         return [part[: int(length)] for part, length in zip(parts, lengths, strict=True)]
 
 
+def _count(n: int) -> "torch.Tensor":
+    """Return a number as a tensor that the processes of the job can exchange."""
+    import torch
+
+    on_gpu = torch.distributed.get_backend() == "nccl"
+    return torch.tensor([n], device="cuda" if on_gpu else "cpu")
+
+
 @contextmanager
 def join_team(device: "torch.device") -> Generator[Team]:
-    """Join the processes that torchrun started, with its time limit; alone, be a team of one."""
+    """Join the processes that torchrun started; without torchrun, yield a team of one."""
     if world_size() == 1:
         yield Team()
         return
     import torch
-    import torch.distributed
 
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -275,29 +277,29 @@ def join_team(device: "torch.device") -> Generator[Team]:
 
 
 def pick_device(requested: str = "auto", num_gpus: int | None = None) -> "torch.device":
-    """Return the device to compute on, and say so when it is not what was asked for.
+    """Return the device to compute on.
 
-    `requested` is `auto` (CUDA, then Apple's MPS, then CPU) or a torch device string; in a job of
-    several processes `auto` and `cuda` are the GPU of this one. `num_gpus` above what the machine
-    has is lowered with a notice.
+    `requested` is `auto` (CUDA, then Apple's MPS, then CPU) or a torch device string. In a job of
+    several processes, `auto` and `cuda` mean the GPU of this process. Warns when `num_gpus` is
+    more than the machine has, and uses those there are.
     """
     import torch
 
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if num_gpus is not None and num_gpus > found:
-        where = f"{found} GPU{'s' if found != 1 else ''}" if found else "the CPU"
-        log.warning("asked for %d GPUs, the machine has %d: using %s", num_gpus, found, where)
-    if found and world_size() > 1 and num_gpus != 0 and requested in ("auto", "cuda"):
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % found)
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if num_gpus is not None and num_gpus > n_gpus:
+        fallback = f"{n_gpus} GPU{'s' if n_gpus != 1 else ''}" if n_gpus else "the CPU"
+        log.warning("asked for %d GPUs, the machine has %d: using %s", num_gpus, n_gpus, fallback)
+    if n_gpus and world_size() > 1 and num_gpus != 0 and requested in ("auto", "cuda"):
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % n_gpus)
     if requested != "auto":
         try:
             device = torch.device(requested)
         except RuntimeError as error:
-            raise ConfigError(f"device {requested!r} is unknown; try auto, cpu or cuda") from error
-        if device.type == "cuda" and not found:
-            raise ConfigError(f"device {requested} was asked for, but no CUDA GPU is here; try cpu")
+            raise ConfigError(f"--device is {requested!r}, expected auto, cpu or cuda") from error
+        if device.type == "cuda" and not n_gpus:
+            raise ConfigError(f"--device is {requested}, but there is no CUDA GPU; use cpu")
         return device
-    if found and num_gpus != 0:
+    if n_gpus and num_gpus != 0:
         return torch.device("cuda")
     if num_gpus is None and torch.backends.mps.is_available():
         return torch.device("mps")
@@ -305,17 +307,23 @@ def pick_device(requested: str = "auto", num_gpus: int | None = None) -> "torch.
 
 
 def peak_memory(device: "torch.device") -> int:
-    """Return the most bytes that this process has held: on its GPU, else in memory."""
+    """Return the peak memory of this process in bytes: of its GPU if it has one, else of RAM."""
     import torch
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    n_bytes = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * n_bytes
 
 
-def progress(total: int, label: str, unit: str) -> "tqdm[Any]":
-    """Return a progress bar on stderr that counts `unit`s up to `total`."""
+def progress(total: int, label: str, unit: str) -> "tqdm[Any] | ProgressLog":
+    """Return a counter of `unit`s up to `total`: a bar on a terminal, else lines in the log.
+
+    There is none at `--quiet` and in processes other than rank 0.
+    """
+    is_quiet = logging.getLogger("lorascope").level > logging.INFO or process_rank() > 0
+    if not (is_quiet or sys.stderr.isatty()):
+        return ProgressLog(total, label, unit)
     return tqdm(
         total=total,
         desc=label,
@@ -324,12 +332,57 @@ def progress(total: int, label: str, unit: str) -> "tqdm[Any]":
         file=sys.stderr,
         dynamic_ncols=True,
         mininterval=0.2,
-        disable=process_rank() > 0,
+        disable=is_quiet,
     )
 
 
+class ProgressLog:
+    """Log one line every ten seconds: what is done of how much, the rate and the time remaining.
+
+    The rate is that of the last minute, so that work found finished at the start is soon forgotten.
+    """
+
+    def __init__(
+        self, total: int, label: str, unit: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.total, self.label, self.unit = total, label, unit
+        self._clock, self._done, self._suffix = clock, 0, ""
+        self._marks = deque([(clock(), 0)], maxlen=_MARKS)  # when a line was due, and what was done
+
+    def __enter__(self) -> "ProgressLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, n: int = 1) -> None:
+        """Count `n` more, and log a line if one is due."""
+        self._done += n
+        now = self._clock()
+        if now - self._marks[-1][0] < _LINE_EVERY:
+            return
+        since, done_then = self._marks[0]
+        self._marks.append((now, self._done))
+        rate = (self._done - done_then) / (now - since)
+        remaining = max(self.total - self._done, 0) / rate if rate else 0
+        log.info(
+            "%s: %s of %s %s, %s a second, %s remaining%s",
+            self.label,
+            f"{self._done:,}",
+            f"{self.total:,}",
+            self.unit,
+            f"{rate:,.3g}" if rate < 100 else f"{rate:,.0f}",
+            tqdm.format_interval(remaining),
+            self._suffix and f", {self._suffix}",
+        )
+
+    def set_postfix_str(self, text: str) -> None:
+        """Add a text to the lines that follow."""
+        self._suffix = text
+
+
 class LogHandler(logging.StreamHandler[Any]):
-    """Write log lines to stderr above the progress bars, which are drawn anew below them."""
+    """Write log lines to stderr above the progress bars, which are redrawn below them."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line."""
@@ -338,44 +391,48 @@ class LogHandler(logging.StreamHandler[Any]):
 
 @contextmanager
 def interruptible() -> Generator[None]:
-    """Turn SIGINT and SIGTERM into `Interrupted`, so that `finally` blocks run; restore after.
+    """Turn SIGINT and SIGTERM into `Interrupted`, so that `finally` blocks run.
 
-    In a job of several processes they end the process at once: whoever started the job waits for
-    it and speaks, and what is finished is safe at any moment.
+    In a job of several processes the signals end the process at once: the process that started the
+    job waits for it and reports, and finished work is safe at any moment.
     """
 
     def stop(number: int, _frame: FrameType | None) -> None:
         raise Interrupted(number)
 
-    action = stop if world_size() == 1 else signal.SIG_DFL
-    before = {number: signal.signal(number, action) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _on_signals(stop if world_size() == 1 else signal.SIG_DFL):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
 def stop_between_steps() -> Generator[list[int]]:
-    """Note SIGINT and SIGTERM in the list that this yields; the second one stops at once.
+    """Collect SIGINT and SIGTERM in the list that this yields; the second one stops at once.
 
-    A step must not be cut in two: its half would be saved.
+    Training checks the list between steps, because half a step must not be saved.
     """
-    asked: list[int] = []
+    received: list[int] = []
 
-    def stop(number: int, _frame: FrameType | None) -> None:
-        asked.append(number)
-        if len(asked) > 1:
+    def note(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) > 1:
             raise Interrupted(number)
-        log.warning("finishing the step, then saving; once more to stop at once")
+        log.warning("stopping after this step and saving; interrupt again to stop at once")
 
-    if threading.current_thread() is not threading.main_thread():
-        yield asked  # only the main thread may handle signals
-        return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    if threading.current_thread() is threading.main_thread():
+        with _on_signals(note):
+            yield received
+    else:
+        yield received  # Python lets only the main thread handle signals
+
+
+@contextmanager
+def _on_signals(
+    handler: Callable[[int, FrameType | None], None] | signal.Handlers,
+) -> Generator[None]:
+    """Handle SIGINT and SIGTERM with `handler`, and restore the old handlers at the end."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, previous in before.items():
+            signal.signal(number, previous)
