@@ -69,7 +69,7 @@ def test_examples_are_the_brute_force_argsort_ties_included(make_store, tmp_path
         output=tmp_path / "f.h5",
         top_k=7,
         max_per_rollout=0,
-        alike="keep",
+        same_context="keep",
     )
     index = FeatureIndex.open(collect.run(config))
     verify(index)

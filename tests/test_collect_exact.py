@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_collect import dense_code, make_sae
 
 from lorascope.errors import ConfigError
-from lorascope.features import accumulators, collect
+from lorascope.features import accumulators, collect, spans
 from lorascope.features.collect import CollectConfig
 from lorascope.features.index import FeatureIndex
 from lorascope.features.invariants import verify
@@ -30,12 +30,12 @@ def made(store, sae_path, out, **given):
 
 
 def cut_at(patch, n_rows):
-    """Let spans have as many rows, or the rollout that goes beyond."""
-    patch.setattr(accumulators, "_SPAN", n_rows)
-    patch.setattr(accumulators, "_PER_LATENT", 0)
+    """Cut spans at the first end of a rollout after `n_rows` rows."""
+    patch.setattr(spans, "_ROWS", n_rows)
+    patch.setattr(spans, "_ROWS_PER_LATENT", 0)
 
 
-def surroundings(store, row, reach=5):
+def context(store, row, reach=5):
     first, last = store.rollout_start[store.rollout_of(np.array([row]))[0] :][:2].tolist()
     around = range(row - reach, row + reach + 1)
     return tuple(int(store.token_ids[r]) if first <= r < last else None for r in around)
@@ -49,12 +49,12 @@ def best_by_sorting(store, code, latent, k, per_rollout, collapse):
     able = []
     for row in rows:
         mine = taken.setdefault(int(store.rollout_of(np.array([row]))[0]), [])
-        words = surroundings(store, row) if collapse else row
+        words = context(store, row) if collapse else row
         if words not in mine and (not per_rollout or len(mine) < per_rollout):
             mine.append(words)
             able.append((row, words))
     seen, best = set(), []
-    for row, words in able if per_rollout else [(r, surroundings(store, r)) for r in rows]:
+    for row, words in able if per_rollout else [(r, context(store, r)) for r in rows]:
         if not collapse or words not in seen:
             seen.add(words)
             best.append(row)
@@ -62,24 +62,26 @@ def best_by_sorting(store, code, latent, k, per_rollout, collapse):
 
 
 @pytest.mark.parametrize("per_rollout", [0, 1, 3])
-@pytest.mark.parametrize("alike", ["collapse", "keep"])
-def test_examples_are_those_of_the_definition(tmp_path, monkeypatch, per_rollout, alike):
+@pytest.mark.parametrize("same_context", ["collapse", "keep"])
+def test_examples_are_those_of_the_definition(tmp_path, monkeypatch, per_rollout, same_context):
     cut_at(monkeypatch, 1)
     words = np.tile(np.arange(1, 8), 40)[:40]  # the same again and again, in every rollout
     store = store_of_ties(tmp_path / "store", token_ids=np.tile(words, 6))
     sae = make_sae(tmp_path / "sae", threshold=0.5)
     index = made(
-        *(store, tmp_path / "sae", tmp_path / "f.h5"),
+        store,
+        tmp_path / "sae",
+        tmp_path / "f.h5",
         top_k=7,
         max_per_rollout=per_rollout,
-        alike=alike,
+        same_context=same_context,
         batch_size=17,
     )
     code = dense_code(store, sae)
     code[~store.eligible] = 0
     n_examples = 0
     for latent in range(sae.d_sae):
-        best = best_by_sorting(store, code, latent, 7, per_rollout, alike == "collapse")
+        best = best_by_sorting(store, code, latent, 7, per_rollout, same_context == "collapse")
         examples = index[latent].examples
         assert [e.row for e in examples] == best
         n_examples += len(best)
@@ -87,7 +89,7 @@ def test_examples_are_those_of_the_definition(tmp_path, monkeypatch, per_rollout
             like = [
                 r
                 for r in np.flatnonzero(store.eligible)
-                if surroundings(store, r) == surroundings(store, e.row)
+                if context(store, r) == context(store, e.row)
             ]
             assert e.n_alike == len(like)
     assert n_examples > 40
@@ -124,8 +126,8 @@ def test_three_processes_make_the_bytes_of_one(shared, tmp_path):
     store, sae = shared
     made(store, sae, tmp_path / "one.h5")
     code = (
-        "import sys; from lorascope.features import accumulators\n"
-        "accumulators._SPAN, accumulators._PER_LATENT = 1, 0\n"
+        "import sys; from lorascope.features import spans\n"
+        "spans._ROWS, spans._ROWS_PER_LATENT = 1, 0\n"
         "from lorascope.cli import call; sys.exit(call(sys.argv[1:]))"
     )
     (tmp_path / "small.py").write_text(code)
@@ -156,7 +158,7 @@ def test_a_finished_span_is_not_read_again(shared, tmp_path, monkeypatch):
     monkeypatch.setattr(collect, "scan", dies_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         made(store, sae, tmp_path / "f.h5")
-    assert len(list((tmp_path / "f.h5.partial").glob("span-*"))) == 3
+    assert len(list((tmp_path / "f.h5.partial").glob("accumulator-*"))) == 3
     made(store, sae, tmp_path / "f.h5")
     assert sorted(scanned) == sorted([*range(12), 3])
     assert (tmp_path / "f.h5").read_bytes() == (tmp_path / "calm.h5").read_bytes()
@@ -231,10 +233,10 @@ def test_memory_does_not_grow_with_the_store(tmp_path):
         store = write_store(tmp_path / f"{n_rollouts}", n_rollouts=n_rollouts, length=50)
         sae = make_sae(tmp_path / f"sae{n_rollouts}", threshold=0.3)
         empty = accumulators.Accumulator.empty(sae.d_sae, len(store.vocabulary), 5, None)
-        (span,) = accumulators.spans_of(store, n_rollouts, sae.d_sae)
+        (span,) = spans.cut_spans(store, n_rollouts, sae.d_sae)
         for _ in accumulators.scan(span, sae, empty, 256, collapse=False, reach=5):
-            waiting = empty.top._n_waiting + empty.sample._n_waiting
-            assert waiting <= empty.top._room + empty.sample._room + 256 * sae.d_sae
+            waiting = empty.top._n_buffered + empty.sample._n_buffered
+            assert waiting <= empty.top._buffer_size + empty.sample._buffer_size + 256 * sae.d_sae
         sizes.append(len(empty.top.sorted().row) + len(empty.sample.sorted().row))
     assert sizes[0] == sizes[1] == 24 * (5 + accumulators.N_SAMPLED)
 
@@ -243,17 +245,22 @@ def test_spans_keep_no_token_between_uses(shared, tmp_path, monkeypatch):
     """Else memory would grow with the store although what is kept of a latent does not."""
     cut_at(monkeypatch, 1)
     used = []
-    real = collect.spans_of
-    monkeypatch.setattr(collect, "spans_of", lambda *args: used.extend(real(*args)) or used)
+    real = collect.cut_spans
+    monkeypatch.setattr(collect, "cut_spans", lambda *args: used.extend(real(*args)) or used)
     made(*shared, tmp_path / "f.h5")
     assert len(used) == 12
-    assert {name for span in used for name in vars(span)} == {"store", "first", "last", "only"}
+    assert {name for span in used for name in vars(span)} == {
+        "store",
+        "first",
+        "last",
+        "only_roles",
+    }
 
 
-def test_codes_in_the_texts_are_those_of_the_sae(tmp_path):
+def test_codes_in_whole_rollouts_are_those_of_the_sae(tmp_path):
     store = write_store(tmp_path / "store")
     sae = make_sae(tmp_path / "sae")
-    index = made(store, tmp_path / "sae", tmp_path / "f.h5", text_tokens=130)
+    index = made(store, tmp_path / "sae", tmp_path / "f.h5", rollout_tokens=130)
     assert len(index.text_rollout) == 3  # of 40 tokens each
     code = dense_code(store, sae)
     for i, rollout in enumerate(index.text_rollout.tolist()):
@@ -276,13 +283,13 @@ def test_codes_in_the_texts_are_those_of_the_sae(tmp_path):
     assert index.text_why.all()
 
 
-def test_what_fires_most_is_among_the_texts(tmp_path):
+def test_the_rollout_that_fires_most_is_kept_whole(tmp_path):
     rows = np.random.default_rng(0).standard_normal((240, 14)).astype(np.float32)
     rows[80:120] *= 3
     store = write_store(tmp_path / "store", rows)
     make_sae(tmp_path / "sae")
-    index = made(store, tmp_path / "sae", tmp_path / "f.h5", text_tokens=45)
+    index = made(store, tmp_path / "sae", tmp_path / "f.h5", rollout_tokens=45)
     assert index.text_rollout.tolist() == [2]
     assert index.text_why[0] & 1
-    none = made(store, tmp_path / "sae", tmp_path / "g.h5", text_tokens=0)
+    none = made(store, tmp_path / "sae", tmp_path / "g.h5", rollout_tokens=0)
     assert len(none.text_rollout) == 0

@@ -89,8 +89,8 @@ def test_the_examples_are_the_brute_force_argsort_of_the_demos_store(folder, sto
         sae=folder / "sae",
         output=tmp_path / "features.h5",
         max_per_rollout=0,
-        alike="keep",
-        text_tokens=0,
+        same_context="keep",
+        rollout_tokens=0,
     )
     index = FeatureIndex.open(collect.run(plain))
     code = np.concatenate(

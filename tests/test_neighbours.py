@@ -5,10 +5,15 @@ from conftest import layout_of, write_store
 from test_collect import dense_code, make_sae
 
 from lorascope.features import neighbours
-from lorascope.features.accumulators import Accumulator, scan, spans_of
-from lorascope.features.neighbours import cofiring, effect_rows, fingerprint, nearest_rows
-from lorascope.features.rankings import ranked_tokens
-from lorascope.features.statistics import N_BINS, histogram_edges
+from lorascope.features.accumulators import N_BINS, Accumulator, histogram_edges, scan
+from lorascope.features.neighbours import (
+    cofiring,
+    effect_rows,
+    fingerprint,
+    nearest_rows,
+    ranked_tokens,
+)
+from lorascope.features.spans import cut_spans
 from lorascope.features.topk import Firings, FiringSample
 from lorascope.sites import Site, SiteLayout
 from lorascope.texts.rollouts import ROLES
@@ -24,7 +29,7 @@ def firings(pairs):
 def sampled(pairs, n_latents, n):
     sample = FiringSample(n_latents, n)
     sample.add(firings(pairs))
-    sample.settle()
+    sample.flush()
     counts = np.bincount([latent for latent, _ in pairs], minlength=n_latents)
     return sample, counts
 
@@ -118,13 +123,13 @@ def scanned(tmp_path_factory):
     store = write_store(folder / "store", n_rollouts=6, length=40, roles=roles)
     sae = make_sae(folder / "sae", layout_of())
     found = Accumulator.empty(sae.d_sae, len(store.vocabulary), 10, None)
-    (span,) = spans_of(store, 6, sae.d_sae)
+    (span,) = cut_spans(store, 6, sae.d_sae)
     for _ in scan(span, sae, found, 33, collapse=False, reach=5):
         pass
     return store, sae, found
 
 
-def test_firings_are_counted_by_role_place_and_value(scanned):
+def test_firings_are_counted_by_role_position_and_value(scanned):
     store, sae, found = scanned
     fires = dense_code(store, sae) * store.eligible[:, None]
     tenth = np.tile(np.arange(40) // 4, 6)
@@ -132,10 +137,10 @@ def test_firings_are_counted_by_role_place_and_value(scanned):
         np.testing.assert_array_equal(
             found.statistics.by_role[:, role], (fires[store.roles == role] > 0).sum(0)
         )
-        assert found.roles[role] == (store.eligible & (store.roles == role)).sum()
-    for place in range(10):
+        assert found.n_by_role[role] == (store.eligible & (store.roles == role)).sum()
+    for i in range(10):
         np.testing.assert_array_equal(
-            found.statistics.by_position[:, place], (fires[tenth == place] > 0).sum(0)
+            found.statistics.by_position[:, i], (fires[tenth == i] > 0).sum(0)
         )
     edges = histogram_edges(1.0)
     assert edges[:5].tolist() == [1.0, 1.25, 1.5, 1.75, 2.0]
@@ -149,7 +154,7 @@ def test_firings_are_counted_by_role_place_and_value(scanned):
 def test_tokens_are_ranked_by_what_fires_on_them(scanned):
     store, sae, found = scanned
     code = dense_code(store, sae)
-    arrays = ranked_tokens(store, found.sample, found.tokens)
+    arrays = ranked_tokens(store, found.sample, found.n_by_token)
     first = np.repeat(store.rollout_start[:-1], 40)
     n_checked = 0
     for latent in range(sae.d_sae):

@@ -18,11 +18,11 @@ firings = st.lists(
     unique_by=lambda f: f[:2],
     max_size=200,
 )
-groups = st.lists(st.integers(0, 9), min_size=N_ROWS, max_size=N_ROWS)
+contexts = st.lists(st.integers(0, 9), min_size=N_ROWS, max_size=N_ROWS)
 limits = st.one_of(st.none(), st.integers(1, 3))
 
 
-def columns(found, group) -> Firings:
+def columns(found, context) -> Firings:
     latent, row, value = (
         (np.array(column) for column in zip(*found, strict=True)) if found else ([], [], [])
     )
@@ -32,11 +32,11 @@ def columns(found, group) -> Firings:
         np.array(value, np.float32),
         row,
         row // LENGTH,
-        np.array(group, np.uint64)[row],
+        np.array(context, np.uint64)[row],
     )
 
 
-def strongest_by_sorting(found, group, k, per_rollout):
+def strongest_by_sorting(found, context, k, per_rollout):
     """The definition, one firing at a time."""
     kept = []
     for latent in range(N_LATENTS):
@@ -44,15 +44,15 @@ def strongest_by_sorting(found, group, k, per_rollout):
         if per_rollout is not None:
             able, taken = [], {}
             for f in mine:
-                alike = taken.setdefault(f[1] // LENGTH, [])
-                if group[f[1]] not in alike and len(alike) < per_rollout:
-                    alike.append(group[f[1]])
+                same_rollout = taken.setdefault(f[1] // LENGTH, [])
+                if context[f[1]] not in same_rollout and len(same_rollout) < per_rollout:
+                    same_rollout.append(context[f[1]])
                     able.append(f)
             mine = able
         seen, best = set(), []
         for f in mine:
-            if group[f[1]] not in seen:
-                seen.add(group[f[1]])
+            if context[f[1]] not in seen:
+                seen.add(context[f[1]])
                 best.append(f)
         kept += best[:k]
     return [(latent, row, np.float32(value)) for latent, row, value in kept]
@@ -63,32 +63,32 @@ def as_list(kept):
     return list(zip(found.latent.tolist(), found.row.tolist(), found.value, strict=True))
 
 
-@given(firings, groups, st.integers(1, 7), limits, st.lists(st.integers(0, N_ROWS), max_size=5))
+@given(firings, contexts, st.integers(1, 7), limits, st.lists(st.integers(0, N_ROWS), max_size=5))
 def test_streaming_equals_sorting_everything_however_the_rows_are_cut(
-    found, group, k, per_rollout, cuts
+    found, context, k, per_rollout, cuts
 ):
     top = TopExamples(N_LATENTS, k, per_rollout)
     for first, last in pairwise([0, *sorted(cuts), N_ROWS]):
         part = [f for f in found if first <= f[1] < last]
         is_cut = last % LENGTH and last < N_ROWS
-        top.add(columns(part, group), open_from=last // LENGTH * LENGTH if is_cut else None)
-        top.settle()
-    assert as_list(top) == strongest_by_sorting(found, group, k, per_rollout)
+        top.add(columns(part, context), open_from=last // LENGTH * LENGTH if is_cut else None)
+        top.flush()
+    assert as_list(top) == strongest_by_sorting(found, context, k, per_rollout)
 
 
-@given(firings, groups, st.integers(1, 7), limits, st.permutations(range(9)))
-def test_merging_rollouts_in_any_order_gives_the_same(found, group, k, per_rollout, order):
+@given(firings, contexts, st.integers(1, 7), limits, st.permutations(range(9)))
+def test_merging_rollouts_in_any_order_gives_the_same(found, context, k, per_rollout, order):
     parts = [TopExamples(N_LATENTS, k, per_rollout) for _ in range(3)]
     for i, rollout in enumerate(order):
-        parts[i % 3].add(columns([f for f in found if f[1] // LENGTH == rollout], group))
-        parts[i % 3].settle()
+        parts[i % 3].add(columns([f for f in found if f[1] // LENGTH == rollout], context))
+        parts[i % 3].flush()
     parts[1].merge(parts[2])
     parts[0].merge(parts[1])
-    assert as_list(parts[0]) == strongest_by_sorting(found, group, k, per_rollout)
+    assert as_list(parts[0]) == strongest_by_sorting(found, context, k, per_rollout)
 
 
 @given(firings, st.integers(1, 7), st.randoms(use_true_random=False))
-def test_without_groups_and_limits_it_is_the_plain_top_k(found, k, random):
+def test_without_contexts_and_limits_it_is_the_plain_top_k(found, k, random):
     random.shuffle(found)
     alone = list(range(N_ROWS))
     top = TopExamples(N_LATENTS, k)
@@ -108,7 +108,7 @@ def test_a_sample_is_that_of_the_lowest_hashes_however_it_came(found, n, random)
     parts = [FiringSample(N_LATENTS, n) for _ in range(3)]
     for i in range(0, len(found), 7):
         parts[i % 3].add(columns(found[i : i + 7], alone))
-        parts[i % 3].settle()
+        parts[i % 3].flush()
     parts[2].merge(parts[0])
     parts[2].merge(parts[1])
     expected = []
@@ -132,11 +132,11 @@ def test_a_sample_is_even_over_the_stream():
     assert abs(counts - 200).max() < 60  # four standard deviations
 
 
-def stream(rows, values, group=None) -> Firings:
+def stream(rows, values, context=None) -> Firings:
     """Firings of latent 0, each in a rollout of its own."""
     row = np.array(rows, np.int64)
     value = np.array(values, np.float32)
-    return Firings(np.zeros_like(row), value, row, row, np.array(group or rows, np.uint64))
+    return Firings(np.zeros_like(row), value, row, row, np.array(context or rows, np.uint64))
 
 
 def test_an_ascending_stream_keeps_its_last_k():
@@ -150,20 +150,20 @@ def test_ties_go_to_the_lower_row_also_when_it_comes_later():
     top = TopExamples(1, 1)
     for row in (9, 3, 5):
         top.add(columns([(0, row, 1.0)], range(N_ROWS)))
-        top.settle()
+        top.flush()
     assert top.sorted().row.tolist() == [3]
 
 
-@pytest.mark.parametrize("room", [1, 50])
-def test_the_size_of_the_buffer_changes_nothing(room):
+@pytest.mark.parametrize("buffer_size", [1, 50])
+def test_the_size_of_the_buffer_changes_nothing(buffer_size):
     rng = np.random.default_rng(0)
     values = rng.choice([0.5, 1, 2], 300)
     order = rng.permutation(300)
     kept = []
-    for size in (None, room):
+    for size in (None, buffer_size):
         top, sample = TopExamples(1, 4, 2), FiringSample(1, 4)
         if size:
-            top._room = sample._room = size
+            top._buffer_size = sample._buffer_size = size
         for rows in np.split(order, 30):
             part = stream(rows.tolist(), values[rows], (rows % 40).tolist())
             top.add(part)

@@ -25,6 +25,8 @@ C = TypeVar("C", bound="Config")
 _ALIASES = {  # published names of an option, and earlier ones of ours
     "sae": ("model_path",),
     "output": ("output_dir", "output_path"),
+    "same_context": ("alike",),
+    "rollout_tokens": ("text_tokens",),
 }
 
 

@@ -1,8 +1,8 @@
-"""What one pass over the rows keeps of every latent, in memory that does not grow with the rows.
+"""Accumulate the firings of every latent over the rows, in memory that does not grow with them.
 
-A *span* is a run of whole rollouts, fixed by the store and the SAE; `scan` reads one and returns
-its `Accumulator`, which is saved, loaded, and merged in the order of the spans: however many
-processes shared the spans, the sum is the same.
+`scan` reads one span into an `Accumulator`, which is saved, loaded, and merged in the order of the
+spans. The result is the same however many processes share the spans. Sums add each latent's values
+in the order of their rows, whatever the batches: the same rows give the same bits.
 """
 
 from collections.abc import Iterator
@@ -15,85 +15,158 @@ import numpy.typing as npt
 
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import replacing
-from lorascope.features.spans import Span
-from lorascope.features.statistics import N_TENTHS, FiringStatistics
+from lorascope.features.spans import N_TENTHS, Span
 from lorascope.features.topk import Firings, FiringSample, TopExamples
 from lorascope.texts.rollouts import ROLES
 
 if TYPE_CHECKING:
     from lorascope.sae.model import SAE
 
-N_SAMPLED = 128  # firings of each latent that tokens, neighbours and samples are told from
-_SPAN = 1 << 18  # rows of a span, at least
-_PER_LATENT = 64  # and for each latent, so that a span's file is small beside its rows
+N_SAMPLED = 128  # firings of each latent that samples, tokens and neighbours are computed from
+N_BINS = 40  # of the histogram: four per octave from the lowest threshold up, a factor of 1,024
+_MANTISSA = 21  # bits of a float32 below those that give its quarter of an octave
+_LOWEST = 1e-6  # lower bound of the histogram's first edge
+_COUNTS = ("n_by_token", "n_by_role", "n_by_position", "rollouts")
+
+
+@dataclass(frozen=True)
+class FiringStatistics:
+    """Counts and sums over the firings of each latent. Arrays are changed in place."""
+
+    n_active: npt.NDArray[np.int64]  # (latent,)
+    total: npt.NDArray[np.float64]
+    square: npt.NDArray[np.float64]
+    n_rollouts: npt.NDArray[np.int64]
+    by_role: npt.NDArray[np.int64]  # (latent, role)
+    by_position: npt.NDArray[np.int64]  # (latent, N_TENTHS)
+    histogram: npt.NDArray[np.int64]  # (latent, N_BINS)
+
+    @classmethod
+    def empty(cls, d_sae: int) -> "FiringStatistics":
+        """Return statistics of no firings."""
+
+        def zeros(*width: int) -> npt.NDArray[np.int64]:
+            return np.zeros((d_sae, *width), np.int64)
+
+        return cls(
+            n_active=zeros(),
+            total=np.zeros(d_sae),
+            square=np.zeros(d_sae),
+            n_rollouts=zeros(),
+            by_role=zeros(len(ROLES)),
+            by_position=zeros(N_TENTHS),
+            histogram=zeros(N_BINS),
+        )
+
+    def add(
+        self,
+        firings: Firings,
+        role: npt.NDArray[np.integer[Any]],
+        tenth: npt.NDArray[np.integer[Any]],
+        lowest: float,
+    ) -> None:
+        """Count firings; `role` and `tenth` are those of their tokens, `(n,)` each.
+
+        `n_rollouts` is not changed: the caller counts it, because batches cut rollouts.
+        """
+        latent = firings.latent
+        value = firings.value.astype(np.float64)
+        np.add.at(self.n_active, latent, 1)
+        np.add.at(self.total, latent, value)
+        np.add.at(self.square, latent, value**2)
+        np.add.at(self.by_role.reshape(-1), latent * len(ROLES) + role, 1)
+        np.add.at(self.by_position.reshape(-1), latent * N_TENTHS + tenth, 1)
+        bins = (firings.value.view(np.int32) >> _MANTISSA) - _first_bin(lowest)
+        bins = np.clip(bins, 0, N_BINS - 1)
+        np.add.at(self.histogram.reshape(-1), latent * N_BINS + bins, 1)
+
+    def merge(self, later: "FiringStatistics") -> None:
+        """Add the statistics of the rows that follow."""
+        for field in fields(self):
+            mine = getattr(self, field.name)
+            mine += getattr(later, field.name)
+
+    @property
+    def mean(self) -> npt.NDArray[np.float32]:
+        """Mean value over the firings, `(latent,)`; 0 for a latent that never fires."""
+        return self._mean().astype(np.float32)
+
+    @property
+    def std(self) -> npt.NDArray[np.float32]:
+        """Standard deviation of the values over the firings, `(latent,)`."""
+        square = self.square / np.maximum(self.n_active, 1)
+        return np.sqrt(np.maximum(square - self._mean() ** 2, 0)).astype(np.float32)
+
+    def _mean(self) -> npt.NDArray[np.float64]:
+        return self.total / np.maximum(self.n_active, 1)
 
 
 @dataclass
 class Accumulator:
-    """The tally, the strongest firings and the sample of some spans; counts of their tokens.
+    """Statistics, strongest firings and a sample of each latent, and counts of the tokens.
 
-    `rollouts` has for each rollout its eligible tokens, the latents that fired on them, and the
-    squared error of reconstruction and the squared size of its rows: `(n_rollouts, 4)`.
+    `rollouts` `(n_rollouts, 4)` has for each rollout: its eligible tokens, the firings on them, the
+    squared reconstruction error of its rows, and their squared distance to `b_dec`.
     """
 
     statistics: FiringStatistics
     top: TopExamples
     sample: FiringSample
-    tokens: npt.NDArray[np.int64]  # (vocabulary,), eligible ones
-    roles: npt.NDArray[np.int64]  # (len(ROLES),), likewise
-    tenths: npt.NDArray[np.int64]  # (10,)
+    n_by_token: npt.NDArray[np.int64]  # eligible tokens by token id, (vocabulary,)
+    n_by_role: npt.NDArray[np.int64]  # eligible tokens by role, (len(ROLES),)
+    n_by_position: npt.NDArray[np.int64]  # eligible tokens by tenth of the rollout, (N_TENTHS,)
     rollouts: npt.NDArray[np.float64]
 
     @classmethod
     def empty(cls, d_sae: int, n_vocabulary: int, k: int, per_rollout: int | None) -> "Accumulator":
         """Return an empty accumulator."""
         return cls(
-            FiringStatistics.empty(d_sae),
-            TopExamples(d_sae, k, per_rollout),
-            FiringSample(d_sae, N_SAMPLED),
-            np.zeros(n_vocabulary, np.int64),
-            np.zeros(len(ROLES), np.int64),
-            np.zeros(N_TENTHS, np.int64),
-            np.zeros((0, 4)),
+            statistics=FiringStatistics.empty(d_sae),
+            top=TopExamples(d_sae, k, per_rollout),
+            sample=FiringSample(d_sae, N_SAMPLED),
+            n_by_token=np.zeros(n_vocabulary, np.int64),
+            n_by_role=np.zeros(len(ROLES), np.int64),
+            n_by_position=np.zeros(N_TENTHS, np.int64),
+            rollouts=np.zeros((0, 4)),
         )
 
     def successor(self) -> "Accumulator":
         """Return an empty accumulator that inherits the current cut-offs."""
         new = Accumulator.empty(
-            len(self.statistics.n_active), len(self.tokens), self.top.n, self.top.per_rollout
+            len(self.statistics.n_active), len(self.n_by_token), self.top.n, self.top.per_rollout
         )
-        new.top.bound[:] = self.top.bound
-        new.sample.bound[:] = self.sample.bound
+        new.top.cutoff[:] = self.top.cutoff
+        new.sample.cutoff[:] = self.sample.cutoff
         return new
 
     def merge(self, later: "Accumulator") -> None:
-        """Merge the accumulator of later spans."""
+        """Merge the accumulator of the spans that follow."""
         self.statistics.merge(later.statistics)
         self.top.merge(later.top)
         self.sample.merge(later.sample)
-        self.tokens += later.tokens
-        self.roles += later.roles
-        self.tenths += later.tenths
+        self.n_by_token += later.n_by_token
+        self.n_by_role += later.n_by_role
+        self.n_by_position += later.n_by_position
         self.rollouts = np.concatenate([self.rollouts, later.rollouts])
 
     def save(self, path: Path) -> None:
-        """Write it to a file, whole or not at all."""
+        """Write the accumulator to a file, atomically."""
         from safetensors.numpy import save_file
 
-        sampled = self.sample.sorted()  # of its columns, row tells the others
+        sample = self.sample.sorted()  # `load` computes its other columns from the rows
         arrays: dict[str, npt.NDArray[Any]] = {
             **{
-                f"statistics.{f.name}": getattr(self.statistics, f.name)
-                for f in fields(FiringStatistics)
+                f"statistics.{field.name}": getattr(self.statistics, field.name)
+                for field in fields(FiringStatistics)
             },
-            **{f"top.{n}": c for n, c in self.top.sorted()._asdict().items()},
-            "sample.latent": sampled.latent.astype(np.int32),
-            "sample.value": sampled.value,
-            "sample.row": sampled.row,
-            **{name: getattr(self, name) for name in ("tokens", "roles", "tenths", "rollouts")},
+            **{f"top.{name}": column for name, column in self.top.sorted()._asdict().items()},
+            "sample.latent": sample.latent.astype(np.int32),
+            "sample.value": sample.value,
+            "sample.row": sample.row,
+            **{name: getattr(self, name) for name in _COUNTS},
         }
-        with replacing(path) as beside:
-            save_file({n: np.ascontiguousarray(a) for n, a in arrays.items()}, beside)
+        with replacing(path) as temporary:
+            save_file({n: np.ascontiguousarray(a) for n, a in arrays.items()}, temporary)
 
     def load(self, path: Path, store: ActivationStore) -> None:
         """Merge the accumulator of the next span from its file."""
@@ -105,91 +178,90 @@ class Accumulator:
             getattr(later.statistics, field.name)[:] = arrays[f"statistics.{field.name}"]
         later.top.add(Firings(**{name: arrays[f"top.{name}"] for name in Firings._fields}))
         row = arrays["sample.row"]
-        later.sample.add(
-            Firings(
-                arrays["sample.latent"].astype(np.int64),
-                arrays["sample.value"],
-                row,
-                store.rollout_of(row),
-                row.astype(np.uint64),
-            )
+        sample = Firings(
+            latent=arrays["sample.latent"].astype(np.int64),
+            value=arrays["sample.value"],
+            row=row,
+            rollout=store.rollout_of(row),
+            context=row.astype(np.uint64),
         )
-        for name in ("tokens", "roles", "tenths", "rollouts"):
+        later.sample.add(sample)
+        for name in _COUNTS:
             setattr(later, name, arrays[name])
         self.merge(later)
-
-
-def spans_of(
-    store: ActivationStore, n_rollouts: int, d_sae: int, only: tuple[str, ...] = ()
-) -> list[Span]:
-    """Cut the first rollouts into spans of `max(2**18, 64 * d_sae)` rows or a little more.
-
-    The file of a span takes less than 3 kB for each latent, whatever its rows, at `k` 10.
-    """
-    least = max(_SPAN, _PER_LATENT * d_sae)
-    spans, first = [], 0
-    for rollout in range(1, n_rollouts + 1):
-        n_rows = store.rollout_start[rollout] - store.rollout_start[first]
-        if n_rows >= least or rollout == n_rollouts:
-            spans.append(Span(store, first, rollout, only))
-            first = rollout
-    return spans
 
 
 def scan(
     span: Span, sae: "SAE", accumulator: Accumulator, batch_size: int, *, collapse: bool, reach: int
 ) -> Iterator[int]:
-    """Read a span into empty accumulator, and yield the rows of each batch when they are read.
+    """Read a span into an empty accumulator, and yield the number of rows after each batch.
 
-    `collapse` takes firings for alike where the tokens within `reach` places are the same.
+    With `collapse`, firings have equal contexts if the tokens within `reach` positions are equal.
     """
     lowest = lowest_threshold(sae)
-    tenths, eligible = span.tenths, span.eligible
-    groups = span.neighbourhoods(reach) if collapse else None
-    seen = np.zeros((1, sae.d_sae), bool)  # of the rollout that a batch begins in
+    tenth, eligible = span.tenth, span.eligible
+    contexts = span.context_hashes(reach) if collapse else None
+    seen = np.zeros((1, sae.d_sae), bool)  # latents in the rollout that continues in a batch
     n_fired = np.zeros(span.n_rows)
     squares = np.zeros((2, span.n_rows))
     for start in range(0, span.n_rows, batch_size):
         stop = min(start + batch_size, span.n_rows)
-        here = np.flatnonzero(eligible[start:stop]) + start
-        index, latent, value, squares[:, here] = _encode(sae, span.rows(start, stop)[here - start])
-        local = here[index]
+        counted = np.flatnonzero(eligible[start:stop]) + start
+        x = span.rows(start, stop)[counted - start]
+        index, latent, value, squares[:, counted] = _encode(sae, x)
+        local = counted[index]  # of each firing: its row, from the start of the span
         rollout = span.rollout[local]
         row = local + span.first_row
-        group = row.astype(np.uint64) if groups is None else groups[local]
-        firings = Firings(latent, value, row, rollout, group)
-        accumulator.statistics.add(firings, span.roles[local], tenths[local], lowest)
-        last = span.rollout[stop - 1]
+        context = row.astype(np.uint64) if contexts is None else contexts[local]
+        firings = Firings(latent, value, row, rollout, context)
+        accumulator.statistics.add(firings, span.roles[local], tenth[local], lowest)
+        first, last = span.rollout[start], span.rollout[stop - 1]
         is_cut = stop < span.n_rows and span.rollout[stop] == last
         open_from = int(span.store.rollout_start[last]) if is_cut else None
         accumulator.top.add(firings, open_from=open_from)
         accumulator.sample.add(firings)
         np.add.at(n_fired, local, 1)
-        begun = span.rollout[start]
-        marks = np.zeros((last - begun + 1, sae.d_sae), bool)
-        marks[0] = seen[0]
-        marks[rollout - begun, latent] = True
-        done = marks[: len(marks) - is_cut]
-        accumulator.statistics.n_rollouts[:] += done.sum(0)
-        seen = marks[len(marks) - 1 :] if is_cut else np.zeros_like(seen)
+        fired_in = np.zeros((last - first + 1, sae.d_sae), bool)  # (rollout, latent)
+        fired_in[0] = seen[0]
+        fired_in[rollout - first, latent] = True
+        n_complete = len(fired_in) - is_cut
+        accumulator.statistics.n_rollouts[:] += fired_in[:n_complete].sum(0)
+        seen = fired_in[-1:] if is_cut else np.zeros_like(seen)
         yield stop - start
-    accumulator.tokens += np.bincount(span.token_ids[eligible], minlength=len(accumulator.tokens))
-    accumulator.roles += np.bincount(span.roles[eligible], minlength=len(ROLES))
-    accumulator.tenths += np.bincount(tenths[eligible], minlength=N_TENTHS)
+    n_tokens = len(accumulator.n_by_token)
+    accumulator.n_by_token += np.bincount(span.token_ids[eligible], minlength=n_tokens)
+    accumulator.n_by_role += np.bincount(span.roles[eligible], minlength=len(ROLES))
+    accumulator.n_by_position += np.bincount(tenth[eligible], minlength=N_TENTHS)
     columns = np.stack([eligible.astype(np.float64), n_fired, *squares])
     accumulator.rollouts = np.add.reduceat(columns, span.starts, axis=1).T
 
 
 def lowest_threshold(sae: "SAE") -> float:
-    """Return the threshold of the latent that has the lowest one."""
+    """Return the lowest threshold of all latents."""
     assert sae.threshold is not None, "load_sae calibrates it"
     return float(sae.threshold.min())
+
+
+def histogram_edges(lowest: float) -> npt.NDArray[np.float32]:
+    """Return the edges of the bins, `(N_BINS + 1,)`: 2**e times 1, 1.25, 1.5 and 1.75.
+
+    The low bits of such float32 numbers are zero, so the high bits of a value give its bin.
+    """
+    bits = (_first_bin(lowest) + np.arange(N_BINS + 1, dtype=np.int32)) << _MANTISSA
+    return bits.astype(np.int32).view(np.float32)
+
+
+def _first_bin(lowest: float) -> int:
+    return int(np.float32(max(lowest, _LOWEST)).view(np.int32)) >> _MANTISSA
 
 
 def _encode(
     sae: "SAE", rows: npt.NDArray[Any]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[Any]]:
-    """Return row index, latent and value of every firing, row by row, and each row's squares."""
+    """Return row index, latent and value of every firing, and squared lengths of every row.
+
+    The latter, `(2, n_rows)`, are `‖s(x − x̂)‖²` and `‖s(x − b_dec)‖²`.
+    """
     import torch
 
     x = torch.from_numpy(rows).to(sae.b_enc.device)

@@ -1,13 +1,12 @@
 """Read a store with an SAE and keep the strongest examples and the statistics of every latent.
 
-1. Scan: the store is cut into spans of whole rollouts (`spans_of`). Each is encoded once;
-   its counts, its strongest firings and a sample of its firings become one file, so that what is
-   finished stays. Any number of processes share the spans.
-2. Merge the accumulators of the spans, in their order.
-3. Examples and samples get their windows (`examples`), and the samples say which tokens a latent
-   is about (`rankings`) and what is near it (`neighbours`). Some rollouts are kept whole
-   (`whole_texts`).
-4. Write `features.h5`, or JSON in the published schema when the output's name ends so.
+1. Cut the store into spans of whole rollouts (`spans`). Encode each span once, and save its counts,
+   its strongest firings and a sample of its firings to one file (`accumulators`), so that finished
+   work is kept. Any number of processes share the spans.
+2. Merge the accumulators in the order of the spans.
+3. Add the windows of examples and samples (`examples`), the latents, tokens and sites near each
+   latent (`neighbours`), and some whole rollouts (`whole_rollouts`).
+4. Write `features.h5`, or JSON of the published schema if the output ends in `.json`.
 
 In: activation store, SAE. Out: a feature index.
 """
@@ -25,13 +24,16 @@ from lorascope.activations.store import ActivationStore, default_name
 from lorascope.artifact import Build, building, is_made, join, make_manifest, read_manifest
 from lorascope.config import Config, option
 from lorascope.errors import ConfigError, DatasetError
-from lorascope.features.accumulators import Accumulator, lowest_threshold, scan, spans_of
+from lorascope.features.accumulators import (
+    Accumulator,
+    histogram_edges,
+    lowest_threshold,
+    scan,
+)
 from lorascope.features.arrays import KIND, SCHEMA
 from lorascope.features.index import FeatureIndex
 from lorascope.features.published_json import write_published
-from lorascope.features.rankings import ranked_tokens
-from lorascope.features.spans import Span
-from lorascope.features.statistics import histogram_edges
+from lorascope.features.spans import Span, cut_spans
 from lorascope.features.topk import Firings
 from lorascope.sites import SiteLayout, parse_adapter_types
 from lorascope.texts.rollouts import ROLES
@@ -42,35 +44,35 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ALIKE = 5  # tokens on each side that are compared when windows are called alike
+CONTEXT_REACH = 5  # tokens on each side that make up a firing's context
 
 
 @dataclass(frozen=True, kw_only=True)
 class CollectOptions(Config):
-    """Options that say which examples are kept."""
+    """Options that decide which examples are kept."""
 
-    top_k: int = option(10, help="examples kept for each feature")
+    top_k: int = option(10, help="examples kept per feature")
     context_window: int = option(10, help="tokens shown on each side of an example")
     max_per_rollout: int | None = option(
-        3, help="examples of one feature from one rollout, at most; 0 for any number"
+        3, help="largest number of a feature's examples from one rollout; 0 for no limit"
     )
-    alike: Literal["collapse", "keep"] = option(
+    same_context: Literal["collapse", "keep"] = option(
         "collapse",
-        help="examples that have the same five tokens on each side: collapse them into the "
-        "strongest one, or keep them all",
+        help="a feature's examples with the same token and five tokens on each side: collapse "
+        "them into the strongest, or keep all",
     )
     samples: int = option(
-        2, help="further examples drawn at random from each fifth of a feature's firings, by value"
+        2, help="random examples from each fifth of a feature's firings, by value"
     )
-    text_tokens: int = option(
-        20_000, help="tokens of rollouts that are kept whole, to be read as text with every feature"
+    rollout_tokens: int = option(
+        20_000, help="tokens of the rollouts that are kept whole, with the features of every token"
     )
 
     def check(self) -> None:
-        """Refuse impossible numbers."""
+        """Check the ranges of the numbers."""
         super().check()
         self.require("top_k", 1)
-        for name in ("context_window", "max_per_rollout", "samples", "text_tokens"):
+        for name in ("context_window", "max_per_rollout", "samples", "rollout_tokens"):
             self.require(name, 0)
 
 
@@ -79,33 +81,33 @@ class CollectConfig(CollectOptions):
     """Options of `collect`."""
 
     sae: Path = option(
-        Path("trained_sae_adapters_g-u-d-q-k-v-o.pt"), help="SAE to read with", identity=False
+        Path("trained_sae_adapters_g-u-d-q-k-v-o.pt"), help="SAE to use", identity=False
     )
     data_dir: Path | None = option(
         None,
-        help="activation store to read; default: the published name for the SAE's adapter types",
+        help="activation store to read; default: the published name of the SAE's store",
         identity=False,
     )
     output: Path | None = option(
         None,
-        help="file to make, .h5 or .json; default: sae_features_data_{SAE's name}.json",
+        help="file to write, .h5 or .json; default: sae_features_data_{SAE's name}.json",
         identity=False,
     )
     roles: tuple[str, ...] = option(
-        (), help="roles of the tokens that count; default: all but special"
+        (), help="count only tokens with these roles; default: all but special"
     )
-    max_rollouts: int | None = option(None, help="rollouts to read from the start; default: all")
+    max_rollouts: int | None = option(None, help="read only the first rollouts; default: all")
     batch_size: int = option(
-        2048, help="tokens encoded at once; changes speed only", identity=False
+        2048, help="tokens encoded at once; affects speed only", identity=False
     )
     num_gpus: int | None = option(
-        None, help="GPUs to use, one process each; default: all that are there", identity=False
+        None, help="GPUs to use, one process each; default: all", identity=False
     )
     device: str = option("auto", help="auto, cpu, cuda or cuda:N", identity=False)
     overwrite: bool = option(False, help="replace an output of other settings", identity=False)
 
     def check(self) -> None:
-        """Refuse impossible numbers and an output that is neither kind of file."""
+        """Check the ranges of the numbers and the output's suffix."""
         super().check()
         self.require("max_rollouts", 1)
         self.require("batch_size", 1)
@@ -114,7 +116,7 @@ class CollectConfig(CollectOptions):
 
 
 def run(config: CollectConfig) -> Path:
-    """Make a feature index, or find the finished one, and return its file."""
+    """Make a feature index, or find the finished one, and return its path."""
     from lorascope.sae.model import load_sae
 
     data_dir = config.data_dir or _published_store(config.sae)
@@ -129,8 +131,8 @@ def run(config: CollectConfig) -> Path:
         return out
     n_rollouts = min(config.max_rollouts or store.n_rollouts, store.n_rollouts)
     n_rows = int(store.rollout_start[n_rollouts])
-    spans = spans_of(store, n_rollouts, sae.d_sae, config.roles)
-    if not any(span.reopened().eligible.any() for span in spans):
+    spans = cut_spans(store, n_rollouts, sae.d_sae, config.roles)
+    if not any(span.uncached().eligible.any() for span in spans):
         wanted = f"of the roles {', '.join(config.roles)}" if config.roles else "but special ones"
         raise DatasetError(f"{data_dir} has no token that counts: none of {n_rows} {wanted}")
     n_workers = runtime.n_workers(config.device, config.num_gpus)
@@ -163,25 +165,23 @@ def run(config: CollectConfig) -> Path:
 
 
 def _published_store(model_path: Path) -> Path:
-    """Return the published name of the store that an SAE was trained on, by its own name."""
+    """Return the published name of the store that an SAE was trained on."""
     manifest = read_manifest(model_path)
     if manifest is not None:
         types = SiteLayout.from_json(manifest["layout"]).adapter_types
     else:
-        _, found, initials = model_path.stem.rpartition("adapters_")
-        types = parse_adapter_types([initials if found else "all"])
+        _, marker, initials = model_path.stem.rpartition("adapters_")
+        types = parse_adapter_types([initials if marker else "all"])
     return Path(default_name(types))
 
 
 def _gather(build: Build, spans: list[Span], sae: "SAE", config: CollectConfig) -> Accumulator:
-    """Scan the spans that nobody has, until all are there; rank 0 returns what they hold."""
+    """Scan spans until all have been scanned by some process; rank 0 returns them merged."""
     store = spans[0].store
     per_rollout = config.max_per_rollout or None
     accumulator = Accumulator.empty(sae.d_sae, len(store.vocabulary), config.top_k, per_rollout)
-    paths = [build.path / f"span-{i:06d}.safetensors" for i in range(len(spans))]
-    mine = (
-        accumulator.successor()
-    )  # of this process alone: it tells later spans what they may leave out
+    paths = [build.path / f"accumulator-{i:06d}.safetensors" for i in range(len(spans))]
+    own = accumulator.successor()  # of this process: its cut-offs shorten the work on later spans
     bar = runtime.progress(sum(span.n_rows for span in spans), "collect", "tokens")
     counted: set[int] = set()
 
@@ -191,21 +191,21 @@ def _gather(build: Build, spans: list[Span], sae: "SAE", config: CollectConfig) 
 
     with bar:
         for claim in runtime.claim_work_units(paths, build.path / ".claims", found, lambda: None):
-            here = mine.successor()
+            current = own.successor()
             counted.add(claim.work_unit)
             for n_rows in scan(
-                spans[claim.work_unit].reopened(),
+                spans[claim.work_unit].uncached(),
                 sae,
-                here,
+                current,
                 config.batch_size,
-                collapse=config.alike == "collapse",
-                reach=min(ALIKE, config.context_window),
+                collapse=config.same_context == "collapse",
+                reach=min(CONTEXT_REACH, config.context_window),
             ):
                 bar.update(n_rows)
-            here.save(paths[claim.work_unit])
+            current.save(paths[claim.work_unit])
             claim.release()
-            mine.top.merge(here.top)
-            mine.sample.merge(here.sample)
+            own.top.merge(current.top)
+            own.sample.merge(current.sample)
     if runtime.process_rank() == 0:
         for path in paths:
             accumulator.load(path, store)
@@ -221,15 +221,21 @@ def _arrays(
 ) -> dict[str, Any]:
     """Return every array of the index."""
     from lorascope.features.examples import example_arrays, sample_arrays, window_arrays
-    from lorascope.features.neighbours import cofiring, effect_rows, fingerprint, nearest_rows
-    from lorascope.features.whole_texts import text_arrays
+    from lorascope.features.neighbours import (
+        cofiring,
+        effect_rows,
+        fingerprint,
+        nearest_rows,
+        ranked_tokens,
+    )
+    from lorascope.features.whole_rollouts import rollout_arrays
 
-    statistics, reach = accumulator.statistics, min(ALIKE, config.context_window)
+    statistics, reach = accumulator.statistics, min(CONTEXT_REACH, config.context_window)
     examples = accumulator.top.sorted()
-    samples, drawn = sample_arrays(store, accumulator.sample, examples, config.samples)
+    samples, arrays_of_samples = sample_arrays(store, accumulator.sample, examples, config.samples)
     rows, _ = effect_rows(sae)
-    decoder, cosine = nearest_rows(rows, statistics.n_active > 0)
-    beside, jaccard = cofiring(accumulator.sample, statistics.n_active)
+    near_decoder, near_cosine = nearest_rows(rows, statistics.n_active > 0)
+    near_cofiring, near_jaccard = cofiring(accumulator.sample, statistics.n_active)
     largest = np.zeros(sae.d_sae, np.float32)
     np.maximum.at(largest, examples.latent, examples.value)
     arrays = {
@@ -243,15 +249,17 @@ def _arrays(
         "latent_histogram": statistics.histogram,
         "latent_histogram_edges": histogram_edges(lowest_threshold(sae)),
         "latent_fingerprint": fingerprint(rows, sae.layout),
-        "near_decoder": decoder,
-        "near_cosine": cosine,
-        "near_cofiring": beside,
-        "near_jaccard": jaccard,
-        **ranked_tokens(store, accumulator.sample, accumulator.tokens),
+        "near_decoder": near_decoder,
+        "near_cosine": near_cosine,
+        "near_cofiring": near_cofiring,
+        "near_jaccard": near_jaccard,
+        **ranked_tokens(store, accumulator.sample, accumulator.n_by_token),
         **example_arrays(store, examples, spans, sae.d_sae, reach),
-        **drawn,
-        **window_arrays(store, sae, Firings.joined([examples, samples]), config.context_window),
-        **text_arrays(store, sae, accumulator, config.text_tokens, config.roles),
+        **arrays_of_samples,
+        **window_arrays(
+            store, sae, Firings.concatenate([examples, samples]), config.context_window
+        ),
+        **rollout_arrays(store, sae, accumulator, config.rollout_tokens, config.roles),
     }
     if sae.stability is not None:
         arrays["latent_stability"] = sae.stability.numpy()
@@ -259,11 +267,10 @@ def _arrays(
 
 
 def _vocabulary(store: ActivationStore, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arrays `token_*` of the tokens that the others name."""
-    named = [
-        np.unique(ids) for name, ids in arrays.items() if name.endswith(("_id", "text_token_id"))
-    ]
-    used = np.unique(np.concatenate(named))
+    """Return the arrays `token_*` of the tokens that occur in the others."""
+    used = np.unique(
+        np.concatenate([np.unique(ids) for name, ids in arrays.items() if name.endswith("_id")])
+    )
     used = used[used >= 0]
     offset, data = pack_tokens([store.vocabulary[i] for i in used])
     return {
@@ -277,7 +284,7 @@ def _vocabulary(store: ActivationStore, arrays: Mapping[str, Any]) -> dict[str, 
 def _content(
     store: ActivationStore, sae: "SAE", accumulator: Accumulator, config: CollectConfig
 ) -> dict[str, Any]:
-    """Return what the manifest says of the work beside its settings."""
+    """Return what the manifest records about the result, in addition to the settings."""
     from lorascope.features.neighbours import effect_rows
 
     report = sae.manifest["content"].get("report", {})
@@ -290,7 +297,7 @@ def _content(
         "fvu": report.get("fvu"),
         "l0": report.get("l0"),
         "n_tokens": int(store.rollout_start[len(accumulator.rollouts)]),
-        "n_eligible": int(accumulator.roles.sum()),
+        "n_eligible": int(accumulator.n_by_role.sum()),
         "n_rollouts": len(accumulator.rollouts),
         "n_features": sae.d_sae,
         "n_alive": int((accumulator.statistics.n_active > 0).sum()),
@@ -299,6 +306,6 @@ def _content(
         "n_sampled": accumulator.sample.n,
         "effect_units": effect_rows(sae)[1],
         "roles": list(ROLES),
-        "n_by_role": accumulator.roles.tolist(),
-        "n_by_position": accumulator.tenths.tolist(),
+        "n_by_role": accumulator.n_by_role.tolist(),
+        "n_by_position": accumulator.n_by_position.tolist(),
     }

@@ -1,10 +1,11 @@
-"""The examples and samples of every latent with their windows, as the arrays of an index.
+"""Make the arrays of an index that hold examples, samples and their windows.
 
-1. Examples are the strongest firings as they were kept; `n_alike` is counted over the whole store.
-2. Samples: the kept sample of a latent's firings is cut into fifths by value, and of each fifth the
-   `per_fifth` firings of lowest hash are shown that are not examples already.
-3. Windows: the tokens on each side, cut at the rollout's ends. The latent's value at each of them
-   is an inner product of its own (`Encoder.at`), equal to the bit to the value that was scanned.
+1. Examples are the strongest firings that were kept. `n_alike` counts, over the whole store, the
+   tokens with the same context.
+2. Samples: the sample of a latent's firings is cut into fifths by value. Each fifth shows the
+   `per_fifth` firings of lowest hash that are not examples already.
+3. Windows: the tokens on each side, cut at the ends of the rollout. The latent's value at each
+   token is computed again (`Encoder.at`) and equals the scanned value to the bit.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -22,50 +23,53 @@ if TYPE_CHECKING:
     from lorascope.sae.model import SAE
 
 N_FIFTHS = 5
-_ROWS = 1 << 16  # rows whose windows are computed at once
+_ROWS = 1 << 16  # rows whose values are computed at once
 Arrays = dict[str, npt.NDArray[Any]]
 
 
 def example_arrays(
     store: ActivationStore, examples: Firings, spans: list[Span], d_sae: int, reach: int
 ) -> Arrays:
-    """Return the arrays `example_*` of firings sorted by latent."""
+    """Return the arrays `example_*` of firings sorted by latent.
+
+    Contexts are equal if the tokens within `reach` positions are.
+    """
     return {
-        **_places(store, examples, d_sae, "example"),
-        "example_n_alike": _n_alike(examples, spans, reach),
+        **_firing_arrays(store, examples, d_sae, "example"),
+        "example_n_alike": _n_equal_contexts(examples, spans, reach),
     }
 
 
 def sample_arrays(
     store: ActivationStore, sample: FiringSample, examples: Firings, per_fifth: int
 ) -> tuple[Firings, Arrays]:
-    """Return the samples that are shown, by latent and falling fifth, and the arrays `sample_*`."""
+    """Return the samples, by latent and descending fifth, and the arrays `sample_*`."""
     kept = sample.sorted()
     order = np.lexsort((kept.row, kept.value, kept.latent))
     n = np.bincount(kept.latent, minlength=sample.d_sae)
     fifth = np.empty(len(order), np.int64)
     fifth[order] = rank_in_run(kept.latent[order]) * N_FIFTHS // n[kept.latent[order]]
-    taken = np.isin(_pair(kept, sample.d_sae), _pair(examples, sample.d_sae))
-    free = np.flatnonzero(~taken)
-    kept, fifth = kept.where(free), fifth[free]
-    place = kept.latent * N_FIFTHS + (N_FIFTHS - 1 - fifth)
-    order = np.lexsort((kept.row, row_hash(kept.row), place))
-    chosen = order[rank_in_run(place[order]) < per_fifth]
-    chosen = chosen[np.lexsort((kept.row[chosen], place[chosen]))]
-    shown = kept.where(chosen)
-    arrays = _places(store, shown, sample.d_sae, "sample")
+    is_example = np.isin(_pair(kept, sample.d_sae), _pair(examples, sample.d_sae))
+    others = np.flatnonzero(~is_example)
+    kept, fifth = kept.select(others), fifth[others]
+    cell = kept.latent * N_FIFTHS + (N_FIFTHS - 1 - fifth)
+    order = np.lexsort((kept.row, row_hash(kept.row), cell))
+    chosen = order[rank_in_run(cell[order]) < per_fifth]
+    chosen = chosen[np.lexsort((kept.row[chosen], cell[chosen]))]
+    shown = kept.select(chosen)
+    arrays = _firing_arrays(store, shown, sample.d_sae, "sample")
     return shown, {**arrays, "sample_quantile": fifth[chosen].astype(np.int8)}
 
 
 def window_arrays(
     store: ActivationStore, sae: "SAE", centres: Firings, context_window: int
 ) -> Arrays:
-    """Return the arrays `window_*` of firings in the order in which they are given."""
+    """Return the arrays `window_*` of the windows around firings, in the given order."""
     begin = np.maximum(centres.row - context_window, store.rollout_start[centres.rollout])
     end = np.minimum(centres.row + context_window + 1, store.rollout_start[centres.rollout + 1])
     offset = np.concatenate([[0], np.cumsum(end - begin)]).astype(np.int64)
     owner = np.repeat(np.arange(len(begin)), end - begin)
-    rows = np.arange(offset[-1]) - offset[owner] + begin[owner]  # row of each window token
+    rows = np.arange(offset[-1]) - offset[owner] + begin[owner]  # of each window token
     return {
         "window_offset": offset,
         "window_target": (centres.row - begin).astype(np.int32),
@@ -80,9 +84,9 @@ def _values(
     rows: npt.NDArray[np.int64],
     latents: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.float32]:
-    """Return the code at any pairs of row and latent."""
+    """Return the code at pairs of row and latent, `(n,)`."""
     values = np.zeros(len(rows), np.float32)
-    order = np.argsort(rows * sae.d_sae + latents)  # equal pairs have equal values
+    order = np.argsort(rows * sae.d_sae + latents)  # may be unstable: equal pairs have equal values
     in_order = rows[order]
     needed = np.unique(in_order)
     device = sae.b_enc.device
@@ -93,13 +97,13 @@ def _values(
             here = order[first:last]
             index = torch.from_numpy(np.searchsorted(chunk, in_order[first:last])).to(device)
             x = torch.from_numpy(store.take(chunk)).to(device)
-            pairs = index, torch.from_numpy(latents[here]).to(device)
-            values[here] = sae.encoder.at(x, *pairs).cpu().numpy()
+            latent = torch.from_numpy(latents[here]).to(device)
+            values[here] = sae.encoder.at(x, index, latent).cpu().numpy()
             bar.update(len(chunk))
     return values
 
 
-def _places(store: ActivationStore, firings: Firings, d_sae: int, name: str) -> Arrays:
+def _firing_arrays(store: ActivationStore, firings: Firings, d_sae: int, name: str) -> Arrays:
     counts = np.bincount(firings.latent, minlength=d_sae)
     return {
         f"{name}_offset": np.concatenate([[0], np.cumsum(counts)]),
@@ -110,19 +114,19 @@ def _places(store: ActivationStore, firings: Firings, d_sae: int, name: str) -> 
     }
 
 
-def _n_alike(examples: Firings, spans: list[Span], reach: int) -> npt.NDArray[np.int64]:
-    """Return at how many eligible tokens the same tokens stand within `reach` places."""
-    own = np.zeros(len(examples.row), np.uint64)
+def _n_equal_contexts(examples: Firings, spans: list[Span], reach: int) -> npt.NDArray[np.int64]:
+    """Return for each example the number of eligible tokens with the same context."""
+    contexts = np.zeros(len(examples.row), np.uint64)
     for span in spans:
         row = examples.row - span.first_row
         here = (row >= 0) & (row < span.n_rows)
-        own[here] = span.reopened().neighbourhoods(reach)[row[here]]
-    wanted, inverse = np.unique(own, return_inverse=True)
+        contexts[here] = span.uncached().context_hashes(reach)[row[here]]
+    wanted, inverse = np.unique(contexts, return_inverse=True)
     counts = np.zeros(len(wanted), np.int64)
-    for span in (span.reopened() for span in spans if len(wanted)):
-        found = span.neighbourhoods(reach)[span.eligible]
-        at = np.minimum(np.searchsorted(wanted, found), len(wanted) - 1)
-        counts += np.bincount(at[wanted[at] == found], minlength=len(wanted))
+    for span in (span.uncached() for span in spans if len(wanted)):
+        here = span.context_hashes(reach)[span.eligible]
+        at = np.minimum(np.searchsorted(wanted, here), len(wanted) - 1)
+        counts += np.bincount(at[wanted[at] == here], minlength=len(wanted))
     return counts[inverse]
 
 

@@ -1,4 +1,4 @@
-"""A run of whole rollouts of a store: where each token stands, and what stands around it."""
+"""Runs of whole rollouts of a store: the unit in which collect reads it."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -9,29 +9,32 @@ import numpy.typing as npt
 from lorascope.activations.shards import Rows
 from lorascope.activations.store import ActivationStore
 
-_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no power of it vanishes
+N_TENTHS = 10
+_ROWS = 1 << 18  # rows of a span, at least
+_ROWS_PER_LATENT = 64  # and for each latent, so that the file of a span is small beside its rows
+_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no power of it is zero
 
 
 @dataclass(frozen=True)
 class Span:
-    """The rollouts `[first, last)` of a store, by index. Arrays are `(n_rows,)`.
+    """The rollouts `[first, last)` of a store, by index. Arrays have one entry a row, `(n_rows,)`.
 
-    They are read when they are asked for and then kept: use `anew` where a span lives on.
-    `only` are the roles of the tokens that count, all but `special` where it is empty.
+    Arrays are read on first use and then cached; `uncached` gives a span without them. Only tokens
+    with one of the roles in `only_roles` count, or, if it is empty, all but special ones.
     """
 
     store: ActivationStore
     first: int
     last: int
-    only: tuple[str, ...] = ()
+    only_roles: tuple[str, ...] = ()
 
-    def reopened(self) -> "Span":
-        """Return the span without the arrays that it has read."""
+    def uncached(self) -> "Span":
+        """Return the same span without cached arrays."""
         return replace(self)
 
     @property
     def first_row(self) -> int:
-        """Row of the store with which the span begins."""
+        """First row of the span in the store."""
         return int(self.store.rollout_start[self.first])
 
     @property
@@ -41,11 +44,11 @@ class Span:
 
     @property
     def starts(self) -> npt.NDArray[np.int64]:
-        """Row of the span with which each rollout begins, `(n_rollouts,)`."""
+        """First row of each rollout, counted from the start of the span, `(n_rollouts,)`."""
         return self.store.rollout_start[self.first : self.last] - self.first_row
 
     def rows(self, start: int, stop: int) -> Rows:
-        """Return activations, `(stop - start, d_in)`."""
+        """Return the activations of rows `[start, stop)` of the span, `(stop - start, d_in)`."""
         return self.store.rows(self.first_row + start, self.first_row + stop)
 
     @cached_property
@@ -55,17 +58,17 @@ class Span:
 
     @cached_property
     def roles(self) -> npt.NDArray[np.uint8]:
-        """Index into `ROLES` of each token."""
+        """Index of each token's role in `ROLES`."""
         return self.store.roles_of(self.first_row, self.first_row + self.n_rows)
 
     @cached_property
     def eligible(self) -> npt.NDArray[np.bool_]:
-        """Rows that count."""
-        return self.store.eligible_of(self.token_ids, self.roles, self.only)
+        """Mask of the tokens that count."""
+        return self.store.eligible_of(self.token_ids, self.roles, self.only_roles)
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each token's rollout."""
+        """Number of tokens in each token's rollout."""
         lengths = np.diff(self.store.rollout_start[self.first : self.last + 1])
         return np.repeat(lengths, lengths)
 
@@ -77,25 +80,45 @@ class Span:
 
     @cached_property
     def position(self) -> npt.NDArray[np.int64]:
-        """Place of each token in its rollout."""
+        """Position of each token in its rollout."""
         return np.arange(self.n_rows) - self.starts[self.rollout - self.first]
 
     @property
-    def tenths(self) -> npt.NDArray[np.int64]:
-        """Tenth of its rollout in which each token stands, 0 to 9."""
-        return self.position * 10 // self.lengths
+    def tenth(self) -> npt.NDArray[np.int64]:
+        """Tenth of its rollout that each token is in, 0 to 9."""
+        return self.position * N_TENTHS // self.lengths
 
-    def neighbourhoods(self, reach: int) -> npt.NDArray[np.uint64]:
-        """Return a hash of the tokens within `reach` places of each token, of its rollout only."""
+    def context_hashes(self, reach: int) -> npt.NDArray[np.uint64]:
+        """Return a hash of each token's context: the tokens up to `reach` positions away.
+
+        Tokens of other rollouts are not part of it.
+        """
         value = self.token_ids.astype(np.uint64) + np.uint64(1)
         out = np.zeros(self.n_rows, np.uint64)
-        for by in range(-reach, reach + 1):
-            at = self.position + by
+        for offset in range(-reach, reach + 1):
+            at = self.position + offset
             shifted = np.zeros_like(value)
-            if by < 0:
-                shifted[-by:] = value[:by]
+            if offset < 0:
+                shifted[-offset:] = value[:offset]
             else:
-                shifted[: max(len(value) - by, 0)] = value[by:]
+                shifted[: max(len(value) - offset, 0)] = value[offset:]
             out *= _BASE
             out += np.where((at >= 0) & (at < self.lengths), shifted, np.uint64(0))
         return out
+
+
+def cut_spans(
+    store: ActivationStore, n_rollouts: int, d_sae: int, only_roles: tuple[str, ...] = ()
+) -> list[Span]:
+    """Cut the first rollouts into spans of at least `max(2**18, 64 * d_sae)` rows each.
+
+    A span's file takes less than 3 kB for each latent, however many rows it has, at `k` 10.
+    """
+    min_rows = max(_ROWS, _ROWS_PER_LATENT * d_sae)
+    spans, first = [], 0
+    for rollout in range(1, n_rollouts + 1):
+        n_rows = store.rollout_start[rollout] - store.rollout_start[first]
+        if n_rows >= min_rows or rollout == n_rollouts:
+            spans.append(Span(store, first, rollout, only_roles))
+            first = rollout
+    return spans
