@@ -67,7 +67,7 @@ def test_rankings_of_tokens_and_the_profile_by_role_are_those_of_the_index(show:
 
 def test_a_neighbour_is_followed_by_mouse_and_by_keyboard(show: Any):
     index = full_index()
-    latent = feature_with(index, lambda feature: feature.similar and feature.beside)
+    latent = feature_with(index, lambda feature: feature.similar and feature.cofiring)
     shown = show(index, f"#/feature/{latent}")
     near, cosine = index[latent].similar[0]
     link = shown.part("similar").locator("a").first
@@ -81,7 +81,7 @@ def test_a_neighbour_is_followed_by_mouse_and_by_keyboard(show: Any):
     shown.wait_for(latent)
     shown.part("beside").locator("a").first.focus()
     shown.press("Enter")
-    shown.wait_for(index[latent].beside[0][0])
+    shown.wait_for(index[latent].cofiring[0][0])
 
 
 @pytest.mark.slow

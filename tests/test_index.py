@@ -354,13 +354,13 @@ def test_a_feature_has_what_the_arrays_say_of_it():
     assert feature.samples[0].activations[feature.samples[0].target] == 2.25
     assert [e.n_alike for e in feature.examples] == [3, -1, -1]
     assert feature.similar == ((3, 0.5), (2, 0.25))
-    assert feature.beside == ((3, 0.5),)
+    assert feature.cofiring == ((3, 0.5),)
     assert feature.tokens["lift"] == (("é", 0.5),)
     assert feature.stats.by_role == {"think": 0.1, "answer": 0.0}
     assert feature.stats.by_position == (0.5, 0.0)
     assert feature.stats.stability == 0.5
     dead = small_index()[1]
-    assert (dead.similar, dead.beside, dead.tokens["mean"], dead.samples) == ((), (), (), ())
+    assert (dead.similar, dead.cofiring, dead.tokens["mean"], dead.samples) == ((), (), (), ())
 
 
 def test_text_is_found_in_any_case_and_where_it_fires_strongest_comes_first():

@@ -1,4 +1,4 @@
-"""The records that a feature index gives: a feature, its statistics, its examples."""
+"""The records that a feature index returns: a feature, its statistics, its examples."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +11,11 @@ import numpy.typing as npt
 class Example:
     """One token on which a latent fires, and the tokens around it in the same rollout.
 
-    `row` is the token's row in the store, `rollout` the rollout's id, `position` the token's
-    index in it; each -1 where unknown. `token_ids` and `activations` are `(window,)`, `target`
-    the token's index in them, `tokens` the window's texts as people may read them. `n_alike` is at
-    how many places of the store the same tokens stand around such a token (-1 where unknown), and
-    `quantile` the fifth of the latent's firings that a sample stands for, 4 for the strongest; -1
-    for one of the strongest examples.
+    `row` is the token's row in the store, `rollout` the rollout's id, and `position` the token's
+    position in it. `token_ids` and `activations` are `(window,)`, and `target` is the token's index
+    in them. `tokens` has the window's texts for display. `n_alike` counts the tokens of the store
+    with the same context. `quantile` is the fifth of the latent's firings that a sample was drawn
+    from, 4 for the strongest. Integers that are unknown or do not apply are -1.
     """
 
     value: float
@@ -33,12 +32,12 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureStats:
-    """Numbers of one latent over all eligible tokens; None where the file does not say them.
+    """Statistics of one latent over all eligible tokens; None for what the file does not contain.
 
-    `density` is the share of eligible tokens on which it fires, `mean` and `std` are over those
-    tokens, `histogram` is `(n_bins,)`, the number of those tokens between two edges. `by_role` is
-    the density among the tokens of each role, `by_position` that in each tenth of a rollout.
-    `stability` is the latent's cosine with its like in SAEs of other seeds.
+    `density` is the share of eligible tokens on which it fires. `mean`, `std` and `histogram`
+    `(n_bins,)` are over the tokens on which it fires. `by_role` has the density among the tokens
+    of each role, `by_position` in each tenth of the rollouts. `stability` is the mean cosine with
+    the most similar latent in SAEs of other seeds.
     """
 
     n_examples: int
@@ -58,12 +57,12 @@ class FeatureStats:
 class Feature:
     """The record of one latent.
 
-    `examples` go from the strongest down; `samples` were drawn evenly from each fifth of its
-    firings, strongest fifth first. `fingerprint` is the share of its effect at each site, by module
-    name. `similar` are the latents of the nearest decoder rows with their cosine, `beside` those
-    that fire on the same tokens with the Jaccard index. `tokens` has the rankings `mean` (tokens
-    on which it is strongest), `lift` (how many times as often as elsewhere it fires there),
-    `before` and `after` (share of the tokens that precede and follow).
+    `examples` are sorted from the strongest down. `samples` are random firings from each fifth by
+    value, strongest fifth first. `fingerprint` maps a site's module name to its share of the
+    effect. `similar` has the latents with the nearest decoder rows and their cosines, `cofiring`
+    those that fire on the same tokens and their Jaccard indices. `tokens` has the rankings `mean`
+    (mean value on the token), `lift` (how many times more often than elsewhere it fires on the
+    token), `before` and `after` (share of the firings next to the token).
     """
 
     latent: int
@@ -72,5 +71,5 @@ class Feature:
     samples: tuple[Example, ...]
     fingerprint: Mapping[str, float]
     similar: tuple[tuple[int, float], ...]
-    beside: tuple[tuple[int, float], ...]
+    cofiring: tuple[tuple[int, float], ...]
     tokens: Mapping[str, tuple[tuple[str, float], ...]]

@@ -1,8 +1,9 @@
-"""What people may read of every latent: `FeatureIndex`.
+"""The examples and statistics of every latent: `FeatureIndex`.
 
-What a file of another tool does not say is kept as unknown, never as zero: -1 in integer arrays,
-NaN in float arrays, an axis of length 0 where nothing is known. Token ids below zero are made up on
-import; they name a text, not an entry of a tokenizer, and -1 ends a list of ranked tokens.
+Files of other tools may lack some of them. What is missing is unknown, never zero: -1 in integer
+arrays, NaN in float arrays, an axis of length 0 if nothing is known. Negative token ids are
+assigned on import: each stands for a text, not for an entry of a tokenizer. In a list of ranked
+tokens, -1 means that there are no more.
 """
 
 import math
@@ -33,14 +34,15 @@ _WINDOW_END = b"\xff"  # never part of UTF-8 text, so no match spans two windows
 class FeatureIndex:
     """The examples and statistics of all latents as arrays; `arrays.FIELDS` has their types.
 
-    Examples are sorted by latent, then value descending, then row ascending; latent i has those
-    from `example_offset[i]` to `example_offset[i + 1]`, and other offsets work in the same way.
-    Samples are sorted by latent, then quantile descending, then row. Windows are those of the
-    examples and then those of the samples: `window_target[e]` is the index of the token in its
-    window, `window_activation` the latent's value at each token, 0 where it does not fire.
-    The vocabulary has the tokens that occur anywhere here: `token_id` ascending, `token_data` their
-    raw bytes (a token may hold half a character). A firing beyond the ends of
-    `latent_histogram_edges` counts in the first or the last bin, so bins add up to `n_active`.
+    Examples are sorted by latent, then descending value, then row. Latent i has the examples from
+    `example_offset[i]` to `example_offset[i + 1]`; other offsets work in the same way. Samples are
+    sorted by latent, then descending quantile, then row. Windows are those of the examples followed
+    by those of the samples: `window_target` is the index of the example's token in its window,
+    `window_activation` the latent's value at each token, 0 where it does not fire.
+    `text_*` are the rollouts that are kept whole, with the code of every token.
+    The vocabulary has the tokens that occur in the index: `token_id` ascending, `token_data` their
+    raw bytes (a token may be part of a character). A firing outside `latent_histogram_edges` counts
+    in the first or last bin, so the bins add up to `n_active`.
     """
 
     manifest: Mapping[str, Any]
@@ -50,16 +52,16 @@ class FeatureIndex:
     latent_std: npt.NDArray[np.float32]
     latent_n_rollouts: npt.NDArray[np.int64]
     latent_by_role: npt.NDArray[np.int64]  # (latent, role), firings; roles as in `content`
-    latent_by_position: npt.NDArray[np.int64]  # (latent, 10), firings in each tenth of a rollout
+    latent_by_position: npt.NDArray[np.int64]  # (latent, tenth of the rollout), firings
     latent_histogram: npt.NDArray[np.uint32]  # (latent, bin)
     latent_histogram_edges: npt.NDArray[np.float32]  # (bin + 1,), or (0,) without bins
     latent_fingerprint: npt.NDArray[np.float16]  # (latent, site), rows add up to 1
     latent_stability: npt.NDArray[np.float32]  # (latent,)
-    near_decoder: npt.NDArray[np.int32]  # (latent, near), nearest first, -1 where there is none
+    near_decoder: npt.NDArray[np.int32]  # (latent, near), nearest first, -1 if there are no more
     near_cosine: npt.NDArray[np.float32]
-    near_cofiring: npt.NDArray[np.int32]  # (latent, beside), likewise
+    near_cofiring: npt.NDArray[np.int32]  # (latent, near), likewise
     near_jaccard: npt.NDArray[np.float32]
-    ranked_mean_id: npt.NDArray[np.int32]  # (latent, rank), best first, -1 where there is none
+    ranked_mean_id: npt.NDArray[np.int32]  # (latent, rank), best first, -1 if there are no more
     ranked_mean_score: npt.NDArray[np.float32]
     ranked_lift_id: npt.NDArray[np.int32]
     ranked_lift_score: npt.NDArray[np.float32]
@@ -83,8 +85,8 @@ class FeatureIndex:
     window_target: npt.NDArray[np.int32]  # (example + sample,)
     window_token_id: npt.NDArray[np.int32]  # (window_token,)
     window_activation: npt.NDArray[np.float32]
-    text_rollout: npt.NDArray[np.int64]  # (text,), rollouts that are kept whole: their ids
-    text_why: npt.NDArray[np.uint8]  # bits: `collect.WHY`
+    text_rollout: npt.NDArray[np.int64]  # (text,), ids of the rollouts that are kept whole
+    text_why: npt.NDArray[np.uint8]  # bits, see `whole_rollouts`
     text_l0: npt.NDArray[np.float32]
     text_fvu: npt.NDArray[np.float32]
     text_rarity: npt.NDArray[np.float32]
@@ -103,7 +105,7 @@ class FeatureIndex:
     def from_arrays(
         cls, manifest: Mapping[str, Any], arrays: Mapping[str, npt.ArrayLike]
     ) -> "FeatureIndex":
-        """Make an index of arrays by field name; those that are not given are unknown."""
+        """Make an index from arrays by field name; arrays that are not given are unknown."""
         return cls(manifest=manifest, **completed(arrays))
 
     @classmethod
@@ -117,32 +119,32 @@ class FeatureIndex:
         special: Container[int] = (),
         latents: Mapping[str, npt.ArrayLike] | None = None,
     ) -> "FeatureIndex":
-        """Make an index from Python objects: `features[i]` are the examples of latent i.
+        """Make an index from Python objects: `features[i]` has the examples of latent i.
 
-        `samples[i]`, if given, are its samples. `tokens` gives the bytes of every token id in a
-        window. `latents` gives the other arrays
-        that are known by field name (`latent_n_active`, ...); the rest is unknown.
+        `samples[i]` has its samples. `tokens` maps every token id in a window to its bytes;
+        `special` has the ids of special tokens. `latents` has other arrays that are known, by field
+        name (`latent_n_active`, ...). The rest is unknown.
         """
-        ranked = [
+        examples = [
             example
-            for examples in features
-            for example in sorted(examples, key=lambda e: (-np.float32(e.value), e.row))
+            for of_latent in features
+            for example in sorted(of_latent, key=lambda e: (-np.float32(e.value), e.row))
         ]
         drawn = [
             sample
-            for samples_ in samples
-            for sample in sorted(samples_, key=lambda e: (-e.quantile, e.row))
+            for of_latent in samples
+            for sample in sorted(of_latent, key=lambda e: (-e.quantile, e.row))
         ]
-        windows = [*ranked, *drawn]
+        windows = [*examples, *drawn]
         vocabulary = sorted(tokens)
         token_offset, token_data = pack_tokens([tokens[i] for i in vocabulary])
         values: dict[str, npt.ArrayLike] = {
             "example_offset": _offsets(map(len, features)),
-            "example_value": [e.value for e in ranked],
-            "example_row": [e.row for e in ranked],
-            "example_rollout": [e.rollout for e in ranked],
-            "example_position": [e.position for e in ranked],
-            "example_n_alike": [e.n_alike for e in ranked],
+            "example_value": [e.value for e in examples],
+            "example_row": [e.row for e in examples],
+            "example_rollout": [e.rollout for e in examples],
+            "example_position": [e.position for e in examples],
+            "example_n_alike": [e.n_alike for e in examples],
             "sample_offset": _offsets(map(len, samples or [()] * len(features))),
             "sample_value": [e.value for e in drawn],
             "sample_row": [e.row for e in drawn],
@@ -163,9 +165,9 @@ class FeatureIndex:
 
     @classmethod
     def open(cls, path: Path) -> "FeatureIndex":
-        """Map a `features.h5` into memory; nothing is read before it is used.
+        """Map a `features.h5` into memory; arrays are read when they are used.
 
-        Raises ArtifactError when the file is not one, or lacks an array.
+        Raises ArtifactError if the file is not a feature index or lacks an array.
         """
         manifest, arrays = map_arrays(path)
         return cls(manifest=manifest, **arrays)
@@ -176,7 +178,7 @@ class FeatureIndex:
 
     @property
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """Every array by its field name."""
+        """All arrays by field name."""
         return {field.name: getattr(self, field.name) for field in fields(self)[1:]}
 
     def __len__(self) -> int:
@@ -184,9 +186,9 @@ class FeatureIndex:
         return len(self.latent_n_active)
 
     def __getitem__(self, latent: int) -> Feature:
-        """Return the feature of a latent. Raises IndexError when there is none."""
+        """Return the feature of a latent. Raises IndexError if the latent does not exist."""
         if not 0 <= latent < len(self):
-            raise IndexError(f"there is no latent {latent}, they are 0 to {len(self) - 1}")
+            raise IndexError(f"latent {latent} does not exist, expected 0 to {len(self) - 1}")
         sampled = self.sample_offset[latent : latent + 2].tolist()
         share = self.latent_fingerprint[latent].astype(float).tolist()
         return Feature(
@@ -196,18 +198,21 @@ class FeatureIndex:
             samples=tuple(self._sample(s) for s in range(*sampled)),
             fingerprint=dict(zip(self._modules, share, strict=False)),
             similar=_pairs(self.near_decoder[latent], self.near_cosine[latent]),
-            beside=_pairs(self.near_cofiring[latent], self.near_jaccard[latent]),
+            cofiring=_pairs(self.near_cofiring[latent], self.near_jaccard[latent]),
             tokens={name: self.ranked_tokens(latent, name) for name in RANKINGS},
         )
 
     def examples(self, latent: int) -> tuple[Example, ...]:
-        """Return the strongest examples of a latent."""
+        """Return the strongest examples of a latent, strongest first."""
         first, last = self.example_offset[latent : latent + 2].tolist()
         return tuple(self._example(e) for e in range(first, last))
 
     def stats(self, latent: int) -> FeatureStats:
-        """Return the numbers of a latent."""
-        n_active, n_eligible = _known(self.latent_n_active[latent]), self.content.get("n_eligible")
+        """Return the statistics of a latent."""
+        n_active, n_eligible = (
+            _int_or_none(self.latent_n_active[latent]),
+            self.content.get("n_eligible"),
+        )
         density = None
         if n_active is not None and isinstance(n_eligible, int) and n_eligible > 0:
             density = n_active / n_eligible
@@ -216,15 +221,15 @@ class FeatureIndex:
         return FeatureStats(
             n_examples=int(self.n_examples[latent]),
             n_active=n_active,
-            n_rollouts=_known(self.latent_n_rollouts[latent]),
+            n_rollouts=_int_or_none(self.latent_n_rollouts[latent]),
             density=density,
-            max=_finite(self.latent_max[latent]),
-            mean=_finite(self.latent_mean[latent]),
-            std=_finite(self.latent_std[latent]),
+            max=_float_or_none(self.latent_max[latent]),
+            mean=_float_or_none(self.latent_mean[latent]),
+            std=_float_or_none(self.latent_std[latent]),
             histogram=self.latent_histogram[latent],
             by_role=dict(zip(self.content.get("roles") or (), by_role, strict=False)),
             by_position=by_position,
-            stability=_finite(self.latent_stability[latent]),
+            stability=_float_or_none(self.latent_stability[latent]),
         )
 
     def _example(self, e: int) -> Example:
@@ -259,29 +264,29 @@ class FeatureIndex:
 
     @property
     def content(self) -> Mapping[str, Any]:
-        """What the manifest says of the work: `n_tokens`, `n_eligible`, `top_k`, `fvu`, ..."""
+        """Contents of the manifest: `n_tokens`, `n_eligible`, `top_k`, `fvu`, ..."""
         content = self.manifest.get("content")
         return content if isinstance(content, Mapping) else {}
 
     @cached_property
     def n_examples(self) -> npt.NDArray[np.int64]:
-        """Examples of each latent."""
+        """Number of examples of each latent, `(latent,)`."""
         return np.diff(self.example_offset)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the raw bytes of a token of the index. Raises KeyError for others."""
-        known = self._bytes.get(token_id)
-        if known is None:
+        """Return the raw bytes of a token. Raises KeyError if the index does not contain it."""
+        cached = self._bytes.get(token_id)
+        if cached is None:
             at = bisect_left(self.token_id, token_id)
             if at == len(self.token_id) or self.token_id[at] != token_id:
                 raise KeyError(f"token {token_id} is not in the index")
-            known = self.token_data[self.token_offset[at] : self.token_offset[at + 1]].tobytes()
-            self._bytes[token_id] = known
-        return known
+            cached = self.token_data[self.token_offset[at] : self.token_offset[at + 1]].tobytes()
+            self._bytes[token_id] = cached
+        return cached
 
     @cached_property
     def _bytes(self) -> dict[int, bytes]:
-        return {}  # of the tokens that were asked for
+        return {}  # a cache for `token_bytes`
 
     @cached_property
     def _modules(self) -> tuple[str, ...]:
@@ -289,7 +294,7 @@ class FeatureIndex:
         return tuple(str(site.get("module")) for site in sites)
 
     def ranked_tokens(self, latent: int, ranking: str) -> tuple[tuple[str, float], ...]:
-        """Return the tokens of one of `RANKINGS`, best first, each with its score."""
+        """Return the tokens of one of `RANKINGS` with their scores, best first."""
         ids = getattr(self, f"ranked_{ranking}_id")[latent].tolist()
         scores = getattr(self, f"ranked_{ranking}_score")[latent].tolist()
         return tuple(
@@ -369,7 +374,8 @@ class FeatureIndex:
         The strongest examples stay. Statistics do not change.
         """
         examples = rank_in_run(self._example_latent) < n
-        samples = rank_in_run(self._sample_latent * 128 + self.sample_quantile) < n // 5
+        fifth = self._sample_latent * 128 + self.sample_quantile  # a quantile is an int8
+        samples = rank_in_run(fifth) < n // 5
         kept = {"example": examples, "sample": samples}
         arrays = {
             name: array[kept[name.partition("_")[0]]]
@@ -416,9 +422,9 @@ def _shares(counts: npt.NDArray[np.int64], totals: Any) -> tuple[float, ...]:
     return tuple(int(n) / total if total else 0.0 for n, total in zip(counts, totals, strict=True))
 
 
-def _known(number: np.integer[Any]) -> int | None:
+def _int_or_none(number: np.integer[Any]) -> int | None:
     return int(number) if number >= 0 else None
 
 
-def _finite(number: np.floating[Any]) -> float | None:
+def _float_or_none(number: np.floating[Any]) -> float | None:
     return float(number) if math.isfinite(number) else None
