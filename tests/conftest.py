@@ -7,40 +7,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from builders.records import CHAT_TEMPLATE, s1_records
+from builders.stores import write_store
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 import pytest
 
-from lorascope.activations.shards import write_shard
-from lorascope.activations.store import KIND, SCHEMA, VOCABULARY, ActivationStore, Vocabulary
-from lorascope.artifact import MANIFEST, digest_file, make_manifest
-from lorascope.sites import PROJECTIONS, Site, SiteLayout
-from lorascope.texts.rollouts import ROLES
+from lorascope.activations.store import ActivationStore
+from lorascope.sites import PROJECTIONS
 
 if TYPE_CHECKING:
-    from browser import Shown
-
-CHAT_TEMPLATE = (
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-QUESTIONS = ["Zoë has 3 × 4 pens. How many?", "Tom pays 5 € and 2 €. How much?", "What is 9 − 2?"]
-
-
-def s1_records(n: int) -> list[dict[str, str]]:
-    """Make `n` records in the s1 form, with multi-byte text and lengths that differ."""
-    return [
-        {
-            "question": QUESTIONS[i % 3] + f" ({i})",
-            "deepseek_thinking_trajectory": "Let me see. " * (i % 4 + 1)
-            + f"Wait, {i} → {i + 1} ✓.",
-            "deepseek_attempt": f"It is {i + 1}.\nAnswer: {i + 1}",
-        }
-        for i in range(n)
-    ]
+    from builders.browser import Shown
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -155,83 +135,6 @@ def dataset_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def layout_of(n_layers: int = 2, adapter: str | None = "a" * 64, seed: int = 0) -> SiteLayout:
-    """Make a layout of all seven projections with rank 1."""
-    rng = np.random.default_rng(seed)
-    sites = [
-        Site(layer=i, projection=p, module=f"layers.{i}.{p}", scale=2.0, b_norms=(rng.uniform(),))
-        for i in range(n_layers)
-        for p in PROJECTIONS
-    ]
-    return SiteLayout.from_sites(sites, adapter)
-
-
-def write_store(
-    folder: Path,
-    rows: np.ndarray | None = None,
-    *,
-    n_rollouts: int = 6,
-    length: int = 40,
-    layout: SiteLayout | None = None,
-    seed: int = 0,
-    rollouts_per_shard: int = 4,
-    dtype: str = "float32",
-    n_special: int = 1,
-    token_ids: np.ndarray | None = None,
-    roles: np.ndarray | None = None,
-) -> ActivationStore:
-    """Write a small store of given or random rows, and open it.
-
-    Without `token_ids` (1 to 7) and `roles`, tokens are random and all of the role `think`, but
-    for `n_special` special ones at each rollout's beginning.
-    """
-    layout = layout or layout_of()
-    rng = np.random.default_rng(seed)
-    if rows is None:
-        rows = rng.standard_normal((n_rollouts * length, layout.d_in))
-    rows = rows.astype(dtype)
-    length = len(rows) // n_rollouts
-    folder.mkdir(parents=True)
-    words = ["<|end|>", "the", " é", " 7", "\n", " Wait", " wait", " 12"]
-    special = np.zeros(len(words), bool)
-    special[0] = True
-    ids = rng.integers(1, len(words), len(rows)).astype(np.int32)
-    if token_ids is not None:
-        ids[:] = token_ids
-    if roles is None:
-        roles = np.full(len(rows), ROLES.index("think"), np.uint8)
-    roles = roles.copy()
-    for i in range(n_special):
-        ids[i::length], roles[i::length] = 0, ROLES.index("special")
-    Vocabulary.from_tokens([word.encode() for word in words], special).save(folder / VOCABULARY)
-    for first in range(0, n_rollouts, rollouts_per_shard):
-        n = min(rollouts_per_shard, n_rollouts - first)
-        here = slice(first * length, (first + n) * length)
-        write_shard(
-            folder / f"shard-{first // rollouts_per_shard:05d}.h5",
-            rows[here],
-            ids[here],
-            roles[here],
-            [length] * n,
-            list(range(first, first + n)),
-        )
-    files = {
-        file.name: {"bytes": file.stat().st_size, "sha256": digest_file(file)}
-        for file in sorted(folder.glob("*.h5"))
-    }
-    manifest = make_manifest(
-        KIND,
-        SCHEMA,
-        settings={},
-        parents={},
-        layout=layout.to_json(),
-        content={"n_rows": len(rows)},
-        files=files,
-    )
-    (folder / MANIFEST).write_text(json.dumps(manifest))
-    return ActivationStore.open(folder)
-
-
 @pytest.fixture
 def make_store(tmp_path: Path):
     """Return `write_store` into a folder of this test: `make_store(rows, name="store", ...)`."""
@@ -253,7 +156,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def tab() -> Iterator["Shown"]:
     """One tab for the tests of a file: a new one for each would take longer than all of them."""
-    from browser import Shown, open_browser
+    from builders.browser import Shown, open_browser
 
     with open_browser() as browser:
         shown = Shown(browser.new_page(), [])

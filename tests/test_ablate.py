@@ -7,8 +7,8 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import pytest
 import torch
-from studies import dictionary, each_column, make_texts, strengthen
-from subjects import load, logits_of, reference, save_adapter
+from builders.studies import dictionary, each_column, make_texts, strengthen
+from builders.subjects import load, logits_of, reference, save_adapter
 
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.ablate import AblateConfig, run

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from subjects import load
+from builders.subjects import load
 
 from lorascope.demo.demo import SUBJECT
 from lorascope.demo.problems import answer_of, make_problem

@@ -3,7 +3,15 @@ from functools import partial
 import peft
 import pytest
 import torch
-from subjects import change_adapter, load, logits_of, reference, refused, rows_of, save_adapter
+from builders.subjects import (
+    change_adapter,
+    load,
+    logits_of,
+    reference,
+    refused,
+    rows_of,
+    save_adapter,
+)
 from transformers import AutoModelForCausalLM
 
 from lorascope.subject.inventory import inventory

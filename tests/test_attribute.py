@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders.studies import dictionary, each_column, make_texts, strengthen
+from builders.subjects import load, save_adapter
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from studies import dictionary, each_column, make_texts, strengthen
-from subjects import load, save_adapter
 
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.attribute import AttributeConfig, run

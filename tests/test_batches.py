@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import layout_of, write_store
+from builders.stores import layout_of, write_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -2,9 +2,9 @@ import shutil
 
 import pytest
 import torch
+from builders.subjects import CPU, load, logits_of, refused, rows_of, save_adapter
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from subjects import CPU, load, logits_of, refused, rows_of, save_adapter
 from torch import nn
 
 from lorascope.errors import AdapterError, ConfigError

@@ -6,27 +6,23 @@ import resource
 import numpy as np
 import pytest
 import torch
+from builders.subjects import N_TERMS, capture_of, captured, load
+from builders.tolerance import assert_same_up_to_rounding
 from torch import nn
 
-from lorascope.activations.capture import Capture, plan_batches
+from lorascope.activations.capture import plan_batches
 from lorascope.errors import AdapterError, ConfigError, NumberError
-from lorascope.subject.adapter import inspect_adapter
 from lorascope.subject.hooks import RowReader
-from lorascope.subject.load import find_base, load_subject, load_tokenizer
 from lorascope.texts.rollouts import Rollout
 
-CPU = torch.device("cpu")
 
-
-def load(dirs, dtype="auto", **given):
-    adapter = inspect_adapter(str(dirs[1]))
-    base = find_base(adapter, str(dirs[0]))
-    return load_subject(adapter, base, load_tokenizer(adapter, base), CPU, dtype, **given)
+def load_dirs(dirs, dtype="auto", **given):
+    return load(dirs[1], dirs[0], dtype, **given)
 
 
 @pytest.fixture(scope="module")
 def subject(subject_dirs):
-    return load(subject_dirs)
+    return load_dirs(subject_dirs)
 
 
 def texts(lengths, seed=0):
@@ -35,23 +31,6 @@ def texts(lengths, seed=0):
         Rollout(i, rng.integers(3, 320, n).astype(np.int32), np.zeros(n, np.uint8))
         for i, n in enumerate(lengths)
     ]
-
-
-def capture_of(reader, **given):
-    options = {"store_dtype": "float32", "batch_tokens": 64, "longest": None, **given}
-    return Capture(reader, np.arange(reader.subject.layout.d_in), **options)
-
-
-def rows_of(subject, rollouts, *, own_forward=True, **given):
-    with RowReader(subject, own_forward=own_forward) as reader:
-        capture = capture_of(reader, **given)
-        return capture.finish(capture.run(rollouts))
-
-
-def require_near(rows, expected):
-    """Hold rows to rounding, which a random model of a few layers makes much larger."""
-    assert rows.shape == expected.shape
-    assert np.linalg.norm(rows - expected) < 1e-4 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("budget", [1, 10, 24, 1000])
@@ -88,15 +67,15 @@ def test_no_texts_make_no_batches():
     "given", [{}, {"r": 3}, {"r": 2, "use_rslora": True}, {"r": 4, "rank_pattern": {"q_proj": 2}}]
 )
 def test_the_own_forward_gives_the_rows_of_pefts(make_subject, given):  # pitfalls 24, B5, B6
-    subject = load(make_subject(seed=3, **given))
+    subject = load_dirs(make_subject(seed=3, **given))
     rollouts = texts([5, 1, 17, 40, 2])
-    mine, theirs = (rows_of(subject, rollouts, own_forward=own) for own in (True, False))
-    require_near(mine, theirs)
+    mine, theirs = (captured(subject, rollouts, own_forward=own) for own in (True, False))
+    assert_same_up_to_rounding(mine, theirs, n_terms=N_TERMS)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_in_16_bits_the_own_forward_is_pefts_to_that_types_rounding(make_subject, dtype):
-    subject = load(make_subject(seed=3, r=2), dtype)
+    subject = load_dirs(make_subject(seed=3, r=2), dtype)
     layer = subject.causal.model.layers[0].mlp.gate_proj
     x = torch.randn(50, 16, dtype=subject.dtype)
     with torch.inference_mode():
@@ -112,7 +91,7 @@ def test_in_16_bits_the_own_forward_is_pefts_to_that_types_rounding(make_subject
     ulp = torch.finfo(subject.dtype).eps * exact.abs().clamp(min=1e-2)
     assert ((mine.double() - exact).abs() / ulp).max() < 1.01
     torch.testing.assert_close(mine, theirs)
-    rows = [rows_of(subject, texts([30, 9]), own_forward=own) for own in (True, False)]
+    rows = [captured(subject, texts([30, 9]), own_forward=own) for own in (True, False)]
     assert np.linalg.norm(rows[0] - rows[1]) < 0.02 * np.linalg.norm(rows[1])
 
 
@@ -136,25 +115,27 @@ def test_inside_the_reader_the_model_still_writes_what_the_adapter_makes_it_writ
 
 def test_rows_do_not_depend_on_the_batch(subject):  # pitfalls 3 and 36
     rollouts = texts([3, 30, 11, 29, 1, 64])
-    one_by_one = rows_of(subject, rollouts, batch_tokens=1)
+    one_by_one = captured(subject, rollouts, batch_tokens=1)
     for budget in (32, 64, 4096):
-        require_near(rows_of(subject, rollouts, batch_tokens=budget), one_by_one)
+        assert_same_up_to_rounding(
+            captured(subject, rollouts, batch_tokens=budget), one_by_one, n_terms=N_TERMS
+        )
 
 
 def test_windows_read_every_token_once_with_half_a_window_before_it(subject):  # pitfall 33
     rollouts = texts([50, 7, 21])
-    windowed = rows_of(subject, rollouts, longest=20)
-    whole = rows_of(subject, rollouts)
-    require_near(windowed[:20], whole[:20])
-    require_near(windowed[50:57], whole[50:57])
+    windowed = captured(subject, rollouts, longest=20)
+    whole = captured(subject, rollouts)
+    assert_same_up_to_rounding(windowed[:20], whole[:20], n_terms=N_TERMS)
+    assert_same_up_to_rounding(windowed[50:57], whole[50:57], n_terms=N_TERMS)
     second = Rollout(0, rollouts[0].token_ids[10:30], np.zeros(20, np.uint8))
-    alone = rows_of(subject, [second])
-    require_near(windowed[20:30], alone[10:])
+    alone = captured(subject, [second])
+    assert_same_up_to_rounding(windowed[20:30], alone[10:], n_terms=N_TERMS)
 
 
 def test_a_batch_that_does_not_fit_is_halved_with_a_notice(subject, monkeypatch, caplog):
     rollouts = texts([8, 8, 8, 8, 7])  # pitfall 15
-    expected = rows_of(subject, rollouts)
+    expected = captured(subject, rollouts)
     read, sizes = RowReader.read, []
 
     def small(self, ids):
@@ -164,11 +145,11 @@ def test_a_batch_that_does_not_fit_is_halved_with_a_notice(subject, monkeypatch,
         return read(self, ids)
 
     monkeypatch.setattr(RowReader, "read", small)
-    require_near(rows_of(subject, rollouts), expected)
+    assert_same_up_to_rounding(captured(subject, rollouts), expected, n_terms=N_TERMS)
     assert sizes[0] > 16 >= sizes[-1]
     assert "out of memory: batches of at most" in caplog.text
     with pytest.raises(ConfigError, match=r"17 tokens \(record 0\) does not fit.*--max-length"):
-        rows_of(subject, texts([17]))
+        captured(subject, texts([17]))
 
 
 def test_an_error_that_is_not_about_memory_is_raised(subject, monkeypatch):
@@ -177,7 +158,7 @@ def test_an_error_that_is_not_about_memory_is_raised(subject, monkeypatch):
 
     monkeypatch.setattr(RowReader, "read", broken)
     with pytest.raises(RuntimeError, match="something else"):
-        rows_of(subject, texts([4]))
+        captured(subject, texts([4]))
 
 
 def test_a_value_that_float16_cannot_hold_is_named(subject):  # pitfall 16, B24
@@ -190,7 +171,7 @@ def test_a_value_that_float16_cannot_hold_is_named(subject):  # pitfall 16, B24
 
 
 def test_dropout_that_stayed_on_is_found_by_running_twice(make_subject):  # pitfall 4, B49
-    subject = load(make_subject(seed=1, dropout=0.5))
+    subject = load_dirs(make_subject(seed=1, dropout=0.5))
     subject.causal.model.layers[0].register_forward_pre_hook(
         lambda _m, args: (torch.nn.functional.dropout(args[0], 0.5), *args[1:])
     )
@@ -201,7 +182,7 @@ def test_dropout_that_stayed_on_is_found_by_running_twice(make_subject):  # pitf
 def test_where_the_own_forward_is_wrong_pefts_is_taken(subject, monkeypatch, caplog):
     from lorascope.subject import hooks
 
-    expected = rows_of(subject, texts([9]), own_forward=False)
+    expected = captured(subject, texts([9]), own_forward=False)
     right = hooks._forward
     monkeypatch.setattr(
         hooks, "_forward", lambda layer, keep: right(layer, lambda h: keep(h * 1.5))

@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import s1_records, write_store
-from test_collect import make_sae
+from builders.records import s1_records
+from builders.saes import make_sae
+from builders.stores import write_store
 
 from lorascope.cli import COMMANDS, call
 from lorascope.runtime import ProgressLog, progress
@@ -130,7 +131,7 @@ def test_a_features_json_that_is_not_one_is_refused(place, capsys, content):
 
 
 def test_a_store_and_an_sae_of_different_adapters_are_refused(place, capsys):
-    from conftest import layout_of
+    from builders.stores import layout_of
 
     make_sae(place["tmp"] / "other", layout_of(adapter="b" * 64))
     line = COLLECT.replace("{sae}", str(place["tmp"] / "other"))

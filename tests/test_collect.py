@@ -2,43 +2,19 @@ import json
 
 import numpy as np
 import pytest
-import torch
-from conftest import layout_of, write_store
+from builders.saes import dense_code, make_sae
+from builders.stores import layout_of, write_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorascope.activations.store import ActivationStore
-from lorascope.artifact import make_manifest, read_manifest
+from lorascope.artifact import read_manifest
 from lorascope.errors import ArtifactError, ConfigError, DatasetError
 from lorascope.features import collect
 from lorascope.features.collect import CollectConfig
 from lorascope.features.index import FeatureIndex
 from lorascope.features.invariants import verify
 from lorascope.features.published_json import read_published
-from lorascope.sae.model import SAE
-
-
-def make_sae(path, layout=None, d_sae=24, seed=0, threshold=1.0):
-    """Save a random SAE over a layout and return it."""
-    layout = layout or layout_of()
-    generator = torch.Generator().manual_seed(seed)
-    W_dec = torch.nn.functional.normalize(
-        torch.randn(d_sae, layout.d_in, generator=generator), dim=1
-    )
-    manifest = make_manifest(
-        "sae", 1, settings={"seed": seed}, parents={}, layout=layout.to_json(), content={"k": 3.0}
-    )
-    sae = SAE(
-        W_enc=W_dec.T.contiguous(),
-        b_enc=torch.zeros(d_sae),
-        W_dec=W_dec,
-        b_dec=torch.zeros(layout.d_in),
-        threshold=torch.full((d_sae,), threshold),
-        layout=layout,
-        manifest=manifest,
-    ).sealed()
-    sae.save(path)
-    return sae
 
 
 @pytest.fixture
@@ -52,10 +28,6 @@ def made(make_store, tmp_path):
         return FeatureIndex.open(collect.run(config))
 
     return store, sae, run
-
-
-def dense_code(store, sae):
-    return sae.encode_dense(torch.from_numpy(np.array(store.rows(0, store.n_rows)))).numpy()
 
 
 def test_examples_are_the_brute_force_argsort_ties_included(make_store, tmp_path):

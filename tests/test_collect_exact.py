@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import layout_of, write_store
+from builders.saes import dense_code, make_sae
+from builders.stores import layout_of, write_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_collect import dense_code, make_sae
 
 from lorascope.errors import ConfigError
 from lorascope.features import accumulators, collect, spans

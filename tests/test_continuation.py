@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from studies import each_column, make_texts, strengthen
-from subjects import load, save_adapter
+from builders.studies import each_column, make_texts, strengthen
+from builders.subjects import load, save_adapter
 
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.continuation import Change, continue_text

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from browser import open_browser
-from effect_reports import write_all
-from test_index import index_of
-from test_synthetic_features import synthetic
+from builders.browser import open_browser
+from builders.effect_reports import write_all
+from builders.indexes import index_of, synthetic
 
 from lorascope.dashboard.render import DashboardConfig, run
 from lorascope.features.index import FeatureIndex

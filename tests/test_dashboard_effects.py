@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from effect_reports import HOSTILE, ablation, attribution, direct, write, write_all
-from test_synthetic_features import synthetic
+from builders.effect_reports import HOSTILE, ablation, attribution, direct, write, write_all
+from builders.indexes import synthetic
 
 
 @pytest.fixture(scope="module")

@@ -1,26 +1,13 @@
 """The view of one feature: everything the index knows of it, by mouse and by keyboard."""
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from test_index import example, index_of, small_index
-from test_synthetic_features import synthetic
+from builders.indexes import example, feature_with, full_index, index_of, small_index
 
 from lorascope.features.arrays import RANKINGS
-from lorascope.features.index import FeatureIndex
-
-
-@cache
-def full_index() -> FeatureIndex:
-    """60 features with everything that an index may know."""
-    return synthetic(60, 5, 6, n_texts=4, n_rollouts=20, n_layers=4, dead=0.1)
-
-
-def feature_with(index: FeatureIndex, has: Any) -> int:
-    return next(i for i in range(len(index)) if index.n_examples[i] and has(index[i]))
 
 
 def numbers(shown: Any, selector: str) -> list[float]:

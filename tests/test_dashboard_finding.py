@@ -5,8 +5,7 @@ from urllib.parse import parse_qs
 
 import numpy as np
 import pytest
-from test_dashboard_feature import full_index
-from test_index import example, index_of
+from builders.indexes import example, full_index, index_of
 
 TOKENS = {1: b" the", 2: b" def", 3: b" ma", 4: b"in", 5: b"Zebra", 6: b"<|im_end|>"}
 

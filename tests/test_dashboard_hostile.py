@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from browser import open_browser
+from builders.browser import open_browser
+from builders.indexes import example, index_of, synthetic
+from builders.tiny_tokenizers import TEXTS, byte_level, fast, sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_index import example, index_of
-from test_synthetic_features import synthetic
-from test_tokens import TEXTS, byte_level, fast, sentencepiece
 
 from lorascope.artifact import read_manifest
 from lorascope.dashboard.payload import Payload

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_dashboard_feature import full_index
+from builders.indexes import full_index
 
 from lorascope.dashboard.layout import layout
 

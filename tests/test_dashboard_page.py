@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_index import TOKENS, example, index_of, small_index
+from builders.indexes import TOKENS, example, index_of, small_index
 
 from lorascope.features.index import FeatureIndex
 from lorascope.features.published_json import write_published

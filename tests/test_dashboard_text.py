@@ -4,8 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_dashboard_feature import full_index
-from test_index import example, index_of, small_index
+from builders.indexes import example, full_index, index_of, small_index
 
 
 def open_text(shown: Any, rollout: int) -> None:

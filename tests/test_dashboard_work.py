@@ -8,8 +8,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from test_dashboard_feature import feature_with, full_index
-from test_index import example, index_of, small_index
+from builders.indexes import example, feature_with, full_index, index_of, small_index
 
 from lorascope.dashboard.render import read_glossary
 

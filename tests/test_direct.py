@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from studies import dictionary, strengthen
-from subjects import IDS, load, save_adapter
+from builders.studies import dictionary, strengthen
+from builders.subjects import IDS, load, save_adapter
 
 from lorascope.causal.direct import DirectConfig, measure, run
 from lorascope.causal.study import open_report

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from builders.studies import dictionary, each_column, make_texts, strengthen
+from builders.subjects import IDS, load, logits_of, reference
 from safetensors.torch import load_file
-from studies import dictionary, each_column, make_texts, strengthen
-from subjects import IDS, load, logits_of, reference
 
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.edit import EditConfig, run

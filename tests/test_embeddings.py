@@ -1,7 +1,7 @@
 import pytest
 import torch
+from builders.subjects import load, logits_of, map_of, rows_of, save_adapter
 from peft import LoraConfig, get_peft_model
-from subjects import load, logits_of, map_of, rows_of, save_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorascope.errors import AdapterError

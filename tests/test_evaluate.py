@@ -10,8 +10,8 @@ import logging
 import numpy as np
 import pytest
 import torch
-from studies import dictionary, each_column, make_texts, strengthen
-from subjects import logits_of, reference
+from builders.studies import dictionary, each_column, make_texts, strengthen
+from builders.subjects import logits_of, reference
 from transformers import AutoModelForCausalLM
 
 from lorascope.activations.store import ActivationStore
@@ -218,7 +218,7 @@ def test_an_sae_of_some_columns_is_measured_against_those_at_zero(store, report_
 
 @pytest.mark.slow
 def test_an_adapter_that_does_nothing_has_no_share_to_recover(subject_dirs, dataset_file, tmp_path):
-    from subjects import save_adapter
+    from builders.subjects import save_adapter
 
     def untrained(model):
         for name, parameter in model.named_parameters():

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_index import example, index_of, manifest_of, small_index
+from builders.indexes import example, index_of, manifest_of, small_index
 
 from lorascope.artifact import read_manifest
 from lorascope.errors import ArtifactError, ConfigError

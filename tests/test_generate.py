@@ -4,7 +4,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import s1_records
+from builders.records import s1_records
 from safetensors.torch import load_file, save_file
 
 from lorascope.activations import generate

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from browser import open_browser
+from builders.browser import open_browser
 from safetensors.numpy import load_file
 
 from lorascope.activations import generate

@@ -6,9 +6,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from studies import each_column, make_texts
-from test_published import capture
-from test_train import planted_rows
+from builders.stores import planted_rows, write_published_store
+from builders.studies import each_column, make_texts
 
 from lorascope.causal.held_out import EffectOptions, held_out_rollouts, open_held_out
 from lorascope.errors import ArtifactError, ConfigError
@@ -145,6 +144,6 @@ def test_what_does_not_belong_together_is_one_line(subject_dirs, make_subject, t
 
 
 def test_a_folder_of_the_published_scripts_has_no_token_ids_to_run(subject_dirs, tmp_path):
-    folder = capture(tmp_path / "published", PROJECTIONS)
+    folder = write_published_store(tmp_path / "published", PROJECTIONS)
     with pytest.raises(ArtifactError, match="does not say the ids"):
         open_held_out(options(subject_dirs, folder), None)

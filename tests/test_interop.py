@@ -11,31 +11,12 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from test_sae_model import random_sae, rows_of
+from builders.foreign_saes import dictionary_folder, foreign_weights, published, saelens_folder
+from builders.saes import random_rows, random_sae
 
 from lorascope.errors import ArtifactError, NumberError
 from lorascope.sae.interop import save_dictionary_learning
 from lorascope.sae.model import SAE, load_sae
-
-
-def published(path, d_in=14, d_sae=40, seed=0, **changes):
-    """Write a file as the published training script does: with NumPy arrays beside tensors."""
-    generator = torch.Generator().manual_seed(seed)
-    data = {
-        "model_state_dict": {
-            "W_enc": torch.randn(d_in, d_sae, generator=generator),
-            "b_enc": torch.zeros(d_sae),
-            "W_dec": torch.randn(d_sae, d_in, generator=generator),
-            "b_dec": torch.zeros(d_in),
-        },
-        "config": {"d_model": d_in, "dict_size": d_sae, "k": 4, "adapter_types": None},
-        "final_metrics": {"loss": 0.5, "fvu": 0.1},
-        "activation_rates": np.linspace(0, 1, d_sae, dtype=np.float32),
-        "dead_latents": np.arange(3),
-        **changes,
-    }
-    torch.save(data, path)
-    return path
 
 
 def as_of_numpy_1(path):
@@ -47,43 +28,6 @@ def as_of_numpy_1(path):
         for name, data in entries.items():
             archive.writestr(name, data.replace(b"numpy._core", b"numpy.core"))
     path.write_bytes(buffer.getvalue())
-
-
-def foreign_weights(d_in=14, d_sae=40, seed=0):
-    """Weights of no particular scale: decoder rows of other norms than 1, b_dec far from 0."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "W_enc": torch.randn(d_in, d_sae, generator=generator),
-        "b_enc": torch.randn(d_sae, generator=generator),
-        "W_dec": torch.randn(d_sae, d_in, generator=generator)
-        * torch.rand(d_sae, 1, generator=generator)
-        * 5,
-        "b_dec": 3 * torch.randn(d_in, generator=generator),
-    }
-
-
-def saelens_folder(folder, threshold=0.7, d_in=14, **changes):
-    """Write a folder as SAELens 6 saves an SAE; without a threshold it is a standard one."""
-    tensors = foreign_weights(d_in)
-    config = {
-        "architecture": "standard",
-        "d_in": d_in,
-        "d_sae": 40,
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        "metadata": {"sae_lens_version": "6.54.12", "model_name": "gpt2"},
-    }
-    if threshold is not None:
-        config["architecture"] = "jumprelu"
-        tensors["threshold"] = threshold + torch.linspace(0, 1, 40)
-    folder.mkdir()
-    config |= changes
-    safetensors.torch.save_file(tensors, folder / "sae_weights.safetensors")
-    (folder / "cfg.json").write_text(json.dumps(config))
-    return folder, config, tensors
 
 
 def saelens_code(rows, config, tensors):
@@ -100,30 +44,6 @@ def require_equal_codes(found, expected, margin):
     assert clear.float().mean() > 0.99
     assert 0 < int((expected > 0).sum()) < expected.numel()
     assert torch.allclose(found.double()[clear], expected[clear], atol=1e-4)
-
-
-def dictionary_folder(folder, name="BatchTopKSAE", threshold=0.7, d_in=14, **changes):
-    """Write a folder as dictionary_learning saves a dictionary of a class."""
-    weights = foreign_weights(d_in)
-    if name in ("BatchTopKSAE", "AutoEncoderTopK"):
-        state = {
-            "encoder.weight": weights["W_enc"].T,
-            "encoder.bias": weights["b_enc"],
-            "decoder.weight": weights["W_dec"].T,
-            "b_dec": weights["b_dec"],
-        }
-    else:
-        state = dict(weights)
-    state["threshold"] = torch.as_tensor(threshold, dtype=torch.float32)
-    if name != "JumpReluAutoEncoder":
-        state["k"] = torch.tensor(5, dtype=torch.int32)
-    if name == "MatryoshkaBatchTopKSAE":
-        state["group_sizes"] = torch.tensor([10, 30])
-    folder.mkdir()
-    torch.save({**state, **changes}, folder / "ae.pt")
-    trainer = {"dict_class": name, "activation_dim": d_in, "dict_size": 40, "k": 5, "lr": 1e-3}
-    (folder / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {"d": d_in}}))
-    return folder
 
 
 def dictionary_code(state, rows):
@@ -290,7 +210,7 @@ def test_a_folder_of_saelens_has_the_codes_of_saelens(tmp_path, make_store, thre
     )
     store = make_store()
     sae = load_sae(folder, store)
-    rows = rows_of(400, 14)
+    rows = random_rows(400, 14)
     expected, margin = saelens_code(rows, config, tensors)
     require_equal_codes(sae.encode_dense(rows), expected, margin)
     x_hat = expected @ tensors["W_dec"].double() + tensors["b_dec"].double()
@@ -304,7 +224,7 @@ def test_a_folder_of_saelens_3_to_5_takes_the_defaults_of_its_time(tmp_path, mak
     folder, config, tensors = saelens_folder(tmp_path / "lens", None)
     old = {"d_in": 14, "d_sae": 40, "activation_fn_str": "relu", "normalize_activations": False}
     (folder / "cfg.json").write_text(json.dumps(old))
-    rows = rows_of(50, 14)
+    rows = random_rows(50, 14)
     expected, margin = saelens_code(rows, config, tensors)
     require_equal_codes(load_sae(folder, make_store()).encode_dense(rows), expected, margin)
 
@@ -354,7 +274,7 @@ def test_our_folder_without_its_manifest_is_read_as_of_saelens(tmp_path, make_st
     (folder / "manifest.json").unlink()
     found = load_sae(folder, make_store())
     assert found.architecture == "topk"
-    rows = rows_of(60, 14)
+    rows = random_rows(60, 14)
     assert torch.equal(found.encode_dense(rows), sae.encode_dense(rows))
     store = make_store(name="other")
     (folder / "cfg.json").write_text((folder / "cfg.json").read_text().replace("1.down", "2.down"))
@@ -375,7 +295,7 @@ def test_a_folder_of_dictionary_learning_has_its_codes(tmp_path, make_store, nam
     folder = dictionary_folder(tmp_path / "dict", name, threshold)
     store = make_store()
     sae = load_sae(folder, store)
-    rows = rows_of(400, 14)
+    rows = random_rows(400, 14)
     shift = name != "JumpReluAutoEncoder"
     expected, margin = saelens_code(
         rows,
@@ -425,7 +345,7 @@ def test_what_is_saved_for_dictionary_learning_has_our_codes_there(tmp_path, mak
     }
     trainer = json.loads((folder / "config.json").read_text())["trainer"]
     assert (trainer["dict_class"], trainer["k"]) == ("BatchTopKSAE", int(state["k"]))
-    rows = rows_of(300, 14)
+    rows = random_rows(300, 14)
     code, margin = dictionary_code(state, rows)
     ours = sae.encode_dense(rows)
     require_equal_codes(ours, code, margin)
@@ -467,7 +387,7 @@ def test_the_real_saelens_gives_our_codes_and_reconstructions(tmp_path):
         architecture="jumprelu"
     )
     theirs = lens.SAE.load_from_disk(sae.save(tmp_path / "sae"), device="cpu")
-    rows = rows_of(300, 14)
+    rows = random_rows(300, 14)
     ours = sae.encode_dense(rows)
     assert int((ours > 0).sum()) > 100
     with torch.no_grad():
@@ -502,7 +422,7 @@ def test_what_the_real_saelens_saved_has_its_codes(tmp_path, make_store, kind):
         randomize(theirs)
         theirs.save_model(tmp_path / "lens")
     sae = load_sae(tmp_path / "lens", make_store())
-    rows = rows_of(300, 14)
+    rows = random_rows(300, 14)
     with torch.no_grad():
         code, x_hat = theirs.encode(rows), theirs(rows)
     assert 0 < int((code > 0).sum()) < code.numel()
@@ -532,7 +452,7 @@ def test_the_real_dictionary_learning_gives_our_codes(tmp_path, make_store):
     sae = random_sae()
     folder = save_dictionary_learning(sae, tmp_path / "dict")
     theirs = library.BatchTopKSAE.from_pretrained(folder / "ae.pt")
-    rows = rows_of(300, 14)
+    rows = random_rows(300, 14)
     ours = sae.encode_dense(rows)
     assert int((ours > 0).sum()) > 100
     with torch.no_grad():
@@ -553,7 +473,7 @@ def test_what_the_real_dictionary_learning_saved_has_its_codes(tmp_path, make_st
     config = {"trainer": {"dict_class": "BatchTopKSAE", "k": 4}}
     (tmp_path / "dict" / "config.json").write_text(json.dumps(config))
     sae = load_sae(tmp_path / "dict", make_store())
-    rows = rows_of(300, 14)
+    rows = random_rows(300, 14)
     with torch.no_grad():
         code, x_hat = theirs.encode(rows), theirs(rows)
     assert 0 < int((code > 0).sum()) < code.numel()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from subjects import IDS, load, logits_of, reference, rows_of, save_adapter
+from builders.subjects import IDS, load, logits_of, reference, rows_of, save_adapter
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from lorascope.errors import AdapterError

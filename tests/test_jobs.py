@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import layout_of, s1_records
+from builders.records import s1_records
+from builders.stores import layout_of
 from safetensors.torch import load_file, save_file
 
 from lorascope import runtime

@@ -6,13 +6,12 @@ import logging
 import os
 import subprocess
 import sys
-from types import ModuleType, SimpleNamespace
 
 import pytest
+from builders.trackers import FakeWandb, fake_tensorboard, timeless
 
 from lorascope.errors import ConfigError, Interrupted
 from lorascope.sae.journal import (
-    CLOCK_FIELDS,
     Journal,
     Trackers,
     journals,
@@ -36,45 +35,8 @@ def write(path, first, last, *, step=0, clock=None):
     journal.close()
 
 
-def timeless(path):
-    return [
-        {name: value for name, value in line.items() if name not in CLOCK_FIELDS}
-        for line in read_journal(path)
-    ]
-
-
 def warnings_in(caplog):
     return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
-
-
-class FakeWandb(ModuleType):
-    """Records what it is given; raises at `fails`: init, log (the third), or finish."""
-
-    def __init__(self, fails=None, error=None):
-        super().__init__("wandb")
-        self.fails, self.error = fails, error or RuntimeError("no\nnetwork")
-        self.given, self.metrics, self.logged, self.finished = None, {}, [], []
-
-    def init(self, **given):
-        self._maybe("init")
-        self.given = given
-        return self
-
-    def define_metric(self, name, step_metric=None):
-        self.metrics[name] = step_metric
-
-    def log(self, values):
-        if len(self.logged) == 2:
-            self._maybe("log")
-        self.logged.append(values)
-
-    def finish(self, exit_code=None):
-        self._maybe("finish")
-        self.finished.append(exit_code)
-
-    def _maybe(self, place):
-        if place == self.fails:
-            raise self.error
 
 
 @pytest.fixture
@@ -314,28 +276,6 @@ def test_a_warning_holds_no_secret(tmp_path, use_wandb, caplog, monkeypatch, tex
     assert "***" in warning
     assert "hunter22" not in warning
     assert "f" * 32 not in warning
-
-
-def fake_tensorboard(monkeypatch):
-    """Put a writer that records into the place of torch's."""
-    seen = {"given": None, "scalars": [], "texts": [], "closed": 0}
-
-    class SummaryWriter:
-        def __init__(self, **given):
-            seen["given"] = given
-
-        def add_text(self, name, text, step):
-            seen["texts"].append((name, text, step))
-
-        def add_scalar(self, name, value, step):
-            seen["scalars"].append((name, value, step))
-
-        def close(self):
-            seen["closed"] += 1
-
-    fake = SimpleNamespace(SummaryWriter=SummaryWriter)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
-    return seen
 
 
 def test_tensorboard_writes_beside_the_sae_and_hides_what_a_kill_left(tmp_path, monkeypatch):

@@ -16,12 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 triton = pytest.importorskip("triton")
 
-from test_kernels_triton import (  # noqa: E402
-    DEVICE,
-    INTERPRETED,
-    on_device,
-    passed_in_the_interpreter,
-)
+from builders.interpreter import DEVICE, INTERPRETED, on_device, passed_in_the_interpreter  # noqa: E402
 
 from lorascope import kernels  # noqa: E402
 from lorascope.errors import ConfigError, NumberError  # noqa: E402

@@ -5,14 +5,9 @@ tests run in a process of their own (`test_parity_holds_in_the_interpreter`); th
 the same tests on CUDA.
 """
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from builders.interpreter import DEVICE, INTERPRETED, on_device, passed_in_the_interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,34 +17,8 @@ from lorascope.errors import ConfigError, NumberError  # noqa: E402
 from lorascope.kernels import reference, triton_best  # noqa: E402
 from lorascope.kernels import triton as kernels  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
-
-
-def on_device(test):
-    """Mark a test that launches kernels: on CUDA, or in the interpreter's process."""
-    if INTERPRETED:
-        return test
-    return pytest.mark.gpu(test)
-
-
-def passed_in_the_interpreter(file):
-    """Run a file's tests in a process that interprets kernels; return how many passed, all."""
-    own = {"PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"}
-    env = {name: value for name, value in os.environ.items() if name not in own}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not gpu", file],
-        cwd=Path(__file__).parent.parent,
-        env=env | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert "skipped" not in done.stdout
-    return int(re.findall(r"(\d+) passed", done.stdout)[-1])
 
 
 def check_best(scores, n, signed=False):

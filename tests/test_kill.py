@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import write_store
-from test_collect import make_sae
+from builders.saes import make_sae
+from builders.stores import write_store
 
 from lorascope.features import collect
 from lorascope.features.collect import CollectConfig
 
-HARNESS = Path(__file__).with_name("kill_harness.py")
+HARNESS = Path(__file__).with_name("builders") / "kill_harness.py"
 
 
 def killed(folder: Path, suffix: str, command: list[str], n_kills: int = 6) -> int:

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from test_index import example, index_of
-from test_synthetic_features import synthetic
+from builders.indexes import example, index_of, synthetic
 
 from lorascope.dashboard.layout import layout
 from lorascope.features.index import FeatureIndex

@@ -4,8 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from subjects import (
+from builders.subjects import (
     CPU,
     change_adapter,
     load,
@@ -15,6 +14,7 @@ from subjects import (
     rows_of,
     save_adapter,
 )
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lorascope.errors import AdapterError

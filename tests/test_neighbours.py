@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import layout_of, write_store
-from test_collect import dense_code, make_sae
+from builders.saes import dense_code, make_sae
+from builders.stores import layout_of, write_store
 
 from lorascope.features import neighbours
 from lorascope.features.accumulators import N_BINS, Accumulator, histogram_edges, scan

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import layout_of
+from builders.stores import layout_of
 
 from lorascope.errors import ArtifactError, ConfigError, NumberError
 from lorascope.sae.metrics import ColumnMoments

@@ -5,17 +5,17 @@ import hashlib
 import json
 import logging
 import re
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from test_index import example, index_of, small_index
+from builders.indexes import example, index_of, small_index
+from builders.pages import block, column
 
 from lorascope.artifact import digest_file, digest_of, read_manifest
 from lorascope.dashboard.facts import facts
-from lorascope.dashboard.packing import FULL, SHARES, halved, plain_type, scaled
+from lorascope.dashboard.packing import FULL, SHARES, halved, scaled
 from lorascope.dashboard.payload import BLOCK, Payload, escape_json, manifest_comment
 from lorascope.dashboard.render import DashboardConfig, bundle, read_glossary, run
 from lorascope.errors import ArtifactError
@@ -28,28 +28,6 @@ def many_features(n: int) -> FeatureIndex:
     tokens = {i: f"t{i}".encode() for i in range(n)}
     features = [[example(1.0 + i, 5, [i, 0], 0)] if i % 7 else [] for i in range(n)]
     return index_of(features, tokens)
-
-
-def column(core: dict[str, Any], name: str) -> list[Any]:
-    entry = core["columns"][name]
-    return np.frombuffer(base64.b64decode(entry["data"]), entry["type"]).tolist()
-
-
-def block(core: dict[str, Any], text: str) -> dict[str, list[Any]]:
-    """Decode a block as the page does."""
-    raw = zlib.decompress(base64.b64decode(text))
-    names = core["block_columns"]
-    lengths = np.frombuffer(raw, "<u4", len(names))
-    at, found = 4 * len(names), {}
-    for (name, dtype), length in zip(names, lengths, strict=True):
-        at += -at % 8
-        read = np.frombuffer(raw, plain_type(dtype), length, at)
-        at += read.nbytes
-        if dtype == "<b2":
-            read = (read.astype("<u4") << 16).view("<f4")
-        found[name] = read.tolist()
-    assert at == len(raw)
-    return found
 
 
 def make(tmp_path: Path, index: FeatureIndex, **options: Any) -> Path:
@@ -184,14 +162,14 @@ def test_escaped_json_and_comments_hold_no_markup_and_mean_the_same():
 
 
 def test_the_page_carries_its_manifest_and_its_parent(tmp_path: Path):
-    page = make(tmp_path, small_index(), title="--> <b>")
+    page = make(tmp_path, small_index(), title="--> <x-title>")
     manifest = read_manifest(page)
     assert manifest is not None
     assert manifest["kind"] == "dashboard"
-    assert manifest["settings"] == {"title": "--> <b>", "max_examples": None}
+    assert manifest["settings"] == {"title": "--> <x-title>", "max_examples": None}
     features = read_manifest(tmp_path / "features.h5")
     assert manifest["parents"] == {"features": digest_of(features)}
-    assert b"<b>" not in page.read_bytes()
+    assert b"<x-title>" not in page.read_bytes()
 
 
 def test_a_json_without_a_manifest_is_known_by_its_bytes(tmp_path: Path):

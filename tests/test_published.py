@@ -1,36 +1,12 @@
 import json
 
-import h5py
 import numpy as np
 import pytest
+from builders.stores import write_published_store
 
 from lorascope.activations.store import ActivationStore
 from lorascope.errors import ArtifactError
 from lorascope.sites import PROJECTIONS
-
-
-def capture(folder, types, *, n_layers=3, lengths=((2, 5), (10, 7), (0, 4)), attribute=True):
-    """Write a folder as the published scripts do; values tell rollout, token, layer and type."""
-    folder.mkdir(exist_ok=True)
-    tokens = {}
-    for rollout, n in lengths:
-        values = np.zeros((n, n_layers, len(types)), np.float16)
-        for t in range(n):
-            for layer in range(n_layers):
-                for i, name in enumerate(types):
-                    values[t, layer, i] = (
-                        rollout * 100 + t * 10 + layer + PROJECTIONS.index(name) / 8
-                    )
-        with h5py.File(folder / f"rollout_{rollout}.h5", "w") as file:
-            file.create_dataset("activations", data=values, compression="gzip", compression_opts=1)
-            file.attrs.update(
-                num_tokens=n, num_layers=n_layers, projections=len(types), rollout_idx=rollout
-            )
-            if attribute:
-                file.attrs["adapter_types"] = list(types)
-        tokens[rollout] = ["<|im_start|>", *[f" w{t % 2}" for t in range(1, n)]]
-    (folder / "rollout_tokens.json").write_text(json.dumps(tokens, indent=2))
-    return folder
 
 
 def expected(rollout, token, layer, name):
@@ -39,7 +15,7 @@ def expected(rollout, token, layer, name):
 
 def test_columns_are_taken_by_name_whatever_their_order_in_the_file(tmp_path):
     types = ("o_proj", "gate_proj", "v_proj")
-    store = ActivationStore.open(capture(tmp_path / "a", types))
+    store = ActivationStore.open(write_published_store(tmp_path / "a", types))
     assert store.layout.adapter_types == ("gate_proj", "v_proj", "o_proj")
     assert store.rollout_id.tolist() == [0, 2, 10]
     assert store.rollout_start.tolist() == [0, 4, 9, 16]
@@ -51,20 +27,22 @@ def test_columns_are_taken_by_name_whatever_their_order_in_the_file(tmp_path):
 
 @pytest.mark.parametrize("types", [PROJECTIONS[:3], PROJECTIONS])
 def test_a_file_without_names_holds_gate_up_down_or_all_seven(tmp_path, types):
-    store = ActivationStore.open(capture(tmp_path / "a", types, attribute=False))
+    store = ActivationStore.open(write_published_store(tmp_path / "a", types, attribute=False))
     assert store.layout.adapter_types == types
     assert store.d_in == 3 * len(types)
 
 
 def test_token_strings_become_ids_and_marks_become_special(tmp_path):
-    store = ActivationStore.open(capture(tmp_path / "a", PROJECTIONS[:3]))
+    store = ActivationStore.open(write_published_store(tmp_path / "a", PROJECTIONS[:3]))
     texts = [store.vocabulary[i].decode() for i in store.token_ids[:4]]
     assert texts == ["<|im_start|>", " w1", " w0", " w1"]
     assert store.eligible[:4].tolist() == [False, True, True, True]
 
 
 def test_a_selection_and_rows_in_any_order_work_as_in_our_own_store(tmp_path):
-    store = ActivationStore.open(capture(tmp_path / "a", PROJECTIONS)).select(["down_proj"])
+    store = ActivationStore.open(write_published_store(tmp_path / "a", PROJECTIONS)).select(
+        ["down_proj"]
+    )
     assert store.take(np.array([9, 0]))[:, 1].tolist() == [
         expected(10, 0, 1, "down_proj"),
         expected(0, 0, 1, "down_proj"),
@@ -72,16 +50,16 @@ def test_a_selection_and_rows_in_any_order_work_as_in_our_own_store(tmp_path):
 
 
 def test_files_of_different_captures_are_refused(tmp_path):
-    capture(tmp_path / "a", PROJECTIONS[:3], lengths=((0, 4),))
+    write_published_store(tmp_path / "a", PROJECTIONS[:3], lengths=((0, 4),))
     tokens = (tmp_path / "a" / "rollout_tokens.json").read_text()
-    capture(tmp_path / "a", PROJECTIONS[3:], lengths=((1, 4),))
+    write_published_store(tmp_path / "a", PROJECTIONS[3:], lengths=((1, 4),))
     (tmp_path / "a" / "rollout_tokens.json").write_text(tokens)
     with pytest.raises(ArtifactError, match=r"rollout_1.h5 has.*they come from different captures"):
         ActivationStore.open(tmp_path / "a")
 
 
 def test_missing_and_short_token_lists_are_named(tmp_path):
-    folder = capture(tmp_path / "a", PROJECTIONS[:3])
+    folder = write_published_store(tmp_path / "a", PROJECTIONS[:3])
     tokens = json.loads((folder / "rollout_tokens.json").read_text())
     tokens["10"] = tokens["10"][:-1]
     (folder / "rollout_tokens.json").write_text(json.dumps(tokens))
@@ -93,7 +71,7 @@ def test_missing_and_short_token_lists_are_named(tmp_path):
 
 
 def test_a_truncated_file_is_named(tmp_path):
-    folder = capture(tmp_path / "a", PROJECTIONS[:3])
+    folder = write_published_store(tmp_path / "a", PROJECTIONS[:3])
     file = folder / "rollout_2.h5"
     file.write_bytes(file.read_bytes()[:300])
     with pytest.raises(ArtifactError, match=r"rollout_2.h5 is damaged"):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from effect_reports import (
+from builders.effect_reports import (
     HOSTILE,
     MAKERS,
     NEW_TOKEN,
@@ -15,9 +15,8 @@ from effect_reports import (
     write,
     write_all,
 )
-from test_index import small_index
-from test_payload import block, column
-from test_synthetic_features import synthetic
+from builders.indexes import small_index, synthetic
+from builders.pages import block, column
 
 from lorascope.artifact import read_manifest
 from lorascope.dashboard.payload import Payload

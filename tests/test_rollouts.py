@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CHAT_TEMPLATE, s1_records
+from builders.records import CHAT_TEMPLATE, s1_records
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import layout_of
-from test_sae_model import plain_layout, random_sae, rows_of
+from builders.saes import plain_layout, random_rows, random_sae
+from builders.stores import layout_of
 
 from lorascope.errors import ArtifactError
 from lorascope.sae.metrics import ColumnMoments, evaluate, fvu
@@ -26,7 +26,7 @@ def exact_sae(threshold=0.0) -> SAE:
 
 
 def test_perfect_reconstruction_has_fvu_0_and_cosine_1():
-    report = evaluate(exact_sae(), [rows_of(50, 3)])
+    report = evaluate(exact_sae(), [random_rows(50, 3)])
     assert report["fvu"] == report["fvu_raw"] == 0.0
     assert report["cosine"] == pytest.approx(1.0)
     assert report["l0"] == 3.0
@@ -34,7 +34,7 @@ def test_perfect_reconstruction_has_fvu_0_and_cosine_1():
 
 
 def test_the_mean_predictor_has_fvu_1():
-    rows = rows_of(50, 3) + 100
+    rows = random_rows(50, 3) + 100
     sae = exact_sae(threshold=1e9)
     mean = rows.double().mean(0).float()
     report = evaluate(SAE(**{**vars(sae), "b_dec": mean}), [rows])
@@ -62,7 +62,7 @@ def test_three_rows_by_hand():
 
 
 def test_the_metrics_do_not_depend_on_how_the_rows_are_cut():
-    sae, rows = random_sae(), rows_of(261, 14) * 10 + 50
+    sae, rows = random_sae(), random_rows(261, 14) * 10 + 50
     whole = evaluate(sae, [rows])
     for size in (3, 64, 260):
         cut = evaluate(sae, rows.split(size))
@@ -74,7 +74,7 @@ def test_every_unit_agrees_with_numpy():
     layout = layout_of()
     scale = np.linspace(0.1, 3, 14)
     sae = random_sae(layout=layout).sealed(scale=scale.tolist())
-    rows = rows_of(100, 14)
+    rows = random_rows(100, 14)
     x = rows.double().numpy()
     x_hat = sae.decode(sae.encode(rows)).double().numpy()
     report = evaluate(sae, [rows])
@@ -91,7 +91,7 @@ def test_every_unit_agrees_with_numpy():
 def test_effect_units_are_not_claimed_where_b_is_unknown():
     sites = [Site(layer=0, projection="q_proj"), Site(layer=0, projection="o_proj", b_norms=(2.0,))]
     sae = random_sae(2, 6, layout=SiteLayout.from_sites(sites))
-    assert evaluate(sae, [rows_of(5, 2)])["fvu_effect"] is None
+    assert evaluate(sae, [random_rows(5, 2)])["fvu_effect"] is None
 
 
 def test_rows_that_do_not_vary_have_no_fvu():
@@ -108,7 +108,7 @@ def test_no_rows_are_refused():
 
 
 def test_moments_keep_their_digits_where_the_mean_is_large():
-    rows = rows_of(1000, 4).double()
+    rows = random_rows(1000, 4).double()
     rows = (rows * torch.tensor([1e-3, 1, 10, 0]) + torch.tensor([1e3, 0, -5, 7])).float()
     moments = ColumnMoments.from_blocks(rows.split(33))
     x = rows.double().numpy()

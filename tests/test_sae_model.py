@@ -4,50 +4,18 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import layout_of
+from builders.saes import random_rows, random_sae
+from builders.stores import layout_of
 
-from lorascope.artifact import digest_file, make_manifest, read_manifest
+from lorascope.artifact import digest_file, read_manifest
 from lorascope.errors import ArtifactError, NumberError
 from lorascope.sae.model import SAE, load_sae
-from lorascope.sites import Site, SiteLayout
-
-
-def plain_layout(d_in: int) -> SiteLayout:
-    return SiteLayout.from_sites([Site(layer=i, projection="gate_proj") for i in range(d_in)])
-
-
-def random_sae(d_in=14, d_sae=40, seed=0, layout=None, threshold=0.3) -> SAE:
-    generator = torch.Generator().manual_seed(seed)
-    layout = layout or (layout_of() if d_in == 14 else plain_layout(d_in))
-    W_dec = torch.randn(d_sae, d_in, generator=generator)
-    W_dec /= W_dec.norm(dim=1, keepdim=True)
-    sae = SAE(
-        W_enc=W_dec.T.contiguous(),
-        b_enc=0.1 * torch.randn(d_sae, generator=generator),
-        W_dec=W_dec,
-        b_dec=torch.randn(d_in, generator=generator),
-        threshold=torch.full((d_sae,), threshold),
-        layout=layout,
-        manifest=make_manifest(
-            "sae",
-            1,
-            settings={"k": 4.0},
-            parents={"activations": "d" * 64},
-            layout=layout.to_json(),
-            content={"k": 4.0, "config": {"k": 4, "seed": 7}},
-        ),
-    )
-    return sae.sealed()
-
-
-def rows_of(n, d_in, seed=1, dtype=torch.float32):
-    return torch.randn(n, d_in, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @pytest.mark.parametrize(("d_in", "d_sae"), [(56, 896), (192, 896), (448, 7168), (14, 33)])
 def test_a_tokens_code_is_the_same_to_the_bit_alone_and_in_any_batch(d_in, d_sae):
     sae = random_sae(d_in, d_sae, threshold=2.0)
-    rows = rows_of(513, d_in)
+    rows = random_rows(513, d_in)
     whole = sae.encode_dense(rows)
     assert 0 < (whole > 0).sum() < whole.numel() / 2
     for size in (1, 255, 257):
@@ -67,7 +35,7 @@ def test_a_tokens_code_is_the_same_to_the_bit_alone_and_in_any_batch(d_in, d_sae
 
 def test_the_code_is_what_the_formula_says():
     sae = random_sae()
-    rows = rows_of(50, 14)
+    rows = random_rows(50, 14)
     pre = rows.double() @ sae.W_enc.double() + sae.b_enc.double()
     expected = pre * (pre > sae.threshold.double())
     assert torch.allclose(sae.encode_dense(rows).double(), expected, atol=1e-5)
@@ -78,7 +46,7 @@ def test_the_code_is_what_the_formula_says():
 
 def test_half_precision_rows_are_computed_in_float32():
     sae = random_sae()
-    rows = rows_of(9, 14, dtype=torch.float16)
+    rows = random_rows(9, 14, dtype=torch.float16)
     code = sae.encode(rows)
     assert code.values.dtype == torch.float32
     assert torch.equal(code.to_dense(), sae.encode_dense(rows.float()))
@@ -86,30 +54,30 @@ def test_half_precision_rows_are_computed_in_float32():
 
 def test_no_rows_have_an_empty_code():
     sae = random_sae()
-    code = sae.encode(rows_of(0, 14))
+    code = sae.encode(random_rows(0, 14))
     assert code.to_dense().shape == (0, 40)
-    assert sae.encode_dense(rows_of(0, 14)).shape == (0, 40)
+    assert sae.encode_dense(random_rows(0, 14)).shape == (0, 40)
     assert sae.decode(code).shape == (0, 14)
 
 
 def test_a_row_without_any_latent_is_decoded_as_the_bias():
     sae = random_sae(threshold=1e6)
-    assert torch.equal(sae.decode(sae.encode(rows_of(3, 14))), sae.b_dec.expand(3, 14))
+    assert torch.equal(sae.decode(sae.encode(random_rows(3, 14))), sae.b_dec.expand(3, 14))
 
 
 def test_without_a_threshold_it_refuses_to_encode():
     sae = SAE(**{**vars(random_sae()), "threshold": None})
     with pytest.raises(ArtifactError, match="no threshold"):
-        sae.encode(rows_of(1, 14))
+        sae.encode(random_rows(1, 14))
     with pytest.raises(ArtifactError, match="no threshold"):
-        sae.encode_dense(rows_of(1, 14))
+        sae.encode_dense(random_rows(1, 14))
 
 
 def test_rows_of_another_width_or_not_finite_are_refused():
     sae = random_sae()
     with pytest.raises(ArtifactError, match="13 columns, the SAE expects 14"):
-        sae.encode(rows_of(2, 13))
-    rows = rows_of(300, 14)
+        sae.encode(random_rows(2, 13))
+    rows = random_rows(300, 14)
     rows[270, 3] = torch.nan
     with pytest.raises(NumberError, match="row 270"):
         sae.encode(rows)
@@ -118,7 +86,7 @@ def test_rows_of_another_width_or_not_finite_are_refused():
 @pytest.mark.parametrize("name", ["sae.pt", "sae"])
 def test_what_was_saved_loads_to_the_bit_and_exports_to_the_other_format(tmp_path, name):
     sae = random_sae()
-    rows = rows_of(77, 14)
+    rows = random_rows(77, 14)
     first = load_sae(sae.save(tmp_path / name))
     other = "sae" if name == "sae.pt" else "sae.pt"
     second = load_sae(first.save(tmp_path / other))

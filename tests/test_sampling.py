@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from test_capture import load, require_near, rows_of
+from builders.subjects import N_TERMS, captured, load
+from builders.tolerance import assert_same_up_to_rounding
 
 from lorascope.activations import generate
 from lorascope.activations.generate import GenerateConfig
@@ -15,7 +16,7 @@ from lorascope.texts.rollouts import ROLES, Rollout
 
 @pytest.fixture(scope="module")
 def subject(subject_dirs):
-    return load(subject_dirs)
+    return load(subject_dirs[1], subject_dirs[0])
 
 
 def prompts(lengths):
@@ -63,7 +64,7 @@ def test_rows_of_what_it_wrote_are_those_it_had_while_writing(subject):  # pitfa
     for handle in handles:
         handle.remove()
     stepwise = torch.cat([torch.cat(seen[i]) for i in seen], dim=1).numpy()
-    require_near(rows_of(subject, [written]), stepwise)
+    assert_same_up_to_rounding(captured(subject, [written]), stepwise, n_terms=N_TERMS)
 
 
 def test_the_seed_decides_what_is_drawn_and_nothing_else_does(subject):

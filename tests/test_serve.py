@@ -15,8 +15,8 @@ from urllib.request import urlopen
 
 import numpy as np
 import pytest
-from browser import open_browser
-from test_synthetic_features import synthetic
+from builders.browser import open_browser
+from builders.indexes import synthetic
 
 from lorascope.dashboard.payload import Payload
 from lorascope.dashboard.render import DashboardConfig, policy, server_of

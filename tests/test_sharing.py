@@ -7,14 +7,14 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from builders.foreign_saes import dictionary_folder, published, saelens_folder
+from builders.saes import random_rows, random_sae
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from test_interop import dictionary_folder, published, saelens_folder
-from test_sae_model import random_sae, rows_of
 
 from lorascope.errors import ArtifactError
 from lorascope.sae.model import SAE
@@ -67,7 +67,9 @@ def test_what_was_pushed_is_the_same_sae_when_it_comes_back(hub, tmp_path):
     }
     found = SAE.from_pretrained("ann/latents")
     assert found.digest == sae.digest
-    assert torch.equal(found.encode_dense(rows_of(20, 14)), sae.encode_dense(rows_of(20, 14)))
+    assert torch.equal(
+        found.encode_dense(random_rows(20, 14)), sae.encode_dense(random_rows(20, 14))
+    )
     fetched = {file.name for file in (tmp_path / "cache" / "ann" / "latents" / "None").iterdir()}
     assert fetched == {"cfg.json", "manifest.json", "sae_weights.safetensors"}
     sae.push_to_hub("ann/latents", private=True)

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from conftest import layout_of
+from builders.stores import layout_of
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from studies import dictionary, make_texts, strengthen
+from builders.studies import dictionary, make_texts, strengthen
 
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.steer import SteerConfig, run

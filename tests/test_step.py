@@ -3,27 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from builders.saes import weights_of
 
 from lorascope.runtime import Team
-from lorascope.sae.objective import Weights, objective
+from lorascope.sae.objective import objective
 from lorascope.sae.sparsity import Rule
 from lorascope.sae.step import Step
-
-
-def weights_of(d_in=7, d_sae=24, seed=0, *, jump=False, dtype=torch.float64) -> Weights:
-    generator = torch.Generator().manual_seed(seed)
-    W_dec = torch.randn(d_sae, d_in, generator=generator, dtype=dtype)
-    W_dec /= W_dec.norm(dim=1, keepdim=True)
-    weights = Weights(
-        W_enc=torch.randn(d_sae, d_in, generator=generator, dtype=dtype).T,
-        b_enc=torch.randn(d_sae, generator=generator, dtype=dtype),
-        W_dec=W_dec,
-        b_dec=torch.randn(d_in, generator=generator, dtype=dtype),
-        log_threshold=torch.randn(d_sae, generator=generator, dtype=dtype) * 0.5 if jump else None,
-    )
-    for tensor in weights.tensors().values():
-        tensor.requires_grad_()
-    return weights
 
 
 def both(

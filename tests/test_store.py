@@ -6,7 +6,7 @@ import pickle
 import h5py
 import numpy as np
 import pytest
-from conftest import layout_of
+from builders.stores import layout_of
 
 from lorascope.activations.store import ActivationStore, Vocabulary, verify
 from lorascope.errors import ArtifactError

@@ -1,15 +1,10 @@
 """The index that page tests and benchmarks are made of keeps the promises of a real one."""
 
-import runpy
-from pathlib import Path
-
 import numpy as np
 import pytest
+from builders.indexes import synthetic
 
 from lorascope.features.invariants import verify
-
-_FILE = Path(__file__).parent.parent / "benchmarks" / "synthetic_features.py"
-synthetic = runpy.run_path(str(_FILE))["synthetic"]
 
 
 @pytest.mark.parametrize("n_features", [0, 1, 2, 40, 700])

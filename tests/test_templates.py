@@ -1,7 +1,7 @@
 import re
 
 import pytest
-from conftest import CHAT_TEMPLATE, s1_records
+from builders.records import CHAT_TEMPLATE, s1_records
 
 from lorascope.errors import DatasetError
 from lorascope.texts.conversations import form_of, sections

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import layout_of
+from builders.stores import layout_of, planted_rows
 
 from lorascope.activations.batches import split_rows
 from lorascope.activations.store import ActivationStore
@@ -23,14 +23,6 @@ from lorascope.sae.settings import TrainConfig
 from lorascope.sae.train import run
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
-
-
-def planted_rows(n=1200, seed=0):
-    """Rows of 14 columns made of 24 sparse directions; column scales spread over 10^4."""
-    rng = np.random.default_rng(seed)
-    directions = rng.standard_normal((24, 14))
-    fires = (rng.random((n, 24)) < 0.1) * rng.uniform(0.5, 1.5, (n, 24))
-    return (fires @ directions) * np.logspace(-2, 2, 14)
 
 
 @pytest.fixture

@@ -19,9 +19,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed
-from conftest import write_store
-from test_step import weights_of
-from test_train import planted_rows
+from builders.saes import weights_of
+from builders.stores import planted_rows, write_store
 
 from lorascope import runtime
 from lorascope.artifact import digest_file

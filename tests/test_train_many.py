@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_train import planted_rows
+from builders.stores import planted_rows
 
 from lorascope.artifact import read_manifest
 from lorascope.cli import call

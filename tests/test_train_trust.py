@@ -6,13 +6,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import conftest
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from test_journal import FakeWandb, fake_tensorboard, timeless
-from test_train import planted_rows
+from builders.stores import planted_rows
+from builders.trackers import FakeWandb, fake_tensorboard, timeless
 
 from lorascope.activations.batches import split_rows
 from lorascope.activations.store import ActivationStore
@@ -302,19 +301,13 @@ def test_after_a_damaged_checkpoint_no_resume_gives_the_undisturbed_run(
 # --- what is learned from
 
 
-def test_roles_restrict_the_rows_and_are_recorded(make_store, config, monkeypatch):
+def test_roles_restrict_the_rows_and_are_recorded(make_store, config):
     """The tokens of the other role hold NaN: one of them in any sum would be seen."""
-    write, special = conftest.write_shard, ROLES.index("special")
-
-    def by_turns(path, rows, ids, roles, *rest):
-        turns = np.where(np.arange(len(roles)) % 3 == 0, ROLES.index("answer"), roles)
-        write(path, rows, ids, np.where(roles == special, special, turns), *rest)
-
-    monkeypatch.setattr(conftest, "write_shard", by_turns)
     rows = planted_rows(1200)
-    unwanted = np.arange(1200) % 400 % 3 != 0  # 400 rows to a shard
-    rows[unwanted] = np.nan
-    store = make_store(rows, n_rollouts=12, name="roles")
+    wanted = np.arange(1200) % 3 == 0
+    rows[~wanted] = np.nan
+    roles = np.where(wanted, ROLES.index("answer"), ROLES.index("think")).astype(np.uint8)
+    store = make_store(rows, n_rollouts=12, name="roles", roles=roles)
     config = replace(config, data_dir=store.path, batch_size=32, holdout=0.25)
     with pytest.raises(NumberError):
         run(config)

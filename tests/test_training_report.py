@@ -10,8 +10,8 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
+from builders.stores import planted_rows
 from PIL import Image
-from test_train import planted_rows
 
 from lorascope.errors import ConfigError
 from lorascope.sae.model import load_sae

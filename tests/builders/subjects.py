@@ -3,17 +3,20 @@
 import json
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from lorascope.activations.capture import Capture
 from lorascope.errors import AdapterError
+from lorascope.subject.hooks import RowReader
 from lorascope.subject.load import (
     CONFIG,
     WEIGHTS,
@@ -23,8 +26,12 @@ from lorascope.subject.load import (
     load_subject,
     load_tokenizer,
 )
+from lorascope.texts.rollouts import Rollout
 
 CPU = torch.device("cpu")
+# Added up on the way through a tiny subject: some 250 terms in each of its two layers, whose
+# random weights make what is lost by rounding larger.
+N_TERMS = 1000
 IDS = torch.tensor([[5, 9, 200, 31, 7, 64]])
 
 
@@ -50,6 +57,21 @@ def rows_of(subject: Subject, ids: torch.Tensor = IDS) -> torch.Tensor:
         handle.remove()
     mixes = zip(subject.sites, subject.mixes, strict=True)
     return torch.cat([read[m] if mix is None else read[m] @ mix.T for m, mix in mixes], dim=1)
+
+
+def capture_of(reader: RowReader, **given: Any) -> Capture:
+    """Make a capture of every column in float32."""
+    options = {"store_dtype": "float32", "batch_tokens": 64, "longest": None, **given}
+    return Capture(reader, np.arange(reader.subject.layout.d_in), **options)
+
+
+def captured(
+    subject: Subject, rollouts: Sequence[Rollout], *, own_forward: bool = True, **given: Any
+) -> np.ndarray:
+    """Return the rows of rollouts as `generate` captures them."""
+    with RowReader(subject, own_forward=own_forward) as reader:
+        capture = capture_of(reader, **given)
+        return capture.finish(capture.run(rollouts))
 
 
 @torch.inference_mode()
