@@ -288,7 +288,7 @@ def test_the_same_index_gives_the_same_csv_and_another_file_is_not_replaced(
     before = out.read_bytes()
     assert exported(source, out, "csv").read_bytes() == before
     out.write_text("mine\n")
-    with pytest.raises(ArtifactError, match="holds something else"):
+    with pytest.raises(ArtifactError, match="other contents"):
         exported(source, out, "csv")
     assert out.read_text() == "mine\n"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["features.csv", "features.h5"]
@@ -315,7 +315,7 @@ def test_hostile_tokens_stay_in_their_cells_and_are_no_formulas(tmp_path: Path):
     [
         ("json", "out.csv", "expected a .json file"),
         ("csv", "out", "expected a .csv file"),
-        ("neuronpedia", "out.json", "expected the name of a folder"),
+        ("neuronpedia", "out.json", "expected a folder"),
     ],
 )
 def test_a_format_with_a_name_of_another_one_is_refused(

@@ -1,10 +1,11 @@
-"""Write a feature index in a form that other tools read.
+"""Write a feature index in a format that other tools read.
 
-- `json`: the published schema, which the published dashboard script takes, and `dashboard`.
-- `csv`: the table of statistics, a line for each feature.
-- `neuronpedia`: a folder of `batch-N.json` as SAEDashboard writes them for import there.
+- `json`: the published schema, for the published dashboard script and for `dashboard`.
+- `csv`: the table of statistics, one line per feature.
+- `neuronpedia`: a folder of `batch-N.json` as SAEDashboard writes them, for import to Neuronpedia.
 
-In: `features.h5`, or a features JSON of the published schema. The same index gives the same bytes.
+In: `features.h5`, or a features JSON of the published schema. Out: a JSON or CSV file, or a folder.
+The same index gives the same bytes.
 """
 
 import filecmp
@@ -31,41 +32,42 @@ from lorascope.runtime import progress
 
 log = logging.getLogger(__name__)
 
-_FORMULA = ("=", "+", "-", "@")  # with these a spreadsheet takes a text for something to run
+_FORMULA = ("=", "+", "-", "@")  # a spreadsheet runs a text that starts with one of these
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(Config):
-    """What `lorascope export` needs to know."""
+    """Options of `export`."""
 
     input: Path = option(
-        help="features.h5, or a features JSON of the published schema", identity=False
+        help="feature index to read: features.h5, or JSON of the published schema", identity=False
     )
     format: Literal["json", "csv", "neuronpedia"] = option(
         "json",
-        help="published features JSON, table of statistics, or batches for import to Neuronpedia",
+        help="json is the published schema, csv the table of statistics, neuronpedia a folder of "
+        "batches to import",
     )
     output: Path = option(
-        help="file to write, .json or .csv; for neuronpedia a folder", identity=False
+        help=".json or .csv file to write; for neuronpedia, the folder", identity=False
     )
-    overwrite: bool = option(False, help="replace another output", identity=False)
+    overwrite: bool = option(False, help="replace an output with other contents", identity=False)
 
     def check(self) -> None:
-        """Refuse a name that would be read as something else."""
+        """Check that the output's suffix fits the format."""
         super().check()
         suffix = self.output.suffix.lower()
         wanted = "" if self.format == "neuronpedia" else f".{self.format}"
         if wanted and suffix != wanted:
             raise ConfigError(f"--output is {self.output}, expected a {wanted} file")
         if not wanted and suffix in (".json", ".csv", ".h5"):
-            raise ConfigError(f"--output is {self.output}, expected the name of a folder")
+            raise ConfigError(f"--output is {self.output}, expected a folder name")
 
 
 def run(config: ExportConfig) -> Path:
     """Write the export and return its path.
 
-    Raises ArtifactError when the input is no feature index, or when the output is something else
-    and `overwrite` is off.
+    Raises ArtifactError if the input is not a feature index, or if the output exists with other
+    contents and `overwrite` is off.
     """
     source, out = config.input.expanduser(), config.output.expanduser()
     index = read_index(source)
@@ -82,9 +84,9 @@ def run(config: ExportConfig) -> Path:
 
 
 def read_index(source: Path) -> FeatureIndex:
-    """Return the index of a `features.h5` or of a published JSON, by the file's name.
+    """Return the index from a `features.h5` or a published JSON, chosen by the file's suffix.
 
-    Raises ArtifactError when it is neither.
+    Raises ArtifactError if it is neither.
     """
     if source.is_dir():
         raise ArtifactError(f"{source} is a folder, expected a features.h5 or a features JSON")
@@ -92,10 +94,10 @@ def read_index(source: Path) -> FeatureIndex:
 
 
 def write_csv(index: FeatureIndex, path: Path) -> None:
-    """Write the table of statistics as CSV, UTF-8. Not atomic by itself.
+    """Write the table of statistics as UTF-8 CSV, not atomically.
 
-    What is unknown is an empty cell. A text that a spreadsheet could take for a formula has an
-    apostrophe before it.
+    Unknown values are empty cells. A text that a spreadsheet could run as a formula gets a leading
+    apostrophe.
     """
     table = index.table()
     for name in table.columns:
@@ -107,7 +109,7 @@ def write_csv(index: FeatureIndex, path: Path) -> None:
 
 
 def _export_json(index: FeatureIndex, source: Path, out: Path, *, overwrite: bool) -> Path:
-    """Write what `collect` would have written under this name."""
+    """Write what `collect` would write to a `.json` output."""
     manifest = {**index.manifest, "files": {}}
     if read_manifest(source) is None:
         manifest["parents"] = {"features": _digest(source)}
@@ -117,7 +119,7 @@ def _export_json(index: FeatureIndex, source: Path, out: Path, *, overwrite: boo
         "overwrite": overwrite,
     }
     if is_made(out, KIND, **identity):
-        log.info("%s is already made from %s", out, source)
+        log.info("%s is up to date with %s", out, source)
         return out
     with (
         building(out, KIND, **identity) as build,
@@ -131,18 +133,18 @@ def _export_json(index: FeatureIndex, source: Path, out: Path, *, overwrite: boo
 
 
 def _export_csv(index: FeatureIndex, out: Path, identity: Mapping[str, Any]) -> Path:
-    """Write the table. It has no room for a manifest: an equal file is taken for the same."""
+    """Write the table. A CSV has no manifest, so an existing file is compared byte by byte."""
     with building(out, "table", **identity) as build:
-        made = build.path / "features.csv"
-        write_csv(index, made)
-        same = out.is_file() and filecmp.cmp(made, out, shallow=False)
-        if (out.exists() or out.is_symlink()) and not same and not identity["overwrite"]:
-            made.unlink()
+        table = build.path / "features.csv"
+        write_csv(index, table)
+        is_same = out.is_file() and filecmp.cmp(table, out, shallow=False)
+        if (out.exists() or out.is_symlink()) and not is_same and not identity["overwrite"]:
+            table.unlink()
             raise ArtifactError(
-                f"{out} exists and holds something else; give another output, "
-                "or --overwrite to replace it"
+                f"{out} exists with other contents; choose another --output, "
+                "or pass --overwrite to replace it"
             )
-        return build.publish_file(made.name)
+        return build.publish_file(table.name)
 
 
 def _digest(source: Path) -> str:
