@@ -21,7 +21,8 @@ from lorascope.demo.problems import Problem, answer_of
 from lorascope.runtime import progress
 from lorascope.subject.intervene import RowEditor
 from lorascope.subject.load import Subject
-from lorascope.texts.rollouts import ROLES, Rollout, load_prompts
+from lorascope.texts.roles import ROLES
+from lorascope.texts.rollouts import Rollout, load_prompts
 
 Rebuild = Callable[[Tensor], Tensor]
 

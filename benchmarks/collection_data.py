@@ -23,7 +23,7 @@ from lorascope.sae.model import SAE, load_sae
 from lorascope.sae.settings import TrainConfig
 from lorascope.sae.train import run as train
 from lorascope.sites import PROJECTIONS, Site, SiteLayout
-from lorascope.texts.rollouts import ROLES
+from lorascope.texts.roles import ROLES
 
 TRAINING = 400_000  # tokens
 TRAINED = "training"  # the store that the SAE is trained on

@@ -52,7 +52,7 @@ from lorascope.subject.load import (
     load_subject,
     load_tokenizer,
 )
-from lorascope.texts.rollouts import ROLES
+from lorascope.texts.roles import ROLES
 
 LAYERS = {0: 1, 1: 5}  # rank of the down_proj of a layer
 _HIDDEN = 128

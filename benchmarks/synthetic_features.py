@@ -28,7 +28,7 @@ from lorascope.artifact import make_manifest
 from lorascope.features.arrays import KIND, SCHEMA
 from lorascope.features.index import FeatureIndex
 from lorascope.sites import PROJECTIONS, Site, SiteLayout
-from lorascope.texts.rollouts import ROLES
+from lorascope.texts.roles import ROLES
 from lorascope.texts.tokens import pack_tokens
 
 Ints = npt.NDArray[np.int64]

@@ -38,7 +38,7 @@ from lorascope.sae.model import SAE, load_sae
 from lorascope.subject.adapter import inspect_adapter
 from lorascope.subject.hooks import RowReader
 from lorascope.subject.load import Subject, find_base, load_subject, load_tokenizer
-from lorascope.texts.rollouts import ROLES
+from lorascope.texts.roles import ROLES
 
 UNITS = ("effect", "std", "rms", "none")
 SUBJECT = Path(lorascope.__file__).parent / "demo" / "subject"

@@ -21,7 +21,7 @@ from lorascope.activations.batches import BatchPlan, count_roles, read_blocks, s
 from lorascope.activations.shuffle import Shuffle
 from lorascope.activations.store import ActivationStore
 from lorascope.errors import ArtifactError, ConfigError, NumberError
-from lorascope.texts.rollouts import ROLES
+from lorascope.texts.roles import ROLES
 
 
 def numbered(make_store, n_rollouts=10, length=30, **kwargs):

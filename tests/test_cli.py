@@ -82,7 +82,7 @@ def refused(place, capsys, line, *words):
         (GENERATE + " --template html", ["--template is 'html', expected one of auto, s1"]),
         (GENERATE + " --device cuda", ["--device is cuda", "no CUDA GPU"]),
         ("generate --lora-path {adapter} --dataset none.jsonl", ["none.jsonl does not exist"]),
-        ("generate --lora-path {adapter} --dataset {tmp}", ["is a folder"]),
+        ("generate --lora-path {adapter} --dataset {tmp}", ["is not a folder of"]),
         ("train --data-dir {tmp}/none", ["does not exist; make it with lorascope generate"]),
         ("train --data-dir {tmp}/work", ["is no activation store"]),
         ("train --data-dir {sae}", ["holds sae, expected activations"]),
@@ -112,7 +112,7 @@ def test_a_mistake_is_one_line_exit_2_and_writes_nothing(place, capsys, line, wo
         ('{"title": "x"}\n', ["line 1", "has the fields title; expected"]),
         ('{"text": "x"}\n{"text": \n{\n', ["2 of 3 records", "line 2: not JSON"]),
         ('{"body": "y"}\n{"body": "y"}\n{"text": "x"}', ["2 of 3", "fields found: body"]),
-        ('{"text": ""}\n{"text": " "}\n', ["none of 2 records gives a text: 2 empty"]),
+        ('{"text": ""}\n{"text": " "}\n', ["no usable record among 2: 2 empty"]),
     ],
 )
 def test_a_bad_dataset_is_one_line_that_names_the_record(place, capsys, content, words):

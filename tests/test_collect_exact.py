@@ -13,7 +13,7 @@ from lorascope.features import accumulators, collect, spans
 from lorascope.features.collect import CollectConfig
 from lorascope.features.index import FeatureIndex
 from lorascope.features.invariants import verify
-from lorascope.texts.rollouts import ROLES
+from lorascope.texts.roles import ROLES
 
 
 def store_of_ties(folder, seed=5, **given):

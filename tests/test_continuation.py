@@ -10,7 +10,8 @@ from lorascope.activations.store import ActivationStore
 from lorascope.causal.continuation import Change, continue_text
 from lorascope.subject.intervene import RowEditor
 from lorascope.subject.sampling import sample
-from lorascope.texts.rollouts import ROLES, Rollout
+from lorascope.texts.roles import ROLES
+from lorascope.texts.rollouts import Rollout
 
 PROMPT = torch.tensor([5, 9, 200, 31, 7, 64])
 TEXT = torch.ones(6, dtype=torch.bool)

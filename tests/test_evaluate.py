@@ -22,7 +22,7 @@ from lorascope.causal.study import open_report
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.sae.metrics import evaluate
 from lorascope.subject.intervene import RowEditor
-from lorascope.texts.rollouts import ROLES
+from lorascope.texts.roles import ROLES
 
 
 @pytest.fixture(scope="module")

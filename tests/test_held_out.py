@@ -16,7 +16,7 @@ from lorascope.sae.settings import TrainConfig
 from lorascope.sae.train import run as train
 from lorascope.sites import PROJECTIONS
 from lorascope.subject.intervene import RowEditor
-from lorascope.texts.rollouts import ROLES
+from lorascope.texts.roles import ROLES
 
 
 @pytest.fixture(scope="module")

@@ -77,6 +77,19 @@ def test_help_and_import_need_no_torch():
     assert "generate" in done.stdout
 
 
+def test_texts_need_no_torch_directly_or_through_what_they_import():
+    names = [name for name in modules() if name.startswith("texts.")]
+    code = (
+        f"import importlib, sys\nfor name in {names}:\n"
+        "    importlib.import_module('lorascope.' + name)\n"
+        "heavy = {'torch', 'transformers', 'peft', 'h5py'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(names) >= 5
+
+
 def test_the_public_names_are_these():
     assert sorted(lorascope.__all__) == [
         "AblateConfig",

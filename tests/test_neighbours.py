@@ -16,7 +16,7 @@ from lorascope.features.neighbours import (
 from lorascope.features.spans import cut_spans
 from lorascope.features.topk import Firings, FiringSample
 from lorascope.sites import Site, SiteLayout
-from lorascope.texts.rollouts import ROLES
+from lorascope.texts.roles import ROLES
 
 
 def firings(pairs):

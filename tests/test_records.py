@@ -96,9 +96,9 @@ def test_broken_lines_are_left_out_with_their_place_and_reason(tmp_path):  # pit
     assert places.pop("line 7").startswith("not JSON (")
     assert places == {
         "line 2": "not JSON (Extra data at character 14)",
-        "line 4": "no JSON object but list",
+        "line 4": "list, expected a JSON object",
         "line 5": "not UTF-8 at byte 11",
-        "line 6": "no JSON object but int",
+        "line 6": "int, expected a JSON object",
     }
     assert len(found) == 16
     assert found.where(6) == "line 8"
@@ -113,8 +113,8 @@ def test_rows_of_another_width_broken_quotes_and_wrong_bytes_leave_a_table(tmp_p
     places = {found.where(number): reason for number, reason in found.broken.items()}
     assert places.pop("line 5").startswith("broken quotes (")
     assert places == {
-        "line 3": "1 fields, the header has 2",
-        "line 4": "3 fields, the header has 2",
+        "line 3": "1 fields, expected 2 as in the header",
+        "line 4": "3 fields, expected 2 as in the header",
         "line 6": "not UTF-8",
     }
 
@@ -143,7 +143,7 @@ def test_the_first_five_broken_records_are_named_in_one_warning(tmp_path, caplog
     with caplog.at_level(logging.WARNING):
         found.report(found.broken)
     (message,) = caplog.messages
-    assert message.startswith("left out 8 of 24 records of ")
+    assert message.startswith("left out 8 broken of 24 records of ")
     assert [f"line {n}: not JSON" in message for n in (1, 4, 7, 10, 13, 16)] == [True] * 5 + [False]
     assert message.endswith("; ...")
 
@@ -154,9 +154,13 @@ def test_the_first_five_broken_records_are_named_in_one_warning(tmp_path, caplog
         ("a.jsonl", b"\n\n", "holds no records"),
         ("a.csv", b"id,text\n", "holds no records"),
         ("a.csv", b"id,id\n1,2\n", "two columns 'id'"),
-        ("a.json", b"3", "is no list of JSON objects"),
-        ("a.json", b'{"a": [1], "b": [2]}', "is no list of JSON objects"),
-        ("a.json", b"[1, 2]", "2 of 2 records cannot be used.*record 0: no JSON object but int"),
+        ("a.json", b"3", "is not a list of JSON objects"),
+        ("a.json", b'{"a": [1], "b": [2]}', "is not a list of JSON objects"),
+        (
+            "a.json",
+            b"[1, 2]",
+            "2 of 2 records cannot be used.*record 0: int, expected a JSON object",
+        ),
         ("a.json", b"[", "is not JSON"),
         ("a.json", b"[" * 100_000, "is not JSON"),
         ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), "is UTF-16; save it as UTF-8"),
@@ -191,7 +195,7 @@ def test_a_missing_file_never_becomes_a_hub_request(tmp_path, monkeypatch):
     for name in (str(tmp_path / "none.jsonl"), "./none", "data/train/none", "none.csv.gz", "~/no"):
         with pytest.raises(DatasetError, match="does not exist"):
             read_records(name, "train", None)
-    with pytest.raises(DatasetError, match="is a folder that datasets.save_to_disk did not make"):
+    with pytest.raises(DatasetError, match="is not a folder of datasets.save_to_disk"):
         read_records(str(tmp_path), "train", None)
 
 
@@ -202,7 +206,7 @@ def test_a_name_that_is_nearly_right_is_named(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "dataset").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DatasetError, match=r"hub data set mine/datset .*did you mean dataset\?"):
+    with pytest.raises(DatasetError, match=r"hub dataset mine/datset .*did you mean dataset\?"):
         read_records("mine/datset", "train", None)
 
 
@@ -219,7 +223,7 @@ def test_a_hub_data_set_is_read_by_name_configuration_and_split(monkeypatch, nam
 
 
 def test_an_offline_hub_is_one_line():  # pitfall B14: the tests run with HF_HUB_OFFLINE=1
-    with pytest.raises(DatasetError, match="hub data set org/never cannot be loaded") as caught:
+    with pytest.raises(DatasetError, match="hub dataset org/never cannot be loaded") as caught:
         read_records("org/never", "train", 2)
     assert "\n" not in str(caught.value)
 

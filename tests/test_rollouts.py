@@ -9,14 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorascope.errors import DatasetError
-from lorascope.texts.rollouts import (
-    ROLES,
-    load_prompts,
-    load_rollouts,
-    roles_of_sampled,
-    special_ids,
-    windows,
-)
+from lorascope.texts.roles import ROLES
+from lorascope.texts.rollouts import load_prompts, load_rollouts, roles_of_generated, windows
+from lorascope.texts.tokens import special_ids
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|header|>{{ m.role }}<|/header|>\n\n"
@@ -140,7 +135,7 @@ def test_repeated_tokens_are_dropped_and_named(tokenizer, load, caplog):  # pitf
         rollouts, counts = load(tokenizer, *texts)
     assert [rollout.id for rollout in rollouts] == [0, 1, 3]
     assert counts["duplicate"] == 3
-    assert "left out 3 of 6 records whose tokens are those of an earlier one: 2, 4, 5" in (
+    assert "left out 3 of 6 records that have the same tokens as an earlier one: 2, 4, 5" in (
         caplog.text
     )
     rollouts, counts = load(tokenizer, *texts, duplicates="keep")
@@ -157,11 +152,11 @@ def test_broken_records_are_left_out_counted_and_named(tokenizer, load, caplog):
     assert [rollout.id for rollout in rollouts] == [0, 5, 6, 7, 8, 9]
     assert counts == {"empty": 0, "broken": 4, "duplicate": 0}
     (message,) = caplog.messages
-    for place in (
-        "left out 4 of 10 records", "line 2: not JSON", "line 3: it has the fields body;",
-        "line 4: field text is int", "line 5: it has a lone surrogate",
+    for fact in (
+        "left out 4 broken of 10 records", "line 2: not JSON", "line 3: it has the fields body;",
+        "line 4: field text is int", "line 5: it contains a lone surrogate",
     ):  # fmt: skip
-        assert place in message
+        assert fact in message
 
 
 @pytest.mark.parametrize("form", ["text", "chat"])
@@ -196,7 +191,7 @@ def test_empty_records_are_counted_and_too_many_are_no_text(tokenizer, load):  #
     )  # fmt: skip
     assert [len(rollout.token_ids) == 1 for rollout in rollouts] == [True, False]
     assert counts == {"empty": 3, "broken": 0, "duplicate": 0}
-    with pytest.raises(DatasetError, match="none of 2 records gives a text: 2 empty"):
+    with pytest.raises(DatasetError, match="no usable record among 2: 2 empty"):
         load(tokenizer, {"text": ""}, {"text": " "})
 
 
@@ -211,8 +206,8 @@ def test_what_a_template_does_to_messages_is_counted(tokenizer, load, caplog):
             {"question": "A cat?", "answer": "No cat."},
         )
     assert (counts["left_out_by_template"], counts["unknown_roles"]) == (1, 2)
-    assert "roles of 2 parts of messages are unknown: the template rewrites them" in caplog.text
-    assert "the template leaves out 1 parts of messages" in caplog.text
+    assert "roles of 2 message parts are unknown" in caplog.text
+    assert "the chat template omits 1 message parts" in caplog.text
 
 
 def test_a_tokenizer_with_neither_pad_nor_bos_nor_template_reads_texts(tokenizer, load):  # B15
@@ -250,7 +245,7 @@ def test_prompts_are_the_start_of_the_rollouts_and_what_is_written_has_the_same_
         n = len(prompt.token_ids)
         assert np.array_equal(rollout.token_ids[:n], prompt.token_ids)
         assert np.array_equal(rollout.roles[:n], prompt.roles)
-        written = roles_of_sampled(prompt, rollout.token_ids[n:], tokenizer)
+        written = roles_of_generated(prompt, rollout.token_ids[n:], tokenizer)
         assert written.dtype == np.uint8
         assert np.array_equal(written, rollout.roles[n:])
 
@@ -261,7 +256,7 @@ def test_what_a_model_writes_behind_an_open_think_tag_is_thinking(tokenizer, loa
     )
     (prompt,), _ = load(tokenizer, {"question": "What is <think>?"}, prompts=True)
     ids = tokenizer("Hm.\n</think>\n\nYes.<|im_end|>", add_special_tokens=False)["input_ids"]
-    roles = roles_of_sampled(prompt, np.array(ids), tokenizer)
+    roles = roles_of_generated(prompt, np.array(ids), tokenizer)
     said = [tokenizer.decode(np.array(ids)[roles == ROLES.index(r)]) for r in ("think", "answer")]
     assert said == ["Hm.", "Yes."]
 
@@ -273,11 +268,11 @@ def test_sampled_ids_are_never_tokenised_anew(tokenizer, load):
     split = [tokenizer.convert_tokens_to_ids(c) for c in "ĠWait"]
     assert len(merged) < len(split)
     for ids in (merged, split):
-        roles = roles_of_sampled(prompt, np.array(ids), tokenizer)
+        roles = roles_of_generated(prompt, np.array(ids), tokenizer)
         assert roles.tolist() == [ROLES.index("answer")] * len(ids)
     end = [*merged, tokenizer.eos_token_id, len(tokenizer) + 5]
-    assert roles_of_sampled(prompt, np.array(end), tokenizer)[-2] == ROLES.index("special")
-    assert len(roles_of_sampled(prompt, np.array([], np.int32), tokenizer)) == 0
+    assert roles_of_generated(prompt, np.array(end), tokenizer)[-2] == ROLES.index("special")
+    assert len(roles_of_generated(prompt, np.array([], np.int32), tokenizer)) == 0
 
 
 def test_special_ids_are_those_of_the_tokenizers_special_tokens(tokenizer):

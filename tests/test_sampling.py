@@ -11,7 +11,8 @@ from lorascope.activations.generate import GenerateConfig
 from lorascope.activations.store import ActivationStore
 from lorascope.errors import ConfigError
 from lorascope.subject.sampling import sample
-from lorascope.texts.rollouts import ROLES, Rollout
+from lorascope.texts.roles import ROLES
+from lorascope.texts.rollouts import Rollout
 
 
 @pytest.fixture(scope="module")

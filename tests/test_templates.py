@@ -4,8 +4,9 @@ import pytest
 from builders.records import CHAT_TEMPLATE, s1_records
 
 from lorascope.errors import DatasetError
-from lorascope.texts.conversations import form_of, sections
+from lorascope.texts.conversations import detect_form
 from lorascope.texts.records import RecordError
+from lorascope.texts.roles import role_spans
 from lorascope.texts.templates import Renderer
 
 # Shortened from the models' own: what they do to messages is kept.
@@ -299,11 +300,11 @@ def test_turn_headers_that_are_no_tokens_of_this_tokenizer_are_plain_text(tokeni
 
 def test_sections_follow_headers_and_tags():
     text = "a</think>b</think>c<|im_end|>\n<|im_start|>user\n<think>\n<|im_start|>assistant\n d "
-    assert [(role, text[start:stop]) for start, stop, role in sections(text, "answer")] == [
+    assert [(role, text[start:stop]) for start, stop, role in role_spans(text, "answer")] == [
         ("think", "a"), ("answer", "b"), ("answer", "c"), ("user", "<think>"), ("answer", "d"),
     ]  # fmt: skip
-    assert sections("x<|im_end|>y", "answer") == [(0, 1, "answer"), (11, 12, "text")]
-    assert sections("<|im_start|>users\n", "answer") == [(0, 17, "answer")]
+    assert role_spans("x<|im_end|>y", "answer") == [(0, 1, "answer"), (11, 12, "text")]
+    assert role_spans("<|im_start|>users\n", "answer") == [(0, 17, "answer")]
 
 
 @pytest.mark.parametrize("name", ["text", "content"])
@@ -324,7 +325,7 @@ def test_an_empty_part_makes_an_empty_text(tokenizer):
 
 def test_fields_that_fit_no_template_are_listed():  # pitfall B19
     with pytest.raises(RecordError, match=r"it has the fields body, title; expected text, mess"):
-        form_of({"title": "a", "body": "b"})
+        detect_form({"title": "a", "body": "b"})
 
 
 @pytest.mark.parametrize(
@@ -337,7 +338,7 @@ def test_fields_that_fit_no_template_are_listed():  # pitfall B19
         ({**s1_records(1)[0], "question": None}, "s1", "field question is NoneType"),
         ({"question": "x", "thinking_trajectories": [1], "attempt": "y"}, "s1", "is list"),
         ({"messages": "x"}, "chat", "field messages is str, expected a list of messages"),
-        ({"text": "x"}, "chat", "has no messages and no question"),
+        ({"text": "x"}, "chat", "neither messages nor question"),
         ({"question": "x", "answer": 3}, "auto", "field answer is int"),
         ({"messages": ["x"]}, "auto", r"messages\[0\] is str, expected role and content"),
         ({"messages": [{"content": "x"}]}, "auto", r"messages\[0\] has no role; it has content"),
@@ -356,13 +357,13 @@ def test_a_record_that_cannot_be_used_says_why(tokenizer, record, template, mess
 
 def test_messages_that_a_template_refuses_break_their_record(tokenizer):
     tokenizer.chat_template = GEMMA
-    with pytest.raises(RecordError, match="the chat template refuses .*System role not supported"):
+    with pytest.raises(RecordError, match="the chat template rejects .*System role not supported"):
         roles_in(tokenizer, chat(("system", "S."), ("user", "Hi")))
 
 
 def test_a_template_that_shows_nothing_of_the_messages_breaks_their_record(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.image }}\n{% endfor %}"
-    with pytest.raises(RecordError, match="leaves out all that its messages say"):
+    with pytest.raises(RecordError, match="omits everything that its messages say"):
         roles_in(tokenizer, chat(("user", "Hi")))
 
 

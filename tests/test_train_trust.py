@@ -25,7 +25,7 @@ from lorascope.sae.objective import initial_weights
 from lorascope.sae.settings import TrainConfig
 from lorascope.sae.train import run
 from lorascope.sae.trainer import Trainer
-from lorascope.texts.rollouts import ROLES
+from lorascope.texts.roles import ROLES
 
 CHECKPOINT = "sae.pt.partial/checkpoint.safetensors"
 draw_training = finish.draw_training

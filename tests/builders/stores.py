@@ -10,7 +10,7 @@ from lorascope.activations.shards import write_shard
 from lorascope.activations.store import KIND, SCHEMA, VOCABULARY, ActivationStore, Vocabulary
 from lorascope.artifact import MANIFEST, digest_file, make_manifest
 from lorascope.sites import PROJECTIONS, Site, SiteLayout
-from lorascope.texts.rollouts import ROLES
+from lorascope.texts.roles import ROLES
 
 
 def layout_of(n_layers: int = 2, adapter: str | None = "a" * 64, seed: int = 0) -> SiteLayout:

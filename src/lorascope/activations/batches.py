@@ -27,7 +27,7 @@ from lorascope.activations.shards import Rows
 from lorascope.activations.shuffle import Shuffle
 from lorascope.activations.store import ActivationStore
 from lorascope.errors import ArtifactError, ConfigError, NumberError
-from lorascope.texts.rollouts import ROLES
+from lorascope.texts.roles import ROLES
 
 RowNumbers = npt.NDArray[np.int64]
 _AHEAD = 2  # batches prepared before they are asked for

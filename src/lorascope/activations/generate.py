@@ -50,7 +50,9 @@ from lorascope.errors import LorascopeError
 from lorascope.sites import SiteLayout, parse_adapter_types
 from lorascope.subject.adapter import inspect_adapter, ranks_by_projection
 from lorascope.subject.options import SubjectOptions
-from lorascope.texts.rollouts import ROLES, Rollout, special_ids, token_bytes
+from lorascope.texts.roles import ROLES
+from lorascope.texts.rollouts import Rollout
+from lorascope.texts.tokens import special_ids, token_bytes
 
 if TYPE_CHECKING:
     from lorascope.activations.capture import Capture, Pending

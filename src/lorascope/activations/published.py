@@ -23,7 +23,7 @@ from lorascope.activations.store import ActivationStore, Vocabulary
 from lorascope.artifact import digest_of
 from lorascope.errors import ArtifactError
 from lorascope.sites import PROJECTIONS, Site, SiteLayout
-from lorascope.texts.rollouts import ROLES
+from lorascope.texts.roles import ROLES
 
 TOKENS = "rollout_tokens.json"
 _FILE = re.compile(r"rollout_(\d+)\.h5")

@@ -22,7 +22,7 @@ from lorascope.artifact import MANIFEST, digest_file, digest_of, open_manifest
 from lorascope.config import did_you_mean
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.sites import PROJECTIONS, SiteLayout, join_initials
-from lorascope.texts.rollouts import ROLES
+from lorascope.texts.roles import ROLES
 from lorascope.texts.tokens import pack_tokens
 
 KIND = "activations"

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from lorascope.causal.effects import Tokens, Values, interval_of, ratio_of
 from lorascope.causal.held_out import SPECIAL, HeldOut
 from lorascope.errors import ArtifactError
-from lorascope.texts.rollouts import ROLES
+from lorascope.texts.roles import ROLES
 
 _BEYOND = 10.0  # times the floor that an effect must have for a share of it to mean anything
 

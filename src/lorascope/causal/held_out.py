@@ -29,7 +29,8 @@ from lorascope.config import option
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.subject.adapter import inspect_adapter
 from lorascope.subject.options import AdapterOptions
-from lorascope.texts.rollouts import ROLES, windows
+from lorascope.texts.roles import ROLES
+from lorascope.texts.rollouts import windows
 
 if TYPE_CHECKING:
     from lorascope.sae.model import SAE

@@ -42,7 +42,7 @@ from lorascope.causal.steering_report import Arm, summarize, table
 from lorascope.causal.study import Report, report_at
 from lorascope.config import option
 from lorascope.errors import ArtifactError, ConfigError
-from lorascope.texts.rollouts import ROLES
+from lorascope.texts.roles import ROLES
 
 if TYPE_CHECKING:
     from lorascope.sae.model import SAE

@@ -17,7 +17,7 @@ from lorascope.activations.store import ActivationStore
 from lorascope.artifact import replacing
 from lorascope.features.spans import N_TENTHS, Span
 from lorascope.features.topk import Firings, FiringSample, TopExamples
-from lorascope.texts.rollouts import ROLES
+from lorascope.texts.roles import ROLES
 
 if TYPE_CHECKING:
     from lorascope.sae.model import SAE

@@ -36,7 +36,7 @@ from lorascope.features.published_json import write_published
 from lorascope.features.spans import Span, cut_spans
 from lorascope.features.topk import Firings
 from lorascope.sites import SiteLayout, parse_adapter_types
-from lorascope.texts.rollouts import ROLES
+from lorascope.texts.roles import ROLES
 from lorascope.texts.tokens import pack_tokens
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lorascope.subject.load import Subject
-from lorascope.texts.rollouts import Rollout, roles_of_sampled
+from lorascope.texts.rollouts import Rollout, roles_of_generated
 
 _TOGETHER = 16  # texts written at a time
 
@@ -77,7 +77,7 @@ def _joined(
 ) -> Rollout:
     stops = np.flatnonzero(np.isin(new, ends))
     new = new[: stops[0] + 1] if len(stops) else new
-    roles = roles_of_sampled(prompt, new.astype(np.int32), subject.tokenizer)
+    roles = roles_of_generated(prompt, new.astype(np.int32), subject.tokenizer)
     return Rollout(
         prompt.id,
         np.concatenate([prompt.token_ids, new.astype(np.int32)]),

@@ -1,30 +1,28 @@
-"""What a record says: its form by its fields, its messages, and who speaks where.
+"""Read what a record says: its form, its plain text or its messages.
 
-1. `form_of` goes by the fields: s1, chat or text.
-2. `messages_of` gives the messages of an s1 or chat record, whatever its fields are called.
-3. `sections` finds who speaks in a text with turn headers and think tags. The same function reads
-   an assistant's message, a text that is rendered already, and what a model wrote.
+1. `detect_form` decides by the record's fields: s1, chat or text.
+2. `read_messages` returns the messages of an s1 or chat record, whatever its fields are called.
+3. `field_spans` says which role speaks where in each field of a message.
 
-The s1 form is the one that s1 models are trained on (simplescaling/s1, `data/tokenization.py`): the
+The s1 form is the training format of s1 models (simplescaling/s1, `data/tokenization.py`): the
 tokenizer's chat template around the question, then `<|im_start|>think` and `<|im_start|>answer`
-inside the assistant's turn, the answer led by `Answer: ` where it does not say so itself.
+inside the assistant's turn. The answer begins with `Answer: ` unless it contains `Answer:` already.
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from lorascope.texts.records import Record, RecordError
+from lorascope.texts.roles import ROLE_OF_SPEAKER, TURN_TAG, Span, role_spans, stripped_span
 
-Span = tuple[int, int, str]  # start, stop, role
 Message = dict[str, Any]
 S1_THINK = "<|im_start|>think\n"
 _S1_ANSWER = "<|im_start|>answer\n"
-_S1 = (
+_S1_FIELDS = (
     ("question", "deepseek_thinking_trajectory", "deepseek_attempt"),
     ("question", "thinking_trajectories", "attempt"),
 )
-_PAIRS = (
+_PAIR_FIELDS = (
     ("question", "answer"),
     ("prompt", "completion"),
     ("prompt", "response"),
@@ -32,9 +30,9 @@ _PAIRS = (
     ("problem", "solution"),
     ("query", "response"),
 )
-_TEXTS = ("text", "content")
-_TURNS = ("messages", "conversations")
-_SHARED_AS = {  # who speaks in ShareGPT's `from`
+_TEXT_FIELDS = ("text", "content")
+_TURN_FIELDS = ("messages", "conversations")
+_SHAREGPT_ROLES = {  # by the values of ShareGPT's field `from`
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
@@ -45,106 +43,57 @@ _SHARED_AS = {  # who speaks in ShareGPT's `from`
     "observation": "tool",
     "function_response": "tool",
 }
-_SPEAKERS = ("system", "developer", "user", "assistant", "tool")
-
-ROLE_OF = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "tool": "user",
-    "ipython": "user",
-    "assistant": "answer",
-    "model": "answer",
-    "think": "think",
-    "answer": "answer",
-}
-# The headers of ChatML, Llama 3 and Gemma, with s1's inside the assistant's turn, and think tags.
-MARK = re.compile(
-    r"(?P<open><\|im_start\|>|<\|start_header_id\|>|<start_of_turn>)"
-    rf"(?P<name>{'|'.join(ROLE_OF)})(?:<\|end_header_id\|>)?(?=\n|\Z)"
-    r"|(?P<close><\|im_end\|>|<\|eot_id\|>|<end_of_turn>)"
-    r"|<(?P<slash>/?)think>"
-)
+_CHAT_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-def form_of(record: Record, *, prompts: bool = False) -> str:
-    """Return the template that a record's fields ask for: `s1`, `chat` or `text`.
+def detect_form(record: Record, *, prompts: bool = False) -> str:
+    """Return the form that a record's fields imply: `s1`, `chat` or `text`.
 
-    For `prompts` a question without its answer is enough. Raises RecordError when none fits.
+    With `prompts`, a question without an answer is enough. Raises RecordError when no form fits.
     """
     fields = record.keys()
-    if any(set(names) <= fields for names in _S1):
+    if any(set(names) <= fields for names in _S1_FIELDS):
         return "s1"
-    if any(name in fields for name in _TURNS) or _pair_of(record, prompts=prompts):
+    if any(name in fields for name in _TURN_FIELDS) or _find_pair(record, prompts=prompts):
         return "chat"
-    if any(name in fields for name in _TEXTS):
+    if any(name in fields for name in _TEXT_FIELDS):
         return "text"
     raise RecordError(
         f"it has the fields {_fields(record)}; expected text, messages, question + answer or "
-        f"another pair, or {' + '.join(_S1[0])}"
+        f"another pair, or {' + '.join(_S1_FIELDS[0])}"
     )
 
 
-def text_of(record: Record) -> str:
+def plain_text(record: Record) -> str:
     """Return the plain text of a record, from `text` or `content`."""
-    return _string(record, next((name for name in _TEXTS if name in record), _TEXTS[0]))
+    return _string(record, next((name for name in _TEXT_FIELDS if name in record), _TEXT_FIELDS[0]))
 
 
-def messages_of(record: Record, form: str, *, prompts: bool = False) -> list[Message]:
-    """Return the messages of a record, each with a string or, beside tool calls, no content.
+def read_messages(record: Record, form: str, *, prompts: bool = False) -> list[Message]:
+    """Return the messages of a record. Content is a string; only tool calls may have none.
 
-    For `prompts` they end where the assistant's last turn begins. A record whose parts are blank
-    has none. Raises RecordError when fields are missing or hold something else.
+    With `prompts`, the messages end before the assistant's last turn. The list is empty if the
+    record's fields are blank. Raises RecordError when fields are missing or of a wrong type.
     """
     if form == "s1":
         return _s1_messages(record, prompts=prompts)
-    name = next((name for name in _TURNS if name in record), None)
+    name = next((name for name in _TURN_FIELDS if name in record), None)
     if name is not None:
         messages = _messages(record[name], name)
     else:
-        pair = _pair_of(record, prompts=prompts)
+        pair = _find_pair(record, prompts=prompts)
         if pair is None:
             raise RecordError(
-                f"it has no messages and no question + answer; it has {_fields(record)}"
+                f"it has neither messages nor question + answer; it has {_fields(record)}"
             )
         messages = _pair_messages(record, pair, prompts=prompts)
     if prompts:
-        while messages and ROLE_OF.get(messages[-1]["role"]) == "answer":
+        while messages and ROLE_OF_SPEAKER.get(messages[-1]["role"]) == "answer":
             messages.pop()
         if not messages and name is not None and record[name]:
-            raise RecordError("nothing stands before the assistant's turn")
-    said = any("tool_calls" in m or m["content"].strip() for m in messages)
-    return messages if said else []
-
-
-def sections(text: str, role: str, white: str | None = None) -> list[Span]:
-    """Return the spans of what is said in a text that begins in the turn of `role`.
-
-    Headers, think tags, and white space (`white`; by default all that Python calls so) at the ends
-    of a section are in no span. What follows the end of a turn is `text`.
-    """
-    spans: list[Span] = []
-    start, tagged = 0, False
-    for match in MARK.finditer(text):
-        if match["slash"] is None:
-            spans += _section(text, start, match.start(), role, white)
-            role, tagged = ROLE_OF[match["name"]] if match["name"] else "text", False
-        elif role in ("think", "answer"):
-            # Where the prompt held the opening tag, the text has the closing one alone.
-            said = "think" if match["slash"] and not tagged else role
-            spans += _section(text, start, match.start(), said, white)
-            role, tagged = "answer" if match["slash"] else "think", True
-        else:
-            continue  # the tag is something that a user wrote
-        start = match.end()
-    return spans + _section(text, start, len(text), role, white)
-
-
-def _section(text: str, start: int, stop: int, role: str, white: str | None) -> list[Span]:
-    said = text[start:stop]
-    start += len(said) - len(said.lstrip(white))
-    said = said.strip(white)
-    return [(start, start + len(said), role)] if said else []
+            raise RecordError("no message comes before the assistant's turn")
+    has_content = any("tool_calls" in m or m["content"].strip() for m in messages)
+    return messages if has_content else []
 
 
 def _fields(record: Record) -> str:
@@ -160,18 +109,20 @@ def _string(record: Record, name: str) -> str:
     raise RecordError(f"field {name} is missing; it has {_fields(record)}")
 
 
-def _pair_of(record: Record, *, prompts: bool) -> tuple[str, str] | None:
-    """Return the first pair of fields that a record has; of `prompts`, the first half will do."""
-    whole = next((pair for pair in _PAIRS if set(pair) <= record.keys()), None)
+def _find_pair(record: Record, *, prompts: bool) -> tuple[str, str] | None:
+    """Return the first pair of fields that a record has; `prompts` need only the first field."""
+    whole = next((pair for pair in _PAIR_FIELDS if set(pair) <= record.keys()), None)
     if whole is None and prompts:
-        return next((pair for pair in _PAIRS if pair[0] in record), None)
+        return next((pair for pair in _PAIR_FIELDS if pair[0] in record), None)
     return whole
 
 
 def _s1_messages(record: Record, *, prompts: bool) -> list[Message]:
-    names = next((names for names in _S1 if set(names) <= record.keys()), None)
+    names = next((names for names in _S1_FIELDS if set(names) <= record.keys()), None)
     if names is None:
-        raise RecordError(f"it lacks the s1 fields {' + '.join(_S1[0])}; it has {_fields(record)}")
+        raise RecordError(
+            f"it lacks the s1 fields {' + '.join(_S1_FIELDS[0])}; it has {_fields(record)}"
+        )
     question = _string(record, names[0])
     messages: list[Message] = [{"role": "user", "content": question}]
     if not prompts:
@@ -188,54 +139,54 @@ def _s1_messages(record: Record, *, prompts: bool) -> list[Message]:
 
 
 def _pair_messages(record: Record, pair: tuple[str, str], *, prompts: bool) -> list[Message]:
-    if isinstance(record[pair[0]], list):  # as TRL writes it: both are lists of messages
+    if isinstance(record[pair[0]], list):  # TRL's format: both are lists of messages
         messages = _messages(record[pair[0]], pair[0])
         return messages if prompts else messages + _messages(record[pair[1]], pair[1])
-    asked = _string(record, pair[0])
-    more = record.get("input") if pair[0] == "instruction" else None
-    if isinstance(more, str) and more.strip():
-        asked = f"{asked}\n\n{more}"
-    messages: list[Message] = [{"role": "user", "content": asked}]
+    question = _string(record, pair[0])
+    context = record.get("input") if pair[0] == "instruction" else None
+    if isinstance(context, str) and context.strip():
+        question = f"{question}\n\n{context}"
+    messages: list[Message] = [{"role": "user", "content": question}]
     if not prompts:
         messages.append({"role": "assistant", "content": _string(record, pair[1])})
     return messages if all(message["content"].strip() for message in messages) else []
 
 
-def _messages(found: Any, name: str) -> list[Message]:
-    if not isinstance(found, list):
-        raise RecordError(f"field {name} is {type(found).__name__}, expected a list of messages")
-    return [_message(message, f"{name}[{i}]") for i, message in enumerate(found)]
+def _messages(value: Any, name: str) -> list[Message]:
+    if not isinstance(value, list):
+        raise RecordError(f"field {name} is {type(value).__name__}, expected a list of messages")
+    return [_message(message, f"{name}[{i}]") for i, message in enumerate(value)]
 
 
-def _message(found: Any, where: str) -> Message:
-    """Return a message with role and content, without the keys that Arrow filled with None."""
-    if not isinstance(found, dict):
-        raise RecordError(f"{where} is {type(found).__name__}, expected role and content")
-    message = {key: value for key, value in found.items() if value is not None}
+def _message(value: Any, where: str) -> Message:
+    """Return a message with role and content, and without the None values that Arrow adds."""
+    if not isinstance(value, dict):
+        raise RecordError(f"{where} is {type(value).__name__}, expected role and content")
+    message = {key: item for key, item in value.items() if item is not None}
     if "from" in message:
         speaker = message.pop("from")
-        message["role"] = _SHARED_AS.get(speaker, speaker)
+        message["role"] = _SHAREGPT_ROLES.get(speaker, speaker)
         message["content"] = message.pop("value", None)
-        if message["role"] not in _SPEAKERS:
+        if message["role"] not in _CHAT_ROLES:
             raise RecordError(f"{where} is from {speaker!r}, expected human, gpt or system")
     if not isinstance(message.get("role"), str):
         raise RecordError(f"{where} has no role; it has {_fields(message)}")
     if "tool_calls" not in message or "content" in message:
         message["content"] = _content(message.get("content"), where)
-    thought = [name for name in ("reasoning_content", "thinking") if name in message]
-    if thought:  # templates read one name or the other
-        if not isinstance(message[thought[0]], str):
-            raise RecordError(f"{where}: {thought[0]} is no text")
-        message["reasoning_content"] = message["thinking"] = message[thought[0]]
+    thinking_fields = [name for name in ("reasoning_content", "thinking") if name in message]
+    if thinking_fields:  # templates read one name or the other
+        if not isinstance(message[thinking_fields[0]], str):
+            raise RecordError(f"{where}: {thinking_fields[0]} is not text")
+        message["reasoning_content"] = message["thinking"] = message[thinking_fields[0]]
     return message
 
 
-def _content(found: Any, where: str) -> str:
-    if isinstance(found, str):
-        return found
-    if not isinstance(found, list):
-        raise RecordError(f"{where}: content is {type(found).__name__}, expected text")
-    return "".join(_part(part, where) for part in found)
+def _content(value: Any, where: str) -> str:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise RecordError(f"{where}: content is {type(value).__name__}, expected text")
+    return "".join(_part(part, where) for part in value)
 
 
 def _part(part: Any, where: str) -> str:
@@ -245,9 +196,12 @@ def _part(part: Any, where: str) -> str:
     raise RecordError(f"{where}: content has a part of type {kind}, expected text")
 
 
-def up_to_reply(text: str) -> str:
-    """Return a rendered text up to where the assistant's last turn begins, if there is one."""
-    headers = [match for match in MARK.finditer(text) if match["name"] in ("assistant", "model")]
+def cut_at_reply(text: str) -> str:
+    """Return a rendered text up to where the assistant's last turn begins, or all if it has none.
+
+    The turn's header is kept, and so is s1's think header right after it.
+    """
+    headers = [tag for tag in TURN_TAG.finditer(text) if tag["name"] in ("assistant", "model")]
     if not headers:
         return text
     stop = headers[-1].end()
@@ -255,14 +209,14 @@ def up_to_reply(text: str) -> str:
     return text[:stop] + S1_THINK * text[stop:].startswith(S1_THINK)
 
 
-def spoken(message: Message) -> dict[str, Sequence[Span]]:
-    """Return the spans of what is said in each field of a message that a template may show."""
+def field_spans(message: Message) -> dict[str, Sequence[Span]]:
+    """Return the spans of speech in each field of a message that a template may show."""
     content = message.get("content", "")
-    role = ROLE_OF.get(message["role"], "user")
+    role = ROLE_OF_SPEAKER.get(message["role"], "user")
     if role != "answer":
-        return {"content": _section(content, 0, len(content), role, None)}
+        return {"content": stripped_span(content, 0, len(content), role)}
     thinking = message.get("reasoning_content", "")
     return {
-        "reasoning_content": _section(thinking, 0, len(thinking), "think", None),
-        "content": sections(content, "answer"),
+        "reasoning_content": stripped_span(thinking, 0, len(thinking), "think"),
+        "content": role_spans(content, "answer"),
     }

@@ -1,12 +1,16 @@
-"""Read a dataset into records: named fields, one record for each text.
+"""Read a dataset into records: dictionaries of named fields, one per rollout.
 
-1. What looks like a path is a file or a folder, and never becomes a hub request.
-2. A file is read by its ending: JSON, JSON lines, CSV, TSV, text (each also as .gz or .zst) or
-   Parquet. A folder is one that `datasets.save_to_disk` made. Other names are hub data sets.
-3. Every reader yields `(line or None, record or the reason why there is none)`, in order, lazily.
+1. A name that looks like a path is a file or a folder, and never becomes a hub request.
+2. The file's extension decides how it is read: JSON, JSON lines, CSV, TSV, text (each also with
+   .gz or .zst) or Parquet. A folder must come from `datasets.save_to_disk`. Any other name is a hub
+   dataset.
+3. Every reader yields `(line or None, record or reason why it is broken)`, in order, lazily.
 
-A row that cannot be read is no end of the run: `Records` keeps its place and the reason, and
-`Records.report` warns of all broken ones at once, or raises when they are more than half.
+A broken record does not stop the run. `Records` keeps its number and the reason. `Records.report`
+warns about all broken records at once, and raises if they are more than half.
+
+Local files have readers of their own because `datasets` aborts at the first broken record and does
+not say on which line it is. `datasets` reads its own folders and the hub.
 """
 
 import csv
@@ -25,25 +29,25 @@ from lorascope.errors import DatasetError
 log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
-Row = tuple[int | None, Record | str]
-_PACKED = {".gz": "gzip", ".zst": "zstd"}
+Row = tuple[int | None, Record | str]  # line, record or why it is broken
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _LINES = (".jsonl", ".ndjson", ".txt", ".text")
 _TABLES = {".csv": ",", ".tsv": "\t"}
-_ENDINGS = (".json", *_LINES, *_TABLES, ".parquet")
-_NAMED = 5  # broken records that a warning names
+_EXTENSIONS = (".json", *_LINES, *_TABLES, ".parquet")
+_N_NAMED = 5  # broken records that a warning names
 _NOT_UTF8 = "not UTF-8"
 
 
 class RecordError(DatasetError):
-    """One record cannot be used; the run goes on without it."""
+    """One record cannot be used; the run continues without it."""
 
 
 @dataclass(frozen=True)
 class Records:
-    """A dataset as read: `usable` holds `(number, record)`, `broken` the reason by number.
+    """A dataset as read: `usable` holds `(number, record)`, `broken` the reasons by number.
 
-    Numbers start at 0 and count every record, the broken ones too. `lines` has the line by number,
-    for files that have lines.
+    Numbers start at 0 and include broken records. `lines` maps numbers to lines, for files that
+    have lines.
     """
 
     name: str
@@ -55,14 +59,14 @@ class Records:
         return len(self.usable) + len(self.broken)
 
     def where(self, number: int) -> str:
-        """Return where a record stands: its line, or its number."""
+        """Return where a record is: its line, or its number if the file has no lines."""
         return f"line {self.lines[number]}" if number in self.lines else f"record {number}"
 
     def report(self, broken: dict[int, str]) -> None:
-        """Warn of the broken records by count, the first five by place and reason.
+        """Warn about broken records: their number, and where and why for the first five.
 
-        `broken` are those of this object and those that turned out so later. Raises DatasetError
-        when they are more than half of all.
+        `broken` includes records that turned out broken after reading. Raises DatasetError if more
+        than half of all records are broken.
         """
         if not broken:
             return
@@ -71,23 +75,23 @@ class Records:
             fields = ", ".join(sorted(map(str, self.usable[0][1]))) if self.usable else "none"
             raise DatasetError(
                 f"dataset {self.name}: {len(broken)} of {len(self)} records cannot be used, the "
-                f"first at {reasons[0]}; fields found: {fields or 'none'}; mend the file, or give "
+                f"first at {reasons[0]}; fields found: {fields or 'none'}; fix the file, or use "
                 "another --template"
             )
         log.warning(
-            "left out %d of %d records of %s that are broken: %s%s",
+            "left out %d broken of %d records of %s: %s%s",
             len(broken),
             len(self),
             self.name,
-            "; ".join(reasons[:_NAMED]),
-            "; ..." if len(reasons) > _NAMED else "",
+            "; ".join(reasons[:_N_NAMED]),
+            "; ..." if len(reasons) > _N_NAMED else "",
         )
 
 
 def read_records(dataset: str, split: str, limit: int | None) -> Records:
-    """Return the first `limit` records of a file, a folder or a hub data set (`org/name:config`).
+    """Return the first `limit` records of a file, a folder or a hub dataset (`org/name:config`).
 
-    Raises DatasetError when it cannot be read, holds no record, or more than half are broken.
+    Raises DatasetError if it cannot be read, is empty, or more than half of it is broken.
     """
     path = Path(dataset).expanduser()
     if path.is_dir():
@@ -98,15 +102,15 @@ def read_records(dataset: str, split: str, limit: int | None) -> Records:
         rows = _arrow_rows(_from_hub(dataset, split))
     usable: list[tuple[int, Record]] = []
     records = Records(dataset, usable, {}, {})
-    for number, (line, found) in enumerate(islice(rows, limit)):
+    for number, (line, record) in enumerate(islice(rows, limit)):
         if line is not None:
             records.lines[number] = line
-        if isinstance(found, str):
-            records.broken[number] = found
+        if isinstance(record, str):
+            records.broken[number] = record
         else:
-            usable.append((number, found))
+            usable.append((number, record))
     if not len(records):
-        raise DatasetError(f"dataset {dataset} holds no records; give one with texts")
+        raise DatasetError(f"dataset {dataset} holds no records; give a dataset with texts")
     if 2 * len(records.broken) > len(records):
         records.report(records.broken)
     return records
@@ -117,14 +121,14 @@ def _looks_like_path(name: str) -> bool:
         name.startswith(("/", ".", "~"))
         or "\\" in name
         or name.count("/") > 1
-        or _ending(Path(name)) in _ENDINGS
+        or _extension(Path(name)) in _EXTENSIONS
     )
 
 
-def _ending(path: Path) -> str:
-    """Return the ending that says what a file holds, in lower case, a compression's left out."""
-    packed = path.suffix.lower() in _PACKED
-    return (path.with_suffix("") if packed else path).suffix.lower()
+def _extension(path: Path) -> str:
+    """Return the extension in lower case, without that of a compression."""
+    compressed = path.suffix.lower() in _COMPRESSIONS
+    return (path.with_suffix("") if compressed else path).suffix.lower()
 
 
 def _near(path: Path) -> str:
@@ -138,24 +142,24 @@ def _file_rows(path: Path) -> Iterator[Row]:
 
     if not path.exists():
         raise DatasetError(f"dataset {path} does not exist{_near(path)}")
-    ending = _ending(path)
-    packed = path.suffix.lower() in _PACKED
-    if ending not in _ENDINGS or (packed and ending == ".parquet"):
+    extension = _extension(path)
+    compressed = path.suffix.lower() in _COMPRESSIONS
+    if extension not in _EXTENSIONS or (compressed and extension == ".parquet"):
         raise DatasetError(
-            f"{path} ends in {path.suffix or 'nothing'}; expected {', '.join(_ENDINGS)}, "
-            "or any but the last with .gz or .zst behind it"
+            f"{path} ends in {path.suffix or 'nothing'}; expected {', '.join(_EXTENSIONS)}, "
+            "or any of these but .parquet followed by .gz or .zst"
         )
     try:
-        if ending == ".parquet":
+        if extension == ".parquet":
             yield from _parquet(path)
             return
         with _open(path) as file:
-            if ending == ".json":
+            if extension == ".json":
                 yield from _json(path, file)
-            elif ending in _TABLES:
-                yield from _table(path, file, _TABLES[ending])
+            elif extension in _TABLES:
+                yield from _table(path, file, _TABLES[extension])
             else:
-                yield from _lines(path, file, as_json=ending in (".jsonl", ".ndjson"))
+                yield from _lines(path, file, as_json=extension in (".jsonl", ".ndjson"))
     except (OSError, pa.ArrowException) as error:
         raise DatasetError(f"{path} cannot be read ({_first_line(error)})") from error
 
@@ -164,10 +168,10 @@ def _open(path: Path) -> IO[bytes]:
     """Open a file for bytes, decompressed."""
     import pyarrow as pa
 
-    packed = _PACKED.get(path.suffix.lower())
-    if packed is None:
+    compression = _COMPRESSIONS.get(path.suffix.lower())
+    if compression is None:
         return path.open("rb")
-    stream: Any = pa.input_stream(str(path), compression=packed)
+    stream: Any = pa.input_stream(str(path), compression=compression)
     return io.BufferedReader(stream, 1 << 20)
 
 
@@ -176,7 +180,7 @@ def _raw_lines(path: Path, file: Iterable[bytes]) -> Iterator[bytes]:
         if number == 0:
             if line.startswith((b"\xff\xfe", b"\xfe\xff")):
                 raise DatasetError(f"{path} is UTF-16; save it as UTF-8")
-            line = line.removeprefix(b"\xef\xbb\xbf")  # noqa: PLW2901 (the mark is no text)
+            line = line.removeprefix(b"\xef\xbb\xbf")  # noqa: PLW2901 (the byte-order mark is not text)
         yield line
 
 
@@ -193,23 +197,25 @@ def _lines(path: Path, file: Iterable[bytes], *, as_json: bool) -> Iterator[Row]
 
 
 def _parsed(text: str) -> Record | str:
-    """Return the object of a line of JSON, or what is wrong with it."""
+    """Return the JSON object of a line, or what is wrong with it."""
     try:
         return _object(json.loads(text))
     except json.JSONDecodeError as error:
         return f"not JSON ({error.msg} at character {error.pos + 1})"
-    except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
+    except (ValueError, RecursionError) as error:  # a number is too long, or brackets are too deep
         return f"not JSON ({_first_line(error)})"
 
 
-def _object(found: Any) -> Record | str:
-    return found if isinstance(found, dict) else f"no JSON object but {type(found).__name__}"
+def _object(value: Any) -> Record | str:
+    if isinstance(value, dict):
+        return value
+    return f"{type(value).__name__}, expected a JSON object"
 
 
 def _json(path: Path, file: Iterable[bytes]) -> Iterator[Row]:
-    """Yield the objects of one JSON list; a file of JSON lines that is called .json is read too."""
+    """Yield the objects of a JSON list. JSON lines under the name .json are read too."""
     raw = b"".join(_raw_lines(path, file))
-    # What is not UTF-8 becomes lone surrogates: only the record that holds them is broken by it.
+    # Bytes that are not UTF-8 become lone surrogates, which break only the record that holds them.
     text = raw.decode("utf-8", "surrogateescape")
     try:
         data = json.loads(text)
@@ -225,13 +231,13 @@ def _json(path: Path, file: Iterable[bytes]) -> Iterator[Row]:
         lists = [value for value in data.values() if isinstance(value, list)]
         data = lists[0] if len(lists) == 1 else data
     if not isinstance(data, list):
-        raise DatasetError(f"{path} is no list of JSON objects; give one object per text")
-    for found in data:
-        yield None, _object(found)
+        raise DatasetError(f"{path} is not a list of JSON objects; give one object per rollout")
+    for value in data:
+        yield None, _object(value)
 
 
 def _table(path: Path, file: Iterable[bytes], delimiter: str) -> Iterator[Row]:
-    """Yield the rows of a CSV file by the names of its first row; quotes must balance."""
+    """Yield the rows of a CSV file, with the fields that its first row names."""
     csv.field_size_limit(2**31 - 1)  # the module's default refuses fields above 131,072 characters
     decoded = (line.decode("utf-8", "surrogateescape") for line in _raw_lines(path, file))
     reader = csv.reader(decoded, delimiter=delimiter, strict=True)
@@ -249,16 +255,16 @@ def _table(path: Path, file: Iterable[bytes], delimiter: str) -> Iterator[Row]:
             continue
         if header is None:
             header = [name.strip() for name in row]
-            twice = {name for name in header if header.count(name) > 1}
-            if twice:
-                raise DatasetError(f"{path} has two columns {min(twice)!r}; name them apart")
+            repeated = {name for name in header if header.count(name) > 1}
+            if repeated:
+                raise DatasetError(f"{path} has two columns {min(repeated)!r}; rename one")
         elif row:
-            yield line, _named(header, row)
+            yield line, _fields_of_row(header, row)
 
 
-def _named(header: list[str], row: list[str]) -> Record | str:
+def _fields_of_row(header: list[str], row: list[str]) -> Record | str:
     if len(row) != len(header):
-        return f"{len(row)} fields, the header has {len(header)}"
+        return f"{len(row)} fields, expected {len(header)} as in the header"
     try:
         "".join(row).encode()
     except UnicodeEncodeError:
@@ -297,8 +303,8 @@ def _from_disk(path: Path, split: str) -> Iterator[Any]:
 
     if not any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
         raise DatasetError(
-            f"{path} is a folder that datasets.save_to_disk did not make; give such a one or a "
-            f"{', '.join(_ENDINGS)} file"
+            f"{path} is not a folder of datasets.save_to_disk; give one of those, or a "
+            f"{', '.join(_EXTENSIONS)} file"
         )
     try:
         data = datasets.load_from_disk(str(path))
@@ -320,9 +326,9 @@ def _from_hub(dataset: str, split: str) -> Iterator[Any]:
     name, _, config = dataset.partition(":")
     try:
         data = datasets.load_dataset(name, *([config] if config else []), split=split)
-    except Exception as error:  # any of a dozen types, all of which mean: it cannot be had
+    except Exception as error:  # a dozen types, which all mean that it is unavailable
         raise DatasetError(
-            f"hub data set {dataset} cannot be loaded ({_first_line(error)}); check the name "
+            f"hub dataset {dataset} cannot be loaded ({_first_line(error)}); check the name "
             "(org/name, or org/name:config), the network and your login, or give a local file"
             f"{_near(Path(dataset))}"
         ) from error
@@ -330,7 +336,7 @@ def _from_hub(dataset: str, split: str) -> Iterator[Any]:
 
 
 def _tables(data: Any) -> Iterator[Any]:
-    """Yield Arrow tables, which hold the values as they are stored: no image is decoded."""
+    """Yield Arrow tables: values as stored, so that no image is decoded."""
     return data.with_format("arrow").iter(batch_size=1024)
 
 

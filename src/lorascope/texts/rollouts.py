@@ -1,12 +1,12 @@
-"""Texts as the model sees them: the token ids of a dataset's records, and whose each token is.
+"""Turn a dataset's records into rollouts: token ids, and the role of each token.
 
-1. records.py reads the records, template.py renders each into a text with spans.
-2. Texts are tokenised in batches. A token has the role of the first of its characters that is in a
-   span; template headers and special tokens are `special`.
-3. What is broken, empty or a repetition is left out, counted and named in the log.
+1. records.py reads the records, templates.py renders each into a text with role spans.
+2. Texts are tokenised in batches, and each token gets its role (roles.py). Template headers and
+   special tokens are `special`.
+3. Broken, empty and repeated records are left out, counted, and named in the log.
 
-For texts that the model writes itself there are `load_prompts` and `roles_of_sampled`; `windows`
-cuts texts that are longer than the model's context.
+For rollouts that the model generates itself, use `load_prompts` and `roles_of_generated`.
+`windows` cuts rollouts that are longer than the model's context.
 """
 
 import hashlib
@@ -22,37 +22,22 @@ import numpy.typing as npt
 
 from lorascope import runtime
 from lorascope.errors import DatasetError
-from lorascope.texts.conversations import Span, sections
 from lorascope.texts.records import Record, RecordError, Records, read_records
+from lorascope.texts.roles import SPECIAL, Roles, role_spans, token_roles
 from lorascope.texts.templates import Rendered, Renderer
-from lorascope.texts.tokens import special_ids, speller, token_bytes
-
-__all__ = [
-    "ROLES",
-    "Rollout",
-    "load_prompts",
-    "load_rollouts",
-    "roles_of_sampled",
-    "special_ids",
-    "token_bytes",
-    "tokenize",
-    "windows",
-]
+from lorascope.texts.tokens import special_ids, speller
 
 log = logging.getLogger(__name__)
 
-ROLES = ("system", "user", "think", "answer", "special", "text")
-_SPECIAL = ROLES.index("special")
 _CHUNK = 256  # texts tokenised in one call, by the tokenizer's own threads
-_NAMED = 5  # repetitions that the log names
+_N_NAMED = 5  # duplicates that the log names
 
 TokenIds = npt.NDArray[np.int32]
-Roles = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One text ready for the model: `token_ids (n,)`, `roles (n,)` as indices into `ROLES`."""
+    """One text as the model reads it: `token_ids (n,)`, `roles (n,)` as indices into `ROLES`."""
 
     id: int
     token_ids: TokenIds
@@ -70,11 +55,10 @@ def load_rollouts(
 ) -> tuple[list[Rollout], dict[str, int]]:
     """Return the usable rollouts of a dataset's first `limit` records, in order, and counts.
 
-    Counts: records left out as `empty`, `broken` or `duplicate` (the same token ids as an earlier
-    one); and where there are any, parts of messages whose roles are unknown because the template
-    rewrites them (`unknown_roles`), or that the template leaves out (`left_out_by_template`).
-
-    Raises DatasetError when no record, or less than half of them, can be used.
+    The counts are records left out as `empty`, `broken` or `duplicate` (same token ids as an
+    earlier record). If there are any, they also include message parts whose roles are unknown
+    because the template rewrites them (`unknown_roles`), and parts that the template omits
+    (`left_out_by_template`). Raises DatasetError when fewer than half of the records are usable.
     """
     records = read_records(dataset, split, limit)
     return _load(records, Renderer(tokenizer, template), drop=duplicates == "drop")
@@ -83,10 +67,10 @@ def load_rollouts(
 def load_prompts(
     *, dataset: str, split: str, limit: int | None, template: str, tokenizer: Any
 ) -> tuple[list[Rollout], dict[str, int]]:
-    """Return what the model is to continue, for each record, and counts as `load_rollouts`.
+    """Return one prompt per record for the model to continue, and counts as `load_rollouts` does.
 
-    A chat ends where the assistant's last turn begins, an s1 chat behind `<|im_start|>think`; a
-    plain text is a prompt as a whole. Equal prompts are all kept.
+    A chat ends where the assistant's last turn begins, an s1 chat after `<|im_start|>think`. A
+    plain text is used whole. Duplicate prompts are kept.
     """
     records = read_records(dataset, split, limit)
     return _load(records, Renderer(tokenizer, template, prompts=True), drop=False)
@@ -95,17 +79,17 @@ def load_prompts(
 def tokenize(texts: Sequence[Rendered], tokenizer: Any) -> list[tuple[TokenIds, Roles]]:
     """Return the token ids and roles of rendered texts.
 
-    Only plain text gets the tokenizer's own special tokens, and no second BOS where it begins with
-    one: a rendered chat has what its template gives it.
+    Only plain text gets the tokenizer's own special tokens, and never a second BOS. A rendered chat
+    already has the special tokens of its template.
     """
     special = _special_table(tokenizer)
     out: list[tuple[TokenIds, Roles] | None] = [None] * len(texts)
     for plain in (False, True):
-        places = [i for i, text in enumerate(texts) if text.plain == plain]
-        if not places:
+        indices = [i for i, text in enumerate(texts) if text.plain == plain]
+        if not indices:
             continue
         encoded = tokenizer(
-            [texts[i].text for i in places],
+            [texts[i].text for i in indices],
             add_special_tokens=plain,
             return_offsets_mapping=True,
             return_attention_mask=False,
@@ -113,51 +97,52 @@ def tokenize(texts: Sequence[Rendered], tokenizer: Any) -> list[tuple[TokenIds, 
             verbose=False,
         )
         for i, ids, offsets in zip(
-            places, encoded["input_ids"], encoded["offset_mapping"], strict=True
+            indices, encoded["input_ids"], encoded["offset_mapping"], strict=True
         ):
             token_ids = np.array(ids, np.int32)
             bounds = np.fromiter(chain.from_iterable(offsets), np.int64).reshape(-1, 2)
-            roles = _roles(len(texts[i].text), texts[i].spans, bounds[:, 0], bounds[:, 1])
-            roles[special[np.minimum(token_ids, len(special) - 1)]] = _SPECIAL
-            twice = plain and len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id
-            out[i] = token_ids[int(twice) :], roles[int(twice) :]
+            roles = token_roles(len(texts[i].text), texts[i].spans, bounds[:, 0], bounds[:, 1])
+            roles[special[np.minimum(token_ids, len(special) - 1)]] = SPECIAL
+            has_two_bos = plain and len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id
+            out[i] = token_ids[int(has_two_bos) :], roles[int(has_two_bos) :]
     return [pair for pair in out if pair is not None]
 
 
-def roles_of_sampled(prompt: Rollout, sampled_ids: npt.NDArray[Any], tokenizer: Any) -> Roles:
-    """Return the roles of tokens that the model wrote behind a prompt.
+def roles_of_generated(prompt: Rollout, new_ids: npt.NDArray[Any], tokenizer: Any) -> Roles:
+    """Return the roles of the tokens that the model generated after a prompt.
 
-    `think` from the prompt's or the model's own opening of it to `<|im_start|>answer` or
-    `</think>`, else `answer`. The ids are taken as they are and never tokenised anew.
+    Thinking begins with an opening tag in the prompt or in the generated text, and ends at
+    `<|im_start|>answer` or `</think>`. Everything else is `answer`. The generated ids are never
+    tokenised again.
     """
-    n_header = int(np.argmax(np.append(prompt.roles[::-1] != _SPECIAL, True)))
+    n_header = int(np.argmax(np.append(prompt.roles[::-1] != SPECIAL, True)))
     header = prompt.token_ids[len(prompt.token_ids) - n_header :]
-    ids = np.concatenate([header, sampled_ids]).astype(np.int64)
+    ids = np.concatenate([header, new_ids]).astype(np.int64)
     spell = speller(tokenizer)
-    # A model may write ids that its tokenizer does not have: these are spelled with nothing.
+    # A model may generate ids that its tokenizer does not have: these have no bytes.
     pieces = [spell(token or "") for token in tokenizer.convert_ids_to_tokens(ids.tolist())]
     ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
     starts = np.concatenate([np.zeros(1, np.int64), ends])[:-1]
-    # One character for each byte: what is searched for is ASCII, and tokens may split characters.
+    # One character per byte: tokens may split characters, and the tags are ASCII.
     text = b"".join(pieces).decode("latin-1")
-    white = " \t\r\n\f\v" if n_header else ""  # behind plain text it is no template's
-    roles = _roles(len(text), sections(text, "answer", white), starts, ends)
+    whitespace = " \t\r\n\f\v" if n_header else ""  # after plain text, whitespace is content
+    roles = token_roles(len(text), role_spans(text, "answer", whitespace), starts, ends)
     special = _special_table(tokenizer)
-    roles[special[np.minimum(ids, len(special) - 1)]] = _SPECIAL
+    roles[special[np.minimum(ids, len(special) - 1)]] = SPECIAL
     return roles[n_header:]
 
 
 def windows(n_tokens: int, longest: int) -> list[tuple[int, int, int]]:
-    """Cut a text into windows `(start, stop, keep_from)` of at most `longest` tokens, in order.
+    """Cut a rollout into windows `(start, stop, keep_from)` of at most `longest` tokens, in order.
 
-    All three count from the text's start. Rows of `[keep_from, stop)` are kept, so every token is
-    read once; each window after the first begins half a window before the end of the one before,
-    so a kept token has at least half a window before it, or the whole text that there is.
+    Positions count from the rollout's start. A window's rows `[keep_from, stop)` are kept, so every
+    token is kept once. Windows overlap by half: a kept token has at least half a window of context,
+    or all the context there is.
     """
     if n_tokens <= longest:
         return [(0, n_tokens, 0)] if n_tokens else []
     if longest < 2:
-        raise ValueError(f"windows of {longest} token overlap nowhere; at least 2 are needed")
+        raise ValueError(f"windows have {longest} tokens, expected at least 2: they must overlap")
     overlap = (longest + 1) // 2
     out = [(0, longest, 0)]
     while (end := out[-1][1]) < n_tokens:
@@ -172,7 +157,7 @@ def _load(
     broken, forms, counts = dict(records.broken), Counter[str](), Counter[str]()
     seen: set[bytes] = set()
     repeated: list[int] = []
-    with runtime.progress(len(records.usable), "tokenize", "texts") as bar:
+    with runtime.progress(len(records.usable), "tokenize", "records") as bar:
         for first in range(0, len(records.usable), _CHUNK):
             chunk = records.usable[first : first + _CHUNK]
             rendered = _render(chunk, renderer, broken, counts)
@@ -196,12 +181,12 @@ def _load(
     _report(records, counts, forms, repeated)
     if not rollouts:
         raise DatasetError(
-            f"dataset {records.name}: none of {len(records)} records gives a text: "
-            f"{counts['empty']} empty, {counts['broken']} broken; give one with texts"
+            f"dataset {records.name} has no usable record among {len(records)}: "
+            f"{counts['empty']} empty, {counts['broken']} broken; give a dataset with texts"
         )
     always = ("empty", "broken", "duplicate")
-    more = ("unknown_roles", "left_out_by_template")
-    return rollouts, {name: counts[name] for name in (*always, *(m for m in more if counts[m]))}
+    if_any = [name for name in ("unknown_roles", "left_out_by_template") if counts[name]]
+    return rollouts, {name: counts[name] for name in (*always, *if_any)}
 
 
 def _render(
@@ -210,7 +195,7 @@ def _render(
     broken: dict[int, str],
     counts: Counter[str],
 ) -> dict[int, Rendered]:
-    """Return the texts of records by number; note the broken ones and count the empty ones."""
+    """Return the rendered texts by record number; add the reasons to `broken`, count the empty."""
     out: dict[int, Rendered] = {}
     for number, record in chunk:
         try:
@@ -228,55 +213,38 @@ def _render(
 def _report(
     records: Records, counts: Counter[str], forms: Counter[str], repeated: Sequence[int]
 ) -> None:
-    """Say in the log what was left out and why."""
+    """Log what was left out and why."""
     n = len(records)
     if len(forms) > 1:
-        found = ", ".join(f"{count} {form}" for form, count in forms.most_common())
-        log.warning("records of %s have several forms: %s", records.name, found)
+        listed = ", ".join(f"{count} {form}" for form, count in forms.most_common())
+        log.warning("records of %s have several forms: %s", records.name, listed)
     if counts["empty"]:
         log.warning("left out %d empty of %d records", counts["empty"], n)
     if repeated:
-        named = ", ".join(map(str, repeated[:_NAMED])) + ", ..." * (len(repeated) > _NAMED)
+        named = ", ".join(map(str, repeated[:_N_NAMED])) + ", ..." * (len(repeated) > _N_NAMED)
         log.warning(
-            "left out %d of %d records whose tokens are those of an earlier one: %s; "
-            "--duplicates keep takes them",
-            *(len(repeated), n, named),
+            "left out %d of %d records that have the same tokens as an earlier one: %s; "
+            "keep them with --duplicates keep",
+            len(repeated),
+            n,
+            named,
         )
     if counts["unknown_roles"]:
         log.warning(
-            "roles of %d parts of messages are unknown: the template rewrites them; what stands "
-            "in their place has the role text",
+            "roles of %d message parts are unknown because the template rewrites them; their "
+            "tokens have the role text",
             counts["unknown_roles"],
         )
     if counts["left_out_by_template"]:
         log.warning(
-            "the template leaves out %d parts of messages (earlier thinking, say): the model does "
-            "not read them",
+            "the chat template omits %d message parts, such as thinking in earlier turns; the "
+            "model does not read them",
             counts["left_out_by_template"],
         )
 
 
-def _roles(
-    n_characters: int,
-    spans: Sequence[Span],
-    starts: npt.NDArray[np.int64],
-    stops: npt.NDArray[np.int64],
-) -> Roles:
-    """Return the role of each token `[start, stop)`: that of its first character in a span.
-
-    A token's first character may be the white space before a word, which is in no span.
-    """
-    by_character = np.full(n_characters + 1, _SPECIAL, np.uint8)
-    for start, stop, role in spans:
-        by_character[start:stop] = ROLES.index(role)
-    places = np.where(by_character == _SPECIAL, n_characters, np.arange(n_characters + 1))
-    following = np.minimum.accumulate(places[::-1])[::-1]  # the next character in a span
-    first = following[starts]
-    return by_character[np.where(first < stops, first, starts)]
-
-
 def _special_table(tokenizer: Any) -> npt.NDArray[np.bool_]:
-    """Return for each id whether it never stands for text; the last entry is for ids above."""
+    """Return for each id whether it is special; the last entry stands for all higher ids."""
     ids = special_ids(tokenizer)
     table = np.zeros(max(ids, default=-1) + 2, bool)
     table[ids] = True

@@ -1,7 +1,7 @@
-"""Which tokens stand for text, and the raw bytes that each is spelled with.
+"""The raw bytes of every token, and which tokens are special.
 
-Joined, the bytes of a text's tokens are the text: a character may be spread over several tokens,
-and only together do these spell it.
+The joined bytes of a text's tokens are the text. A character may be split over several tokens, so
+single tokens need not be valid UTF-8.
 """
 
 import json
@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-# One match is one character, or the longest broken piece that Python, browsers and the Unicode
-# standard all replace by a single U+FFFD.
+# One match is one character, or the longest invalid sequence that Python, browsers and the Unicode
+# standard replace by a single U+FFFD.
 _CHARACTER = re.compile(
     rb"[\x00-\x7f]|[\xc2-\xdf][\x80-\xbf]|\xe0[\xa0-\xbf][\x80-\xbf]?"
     rb"|[\xe1-\xec\xee\xef][\x80-\xbf]{1,2}|\xed[\x80-\x9f][\x80-\xbf]?"
@@ -25,14 +25,14 @@ _CHARACTER = re.compile(
 
 
 def special_ids(tokenizer: Any) -> list[int]:
-    """Return the ids of all tokens that never stand for text."""
+    """Return the ids of all special tokens: those that never stand for text."""
     added = tokenizer.added_tokens_decoder
-    marked = {token_id for token_id, token in added.items() if token.special}
-    return sorted(marked | set(tokenizer.all_special_ids))
+    special = {token_id for token_id, token in added.items() if token.special}
+    return sorted(special | set(tokenizer.all_special_ids))
 
 
 def token_bytes(tokenizer: Any, n_tokens: int = 0) -> list[bytes]:
-    """Return the raw bytes of every token, in id order; ids without a token give `b""`."""
+    """Return the raw bytes of every token, in id order, `b""` for ids without a token."""
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     spell = speller(tokenizer)
     tokens = [b""] * max(n_tokens, max(vocabulary.values(), default=-1) + 1)
@@ -42,12 +42,12 @@ def token_bytes(tokenizer: Any, n_tokens: int = 0) -> list[bytes]:
 
 
 def speller(tokenizer: Any) -> Callable[[str], bytes]:
-    """Return the function from a token, as the vocabulary writes it, to its raw bytes.
+    """Return a function from a token, as the vocabulary writes it, to its raw bytes.
 
-    It goes by the tokenizer's decoder. Byte-level vocabularies (GPT-2, Qwen, Llama 3) write bytes
-    as printable characters; SentencePiece ones (Llama 2, Gemma) write a space as U+2581 and, with
-    byte fallback, single bytes as `<0xNN>`. Llama 2's tokenizer puts a space before a text, which
-    is a part of the first token here, and which its own decoding of a whole text takes off again.
+    The tokenizer's decoder decides how. Byte-level vocabularies (GPT-2, Qwen, Llama 3) write bytes
+    as printable characters. SentencePiece vocabularies (Llama 2, Gemma) write a space as U+2581
+    and, with byte fallback, single bytes as `<0xNN>`. Llama 2's tokenizer puts a space before every
+    text: here the first token keeps it, although decoding a whole text removes it.
     """
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -71,8 +71,7 @@ def display_texts(tokens: Sequence[bytes]) -> list[str]:
     """Return a text for each token. Joined, the texts are the joined bytes decoded as UTF-8.
 
     A character that is split over several tokens belongs to the token with its first byte; the
-    other tokens get what is left, often "". Bytes that do not belong to a whole character, such as
-    the rest of a character that began before the first token, become U+FFFD, as with
+    other tokens get the rest, often "". Bytes that form no whole character become U+FFFD, as with
     `errors="replace"`.
     """
     try:
@@ -98,7 +97,7 @@ def pack_tokens(tokens: Sequence[bytes]) -> tuple[npt.NDArray[np.int64], npt.NDA
 def _byte_alphabet() -> dict[int, str]:
     """Return the printable character that byte-level BPE writes for each byte.
 
-    The 188 bytes that are printable in Latin-1 stand for themselves, the others follow from 256.
+    The 188 bytes that are printable in Latin-1 stand for themselves; the others map to 256 and up.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
