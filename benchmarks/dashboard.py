@@ -111,7 +111,7 @@ def _published(folder: Path) -> Path:
 
 
 CONTENDERS = (
-    Contender("lorascope", "[data-testid=detail]", _ours),
+    Contender("lorascope", "[data-testid=feature-view]", _ours),
     Contender("published form", "#shown", _published),
 )
 

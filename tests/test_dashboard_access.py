@@ -35,7 +35,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "full": made("full", full),
         "effects": made("effects", full, write_all(folder, full)),
         "empty": made("empty", index_of([])),
-        "text": str(shortest),  # axe-core takes long for each token
+        "rollout": str(shortest),  # axe-core takes long for each token
     }
 
 
@@ -66,18 +66,18 @@ VIEWS = {
     "feature with a note": ("full", "#/feature/1", ("note-button", "star")),
     "filters": ("full", "#/feature/1?q=a&dmin=0.0001", ("more-filters",)),
     "map": ("full", "#/map", ()),
-    "texts": ("full", "#/text/{text}", ()),
-    "painted text": ("full", "#/text/{text}?paint=1,2,4", ()),
+    "rollouts": ("full", "#/rollout/{rollout}", ()),
+    "highlighted rollout": ("full", "#/rollout/{rollout}?paint=1,2,4", ()),
     "effects": ("effects", "#/feature/3", ()),
     "effects of nothing": ("effects", "#/feature/1", ()),
-    "apart": ("effects", "#/text/{text}", ()),
-    "behind a token": ("effects", "#/text/{text}?token=2", ()),
+    "rollout with effects": ("effects", "#/rollout/{rollout}", ()),
+    "contributions": ("effects", "#/rollout/{rollout}?token=2", ()),
     "help": ("full", "#/feature/1", ("help-button",)),
     "unknown feature": ("full", "#/feature/9999", ()),
-    "unknown text": ("full", "#/text/9999", ()),
+    "unknown rollout": ("full", "#/rollout/9999", ()),
     "nothing": ("empty", "", ()),
     "no map": ("empty", "#/map", ()),
-    "no texts": ("empty", "#/text", ()),
+    "no rollouts": ("empty", "#/rollout", ()),
 }
 
 

@@ -33,14 +33,14 @@ def test_what_is_gone_without_a_feature_stands_beside_its_examples(show: Any, in
     shown.page.wait_for_selector("[data-testid=effect]")
     for name, key in (
         ("kl", "kl"),
-        ("each", "kl_each"),
+        ("per-firing", "kl_each"),
         ("ce", "ce_rise"),
         ("random", "kl_random"),
     ):
         assert number(shown, f"effect-{name}") == pytest.approx(one[key], rel=1e-6)
     assert number(shown, "stat-effect") == pytest.approx(one["kl"], rel=1e-6)
-    assert "25" in shown.text("effect-here")
-    assert "held-out texts" in shown.text("effect")
+    assert "25" in shown.text("effect-at-firing")
+    assert "held-out rollouts" in shown.text("effect")
     dots = shown.part("effect").locator("circle")
     places = [float(dots.nth(i).get_attribute("cx")) for i in range(3)]
     assert places[1] < places[0] < places[2]  # the control is half as large, the adapter larger
@@ -51,11 +51,11 @@ def test_a_feature_that_was_not_measured_or_does_nothing_says_so(show: Any, inde
     paths = write_all(tmp_path, index)
     shown = show(index, f"#/feature/{len(index) - 1}", effects=paths)
     shown.page.wait_for_selector("[data-testid=effect]")
-    assert "Not in the report" in shown.text("effect")
+    assert "Not measured" in shown.text("effect")
     shown = show(index, "#/feature/1", effects=paths)
     shown.page.wait_for_selector("[data-testid=direct]")
-    assert "indirect" in shown.text("direct")
-    assert "never fired" in shown.text("effect")
+    assert "no direct effect" in shown.text("direct")
+    assert "never fires" in shown.text("effect")
 
 
 def test_promoted_and_suppressed_tokens_are_text_however_hostile(show: Any, index, tmp_path):
@@ -95,10 +95,10 @@ def test_the_list_sorts_by_effect_and_the_address_keeps_it(show: Any, index, tmp
 
 def test_a_text_is_coloured_by_how_far_adapter_and_base_are_apart(show: Any, index, tmp_path):
     rollout = int(index.text_rollout[0])
-    shown = show(index, f"#/text/{rollout}", effects=write_all(tmp_path, index))
-    shown.page.wait_for_selector("[data-testid=most-apart]")
+    shown = show(index, f"#/rollout/{rollout}", effects=write_all(tmp_path, index))
+    shown.page.wait_for_selector("[data-testid=largest-kl]")
     text = attribution(index)["rollouts"][0]
-    tokens = shown.part("text").get_by_test_id("token")
+    tokens = shown.part("rollout-text").get_by_test_id("token")
     found = tokens.evaluate_all("ts => ts.map(t => [t.dataset.kl, t.className])")
     assert len(found) == len(text["kl"])
     levels = []
@@ -111,7 +111,7 @@ def test_a_text_is_coloured_by_how_far_adapter_and_base_are_apart(show: Any, ind
     assert ranked == sorted(ranked) and ranked[-1] == 9
     shown.page.locator("[data-testid=paint-number]").fill("0")
     shown.press("Enter")
-    assert shown.part("apart-legend").count() == 0
+    assert shown.part("kl-legend").count() == 0
     assert tokens.nth(1).get_attribute("data-kl") is None
 
 
@@ -119,43 +119,43 @@ def test_the_features_behind_a_token_are_listed_when_it_is_chosen(show: Any, ind
     rollout = int(index.text_rollout[0])
     text = attribution(index)["rollouts"][0]
     one = max(text["targets"], key=lambda target: target["adapter"])
-    address = f"#/text/{rollout}?token={one['token']}"
+    address = f"#/rollout/{rollout}?token={one['token']}"
     shown = show(index, address, effects=write_all(tmp_path, index))
-    shown.page.wait_for_selector("[data-testid=behind-feature]")
-    rows = shown.part("behind-feature").evaluate_all(
+    shown.page.wait_for_selector("[data-testid=contribution]")
+    rows = shown.part("contribution").evaluate_all(
         """rows => rows.map(row => [Number(row.querySelector("a").dataset.feature),
           Number(row.querySelector(".meter-value").dataset.value)])"""
     )
     assert [feature for feature, _ in rows] == [pair[0] for pair in one["behind"]]
     np.testing.assert_allclose([v for _, v in rows], [p[1] for p in one["behind"]], rtol=1 / 250)
     for name in ("features", "bias", "unexplained", "special"):
-        assert number(shown, f"behind-{name}") == pytest.approx(one[name], rel=1e-5)
+        assert number(shown, f"contribution-{name}") == pytest.approx(one[name], rel=1e-5)
     assert number(shown, "token-kl") == pytest.approx(one["adapter"], rel=1 / 250)
-    shown.part("behind-feature").nth(0).locator("a").focus()  # by keyboard as by pointer
+    shown.part("contribution").nth(0).locator("a").focus()  # by keyboard as by pointer
     marked = shown.page.locator(".token.source")
     assert int(marked.get_attribute("data-at")) == one["behind"][0][2]
-    shown.part("behind-feature").nth(1).locator("a").focus()
+    shown.part("contribution").nth(1).locator("a").focus()
     assert int(marked.get_attribute("data-at")) == one["behind"][1][2]
 
 
 @pytest.mark.slow
 def test_the_tokens_of_largest_kl_are_a_list_that_leads_to_them(show: Any, index, tmp_path):
     rollout = int(index.text_rollout[0])
-    shown = show(index, f"#/text/{rollout}", effects=write_all(tmp_path, index))
-    shown.page.wait_for_selector("[data-testid=apart]")
+    shown = show(index, f"#/rollout/{rollout}", effects=write_all(tmp_path, index))
+    shown.page.wait_for_selector("[data-testid=kl-token]")
     text = attribution(index)["rollouts"][0]
     special = index.content["roles"].index("special")
     roles = index.text_role[slice(*index.text_offset[:2])]
     order = [t for t in range(1, len(text["kl"])) if roles[t] != special]
     order.sort(key=lambda t: -text["kl"][t])
-    places = shown.part("apart").evaluate_all("bs => bs.map(b => Number(b.dataset.at))")
+    places = shown.part("kl-token").evaluate_all("bs => bs.map(b => Number(b.dataset.at))")
     assert places[:3] == order[:3]
-    shown.part("apart").nth(0).focus()
+    shown.part("kl-token").nth(0).focus()
     shown.press("Enter")
-    pinned = shown.page.locator(".token.pinned")
+    pinned = shown.page.locator(".token.selected")
     assert int(pinned.get_attribute("data-at")) == places[0]
-    assert shown.part("behind").count() == 1
-    address = f"#/text/{rollout}?token={places[0]}"
+    assert shown.part("contributions").count() == 1
+    address = f"#/rollout/{rollout}?token={places[0]}"
     shown.page.wait_for_function("hash => location.hash === hash", arg=address)
 
 
@@ -164,10 +164,10 @@ def test_a_text_without_an_attribution_is_as_before(show: Any, index, tmp_path):
     report = attribution(index)
     gone = report["rollouts"].pop(1)["rollout"]
     path = write(tmp_path / "attribution.json", "attribution", index, report)
-    shown = show(index, f"#/text/{gone}", effects=(path,))
-    shown.page.wait_for_selector("[data-testid=here]")
-    assert shown.part("most-apart").count() == 0
-    assert shown.part("apart-legend").count() == 0
+    shown = show(index, f"#/rollout/{gone}", effects=(path,))
+    shown.page.wait_for_selector("[data-testid=firing-panel]")
+    assert shown.part("largest-kl").count() == 0
+    assert shown.part("kl-legend").count() == 0
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ def test_samples_of_each_fifth_stand_below_the_examples_with_their_values(show: 
     index = full_index()
     latent = feature_with(index, lambda feature: len(feature.samples) > 4)
     shown = show(index, f"#/feature/{latent}")
-    shown.page.wait_for_selector(f"[data-whole='{latent}']")
+    shown.page.wait_for_selector(f"[data-complete='{latent}']")
     samples = index[latent].samples
     assert numbers(shown, "[data-testid=sample-value]") == [s.value for s in samples]
     titles = shown.part("samples").locator("h4").all_text_contents()
@@ -27,10 +27,10 @@ def test_samples_of_each_fifth_stand_below_the_examples_with_their_values(show: 
     assert len(titles) == len({sample.quantile for sample in samples})
 
 
-def test_places_with_the_same_tokens_are_shown_once_with_their_count(show: Any):
+def test_repeated_tokens_are_shown_once_with_their_count(show: Any):
     shown = show(small_index())
-    assert shown.part("alike").all_text_contents() == ["×3"]
-    assert shown.part("alike").get_attribute("aria-label") == "in 3 places"
+    assert shown.part("repeats").all_text_contents() == ["×3"]
+    assert shown.part("repeats").get_attribute("aria-label") == "occurs 3 times"
 
 
 def test_rankings_of_tokens_and_the_profile_by_role_are_those_of_the_index(show: Any):
@@ -66,7 +66,7 @@ def test_a_neighbour_is_followed_by_mouse_and_by_keyboard(show: Any):
     shown.wait_for(near)
     shown.page.go_back()
     shown.wait_for(latent)
-    shown.part("beside").locator("a").first.focus()
+    shown.part("cofiring").locator("a").first.focus()
     shown.press("Enter")
     shown.wait_for(index[latent].cofiring[0][0])
 
@@ -82,18 +82,18 @@ def test_the_grid_says_the_share_of_each_site_on_hover_and_on_the_arrow_keys(sho
     best = shown.part("fingerprint").locator("rect[tabindex='0']")
     best.hover()
     place = f"layer {site['layer']}, {site['projection']}"
-    assert place in shown.text("tip")
-    told = float(shown.text("tip").partition(": ")[2].split("\u00a0")[0])
+    assert place in shown.text("tooltip")
+    told = float(shown.text("tooltip").partition(": ")[2].split("\u00a0")[0])
     assert told == pytest.approx(100 * shares.max(), rel=0.01)
     shown.page.mouse.move(0, 0)
     shown.part("fingerprint").locator("button").focus()
     shown.press("Tab")
-    assert place in shown.text("tip")
-    before = shown.text("tip")
+    assert place in shown.text("tooltip")
+    before = shown.text("tooltip")
     for key in ("ArrowLeft", "ArrowUp", "ArrowRight", "ArrowDown"):
         shown.press(key)
     shown.press("Home")
-    assert shown.text("tip") != before
+    assert shown.text("tooltip") != before
     assert shown.text("heading") == f"Feature {latent}"
 
 
@@ -107,11 +107,11 @@ def test_the_bars_of_a_histogram_tell_their_counts_to_the_keyboard(show: Any):
     shown.press("Tab", "Home")
     used = int((index.latent_histogram_edges[:-1] <= np.nanmax(index.latent_max)).sum())
     for _ in range(used):
-        told.append(shown.text("tip"))
+        told.append(shown.text("tooltip"))
         shown.press("ArrowRight")
     counts = [int(text.split(": ")[1].split()[0].replace(",", "")) for text in told]
     assert counts == index.latent_histogram[latent, :used].tolist()
-    assert shown.text("tip") == told[-1], "bins that no feature reaches are not drawn"
+    assert shown.text("tooltip") == told[-1], "bins that no feature reaches are not drawn"
 
 
 @pytest.mark.slow
@@ -130,7 +130,7 @@ def test_a_feature_stands_among_all_by_its_density(show: Any):
     assert panel.locator("rect.here").count() == 1
     panel.locator("button").focus()
     shown.press("Tab", "End")
-    assert shown.text("tip") == tips[-1]
+    assert shown.text("tooltip") == tips[-1]
 
 
 @pytest.mark.slow
@@ -155,8 +155,8 @@ def test_a_long_window_is_folded_around_its_token_and_unfolds(show: Any):
 
 def test_the_whole_text_of_an_example_opens_at_its_token(show: Any):
     shown = show(small_index())
-    shown.part("open-text").last.click()
-    shown.page.wait_for_selector("[data-testid=reader][data-text='7']")
+    shown.part("open-rollout").last.click()
+    shown.page.wait_for_selector("[data-testid=rollout-view][data-rollout='7']")
     assert shown.text("heading") == "Rollout 7"
     shown.page.go_back()
     shown.wait_for(0)
@@ -169,11 +169,11 @@ def test_what_a_file_of_another_tool_does_not_say_has_no_panel(show: Any, tmp_pa
         ' "target_position": 1, "activations": [0, 1.5]}]}}}'
     )
     shown = show(path)
-    shown.page.wait_for_selector("[data-whole='0']")
+    shown.page.wait_for_selector("[data-complete='0']")
     assert shown.page.locator("figure").count() == 0
     assert shown.part("samples").count() == 0
     assert not shown.part("tab-map").is_visible()
-    assert not shown.part("tab-text").is_visible()
+    assert not shown.part("tab-rollout").is_visible()
     assert not shown.part("role").is_visible()
     assert numbers(shown, "[data-testid=token]") == [0, 1.5]
     assert numbers(shown, "[data-testid=example-value]") == [2]

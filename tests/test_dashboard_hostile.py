@@ -252,7 +252,7 @@ def test_a_page_in_which_everything_is_hostile_can_be_read_by_keyboard(show: Any
         visit.page.keyboard.press("ArrowRight")
         heading = visit.part("heading").text_content()
         visit.page.wait_for_selector(
-            f"[data-testid=detail][data-feature='{(heading or '').split()[-1]}']"
+            f"[data-testid=feature-view][data-feature='{(heading or '').split()[-1]}']"
         )
         shown.add(heading)
         visit.part("token").first.hover()
@@ -260,7 +260,7 @@ def test_a_page_in_which_everything_is_hostile_can_be_read_by_keyboard(show: Any
 
 
 ADDRESSES = [
-    *(f"#/{view}/{word}" for view in ("feature", "text") for word in (
+    *(f"#/{view}/{word}" for view in ("feature", "rollout", "text") for word in (
         "%3Cimg%20src=x%20onerror=window.hacked=1%3E", "__proto__", "constructor", "-0", "1e3",
         "0x1", "%E2%80%AE", "%00", "NaN", "9" * 400,
     )),
@@ -268,7 +268,7 @@ ADDRESSES = [
     "#/map?lasso=" + "1,2,".rstrip(",") + ",3" * 5000,
     "#/feature/1?q=" + "%3C%2Fscript%3E" * 500 + "&dmin=1e999&dmax=NaN&amin=-&smin=%E2%80%AE",
     "#/feature?sort=__proto__&in=toString&mark=<b>&full=yes&dead",
-    "#/text?token=-5&paint=__proto__,1,-1,99999999999999",
+    "#/rollout?token=-5&paint=__proto__,1,-1,99999999999999",
     "#/nowhere/<script>", "#javascript:window.hacked=1", "#%ff%fe", "#/feature/1?%ff=%",
 ]  # fmt: skip
 
@@ -279,24 +279,26 @@ def test_an_address_that_wants_to_break_the_page_opens_it(show: Any, number: int
     visit = show(hostile_index(), ADDRESSES[number])
     assert (visit.part("heading").text_content() or "").strip()
     visit.page.evaluate("location.hash = '#/feature/1'")
-    visit.page.wait_for_selector("[data-testid=detail][data-feature='1']")
+    visit.page.wait_for_selector("[data-testid=feature-view][data-feature='1']")
 
 
 @pytest.mark.slow
 def test_hostile_texts_that_are_kept_whole_are_read_literally(show: Any):
     index = hostile_index()
     for text in range(len(index.text_rollout)):
-        visit = show(index, f"#/text/{index.text_rollout[text]}")
+        visit = show(index, f"#/rollout/{index.text_rollout[text]}")
         span = slice(*index.text_offset[text : text + 2].tolist())
         raw = [index.token_bytes(int(i)) for i in index.text_token_id[span]]
-        tokens = visit.part("text").get_by_test_id("token")
+        tokens = visit.part("rollout-text").get_by_test_id("token")
         tokens.nth(len(raw) - 1).wait_for(state="attached")
         assert tokens.all_text_contents() == display_texts(raw)
     n_fired = np.diff(index.text_code_offset[span.start : span.stop + 1])
     for nth in np.flatnonzero(n_fired)[:20:4].tolist():
         tokens.nth(nth).click()
         assert visit.part("fired").count() == min(n_fired[nth], 40)
-    assert HOSTILE[0] in (visit.part("text").text_content() or "")  # as the name of a role, too
+    assert HOSTILE[0] in (
+        visit.part("rollout-text").text_content() or ""
+    )  # as the name of a role, too
 
 
 @pytest.mark.slow
@@ -309,9 +311,9 @@ def test_hostile_words_can_be_searched_for(show: Any):
     visit.page.wait_for_function("() => !document.querySelector('[data-testid=search]:invalid')")
     visit.part("row").first.wait_for()
     visit.part("search").fill("")
-    visit.part("tab-text").click()
-    visit.part("text-search").fill("</script><script>")
-    visit.part("text-row").first.wait_for()
+    visit.part("tab-rollout").click()
+    visit.part("rollout-search").fill("</script><script>")
+    visit.part("rollout-row").first.wait_for()
 
 
 def test_hostile_labels_and_notes_are_kept_literally_and_leave_as_such(show: Any, tmp_path: Path):
@@ -322,7 +324,7 @@ def test_hostile_labels_and_notes_are_kept_literally_and_leave_as_such(show: Any
     visit.part("note").fill(text)
     visit.part("heading").click()
     with visit.page.expect_download() as saved:
-        visit.part("save-notes").click()
+        visit.part("export-labels").click()
     labels = json.loads(Path(saved.value.path()).read_text("utf-8"))
     (said,) = labels["features"].values()
     assert said["label"] == said["note"] == text
@@ -339,9 +341,9 @@ def test_hostile_labels_and_notes_are_kept_literally_and_leave_as_such(show: Any
     assert Path(saved.value.path()).read_bytes().startswith(b"\x89PNG")
     for told in ('{"__proto__": 1}', "[]", "null", "\x00", '{"format": "lorascope labels 1"}'):
         (tmp_path / "labels.json").write_text(told, "utf-8")
-        visit.part("notes-file").set_input_files(tmp_path / "labels.json")
+        visit.part("labels-file").set_input_files(tmp_path / "labels.json")
         visit.page.wait_for_function(
-            "() => document.querySelector('[data-testid=files-said]').textContent"
+            "() => document.querySelector('[data-testid=files-status]').textContent"
         )
     features = {
         "1": {"label": HOSTILE[0], "note": HOSTILE[2], "star": True}, "__proto__": {"label": "x"},
@@ -349,9 +351,9 @@ def test_hostile_labels_and_notes_are_kept_literally_and_leave_as_such(show: Any
     }  # fmt: skip
     labels["features"] = features
     (tmp_path / "labels.json").write_text(json.dumps(labels), "utf-8")
-    visit.part("notes-file").set_input_files(tmp_path / "labels.json")
+    visit.part("labels-file").set_input_files(tmp_path / "labels.json")
     visit.page.evaluate("location.hash = '#/feature/1'")
-    visit.page.wait_for_selector("[data-testid=detail][data-feature='1']")
+    visit.page.wait_for_selector("[data-testid=feature-view][data-feature='1']")
     assert visit.part("label").input_value() == HOSTILE[0]
     assert visit.part("note").input_value() == HOSTILE[2]
     visit.page.evaluate("localStorage.clear()")
@@ -494,4 +496,4 @@ def test_a_hundred_thousand_features_open_and_any_of_them_is_found(show: Any):
     assert visit.page.locator("*").count() < 20_000
     visit.page.keyboard.press("ArrowLeft")
     before = int(np.flatnonzero(index.n_examples)[-2])
-    visit.page.wait_for_selector(f"[data-testid=detail][data-feature='{before}']")
+    visit.page.wait_for_selector(f"[data-testid=feature-view][data-feature='{before}']")

@@ -40,7 +40,7 @@ def test_a_dot_tells_its_feature_and_opens_it(show: Any):
     shown = open_map(show)
     latent = alone()
     shown.page.mouse.move(*where(shown, latent))
-    assert f"Feature {latent}" in shown.text("tip")
+    assert f"Feature {latent}" in shown.text("tooltip")
     shown.page.mouse.click(*where(shown, latent))
     shown.wait_for(latent)
     shown.page.go_back()

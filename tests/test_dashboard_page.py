@@ -71,16 +71,16 @@ def test_the_first_feature_with_an_example_is_shown_with_its_exact_values(show: 
 def test_the_value_of_a_token_is_told_on_hover_and_on_focus(show: Any):
     shown = show(small_index())
     target = shown.page.locator("[data-target=true]").nth(2)
-    assert not shown.part("tip").is_visible()
+    assert not shown.part("tooltip").is_visible()
     target.hover()
-    assert shown.part("tip").is_visible()
+    assert shown.part("tooltip").is_visible()
     assert float(shown.part("tip-value").get_attribute("data-value")) == 0.30000001192092896
-    assert "token id 2" in shown.text("tip")
+    assert "token id 2" in shown.text("tooltip")
     shown.page.mouse.move(0, 0)
-    assert not shown.part("tip").is_visible()
+    assert not shown.part("tooltip").is_visible()
     target.focus()
-    assert shown.part("tip").is_visible()
-    assert target.get_attribute("aria-describedby") == "tip"
+    assert shown.part("tooltip").is_visible()
+    assert target.get_attribute("aria-describedby") == "tooltip"
 
 
 def test_the_keyboard_walks_the_tokens_of_a_window_without_leaving_the_feature(show: Any):
@@ -96,9 +96,9 @@ def test_the_keyboard_walks_the_tokens_of_a_window_without_leaving_the_feature(s
     assert shown.page.evaluate("document.activeElement.textContent") == "\n"
     keyboard.press("ArrowRight")
     assert shown.text("heading") == "Feature 0"
-    assert shown.part("tip").is_visible()
+    assert shown.part("tooltip").is_visible()
     keyboard.press("Escape")
-    assert not shown.part("tip").is_visible()
+    assert not shown.part("tooltip").is_visible()
 
 
 def test_arrow_keys_and_buttons_go_to_the_features_with_examples(show: Any):
@@ -218,7 +218,7 @@ def test_the_list_is_sorted_by_the_largest_activation(show: Any):
 def test_a_link_to_a_feature_opens_it_even_when_it_is_hidden(show: Any):
     shown = show(numbered(12), "#/feature/3")
     shown.wait_for(3)
-    assert "hidden from the list" in shown.text("count")
+    assert "hidden by the filters" in shown.text("count")
     shown.page.keyboard.press("ArrowRight")
     shown.wait_for(4)
 
@@ -323,7 +323,7 @@ def test_a_json_of_another_tool_is_shown_without_what_it_does_not_say(show: Any,
     assert shown.part("stat-max").count() == 0
     assert shown.part("example-row").count() == 0
     shown.page.locator("[data-target=true]").hover()
-    assert "token id" not in shown.text("tip")
+    assert "token id" not in shown.text("tooltip")
 
 
 def test_whitespace_special_tokens_and_split_characters_are_marked(show: Any):
@@ -336,7 +336,7 @@ def test_whitespace_special_tokens_and_split_characters_are_marked(show: Any):
     assert window.locator(".special").all_text_contents() == ["<|im_end|>"]
     assert window.locator(".continued").all_text_contents() == [""]
     window.get_by_test_id("token").nth(2).hover()
-    assert "part of a character, bytes e4 b8 ad e6" in shown.text("tip")
+    assert "part of a character, bytes e4 b8 ad e6" in shown.text("tooltip")
 
 
 def test_text_of_many_scripts_reads_as_it_was_written(show: Any):
@@ -352,7 +352,7 @@ def test_a_token_of_a_megabyte_is_cut_and_says_so(show: Any):
     shown = show(index_of([[example(1.0, 99, [1, 2], 1)]], {1: b"x" * 1_000_000, 2: b"y"}))
     assert [len(text) for text in shown.tokens()] == [400, 1]
     shown.part("token").first.hover()
-    assert "1,000,000 characters, the first 400 shown" in shown.text("tip")
+    assert "1,000,000 characters, the first 400 shown" in shown.text("tooltip")
 
 
 def test_values_below_zero_have_a_ramp_of_their_own(show: Any):

@@ -25,7 +25,7 @@ def test_the_help_lists_every_key_and_closes_again(show: Any):
     for opens in (lambda: shown.press("?"), lambda: shown.part("help-button").click()):
         opens()
         assert shown.part("help").is_visible()
-        for word in ("search", "map", "texts", "star", "colours", "previous"):
+        for word in ("search", "map", "rollouts", "star", "colours", "previous"):
             assert word in shown.text("help")
         shown.press("d", "ArrowRight")
         assert shown.page.locator("html").get_attribute("data-theme") == "light"
@@ -56,7 +56,7 @@ def test_keys_go_between_the_views_and_to_the_fields(show: Any):
     shown.press("m")
     shown.page.wait_for_selector("body[data-view=map]")
     shown.press("t")
-    shown.page.wait_for_selector("body[data-view=text]")
+    shown.page.wait_for_selector("body[data-view=rollout]")
     shown.press("f")
     shown.page.wait_for_selector("body[data-view=feature]")
     shown.press("g")
@@ -127,15 +127,15 @@ def test_labels_go_into_a_file_and_come_back(show: Any, tmp_path: Path):
     shown = show(small_index())
     shown.part("label").fill("Names")
     shown.part("star").click()
-    data = json.loads(saved(shown, "save-notes").read_text())
+    data = json.loads(saved(shown, "export-labels").read_text())
     assert data["features"] == {"0": {"label": "Names", "note": "", "star": True}}
     data["features"]["2"] = {"label": "Ends", "note": 7, "star": "yes", "more": 1}
     data["features"]["99"] = {"label": "nobody"}
     file = tmp_path / "labels.json"
     file.write_text(json.dumps(data))
-    shown.part("notes-file").set_input_files(file)
+    shown.part("labels-file").set_input_files(file)
     shown.page.wait_for_function(
-        "() => document.getElementById('files-said').textContent.includes('2 features')"
+        "() => document.getElementById('files-status').textContent.includes('2 features')"
     )
     assert "Ends" in shown.page.locator("[data-testid=row][data-feature='2']").text_content()
 
@@ -144,7 +144,7 @@ def test_labels_go_into_a_file_and_come_back(show: Any, tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "no JSON"),
+        ("{", "not JSON"),
         ("[]", "no labels"),
         ('{"format": "lorascope labels 1", "sae": "x", "features": {}}', "another SAE"),
     ],
@@ -154,9 +154,9 @@ def test_a_file_that_has_no_labels_for_this_page_is_refused(
 ):
     shown = show(small_index())
     (tmp_path / "labels.json").write_text(text)
-    shown.part("notes-file").set_input_files(tmp_path / "labels.json")
+    shown.part("labels-file").set_input_files(tmp_path / "labels.json")
     shown.page.wait_for_function(
-        "said => document.getElementById('files-said').textContent.includes(said)", arg=said
+        "said => document.getElementById('files-status').textContent.includes(said)", arg=said
     )
     assert shown.part("label").input_value() == ""
 
@@ -209,7 +209,7 @@ def test_print_leaves_out_what_only_a_screen_needs(show: Any):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("address", ["", "#/map", "#/text"])
+@pytest.mark.parametrize("address", ["", "#/map", "#/rollout"])
 def test_every_view_fits_a_phone(show: Any, address: str):
     shown = show(full_index(), address, width=390)
     assert shown.page.evaluate("document.documentElement.scrollWidth") <= 390

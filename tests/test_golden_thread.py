@@ -144,7 +144,7 @@ def test_one_number_is_the_same_from_the_weights_to_the_page(made):
         tab = browser.new_page()
         address = made[3].resolve().as_uri() + f"#/feature/{feature.latent}"
         tab.goto(address, wait_until="domcontentloaded")
-        tab.wait_for_selector(f"[data-testid=detail][data-feature='{feature.latent}']")
+        tab.wait_for_selector(f"[data-testid=feature-view][data-feature='{feature.latent}']")
         window = tab.get_by_test_id("window").first
         shown = window.get_by_test_id("token").evaluate_all("n => n.map(t => t.dataset.value)")
         texts = window.get_by_test_id("token").all_text_contents()

@@ -14,9 +14,13 @@ from builders.indexes import example, index_of, small_index
 from builders.pages import block, column
 
 from lorascope.artifact import digest_file, digest_of, read_manifest
-from lorascope.dashboard.facts import facts
-from lorascope.dashboard.packing import FULL, SHARES, halved, scaled
-from lorascope.dashboard.payload import BLOCK, Payload, escape_json, manifest_comment
+from lorascope.dashboard.packing import (
+    FULL_SCALE,
+    FULL_SHARE,
+    to_half_bits,
+    to_scaled_int16,
+)
+from lorascope.dashboard.payload import BLOCK, Payload, escape_json, facts, manifest_comment
 from lorascope.dashboard.render import DashboardConfig, bundle, read_glossary, run
 from lorascope.errors import ArtifactError
 from lorascope.features.index import FeatureIndex
@@ -44,7 +48,7 @@ def test_the_core_has_the_statistics_of_every_feature():
     assert column(core, "n_examples") == [3, 0, 1, 2]
     assert column(core, "n_active") == [3, 0, 1, 2]
     np.testing.assert_array_equal(column(core, "max"), index.latent_max)
-    top = [core["texts"][i] for i in column(core, "top_token")]
+    top = [core["token_texts"][i] for i in column(core, "top_token")]
     assert [top[0], top[2], top[3]] == ["😀", "\n", " the"]
 
 
@@ -58,7 +62,7 @@ def test_a_block_has_the_very_values_of_the_index():
     assert data["value"] == index.example_value[e].tolist()
     assert data["row"] == index.example_row[e].tolist()
     assert data["count"] == index.n_examples[BLOCK : 2 * BLOCK].tolist()
-    texts = [core["texts"][i] for i in data["token"]]
+    texts = [core["token_texts"][i] for i in data["token"]]
     alive = [feature for feature in range(BLOCK, 2 * BLOCK) if feature % 7]
     assert texts == [text for feature in alive for text in (f"t{feature}", "t0")]
     assert len(block(core, payload.block(2))["count"]) == 5
@@ -75,16 +79,16 @@ def test_a_block_has_what_is_known_of_its_features_within_the_stated_error():
     assert data["value"][6:] == [2.25, 0.25]
     assert data["quantile"] == [4, 0]
     assert data["peak"] == []
-    units = np.array(data["scale"])[np.repeat([0, 2, 3, 0], [9, 1, 5, 3])] / FULL
+    units = np.array(data["scale"])[np.repeat([0, 2, 3, 0], [9, 1, 5, 3])] / FULL_SCALE
     shown = np.array(data["activation"]) * units
     np.testing.assert_allclose(shown, index.window_activation, rtol=0, atol=units.max())
     assert np.array_equal(shown != 0, index.window_activation != 0)
-    share = np.array(data["share"]).reshape(4, 2) * np.array(data["largest_share"])[:, None]
-    np.testing.assert_allclose(share / SHARES, index.latent_fingerprint, atol=0.75 / 62)
-    assert data["near"][:2] == [4, 3]
-    assert data["near"][2:4] == [0, 0]
+    share = np.array(data["fingerprint"]).reshape(4, 2) * np.array(data["fingerprint_max"])[:, None]
+    np.testing.assert_allclose(share / FULL_SHARE, index.latent_fingerprint, atol=0.75 / 62)
+    assert data["similar"][:2] == [4, 3]
+    assert data["similar"][2:4] == [0, 0]
     assert data["cosine"][0] == 0.5
-    assert [core["texts"][i - 1] for i in data["mean"] if i] == ["é"] * 3
+    assert [core["token_texts"][i - 1] for i in data["mean"] if i] == ["é"] * 3
     assert data["by_role"][:2] == [1, 2]
     assert column(core, "main_role") == [0, 255, 0, 0]
 
@@ -92,11 +96,11 @@ def test_a_block_has_what_is_known_of_its_features_within_the_stated_error():
 def test_a_kept_text_has_its_tokens_and_their_codes():
     payload = Payload(small_index(), "T")
     core = json.loads(payload.core())
-    core["block_columns"] = core["text_columns"]
-    data = block(core, payload.text(0))
-    assert [core["texts"][i] for i in data["token"]] == [" the", "é", "<|im_end|>"]
+    core["block_columns"] = core["rollout_columns"]
+    data = block(core, payload.rollout(0))
+    assert [core["token_texts"][i] for i in data["token"]] == [" the", "é", "<|im_end|>"]
     assert data["role"] == [3, 3, 5]
-    assert data["count"] == [2, 1, 0]
+    assert data["n_fired"] == [2, 1, 0]
     assert data["latent"] == [0, 3, 0]
     assert data["value"] == [0.5, 0.25, 1.0]
 
@@ -111,14 +115,14 @@ def test_an_activation_other_than_the_value_is_kept_beside_it():
 def test_rounding_stays_within_its_bounds_and_never_hides_a_firing():
     rng = np.random.default_rng(0)
     values = (rng.standard_normal(10_000) * 10.0 ** rng.integers(-6, 6, 10_000)).astype(np.float32)
-    back = (halved(values).astype("<u4") << 16).view("<f4")
+    back = (to_half_bits(values).astype("<u4") << 16).view("<f4")
     np.testing.assert_allclose(back, values, rtol=1 / 256)
-    assert np.isnan((halved(np.array([np.nan], "<f4")).astype("<u4") << 16).view("<f4")[0])
+    assert np.isnan((to_half_bits(np.array([np.nan], "<f4")).astype("<u4") << 16).view("<f4")[0])
     scale = np.array([np.abs(values).max()])
-    parts = scaled(values, scale)
-    assert np.abs(parts * (scale / FULL) - values).max() <= scale / FULL
+    parts = to_scaled_int16(values, scale)
+    assert np.abs(parts * (scale / FULL_SCALE) - values).max() <= scale / FULL_SCALE
     assert (np.sign(parts) == np.sign(values)).all()
-    assert scaled(np.zeros(2), np.zeros(2)).tolist() == [0, 0]
+    assert to_scaled_int16(np.zeros(2), np.zeros(2)).tolist() == [0, 0]
 
 
 def test_the_first_block_is_that_of_the_first_feature_with_an_example():
@@ -133,11 +137,17 @@ def test_a_split_character_has_its_own_texts_and_its_bytes():
     payload = Payload(index, "T")
     core = json.loads(payload.core())
     data = block(core, payload.block(0))
-    assert [core["texts"][i] for i in data["token"]] == ["😀", "", " the", "\ufffd\ufffd", " the"]
+    assert [core["token_texts"][i] for i in data["token"]] == [
+        "😀",
+        "",
+        " the",
+        "\ufffd\ufffd",
+        " the",
+    ]
     whole, rest, *_ = data["token"]
-    assert core["bytes"][str(whole)] == "f0 9f"
-    assert core["bytes"][str(rest)] == "98 80"
-    ids = column(core, "text_token_id")
+    assert core["token_bytes"][str(whole)] == "f0 9f"
+    assert core["token_bytes"][str(rest)] == "98 80"
+    ids = column(core, "token_id")
     assert [ids[i] for i in data["token"]] == [3, 4, 1, 4, 1]
 
 

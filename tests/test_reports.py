@@ -62,18 +62,18 @@ def test_promoted_tokens_are_in_the_table_of_texts_though_no_text_has_them(index
     payload = payload_of(index, tmp_path)
     core = json.loads(payload.core())
     assert column(core, "direct_share")[:2] == [0.625, 0]
-    ids = column(core, "text_token_id")
+    ids = column(core, "token_id")
     at = ids.index(NEW_TOKEN)
-    assert core["texts"][at] == HOSTILE
+    assert core["token_texts"][at] == HOSTILE
     found = block(core, payload.block(0))
     n = core["effects"]["direct"]["n"]
     assert found["promoted"][:n][0] == at + 1
-    assert found["promoted_"][:n] == [4, 1.5]
-    assert found["suppressed_"][2 * n : 3 * n] == [-6, -1.5]
+    assert found["promoted_score"][:n] == [4, 1.5]
+    assert found["suppressed_score"][2 * n : 3 * n] == [-6, -1.5]
     assert found["promoted"][n : 2 * n] == [0, 0]  # feature 1 writes nothing
     plain = json.loads(Payload(index, "T").core())
     known = [i for i in ids if i != NEW_TOKEN]
-    assert column(plain, "text_token_id") == known
+    assert column(plain, "token_id") == known
 
 
 def test_attributions_of_whole_texts_are_the_reports_up_to_rounding(index, tmp_path):
@@ -81,8 +81,8 @@ def test_attributions_of_whole_texts_are_the_reports_up_to_rounding(index, tmp_p
     core = json.loads(payload.core())
     assert core["effects"]["attribution"]["parts"] == list(TARGET)
     for number, text in enumerate(attribution(index)["rollouts"]):
-        data = payload.text(number)
-        raw = block({"block_columns": core["text_columns"]}, data)
+        data = payload.rollout(number)
+        raw = block({"block_columns": core["rollout_columns"]}, data)
         for name in ("kl", "rise"):
             assert np.isnan(raw[name][0])
             np.testing.assert_allclose(raw[name][1:], text[name][1:], rtol=1 / 256)
@@ -100,7 +100,7 @@ def test_attributions_of_whole_texts_are_the_reports_up_to_rounding(index, tmp_p
 def test_without_reports_the_page_has_nothing_of_them(index):
     core = json.loads(Payload(index, "T").core())
     assert core["effects"] == {}
-    names = {name for name, _ in core["block_columns"] + core["text_columns"]} | set(
+    names = {name for name, _ in core["block_columns"] + core["rollout_columns"]} | set(
         core["columns"]
     )
     assert not {n for n in names if n.startswith(("effect", "promoted", "kl", "behind", "direct"))}

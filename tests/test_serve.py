@@ -38,7 +38,7 @@ def answering(server: PageServer) -> Iterator[PageServer]:
 
 @pytest.fixture
 def server() -> Iterator[PageServer]:
-    packs = {"block-0": "first", "text-12": "twelfth"}
+    packs = {"block-0": "first", "rollout-12": "twelfth"}
     with answering(PageServer(b"<p>page", POLICY, packs.get)) as server:
         yield server
 
@@ -59,21 +59,21 @@ def ask(
 
 
 def test_the_page_and_its_data_are_given(server: PageServer):
-    assert ask(server, f"/{server.word}/")[:2] == (200, "<p>page")
-    assert ask(server, f"/{server.word}/?x=1")[:2] == (200, "<p>page")
-    assert ask(server, f"/{server.word}/block-0")[:2] == (200, "first")
-    assert ask(server, f"/{server.word}/text-12")[:2] == (200, "twelfth")
-    assert server.address == f"http://127.0.0.1:{server.server_port}/{server.word}/"
+    assert ask(server, f"/{server.token}/")[:2] == (200, "<p>page")
+    assert ask(server, f"/{server.token}/?x=1")[:2] == (200, "<p>page")
+    assert ask(server, f"/{server.token}/block-0")[:2] == (200, "first")
+    assert ask(server, f"/{server.token}/rollout-12")[:2] == (200, "twelfth")
+    assert server.address == f"http://127.0.0.1:{server.server_port}/{server.token}/"
 
 
 @pytest.mark.parametrize(
     "path",
-    ["/", "", "/{word}", "/{word}/block-1", "/{word}/block-00", "/{word}/../../etc/passwd",
-     "/wrong/", "/wrong/block-0", "/{word}x/", "/{word}/%2e%2e/block-0",
-     "/{word}/block-0/", "/{word}/block--1", "/{word}/block-9999999999999999999999", "/é/"],
+    ["/", "", "/{token}", "/{token}/block-1", "/{token}/block-00", "/{token}/../../etc/passwd",
+     "/wrong/", "/wrong/block-0", "/{token}x/", "/{token}/%2e%2e/block-0",
+     "/{token}/block-0/", "/{token}/block--1", "/{token}/block-9999999999999999999999", "/é/"],
 )  # fmt: skip
 def test_any_other_path_finds_nothing(server: PageServer, path: str):
-    asked = path.format(word=server.word).encode().decode("latin-1") or "/"
+    asked = path.format(token=server.token).encode().decode("latin-1") or "/"
     connection = socket.create_connection(("127.0.0.1", server.server_port), timeout=10)
     with connection:
         request = f"GET {asked} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
@@ -85,7 +85,7 @@ def test_any_other_path_finds_nothing(server: PageServer, path: str):
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "HEAD", "PATCH", "TRACE"])
 def test_there_is_get_and_nothing_else(server: PageServer, method: str):
-    status, text, headers = ask(server, f"/{server.word}/", method)
+    status, text, headers = ask(server, f"/{server.token}/", method)
     assert status == 501
     assert "<p>page" not in text
     assert not [name for name in headers if name.lower().startswith("access-control")]
@@ -97,19 +97,19 @@ def test_there_is_get_and_nothing_else(server: PageServer, method: str):
      "0.0.0.0", "192.168.0.1", "127.0.0.1@evil.test", "evil.test#127.0.0.1"],
 )  # fmt: skip
 def test_a_name_that_was_made_to_point_here_is_refused(server: PageServer, host: str):
-    status, text, _ = ask(server, f"/{server.word}/", host=host)
+    status, text, _ = ask(server, f"/{server.token}/", host=host)
     assert status == 403
     assert "<p>page" not in text
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:1", "localhost", "LOCALHOST:8000"])
 def test_a_forwarded_port_is_let_in(server: PageServer, host: str):
-    assert ask(server, f"/{server.word}/", host=host)[0] == 200
+    assert ask(server, f"/{server.token}/", host=host)[0] == 200
 
 
-@pytest.mark.parametrize("path", ["/{word}/", "/{word}/block-0", "/nothing/"])
+@pytest.mark.parametrize("path", ["/{token}/", "/{token}/block-0", "/nothing/"])
 def test_no_other_origin_may_read_or_embed_it(server: PageServer, path: str):
-    asked = path.format(word=server.word)
+    asked = path.format(token=server.token)
     _, _, headers = ask(server, asked, Origin="http://evil.test", Sec_Fetch_Site="cross-site")
     assert not [name for name in headers if name.lower().startswith("access-control")]
     assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
@@ -126,14 +126,14 @@ def test_it_listens_on_the_loopback_address_alone(server: PageServer):
 
 
 def test_a_port_that_is_taken_is_one_line(server: PageServer):
-    with pytest.raises(ConfigError, match=f"--port {server.server_port} cannot be had"):
+    with pytest.raises(ConfigError, match=f"--port {server.server_port}"):
         PageServer(b"", POLICY, dict[str, str]().get, server.server_port)
 
 
-def test_two_servers_have_two_words(server: PageServer):
+def test_two_servers_have_two_tokens(server: PageServer):
     with PageServer(b"", POLICY, dict[str, str]().get) as other:
-        assert other.word != server.word
-        assert len(other.word) >= 20
+        assert other.token != server.token
+        assert len(other.token) >= 20
 
 
 def test_the_served_page_shows_every_feature_and_text_of_the_index():
@@ -147,17 +147,17 @@ def test_the_served_page_shows_every_feature_and_text_of_the_index():
         tab.on("pageerror", lambda error: complaints.append(str(error)))
         tab.on("request", lambda request: requests.append(request.url))
         tab.goto(server.address + f"#/feature/{last}", wait_until="domcontentloaded")
-        tab.wait_for_selector(f"[data-testid=detail][data-feature='{last}']")
+        tab.wait_for_selector(f"[data-testid=feature-view][data-feature='{last}']")
         tokens = tab.get_by_test_id("window").first.get_by_test_id("token")
         assert tokens.all_text_contents() == list(index[last].examples[0].tokens)
-        tab.goto(server.address + f"#/text/{index.text_rollout[3]}")
-        words = tab.get_by_test_id("text").get_by_test_id("token")
+        tab.goto(server.address + f"#/rollout/{index.text_rollout[3]}")
+        words = tab.get_by_test_id("rollout-text").get_by_test_id("token")
         words.first.wait_for()
         assert words.count() == index.text_offset[4] - index.text_offset[3]
         assert complaints == []
         assert all(url.startswith(server.address) for url in requests)
         asked = {url.removeprefix(server.address).partition("#")[0] for url in requests}
-        assert {f"block-{last // 64}", "text-3"} <= asked
+        assert {f"block-{last // 64}", "rollout-3"} <= asked
         assert server.server_port
     assert "connect-src 'self'" in policy(served=True)
     assert "connect-src" not in policy()
@@ -172,7 +172,7 @@ def test_a_served_page_whose_command_has_ended_says_so():
             tab.goto(server.address, wait_until="domcontentloaded")
             tab.wait_for_selector("html[data-ready=true]")
         tab.evaluate("location.hash = '#/feature/299'")
-        message = tab.get_by_text("The command that shows this page has ended. Start it again.")
+        message = tab.get_by_text("The command that serves this page has stopped. Start it again.")
         message.first.wait_for()
 
 
@@ -181,8 +181,8 @@ def test_the_data_of_every_name_are_those_of_the_file():
     server = server_of(payload, {})
     server.server_close()
     assert server.pack("block-2") == payload.block(2)
-    assert server.pack("text-1") == payload.text(1)
-    assert server.pack("block-3") is server.pack("text-2") is None
+    assert server.pack("rollout-1") == payload.rollout(1)
+    assert server.pack("block-3") is server.pack("rollout-2") is None
 
 
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 0)])
@@ -209,7 +209,7 @@ def test_the_command_serves_until_it_is_told_to_stop(tmp_path: Path, stop: int, 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"port": 8000}, "--port is for --serve"),
+        ({"port": 8000}, "--port needs --serve"),
         ({"port": 70000, "serve": True}, "--port is 70000, expected 1 to 65535"),
         ({"port": 0, "serve": True}, "--port is 0, expected 1 to 65535"),
     ],

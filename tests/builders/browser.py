@@ -59,7 +59,7 @@ class Shown:
             self.page.keyboard.press(key)
 
     def wait_for(self, feature: int) -> None:
-        self.page.wait_for_selector(f"[data-testid=detail][data-feature='{feature}']")
+        self.page.wait_for_selector(f"[data-testid=feature-view][data-feature='{feature}']")
         assert self.text("heading") == f"Feature {feature}"
 
     def tokens(self, n: int = 0) -> list[str]:

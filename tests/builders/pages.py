@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lorascope.dashboard.packing import plain_type
+from lorascope.dashboard.packing import numpy_type
 
 
 def column(core: dict[str, Any], name: str) -> list[Any]:
@@ -22,7 +22,7 @@ def block(core: dict[str, Any], text: str) -> dict[str, list[Any]]:
     at, found = 4 * len(names), {}
     for (name, dtype), length in zip(names, lengths, strict=True):
         at += -at % 8
-        read = np.frombuffer(raw, plain_type(dtype), length, at)
+        read = np.frombuffer(raw, numpy_type(dtype), length, at)
         at += read.nbytes
         if dtype == "<b2":
             read = (read.astype("<u4") << 16).view("<f4")

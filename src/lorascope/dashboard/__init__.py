@@ -1,1 +1,1 @@
-"""The page that people read: one HTML file that needs nothing else."""
+"""The page: one HTML file that shows the features and needs nothing else."""

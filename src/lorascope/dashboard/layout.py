@@ -1,21 +1,20 @@
-"""Places of latents on a map: latents whose decoder rows are near stand near one another.
+"""Place latents on a map, so that latents with similar decoder rows are close together.
 
-1. `_graph`: the nearest decoder rows of each latent (`near/decoder`) make a graph. With the
-   distance `1 - cosine`, an edge weighs `exp(-(distance - nearest) / mean distance beyond it)`, so
-   that a latent in a sparse place holds to its neighbours as firmly as one in a dense place; the
-   weights a and b that the two ends give are joined to `a + b - ab`.
-2. `_start`: two vectors near the first eigenvectors of the graph (Belkin & Niyogi 2003, without
-   the constant one), by subspace iteration with Chebyshev filters, replaced by their ranks. What
-   is connected starts in one place; the pieces of a graph in pieces start apart.
-3. `_settle`: in each epoch every latent is drawn to its neighbours and pushed off by `_REPELLERS`
-   random latents, with steps that shrink to 0. These are attraction and repulsion of UMAP (McInnes,
-   Healy & Melville 2018, section 3.2) for the curve `1 / (1 + distance**2)`, that is a = b = 1.
-   Here all latents move at once, by the mean over their edges instead of by one edge after another:
-   that is what NumPy does fast, and it depends on no order of the edges.
-4. `_framed`: the points fill the unit square, a few of the outermost on its border.
+1. `_graph`: connect each latent to its nearest decoder rows (`near/decoder`). The distance is
+   `1 - cosine`, and an edge weighs `exp(-(distance - nearest) / mean excess distance)`, so that
+   neighbours in a sparse region are tied as firmly as in a dense one. The weights a and b from the
+   two ends become `a + b - ab`.
+2. `_start`: two vectors near the first non-constant eigenvectors of the graph (Belkin & Niyogi
+   2003), by subspace iteration with Chebyshev filters, replaced by their ranks. Connected latents
+   start close together, separate components of the graph start apart.
+3. `_settle`: in each epoch, neighbours attract every latent and `_REPELLERS` random latents repel
+   it, with steps that shrink to 0. The forces are those of UMAP (McInnes, Healy & Melville 2018,
+   section 3.2) for the curve `1 / (1 + distance**2)`, that is a = b = 1. All latents move at once,
+   by the mean over their edges: NumPy does this fast, and the order of edges does not matter.
+4. `_fit_square`: scale the points to the unit square, with a few outliers on its border.
 
-Who is beside whom means something, how far clusters are from one another does not. The draws are
-seeded: an index has one map on a machine.
+Only closeness has a meaning; distances between clusters have none. Random draws are seeded, so that
+an index always has the same map on a machine.
 """
 
 from typing import NamedTuple
@@ -29,16 +28,16 @@ Floats = npt.NDArray[np.float32]
 
 _ROUNDS = 20
 _DEGREE = 20  # of the filter's polynomial
-_FIRST, _LAST = 0.1, 0.0003  # what each filter stops is this far below 1: wide, then narrow
-_WIDTH = 10.0  # of the start, in units of the curve
+_FIRST, _LAST = 0.1, 0.0003  # filters pass eigenvalues above 1 minus this: wide, then narrow
+_WIDTH = 10.0  # half width of the start, in units of the curve
 _EPOCHS = 500
 _REPELLERS = 5
-_LONGEST = 4.0  # part of a step along an axis, as in UMAP's own code
-_OUTSIDE = 0.001  # share of the points that the frame does not wait for, on each side
+_MAX_STEP = 4.0  # along an axis, as in UMAP's own code
+_OUTLIERS = 0.001  # share of points beyond the frame, on each side
 
 
 class _Graph(NamedTuple):
-    """Both directions of every edge, by ascending head; nodes alone have an edge of weight 0."""
+    """Both directions of every edge, by ascending head. Isolated nodes get an edge of weight 0."""
 
     start: npt.NDArray[np.int64]  # (node,), first edge of each head
     head: npt.NDArray[np.int64]  # (edge,)
@@ -51,24 +50,24 @@ class _Graph(NamedTuple):
 
 
 def layout(index: FeatureIndex) -> Floats:
-    """Return the place of every latent on a map, `(latent, 2)`, both numbers from 0 to 1.
+    """Return the position of every latent on the map, `(latent, 2)`, from 0 to 1.
 
-    NaN for latents without an example, and for all where the index knows no neighbours.
+    Latents without an example get NaN; so do all latents if the index has no neighbours.
     """
-    places = np.full((len(index), 2), np.nan, dtype=np.float32)
+    positions = np.full((len(index), 2), np.nan, dtype=np.float32)
     rng = np.random.default_rng(0)
-    # In random order, so that the node that stands a few places further on is a random one.
+    # In random order, so that `np.roll` in `_settle` pairs random nodes.
     nodes = rng.permutation(np.flatnonzero(index.n_examples))
     graph = _graph(index, nodes)
     if graph is not None:
-        places[nodes] = _framed(_settle(graph, _start(graph, rng), rng))
-    return places
+        positions[nodes] = _fit_square(_settle(graph, _start(graph, rng), rng))
+    return positions
 
 
 def _graph(index: FeatureIndex, nodes: npt.NDArray[np.int64]) -> _Graph | None:
-    """Return the graph of the latents `nodes`, or None when it has no edge."""
+    """Return the graph of the latents `nodes`, or None if it has no edges."""
     n = len(nodes)
-    node_of = np.full(len(index) + 1, -1)  # the last entry is that of neighbour -1, nobody
+    node_of = np.full(len(index) + 1, -1)  # the last entry is for neighbour -1, which is none
     node_of[nodes] = np.arange(n)
     tail = node_of[index.near_decoder[nodes]]
     distance = 1 - index.near_cosine[nodes].astype(np.float64)
@@ -79,27 +78,27 @@ def _graph(index: FeatureIndex, nodes: npt.NDArray[np.int64]) -> _Graph | None:
     nearest = np.where(known, distance, np.inf).min(axis=1, keepdims=True)
     beyond = np.where(known, distance - nearest, 0)
     scale = np.maximum(beyond.sum(axis=1, keepdims=True) / n_known, 1e-6)
-    # log(1 - weight): of both directions the sum is that of the joined weight
+    # log(1 - weight); summed over both directions, it is that of the joint weight
     loss = np.log1p(-np.minimum(np.exp(-beyond / scale), 0.999))[known]
-    one, other = np.nonzero(known)[0], tail[known]
-    pair, at = np.unique(np.concatenate([one * n + other, other * n + one]), return_inverse=True)
-    weight = -np.expm1(np.bincount(at, np.concatenate([loss, loss])))
+    near, far = np.nonzero(known)[0], tail[known]
+    pair, edge = np.unique(np.concatenate([near * n + far, far * n + near]), return_inverse=True)
+    weight = -np.expm1(np.bincount(edge, np.concatenate([loss, loss])))
     head, tail = np.divmod(pair, n)
-    alone = np.setdiff1d(np.arange(n), head)
-    order = np.argsort(np.concatenate([head, alone]), kind="stable")
-    head, tail = np.concatenate([head, alone])[order], np.concatenate([tail, alone])[order]
-    weight = np.concatenate([weight, np.zeros(len(alone))]).astype(np.float32)[order]
+    isolated = np.setdiff1d(np.arange(n), head)
+    order = np.argsort(np.concatenate([head, isolated]), kind="stable")
+    head, tail = np.concatenate([head, isolated])[order], np.concatenate([tail, isolated])[order]
+    weight = np.concatenate([weight, np.zeros(len(isolated))]).astype(np.float32)[order]
     start = np.searchsorted(head, np.arange(n))
     total = np.maximum(np.add.reduceat(weight, start), np.float32(1e-6))
     return _Graph(start, head, tail, (weight / total[head]).astype(np.float32))
 
 
 def _start(graph: _Graph, rng: np.random.Generator) -> Floats:
-    """Return a first place for each node, `(2, node)`."""
+    """Return the start position of each node, `(2, node)`."""
     n = len(graph.start)
 
     def shifted(y: Floats, stop: np.float32) -> Floats:
-        """Apply the lazy walk, its spectrum from 0 to `stop` mapped to -1 to 1."""
+        """Apply the lazy random walk, with its spectrum from 0 to `stop` mapped to -1 to 1."""
         walked = np.stack([graph.sum(graph.share * row[graph.tail]) for row in y])
         return (walked + y) / stop - y
 
@@ -116,7 +115,7 @@ def _start(graph: _Graph, rng: np.random.Generator) -> Floats:
 
 
 def _settle(graph: _Graph, start: Floats, rng: np.random.Generator) -> Floats:
-    """Return the places after all epochs, `(2, node)`."""
+    """Return the positions after all epochs, `(2, node)`."""
     x, y = start
     for epoch in range(_EPOCHS):
         dx, dy = x[graph.tail] - x[graph.head], y[graph.tail] - y[graph.head]
@@ -126,17 +125,17 @@ def _settle(graph: _Graph, start: Floats, rng: np.random.Generator) -> Floats:
             dx, dy = x - np.roll(x, away), y - np.roll(y, away)
             square = dx * dx + dy * dy
             push = 2 / ((np.float32(0.001) + square) * (1 + square))
-            move_x += np.clip(push * dx, -_LONGEST, _LONGEST)
-            move_y += np.clip(push * dy, -_LONGEST, _LONGEST)
+            move_x += np.clip(push * dx, -_MAX_STEP, _MAX_STEP)
+            move_y += np.clip(push * dy, -_MAX_STEP, _MAX_STEP)
         step = np.float32(1 - epoch / _EPOCHS)
-        x = x + step * np.clip(move_x, -_LONGEST, _LONGEST)
-        y = y + step * np.clip(move_y, -_LONGEST, _LONGEST)
+        x = x + step * np.clip(move_x, -_MAX_STEP, _MAX_STEP)
+        y = y + step * np.clip(move_y, -_MAX_STEP, _MAX_STEP)
     return np.stack([x, y])
 
 
-def _framed(y: Floats) -> Floats:
-    """Return places within the unit square, `(node, 2)`, both axes in one scale."""
-    low, high = np.quantile(y, [_OUTSIDE, 1 - _OUTSIDE], axis=1)
+def _fit_square(y: Floats) -> Floats:
+    """Return positions in the unit square, `(node, 2)`, with both axes in the same scale."""
+    low, high = np.quantile(y, [_OUTLIERS, 1 - _OUTLIERS], axis=1)
     width = max(float((high - low).max()), 1e-6)
     middle = (low + high)[:, None] / 2
     return np.clip((y - middle) / width + 0.5, 0, 1).T.astype(np.float32)

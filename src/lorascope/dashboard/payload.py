@@ -1,18 +1,18 @@
-"""The data inside the page.
+"""Encode a feature index as the data of the page.
 
-1. The *core* is one JSON: what made the page, the statistics of every feature as columns, and the
-   table of texts. It is all that the header, the list, its filters and the map need.
-2. What else is known of `BLOCK` neighbouring features is one *block*, a pack of columns
+1. The *core* is one JSON: where the index comes from, the statistics of all features as columns,
+   and the token table. The header, the list, its filters and the map need nothing else.
+2. Everything else about `BLOCK` consecutive features is one *block*, a pack of columns
    (packing.py). The page decodes a block when it shows one of its features.
-3. A rollout that is kept whole is one block too, with the codes of all its tokens.
-4. Tokens are indices into the table of texts (texttable.py).
-5. Reports of effects (reports.py) add columns to all three, where they are given.
+3. Each rollout that is in the page as a whole is one pack, with the codes of all its tokens.
+4. Tokens are indices into the token table (token_table.py).
+5. Reports of effects (reports.py), if there are any, add columns to all three.
 
-Statistics, the values of examples and samples, and rows are the index's own bits. Rounded are:
-activations of the tokens around (by at most 1/32767 of the feature's largest in its windows),
-shares of a fingerprint (1/62 of its largest), places on the map (1/131068 of its width); scores
-of neighbours and of ranked and promoted tokens, values in kept texts, KL and contributions there
-(1/256 of themselves).
+Statistics, the values of examples and samples, and rows are the index's own bits. These numbers are
+rounded: activations in windows (error at most 1/32767 of the largest in the feature's windows),
+fingerprints (1/62 of the feature's largest share), positions on the map (1/131068 of its width);
+and scores of neighbours and tokens, values in whole rollouts, KL and contributions (1/256 of the
+number).
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,50 +24,57 @@ import numpy as np
 import numpy.typing as npt
 
 from lorascope.artifact import canonical, digest_of
-from lorascope.dashboard.facts import facts
 from lorascope.dashboard.layout import layout
-from lorascope.dashboard.packing import SHARES, halved, narrowest, pack, scaled, text_of
+from lorascope.dashboard.packing import (
+    FULL_SHARE,
+    base64_text,
+    narrowest_type,
+    pack,
+    to_half_bits,
+    to_scaled_int16,
+)
 from lorascope.dashboard.reports import SIDES, TEXT_COLUMNS, Reports
 from lorascope.dashboard.token_table import TokenTable
 from lorascope.features.arrays import RANKINGS
 from lorascope.features.index import FeatureIndex
 
 BLOCK = 64
-NOWHERE = 65535  # a place on the map of a latent that is not on it; a site that is not known
-_WIDTH = 65534  # of the map
+UNKNOWN = 65535  # a site that is not known, a latent that is not on the map
+_MAP_WIDTH = 65534  # of map coordinates
 
-# Column of a block -> its type; assets/data.js names them alike. `value` to `length` have an entry
-# per window: those of the block's examples, then those of its samples.
+# Column of a block -> its type; assets/data.js uses the same names. `value` to `length` have one
+# entry per window: first the windows of the block's examples, then those of its samples.
 _COLUMNS = {
     "count": "<u4",  # examples of each feature of the block
     "sample_count": "<u4",
     "value": "<f4",
-    "peak": "<f4",  # activation of the target; nothing where it is `value`, as in our own files
+    "peak": "<f4",  # activation of the target; empty if it always equals `value`
     "row": "<f8",
     "rollout": "<f8",
     "position": "<i4",
-    "n_alike": "<f8",  # of examples
+    "n_repeats": "<f8",  # of examples
     "quantile": "|i1",  # of samples
     "target": "<u4",
     "length": "<u4",  # tokens in each window
-    "token": "<u4",  # index into the text table; "<u2" where that is enough
-    "activation": "<i2",  # parts of the feature's `scale`
+    "token": "<u4",  # index into the token table; "<u2" if the table is small
+    "activation": "<i2",  # share of the feature's `scale`, times FULL_SCALE
     "scale": "<f4",
-    "histogram": "<u4",  # the features' bins behind one another
+    "histogram": "<u4",  # all bins of the first feature, then of the next
     "by_role": "<f8",
     "by_position": "<f8",
-    "share": "|u1",  # fingerprint, parts of the feature's largest
-    "largest_share": "<f4",
-    "near": "<u4",  # 0 for none, else latent + 1; so `beside` and, for entries, the rankings
+    "fingerprint": "|u1",  # share of the feature's `fingerprint_max`, times FULL_SHARE
+    "fingerprint_max": "<f4",
+    "similar": "<u4",  # latent + 1, or 0 for none; `cofiring` too; rankings have token + 1
     "cosine": "<b2",
-    "beside": "<u4",
+    "cofiring": "<u4",
     "jaccard": "<b2",
-    **{f"{name}{part}": kind for name in RANKINGS for part, kind in (("", "<u4"), ("_", "<b2"))},
+    **dict.fromkeys(RANKINGS, "<u4"),
+    **dict.fromkeys((f"{name}_score" for name in RANKINGS), "<b2"),
 }
-_TEXT_COLUMNS = {
+_ROLLOUT_COLUMNS = {
     "token": "<u4",
     "role": "|u1",
-    "count": "<u2",  # features that fire on each token
+    "n_fired": "<u2",  # features that fire at each token
     "latent": "<u4",
     "value": "<b2",
 }
@@ -75,7 +82,7 @@ _TEXT_COLUMNS = {
 
 @dataclass(frozen=True)
 class Payload:
-    """A feature index in the form that the page reads."""
+    """A feature index, encoded for the page."""
 
     index: FeatureIndex
     title: str
@@ -83,29 +90,31 @@ class Payload:
 
     @property
     def n_blocks(self) -> int:
-        """Number of blocks of features; the last one may be short."""
+        """Number of blocks; the last one may be shorter."""
         return -(-len(self.index) // BLOCK)
 
     @property
-    def n_texts(self) -> int:
-        """Number of rollouts that are kept whole."""
+    def n_rollouts(self) -> int:
+        """Number of rollouts that are in the page as a whole."""
         return len(self.index.text_rollout)
 
     @cached_property
     def first_block(self) -> int:
-        """The block of the first feature with an example, which the page shows first."""
+        """Block of the first feature with an example, which the page shows first."""
         alive = np.flatnonzero(self.index.n_examples)
         return int(alive[0]) // BLOCK if len(alive) else 0
 
     def core(self) -> str:
-        """Return the core as JSON that may stand inside a script element."""
-        index, texts, content = self.index, self._texts, self.index.content
-        place = layout(index)
-        on_map = np.where(np.isnan(place), NOWHERE, np.rint(_WIDTH * np.nan_to_num(place)))
+        """Return the core as JSON that is safe inside a script element."""
+        index, table, content = self.index, self._token_table, self.index.content
+        positions = layout(index)
+        on_map = np.where(
+            np.isnan(positions), UNKNOWN, np.rint(_MAP_WIDTH * np.nan_to_num(positions))
+        )
         columns = {
             "n_examples": ("<u4", index.n_examples),
-            "n_active": (_signed(index.latent_n_active), index.latent_n_active),
-            "n_rollouts": (_signed(index.latent_n_rollouts), index.latent_n_rollouts),
+            "n_active": (_count_type(index.latent_n_active), index.latent_n_active),
+            "n_rollouts": (_count_type(index.latent_n_rollouts), index.latent_n_rollouts),
             "max": ("<f4", index.latent_max),
             "mean": ("<f4", index.latent_mean),
             "std": ("<f4", index.latent_std),
@@ -116,8 +125,8 @@ class Payload:
             "x": ("<u2", on_map[:, 0]),
             "y": ("<u2", on_map[:, 1]),
             "edges": ("<f4", index.latent_histogram_edges),
-            "text_token_id": ("<i4", texts.token_ids),
-            "text_flags": ("|u1", texts.flags),
+            "token_id": ("<i4", table.token_ids),
+            "token_flags": ("|u1", table.flags),
             "kept_rollout": ("<f8", index.text_rollout),
             "kept_why": ("|u1", index.text_why),
             "kept_l0": ("<f4", index.text_l0),
@@ -132,11 +141,11 @@ class Payload:
         data = {
             "title": self.title,
             "facts": facts(index),
-            "key": self._key(),
+            "labels_key": self._labels_key(),
             "n_features": len(index),
             "n_eligible": content.get("n_eligible"),
             "top_k": content.get("top_k", int(index.n_examples.max(initial=0))),
-            "roles": _names(content.get("roles")),
+            "roles": _role_names(content.get("roles")),
             "n_by_role": _totals(content.get("n_by_role"), index.latent_by_role.shape[1]),
             "n_by_position": _totals(
                 content.get("n_by_position"), index.latent_by_position.shape[1]
@@ -144,20 +153,20 @@ class Payload:
             "sites": self._sites,
             "block": BLOCK,
             "block_columns": list(self._columns.items()),
-            "text_columns": list(self._text_columns.items()),
-            "n_near": index.near_decoder.shape[1],
-            "n_beside": index.near_cofiring.shape[1],
+            "rollout_columns": list(self._rollout_columns.items()),
+            "n_similar": index.near_decoder.shape[1],
+            "n_cofiring": index.near_cofiring.shape[1],
             "n_ranked": {name: getattr(index, f"ranked_{name}_id").shape[1] for name in RANKINGS},
             "columns": {
                 name: {
                     "type": dtype,
-                    "data": text_of(np.ascontiguousarray(values, dtype).tobytes()),
+                    "data": base64_text(np.ascontiguousarray(values, dtype).tobytes()),
                 }
                 for name, (dtype, values) in columns.items()
             },
             "effects": self.reports.about(),
-            "texts": texts.texts,
-            "bytes": texts.bytes,
+            "token_texts": table.texts,
+            "token_bytes": table.bytes,
         }
         return escape_json(canonical(data))
 
@@ -165,22 +174,20 @@ class Payload:
         """Return one block of features as base64 text."""
         index = self.index
         latents = slice(number * BLOCK, min((number + 1) * BLOCK, len(index)))
-        e = slice(int(index.example_offset[latents.start]), int(index.example_offset[latents.stop]))
-        s = slice(int(index.sample_offset[latents.start]), int(index.sample_offset[latents.stop]))
+        examples = slice(*index.example_offset[[latents.start, latents.stop]].tolist())
+        samples = slice(*index.sample_offset[[latents.start, latents.stop]].tolist())
         n = len(index.example_value)
-        runs = [e, slice(n + s.start, n + s.stop)]  # of windows
+        windows = [examples, slice(n + samples.start, n + samples.stop)]
 
         def both(name: str) -> npt.NDArray[Any]:
-            parts = getattr(index, f"example_{name}")[e], getattr(index, f"sample_{name}")[s]
-            return np.concatenate(parts)
+            of_examples = getattr(index, f"example_{name}")[examples]
+            return np.concatenate([of_examples, getattr(index, f"sample_{name}")[samples]])
 
-        lengths = np.concatenate([np.diff(index.window_offset[r.start : r.stop + 1]) for r in runs])
-        target = np.concatenate([index.window_target[run] for run in runs])
+        offsets = [index.window_offset[run.start : run.stop + 1] for run in windows]
+        lengths = np.concatenate([np.diff(offset) for offset in offsets])
+        target = np.concatenate([index.window_target[run] for run in windows])
         activation = np.concatenate(
-            [
-                index.window_activation[index.window_offset[r.start] : index.window_offset[r.stop]]
-                for r in runs
-            ]
+            [index.window_activation[offset[0] : offset[-1]] for offset in offsets]
         )
         counts = [
             np.diff(offset[latents.start : latents.stop + 1])
@@ -201,74 +208,78 @@ class Payload:
             "row": both("row"),
             "rollout": both("rollout"),
             "position": both("position"),
-            "n_alike": index.example_n_alike[e],
-            "quantile": index.sample_quantile[s],
+            "n_repeats": index.example_n_alike[examples],
+            "quantile": index.sample_quantile[samples],
             "target": target,
             "length": lengths,
-            "token": np.concatenate([self._texts.of_windows(r.start, r.stop) for r in runs]),
-            "activation": scaled(activation, scale[of_token]),
+            "token": np.concatenate(
+                [self._token_table.entries_of_windows(run.start, run.stop) for run in windows]
+            ),
+            "activation": to_scaled_int16(activation, scale[of_token]),
             "scale": scale,
             "histogram": index.latent_histogram[latents],
             "by_role": index.latent_by_role[latents],
             "by_position": index.latent_by_position[latents],
-            "share": np.rint(SHARES * share / np.where(largest > 0, largest, 1)),
-            "largest_share": largest,
-            "near": index.near_decoder[latents] + 1,
-            "cosine": halved(index.near_cosine[latents]),
-            "beside": index.near_cofiring[latents] + 1,
-            "jaccard": halved(index.near_jaccard[latents]),
+            "fingerprint": np.rint(FULL_SHARE * share / np.where(largest > 0, largest, 1)),
+            "fingerprint_max": largest,
+            "similar": index.near_decoder[latents] + 1,
+            "cosine": to_half_bits(index.near_cosine[latents]),
+            "cofiring": index.near_cofiring[latents] + 1,
+            "jaccard": to_half_bits(index.near_jaccard[latents]),
         }
         for name in RANKINGS:
             ids = getattr(index, f"ranked_{name}_id")[latents]
-            values[name] = np.where(ids == -1, 0, self._texts.of_ids(ids) + 1)
-            values[f"{name}_"] = halved(getattr(index, f"ranked_{name}_score")[latents])
-        for side, (ids, scores) in self._directed.items():
-            values[side] = np.where(ids[latents] == -1, 0, self._texts.of_ids(ids[latents]) + 1)
-            values[f"{side}_"] = halved(scores[latents])
+            values[name] = np.where(ids == -1, 0, self._token_table.entries_of_ids(ids) + 1)
+            values[f"{name}_score"] = to_half_bits(getattr(index, f"ranked_{name}_score")[latents])
+        for side, (ids, scores) in self._direct_tokens.items():
+            values[side] = np.where(
+                ids[latents] == -1, 0, self._token_table.entries_of_ids(ids[latents]) + 1
+            )
+            values[f"{side}_score"] = to_half_bits(scores[latents])
         return pack(values, self._columns)
 
     def blocks(self) -> Iterator[tuple[int, str]]:
-        """Yield every block of features but the first shown one."""
+        """Yield (number, block) for every block except the first that is shown."""
         for number in range(self.n_blocks):
             if number != self.first_block:
                 yield number, self.block(number)
 
-    def text(self, number: int) -> str:
-        """Return one rollout that is kept whole, with all its codes, as base64 text."""
+    def rollout(self, number: int) -> str:
+        """Return one whole rollout, with the codes of all its tokens, as base64 text."""
         index = self.index
         first, last = index.text_offset[number : number + 2].tolist()
         code = index.text_code_offset[first : last + 1]
         values = {
-            "token": self._texts.of_text(number),
+            "token": self._token_table.entries_of_rollout(number),
             "role": index.text_role[first:last],
-            "count": np.diff(code),
+            "n_fired": np.diff(code),
             "latent": index.text_latent[code[0] : code[-1]],
-            "value": halved(index.text_value[code[0] : code[-1]]),
+            "value": to_half_bits(index.text_value[code[0] : code[-1]]),
         }
         if "attribution" in self.reports.found:
             values |= self.reports.text(int(index.text_rollout[number]), last - first)
-        return pack(values, self._text_columns)
+        return pack(values, self._rollout_columns)
 
-    def _key(self) -> str:
-        """Return what labels are kept under: the SAE whose latents they name, or this index."""
+    def _labels_key(self) -> str:
+        """Return what the page stores labels under: the SAE's digest, or else the index's."""
         parents = self.index.manifest.get("parents") or {}
         sae = parents.get("sae") if isinstance(parents, Mapping) else None
         return sae if isinstance(sae, str) else digest_of(self.index.manifest)
 
     def _top_tokens(self) -> npt.NDArray[np.int64]:
-        """Return the text of each feature's strongest token, `(d_sae,)`; 0 where it has none."""
+        """Return the token-table entry of each latent's strongest token, `(latent,)`; 0: none."""
         index, top = self.index, np.zeros(len(self.index), dtype=np.int64)
         alive = np.flatnonzero(index.n_examples)
         best = index.example_offset[alive]
         ids = index.window_token_id[index.window_offset[best] + index.window_target[best]]
-        top[alive] = self._texts.of_ids(ids)
+        top[alive] = self._token_table.entries_of_ids(ids)
         for latent, e in zip(alive.tolist(), best.tolist(), strict=True):
-            if e in self._texts.windows:
-                top[latent] = self._texts.windows[e][index.window_target[e]]
+            if e in self._token_table.window_entries:
+                top[latent] = self._token_table.window_entries[e][index.window_target[e]]
         return top
 
     def _main_role(self) -> npt.NDArray[np.int64]:
-        """Return the role in which each latent is densest, `(latent,)`; 255 where not known."""
+        """Return the role in which each latent is densest, `(latent,)`; 255: unknown."""
         counts = self.index.latent_by_role
         totals = _totals(self.index.content.get("n_by_role"), counts.shape[1])
         if totals is None or not counts.shape[1]:
@@ -277,15 +288,15 @@ class Payload:
         return np.where(share.max(axis=1) > 0, share.argmax(axis=1), 255)
 
     def _main_site(self) -> npt.NDArray[np.int64]:
-        """Return the site with the largest share of each latent's effect, or `NOWHERE`."""
+        """Return each latent's site of largest write, `(latent,)`, or `UNKNOWN`."""
         share = np.nan_to_num(self.index.latent_fingerprint.astype(np.float32))
         if self._sites is None or not share.shape[1]:
-            return np.full(len(share), NOWHERE)
-        return np.where(share.max(axis=1) > 0, share.argmax(axis=1), NOWHERE)
+            return np.full(len(share), UNKNOWN)
+        return np.where(share.max(axis=1) > 0, share.argmax(axis=1), UNKNOWN)
 
     @cached_property
     def _sites(self) -> list[list[Any]] | None:
-        """Layer and projection of every site, where the manifest says them."""
+        """Layer and projection of every site, if the manifest names them."""
         named = self.index.manifest.get("layout")
         sites = named.get("sites") if isinstance(named, Mapping) else None
         if not isinstance(sites, list) or len(sites) != self.index.latent_fingerprint.shape[1]:
@@ -294,49 +305,125 @@ class Payload:
 
     @cached_property
     def _columns(self) -> dict[str, str]:
-        entry, latent = narrowest(len(self._texts.texts)), narrowest(len(self.index))
-        narrow = dict.fromkeys(("token", *RANKINGS), entry)
-        named = dict.fromkeys(self._directed, entry)
-        scores = {f"{side}_": "<b2" for side in self._directed}
-        return {**_COLUMNS, **narrow, "near": latent, "beside": latent, **named, **scores}
+        """Column of a block -> type, with the narrowest types for tokens and latents."""
+        return {
+            **_COLUMNS,
+            **dict.fromkeys(("token", *RANKINGS, *self._direct_tokens), self._token_type),
+            **dict.fromkeys(("similar", "cofiring"), self._latent_type),
+            **dict.fromkeys((f"{side}_score" for side in self._direct_tokens), "<b2"),
+        }
 
     @cached_property
-    def _text_columns(self) -> dict[str, str]:
-        entry, latent = narrowest(len(self._texts.texts)), narrowest(len(self.index))
-        more = TEXT_COLUMNS if "attribution" in self.reports.found else {}
-        return {**_TEXT_COLUMNS, "token": entry, "latent": latent, **more}
+    def _rollout_columns(self) -> dict[str, str]:
+        """Column of a whole rollout -> type."""
+        attribution = TEXT_COLUMNS if "attribution" in self.reports.found else {}
+        types = {"token": self._token_type, "latent": self._latent_type}
+        return {**_ROLLOUT_COLUMNS, **types, **attribution}
+
+    @property
+    def _token_type(self) -> str:
+        return narrowest_type(len(self._token_table.texts))
+
+    @property
+    def _latent_type(self) -> str:
+        return narrowest_type(len(self.index))
 
     @cached_property
-    def _directed(self) -> dict[str, tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
-        known = "direct" in self.reports.found
-        return {side: self.reports.tokens(side) for side in SIDES} if known else {}
+    def _direct_tokens(self) -> dict[str, tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
+        """Side -> token ids and scores of the direct effect; empty without such a report."""
+        if "direct" not in self.reports.found:
+            return {}
+        return {side: self.reports.tokens(side) for side in SIDES}
 
     @cached_property
-    def _texts(self) -> TokenTable:
+    def _token_table(self) -> TokenTable:
         return TokenTable.from_index(self.index, self.reports.vocabulary)
 
 
 def escape_json(text: str) -> str:
-    """Escape ASCII JSON so that no HTML parser finds a tag or a comment in it."""
+    """Return ASCII JSON escaped so that no HTML parser finds a tag or a comment in it."""
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def manifest_comment(manifest: Mapping[str, Any]) -> str:
-    """Return a manifest as the text of an HTML comment; reading it as JSON gives it back."""
+    """Return a manifest as the text of an HTML comment, which is still JSON."""
     return escape_json(canonical(manifest)).replace("--", "-\\u002d")
 
 
-def _signed(counts: npt.NDArray[np.int64]) -> str:
-    """Return the type of counts of which -1 is not known."""
+def _count_type(counts: npt.NDArray[np.int64]) -> str:
+    """Return the type of counts in which -1 stands for unknown."""
     return "<i4" if counts.max(initial=0) < 1 << 31 else "<f8"
 
 
-def _names(names: Any) -> list[str]:
-    """Return the names of roles, none where they are not known."""
+def _role_names(names: Any) -> list[str]:
+    """Return the names of the roles; empty if unknown."""
     return [str(name) for name in names] if isinstance(names, list) else []
 
 
 def _totals(totals: Any, n: int) -> list[int] | None:
-    """Return how many tokens there are of each kind, or None where that is not known."""
+    """Return the number of tokens of each of `n` kinds, or None if unknown."""
     known = isinstance(totals, list) and len(totals) == n and n
     return [int(total) for total in totals] if known else None
+
+
+def facts(index: FeatureIndex) -> list[list[str]]:
+    """Return the header's facts as [label, value, definition]; unknown ones are left out."""
+    manifest, content = index.manifest, index.content
+    settings = manifest.get("settings") or {}
+    parents = manifest.get("parents") or {}
+    layout = manifest.get("layout") or {}
+    n_alive = int(np.count_nonzero(index.n_examples))
+
+    def value_of(*keys: str) -> str | None:
+        values = (source.get(key) for key in keys for source in (content, settings))
+        return next((_fact(value) for value in values if _fact(value)), None)
+
+    def with_digest(name: str | None, digest: Any) -> str | None:
+        short = digest[:12] if isinstance(digest, str) else None
+        return " · ".join(part for part in (name, short) if part) or None
+
+    sites = layout.get("sites") or []
+    ranks = [site["rank"] for site in sites if isinstance(site, dict) and "rank" in site]
+    columns = f"{sum(ranks):,} at {len(ranks):,} sites" if ranks else None
+    rows = [
+        ["Model", value_of("base_model", "model"), "the subject model, without the adapter"],
+        [
+            "Adapter",
+            with_digest(value_of("adapter_name", "adapter", "lora_path"), layout.get("adapter")),
+            "the LoRA that is studied, and its digest",
+        ],
+        [
+            "SAE",
+            with_digest(value_of("sae_name", "sae", "model_path"), parents.get("sae")),
+            "the sparse autoencoder whose latents are the features, and its digest",
+        ],
+        ["Dataset", value_of("dataset", "corpus"), "the texts that were read"],
+        ["Columns", columns, "numbers that the adapter computes for each token"],
+        ["Rollouts", value_of("n_rollouts"), "tokenised texts that were read"],
+        ["Tokens", value_of("n_tokens"), "tokens in those rollouts"],
+        [
+            "Ordinary tokens",
+            value_of("n_eligible"),
+            "tokens that can be examples: no special tokens, no template headers",
+        ],
+        ["Features", f"{n_alive:,} of {len(index):,}", "features with an example, of all features"],
+        [
+            "FVU",
+            value_of("fvu"),
+            "fraction of the variance that the SAE leaves unexplained",
+        ],
+        ["L0", value_of("l0"), "average number of features that fire at a token"],
+        ["lorascope", _fact(manifest.get("version")), "version that wrote the feature index"],
+    ]
+    return [[label, value, note] for label, value, note in rows if label and value and note]
+
+
+def _fact(value: Any) -> str | None:
+    """Return a manifest value as text, or None if it is not a number or a non-empty string."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return value if isinstance(value, str) and value else None

@@ -1,15 +1,15 @@
-"""Make one HTML file from a feature index or from published JSON.
+"""Write one HTML page from a feature index or from published JSON.
 
-1. Read the input, `features.h5` or JSON of the published schema.
-2. Bundle the assets: modules in the order of their imports, as one script.
-3. Write the page with the core and the first block ahead of the script, so that the first feature
-   is painted while the rest of a large file is still being read; then the other blocks.
+1. Read the input: `features.h5`, or JSON in the published schema.
+2. Bundle the assets: all modules as one script, each after those that it imports.
+3. Write the core and the first block before the script, and the other blocks after it. The browser
+   then shows the first feature while it still reads the rest of a large file.
 
-The page's policy forbids every request and every script or style but the two whose hashes it
-names. Data reaches it as JSON and base64 in script elements that no browser runs.
+The page's policy forbids all requests, and all scripts and styles except the two whose hashes it
+names. The data is JSON and base64 in script elements that no browser runs.
 
-`--serve` shows the same page at an address of this machine until Ctrl-C, and writes nothing: its
-data are made when the page asks for them (serve.py), so there may be more than a file can hold.
+`--serve` shows the same page at an address of this machine until Ctrl-C and writes no file. It
+encodes data when the page requests them (serve.py), so the index may be larger than a file can be.
 """
 
 import base64
@@ -46,62 +46,63 @@ KIND = "dashboard"
 SCHEMA = 1
 STYLES = ("colors.css", "page.css", "feature.css", "views.css")
 _PAGE = "page.html"
-_LARGE = 20_000_000  # bytes; above it a page is hard to send to others
-_IMPORT = re.compile(r'^import (\{[^}]*\}) from "\./([a-z]+)\.js";$', re.MULTILINE)
+_LARGE = 20_000_000  # bytes; a larger page is hard to share
+_IMPORT = re.compile(r'^import (\{[^}]*\}) from "\./([a-z_]+)\.js";$', re.MULTILINE)
 _EXPORT = re.compile(r"^export ((?:async )?function|const) (\w+)", re.MULTILINE)
 _SLOT = re.compile(r"\{\{(\w+)\}\}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DashboardConfig(Config):
-    """What `lorascope dashboard` needs to know."""
+    """Options of `lorascope dashboard`."""
 
     input: Path = option(
-        help="features.h5, or a features JSON of the published schema", identity=False
+        help="features.h5, or a features JSON in the published schema", identity=False
     )
     output: Path = option(Path("sae_dashboard_new.html"), help="HTML file to write", identity=False)
     effects: tuple[Path, ...] = option(
         (),
-        help="reports of what the features do, to show beside them: those of ablate, direct and "
-        "attribute",
+        help="reports of ablate, direct and attribute to show with the features",
         identity=False,
     )
     title: str = option("LoRA features", help="heading of the page")
     max_examples: int | None = option(
         None,
-        help="examples of each feature on the page, and a fifth as many samples of each fifth of "
-        "its firings; default: all. Fewer make a smaller file",
+        help="examples per feature, and a fifth as many samples per fifth of its firings; default: "
+        "all. Fewer examples make a smaller file",
     )
     overwrite: bool = option(
-        False, help="replace an output that was made with other settings", identity=False
+        False, help="replace an output that has other settings", identity=False
     )
     serve: bool = option(
-        False, help="show the page at a local address instead of writing a file", identity=False
+        False, help="serve the page at a local address instead of writing a file", identity=False
     )
     port: int | None = option(
-        None, help="port of 127.0.0.1 to serve at; default: any free one", identity=False
+        None, help="port of 127.0.0.1 for --serve; default: any free port", identity=False
     )
 
     def check(self) -> None:
-        """Refuse a port that there is not, and one without --serve."""
+        """Refuse a port that is out of range or given without --serve."""
         super().check()
         self.require("max_examples", 1)
         if self.port is not None and not 1 <= self.port <= 65535:
             raise ConfigError(f"--port is {self.port}, expected 1 to 65535")
         if self.port is not None and not self.serve:
-            raise ConfigError("--port is for --serve; give both or neither")
+            raise ConfigError("--port needs --serve; add it, or leave out --port")
 
 
 def run(config: DashboardConfig) -> Path:
     """Write the page and return its path. The same input gives the same bytes.
 
-    With `serve`, show it until Ctrl-C and return the input's path. Raises ArtifactError when the
-    input is not a feature index, or when the output is something else and `overwrite` is off.
+    With `serve`, serve it until Ctrl-C and return the input's path. Raises ArtifactError if the
+    input is not a feature index, or if the output exists, differs and `overwrite` is off.
     """
     source, output = config.input.expanduser(), config.output.expanduser()
     index = _read(source)
-    made_by = read_manifest(source)
-    parents = {"features": digest_file(source) if made_by is None else digest_of(made_by)}
+    source_manifest = read_manifest(source)
+    parents = {
+        "features": digest_file(source) if source_manifest is None else digest_of(source_manifest)
+    }
     reports = Reports.open(config.effects, index, source)
     parents |= reports.parents
     settings = config.settings()
@@ -131,27 +132,27 @@ def run(config: DashboardConfig) -> Path:
         published = build.publish_file(_PAGE)
     log.info("%d features with %d examples: %.1f MB", *manifest["content"].values(), size / 1e6)
     if size > _LARGE:
-        log.warning("%s is large; give fewer --max-examples, or look at it with --serve", output)
+        log.warning("%s is large; use fewer --max-examples, or --serve", output)
     return published
 
 
 def server_of(payload: Payload, manifest: dict[str, object], port: int = 0) -> PageServer:
-    """Return the server of a page and of the data that it asks for."""
+    """Return a server for the page and the packs that it requests."""
 
     def pack(name: str) -> str | None:
         kind, _, number = name.partition("-")
-        n, make = {
+        n, encode = {
             "block": (payload.n_blocks, payload.block),
-            "text": (payload.n_texts, payload.text),
+            "rollout": (payload.n_rollouts, payload.rollout),
         }[kind]
-        return make(int(number)) if int(number) < n else None
+        return encode(int(number)) if int(number) < n else None
 
     text = "".join(page(payload, manifest, served=True))
     return PageServer(text.encode("ascii"), policy(served=True), pack, port)
 
 
 def policy(*, served: bool = False) -> str:
-    """Return the page's Content-Security-Policy. A served page may ask where it comes from."""
+    """Return the page's Content-Security-Policy. A served page may request from its own server."""
     script, style = _hash(bundle(served=served)), _hash(_style())
     return (
         f"default-src 'none'; script-src {script}; style-src {style}; "
@@ -161,7 +162,7 @@ def policy(*, served: bool = False) -> str:
 
 
 def page(payload: Payload, manifest: dict[str, object], *, served: bool = False) -> Iterator[str]:
-    """Yield the page piece by piece, ASCII only; `served`, with the first block alone."""
+    """Yield the page in pieces, as ASCII. A `served` page contains only the first block."""
     slots = {
         "policy": policy(served=served),
         "manifest": manifest_comment(manifest),
@@ -170,43 +171,44 @@ def page(payload: Payload, manifest: dict[str, object], *, served: bool = False)
         "script": bundle(served=served),
         "glossary": _glossary_html(),
     }
-    n_packs = 1 if served else payload.n_blocks + payload.n_texts
+    n_packs = 1 if served else payload.n_blocks + payload.n_rollouts
     with progress(n_packs, "dashboard", "block") as bar:
-        # Alternating text and slot names: what a slot is filled with is never searched for slots.
-        for place, piece in enumerate(_SLOT.split(_asset("index.html"))):
-            if place % 2 == 0:
+        # `split` gives text and slot names in turn, so that slots in the filled-in text stay text.
+        for i, piece in enumerate(_SLOT.split(_asset("index.html"))):
+            if i % 2 == 0:
                 yield piece
             elif piece == "core":
                 yield payload.core()
             elif piece == "first_block":
                 number = payload.first_block
-                yield _block(f"block-{number}", payload.block(number))
+                yield _pack_element(f"block-{number}", payload.block(number))
                 bar.update()
             elif piece != "blocks":
                 yield slots[piece]
             elif not served:
                 for number, data in payload.blocks():
-                    yield _block(f"block-{number}", data)
+                    yield _pack_element(f"block-{number}", data)
                     bar.update()
-                for number in range(payload.n_texts):
-                    yield _block(f"text-{number}", payload.text(number))
+                for number in range(payload.n_rollouts):
+                    yield _pack_element(f"rollout-{number}", payload.rollout(number))
                     bar.update()
 
 
 def bundle(*, served: bool = False) -> str:
-    """Return the modules of the page as one script: each a scope, after those that it imports.
+    """Return the page's modules as one script: each in a scope of its own, after its imports.
 
-    Only a `served` page has a module that can ask for anything.
+    Only a `served` page has a module that can make requests.
     """
     scopes: dict[str, str] = {}
 
     def visit(name: str) -> None:
         if name in scopes:
             return
-        text = _asset("served.js" if served and name == "embedded" else f"{name}.js")
-        for _, needed in _IMPORT.findall(text):
-            visit(needed)
-        exports = ", ".join(name for _, name in _EXPORT.findall(text))
+        file = "packs_served" if served and name == "packs_embedded" else name
+        text = _asset(f"{file}.js")
+        for _, imported in _IMPORT.findall(text):
+            visit(imported)
+        exports = ", ".join(exported for _, exported in _EXPORT.findall(text))
         body = _EXPORT.sub(r"\1 \2", _IMPORT.sub(r"const \1 = \2_js;", text))
         scopes[name] = f"const {name}_js = (() => {{\n{body}return {{ {exports} }};\n}})();"
 
@@ -246,7 +248,7 @@ def _read(source: Path) -> FeatureIndex:
     return read_published(source)
 
 
-def _block(name: str, data: str) -> str:
+def _pack_element(name: str, data: str) -> str:
     return f'<script type="text/plain" id="{name}">{data}</script>\n'
 
 

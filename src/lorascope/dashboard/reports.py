@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from lorascope.artifact import digest_of, open_manifest
 from lorascope.causal.study import open_report
-from lorascope.dashboard.packing import halved
+from lorascope.dashboard.packing import to_half_bits
 from lorascope.errors import ArtifactError
 from lorascope.features.index import FeatureIndex
 
@@ -271,7 +271,7 @@ def _real(value: Any, least: float | None = None, most: float = _LARGEST) -> flo
 def _halves(values: Sequence[Any], least: float | None = None) -> npt.NDArray[np.uint16]:
     """Return numbers in two bytes each; None becomes NaN."""
     numbers = [np.nan if v is None else _real(v, least) for v in values]
-    return halved(np.array(numbers, np.float32))
+    return to_half_bits(np.array(numbers, np.float32))
 
 
 def _require_parents(

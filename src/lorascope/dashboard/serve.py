@@ -1,14 +1,14 @@
-"""Give a page and its data to browsers of this machine, and to nobody else.
+"""Serve a page and its data to browsers on this machine only.
 
-1. The server listens on 127.0.0.1 alone, at a free port or a given one.
-2. The address of the page has a random word in it, because other users of the machine reach its
-   ports too. A request without the word finds nothing.
-3. A request whose `Host` is not a name of this machine is refused: it comes from a page elsewhere
-   whose name was made to point here (DNS rebinding). Any port of it is right, for forwarded ones.
-4. There is GET and nothing else. No answer says that other origins may read it (CORS), and every
-   one says that they may not embed it; the page's own policy is sent as a header as well.
+1. The server listens on 127.0.0.1, at a free port or a given one.
+2. The page's address contains a random token, because other users of the machine can reach its
+   ports too. A request without the token gets 404.
+3. A request whose `Host` is not this machine is refused, because it may come from another site
+   whose name resolves to this address (DNS rebinding). Any port is accepted: it may be forwarded.
+4. Only GET is supported. No response allows other origins to read it (CORS) or to embed it, and
+   every response has the page's policy as a header too.
 
-The page asks for `block-12` and `text-3` beside itself when it shows what is in them.
+The page requests packs such as `block-12` and `rollout-3` from the same address when it needs them.
 """
 
 import logging
@@ -24,13 +24,13 @@ from lorascope.errors import ConfigError, Interrupted
 
 log = logging.getLogger(__name__)
 
-_HERE = "127.0.0.1"
-_NAMES = (_HERE, "localhost")
-_PATH = re.compile(r"/([\w-]+)/((?:block|text)-(?:0|[1-9][0-9]{0,8}))?(?:\?.*)?")
+_ADDRESS = "127.0.0.1"
+_HOSTS = (_ADDRESS, "localhost")
+_PATH = re.compile(r"/([\w-]+)/((?:block|rollout)-(?:0|[1-9][0-9]{0,8}))?(?:\?.*)?")
 
 
 class PageServer(ThreadingHTTPServer):
-    """A server of one page. `pack` gives the data of a name, or None where there is none."""
+    """A server of one page. `pack` returns the data of a name, or None if there is none."""
 
     daemon_threads = True
 
@@ -38,24 +38,24 @@ class PageServer(ThreadingHTTPServer):
         self, page: bytes, policy: str, pack: Callable[[str], str | None], port: int = 0
     ) -> None:
         self.page, self.policy, self.pack = page, policy, pack
-        self.word = secrets.token_urlsafe(16)
+        self.token = secrets.token_urlsafe(16)
         try:
-            super().__init__((_HERE, port), _Handler)
+            super().__init__((_ADDRESS, port), _Handler)
         except OSError as error:
             raise ConfigError(
-                f"--port {port} cannot be had ({error.strerror}); "
-                "give another, or none for any that is free"
+                f"cannot listen on --port {port} ({error.strerror}); "
+                "give another port, or leave it out to use any free one"
             ) from None
 
     @property
     def address(self) -> str:
-        """What to open in a browser."""
-        return f"http://{_HERE}:{self.server_port}/{self.word}/"
+        """The page's address."""
+        return f"http://{_ADDRESS}:{self.server_port}/{self.token}/"
 
 
 def serve(server: PageServer) -> None:
-    """Answer until Ctrl-C, which is how it is meant to end."""
-    log.warning("open %s in a browser of this machine; Ctrl-C ends it", server.address)
+    """Serve until Ctrl-C, which ends it without an error."""
+    log.warning("open %s in a browser on this machine; Ctrl-C stops it", server.address)
     with server:
         try:
             server.serve_forever()
@@ -65,23 +65,23 @@ def serve(server: PageServer) -> None:
 
 class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "lorascope", ""
-    timeout = 60  # seconds after which a silent connection is closed
+    timeout = 60  # seconds until an idle connection is closed
 
     def do_GET(self) -> None:
-        """Answer with the page or with a part of its data."""
+        """Send the page or one of its packs."""
         server = self.server
         assert isinstance(server, PageServer)
-        if self._host() not in _NAMES:
-            return self._answer(HTTPStatus.FORBIDDEN, "this page is for this machine only")
+        if self._host() not in _HOSTS:
+            return self._send(HTTPStatus.FORBIDDEN, "this page is only for this machine")
         path = _PATH.fullmatch(self.path)
-        if path is None or not secrets.compare_digest(path[1].encode(), server.word.encode()):
-            return self._answer(HTTPStatus.NOT_FOUND, "there is nothing here")
+        if path is None or not secrets.compare_digest(path[1].encode(), server.token.encode()):
+            return self._send(HTTPStatus.NOT_FOUND, "not found")
         if path[2] is None:
-            return self._answer(HTTPStatus.OK, server.page, "text/html")
+            return self._send(HTTPStatus.OK, server.page, "text/html")
         data = server.pack(path[2])
         if data is None:
-            return self._answer(HTTPStatus.NOT_FOUND, f"there is no {path[2]}")
-        return self._answer(HTTPStatus.OK, data)
+            return self._send(HTTPStatus.NOT_FOUND, f"{path[2]} not found")
+        return self._send(HTTPStatus.OK, data)
 
     def _host(self) -> str | None:
         try:
@@ -89,7 +89,7 @@ class _Handler(BaseHTTPRequestHandler):
         except ValueError:
             return None
 
-    def _answer(self, status: HTTPStatus, body: str | bytes, kind: str = "text/plain") -> None:
+    def _send(self, status: HTTPStatus, body: str | bytes, kind: str = "text/plain") -> None:
         assert isinstance(self.server, PageServer)
         data = body.encode() if isinstance(body, str) else body
         self.send_response(status)
@@ -108,4 +108,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Keep quiet: the word in the address is a secret, and a log may not be."""
+        """Log nothing: the address contains a secret, and logs may be shared."""

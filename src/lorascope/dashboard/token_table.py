@@ -1,7 +1,7 @@
-"""What each token looks like, wherever it stands on the page.
+"""The token table: the text of every token on the page.
 
-The table has an entry per vocabulary token, in the vocabulary's order, and after them more for
-tokens whose text depends on their neighbours: the pieces of a character that tokens share.
+The table has one entry per vocabulary token, in order of token ids. After these come extra entries
+for tokens whose text depends on their neighbours, because a character is split between tokens.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,30 +19,30 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass
 class TokenTable:
-    """Texts, their tokens, and the entries of every window and text where they are its own."""
+    """Texts by entry, and the entries of those windows and rollouts that need extra ones."""
 
-    ids: npt.NDArray[np.int32]  # of the vocabulary, ascending
-    special: npt.NDArray[np.bool_]
+    ids: npt.NDArray[np.int32]  # (vocabulary,), token ids, ascending
+    special: npt.NDArray[np.bool_]  # (vocabulary,)
     index: FeatureIndex
     texts: list[str]
-    token: list[int]  # entry -> place in the vocabulary
-    raw: list[bytes]  # of the vocabulary
-    partial: npt.NDArray[np.bool_]  # (vocabulary,), whether the bytes alone are no text
-    windows: dict[int, list[int]] = field(default_factory=dict)  # window -> entries
-    rollouts: dict[int, list[int]] = field(default_factory=dict)  # kept text -> entries
+    token: list[int]  # entry -> index into the vocabulary
+    raw: list[bytes]  # (vocabulary,)
+    partial: npt.NDArray[np.bool_]  # (vocabulary,), whether the bytes alone are not valid UTF-8
+    window_entries: dict[int, list[int]] = field(default_factory=dict)  # window -> entries
+    rollout_entries: dict[int, list[int]] = field(default_factory=dict)  # whole rollout -> entries
 
     @classmethod
     def from_index(
-        cls, index: FeatureIndex, more: Mapping[int, bytes] | None = None
+        cls, index: FeatureIndex, extra: Mapping[int, bytes] | None = None
     ) -> "TokenTable":
-        """Build the table in the order of the vocabulary, then windows, then kept texts.
+        """Build the table: vocabulary, then extra entries of windows, then of whole rollouts.
 
-        `more` are tokens with their bytes that need not occur in the index.
+        `extra` has the bytes of tokens that the index may lack.
         """
-        spelled = {int(i): index.token_bytes(int(i)) for i in index.token_id}
-        spelled = {**(more or {}), **spelled}
-        ids = np.array(sorted(spelled), np.int32)
-        raw = [spelled[i] for i in ids.tolist()]
+        bytes_of = {int(i): index.token_bytes(int(i)) for i in index.token_id}
+        bytes_of = {**(extra or {}), **bytes_of}
+        ids = np.array(sorted(bytes_of), np.int32)
+        raw = [bytes_of[i] for i in ids.tolist()]
         special = np.isin(ids, index.token_id[index.token_special != 0])
         partial = np.array([not _is_text(token) for token in raw], dtype=bool)
         table = cls(
@@ -55,12 +55,12 @@ class TokenTable:
             partial,
         )
         known = {(v, text): v for v, text in enumerate(table.texts)}
-        for offset, ids, found in (
-            (index.window_offset, index.window_token_id, table.windows),
-            (index.text_offset, index.text_token_id, table.rollouts),
+        for offset, ids, entries in (
+            (index.window_offset, index.window_token_id, table.window_entries),
+            (index.text_offset, index.text_token_id, table.rollout_entries),
         ):
-            for owner, places in table._broken(offset, ids):
-                found[owner] = table._entries(places, known)
+            for sequence, tokens in table._sequences_with_partial(offset, ids):
+                entries[sequence] = table._entries(tokens, known)
         return table
 
     @property
@@ -70,61 +70,64 @@ class TokenTable:
 
     @property
     def flags(self) -> npt.NDArray[np.uint8]:
-        """Whether each entry is of a special token or of a piece of a character."""
+        """Flags of every entry: special token, part of a character."""
         owner = np.array(self.token, dtype=np.int64)
         special = _SPECIAL * self.special[owner]
         return (special + _PARTIAL * self.partial[owner]).astype(np.uint8)
 
     @property
     def bytes(self) -> dict[str, str]:
-        """Bytes in hexadecimal of the entries whose text does not say them."""
+        """Bytes in hexadecimal of the entries that are part of a character."""
         return {str(i): self.raw[v].hex(" ") for i, v in enumerate(self.token) if self.partial[v]}
 
-    def of_ids(self, ids: npt.NDArray[np.int32]) -> Ints:
-        """Return the vocabulary's own entries of tokens, whatever stands beside them."""
+    def entries_of_ids(self, ids: npt.NDArray[np.int32]) -> Ints:
+        """Return the vocabulary entries of token ids, whatever their neighbours are."""
         return np.searchsorted(self.ids, ids)
 
-    def of_windows(self, first: int, last: int) -> Ints:
-        """Return the entries of the tokens of windows `first` to `last`, behind one another."""
-        return self._of(
-            self.windows, self.index.window_offset, self.index.window_token_id, first, last
+    def entries_of_windows(self, first: int, last: int) -> Ints:
+        """Return the entries of all tokens of windows `first` to `last - 1`, concatenated."""
+        index = self.index
+        return self._entries_of(
+            self.window_entries, index.window_offset, index.window_token_id, first, last
         )
 
-    def of_text(self, text: int) -> Ints:
-        """Return the entries of the tokens of a text that is kept whole."""
-        return self._of(
-            self.rollouts, self.index.text_offset, self.index.text_token_id, text, text + 1
+    def entries_of_rollout(self, number: int) -> Ints:
+        """Return the entries of all tokens of a whole rollout."""
+        index = self.index
+        return self._entries_of(
+            self.rollout_entries, index.text_offset, index.text_token_id, number, number + 1
         )
 
-    def _of(
+    def _entries_of(
         self,
-        own: dict[int, list[int]],
+        extra: dict[int, list[int]],
         offset: npt.NDArray[np.int64],
         ids: npt.NDArray[np.int32],
         first: int,
         last: int,
     ) -> Ints:
         begin = int(offset[first])
-        entries = self.of_ids(ids[begin : int(offset[last])])
-        for owner in range(first, last) if own else ():
-            if owner in own:
-                at = int(offset[owner]) - begin
-                entries[at : at + len(own[owner])] = own[owner]
+        entries = self.entries_of_ids(ids[begin : int(offset[last])])
+        for sequence in range(first, last) if extra else ():
+            if sequence in extra:
+                start = int(offset[sequence]) - begin
+                entries[start : start + len(extra[sequence])] = extra[sequence]
         return entries
 
-    def _broken(
+    def _sequences_with_partial(
         self, offset: npt.NDArray[np.int64], ids: npt.NDArray[np.int32]
     ) -> Iterator[tuple[int, list[int]]]:
-        """Yield the sequences that hold a piece of a character, as places in the vocabulary."""
-        at = self.of_ids(ids)
-        broken = np.flatnonzero(self.partial[at]) if self.raw else np.zeros(0, dtype=np.int64)
-        owners = np.searchsorted(offset, broken, side="right") - 1
-        for owner in np.unique(owners).tolist():
-            yield owner, at[offset[owner] : offset[owner + 1]].tolist()
+        """Yield (sequence, vocabulary indices) of sequences that contain part of a character."""
+        tokens = self.entries_of_ids(ids)
+        partial = np.flatnonzero(self.partial[tokens]) if self.raw else np.zeros(0, dtype=np.int64)
+        sequences = np.searchsorted(offset, partial, side="right") - 1
+        for sequence in np.unique(sequences).tolist():
+            yield sequence, tokens[offset[sequence] : offset[sequence + 1]].tolist()
 
-    def _entries(self, places: list[int], known: dict[tuple[int, str], int]) -> list[int]:
+    def _entries(self, tokens: list[int], known: dict[tuple[int, str], int]) -> list[int]:
+        """Return the entries of a sequence of vocabulary indices; add those that are new."""
         entries = []
-        for pair in zip(places, display_texts([self.raw[v] for v in places]), strict=True):
+        for pair in zip(tokens, display_texts([self.raw[v] for v in tokens]), strict=True):
             if pair not in known:
                 known[pair] = len(self.texts)
                 self.token.append(pair[0])

@@ -1,82 +1,83 @@
-// What is shown, and how people move between features, texts and the map.
+// Decides what is shown, and moves between features, rollouts and the map.
+import { editLabel, editNote, showAnnotations, toggleStar } from "./annotation_form.js";
+import { onAnnotations } from "./annotations.js";
 import { column, core, feature, featureNow, prefetch } from "./data.js";
-import { drawFeature, drawMessage } from "./detail.js";
-import { clearFilters, filters, onList, query, refill, setFilters } from "./finder.js";
+import { saveDrawing, saveFile, saveTable } from "./downloads.js";
+import { listIndex, listed, onChoose, redraw, select } from "./feature_list.js";
+import { drawFeature, drawMessage } from "./feature_view.js";
+import { clearFilters, filters, onList, query, refill, setFilters } from "./filter_form.js";
+import { element, whole } from "./format.js";
 import { openHelp, setKeys } from "./keys.js";
-import { listed, mark, onChoose, place, redraw } from "./list.js";
 import { hasMap, mapImage, onOpen, showMap } from "./map.js";
-import { onNotes } from "./notes.js";
-import { showNoText, showText } from "./reader.js";
+import { firstRollout, markRollout, nRollouts } from "./rollout_list.js";
+import { showNoRollout, showRollout } from "./rollout_view.js";
 import { address, amend, onRoute, push } from "./route.js";
-import { saveDrawing, saveFile, saveTable } from "./saves.js";
-import { element, whole } from "./text.js";
-import { firstText, markText, nTexts } from "./texts.js";
 import { switchTheme } from "./theme.js";
-import { hideTip, watchTokens } from "./tip.js";
-import { editLabel, editNote, showWords, toggleStar } from "./words.js";
+import { hideTooltip, watchTokens } from "./tooltip.js";
 
 const byId = (id) => document.getElementById(id);
-const [detail, heading, count] = [byId("detail"), byId("heading"), byId("count")];
+const [featureView, heading, count] = [byId("feature-view"), byId("heading"), byId("count")];
 const [previous, next, number] = [byId("previous"), byId("next"), byId("number")];
 
 let view = "feature";
-let current = -1; // feature that is shown, -1 while a message is
-let text = -1; // text that is shown
-let isListed = false; // whether the list was ever filled
-let wanted = 0; // number of the latest request, so that a late answer is dropped
+let current = -1; // feature that is shown, -1 while a message is shown
+let rollout = -1; // rollout that is shown, by its number in this page
+let isListed = false; // whether the list has been filled
+let latest = 0; // number of the latest request; answers to earlier ones are dropped
 
 async function show(id) {
-  hideTip();
+  hideTooltip();
   current = id;
-  title(`Feature ${id}`, `feature ${id}`);
+  setTitle(`Feature ${id}`, `feature ${id}`);
   number.value = id;
-  mark(id);
-  drawPlace();
-  showWords(id);
-  const request = ++wanted;
+  select(id);
+  drawPosition();
+  showAnnotations(id);
+  const request = ++latest;
   let drawn;
   try {
     drawn = drawFeature(featureNow(id) ?? (await feature(id)));
   } catch (error) {
-    const said = `Feature ${id} cannot be shown. ${error.message}`;
-    drawn = { parts: [drawMessage(said, "damaged")], later: () => {} };
+    const message = `Feature ${id} cannot be shown. ${error.message}`;
+    drawn = { parts: [drawMessage(message, "damaged")], later: () => {} };
   }
-  if (request !== wanted) return;
-  detail.replaceChildren(...drawn.parts);
-  detail.dataset.feature = id;
-  // The next frame shows what people came for; the rest of the page follows in the frame after.
+  if (request !== latest) return;
+  featureView.replaceChildren(...drawn.parts);
+  featureView.dataset.feature = id;
+  // The next frame shows what matters most; the rest of the page follows in the frame after it.
   requestAnimationFrame(() => setTimeout(() => {
-    if (request !== wanted) return;
+    if (request !== latest) return;
     drawn.later();
-    detail.dataset.whole = id;
-    const at = place(id);
+    featureView.dataset.complete = id;
+    const at = listIndex(id);
     if (at < 0) return;
     prefetch(listed()[at + 1]);
     prefetch(listed()[at - 1]);
   }));
 }
 
-function showMessage(head, said) {
-  hideTip();
-  wanted++;
+function showMessage(title, message) {
+  hideTooltip();
+  latest++;
   current = -1;
-  title(head);
-  mark(-1);
-  drawPlace();
-  showWords(-1);
-  detail.replaceChildren(drawMessage(said));
-  delete detail.dataset.feature;
+  setTitle(title);
+  select(-1);
+  drawPosition();
+  showAnnotations(-1);
+  featureView.replaceChildren(drawMessage(message));
+  delete featureView.dataset.feature;
 }
 
-function title(head, short = "") {
-  heading.textContent = head;
+function setTitle(title, short = "") {
+  heading.textContent = title;
   document.title = short ? `${core.title}: ${short}` : core.title;
 }
 
-function drawPlace() {
-  const at = place(current);
+// Shows where the feature is in the list, and enables the buttons that lead on.
+function drawPosition() {
+  const at = listIndex(current);
   if (at >= 0) count.textContent = `feature ${whole(at + 1)} of ${whole(listed().length)}`;
-  else if (current >= 0) count.textContent = "hidden from the list by its filters";
+  else if (current >= 0) count.textContent = "hidden by the filters";
   else count.textContent = "";
   const n = listed().length;
   previous.disabled = at < 0 ? !n : at === 0;
@@ -92,104 +93,104 @@ function showView(name) {
   }
 }
 
-// Shows what the address names; without a name the first feature, or the one that was shown.
+// Shows what the address names. Without a name, shows the last or the first feature.
 async function showAddress() {
-  const { view: name, word, query: asked } = address();
-  hideTip();
-  if (name === "text" && nTexts) {
+  const { view: target, name, query: asked } = address();
+  hideTooltip();
+  if (target === "rollout" && nRollouts) {
     if (!isListed) setFilters("");
     isListed = true;
-    return openText(word, asked);
+    return openRollout(name, asked);
   }
-  if (asked !== undefined || !isListed) setFilters(asked, isListed && word === undefined);
+  if (asked !== undefined || !isListed) setFilters(asked, isListed && name === undefined);
   isListed = true;
-  if (name === "map" && hasMap) return openMap();
-  const back = view !== "feature";
+  if (target === "map" && hasMap) return openMap();
+  const isBack = view !== "feature";
   showView("feature");
-  if (word !== undefined) {
-    await open(word, back);
-    if (asked === undefined && query()) amend("feature", word, query());
+  if (name !== undefined) {
+    await open(name, isBack);
+    if (asked === undefined && query()) amend("feature", name, query());
     return undefined;
   }
-  if (back && current >= 0) return open(String(current), true);
+  if (isBack && current >= 0) return open(String(current), true);
   return listed().length ? show(listed()[0]) : showEmpty();
 }
 
-async function open(word, anew = false) {
-  const id = /^\d{1,15}$/.test(word) ? Number(word) : -1;
-  if (id >= 0 && id < core.n_features) return id === current && !anew ? undefined : show(id);
-  const known = core.n_features ? `features 0 to ${whole(core.n_features - 1)}` : "no features";
-  const said = `There is no feature ${word.slice(0, 40)}. This page has ${known}.`;
-  return showMessage("Not found", said);
+// Shows the feature with this number, or a message. `again` redraws the one that is shown.
+async function open(name, again = false) {
+  const id = /^\d{1,15}$/.test(name) ? Number(name) : -1;
+  if (id >= 0 && id < core.n_features) return id === current && !again ? undefined : show(id);
+  const range = core.n_features ? `features 0 to ${whole(core.n_features - 1)}` : "no features";
+  const message = `There is no feature ${name.slice(0, 40)}. This page has ${range}.`;
+  return showMessage("Not found", message);
 }
 
-async function openText(word, asked) {
-  showView("text");
-  const rollout = word === undefined || word === "" ? column.kept_rollout[firstText()] : Number(word);
-  const found = column.kept_rollout.indexOf(rollout);
-  text = found;
-  const at = ++wanted;
-  title(found < 0 ? "Not found" : `Rollout ${whole(rollout)}`, found < 0 ? "" : `text ${rollout}`);
+async function openRollout(name, asked) {
+  showView("rollout");
+  const isNamed = name !== undefined && name !== "";
+  const id = isNamed ? Number(name) : column.kept_rollout[firstRollout()];
+  const at = column.kept_rollout.indexOf(id);
+  rollout = at;
+  const request = ++latest;
+  setTitle(at < 0 ? "Not found" : `Rollout ${whole(id)}`, at < 0 ? "" : `rollout ${id}`);
   count.textContent = "";
-  markText(found);
-  if (found < 0) {
-    const name = String(word ?? "").slice(0, 40);
-    return showNoText(`Rollout ${name} is not kept whole in this page. Choose one from the list.`);
+  markRollout(at);
+  if (at < 0) {
+    const shown = String(name ?? "").slice(0, 40);
+    return showNoRollout(`Rollout ${shown} is not in this page. Choose one from the list.`);
   }
   try {
-    await showText(found, asked);
+    await showRollout(at, asked);
   } catch (error) {
-    if (at === wanted) showNoText(`This text cannot be shown. ${error.message}`);
+    if (request === latest) showNoRollout(`This rollout cannot be shown. ${error.message}`);
   }
   return undefined;
 }
 
 function openMap() {
-  wanted++;
+  latest++;
   showView("map");
-  title("Map of features", "map");
-  count.textContent = `${whole(listed().length)} features in the list are in colour`;
+  setTitle("Map of features", "map");
+  count.textContent = `${whole(listed().length)} features from the list are coloured`;
   showMap(current);
 }
 
 function showEmpty() {
-  const alive = column.n_examples.some((n) => n > 0);
-  const only = query() === "full=1" || query() === "dead=1&full=1";
-  const said = alive && core.n_features
-    ? only
-      ? `No feature has all ${core.top_k} examples. ` +
-        "Clear \u201conly full examples\u201d to see the others."
-      : "No feature passes the search and the filters. Clear them to see the others."
-    : core.n_features
-      ? `None of the ${whole(core.n_features)} features has an example: ` +
-        "no feature fires on these texts."
-      : "This page has no features.";
-  showMessage("Nothing to show", said);
+  const isOnlyFull = query() === "full=1" || query() === "dead=1&full=1";
+  let message = "No feature matches the search and the filters. Clear them to see all features.";
+  if (!core.n_features) message = "This page has no features.";
+  else if (!column.n_examples.some((n) => n > 0)) {
+    message = `None of the ${whole(core.n_features)} features has an example: ` +
+      "none fires in these rollouts.";
+  } else if (isOnlyFull) {
+    message = `No feature has all ${core.top_k} examples. Clear that filter to see the others.`;
+  }
+  showMessage("Nothing to show", message);
 }
 
-// Goes to a feature, and makes a new entry for the browser's back button.
-function jump(word) {
-  const back = view !== "feature";
+// Goes to a feature, with a new entry for the browser's back button.
+function jump(name) {
+  const isBack = view !== "feature";
   showView("feature");
-  open(String(word), back);
-  push("feature", word, query());
+  open(String(name), isBack);
+  push("feature", name, query());
 }
 
-// Goes to a neighbour, without an entry.
+// Goes to a feature without a new entry.
 function glide(id) {
   show(id);
   amend("feature", id, query());
 }
 
 function step(by) {
-  if (view === "text") return stepText(by);
+  if (view === "rollout") return stepRollout(by);
   if (view === "map") return undefined;
   const order = listed();
-  const at = place(current);
+  const at = listIndex(current);
   if (at >= 0) {
     if (at + by >= 0 && at + by < order.length) glide(order[at + by]);
   } else if (order.length) {
-    // From a feature that the filters hide to its neighbour by number; from a message to an end.
+    // From a hidden feature, go to the next one by number; from a message, to an end of the list.
     const ids = [...order].sort((a, b) => a - b);
     const near = by > 0 ? ids.find((id) => id > current) : ids.findLast((id) => id < current);
     glide(near ?? (by > 0 && current < 0 ? ids[0] : ids[ids.length - 1]));
@@ -197,20 +198,21 @@ function step(by) {
   return undefined;
 }
 
-function stepText(by) {
-  const order = [...document.querySelectorAll("#texts a")].map((link) => Number(link.dataset.text));
-  const to = order[order.indexOf(text) + by];
+function stepRollout(by) {
+  const links = [...document.querySelectorAll("#rollouts a")];
+  const order = links.map((link) => Number(link.dataset.rollout));
+  const to = order[order.indexOf(rollout) + by];
   if (to === undefined) return;
-  push("text", column.kept_rollout[to]);
-  openText(String(column.kept_rollout[to]));
+  push("rollout", column.kept_rollout[to]);
+  openRollout(String(column.kept_rollout[to]));
 }
 
-// After a filter changes, stays where it is if it can; else goes to the next feature in the list.
-function relisted(moves) {
+// After the list changes, keeps the feature that is shown if it may; else goes to the next listed.
+function onRelisted(moves) {
   if (!moves && (current >= 0 || view !== "feature" || !isListed)) {
     if (view === "feature" && current >= 0) {
-      mark(current);
-      drawPlace();
+      select(current);
+      drawPosition();
     } else if (view === "map") openMap();
     return undefined;
   }
@@ -223,9 +225,9 @@ function relisted(moves) {
     showEmpty();
     return amend("feature", undefined, query());
   }
-  if (place(current) >= 0) {
-    mark(current);
-    drawPlace();
+  if (listIndex(current) >= 0) {
+    select(current);
+    drawPosition();
     return amend("feature", current, query());
   }
   return glide(order.find((id) => id >= current) ?? order[0]);
@@ -240,50 +242,50 @@ function drawHeader() {
     byId("facts").append(fact);
   }
   byId("about").open = matchMedia("(min-width: 821px)").matches;
-  document.querySelector("[data-tab=text]").hidden = !nTexts;
+  document.querySelector("[data-tab=rollout]").hidden = !nRollouts;
   document.querySelector("[data-tab=map]").hidden = !hasMap;
 }
 
 const focusOn = (id) => () => {
-  if (view === "text" && id === "query") return byId("text-query").focus();
+  if (view === "rollout" && id === "query") return byId("rollout-query").focus();
   byId(id).focus();
   return byId(id).select();
 };
 
 setKeys([
-  ["ArrowLeft", "\u2190", "previous feature or text", () => step(-1)],
-  ["ArrowRight", "\u2192", "next feature or text", () => step(1)],
+  ["ArrowLeft", "\u2190", "previous feature or rollout", () => step(-1)],
+  ["ArrowRight", "\u2192", "next feature or rollout", () => step(1)],
   ["/", "/", "search", focusOn("query")],
   ["g", "G", "go to a feature by its number", focusOn("number")],
   ["f", "F", "features", () => location.assign("#/feature")],
   ["m", "M", "map", () => hasMap && location.assign("#/map")],
-  ["t", "T", "texts", () => nTexts && location.assign("#/text")],
+  ["t", "T", "rollouts", () => nRollouts && location.assign("#/rollout")],
   ["s", "S", "star the feature", () => view === "feature" && toggleStar()],
   ["l", "L", "label the feature", () => view === "feature" && editLabel()],
-  ["n", "N", "write a note on the feature", () => view === "feature" && editNote()],
-  ["c", "C", "clear search and filters", clearFilters],
-  ["d", "D", "light or dark colours", switchTheme],
-  ["?", "?", "this help", openHelp],
+  ["n", "N", "write a note about the feature", () => view === "feature" && editNote()],
+  ["c", "C", "clear the search and the filters", clearFilters],
+  ["d", "D", "switch between light and dark colours", switchTheme],
+  ["?", "?", "open this help", openHelp],
 ]);
 
 drawHeader();
 onChoose(jump);
 onOpen(jump);
-onList(relisted);
+onList(onRelisted);
 onRoute(showAddress);
-onNotes((id) => {
+onAnnotations((id) => {
   redraw();
   if (id < 0 || filters().mark) refill(id < 0);
 });
-watchTokens(detail);
+watchTokens(featureView);
 previous.addEventListener("click", () => step(-1));
 next.addEventListener("click", () => step(1));
 byId("help-button").addEventListener("click", openHelp);
 byId("save-table").addEventListener("click", () => saveTable(listed()));
 byId("goto").addEventListener("submit", (event) => {
   event.preventDefault();
-  const word = number.value.trim().replace(/^#/, "");
-  if (word) jump(word);
+  const name = number.value.trim().replace(/^#/, "");
+  if (name) jump(name);
 });
 byId("skip").addEventListener("click", (event) => {
   event.preventDefault();
@@ -292,7 +294,7 @@ byId("skip").addEventListener("click", (event) => {
 byId("browse").addEventListener("click", (event) => {
   const opened = document.body.classList.toggle("browsing");
   event.currentTarget.setAttribute("aria-expanded", String(opened));
-  mark(current);
+  select(current);
 });
 addEventListener("click", (event) => {
   const button = event.target.closest?.("[data-save]");

@@ -1,49 +1,49 @@
-// The page's data: the core, read once; blocks of features and kept texts, decoded when asked for.
-// Python writes all of it; dashboard/payload.py says what is in it.
-import { plain, starts, unpack } from "./pack.js";
+// The page's data: the core, read once; blocks of features and whole rollouts, decoded on demand.
+// dashboard/payload.py writes the data and documents them.
+import { decodeColumn, startsOf, unpack } from "./unpack.js";
 
-const MAX_BLOCKS = 24; // decoded blocks that are kept, and as many texts
-const FULL = 32767; // what the largest activation of a feature's windows is written as
-const SHARES = 31; // the same for shares of a fingerprint
+const MAX_PACKS = 24; // decoded packs (blocks and rollouts) that stay in memory
+const FULL_SCALE = 32767; // stands for the largest activation in a feature's windows
+const FULL_SHARE = 31; // stands for a feature's largest share in its fingerprint
 
 export const SPECIAL = 1;
 export const PARTIAL = 2;
-export const NOWHERE = 65535;
+export const UNKNOWN = 65535; // a site that is not known, a feature that is not on the map
 export const RANKINGS = ["mean", "lift", "before", "after"];
 
 export const core = JSON.parse(document.getElementById("core").textContent);
 
 export const column = Object.fromEntries(
-  Object.entries(core.columns).map(([name, { type, data }]) => [name, plain(type, data)]),
+  Object.entries(core.columns).map(([name, { type, data }]) => [name, decodeColumn(type, data)]),
 );
-core.columns = null; // its texts are large and no longer needed
+core.columns = null; // frees their base64 texts
 
-const promised = new Map(); // id of a pack -> Promise, least recently used first
-const ready = new Map(); // id of a pack -> what it holds
+const promised = new Map(); // pack id -> Promise of its content, least recently used first
+const ready = new Map(); // pack id -> its content, once decoded
 
-// Returns a feature's record at once when its block is decoded, undefined otherwise.
+// Returns a feature's record if its block is decoded, else undefined.
 export function featureNow(id) {
   const block = ready.get(`block-${Math.floor(id / core.block)}`);
   return block && record(block, id);
 }
 
-// Returns a Promise of a feature's record: all that is known of it beside the core's columns.
+// Returns a Promise of a feature's record: everything about it that is not in the core's columns.
 export async function feature(id) {
   return record(await load(`block-${Math.floor(id / core.block)}`), id);
 }
 
-// Decodes the block of a feature ahead of need; a damaged block is reported when it is shown.
+// Decodes a feature's block in advance. A damaged block is reported only when it is shown.
 export function prefetch(id) {
   if (id !== undefined) load(`block-${Math.floor(id / core.block)}`).catch(() => {});
 }
 
-// Returns a Promise of a kept text: token entries, roles, and the codes `codes[t] .. codes[t + 1]`
-// of token t in `latent` and `value`.
-export function keptText(number) {
-  return load(`text-${number}`);
+// Returns a Promise of a whole rollout: token entries and roles, and in `latent` and `value` what
+// fires at token t, from `codes[t]` to `codes[t + 1]`.
+export function rolloutData(number) {
+  return load(`rollout-${number}`);
 }
 
-// Returns a Promise of what the search reads of a block, without keeping the block.
+// Returns a Promise of what the search needs from a block. Does not keep the block in memory.
 export async function searchable(number) {
   const id = `block-${number}`;
   const block = await (promised.get(id) ?? unpack(id, core.block_columns));
@@ -57,19 +57,19 @@ export async function searchable(number) {
 }
 
 function load(id) {
-  const known = promised.get(id);
-  if (known) {
+  const earlier = promised.get(id);
+  if (earlier) {
     promised.delete(id);
-    promised.set(id, known);
-    return known;
+    promised.set(id, earlier);
+    return earlier;
   }
-  const promise = id.startsWith("text") ? decodeText(id) : decodeBlock(id);
+  const promise = id.startsWith("rollout") ? decodeRollout(id) : decodeBlock(id);
   promised.set(id, promise);
   promise.then(
-    (block) => promised.has(id) && ready.set(id, block),
+    (content) => promised.has(id) && ready.set(id, content),
     () => promised.delete(id),
   );
-  if (promised.size > MAX_BLOCKS) {
+  if (promised.size > MAX_PACKS) {
     const oldest = promised.keys().next().value;
     promised.delete(oldest);
     ready.delete(oldest);
@@ -80,16 +80,16 @@ function load(id) {
 async function decodeBlock(id) {
   const block = await unpack(id, core.block_columns);
   block.first = Number(id.slice("block-".length)) * core.block;
-  block.exampleStart = starts(block.count);
-  block.sampleStart = starts(block.sample_count);
-  block.windowStart = starts(block.length);
+  block.exampleStart = startsOf(block.count);
+  block.sampleStart = startsOf(block.sample_count);
+  block.windowStart = startsOf(block.length);
   return block;
 }
 
-async function decodeText(id) {
-  const text = await unpack(id, core.text_columns);
-  text.codes = starts(text.count);
-  return text;
+async function decodeRollout(id) {
+  const rollout = await unpack(id, core.rollout_columns);
+  rollout.codes = startsOf(rollout.n_fired);
+  return rollout;
 }
 
 function record(block, id) {
@@ -99,46 +99,46 @@ function record(block, id) {
   const nExamples = block.exampleStart[block.count.length];
   const examples = [];
   for (let e = block.exampleStart[i]; e < block.exampleStart[i + 1]; e++) {
-    examples.push({ ...windowOf(block, e, i), alike: block.n_alike[e], quantile: -1 });
+    examples.push({ ...windowOf(block, e, i), repeats: block.n_repeats[e], quantile: -1 });
   }
   const samples = [];
   for (let s = block.sampleStart[i]; s < block.sampleStart[i + 1]; s++) {
-    samples.push({ ...windowOf(block, nExamples + s, i), alike: -1, quantile: block.quantile[s] });
+    samples.push({ ...windowOf(block, nExamples + s, i), repeats: -1, quantile: block.quantile[s] });
   }
   const nSites = core.sites ? core.sites.length : 0;
   const shares = Float32Array.from(
-    row(block.share, nSites), (part) => (part * block.largest_share[i]) / SHARES,
+    row(block.fingerprint, nSites), (part) => (part * block.fingerprint_max[i]) / FULL_SHARE,
   );
   return {
     id, examples, samples, shares,
     histogram: row(block.histogram, bins),
     byRole: core.n_by_role ? row(block.by_role, core.n_by_role.length) : [],
     byPosition: core.n_by_position ? row(block.by_position, core.n_by_position.length) : [],
-    near: pairs(row(block.near, core.n_near), row(block.cosine, core.n_near)),
-    beside: pairs(row(block.beside, core.n_beside), row(block.jaccard, core.n_beside)),
+    similar: pairs(row(block.similar, core.n_similar), row(block.cosine, core.n_similar)),
+    cofiring: pairs(row(block.cofiring, core.n_cofiring), row(block.jaccard, core.n_cofiring)),
     ranked: Object.fromEntries(
       RANKINGS.map((name) => {
         const n = core.n_ranked[name];
-        return [name, pairs(row(block[name], n), row(block[`${name}_`], n))];
+        return [name, pairs(row(block[name], n), row(block[`${name}_score`], n))];
       }),
     ),
-    promoted: directed(block, "promoted", i),
-    suppressed: directed(block, "suppressed", i),
+    promoted: directEffects(block, "promoted", i),
+    suppressed: directEffects(block, "suppressed", i),
   };
 }
 
-function directed(block, side, i) {
+function directEffects(block, side, i) {
   const n = core.effects.direct?.n ?? 0;
   if (!n) return [];
   const part = (values) => values.subarray(i * n, (i + 1) * n);
-  return pairs(part(block[side]), part(block[`${side}_`]));
+  return pairs(part(block[side]), part(block[`${side}_score`]));
 }
 
 function windowOf(block, w, i) {
   const from = block.windowStart[w];
   const to = block.windowStart[w + 1];
-  const unit = block.scale[i] / FULL;
-  const activations = Float32Array.from(block.activation.subarray(from, to), (part) => part * unit);
+  const step = block.scale[i] / FULL_SCALE;
+  const activations = Float32Array.from(block.activation.subarray(from, to), (part) => part * step);
   activations[block.target[w]] = block.peak.length ? block.peak[w] : block.value[w];
   return {
     value: block.value[w],
@@ -151,9 +151,9 @@ function windowOf(block, w, i) {
   };
 }
 
-// Numbers that count from 1, where 0 stands for none, beside their scores.
+// Returns [number, score] pairs. Stored numbers count from 1; 0 stands for none.
 function pairs(ids, scores) {
-  const found = [];
-  ids.forEach((id, i) => id > 0 && found.push([id - 1, scores[i]]));
-  return found;
+  const list = [];
+  ids.forEach((id, i) => id > 0 && list.push([id - 1, scores[i]]));
+  return list;
 }

@@ -1,40 +1,41 @@
-// What a feature does: what is gone without it, and which tokens it promotes by what it writes.
+// The effects of a feature: of removing it, and on tokens directly through the residual stream.
 import { column, core } from "./data.js";
 import { meter, panel, svg } from "./figures.js";
-import { element, percent, short, whole, writeToken } from "./text.js";
+import { element, percent, short, whole, writeToken } from "./format.js";
 
-const [WIDTH, ROW] = [320, 26]; // of the figure, in units of its drawing
+const [WIDTH, ROW] = [320, 26]; // of the figure, in SVG units
 const SIDES = [["promoted", "+"], ["suppressed", "\u2212"]];
 
-// Whether the page knows what is gone without a feature.
-export function isMeasured(id) {
+// Returns whether the effect of removing a feature was measured.
+function isMeasured(id) {
   return column.effect_kl !== undefined && !Number.isNaN(column.effect_kl[id]);
 }
 
-// Returns the panels of what a feature does, as far as it is known.
+// Returns the panels of those effects that were measured.
 export function drawEffects(record) {
   const parts = [];
-  if (column.effect_kl) parts.push(drawGone(record.id));
+  if (column.effect_kl) parts.push(drawAblation(record.id));
   if (column.direct_share) parts.push(drawDirect(record));
   return parts;
 }
 
-function drawGone(id) {
-  const { n_rollouts: texts, n_tokens: tokens, whole: all, floor } = core.effects.ablation;
-  const note = `KL(adapter \u2016 without it), nats a token, on ${whole(tokens)} tokens of ` +
-    `${whole(texts)} held-out texts (logarithmic axis).`;
+function drawAblation(id) {
+  const { n_rollouts: rollouts, n_tokens: tokens, whole: all, floor } = core.effects.ablation;
+  const title = "Effect of removing this feature";
+  const note = "KL(adapter \u2016 adapter without this feature), in nats per token, on " +
+    `${whole(tokens)} tokens of ${whole(rollouts)} held-out rollouts (logarithmic axis).`;
   if (!isMeasured(id) || column.effect_fired[id] === 0) {
     const why = element("p", "figure-note", isMeasured(id)
-      ? "Nothing: it never fired on these texts."
-      : "Not in the report: it never fired on these texts, or was not asked for.");
-    return panel("What is gone without it", note, why, { testid: "effect" });
+      ? "No effect: it never fires in these rollouts."
+      : "Not measured: it never fires in these rollouts, or it was not selected.");
+    return panel(title, note, why, { testid: "effect" });
   }
   const value = (name) => column[`effect_${name}`][id];
   const rows = [["this feature", value("kl"), [value("low"), value("high")], "main"],
     ["random direction", value("random"), [NaN, NaN], "other"],
     ["whole adapter", all, [NaN, NaN], "soft"]];
   const list = element("dl", "effect-facts");
-  for (const [label, name, number, text, meaning] of facts(value)) {
+  for (const [label, name, number, text, meaning] of factsOf(value)) {
     const line = element("div", "effect-fact");
     const shown = element("dd", "", text);
     shown.dataset.testid = `effect-${name}`;
@@ -42,31 +43,32 @@ function drawGone(id) {
     line.append(element("dt", "", label), shown, element("dd", "effect-note", meaning));
     list.append(line);
   }
-  return panel("What is gone without it", note, [drawScale(id, rows, floor), list], {
+  return panel(title, note, [drawKlAxis(id, rows, floor), list], {
     testid: "effect", file: `feature-${id}-effect`,
   });
 }
 
-function facts(value) {
+// Returns [label, name, number, text for people, definition] of each number.
+function factsOf(value) {
   const [low, high] = [value("low"), value("high")];
   const edges = Number.isNaN(low) ? "" : ` (${three(low)} to ${three(high)})`;
   const known = (number, write) => (Number.isNaN(number) ? "\u2013" : write(number));
   return [
     ["KL", "kl", value("kl"), three(value("kl")) + edges,
-      "over all tokens, with the 95 % interval over texts"],
-    ["each firing", "each", value("each"), known(value("each"), three),
-      `the same KL, shared out over the ${whole(value("fired"))} tokens it fires on there`],
-    ["at once", "here", value("here"), known(value("here"), percent),
-      "share of the KL at the tokens it fires on; the rest comes later in the text"],
+      "average over all tokens, with a 95 % interval over rollouts"],
+    ["per firing", "per-firing", value("each"), known(value("each"), three),
+      `total KL divided by the ${whole(value("fired"))} tokens at which it fires`],
+    ["share at firing tokens", "at-firing", value("here"), known(value("here"), percent),
+      "share of the KL at tokens where it fires; the rest comes later in the rollout"],
     ["loss", "ce", value("ce"), signed(value("ce")),
-      "rise of \u2212log p of the text's own next tokens, nats a token"],
-    ["random", "random", value("random"), three(value("random")),
-      "a random direction of the same size taken out instead: the control"],
+      "increase of \u2212log p of the actual next token, in nats per token"],
+    ["control", "random", value("random"), three(value("random")),
+      "KL of removing a random direction of the same norm instead"],
   ];
 }
 
-// Draws values as dots on a logarithmic axis, with the floor of rounding as a line.
-function drawScale(id, rows, floor) {
+// Draws values as dots on a logarithmic axis, with the numerical noise level as a line.
+function drawKlAxis(id, rows, floor) {
   const values = [floor, ...rows.flatMap(([, value, edges]) => [value, ...edges])]
     .filter((value) => value > 0);
   const low = Math.floor(Math.log10(Math.max(1e-13, Math.min(...values, 1e-9)))) - 0.2;
@@ -74,10 +76,10 @@ function drawScale(id, rows, floor) {
   const [left, right] = [104, WIDTH - 8];
   const at = (value) => left +
     (right - left) * Math.max(0, (Math.log10(value) - low) / (high - low));
-  const height = ROW * rows.length + 12; // the last line names the floor
+  const height = ROW * rows.length + 12; // leaves room for the name of the noise level
   const drawing = svg("svg", {
     viewBox: `0 0 ${WIDTH} ${height + 16}`, role: "group",
-    "aria-label": `KL without feature ${id}, its control and the whole adapter`,
+    "aria-label": `KL of removing feature ${id}, of its control, and of removing the whole adapter`,
   });
   drawing.dataset.walk = "";
   const step = Math.max(1, Math.ceil((high - Math.ceil(low)) / 4));
@@ -89,7 +91,7 @@ function drawScale(id, rows, floor) {
   if (floor > 0) {
     const line = { x1: at(floor), x2: at(floor), y1: 0, y2: height, class: "floor-line" };
     drawing.append(svg("line", line),
-      svg("text", { x: at(floor) + 4, y: height - 3, class: "tick start" }, "floor of rounding"));
+      svg("text", { x: at(floor) + 4, y: height - 3, class: "tick start" }, "numerical noise level"));
   }
   rows.forEach(([label, value, [from, to], kind], i) => {
     const y = ROW * (i + 0.5);
@@ -99,9 +101,9 @@ function drawScale(id, rows, floor) {
     }
     const where = value > 0 ? at(value) : left;
     const dot = svg("circle", { cx: where, cy: y, r: 5, class: `dot ${kind}`, tabindex: i ? -1 : 0 });
-    dot.dataset.tip = `${label}: ${three(value)} nats a token` +
-      (value > 0 ? "" : "; nothing at all, so not on this axis") +
-      (i === 0 && floor > 0 ? `; rounding alone makes ${three(floor)}` : "");
+    dot.dataset.tip = `${label}: ${three(value)} nats per token` +
+      (value > 0 ? "" : "; exactly 0, which this axis cannot show") +
+      (i === 0 && floor > 0 ? `; numerical noise level ${three(floor)}` : "");
     drawing.append(dot);
   });
   return drawing;
@@ -109,14 +111,15 @@ function drawScale(id, rows, floor) {
 
 function drawDirect(record) {
   const share = column.direct_share[record.id];
-  const note = "By what it writes to the residual stream alone, from weights: logits in standard " +
-    "deviations over the vocabulary.";
+  const title = "Tokens it promotes and suppresses";
+  const note = "Direct effect through the residual stream, computed from weights. Scores are logits " +
+    "in standard deviations over the vocabulary.";
   if (!(share > 0)) {
-    const why = "Its effect is indirect: no site that it acts at writes to the residual stream.";
-    return panel("What it promotes", note, element("p", "figure-note", why), { testid: "direct" });
+    const why = "It has no direct effect: none of its sites writes to the residual stream.";
+    return panel(title, note, element("p", "figure-note", why), { testid: "direct" });
   }
-  const parts = [element("p", "figure-note", `${percent(share)} of its effect is written there; ` +
-    "the rest acts inside layers.")];
+  const parts = [element("p", "figure-note", `${percent(share)} of its write goes directly to the ` +
+    "residual stream; the rest acts inside layers.")];
   parts[0].dataset.testid = "direct-share";
   parts[0].dataset.value = String(share);
   for (const [side, sign] of SIDES) {
@@ -134,14 +137,15 @@ function drawDirect(record) {
     }
     parts.push(element("h4", "", `${sign} ${side}`), list);
   }
-  return panel("What it promotes", note, parts, { testid: "direct" });
+  return panel(title, note, parts, { testid: "direct" });
 }
 
-// Three digits: effects are known to no more.
+// Returns a number with three digits: effects are not known more precisely.
 export function three(value) {
   return short(Number(value.toPrecision(3)));
 }
 
+// Returns a number with three digits and its sign.
 export function signed(value) {
   return `${value < 0 ? "\u2212" : "+"}${three(Math.abs(value))}`;
 }

@@ -1,15 +1,15 @@
-// Examples and samples of one feature: tokens in their context, painted by activation.
+// Examples and samples of one feature: tokens in their context, coloured by activation.
 import { column } from "./data.js";
-import { element, short, whole, writeToken } from "./text.js";
+import { element, short, whole, writeToken } from "./format.js";
 
 export const LEVELS = 9; // of the heat ramp in colors.css, evenly spaced in lightness
-const LONG = 29; // tokens of a window above which it is folded
-const NEAR = 10; // tokens on each side of the target that a folded window shows
+const MAX_TOKENS = 29; // a longer window is folded
+const N_NEAR = 10; // tokens on each side of the target that a folded window shows
 const FIFTHS = ["weakest", "second weakest", "middle", "second strongest", "strongest"];
 
-const keptAt = new Map(Array.from(column.kept_rollout, (rollout, text) => [rollout, text]));
+const wholeRollouts = new Set(column.kept_rollout);
 
-// Returns the largest activation that the windows show, and whether any is below zero.
+// Returns the largest size of an activation in the windows, and whether any is negative.
 export function scaleOf({ id, examples, samples }) {
   let scale = Math.abs(column.max[id]) || 0;
   let signed = false;
@@ -33,10 +33,10 @@ export function drawExamples({ id, examples }, { scale, signed }) {
 export function drawSamples({ id, samples }, { scale }) {
   const section = element("section", "examples");
   section.dataset.testid = "samples";
-  section.setAttribute("aria-label", "Samples across its strength");
+  section.setAttribute("aria-label", "Examples from strong to weak");
   section.append(
-    element("h3", "", "Across its strength"),
-    element("p", "note", "Drawn at random from each fifth of its firings, strongest fifth first."),
+    element("h3", "", "Examples from strong to weak"),
+    element("p", "note", "Random firings from each fifth of its activations, strongest fifth first."),
   );
   let fifth = -1;
   samples.forEach((sample, i) => {
@@ -60,8 +60,8 @@ function drawLegend(scale, signed) {
     element("span", "", signed ? `\u2212${short(scale)}` : "0"),
     ramp,
     element("span", "", short(scale)),
-    element("span", "legend-note", "activation of this feature on a token, in the SAE's units"),
-    element("span", "legend-mark", "outlined: the token of the example"),
+    element("span", "legend-note", "activation of this feature at a token, in the SAE's units"),
+    element("span", "legend-mark", "outlined: the example's token"),
   );
   return legend;
 }
@@ -71,9 +71,9 @@ function drawCard(example, rank, id, scale) {
   const name = example.quantile < 0 ? "example" : "sample";
   card.dataset.testid = name;
   const text = drawWindow(example, scale);
-  text.setAttribute("aria-label", `Tokens of ${name} ${rank}; arrow keys move between them`);
+  text.setAttribute("aria-label", `Tokens of ${name} ${rank}. Arrow keys move between them.`);
   card.append(drawHead(example, rank, id, name), text);
-  if (example.tokens.length > LONG) card.append(drawUnfold(text, example.tokens.length));
+  if (example.tokens.length > MAX_TOKENS) card.append(drawUnfold(text, example.tokens.length));
   return card;
 }
 
@@ -83,28 +83,27 @@ function drawHead(example, rank, id, name) {
   value.dataset.testid = `${name}-value`;
   value.dataset.value = String(example.value);
   head.append(element("span", "card-rank", String(rank)), value);
-  if (example.alike > 1) {
-    const alike = element("span", "alike", `\u00d7${whole(example.alike)}`);
-    alike.dataset.testid = "alike";
-    alike.title = `the same tokens stand in ${whole(example.alike)} places; shown once`;
-    const said = `in ${whole(example.alike)} places`;
-    alike.setAttribute("role", "img");
-    alike.setAttribute("aria-label", said);
-    head.append(alike);
+  if (example.repeats > 1) {
+    const repeats = element("span", "repeats", `\u00d7${whole(example.repeats)}`);
+    repeats.dataset.testid = "repeats";
+    repeats.title = `this token and its neighbours occur ${whole(example.repeats)} times; shown once`;
+    repeats.setAttribute("role", "img");
+    repeats.setAttribute("aria-label", `occurs ${whole(example.repeats)} times`);
+    head.append(repeats);
   }
   const where = element("span", "card-where");
-  const places = [["rollout", example.rollout], ["token", example.position], ["row", example.row]];
-  for (const [label, number] of places) {
+  const address = [["rollout", example.rollout], ["token", example.position], ["row", example.row]];
+  for (const [label, number] of address) {
     if (number < 0) continue;
     const part = element("span", "", `${label} ${whole(number)}`);
     part.dataset.testid = `${name}-${label}`;
     part.dataset.value = String(number);
     where.append(part);
   }
-  if (keptAt.has(example.rollout)) {
-    const link = element("a", "", "whole text");
-    link.href = `#/text/${example.rollout}?token=${example.position}&paint=${id}`;
-    link.dataset.testid = "open-text";
+  if (wholeRollouts.has(example.rollout)) {
+    const link = element("a", "", "whole rollout");
+    link.href = `#/rollout/${example.rollout}?token=${example.position}&paint=${id}`;
+    link.dataset.testid = "open-rollout";
     where.append(link);
   }
   head.append(where);
@@ -117,19 +116,19 @@ function drawWindow(example, scale) {
   text.dataset.testid = "window";
   text.dataset.walk = "";
   text.setAttribute("role", "group");
-  const folded = example.tokens.length > LONG;
+  const folded = example.tokens.length > MAX_TOKENS;
   if (folded) text.classList.add("folded");
   const { target } = example;
-  if (example.position > target || (folded && target > NEAR)) text.classList.add("from-inside");
+  if (example.position > target || (folded && target > N_NEAR)) text.classList.add("from-inside");
   example.tokens.forEach((entry, at) => {
     const token = drawToken(entry, example.activations[at], scale);
-    token.tabIndex = at === target ? 0 : -1; // one stop for Tab, arrow keys go on from there
+    token.tabIndex = at === target ? 0 : -1; // Tab stops here; arrow keys move on
     if (at === target) {
       token.classList.add("target");
       token.dataset.target = "true";
     }
     const parts = [token, ...lineEnd(token)];
-    if (folded && Math.abs(at - target) > NEAR) {
+    if (folded && Math.abs(at - target) > N_NEAR) {
       for (const part of parts) part.classList.add("far");
     }
     text.append(...parts);
@@ -150,7 +149,7 @@ function drawUnfold(text, n) {
   return more;
 }
 
-// Returns a token's node, painted by its value.
+// Returns the node of a token, coloured by its value.
 export function drawToken(entry, value, scale) {
   const node = element("span", "token");
   const level = Math.min(LEVELS, Math.ceil((LEVELS * Math.abs(value)) / scale));
@@ -162,8 +161,8 @@ export function drawToken(entry, value, scale) {
   return node;
 }
 
-// The last newline of a token breaks the line behind the token, not inside: the piece of it that
-// would stand on the next line has no text, but would be painted.
+// Returns a line break for a token that ends with a newline. Inside the token, the newline would
+// leave an empty coloured piece on the next line.
 export function lineEnd(token) {
   if (token.lastChild?.dataset?.mark !== "\u21b5") return [];
   token.lastChild.classList.add("flat");

@@ -1,9 +1,9 @@
-// Figures of one feature: histogram of its values, profile by position, grid of its effect.
+// Figures of one feature: histograms, densities by role and position, and a grid of its sites.
 import { column, core } from "./data.js";
-import { element, percent, short, whole } from "./text.js";
+import { element, percent, short, whole } from "./format.js";
 
 const SVG = "http://www.w3.org/2000/svg";
-const [WIDTH, HEIGHT] = [320, 96]; // of a bar figure, in units of its drawing
+const [WIDTH, HEIGHT] = [320, 96]; // of a bar figure, in SVG units
 const LEVELS = 9;
 
 export function svg(tag, attributes = {}, text = "") {
@@ -13,7 +13,7 @@ export function svg(tag, attributes = {}, text = "") {
   return node;
 }
 
-// Puts a drawing into a panel with a title, a definition, and a button that saves it.
+// Returns a panel with a title, a definition, a drawing, and a button that saves the drawing.
 export function panel(title, note, drawing, { testid = "", file = "" } = {}) {
   const figure = element("figure", "panel");
   figure.dataset.testid = testid;
@@ -43,13 +43,13 @@ export function drawHistogram({ id, histogram: all }) {
     return [at, short(edges[at])];
   });
   const drawing = drawBars(bars, ticks, `Histogram of the activations of feature ${id}`);
-  const note = `Tokens by activation (logarithmic axis). Tallest bar: ${whole(top)} tokens.`;
+  const note = `Number of tokens by activation (logarithmic axis). Tallest bar: ${whole(top)} tokens.`;
   return panel("How strongly it fires", note, drawing, {
     testid: "histogram", file: `feature-${id}-activations`,
   });
 }
 
-// Bins above the largest activation of any feature are empty in every histogram.
+// Returns the number of bins up to the largest activation of any feature; the others are empty.
 function usedBins() {
   const { edges, max } = column;
   const largest = max.reduce((a, b) => (b > a ? b : a), 0);
@@ -60,7 +60,7 @@ function usedBins() {
 
 const PER_DECADE = 4;
 
-// Where the feature stands among all that fire, by density.
+// Draws the densities of all features that fire, and marks this one.
 export function drawDensities({ id }) {
   const bins = Array.from(column.n_active, densityBin);
   const firing = bins.filter((bin) => bin !== null);
@@ -73,12 +73,12 @@ export function drawDensities({ id }) {
     share: n / top,
     here: first + i === bins[id],
     tip: `density ${edge(i)} to ${edge(i + 1)}: ${whole(n)} features` +
-      (first + i === bins[id] ? ", this one among them" : ""),
+      (first + i === bins[id] ? ", including this one" : ""),
   }));
   const ticks = [[0, edge(0)], [counts.length, edge(counts.length)]];
-  const drawing = drawBars(bars, ticks, `Histogram of all features' densities, with feature ${id}`);
+  const drawing = drawBars(bars, ticks, `Histogram of the densities of all features, with feature ${id} marked`);
   const density = percent(ratio(column.n_active[id], core.n_eligible));
-  const note = `Features by density (logarithmic axis). Dark: this one's bar, at ${density}.`;
+  const note = `Number of features by density (logarithmic axis). Dark: this feature, at ${density}.`;
   return panel("How common it is", note, drawing, {
     testid: "densities", file: `feature-${id}-densities`,
   });
@@ -94,10 +94,10 @@ export function drawPositions({ id, byPosition }) {
   const top = Math.max(...shares) || 1;
   const bars = shares.map((share, i) => ({
     share: share / top,
-    tip: `${10 * i} to ${10 * i + 10} % of the rollout: fires on ${percent(share)} of tokens`,
+    tip: `${10 * i} to ${10 * i + 10} % of the rollout: fires at ${percent(share)} of tokens`,
   }));
   const ticks = [[0, "start"], [5, "middle"], [10, "end"]];
-  const drawing = drawBars(bars, ticks, `Density of feature ${id} by place in the rollout`);
+  const drawing = drawBars(bars, ticks, `Density of feature ${id} by position in the rollout`);
   const note = `Density in each tenth of a rollout. Tallest bar: ${percent(Math.max(...shares))}.`;
   return panel("Where in a rollout", note, drawing, {
     testid: "positions", file: `feature-${id}-positions`,
@@ -113,7 +113,7 @@ export function drawRoles({ byRole }) {
     if (!core.n_by_role[i]) return;
     const tokens = `${whole(byRole[i])} of ${whole(core.n_by_role[i])} tokens`;
     const row = element("div", "meter-row");
-    row.dataset.tip = `${core.roles[i]}: fires on ${tokens}`;
+    row.dataset.tip = `${core.roles[i]}: fires at ${tokens}`;
     row.tabIndex = table.childElementCount ? -1 : 0;
     row.append(element("span", "meter-name", core.roles[i]), meter(share / top));
     const number = element("span", "meter-value", percent(share));
@@ -122,7 +122,7 @@ export function drawRoles({ byRole }) {
     row.append(number);
     table.append(row);
   });
-  return panel("In which role", "Density among the tokens of each role.", table, {
+  return panel("By role", "Density among the tokens of each role.", table, {
     testid: "roles",
   });
 }
@@ -135,7 +135,7 @@ export function meter(share) {
   return bar;
 }
 
-// Draws the share of a feature's effect at each site: layers across, projections down.
+// Draws the share of a feature's write at each site: layers across, projections down.
 export function drawFingerprint({ id, shares }) {
   const layers = [...new Set(core.sites.map(([layer]) => layer))].sort((a, b) => a - b);
   const projections = [...new Set(core.sites.map(([, projection]) => projection))];
@@ -144,7 +144,7 @@ export function drawFingerprint({ id, shares }) {
   const height = tall * projections.length;
   const grid = svg("svg", {
     viewBox: `0 0 ${WIDTH} ${height + 16}`, role: "group",
-    "aria-label": `Share of the effect of feature ${id} at each layer and projection`,
+    "aria-label": `Share of the write of feature ${id} at each layer and projection`,
   });
   grid.dataset.walk = "";
   grid.append(svg("rect", { x: left, y: 0, width: 274, height, class: "grid-back" }));
@@ -163,13 +163,13 @@ export function drawFingerprint({ id, shares }) {
   core.sites.forEach(([layer, projection], site) => {
     if (!(shares[site] > 0)) return;
     const level = Math.max(1, Math.ceil((LEVELS * shares[site]) / top));
-    const place = layer < 0 ? projection : `layer ${layer}, ${projection}`;
+    const name = layer < 0 ? projection : `layer ${layer}, ${projection}`;
     const rect = svg("rect", {
       x: left + layers.indexOf(layer) * cell, y: projections.indexOf(projection) * tall,
       width: Math.max(0.5, cell - 0.6), height: tall - 0.8, class: `cell-${level}`,
       tabindex: site === best ? 0 : -1,
     });
-    rect.dataset.tip = `${place}: ${percent(shares[site])} of its effect`;
+    rect.dataset.tip = `${name}: ${percent(shares[site])} of its write`;
     grid.append(rect);
   });
   const order = Array.from(shares.keys()).sort((a, b) => shares[b] - shares[a]).slice(0, 3);
@@ -177,9 +177,9 @@ export function drawFingerprint({ id, shares }) {
     const [layer, projection] = core.sites[site];
     return `${layer < 0 ? "" : `${layer}.`}${projection} ${percent(shares[site])}`;
   });
-  const most = element("p", "figure-note", names.length ? `Most: ${names.join(", ")}` : "None");
+  const most = element("p", "figure-note", names.length ? `Largest: ${names.join(", ")}` : "None");
   most.dataset.testid = "fingerprint-most";
-  const note = "Share of what it writes, by layer (across) and projection (down).";
+  const note = "Share of its write at each layer (across) and projection (down).";
   return panel("Where it acts", note, [grid, most], {
     testid: "fingerprint", file: `feature-${id}-sites`,
   });
@@ -192,12 +192,12 @@ function drawBars(bars, ticks, label) {
   });
   drawing.dataset.walk = "";
   const step = WIDTH / bars.length;
-  let stop = 0;
+  let hasStop = false; // Tab stops at the first bar only
   bars.forEach(({ share, tip, here }, i) => {
     const height = share > 0 ? Math.max(1.5, (plot - 2) * share) : 0;
     const at = { x: i * step, y: 0, width: step, height: plot, class: "bar-space" };
-    const space = svg("rect", { ...at, tabindex: share > 0 && !stop ? 0 : -1 });
-    if (share > 0) stop = 1;
+    const space = svg("rect", { ...at, tabindex: share > 0 && !hasStop ? 0 : -1 });
+    if (share > 0) hasStop = true;
     space.dataset.tip = tip;
     const width = Math.max(0.5, step - Math.min(2, 0.16 * step));
     const shape = { x: i * step + (step - width) / 2, y: plot - height, width, height };
@@ -205,8 +205,8 @@ function drawBars(bars, ticks, label) {
   });
   drawing.append(svg("line", { x1: 0, x2: WIDTH, y1: plot, y2: plot, class: "base" }));
   for (const [at, text] of ticks) {
-    const place = at === 0 ? "start" : at === bars.length ? "end" : "middle";
-    const shape = { x: at * step, y: HEIGHT - 4, class: `tick ${place}` };
+    const anchor = at === 0 ? "start" : at === bars.length ? "end" : "middle";
+    const shape = { x: at * step, y: HEIGHT - 4, class: `tick ${anchor}` };
     drawing.append(svg("text", shape, text));
   }
   return drawing;

@@ -1,15 +1,15 @@
-// Which features are in the list, and in which order.
-import { NOWHERE, column, core } from "./data.js";
-import { isStarred, labelOf, noteOf } from "./notes.js";
+// Chooses which features are in the list, and their order.
+import { UNKNOWN, column, core } from "./data.js";
+import { isStarred, labelOf, noteOf } from "./annotations.js";
 import { density } from "./stats.js";
 
-// Name in the address -> what stands for "no filter". The controls of the page have these names.
+// Name in the address -> the value without a filter. The controls of the form have these names.
 const NONE = {
   q: "", in: "fires", sort: "id", full: false, dead: false, role: "", layer: "", projection: "",
   mark: "", dmin: "", dmax: "", amin: "", amax: "", nmin: "", smin: "", lasso: "",
 };
-const WIDTH = NOWHERE - 1; // of the map
-const GRID = 999; // steps of a lasso's corners across the map
+const WIDTH = UNKNOWN - 1; // of the map
+const GRID = 999; // a lasso's corners are rounded to this many steps across the map
 
 const LEAST = -Infinity;
 const SORTS = {
@@ -28,7 +28,7 @@ export function noFilters() {
   return { ...NONE };
 }
 
-// Returns the filters as the part of an address after "?", "" where there are none.
+// Returns the filters as the part of an address after "?"; "" if there are none.
 export function toQuery(filters) {
   const query = new URLSearchParams();
   for (const [name, value] of Object.entries(filters)) {
@@ -46,13 +46,13 @@ export function fromQuery(query) {
   return filters;
 }
 
-// Returns the features that pass, in order. `found` says of each whether the search found it.
+// Returns the features that pass all filters, in order. `found`, if given, flags search results.
 export function choose(filters, found = null) {
-  const passes = tests(filters);
+  const tests = testsOf(filters);
   const ids = [];
   for (let id = 0; id < core.n_features; id++) {
     if (found && !found[id]) continue;
-    if (passes.every((test) => test(id))) ids.push(id);
+    if (tests.every((test) => test(id))) ids.push(id);
   }
   const key = SORTS[filters.sort];
   if (key) ids.sort((a, b) => key(a) - key(b) || a - b);
@@ -63,11 +63,11 @@ export function choose(filters, found = null) {
   return Uint32Array.from(ids);
 }
 
-function tests(filters) {
-  const found = [];
+function testsOf(filters) {
+  const tests = [];
   const n = column.n_examples;
-  if (filters.full) found.push((id) => n[id] > 0 && n[id] === core.top_k);
-  else if (!filters.dead) found.push((id) => n[id] > 0);
+  if (filters.full) tests.push((id) => n[id] > 0 && n[id] === core.top_k);
+  else if (!filters.dead) tests.push((id) => n[id] > 0);
   const ranges = [
     ["dmin", "dmax", (id) => 100 * density(id)], ["amin", "amax", (id) => column.max[id]],
     ["nmin", "", (id) => n[id]], ["smin", "", (id) => column.stability[id]],
@@ -75,21 +75,21 @@ function tests(filters) {
   for (const [low, high, value] of ranges) {
     const from = bound(filters[low]);
     const to = bound(filters[high]);
-    if (from !== undefined) found.push((id) => value(id) >= from);
-    if (to !== undefined) found.push((id) => value(id) <= to);
+    if (from !== undefined) tests.push((id) => value(id) >= from);
+    if (to !== undefined) tests.push((id) => value(id) <= to);
   }
-  if (filters.role) found.push((id) => core.roles[column.main_role[id]] === filters.role);
+  if (filters.role) tests.push((id) => core.roles[column.main_role[id]] === filters.role);
   const site = (id) => core.sites?.[column.main_site[id]];
-  if (filters.layer) found.push((id) => String(site(id)?.[0]) === filters.layer);
-  if (filters.projection) found.push((id) => site(id)?.[1] === filters.projection);
+  if (filters.layer) tests.push((id) => String(site(id)?.[0]) === filters.layer);
+  if (filters.projection) tests.push((id) => site(id)?.[1] === filters.projection);
   const marks = {
     labelled: (id) => labelOf(id) !== "", unlabelled: (id) => labelOf(id) === "",
     starred: isStarred, noted: (id) => noteOf(id) !== "",
   };
-  if (marks[filters.mark]) found.push(marks[filters.mark]);
+  if (marks[filters.mark]) tests.push(marks[filters.mark]);
   const corners = cornersOf(filters.lasso);
-  if (corners.length) found.push((id) => isInside(id, corners));
-  return found;
+  if (corners.length) tests.push((id) => isInside(id, corners));
+  return tests;
 }
 
 function bound(text) {
@@ -97,7 +97,7 @@ function bound(text) {
   return text === undefined || String(text).trim() === "" || Number.isNaN(value) ? undefined : value;
 }
 
-// Returns a lasso, given as corners in places of the map, as text for the address.
+// Returns a lasso as text for the address. Corners are in map coordinates.
 export function toLasso(corners) {
   const step = Math.ceil(corners.length / 48);
   return corners
@@ -113,11 +113,11 @@ function cornersOf(text) {
   return corners.map(([x, y]) => [(x * WIDTH) / GRID, (y * WIDTH) / GRID]);
 }
 
-// Whether a feature's place is inside a polygon: a ray from it crosses the border an odd number
-// of times.
+// Returns whether a feature is inside a polygon: a ray from it crosses the border an odd number of
+// times.
 function isInside(id, corners) {
   const [x, y] = [column.x[id], column.y[id]];
-  if (x === NOWHERE) return false;
+  if (x === UNKNOWN) return false;
   let inside = false;
   corners.forEach(([x1, y1], i) => {
     const [x2, y2] = corners[(i + 1) % corners.length];

@@ -1,5 +1,5 @@
 // Keys, and the help overlay with its glossary. Keys do nothing while people type.
-import { element } from "./text.js";
+import { element } from "./format.js";
 
 const help = document.getElementById("help");
 const query = document.getElementById("glossary-query");

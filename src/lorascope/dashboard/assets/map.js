@@ -1,18 +1,18 @@
-// The map: every feature at its place, near those whose decoder rows are near.
-import { NOWHERE, column, core } from "./data.js";
+// The map: every feature is a dot, close to features with similar decoder rows.
+import { UNKNOWN, column, core } from "./data.js";
 import { toLasso } from "./filters.js";
-import { setLasso } from "./finder.js";
-import { place } from "./list.js";
-import { labelOf } from "./notes.js";
+import { setLasso } from "./filter_form.js";
+import { listIndex } from "./feature_list.js";
+import { labelOf } from "./annotations.js";
 import { drawName } from "./related.js";
 import { density, mainRole, mainSite } from "./stats.js";
-import { element, percent, short } from "./text.js";
+import { element, percent, short } from "./format.js";
 import { onTheme } from "./theme.js";
-import { hideTip, tipAt } from "./tip.js";
+import { hideTooltip, showTooltipAt } from "./tooltip.js";
 
-const WIDTH = NOWHERE - 1;
-const NEAR = 14; // pixels within which the pointer means a feature
-const KINDS = 7; // colours of kinds in colors.css; what is beyond them shares the last
+const WIDTH = UNKNOWN - 1;
+const NEAR = 14; // pixels: the pointer selects a feature within this distance
+const KINDS = 7; // category colours in colors.css; further categories share the last one
 const LEVELS = 9;
 
 const area = document.getElementById("map");
@@ -21,27 +21,28 @@ const legend = element("div", "map-legend");
 const color = element("select");
 const lassoButton = element("button", "small", "Lasso");
 const onMap = [];
-for (let id = 0; id < core.n_features; id++) if (column.x[id] !== NOWHERE) onMap.push(id);
+for (let id = 0; id < core.n_features; id++) if (column.x[id] !== UNKNOWN) onMap.push(id);
 
 export const hasMap = onMap.length > 0;
 
-let view = { x: 0.5, y: 0.5, zoom: 1 }; // what is in the middle, in map widths
+let view = { x: 0.5, y: 0.5, zoom: 1 }; // x and y of the centre, in widths of the map
 let hovered = -1;
 let current = -1;
 let lasso = null; // corners so far, in pixels
 let dragging = null;
-let wanted = false; // whether a frame is asked for
+let isScheduled = false; // whether a frame is requested
 let open = () => {};
 
+// Calls `action` with the feature that the user opens.
 export function onOpen(action) {
   open = action;
 }
 
-// Shows the map; `id` is the feature that is marked on it.
+// Draws the map, with feature `id` marked on it.
 export function showMap(id = current) {
   current = id;
-  if (!wanted) requestAnimationFrame(draw);
-  wanted = true;
+  if (!isScheduled) requestAnimationFrame(draw);
+  isScheduled = true;
 }
 
 // Returns the map as a Promise of a PNG.
@@ -54,43 +55,45 @@ function size() {
 }
 
 function toScreen(id) {
-  const unit = size() * view.zoom;
+  const width = size() * view.zoom;
   return [
-    canvas.clientWidth / 2 + (column.x[id] / WIDTH - view.x) * unit,
-    canvas.clientHeight / 2 + (column.y[id] / WIDTH - view.y) * unit,
+    canvas.clientWidth / 2 + (column.x[id] / WIDTH - view.x) * width,
+    canvas.clientHeight / 2 + (column.y[id] / WIDTH - view.y) * width,
   ];
 }
 
 function toMap([x, y]) {
-  const unit = size() * view.zoom;
+  const width = size() * view.zoom;
   return [
-    (view.x + (x - canvas.clientWidth / 2) / unit) * WIDTH,
-    (view.y + (y - canvas.clientHeight / 2) / unit) * WIDTH,
+    (view.x + (x - canvas.clientWidth / 2) / width) * WIDTH,
+    (view.y + (y - canvas.clientHeight / 2) / width) * WIDTH,
   ];
 }
 
-const DENSITY = (id) => {
+const densityLevel = (id) => {
   const share = density(id);
   if (!(share > 0)) return 1;
   return Math.max(1, Math.min(LEVELS, Math.round(LEVELS + 1.8 * Math.log10(share))));
 };
 
-// How points may be coloured: name -> [kinds, the kind of a feature].
+// Returns the ways to colour dots: name -> [categories or null, function from a feature to its colour].
 function colorings() {
-  const found = { density: [null, DENSITY] };
-  const kinds = (names, of) => [names, (id) => Math.min(KINDS, names.indexOf(of(id)) + 1)];
+  const choices = { density: [null, densityLevel] };
+  const byName = (names, nameOf) => [
+    names, (id) => Math.min(KINDS, names.indexOf(nameOf(id)) + 1),
+  ];
   const roles = core.roles.filter((_, i) => core.n_by_role?.[i] > 0);
-  if (roles.length) found.role = kinds(roles, mainRole);
+  if (roles.length) choices.role = byName(roles, mainRole);
   if (core.sites) {
     const projections = [...new Set(core.sites.map(([, projection]) => projection))];
-    found.projection = kinds(projections, (id) => core.sites[column.main_site[id]]?.[1]);
+    choices.projection = byName(projections, (id) => core.sites[column.main_site[id]]?.[1]);
   }
-  return found;
+  return choices;
 }
 const COLORINGS = colorings();
 
 function draw() {
-  wanted = false;
+  isScheduled = false;
   if (!canvas.clientWidth) return;
   const ratio = devicePixelRatio || 1;
   const [width, height] = [canvas.clientWidth, canvas.clientHeight];
@@ -108,8 +111,8 @@ function draw() {
   const colors = Array.from({ length: 10 }, (_, i) => ink(kinds ? `--kind-${i}` : `--deep-${i}`));
   const few = Math.sqrt(4000 / Math.max(1, onMap.length));
   const radius = Math.max(1, Math.min(5, 3.4 * few * Math.sqrt(view.zoom)));
-  const dots = [[], []]; // hidden by a filter, and listed
-  for (const id of onMap) dots[place(id) >= 0 ? 1 : 0].push(id);
+  const dots = [[], []]; // hidden by the filters, and listed
+  for (const id of onMap) dots[listIndex(id) >= 0 ? 1 : 0].push(id);
   dots.forEach((ids, listed) => {
     pen.globalAlpha = listed ? 0.9 : 0.5;
     for (const id of ids) {
@@ -127,7 +130,7 @@ function draw() {
   pen.globalAlpha = 1;
   pen.lineWidth = 2;
   for (const [id, shade] of [[current, "--accent"], [hovered, "--ink"]]) {
-    if (id < 0 || column.x[id] === NOWHERE) continue;
+    if (id < 0 || column.x[id] === UNKNOWN) continue;
     const [x, y] = toScreen(id);
     pen.strokeStyle = ink(shade);
     pen.beginPath();
@@ -173,21 +176,23 @@ function drawLegend(kinds) {
   legend.replaceChildren(...parts);
 }
 
+// Returns the listed feature nearest to a point, -1 if none is within a distance in pixels.
 function nearest([x, y], within) {
   let [best, least] = [-1, within * within];
   for (const id of onMap) {
     const [px, py] = toScreen(id);
     const far = (px - x) ** 2 + (py - y) ** 2;
-    // Of two at one place the listed one is meant.
-    if (far < least && place(id) >= 0) [best, least] = [id, far];
+    // Only listed features can be selected.
+    if (far < least && listIndex(id) >= 0) [best, least] = [id, far];
   }
   return best;
 }
 
-function point(id, x, y) {
+// Marks feature `id` and shows its tooltip at a point; -1 marks none.
+function hover(id, x, y) {
   hovered = id;
   canvas.dataset.hovered = id;
-  if (id < 0) hideTip();
+  if (id < 0) hideTooltip();
   else {
     const box = canvas.getBoundingClientRect();
     const head = element("span", "tip-value", `Feature ${id}`);
@@ -195,9 +200,9 @@ function point(id, x, y) {
     const notes = [mainSite(id), mainRole(id), Number.isNaN(share) ? "" : percent(share),
       Number.isNaN(column.max[id]) ? "" : `max ${short(column.max[id])}`].filter(Boolean);
     const lines = [head, drawName(id), element("span", "tip-note", notes.join(" \u00b7 "))];
-    tipAt(box.left + x, box.top + y, lines);
-    canvas.setAttribute("aria-label", `Map of features. Feature ${id} ${labelOf(id)}; ` +
-      "Enter opens it, arrow keys move, plus and minus zoom");
+    showTooltipAt(box.left + x, box.top + y, lines);
+    canvas.setAttribute("aria-label", `Map of features. Feature ${id} ${labelOf(id)}. ` +
+      "Enter opens it, arrow keys move, plus and minus zoom.");
   }
   showMap();
 }
@@ -217,12 +222,12 @@ function pan(dx, dy) {
   showMap();
 }
 
-function whole() {
+function reset() {
   view = { x: 0.5, y: 0.5, zoom: 1 };
   showMap();
 }
 
-function keepVisible() {
+function listVisible() {
   const [w, h] = [canvas.clientWidth, canvas.clientHeight];
   setLasso(toLasso([[0, 0], [w, 0], [w, h], [0, h]].map(toMap)));
 }
@@ -239,11 +244,11 @@ canvas.addEventListener("pointerdown", (event) => {
   if (event.shiftKey || lassoButton.getAttribute("aria-pressed") === "true") lasso = [at(event)];
 });
 canvas.addEventListener("pointermove", (event) => {
-  if (!dragging) return point(nearest(at(event), NEAR), ...at(event));
+  if (!dragging) return hover(nearest(at(event), NEAR), ...at(event));
   const [dx, dy] = [event.offsetX - dragging.from[0], event.offsetY - dragging.from[1]];
   if (!dragging.moved && Math.hypot(dx, dy) < 4) return undefined;
   dragging.moved = true;
-  hideTip();
+  hideTooltip();
   if (lasso) {
     lasso.push(at(event));
     return showMap();
@@ -263,30 +268,30 @@ canvas.addEventListener("pointerup", (event) => {
   }
   showMap();
 });
-canvas.addEventListener("pointerleave", () => !dragging && point(-1, 0, 0));
+canvas.addEventListener("pointerleave", () => !dragging && hover(-1, 0, 0));
 canvas.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   const step = 60;
   const act = {
     ArrowLeft: () => pan(step, 0), ArrowRight: () => pan(-step, 0), ArrowUp: () => pan(0, step),
     ArrowDown: () => pan(0, -step), "+": () => zoom(1.5), "=": () => zoom(1.5),
-    "-": () => zoom(1 / 1.5), 0: whole,
+    "-": () => zoom(1 / 1.5), 0: reset,
     Enter: () => hovered >= 0 && open(hovered),
   }[event.key];
   if (!act) return;
   event.preventDefault();
   event.stopPropagation();
   act();
-  if (event.key !== "Enter") toMiddle();
+  if (event.key !== "Enter") hoverCentre();
 });
-canvas.addEventListener("focus", () => canvas.matches(":focus-visible") && toMiddle());
-canvas.addEventListener("blur", () => point(-1, 0, 0));
+canvas.addEventListener("focus", () => canvas.matches(":focus-visible") && hoverCentre());
+canvas.addEventListener("blur", () => hover(-1, 0, 0));
 
-// With the keyboard, the feature nearest to the middle is meant.
-function toMiddle() {
+// With the keyboard, the feature nearest to the centre is selected.
+function hoverCentre() {
   const middle = [canvas.clientWidth / 2, canvas.clientHeight / 2];
   const id = nearest(middle, Infinity);
-  point(id, ...(id < 0 ? middle : toScreen(id)));
+  hover(id, ...(id < 0 ? middle : toScreen(id)));
 }
 
 function build() {
@@ -306,7 +311,7 @@ function build() {
   label.append(color);
   lassoButton.type = "button";
   lassoButton.dataset.testid = "lasso";
-  lassoButton.title = "draw around features to list only them (or drag with Shift)";
+  lassoButton.title = "draw around features to list only those (or drag with Shift)";
   lassoButton.setAttribute("aria-pressed", "false");
   lassoButton.addEventListener("click", () => {
     const on = lassoButton.getAttribute("aria-pressed") === "true";
@@ -318,18 +323,18 @@ function build() {
     label,
     button("+", () => zoom(1.5), "zoom-in", "Zoom in"),
     button("\u2212", () => zoom(1 / 1.5), "zoom-out", "Zoom out"),
-    button("Whole map", whole, "zoom-all"),
+    button("Whole map", reset, "zoom-all"),
     lassoButton,
-    button("List what is in view", keepVisible, "keep-visible"),
+    button("List visible features", listVisible, "keep-visible"),
     save,
   );
   canvas.tabIndex = 0;
   canvas.setAttribute("role", "application");
-  canvas.setAttribute("aria-label", "Map of features: arrow keys move, plus and minus zoom");
+  canvas.setAttribute("aria-label", "Map of features. Arrow keys move, plus and minus zoom.");
   canvas.dataset.testid = "canvas";
-  const note = element("p", "note", "Each dot is a feature; features whose decoder rows are near " +
-    "stand near one another. Distances between groups mean nothing. Drag to move, turn the wheel " +
-    "to zoom, click to open.");
+  const note = element("p", "note", "Each dot is a feature. Features with similar decoder rows are " +
+    "close together; distances between groups mean nothing. Drag to move, scroll to zoom, click a " +
+    "dot to open its feature.");
   area.append(tools, canvas, legend, note);
 }
 

@@ -1,18 +1,18 @@
-// What belongs to a feature: tokens by four rankings, and features beside it.
+// What is related to a feature: tokens by four rankings, similar and co-firing features.
 import { column } from "./data.js";
 import { meter, panel } from "./figures.js";
-import { labelOf } from "./notes.js";
-import { element, percent, short, writeToken } from "./text.js";
+import { labelOf } from "./annotations.js";
+import { element, percent, short, writeToken } from "./format.js";
 
 const RANKED = [
-  ["mean", "Strongest on", "tokens by the mean of its activation on them", short],
-  ["lift", "Specific to", "tokens by how many times as often as elsewhere it fires on them",
+  ["mean", "Strongest tokens", "tokens by its mean activation", short],
+  ["lift", "Most specific tokens", "how many times more often than average it fires at a token (lift)",
     (score) => `${short(score)}\u00d7`],
-  ["before", "Comes after", "tokens right before those it fires on, by their share", percent],
-  ["after", "Comes before", "tokens right after those it fires on, by their share", percent],
+  ["before", "Tokens before", "tokens right before its firings, by share of firings", percent],
+  ["after", "Tokens after", "tokens right after its firings, by share of firings", percent],
 ];
 
-// Returns a panel for each ranking of tokens that is known.
+// Returns a panel for each ranking of tokens that the page has.
 export function drawRankings({ ranked }) {
   return RANKED.filter(([name]) => ranked[name].length).map(([name, title, note, write]) => {
     const list = element("ol", "ranked");
@@ -30,11 +30,11 @@ export function drawRankings({ ranked }) {
   });
 }
 
-// Returns a panel of links to the features that are near in the dictionary or in time.
-export function drawNeighbours({ near, beside }) {
+// Returns panels of links to features that write alike and to features that fire together.
+export function drawNeighbours({ similar, cofiring }) {
   const kinds = [
-    [near, "Similar features", "cosine of decoder rows", "similar", (score) => short(three(score))],
-    [beside, "Fire together", "share of their tokens that both fire on (Jaccard index)", "beside",
+    [similar, "Similar features", "cosine of decoder rows", "similar", (score) => short(three(score))],
+    [cofiring, "Co-firing features", "tokens with both / tokens with either (Jaccard index)", "cofiring",
       (score) => percent(three(score))],
   ];
   return kinds.filter(([pairs]) => pairs.length).map(([pairs, title, note, testid, write]) => {
@@ -61,7 +61,7 @@ export function drawLink(id) {
   return link;
 }
 
-// Returns what a feature is called where there is room for a few words.
+// Returns a feature's label, or its strongest token.
 export function drawName(id) {
   const label = labelOf(id);
   if (label) return element("span", "name", label);
@@ -70,7 +70,7 @@ export function drawName(id) {
   return token;
 }
 
-// Scores are written to 8 bits, so no more than three digits of them mean anything.
+// Scores have 8 bits, so only about three digits mean anything.
 function three(score) {
   return Number(score.toPrecision(3));
 }

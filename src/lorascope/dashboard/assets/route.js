@@ -1,35 +1,38 @@
-// The address: #/feature/123, #/text/5, #/map, each with what is filtered or painted after "?".
-const written = new Set(); // addresses that were set here, whose events say nothing new
+// The address: #/feature/123, #/rollout/5 or #/map, each with filters or highlights after "?".
+const written = new Set(); // addresses set by this page, whose events are ignored
 let timer = 0;
 let follow = () => {};
 
-// Returns what the address names; `query` is undefined where it says nothing after "?".
+// Returns { view, name, query } of the address. `name` and `query` are undefined if not given.
+// Addresses of older pages say "text" for "rollout".
 export function address() {
-  const link = /^#\/(feature|text|map)(?:\/([^?]*))?(?:\?(.*))?$/.exec(location.hash);
-  if (!link) return { view: "feature", word: undefined, query: undefined };
-  return { view: link[1], word: link[2] === undefined ? undefined : decode(link[2]), query: link[3] };
+  const link = /^#\/(feature|rollout|text|map)(?:\/([^?]*))?(?:\?(.*))?$/.exec(location.hash);
+  if (!link) return { view: "feature", name: undefined, query: undefined };
+  const view = link[1] === "text" ? "rollout" : link[1];
+  return { view, name: link[2] === undefined ? undefined : decode(link[2]), query: link[3] };
 }
 
-// Makes a new entry for the browser's back button.
-export function push(view, word, query = "") {
+// Sets the address with a new entry for the browser's back button.
+export function push(view, name, query = "") {
   clearTimeout(timer);
-  write(view, word, query, (text) => location.assign(text));
+  write(view, name, query, (text) => location.assign(text));
 }
 
-// Changes the address in place. Browsers refuse hundreds of changes, so a held key makes one.
-export function amend(view, word, query = "") {
+// Sets the address without a new entry. Browsers refuse hundreds of changes, so a key that is held
+// down makes only one.
+export function amend(view, name, query = "") {
   clearTimeout(timer);
-  timer = setTimeout(() => write(view, word, query, (text) => location.replace(text)), 150);
+  timer = setTimeout(() => write(view, name, query, (text) => location.replace(text)), 150);
 }
 
-// Calls `action` when people change the address: links, the back button, their own typing.
+// Calls `action` when the user changes the address: by a link, the back button or typing.
 export function onRoute(action) {
   follow = action;
 }
 
-function write(view, word, query, set) {
+function write(view, name, query, set) {
   const before = location.href;
-  const path = word === undefined ? view : `${view}/${encodeURIComponent(word)}`;
+  const path = name === undefined ? view : `${view}/${encodeURIComponent(name)}`;
   set(`#/${path}${query ? `?${query}` : ""}`);
   if (location.href !== before) written.add(location.href);
 }
@@ -43,7 +46,7 @@ function decode(text) {
 }
 
 addEventListener("hashchange", (event) => {
-  // Ours come late: by then a quick reader may be at the next feature, and must stay there.
+  // The event of a change made here comes late: the user may already be at the next feature.
   if (written.delete(event.newURL)) return;
   clearTimeout(timer);
   follow();

@@ -1,41 +1,41 @@
-// Search over numbers, labels, notes, and the texts of all windows.
+// Searches feature numbers, labels, notes, and the tokens of all windows.
 //
-// 1. Every entry of the text table is looked at once: does it hold the query, or may the query
-//    begin in it and go on in the next tokens?
-// 2. Windows are read block by block; only where an entry may begin the query are texts joined.
-// What is read is kept (4 bytes a token), so that the next letter costs no decoding.
+// 1. Check every entry of the token table once: does it contain the query, or could the query begin
+//    in it and continue in the next tokens?
+// 2. Read the windows block by block. Join tokens only where the query may begin.
+// Tokens stay in memory (4 bytes each), so that the next letter needs no decoding.
 import { core, searchable } from "./data.js";
-import { labelOf, noteOf } from "./notes.js";
+import { labelOf, noteOf } from "./annotations.js";
 
-const HOLDS = 1;
+const CONTAINS = 1;
 const BEGINS = 2;
 const PAUSE = 120; // milliseconds between two reports
 
-const read = []; // block number -> Promise of what is searched of it
-let lower = null; // texts in lower case
+const blocks = []; // block number -> Promise of what is searched in it
+let lower = null; // texts of the token table in lower case
 let latest = 0;
 
-// Finds features. `where` is "fires" for tokens on which they fire, "context" for all of a window.
-// Calls `report(found, share)` with flags by feature, first at once, and at last with a share of 1.
+// Finds features. `where` is "fires" to search firing tokens, "context" to search whole windows.
+// Calls `report(found, share)` with a flag for each feature; the last call has a share of 1.
 export async function search(query, where, report) {
   const request = ++latest;
   const wanted = query.toLowerCase();
   const found = new Uint8Array(core.n_features);
   const number = /^#?\d{1,15}$/.test(wanted.trim()) ? Number(wanted.trim().replace("#", "")) : -1;
   for (let id = 0; id < core.n_features; id++) {
-    const words = labelOf(id) || noteOf(id) ? `${labelOf(id)}\n${noteOf(id)}`.toLowerCase() : "";
-    if (id === number || (words && words.includes(wanted))) found[id] = 1;
+    const own = labelOf(id) || noteOf(id) ? `${labelOf(id)}\n${noteOf(id)}`.toLowerCase() : "";
+    if (id === number || (own && own.includes(wanted))) found[id] = 1;
   }
   const marks = marksOf(wanted);
   const n = Math.ceil(core.n_features / core.block);
   let reported = performance.now();
   for (let block = 0; block < n; block++) {
-    read[block] ??= searchable(block);
+    blocks[block] ??= searchable(block);
     let part;
     try {
-      part = await read[block];
+      part = await blocks[block];
     } catch {
-      delete read[block]; // a damaged block is told of when it is shown
+      delete blocks[block]; // damage is reported when the block is shown
       continue;
     }
     if (request !== latest) return;
@@ -50,15 +50,15 @@ export async function search(query, where, report) {
   report(found, 1);
 }
 
-// Drops a search that is under way.
+// Stops the current search.
 export function stopSearch() {
   latest++;
 }
 
 function marksOf(wanted) {
-  lower ??= core.texts.map((text) => text.toLowerCase());
+  lower ??= core.token_texts.map((text) => text.toLowerCase());
   return Uint8Array.from(lower, (text) => {
-    let mark = text.includes(wanted) ? HOLDS : 0;
+    let mark = text.includes(wanted) ? CONTAINS : 0;
     for (let n = Math.min(text.length, wanted.length - 1); n > 0; n--) {
       if (text.endsWith(wanted.slice(0, n))) return mark | BEGINS;
     }
@@ -84,7 +84,7 @@ function searchBlock(part, first, wanted, marks, where, found) {
   ranked.slice(0, where === "fires" ? 2 : 4).forEach((entries) => {
     const each = entries.length / counts.length;
     entries.forEach((entry, i) => {
-      if (entry && marks[entry - 1] & HOLDS) found[first + Math.floor(i / each)] = 1;
+      if (entry && marks[entry - 1] & CONTAINS) found[first + Math.floor(i / each)] = 1;
     });
   });
 }
@@ -92,13 +92,13 @@ function searchBlock(part, first, wanted, marks, where, found) {
 function isIn(token, fires, from, to, wanted, marks, where) {
   for (let t = from; t < to; t++) {
     const mark = marks[token[t]];
-    if (mark & HOLDS && (where !== "fires" || fires[t])) return true;
+    if (mark & CONTAINS && (where !== "fires" || fires[t])) return true;
     if (mark & BEGINS && joins(token, fires, t, to, wanted, where)) return true;
   }
   return false;
 }
 
-// Whether the query begins in token t and goes on in the tokens behind it.
+// Returns whether the query begins in token t and continues in the next tokens.
 function joins(token, fires, t, to, wanted, where) {
   const own = lower[token[t]].length;
   let text = "";

@@ -1,22 +1,22 @@
-// The numbers of one feature, each with its definition in a line.
-import { NOWHERE, column, core } from "./data.js";
-import { element, percent, short, whole } from "./text.js";
+// The statistics of one feature, each with a one-line definition.
+import { UNKNOWN, column, core } from "./data.js";
+import { element, percent, short, whole } from "./format.js";
 
-// Returns the density of a feature among eligible tokens, NaN where it is not known.
+// Returns a feature's density among ordinary tokens, NaN if unknown.
 export function density(id) {
   const n = column.n_active[id];
   return n >= 0 && core.n_eligible > 0 ? n / core.n_eligible : NaN;
 }
 
-// Returns the name of the site with the largest share of a feature's effect, "" where not known.
+// Returns the name of the site with the largest share of a feature's write, "" if unknown.
 export function mainSite(id) {
   const site = column.main_site[id];
-  if (site === NOWHERE || !core.sites) return "";
+  if (site === UNKNOWN || !core.sites) return "";
   const [layer, projection] = core.sites[site];
   return layer < 0 ? projection : `${layer}.${projection}`;
 }
 
-// Returns the role in which a feature is densest, "" where not known.
+// Returns the role in which a feature has its highest density, "" if unknown.
 export function mainRole(id) {
   return core.roles[column.main_role[id]] ?? "";
 }
@@ -46,21 +46,20 @@ function rows(id) {
   const count = (name) => column[name][id] >= 0 && whole(column[name][id]);
   const share = density(id);
   return [
-    ["fires on", "n_active", column.n_active[id], count("n_active"),
-      "tokens with an activation above zero"],
+    ["firings", "n_active", column.n_active[id], count("n_active"), "tokens at which it fires"],
     ["density", "density", share, !Number.isNaN(share) && percent(share),
-      `share of the ${whole(core.n_eligible || 0)} eligible tokens`],
+      `share of the ${whole(core.n_eligible || 0)} ordinary tokens`],
     ["rollouts", "n_rollouts", column.n_rollouts[id], count("n_rollouts"),
-      "texts in which it fires at least once"],
-    ["max", "max", column.max[id], real("max"), "largest activation on any token"],
+      "rollouts in which it fires at least once"],
+    ["max", "max", column.max[id], real("max"), "largest activation at any token"],
     ["mean", "mean", column.mean[id], real("mean"),
-      "average activation over the tokens on which it fires"],
+      "average activation over the tokens at which it fires"],
     ["std", "std", column.std[id], real("std"), "standard deviation over the same tokens"],
     ["effect", "effect", column.effect_kl?.[id], effect(id),
-      "KL(adapter \u2016 without it), nats a token, on held-out texts"],
+      "KL(adapter \u2016 adapter without it), nats per token, on held-out rollouts"],
     ["examples", "n_examples", column.n_examples[id], String(column.n_examples[id]),
-      `strongest tokens kept, of ${core.top_k} at most`],
+      `strongest tokens kept, at most ${core.top_k}`],
     ["stability", "stability", column.stability[id], real("stability"),
-      "cosine with its nearest in SAEs of other seeds; 1 is found again exactly"],
+      "cosine with the nearest feature in SAEs of other seeds; 1 is found again exactly"],
   ];
 }

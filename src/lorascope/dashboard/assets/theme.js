@@ -1,4 +1,4 @@
-// Light or dark: as the system prefers, until people switch.
+// Light or dark colours: the system's choice, until the user switches.
 const KEY = "lorascope:theme";
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const root = document.documentElement;
@@ -9,7 +9,7 @@ let chosen = null;
 try {
   chosen = localStorage.getItem(KEY);
 } catch {
-  chosen = null; // a browser that keeps nothing still switches
+  chosen = null; // without storage, switching still works
 }
 
 export function switchTheme() {
@@ -17,11 +17,12 @@ export function switchTheme() {
   try {
     localStorage.setItem(KEY, chosen);
   } catch {
-    // kept until the page is closed
+    // without storage, the choice lasts until the page is closed
   }
   apply();
 }
 
+// Calls `action` after the colours change.
 export function onTheme(action) {
   changed = action;
 }

@@ -1,29 +1,29 @@
-// The list of features: filtered, sorted, and drawn only where it is seen.
+// The list of features: filtered, sorted, and drawn only where it is visible.
 import { column, core } from "./data.js";
-import { isStarred, labelOf } from "./notes.js";
-import { element, percent, short, whole, writeToken } from "./text.js";
+import { isStarred, labelOf } from "./annotations.js";
+import { element, percent, short, whole, writeToken } from "./format.js";
 
 const ROW = 46; // pixels; page.css has the same height
 
 const list = document.getElementById("list");
 const rows = document.getElementById("rows");
-const drawn = new Map(); // place -> row element
+const drawn = new Map(); // index in the list -> row element
 let choose = () => {};
 
 let order = new Uint32Array(0); // features in the list, in its order
-let placeOf = new Map();
+let indexOf = new Map(); // feature -> index in the list
 let current = -1; // feature
 
 // Fills the list with features in the given order.
 export function fill(ids) {
   order = ids;
-  placeOf = new Map();
-  ids.forEach((id, place) => placeOf.set(id, place));
+  indexOf = new Map();
+  ids.forEach((id, at) => indexOf.set(id, at));
   rows.style.height = `${ids.length * ROW}px`;
   redraw();
 }
 
-// Draws the rows anew, after labels change.
+// Redraws the rows, after labels change.
 export function redraw() {
   for (const node of drawn.values()) node.remove();
   drawn.clear();
@@ -35,15 +35,15 @@ export function listed() {
   return order;
 }
 
-// Returns a feature's place in the list, -1 when a filter hides it.
-export function place(id) {
-  return placeOf.get(id) ?? -1;
+// Returns a feature's index in the list, -1 if a filter hides it.
+export function listIndex(id) {
+  return indexOf.get(id) ?? -1;
 }
 
-// Marks a feature as the chosen one and brings it into view.
-export function mark(id) {
+// Marks a feature as selected and scrolls to it.
+export function select(id) {
   current = id;
-  const at = place(id);
+  const at = listIndex(id);
   if (at >= 0) {
     const top = at * ROW;
     if (top < list.scrollTop) list.scrollTop = top;
@@ -54,6 +54,7 @@ export function mark(id) {
   draw();
 }
 
+// Calls `action` with the feature that the user selects.
 export function onChoose(action) {
   choose = action;
 }
@@ -76,9 +77,9 @@ function draw() {
   }
   list.removeAttribute("aria-activedescendant");
   for (const node of drawn.values()) {
-    const chosen = Number(node.dataset.feature) === current;
-    node.setAttribute("aria-selected", String(chosen));
-    if (chosen) list.setAttribute("aria-activedescendant", node.id);
+    const selected = Number(node.dataset.feature) === current;
+    node.setAttribute("aria-selected", String(selected));
+    if (selected) list.setAttribute("aria-activedescendant", node.id);
   }
 }
 
@@ -116,7 +117,7 @@ function note(id) {
   return column.n_examples[id] ? `max ${short(column.max[id])}` : "no example";
 }
 
-// Returns 0 for a feature that never fires, 1 for one that fires on every token.
+// Returns a bar length: 0 for a feature that never fires, 1 for one that fires at every token.
 function logDensity(id) {
   const n = column.n_active[id];
   if (!(n > 0) || !(core.n_eligible > 1)) return 0;
@@ -133,7 +134,7 @@ rows.addEventListener("click", (event) => {
 
 list.addEventListener("keydown", (event) => {
   const page = Math.max(1, Math.floor(list.clientHeight / ROW) - 1);
-  const at = Math.max(0, place(current));
+  const at = Math.max(0, listIndex(current));
   const to = {
     ArrowDown: at + 1,
     ArrowUp: at - 1,

@@ -1,22 +1,22 @@
-// The search field and the filters beside the list.
+// The search field and the filters of the list.
 import { column, core } from "./data.js";
 import { choose, fromQuery, noFilters, toQuery } from "./filters.js";
-import { fill, listed } from "./list.js";
+import { fill, listed } from "./feature_list.js";
 import { search, stopSearch } from "./search.js";
-import { element, whole } from "./text.js";
+import { element, whole } from "./format.js";
 
 const byId = (id) => document.getElementById(id);
-const form = byId("finder");
+const form = byId("filter-form");
 const controls = [...form.elements].filter((control) => control.name);
 const NOTHING = new Uint8Array(core.n_features);
 const PAUSE = 60; // milliseconds after the last letter before a search begins
 
 let found = null; // flags by feature of the last search, null without one
-let searched = ""; // what they are of
+let searched = ""; // what was searched
 let timer = 0;
 let relisted = () => {};
 
-// Calls `action` after the list has changed, with whether the feature that is shown may change too.
+// Calls `action(moves)` after the list changes; `moves` says whether the shown feature may change.
 export function onList(action) {
   relisted = action;
 }
@@ -33,8 +33,8 @@ export function query() {
   return toQuery(filters());
 }
 
-// Takes the filters from an address, and fills the list. `moves` says whether the feature that is
-// shown may change with it: not where the address names one.
+// Sets the filters from an address, and fills the list. `moves` is whether the shown feature may
+// change too; it may not if the address names one.
 export function setFilters(text, moves = false) {
   const now = fromQuery(text ?? "");
   for (const control of controls) {
@@ -50,7 +50,7 @@ export function clearFilters() {
   setFilters("", true);
 }
 
-// Keeps the features inside a lasso of the map.
+// Keeps only the features inside a lasso on the map.
 export function setLasso(lasso) {
   form.elements.lasso.value = lasso;
   refill(true);
@@ -89,7 +89,7 @@ function show(share, moves) {
   byId("list-count").textContent = `${whole(n)} feature${n === 1 ? "" : "s"}${note}${state}`;
   byId("list").setAttribute("aria-busy", String(share < 1));
   const more = nMore(now);
-  byId("n-filters").textContent = more ? ` (${more})` : "";
+  byId("filter-count").textContent = more ? ` (${more})` : "";
   byId("clear").hidden = toQuery({ ...now, sort: "id" }) === "";
   relisted(moves);
 }
@@ -100,7 +100,7 @@ function nMore(now) {
   return names.filter((name) => now[name]).length;
 }
 
-function offer(name, values) {
+function addOptions(name, values) {
   const select = form.elements[name];
   for (const value of values) {
     const option = element("option", "", value === "-1" ? "none" : value);
@@ -115,12 +115,12 @@ function hide(need) {
 
 byId("full-count").textContent = core.top_k;
 const roles = core.roles.filter((_, i) => core.n_by_role?.[i] > 0);
-if (roles.length) offer("role", roles);
+if (roles.length) addOptions("role", roles);
 else hide("role");
 if (core.sites && column.main_site.length) {
   const layers = [...new Set(core.sites.map(([layer]) => layer))].sort((a, b) => a - b);
-  offer("layer", layers.map(String));
-  offer("projection", [...new Set(core.sites.map(([, projection]) => projection))]);
+  addOptions("layer", layers.map(String));
+  addOptions("projection", [...new Set(core.sites.map(([, projection]) => projection))]);
 } else {
   hide("site");
 }

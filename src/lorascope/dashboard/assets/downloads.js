@@ -1,11 +1,11 @@
-// Files that people take with them: the table as CSV, figures as SVG, the map as PNG, labels.
+// Files to download: the table as CSV, figures as SVG, the map as PNG, labels as JSON.
 import { column, core } from "./data.js";
-import { isStarred, labelOf, noteOf } from "./notes.js";
+import { isStarred, labelOf, noteOf } from "./annotations.js";
 import { density, mainRole, mainSite } from "./stats.js";
 
 const PAINT = ["fill", "stroke", "font-size", "font-family", "text-anchor", "opacity"];
 
-// Gives a file to the browser's downloads.
+// Downloads a file.
 export function saveFile(name, content, type) {
   const link = document.createElement("a");
   const blob = content instanceof Blob ? content : new Blob([content], { type });
@@ -15,14 +15,14 @@ export function saveFile(name, content, type) {
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }
 
-// Saves the statistics of the given features, a line each.
+// Saves the statistics of the given features, one line each.
 export function saveTable(ids) {
   const known = (value) => (Number.isNaN(value) || value < 0 ? "" : value);
   const real = (value) => (Number.isNaN(value) ? "" : value);
   const columns = {
     feature: (id) => id,
-    label: (id) => words(labelOf(id)),
-    note: (id) => words(noteOf(id)),
+    label: (id) => cell(labelOf(id)),
+    note: (id) => cell(noteOf(id)),
     starred: (id) => (isStarred(id) ? 1 : 0),
     n_active: (id) => known(column.n_active[id]),
     density: (id) => known(density(id)),
@@ -38,23 +38,23 @@ export function saveTable(ids) {
       kl_random: (id) => real(column.effect_random[id]),
     }),
     ...(column.direct_share && { direct_share: (id) => real(column.direct_share[id]) }),
-    role: (id) => words(mainRole(id)),
-    site: (id) => words(mainSite(id)),
-    token: (id) => words(column.n_examples[id] ? core.texts[column.top_token[id]] : ""),
+    role: (id) => cell(mainRole(id)),
+    site: (id) => cell(mainSite(id)),
+    token: (id) => cell(column.n_examples[id] ? core.token_texts[column.top_token[id]] : ""),
   };
   const lines = [Object.keys(columns).join(",")];
   for (const id of ids) lines.push(Object.values(columns).map((write) => write(id)).join(","));
   saveFile("features.csv", `${lines.join("\r\n")}\r\n`, "text/csv");
 }
 
-// Saves a drawing with the colours that it has on the page.
+// Saves a drawing with its colours on the page.
 export function saveDrawing(drawing, name) {
   const copy = drawing.cloneNode(true);
   const nodes = [...drawing.querySelectorAll("*")];
   [...copy.querySelectorAll("*")].forEach((node, i) => {
     const style = getComputedStyle(nodes[i]);
     for (const property of PAINT) node.setAttribute(property, style.getPropertyValue(property));
-    for (const own of ["class", "tabindex", "role", "aria-label"]) node.removeAttribute(own);
+    for (const name of ["class", "tabindex", "role", "aria-label"]) node.removeAttribute(name);
     if (nodes[i].dataset.tip) {
       const title = document.createElementNS("http://www.w3.org/2000/svg", "title");
       title.textContent = nodes[i].dataset.tip;
@@ -68,8 +68,9 @@ export function saveDrawing(drawing, name) {
   saveFile(`${name}.svg`, new XMLSerializer().serializeToString(copy), "image/svg+xml");
 }
 
-// A token may be "=cmd()", which a spreadsheet would run: such text gets an apostrophe before it.
-function words(text) {
+// Returns text as a CSV cell. A token may be "=cmd()", which a spreadsheet would run, so such text
+// gets an apostrophe in front.
+function cell(text) {
   const safe = /^[=+\-@\t\r]/.test(text) ? `'${text}` : text;
   return /[",\r\n]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
 }

@@ -1,10 +1,10 @@
-// Texts and numbers as people read them. Text reaches the page through textContent alone.
+// Formats tokens and numbers for people. Text reaches the page only through textContent.
 import { PARTIAL, SPECIAL, column, core } from "./data.js";
 
-const MAX_CHARACTERS = 400; // of one token; a longer one would push its neighbours off the page
+const MAX_CHARACTERS = 400; // of one token; the rest of a longer one is cut
 
-// Whitespace, and characters that have no shape of their own or change the order of what stands
-// around them. Joiners stay, they belong to emoji and scripts; so do the Arabic signs among them.
+// Whitespace, and characters that are invisible or change the direction of the text around them.
+// Joiners are not among them, because emoji and scripts need them; nor are Arabic number signs.
 const INVISIBLE =
   /(?![\u200c\u200d\u0600-\u0605\u06dd\u070f\u08e2])[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}\u00a0]/gu;
 const ONLY_JOINERS = /^[\u200c\u200d\ufe00-\ufe0f]+$/;
@@ -17,13 +17,13 @@ export function element(tag, className = "", text = "") {
   return node;
 }
 
-// Puts the text of table entry `entry` into `node`, whose textContent is then that text.
+// Fills `node` with the text of a token-table entry; its textContent is then exactly that text.
 export function writeToken(node, entry) {
-  const whole = core.texts[entry];
+  const whole = core.token_texts[entry];
   const text = whole.length > MAX_CHARACTERS ? cut(whole) : whole;
   if (text === "") node.classList.add("continued");
-  if (column.text_flags[entry] & SPECIAL) node.classList.add("special");
-  if (column.text_flags[entry] & PARTIAL) node.classList.add("partial");
+  if (column.token_flags[entry] & SPECIAL) node.classList.add("special");
+  if (column.token_flags[entry] & PARTIAL) node.classList.add("partial");
   if (text.length < whole.length) node.classList.add("cut");
   if (ONLY_JOINERS.test(text)) {
     node.append(mark(text));
@@ -38,22 +38,22 @@ export function writeToken(node, entry) {
   if (done < text.length) node.append(text.slice(done));
 }
 
-// Describes a table entry in a line: its text in quotes, its id, its bytes where they matter.
+// Returns notes about a token-table entry: its id, whether it is special, partial or cut.
 export function tokenNotes(entry) {
   const notes = [];
-  const flags = column.text_flags[entry];
-  const id = column.text_token_id[entry];
+  const flags = column.token_flags[entry];
+  const id = column.token_id[entry];
   if (id >= 0) notes.push(`token id ${whole(id)}`);
   if (flags & SPECIAL) notes.push("special token");
-  if (flags & PARTIAL) notes.push(`part of a character, bytes ${core.bytes[entry]}`);
-  const length = core.texts[entry].length;
+  if (flags & PARTIAL) notes.push(`part of a character, bytes ${core.token_bytes[entry]}`);
+  const length = core.token_texts[entry].length;
   if (length > MAX_CHARACTERS) {
     notes.push(`${whole(length)} characters, the first ${MAX_CHARACTERS} shown`);
   }
   return notes;
 }
 
-// Returns a number with four digits for people; the exact one belongs into data-value.
+// Returns a number with four significant digits. Put the exact number into data-value.
 export function short(value) {
   if (!Number.isFinite(value)) return "\u2013";
   if (value === 0) return "0";
@@ -61,6 +61,7 @@ export function short(value) {
   return size >= 1e6 || size < 1e-4 ? value.toExponential(2) : String(Number(value.toPrecision(4)));
 }
 
+// Returns a whole number with thousands separators.
 export function whole(value) {
   return value.toLocaleString("en-US");
 }
@@ -79,6 +80,6 @@ function mark(text) {
 }
 
 function cut(text) {
-  const end = text.charCodeAt(MAX_CHARACTERS - 1) >> 10 === 0x36 ? 1 : 0; // keep pairs whole
+  const end = text.charCodeAt(MAX_CHARACTERS - 1) >> 10 === 0x36 ? 1 : 0; // do not split a surrogate pair
   return text.slice(0, MAX_CHARACTERS - end);
 }

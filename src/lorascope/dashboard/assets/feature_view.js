@@ -1,13 +1,13 @@
-// One feature: its numbers, its examples, and what else is known of it.
+// The view of one feature: statistics, examples and figures.
 import { column, core } from "./data.js";
 import { drawEffects } from "./effects.js";
 import { drawExamples, drawSamples, scaleOf } from "./examples.js";
 import { drawDensities, drawFingerprint, drawHistogram, drawPositions, drawRoles } from "./figures.js";
 import { drawNeighbours, drawRankings } from "./related.js";
 import { drawStats } from "./stats.js";
-import { element } from "./text.js";
+import { element } from "./format.js";
 
-// Returns the nodes that show a feature, and a function that draws what may come a moment later.
+// Returns the nodes that show a feature, and a function that draws the rest a moment later.
 export function drawFeature(record) {
   const { id } = record;
   const main = element("div", "feature-main");
@@ -17,8 +17,8 @@ export function drawFeature(record) {
     main.append(drawExamples(record, scale));
   } else {
     const why = column.n_active[id] === 0
-      ? `Feature ${id} is dead: it fires on none of the tokens that were read.`
-      : `No example of feature ${id} was kept.`;
+      ? `Feature ${id} is dead: it never fires on the tokens that were read.`
+      : `This page has no example of feature ${id}.`;
     main.append(drawMessage(why, "no-examples"));
   }
   if (record.histogram.length && column.n_active[id] > 0) side.append(drawHistogram(record));

@@ -1,5 +1,5 @@
-// Columns of numbers out of the page: base64, zlib, and the types that dashboard/packing.py writes.
-import { packText } from "./embedded.js";
+// Decodes the columns of numbers in the page: base64, zlib, and the types that packing.py writes.
+import { packText } from "./packs_embedded.js";
 
 const ARRAYS = {
   "<u2": Uint16Array,
@@ -13,15 +13,15 @@ const ARRAYS = {
   "<b2": Uint16Array, // the upper half of a float32
 };
 
-// Returns the column of a base64 text that is not compressed.
-export function plain(type, base64) {
+// Returns the column in a base64 text that is not compressed.
+export function decodeColumn(type, base64) {
   return new ARRAYS[type](bytesOf(base64).buffer);
 }
 
-// Returns a Promise of the columns of a pack that Python wrote.
+// Returns a Promise of the columns in a pack. `types` is a list of [name, type].
 export async function unpack(id, types) {
   if (!("DecompressionStream" in window)) {
-    throw new Error("This browser is too old to unpack the data. Please use one of 2023 or later.");
+    throw new Error("This browser cannot unpack the data. Please use a version from 2023 or later.");
   }
   const data = await inflate(bytesOf(await packText(id)));
   const lengths = new Uint32Array(data, 0, types.length);
@@ -31,19 +31,20 @@ export async function unpack(id, types) {
     at += (8 - (at % 8)) % 8;
     const column = new ARRAYS[type](data, at, lengths[i]);
     at += column.byteLength;
-    columns[name] = type === "<b2" ? whole(column) : column;
+    columns[name] = type === "<b2" ? toFloats(column) : column;
   });
   return columns;
 }
 
-// Returns where each of some runs of the given lengths starts, and after them where all end.
-export function starts(lengths) {
-  const found = new Uint32Array(lengths.length + 1);
-  for (let i = 0; i < lengths.length; i++) found[i + 1] = found[i] + lengths[i];
-  return found;
+// Returns where each run starts, given the runs' lengths, and at last where all of them end.
+export function startsOf(lengths) {
+  const starts = new Uint32Array(lengths.length + 1);
+  for (let i = 0; i < lengths.length; i++) starts[i + 1] = starts[i] + lengths[i];
+  return starts;
 }
 
-function whole(halves) {
+// Returns float32 numbers from their upper halves.
+function toFloats(halves) {
   const bits = new Uint32Array(halves.length);
   for (let i = 0; i < halves.length; i++) bits[i] = halves[i] << 16;
   return new Float32Array(bits.buffer);

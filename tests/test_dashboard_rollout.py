@@ -7,8 +7,8 @@ import pytest
 from builders.indexes import example, full_index, index_of, small_index
 
 
-def open_text(shown: Any, rollout: int) -> None:
-    shown.page.wait_for_selector(f"[data-testid=reader][data-text='{rollout}']")
+def wait_for_rollout(shown: Any, rollout: int) -> None:
+    shown.page.wait_for_selector(f"[data-testid=rollout-view][data-rollout='{rollout}']")
     assert shown.text("heading") == f"Rollout {rollout:,}"
 
 
@@ -24,17 +24,17 @@ def fired(shown: Any) -> list[tuple[int, float]]:
 
 
 def test_a_text_is_read_with_its_roles_and_its_numbers(show: Any):
-    shown = show(small_index(), "#/text/7")
-    open_text(shown, 7)
-    tokens = shown.part("text").get_by_test_id("token")
+    shown = show(small_index(), "#/rollout/7")
+    wait_for_rollout(shown, 7)
+    tokens = shown.part("rollout-text").get_by_test_id("token")
     assert tokens.all_text_contents() == [" the", "é", "<|im_end|>"]
     for name, value in (("length", 3), ("l0", 1), ("fvu", 0.25), ("rarity", 0.5)):
-        assert float(shown.part(f"text-{name}").get_attribute("data-value")) == value
+        assert float(shown.part(f"rollout-{name}").get_attribute("data-value")) == value
     index = full_index()
-    shown = show(index, "#/text")
-    open_text(shown, int(index.text_rollout[0]))
-    shown.page.wait_for_selector("[data-testid=text] .role")
-    roles = shown.part("text").locator(".role").all_text_contents()
+    shown = show(index, "#/rollout")
+    wait_for_rollout(shown, int(index.text_rollout[0]))
+    shown.page.wait_for_selector("[data-testid=rollout-text] .role")
+    roles = shown.part("rollout-text").locator(".role").all_text_contents()
     first = slice(*index.text_offset[:2])
     names = [index.content["roles"][role] for role in index.text_role[first]]
     assert next(role for role in names if role != "special") == roles[0]
@@ -42,12 +42,12 @@ def test_a_text_is_read_with_its_roles_and_its_numbers(show: Any):
 
 
 def test_a_token_tells_what_fires_there_on_hover_click_and_enter(show: Any):
-    shown = show(small_index(), "#/text/7")
-    open_text(shown, 7)
-    tokens = shown.part("text").get_by_test_id("token")
+    shown = show(small_index(), "#/rollout/7")
+    wait_for_rollout(shown, 7)
+    tokens = shown.part("rollout-text").get_by_test_id("token")
     tokens.nth(0).hover()
-    assert "feature 0: 0.5" in shown.text("tip")
-    assert "feature 3: 0.25" in shown.text("tip")
+    assert "feature 0: 0.5" in shown.text("tooltip")
+    assert "feature 3: 0.25" in shown.text("tooltip")
     tokens.nth(1).click()
     assert fired(shown) == [(0, 1.0)]
     tokens.nth(0).focus()
@@ -55,18 +55,18 @@ def test_a_token_tells_what_fires_there_on_hover_click_and_enter(show: Any):
     assert fired(shown) == [(0, 0.5), (3, 0.25)]
     shown.press("ArrowRight", "ArrowRight", " ")
     assert fired(shown) == []
-    assert "0 features fire here" in shown.text("here")
+    assert "0 features fire here" in shown.text("firing-panel")
 
 
 def test_the_codes_of_every_token_are_those_of_the_index(show: Any):
     index = full_index()
     rollout = int(index.text_rollout[1])
-    shown = show(index, f"#/text/{rollout}")
-    open_text(shown, rollout)
+    shown = show(index, f"#/rollout/{rollout}")
+    wait_for_rollout(shown, rollout)
     first = int(index.text_offset[1])
     counts = np.diff(index.text_code_offset[first : int(index.text_offset[2]) + 1])
     for t in np.argsort(-counts)[:3].tolist():
-        shown.part("text").get_by_test_id("token").nth(t).click()
+        shown.part("rollout-text").get_by_test_id("token").nth(t).click()
         codes = slice(*index.text_code_offset[first + t : first + t + 2].tolist())
         found = dict(fired(shown))
         assert sorted(found) == sorted(index.text_latent[codes].tolist())
@@ -76,87 +76,93 @@ def test_the_codes_of_every_token_are_those_of_the_index(show: Any):
 
 @pytest.mark.slow
 def test_features_are_painted_over_the_text_by_mouse_keyboard_and_address(show: Any):
-    shown = show(small_index(), "#/text/7")
-    open_text(shown, 7)
+    shown = show(small_index(), "#/rollout/7")
+    wait_for_rollout(shown, 7)
 
     def classes() -> list[str]:
-        nodes = shown.part("text").get_by_test_id("token")
+        nodes = shown.part("rollout-text").get_by_test_id("token")
         return nodes.evaluate_all(
             "nodes => nodes.map(n => /(heat|paint)-\\d/.exec(n.className)?.[0] ?? '')"
         )
 
     assert classes() == ["", "", ""]
-    shown.page.get_by_role("button", name="Paint feature 0").click()
+    shown.page.get_by_role("button", name="Highlight feature 0").click()
     assert classes() == ["heat-2", "heat-4", ""]
     shown.page.wait_for_url("**paint=0")
     shown.part("paint-number").fill("3")
     shown.press("Enter")
     assert classes() == ["paint-2", "paint-1", ""]
     assert shown.part("painted").count() == 2
-    shown.page.get_by_role("button", name="Stop painting feature 0").focus()
+    shown.page.get_by_role("button", name="Stop highlighting feature 0").focus()
     shown.press("Enter")
     assert classes() == ["heat-3", "", ""]
-    shown = show(small_index(), "#/text/7?token=1&paint=0,3,99999,x")
-    shown.page.wait_for_selector(".pinned")
+    shown = show(small_index(), "#/rollout/7?token=1&paint=0,3,99999,x")
+    shown.page.wait_for_selector(".selected")
     assert classes() == ["paint-2", "paint-1", ""]
     assert fired(shown) == [(0, 1.0)]
 
 
 def test_texts_are_listed_by_why_they_were_kept_and_found_by_their_words(show: Any):
     index = full_index()
-    shown = show(index, "#/text")
-    rows = shown.part("text-row")
+    shown = show(index, "#/rollout")
+    rows = shown.part("rollout-row")
     assert rows.count() == len(index.text_rollout)
     for why, measure in ((1, index.text_l0), (2, index.text_rarity), (4, index.text_fvu)):
         kept = np.flatnonzero(index.text_why & why)
         order = kept[np.argsort(-measure[kept], kind="stable")]
-        shown.part("text-order").select_option(str(why))
+        shown.part("rollout-reason").select_option(str(why))
         expected = [str(i) for i in order]
         shown.page.wait_for_function(
-            """wanted => JSON.stringify([...document.querySelectorAll("[data-testid=text-row]")]
-              .map(row => row.dataset.text)) === JSON.stringify(wanted)""",
+            """wanted => JSON.stringify([...document.querySelectorAll("[data-testid=rollout-row]")]
+              .map(row => row.dataset.rollout)) === JSON.stringify(wanted)""",
             arg=expected,
         )
-    shown.part("text-order").select_option("0")
+    shown.part("rollout-reason").select_option("0")
     ids = index.text_token_id[slice(*index.text_offset[2:4])]
     words = b"".join(index.token_bytes(int(i)) for i in ids[5:12]).decode(errors="replace")
     shown.press("/")
     shown.page.keyboard.type("no such words")
     shown.page.wait_for_function(
-        "() => document.querySelectorAll('[data-testid=text-row]').length === 0"
+        "() => document.querySelectorAll('[data-testid=rollout-row]').length === 0"
     )
-    shown.part("text-search").fill(words.splitlines()[0])
-    shown.page.wait_for_selector("[data-testid=text-row][data-text='2']")
-    shown.page.locator("[data-testid=text-row][data-text='2']").click()
-    open_text(shown, int(index.text_rollout[2]))
-    shown.page.wait_for_selector(".pinned")
+    shown.part("rollout-search").fill(words.splitlines()[0])
+    shown.page.wait_for_selector("[data-testid=rollout-row][data-rollout='2']")
+    shown.page.locator("[data-testid=rollout-row][data-rollout='2']").click()
+    wait_for_rollout(shown, int(index.text_rollout[2]))
+    shown.page.wait_for_selector(".selected")
 
 
 def test_arrow_keys_go_to_the_next_text_and_links_back_to_features(show: Any):
     index = full_index()
-    shown = show(index, "#/text")
-    open_text(shown, int(index.text_rollout[0]))
+    shown = show(index, "#/rollout")
+    wait_for_rollout(shown, int(index.text_rollout[0]))
     shown.press("ArrowRight")
-    open_text(shown, int(index.text_rollout[1]))
+    wait_for_rollout(shown, int(index.text_rollout[1]))
     shown.page.go_back()
-    open_text(shown, int(index.text_rollout[0]))
-    link = shown.part("here").locator("a").first
+    wait_for_rollout(shown, int(index.text_rollout[0]))
+    link = shown.part("firing-panel").locator("a").first
     latent = int(link.get_attribute("data-feature"))
     link.click()
     shown.wait_for(latent)
-    assert not shown.part("reader").is_visible()
+    assert not shown.part("rollout-view").is_visible()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("word", ["99", "-1", "x", "%3Cb%3E", "%"])
 def test_a_link_to_a_text_that_is_not_kept_is_answered(show: Any, word: str):
-    shown = show(small_index(), f"#/text/{word}")
-    assert "is not kept whole" in shown.text("message")
+    shown = show(small_index(), f"#/rollout/{word}")
+    assert "is not in this page" in shown.text("message")
     shown.part("tab-feature").click()
     shown.wait_for(0)
 
 
 def test_a_page_without_texts_answers_a_link_to_one_with_its_features(show: Any):
-    shown = show(index_of([[example(1.0, 9, [1], 0)]]), "#/text/7")
-    assert not shown.part("tab-text").is_visible()
+    shown = show(index_of([[example(1.0, 9, [1], 0)]]), "#/rollout/7")
+    assert not shown.part("tab-rollout").is_visible()
     assert "There is no feature 7" in shown.text("message")
+
+
+def test_an_address_of_an_older_page_still_opens_its_rollout(show: Any):
+    shown = show(small_index(), "#/text/7?token=1")
+    wait_for_rollout(shown, 7)
+    shown.page.wait_for_selector(".token.selected")

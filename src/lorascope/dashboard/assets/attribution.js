@@ -1,0 +1,148 @@
+// What an attribution report says about a rollout: where the adapter changes predictions, and which
+// features cause the change.
+import { core } from "./data.js";
+import { signed, three } from "./effects.js";
+import { LEVELS } from "./examples.js";
+import { meter, panel } from "./figures.js";
+import { element, percent, whole, writeToken } from "./format.js";
+import { drawLink } from "./related.js";
+
+const MIN_KL = 0.001; // nats; tokens below are not coloured
+const N_LISTED = 10; // tokens in the list of a rollout
+const TARGETS = { kl: "KL(prediction \u2016 base)", logprob: "log p of this token",
+  "logit-difference": "its logit minus the logit of the base's likeliest other token" };
+const OTHER_PARTS = { bias: "the SAE's bias", unexplained: "unexplained by the SAE",
+  special: "rows of special tokens", other_columns: "columns that the SAE does not read" };
+
+// Returns whether the page has an attribution of this rollout.
+export function isAttributed(data) {
+  return data.kl !== undefined && data.kl.length > 0;
+}
+
+// Colours each token by the KL of its prediction, on a logarithmic scale.
+export function colorByKl(data, nodes) {
+  const top = largestKl(data);
+  nodes.forEach((node, t) => {
+    const kl = data.kl[t];
+    node.dataset.kl = String(kl);
+    if (!(kl >= MIN_KL)) return;
+    const level = Math.ceil((LEVELS * Math.log(kl / MIN_KL)) / Math.log(top / MIN_KL));
+    node.classList.add(`heat-${Math.min(LEVELS, Math.max(1, level))}`);
+  });
+}
+
+export function drawKlLegend(data) {
+  const legend = element("div", "legend");
+  legend.dataset.testid = "kl-legend";
+  const ramp = element("span", "ramp");
+  for (let i = 1; i <= LEVELS; i++) ramp.append(element("i", `heat-${i}`));
+  const note = "KL(adapter \u2016 base) of each token's prediction, in nats (logarithmic)";
+  legend.append(element("span", "", String(MIN_KL)), ramp, element("span", "", three(largestKl(data))),
+    element("span", "legend-note", note));
+  return legend;
+}
+
+// Returns lines about token `t` for its tooltip.
+export function klNotes(data, t) {
+  if (!isAttributed(data) || Number.isNaN(data.kl[t])) return [];
+  const lines = [`KL(adapter \u2016 base): ${three(data.kl[t])} nats`,
+    `log-probability gain: ${signed(data.rise[t])} nats`];
+  return lines.map((line) => element("span", "tip-fired", line));
+}
+
+// Lists the ordinary tokens of a rollout with the largest KL; `go` shows one of them.
+export function drawLargestKl(data, go) {
+  const special = core.roles.indexOf("special");
+  const order = Array.from(data.kl.keys())
+    .filter((t) => data.kl[t] > 0 && data.role[t] !== special)
+    .sort((a, b) => data.kl[b] - data.kl[a]).slice(0, N_LISTED);
+  const list = element("ul", "ranked");
+  for (const t of order) {
+    const item = element("li", "kl-row");
+    const button = element("button", "kl-token");
+    button.type = "button";
+    button.dataset.testid = "kl-token";
+    button.dataset.at = t;
+    const token = element("span", "ranked-token");
+    writeToken(token, data.token[t]);
+    const number = element("span", "meter-value", three(data.kl[t]));
+    number.dataset.value = String(data.kl[t]);
+    button.append(token, number);
+    button.addEventListener("click", () => go(t));
+    item.append(button, meter(data.kl[t] / data.kl[order[0]]));
+    list.append(item);
+  }
+  const note = "Tokens with the largest KL(adapter \u2016 base), in nats. Select one to see which " +
+    "features caused it.";
+  return panel("Where the adapter changes predictions", note, list, { testid: "largest-kl" });
+}
+
+// Returns the panel of what caused the prediction of token `t`. `mark(source, on)` highlights the
+// token from which a feature acts.
+export function drawContributions(data, t, mark) {
+  const report = core.effects.attribution;
+  const numbers = element("p", "figure-note", `KL(adapter \u2016 base): ${three(data.kl[t])} nats. ` +
+    `Log-probability gain: ${signed(data.rise[t])} nats.`);
+  numbers.dataset.testid = "token-kl";
+  numbers.dataset.value = String(data.kl[t]);
+  const title = `What caused the prediction of token ${whole(t)}`;
+  const target = data.target_token.indexOf(t);
+  if (target < 0) {
+    const note = "Contributions were not computed for this token. The option --tokens of " +
+      "lorascope attribute chooses tokens.";
+    return panel(title, note, numbers, { testid: "contributions" });
+  }
+  const n = report.parts.length;
+  const parts = Object.fromEntries(report.parts.map((name, i) => [
+    name, data.target_parts[n * target + i],
+  ]));
+  let first = 0;
+  for (let i = 0; i < target; i++) first += data.behind_count[i];
+  const stop = first + data.behind_count[target];
+  const list = element("ul", "ranked");
+  for (let i = first; i < stop; i++) {
+    list.append(drawContribution(data, i, data.behind_value[first], mark));
+  }
+  const difference = Math.abs(parts.adapter - parts.base);
+  const rest = element("dl", "effect-facts rest");
+  for (const [name, label] of [["features", "all features"], ...Object.entries(OTHER_PARTS)]) {
+    if (Math.abs(parts[name]) < 1e-6 * difference) continue;
+    const line = element("div", "effect-fact");
+    const value = element("dd", "", signed(parts[name]));
+    value.dataset.testid = `contribution-${name}`;
+    value.dataset.value = String(parts[name]);
+    line.append(element("dt", "", label), value);
+    rest.append(line);
+  }
+  const error = report.gap === null ? "" : ` (average error: ${percent(report.gap)})`;
+  const note = `Each feature's contribution to ${TARGETS[report.target] ?? report.target}, which is ` +
+    `${three(parts.base)} without the adapter and ${three(parts.adapter)} ${report.unit} with it. ` +
+    `The parts below add up to the difference${error}. Point at a feature to see the token from ` +
+    "which it acts.";
+  return panel(title, note, [numbers, list, rest], { testid: "contributions" });
+}
+
+function drawContribution(data, i, top, mark) {
+  const item = element("li", "contribution-row");
+  item.dataset.testid = "contribution";
+  const value = data.behind_value[i];
+  const link = drawLink(data.behind_latent[i]);
+  const number = element("span", "meter-value", signed(value));
+  number.dataset.value = String(value);
+  link.append(number);
+  const source = data.behind_source[i];
+  link.title = `acts most from token ${source}; removing it there would take away about ` +
+    `${signed(data.behind_removal[i])}`;
+  const bar = meter(Math.abs(value) / Math.abs(top));
+  if (value < 0) bar.classList.add("below");
+  item.append(link, bar);
+  for (const [on, off] of [["pointerenter", "pointerleave"], ["focusin", "focusout"]]) {
+    item.addEventListener(on, () => mark(source, true));
+    item.addEventListener(off, () => mark(source, false));
+  }
+  return item;
+}
+
+function largestKl(data) {
+  return data.kl.reduce((a, b) => (b > a ? b : a), 2 * MIN_KL);
+}

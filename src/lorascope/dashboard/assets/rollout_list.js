@@ -1,0 +1,119 @@
+// The list of rollouts that are in the page as a whole, by the reason they were selected for.
+import { column, core, rolloutData } from "./data.js";
+import { element, percent, short, whole } from "./format.js";
+
+const byId = (id) => document.getElementById(id);
+const [list, search, reason] = [byId("rollouts"), byId("rollout-query"), byId("rollout-reason")];
+const REASONS = [[1, "highest L0"], [2, "rarest features"], [4, "worst reconstructed"],
+  [8, "at random"]];
+const CONTEXT = 30; // characters on each side of a search result
+const PAUSE = 80; // milliseconds after the last letter before a search begins
+
+export const nRollouts = column.kept_rollout.length;
+let latest = 0;
+let timer = 0;
+let current = -1;
+let first = -1; // rollout at the top of the list
+
+// Returns a rollout's statistics: [label, name, number, text for people, definition] of each.
+export function rolloutStats(at) {
+  const [l0, fvu, rarity] = [column.kept_l0[at], column.kept_fvu[at], column.kept_rarity[at]];
+  return [
+    ["tokens", "length", column.kept_length[at], whole(column.kept_length[at]),
+      "tokens in this rollout"],
+    ["L0", "l0", l0, !Number.isNaN(l0) && short(l0), "average number of features that fire at a token"],
+    ["FVU", "fvu", fvu, !Number.isNaN(fvu) && percent(fvu),
+      "share of its variance that the SAE leaves unexplained"],
+    ["rarity", "rarity", rarity, !Number.isNaN(rarity) && short(rarity),
+      "average of \u2212log\u2081\u2080 density of the features that fire; 3 is one token in a thousand"],
+  ];
+}
+
+// Returns the reasons that a rollout was selected for.
+export function reasonsOf(at) {
+  return REASONS.filter(([bit]) => column.kept_why[at] & bit).map(([, name]) => name);
+}
+
+// Returns the rollout at the top of the list, -1 if the list is empty.
+export function firstRollout() {
+  return first;
+}
+
+// Marks the rollout that is shown.
+export function markRollout(at) {
+  current = at;
+  for (const link of list.querySelectorAll("a")) {
+    if (Number(link.dataset.rollout) === at) link.setAttribute("aria-current", "true");
+    else link.removeAttribute("aria-current");
+  }
+}
+
+// Returns the rollouts of the chosen reason, those that fit it best first.
+function sorted() {
+  const bit = Number(reason.value);
+  const score = { 1: column.kept_l0, 2: column.kept_rarity, 4: column.kept_fvu }[bit];
+  const all = Array.from({ length: nRollouts }, (_, at) => at);
+  const chosen = all.filter((at) => !bit || column.kept_why[at] & bit);
+  if (score) chosen.sort((a, b) => score[b] - score[a] || a - b);
+  return chosen;
+}
+
+async function refill() {
+  const request = ++latest;
+  const wanted = search.value.trim() ? search.value.toLowerCase() : "";
+  const hits = [];
+  for (const at of sorted()) {
+    const hit = wanted ? await find(at, wanted) : { token: -1, context: "" };
+    if (request !== latest) return;
+    if (hit) hits.push([at, hit]);
+  }
+  first = hits.length ? hits[0][0] : -1;
+  list.replaceChildren(...hits.map(([at, hit]) => drawRow(at, hit)));
+  byId("rollout-count").textContent = `${whole(hits.length)} of ${whole(nRollouts)} rollouts`;
+  markRollout(current);
+}
+
+// Returns where a rollout contains the searched text: the first token, and some text around it.
+async function find(at, wanted) {
+  let data;
+  try {
+    data = await rolloutData(at);
+  } catch {
+    return null; // damage is reported when the rollout is shown
+  }
+  const parts = Array.from(data.token, (entry) => core.token_texts[entry]);
+  const text = parts.join("").toLowerCase();
+  const start = text.indexOf(wanted);
+  if (start < 0) return null;
+  let end = 0;
+  const token = parts.findIndex((part) => (end += part.length) > start);
+  const context = text.slice(Math.max(0, start - CONTEXT), start + wanted.length + CONTEXT);
+  return { token, context: context.replace(/\s+/g, " ") };
+}
+
+function drawRow(at, { token, context }) {
+  const item = element("div", "rollout-row");
+  item.setAttribute("role", "listitem");
+  const link = element("a");
+  const id = column.kept_rollout[at];
+  link.href = `#/rollout/${id}${token >= 0 ? `?token=${token}` : ""}`;
+  link.dataset.rollout = at;
+  link.dataset.testid = "rollout-row";
+  link.append(element("span", "rollout-name", `Rollout ${whole(id)}`));
+  const stats = rolloutStats(at).filter(([, , , text]) => text);
+  const note = stats.map(([label, , , text]) => `${text} ${label}`).join(" \u00b7 ");
+  link.append(element("span", "rollout-note", note));
+  const reasons = element("span", "rollout-why");
+  for (const name of reasonsOf(at)) reasons.append(element("span", "chip", name));
+  link.append(reasons);
+  if (context) link.append(element("span", "rollout-context", `\u2026${context}\u2026`));
+  item.append(link);
+  return item;
+}
+
+reason.addEventListener("change", refill);
+search.addEventListener("input", () => {
+  clearTimeout(timer);
+  timer = setTimeout(refill, PAUSE);
+});
+refill();

@@ -1,0 +1,276 @@
+// One whole rollout: its roles, what fires at each token, and features highlighted in colour.
+import { colorByKl, drawContributions, drawKlLegend, drawLargestKl, isAttributed, klNotes } from "./attribution.js";
+import { column, core, rolloutData } from "./data.js";
+import { LEVELS, drawToken, lineEnd } from "./examples.js";
+import { drawMessage } from "./feature_view.js";
+import { meter, panel } from "./figures.js";
+import { element, short, whole } from "./format.js";
+import { drawLink } from "./related.js";
+import { reasonsOf, rolloutStats } from "./rollout_list.js";
+import { amend } from "./route.js";
+import { watchTokens } from "./tooltip.js";
+
+const area = document.getElementById("rollout-view");
+const CHUNK = 2500; // tokens drawn at a time, so that the page stays responsive
+const MAX_PAINTED = 4;
+const N_AT_TOKEN = 40; // features listed at a token
+const N_IN_ROLLOUT = 12; // features listed for the rollout
+const N_IN_TOOLTIP = 5; // features in a token's tooltip
+
+let shown = null; // { number, data, nodes, painted, selected, and nodes that are redrawn }
+
+// Shows a rollout, by its number in this page. `query` may name a token and features to highlight.
+export async function showRollout(number, query) {
+  const data = await rolloutData(number);
+  const asked = new URLSearchParams(query ?? "");
+  const token = Number(asked.get("token") ?? -1);
+  const painted = (asked.get("paint") ?? "").split(",").filter((name) => /^\d{1,9}$/.test(name))
+    .map(Number).filter((id) => id < core.n_features).slice(0, MAX_PAINTED);
+  shown = { number, data, nodes: [], painted, selected: -1 };
+  const body = element("div", "reading");
+  body.dataset.testid = "rollout-text";
+  body.dataset.walk = "";
+  const side = element("div", "feature-side");
+  shown.atToken = element("div", "firing-panels");
+  shown.paints = element("div", "paints");
+  shown.legend = element("div");
+  side.append(shown.paints, shown.atToken);
+  const layout = element("div", "feature-body");
+  layout.append(body, side);
+  area.replaceChildren(drawStats(number), shown.legend, layout);
+  area.dataset.rollout = column.kept_rollout[number];
+  drawPaints();
+  drawFiring(-1);
+  await drawTokens(body, token);
+  if (token >= 0 && token < shown.nodes.length) {
+    selectToken(token);
+    shown.nodes[token].scrollIntoView({ block: "center" });
+  }
+}
+
+function drawStats(number) {
+  const stats = element("dl", "stats");
+  for (const [label, name, value, text, note] of rolloutStats(number)) {
+    if (!text) continue;
+    const cell = element("div", "stat");
+    const shownValue = element("dd", "stat-value", text);
+    shownValue.dataset.testid = `rollout-${name}`;
+    shownValue.dataset.value = String(value);
+    cell.append(element("dt", "", label), shownValue, element("dd", "stat-note", note));
+    stats.append(cell);
+  }
+  const reasons = reasonsOf(number);
+  if (reasons.length) {
+    const cell = element("div", "stat");
+    cell.append(element("dt", "", "selected for"), element("dd", "stat-value small", reasons.join(", ")),
+      element("dd", "stat-note", "why this rollout is in the page, among all that were read"));
+    stats.append(cell);
+  }
+  return stats;
+}
+
+// Draws the tokens in runs of one role, each below the role's name.
+async function drawTokens(body, token) {
+  const { data, nodes } = shown;
+  const started = shown;
+  let role = -1;
+  let run = null;
+  for (let t = 0; t < data.token.length; t++) {
+    if (data.role[t] !== role) {
+      role = data.role[t];
+      run = element("p", "run");
+      run.dir = "auto";
+      const name = core.roles[role];
+      if (name && name !== "special") body.append(element("h3", "role", name));
+      if (name === "special") run.classList.add("between");
+      body.append(run);
+    }
+    const node = drawToken(data.token[t], 0, 1);
+    node.dataset.at = t;
+    delete node.dataset.value;
+    node.tabIndex = t === Math.max(0, token) ? 0 : -1;
+    nodes.push(node);
+    run.append(node, ...lineEnd(node));
+    if (t % CHUNK === CHUNK - 1) {
+      paint();
+      await new Promise((done) => setTimeout(done));
+      if (shown !== started) return;
+    }
+  }
+  paint();
+}
+
+// Returns [feature, value] of what fires at a token, strongest first.
+function firingAt(t) {
+  const { data } = shown;
+  const pairs = [];
+  for (let c = data.codes[t]; c < data.codes[t + 1]; c++) pairs.push([data.latent[c], data.value[c]]);
+  return pairs.sort((a, b) => b[1] - a[1]);
+}
+
+// Colours tokens by the chosen features: one feature on the heat ramp, several in one colour each.
+// Without any, colours them by KL if the page has an attribution.
+function paint() {
+  const { data, nodes, painted } = shown;
+  const colorOf = new Map(painted.map((id, i) => [id, i]));
+  nodes.forEach((node, t) => {
+    node.className = node.className.replace(/ ?\b(heat|paint)-\d\b/g, "");
+    delete node.dataset.value;
+    delete node.dataset.kl;
+    if (!painted.length) return;
+    let [best, level, value] = [-1, 0, 0];
+    for (let c = data.codes[t]; c < data.codes[t + 1]; c++) {
+      const i = colorOf.get(data.latent[c]);
+      if (i === undefined) continue;
+      const share = data.value[c] / (column.max[data.latent[c]] || data.value[c]);
+      if (share > level) [best, level, value] = [i, Math.min(1, share), data.value[c]];
+    }
+    node.dataset.value = String(value);
+    if (best < 0) return;
+    if (painted.length === 1) node.classList.add(`heat-${Math.max(1, Math.ceil(LEVELS * level))}`);
+    else node.classList.add(`paint-${best + 1}`);
+    node.style.setProperty("--level", `${Math.round(15 + 40 * level)}%`);
+  });
+  const showsKl = !painted.length && isAttributed(data);
+  if (showsKl) colorByKl(data, nodes);
+  shown.legend.replaceChildren(...(showsKl ? [drawKlLegend(data)] : []));
+}
+
+function setPainted(ids) {
+  shown.painted = ids.slice(-MAX_PAINTED);
+  const query = shown.painted.length ? `paint=${shown.painted.join(",")}` : "";
+  amend("rollout", column.kept_rollout[shown.number], query);
+  drawPaints();
+  paint();
+  drawFiring(shown.selected);
+}
+
+function drawPaints() {
+  const { painted } = shown;
+  const chips = element("div", "chips");
+  painted.forEach((id, i) => {
+    const chip = element("span", "paint-chip");
+    chip.dataset.testid = "painted";
+    const swatch = element("i", painted.length === 1 ? "heat-6" : `swatch paint-${i + 1}`);
+    const off = element("button", "small", "\u00d7");
+    off.type = "button";
+    off.setAttribute("aria-label", `Stop highlighting feature ${id}`);
+    off.addEventListener("click", () => setPainted(painted.filter((other) => other !== id)));
+    chip.append(swatch, drawLink(id), off);
+    chips.append(chip);
+  });
+  const form = element("form", "goto");
+  const input = element("input");
+  Object.assign(input, { inputMode: "numeric", placeholder: "feature number", autocomplete: "off" });
+  input.setAttribute("aria-label", "Feature to highlight");
+  input.dataset.testid = "paint-number";
+  const button = element("button", "", "Highlight");
+  form.append(input, button);
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    const id = /^\d{1,9}$/.test(input.value.trim()) ? Number(input.value) : -1;
+    if (id >= 0 && id < core.n_features && !painted.includes(id)) setPainted([...painted, id]);
+  });
+  const note = "Colours show the activation as a share of the feature's maximum. Up to four features." +
+    (isAttributed(shown.data) ? " Without any, colours show KL(adapter \u2016 base)." : "");
+  shown.paints.replaceChildren(panel("Highlighted features", note, [chips, form], { testid: "paints" }));
+}
+
+// Lists what fires at token t, or in the whole rollout for -1.
+function drawFiring(t) {
+  shown.selected = t;
+  const pairs = t < 0 ? mostActive() : firingAt(t);
+  const list = element("ul", "ranked");
+  for (const [id, value] of pairs.slice(0, t < 0 ? N_IN_ROLLOUT : N_AT_TOKEN)) {
+    const item = element("li", "fired");
+    item.dataset.testid = "fired";
+    const link = drawLink(id);
+    const number = element("span", "meter-value", short(Number(value.toPrecision(3))));
+    number.dataset.value = String(value);
+    link.append(number);
+    const on = shown.painted.includes(id);
+    const button = element("button", "small", on ? "highlighted" : "highlight");
+    button.type = "button";
+    button.setAttribute("aria-pressed", String(on));
+    button.setAttribute("aria-label", `Highlight feature ${id}`);
+    button.addEventListener("click", () => {
+      setPainted(on ? shown.painted.filter((other) => other !== id) : [...shown.painted, id]);
+    });
+    item.append(link, meter(t < 0 ? value / pairs[0][1] : value / (column.max[id] || value)), button);
+    list.append(item);
+  }
+  const n = whole(pairs.length);
+  const firing = t < 0
+    ? panel("Most active features in this rollout", "By the sum of their activations, each as a share " +
+      "of the feature's maximum. Select a token to see what fires there.", list,
+    { testid: "firing-panel" })
+    : panel(`At token ${whole(t)}`, `${n} feature${pairs.length === 1 ? " fires" : "s fire"} here. ` +
+      "Bar: activation as a share of the feature's maximum.", list, { testid: "firing-panel" });
+  const { data } = shown;
+  const effects = !isAttributed(data) ? [] : [
+    t < 0 ? drawLargestKl(data, goTo) : drawContributions(data, t, markSource),
+  ];
+  shown.atToken.replaceChildren(...effects, firing);
+}
+
+// Returns [feature, sum of its activations] of the rollout, largest first.
+function mostActive() {
+  const { data } = shown;
+  const sums = new Map();
+  data.latent.forEach((id, c) => {
+    const share = data.value[c] / (column.max[id] || data.value[c]);
+    sums.set(id, (sums.get(id) ?? 0) + share);
+  });
+  return [...sums].sort((a, b) => b[1] - a[1]);
+}
+
+// Selects a token and scrolls to it.
+function goTo(t) {
+  selectToken(t);
+  const paint = shown.painted.length ? `&paint=${shown.painted.join(",")}` : "";
+  amend("rollout", column.kept_rollout[shown.number], `token=${t}${paint}`);
+  shown.nodes[t].scrollIntoView({ block: "center" });
+  shown.nodes[t].focus({ preventScroll: true });
+}
+
+function markSource(t, on) {
+  shown.nodes[t]?.classList.toggle("source", on);
+}
+
+function selectToken(t) {
+  area.querySelector(".selected")?.classList.remove("selected");
+  shown.nodes[t].classList.add("selected");
+  drawFiring(t);
+}
+
+// Shows a message instead of a rollout.
+export function showNoRollout(message) {
+  shown = null;
+  area.replaceChildren(drawMessage(message));
+  delete area.dataset.rollout;
+}
+
+watchTokens(area, (token) => {
+  if (!shown || token.dataset.at === undefined) return [];
+  const t = Number(token.dataset.at);
+  const pairs = firingAt(t);
+  const role = core.roles[shown.data.role[t]];
+  const lines = [element("span", "tip-note", `token ${whole(t)}${role ? `, ${role}` : ""}`)];
+  for (const [id, value] of pairs.slice(0, N_IN_TOOLTIP)) {
+    lines.push(element("span", "tip-fired", `feature ${id}: ${short(Number(value.toPrecision(3)))}`));
+  }
+  const more = pairs.length - N_IN_TOOLTIP;
+  if (more > 0) lines.push(element("span", "tip-note", `and ${more} more`));
+  lines.push(...klNotes(shown.data, t));
+  return lines;
+});
+area.addEventListener("click", (event) => {
+  const token = event.target.closest(".token[data-at]");
+  if (token) selectToken(Number(token.dataset.at));
+});
+area.addEventListener("keydown", (event) => {
+  const token = event.target.closest(".token[data-at]");
+  if (!token || (event.key !== "Enter" && event.key !== " ")) return;
+  event.preventDefault();
+  selectToken(Number(token.dataset.at));
+});
