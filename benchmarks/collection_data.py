@@ -7,7 +7,6 @@ factor between 0.9 and 1.1, so that no two rows are equal.
 """
 
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -17,8 +16,9 @@ import torch
 from planted_rows import planted
 
 from lorascope.activations.shards import write_shard
-from lorascope.activations.store import KIND, SCHEMA, VOCABULARY, ActivationStore, Vocabulary
-from lorascope.artifact import MANIFEST, digest_file, make_manifest, require_space, write_text
+from lorascope.activations.store import KIND, SCHEMA, ActivationStore
+from lorascope.activations.vocabulary import VOCABULARY, Vocabulary
+from lorascope.artifact import MANIFEST, make_manifest, require_space, write_manifest
 from lorascope.sae.model import SAE, load_sae
 from lorascope.sae.settings import TrainConfig
 from lorascope.sae.train import run as train
@@ -129,11 +129,7 @@ def _write(folder: Path, layout: SiteLayout, rollouts: Iterator[np.ndarray]) -> 
         shard()
     words = [f" w{i}".encode() for i in range(_WORDS)]
     Vocabulary.from_tokens(words, np.zeros(_WORDS, bool)).save(folder / VOCABULARY)
-    files = {
-        file.name: {"bytes": file.stat().st_size, "sha256": digest_file(file)}
-        for file in sorted(folder.glob("*.h5"))
-    }
     manifest = make_manifest(
-        KIND, SCHEMA, settings={}, parents={}, layout=layout.to_json(), content={}, files=files
+        KIND, SCHEMA, settings={}, parents={}, layout=layout.to_json(), content={}
     )
-    write_text(folder / MANIFEST, json.dumps(manifest))
+    write_manifest(folder, manifest, [file.name for file in folder.glob("*.h5")])

@@ -20,7 +20,8 @@ from tokenizers import Tokenizer
 
 import lorascope
 from lorascope import GenerateConfig
-from lorascope.activations.store import ActivationStore, verify
+from lorascope.activations.store import ActivationStore
+from lorascope.cli import verify
 
 SUBJECT = Path(lorascope.__file__).parent / "demo" / "subject"
 TURNS = (

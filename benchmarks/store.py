@@ -15,7 +15,6 @@ tenth of the store, as training takes a store larger than memory. Figures are me
 
 import argparse
 import gc
-import json
 import os
 import statistics
 import tempfile
@@ -30,8 +29,9 @@ import torch
 from lorascope.activations.batches import BatchPlan
 from lorascope.activations.shards import Rows
 from lorascope.activations.shards import write_shard as write
-from lorascope.activations.store import KIND, SCHEMA, VOCABULARY, ActivationStore, Vocabulary
-from lorascope.artifact import MANIFEST, digest_file, make_manifest, write_text
+from lorascope.activations.store import KIND, SCHEMA, ActivationStore
+from lorascope.activations.vocabulary import VOCABULARY, Vocabulary
+from lorascope.artifact import make_manifest, write_manifest
 from lorascope.sites import PROJECTIONS, Site, SiteLayout
 
 BATCH = 1024
@@ -49,14 +49,10 @@ def make(folder: Path, n_rows: int) -> ActivationStore:
         ids, roles = np.zeros(n, np.int32), np.zeros(n, np.uint8)
         write(folder / f"shard-{number:05d}.h5", block[:n], ids, roles, [n], [number])
     Vocabulary.from_tokens([b"x"], np.array([False])).save(folder / VOCABULARY)
-    files = {
-        file.name: {"bytes": file.stat().st_size, "sha256": digest_file(file)}
-        for file in sorted(folder.glob("*.h5"))
-    }
     manifest = make_manifest(
-        KIND, SCHEMA, settings={}, parents={}, layout=layout.to_json(), content={}, files=files
+        KIND, SCHEMA, settings={}, parents={}, layout=layout.to_json(), content={}
     )
-    write_text(folder / MANIFEST, json.dumps(manifest))
+    write_manifest(folder, manifest, [file.name for file in folder.glob("*.h5")])
     return ActivationStore.open(folder)
 
 

@@ -3,7 +3,6 @@ import multiprocessing
 import zipfile
 from pathlib import Path
 
-import h5py
 import pytest
 
 from lorascope import artifact
@@ -21,7 +20,6 @@ def manifest(settings=SETTINGS, parents=PARENTS):
         parents=parents,
         layout=None,
         content={"n": 1},
-        files={"data": {"bytes": 1}},
     )
 
 
@@ -31,7 +29,7 @@ def make(out: Path, settings=SETTINGS, parents=PARENTS, overwrite=False):
         return False
     with building(out, "sae", **identity) as build:
         (build.path / "data").write_text("x")
-        build.publish_directory(manifest(settings, parents))
+        build.publish_directory(manifest(settings, parents), ["data"])
     return True
 
 
@@ -116,8 +114,7 @@ def test_a_second_process_is_told_that_the_first_one_writes(tmp_path):
 
 def test_manifests_are_read_from_every_kind_of_file(tmp_path):
     text = artifact.canonical(manifest())
-    with h5py.File(tmp_path / "a.h5", "w") as file:
-        file.attrs["manifest"] = text
+    (tmp_path / "a.h5").write_text(text + "\n")
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as file:
         file.writestr("archive/lorascope.json", text)
     (tmp_path / "a.json").write_text(json.dumps({"metadata": {"lorascope": manifest()}}))

@@ -72,7 +72,7 @@ def refused(place, capsys, line, *words):
         ("train --config none.toml", ["cannot read none.toml"]),
         ("dashboard", ["--input is missing"]),
         ("info none", ["none does not exist"]),
-        ("info {data}", ["no artifact of lorascope"]),
+        ("info {data}", ["problems.jsonl is no artifact"]),
         ("generate", ["no adapter given", "--lora-path", "lorascope.toml"]),
         ("generate --lora-path {tmp}/none --dataset {data}", ["does not exist"]),
         ("generate --lora-path {base} --dataset {data}", ["no PEFT adapter", "full model"]),

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from lorascope.activations.store import ActivationStore, verify
+from lorascope.activations.store import ActivationStore
 from lorascope.artifact import read_manifest
 from lorascope.causal.study import open_report
-from lorascope.cli import call
+from lorascope.cli import call, verify
 from lorascope.demo import demo
 from lorascope.demo.demo import DemoConfig
 from lorascope.demo.problems import CLASSES, make_problem

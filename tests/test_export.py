@@ -52,7 +52,7 @@ def test_the_json_has_the_published_fields(tmp_path: Path):
     data = json.loads((tmp_path / "features.json").read_text(encoding="utf-8"))
     assert data["metadata"]["n_features"] == 4
     assert data["metadata"]["top_k"] == 3
-    assert data["metadata"]["lorascope"] == index.manifest
+    assert read_manifest(tmp_path / "features.json") == index.manifest
     assert list(data["features"]) == ["0", "1", "2", "3"]
     assert data["features"]["1"]["examples"] == []
     best = data["features"]["0"]["examples"][0]

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from lorascope.activations import generate
 from lorascope.activations.generate import GenerateConfig
-from lorascope.activations.store import ActivationStore, default_name, verify
+from lorascope.activations.store import ActivationStore, default_name
+from lorascope.cli import verify
 from lorascope.errors import ArtifactError, ConfigError, NumberError
 from lorascope.sites import PROJECTIONS
 from lorascope.subject.load import (

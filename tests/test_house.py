@@ -10,8 +10,8 @@ import lorascope
 
 ROOT = Path(lorascope.__file__).parent
 ORDER = (
-    "version errors sites config artifact hub runtime kernels texts subject activations sae "
-    "features causal dashboard pipeline demo cli __main__"
+    "version errors sites config arrayfile artifact hub runtime kernels texts subject activations "
+    "sae features causal dashboard pipeline demo cli __main__"
 ).split()
 
 

@@ -204,20 +204,8 @@ def test_a_file_that_is_no_feature_index_is_refused(tmp_path: Path):
     with pytest.raises(ArtifactError, match="expected features"):
         FeatureIndex.open(path)
     small_index().save(path)
-    with h5py.File(path, "a") as file:
-        del file["window/token_id"]
+    path.write_bytes(path.read_bytes().replace(b"window/token_id", b"window/token_no", 1))
     with pytest.raises(ArtifactError, match="no array window/token_id"):
-        FeatureIndex.open(path)
-
-
-def test_a_compressed_array_is_refused(tmp_path: Path):
-    path = tmp_path / "features.h5"
-    small_index().save(path)
-    with h5py.File(path, "a") as file:
-        values = file["example/value"][:]
-        del file["example/value"]
-        file.create_dataset("example/value", data=values, compression="gzip")
-    with pytest.raises(ArtifactError, match="compressed"):
         FeatureIndex.open(path)
 
 
@@ -270,8 +258,10 @@ def test_an_index_with_fewer_examples_keeps_the_strongest_and_what_is_known(tmp_
         np.testing.assert_array_equal(getattr(same, name), getattr(index, name))
 
 
-def test_an_index_of_the_first_schema_is_answered_with_what_to_do(tmp_path: Path):
-    old = {**manifest_of(4), "schema": 1}
+def test_an_index_of_an_older_schema_is_answered_with_what_to_do(tmp_path: Path):
+    old = {**manifest_of(4), "schema": 2}
     replace(small_index(), manifest=old).save(tmp_path / "features.h5")
-    with pytest.raises(ArtifactError, match="schema 1 of features, this version reads 2; run coll"):
+    with pytest.raises(
+        ArtifactError, match="schema 2 of features, this version reads 3: .*make it again"
+    ):
         FeatureIndex.open(tmp_path / "features.h5")

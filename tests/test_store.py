@@ -1,4 +1,3 @@
-import json
 import multiprocessing
 import os
 import pickle
@@ -8,7 +7,10 @@ import numpy as np
 import pytest
 from builders.stores import layout_of
 
-from lorascope.activations.store import ActivationStore, Vocabulary, verify
+from lorascope.activations.store import ActivationStore
+from lorascope.activations.vocabulary import Vocabulary
+from lorascope.artifact import make_manifest, write_manifest
+from lorascope.cli import verify
 from lorascope.errors import ArtifactError
 from lorascope.sites import PROJECTIONS
 
@@ -82,7 +84,7 @@ def test_verify_names_a_changed_byte_a_missing_shard_and_a_short_one(make_store)
     shard.write_bytes(whole[:-100] + bytes(100))
     assert verify(store.path) == ["shard-00001.h5 has another checksum than the manifest"]
     shard.write_bytes(whole[:-1])
-    assert "bytes, the manifest" in verify(store.path)[0]
+    assert "bytes, the manifest says" in verify(store.path)[0]
     with pytest.raises(ArtifactError, match="it is damaged"):
         ActivationStore.open(store.path)
     shard.unlink()
@@ -109,7 +111,7 @@ def test_verify_names_a_shard_of_another_store(make_store):
     store = make_store()
     (store.path / "shard-00002.h5").write_bytes((store.path / "shard-00001.h5").read_bytes())
     assert verify(store.path) == [
-        "shard-00002.h5 is not in the manifest: it is of another store, or was put there by hand"
+        "shard-00002.h5 is not in the manifest: it belongs to something else, remove it"
     ]
 
 
@@ -118,9 +120,8 @@ def test_a_folder_that_is_no_store_says_what_it_lacks(tmp_path):
         ActivationStore.open(tmp_path / "none")
     with pytest.raises(ArtifactError, match="neither manifest.json nor rollout_<i>.h5"):
         ActivationStore.open(tmp_path)
-    (tmp_path / "manifest.json").write_text(
-        json.dumps({"kind": "sae", "schema": 1, "settings": {}})
-    )
+    sae = make_manifest("sae", 1, settings={}, parents={}, layout=None, content={})
+    write_manifest(tmp_path, sae, [])
     with pytest.raises(ArtifactError, match="holds sae, expected activations"):
         ActivationStore.open(tmp_path)
 

@@ -1,37 +1,60 @@
 """Files that stages leave behind: finished or absent, never half.
 
-1. `building` makes `NAME.partial/` beside the final name, locks it, and records the settings.
+1. `building` makes `NAME.partial/` next to the final name, locks it, and records the settings.
 2. The stage writes into that folder. Killed at any moment, it finds its finished pieces there
    when it runs again with the same settings.
 3. `publish_directory` writes `manifest.json` last and keeps the files that it names, `publish_file`
-   takes one file out; both sync to disk and rename. What stands under the final name is therefore
-   complete, and nothing else is there.
+   takes one file out; both seal, sync to disk and rename. What stands under the final name is
+   therefore complete, and nothing else is there.
 
 A manifest says what the artifact is (`kind`, `schema`), what decided it (`settings`, and the
 digests of its `parents`), what its columns mean (`layout`) and what it holds (`files` with size
 and SHA-256, `content`). It holds no time, host or absolute path: the same work, the same bytes.
-Where it stands: `manifest.json` in a folder, the attribute `manifest` of an HDF5 file, the entry
+Where it stands: `manifest.json` in a folder, the first line of an `.h5` file, the entry
 `lorascope.json` of a `.pt` archive, `metadata.lorascope` of a JSON file, a comment in a page.
+
+One file of every artifact carries a *seal*: the file itself, or `manifest.json` of a folder, which
+has the checksums of the others. It is the text `lorascope-sha256:` and 64 digits, the SHA-256 of
+the file with these digits as zeros. `check_files` finds every changed, missing and added byte.
 """
 
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import shutil
+import struct
 import time
 import zipfile
-from collections.abc import Generator, Mapping
+import zlib
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lorascope.arrayfile import read_header
 from lorascope.errors import ArtifactError
-from lorascope.version import __version__
 
 MANIFEST = "manifest.json"
 HTML_MARK = b"<!-- lorascope "
+SEAL = b"lorascope-sha256:"
+EMPTY_SEAL = SEAL + b"0" * 64
+_HUB_FILES = {"README.md", ".gitattributes"}  # that a model hub puts into every folder
+_LARGEST_MANIFEST = 1 << 26  # bytes
+_DAMAGED = (  # what reading a damaged file may raise
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    OverflowError,
+    EOFError,
+    RuntimeError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 _SETTINGS = "settings.json"
 _LOCK = ".lock"
 _SKEW = 60  # seconds by which clocks of machines that share a file system may differ
@@ -61,9 +84,10 @@ def make_manifest(
     parents: Mapping[str, str],
     layout: Mapping[str, Any] | None,
     content: Mapping[str, Any],
-    files: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return a manifest; see the module's text for the meaning of its fields."""
+    from lorascope import __version__
+
     return {
         "kind": kind,
         "schema": schema,
@@ -72,58 +96,176 @@ def make_manifest(
         "parents": dict(parents),
         "layout": None if layout is None else dict(layout),
         "content": dict(content),
-        "files": dict(files or {}),
+        "files": {},
     }
+
+
+def with_seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a manifest as it is written: an empty seal first, then its keys in sorted order.
+
+    First, because the first seal in a file is the one that counts.
+    """
+    return {"seal": EMPTY_SEAL.decode(), **json.loads(canonical(manifest))}
+
+
+def seal_file(path: Path) -> None:
+    """Write the SHA-256 of a file into its seal. A file without an empty seal stays as it is."""
+    with path.open("r+b") as file:
+        if path.stat().st_size == 0:
+            return
+        with mmap.mmap(file.fileno(), 0) as data:
+            start = _find_seal(data)
+            if start is None or data[start : start + 64] != b"0" * 64:
+                return
+            data[start : start + 64] = _digest_with_empty_seal(data, start)
+
+
+def sealed(text: str) -> str:
+    """Return the text of a file with the SHA-256 in its empty seal."""
+    data = text.encode()
+    start = _find_seal(data)
+    assert start is not None, "with_seal put one there"
+    digits = _digest_with_empty_seal(data, start)
+    return (data[:start] + digits + data[start + 64 :]).decode()
+
+
+def check_seal(path: Path) -> str | None:
+    """Return how a sealed file was changed, or None when it is as it was written."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            start = _find_seal(data)
+            if start is None:
+                return f"{path.name} has no seal: it is damaged, or an older lorascope made it"
+            if data[start : start + 64] != _digest_with_empty_seal(data, start):
+                return f"{path.name} has other bytes than its seal says: it was changed or damaged"
+    except (OSError, ValueError) as error:  # an empty file cannot be mapped
+        return f"{path.name} cannot be read ({error})"
+    return None
+
+
+def _find_seal(data: mmap.mmap | bytes) -> int | None:
+    """Return where the digits of the seal begin: at the very end, or else the first ones."""
+    last = max(len(data) - len(EMPTY_SEAL), 0)
+    found = last if data[last:].startswith(SEAL) else data.find(SEAL)
+    start = found + len(SEAL)
+    return start if found >= 0 and start + 64 <= len(data) else None
+
+
+def _digest_with_empty_seal(data: mmap.mmap | bytes, start: int) -> bytes:
+    hasher = hashlib.sha256()
+    with memoryview(data) as view, view[:start] as before, view[start + 64 :] as after:
+        hasher.update(before)
+        hasher.update(b"0" * 64)
+        hasher.update(after)
+    return hasher.hexdigest().encode()
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any], files: Iterable[str]) -> None:
+    """Write `manifest.json` with the size and the SHA-256 of `files`, sealed."""
+    table = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": digest_file(folder / name)}
+        for name in files
+    }
+    text = json.dumps(with_seal({**manifest, "files": table}), indent=1, allow_nan=False)
+    write_text(folder / MANIFEST, sealed(text + "\n"))
+
+
+def check_files(path: Path) -> list[str]:
+    """Return how the bytes of an artifact differ from what they were, a line each.
+
+    Empty when all are as they were written. What they mean is not looked at.
+    """
+    if not path.is_dir():
+        changed = check_seal(path)
+        return [changed] if changed else []
+    changed = check_seal(path / MANIFEST)
+    manifest = read_manifest(path)
+    if changed or manifest is None:
+        return [changed or f"{MANIFEST} is no manifest of lorascope"]
+    broken: list[str] = []
+    folders: set[str] = set()
+    for name, known in manifest["files"].items():
+        file, pure = path / name, PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts or pure.as_posix() != name:
+            broken.append(f"{name!r} in the manifest is no name of a file in this folder")
+            continue
+        folders |= {parent.as_posix() for parent in pure.parents}
+        if not file.is_file():
+            broken.append(f"{name} is missing")
+        elif file.stat().st_size != known.get("bytes"):
+            size = file.stat().st_size
+            broken.append(f"{name} has {size} bytes, the manifest says {known.get('bytes')}")
+        elif digest_file(file) != known.get("sha256"):
+            broken.append(f"{name} has another checksum than the manifest")
+    allowed = {MANIFEST, *manifest["files"], *folders, *_HUB_FILES}
+    found = {found.relative_to(path).as_posix() for found in path.rglob("*")}
+    broken += [
+        f"{name} is not in the manifest: it belongs to something else, remove it"
+        for name in sorted(found - allowed)
+    ]
+    return broken
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
     """Return an artifact's manifest from its header, or None when lorascope did not make it.
 
-    Raises ArtifactError when the path does not exist.
+    The seal is left out. Raises ArtifactError when the path does not exist.
     """
     if not path.exists():
         raise ArtifactError(
             f"{path} does not exist; check the path, or run the stage that makes it"
         )
     try:
-        text = _manifest_text(path)
-        manifest = json.loads(text) if text else None
-    except (OSError, ValueError, KeyError, RecursionError, zipfile.BadZipFile):
+        manifest = _manifest_of(path)
+    except _DAMAGED:
         return None
-    ours = isinstance(manifest, dict) and {"kind", "schema", "settings"} <= manifest.keys()
-    return manifest if ours else None
+    if not isinstance(manifest, dict):
+        return None
+    manifest = {key: value for key, value in manifest.items() if key != "seal"}
+    return manifest if is_manifest(manifest) else None
 
 
-def _manifest_text(path: Path) -> str | None:
+def is_manifest(manifest: Mapping[str, Any]) -> bool:
+    """Say whether the fields of a manifest are there and of their types."""
+    objects = [manifest.get(key) for key in ("settings", "parents", "content", "files")]
+    return (
+        isinstance(manifest.get("kind"), str)
+        and type(manifest.get("schema")) is int
+        and isinstance(manifest.get("version"), str)
+        and all(isinstance(value, dict) for value in objects)
+        and all(isinstance(digest, str) for digest in manifest["parents"].values())
+        and all(isinstance(known, dict) for known in manifest["files"].values())
+        and isinstance(manifest.get("layout"), dict | None)
+    )
+
+
+def _manifest_of(path: Path) -> Any:
+    """Return the JSON value that stands where a manifest does."""
     if path.is_dir():
-        file = path / MANIFEST
-        return file.read_text(encoding="utf-8") if file.is_file() else None
+        return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     if path.suffix == ".h5":
-        import h5py
-
-        with h5py.File(path, "r") as file:
-            text = file.attrs.get("manifest")
-            return text if isinstance(text, str) else None
+        return read_header(path)
     if path.suffix == ".pt":
         with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if name.endswith("/lorascope.json")]
-            return archive.read(names[0]).decode() if names else None
+            (entry,) = [e for e in archive.infolist() if e.filename.endswith("/lorascope.json")]
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > _LARGEST_MANIFEST:
+                raise ValueError("no manifest is compressed or so large")
+            return json.loads(archive.read(entry))
     if path.suffix == ".json":
-        data = json.loads(path.read_text(encoding="utf-8"))
-        metadata = data.get("metadata") if isinstance(data, dict) else None
-        ours = metadata.get("lorascope") if isinstance(metadata, dict) else None
-        return None if ours is None else canonical(ours)
+        return json.loads(path.read_text(encoding="utf-8"))["metadata"]["lorascope"]
     if path.suffix == ".html":
         with path.open("rb") as file:
-            head = file.read(1 << 24)
-        start = head.find(HTML_MARK)
-        end = head.find(b" -->", start)
-        return head[start + len(HTML_MARK) : end].decode() if start >= 0 else None
+            head = file.read(_LARGEST_MANIFEST)
+        start = head.index(HTML_MARK) + len(HTML_MARK)
+        return json.loads(head[start : head.index(b" -->", start)])
     return None
 
 
-def open_manifest(path: Path, kind: str, schema: int) -> dict[str, Any]:
-    """Return the manifest of an artifact that must be of `kind` and of a schema that we read."""
+def open_manifest(path: Path, kind: str, schema: int, oldest: int = 1) -> dict[str, Any]:
+    """Return the manifest of an artifact of `kind` with a schema from `oldest` to `schema`.
+
+    Raises ArtifactError when the path is missing, or is something else.
+    """
     manifest = read_manifest(path)
     if manifest is None or manifest["kind"] != kind:
         foreign = "was not made by lorascope, or is damaged"
@@ -133,6 +275,11 @@ def open_manifest(path: Path, kind: str, schema: int) -> dict[str, Any]:
         raise ArtifactError(
             f"{path} has schema {manifest['schema']} of {kind}, this version reads up to {schema}: "
             "install a newer lorascope"
+        )
+    if manifest["schema"] < oldest:
+        raise ArtifactError(
+            f"{path} has schema {manifest['schema']} of {kind}, this version reads {oldest}: "
+            "an older lorascope made it; make it again"
         )
     return manifest
 
@@ -209,15 +356,19 @@ class Build:
     out: Path
     path: Path
 
-    def publish_directory(self, manifest: Mapping[str, Any]) -> Path:
-        """Write the manifest, drop every file that it does not name, and give the folder its name.
+    def publish_directory(self, manifest: Mapping[str, Any], files: Iterable[str]) -> Path:
+        """Write the manifest with the checksums of `files`, and give the folder its name.
 
-        Dropped are checkpoints, and what a kill left half written under a name of its own.
+        Other files are dropped: checkpoints, and what a kill left half written.
         """
-        write_text(self.path / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-        for file in [path for path in self.path.rglob("*") if path.is_file()]:
-            if file.relative_to(self.path).as_posix() not in (MANIFEST, *manifest["files"]):
+        names = {*files}
+        write_manifest(self.path, manifest, names)
+        for file in [path for path in self.path.rglob("*") if not path.is_dir()]:
+            if file.relative_to(self.path).as_posix() not in (MANIFEST, *names):
                 file.unlink()
+        for folder in [path for path in self.path.rglob("*") if path.is_dir()][::-1]:
+            if not any(folder.iterdir()):
+                folder.rmdir()
         _sync(self.path)
         _clear(self.out)
         self.path.rename(self.out)
@@ -225,7 +376,8 @@ class Build:
         return self.out
 
     def publish_file(self, name: str) -> Path:
-        """Give the file `name` of the folder the final name, and drop the folder."""
+        """Seal the file `name` of the folder, give it the final name, and drop the folder."""
+        seal_file(self.path / name)
         _sync(self.path / name)
         if self.out.is_dir():
             _clear(self.out)
@@ -318,9 +470,11 @@ def _recorded(path: Path) -> dict[str, Any] | None:
     for name in (_SETTINGS, MANIFEST):
         try:
             data = json.loads((path / name).read_text(encoding="utf-8"))
+            return {key: data[key] for key in ("kind", "settings", "parents")}
         except FileNotFoundError:
             continue
-        return {key: data[key] for key in ("kind", "settings", "parents")}
+        except (ValueError, TypeError, KeyError):
+            return {}  # damaged: it is the work of nobody
     return None
 
 

@@ -128,6 +128,9 @@ _LOOKS = {
 }
 
 
+_FOREIGN = "is no artifact of this version of lorascope, or its header is damaged"
+
+
 class _Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are one line and name the nearest flag."""
 
@@ -269,11 +272,10 @@ def _look(name: str, arguments: list[str]) -> int:
     path = Path(flags.path).expanduser()
     if name == "info" and _is_adapter(path):
         return _show_adapter(flags.path, flags.adapter_name, as_json=flags.json)
-    manifest = _manifest_of(path)
     if name == "info":
-        print(json.dumps(manifest, indent=1, ensure_ascii=False))
+        print(json.dumps(_summary_of(path), indent=1, ensure_ascii=False))
         return 0
-    broken = _broken(path, manifest["kind"])
+    broken = verify(path)
     for line in broken:
         print(f"{path}: {line}", file=sys.stderr)
     if not broken:
@@ -302,43 +304,45 @@ def _show_adapter(lora_path: str, adapter_name: str | None, *, as_json: bool) ->
     return 0
 
 
-def _manifest_of(path: Path) -> dict[str, Any]:
+def _summary_of(path: Path) -> dict[str, Any]:
     from lorascope.artifact import read_manifest
+    from lorascope.sites import SiteLayout
 
     manifest = read_manifest(path)
     if manifest is None:
-        raise ArtifactError(f"{path} is no artifact of lorascope, or its header is damaged")
+        raise ArtifactError(f"{path} {_FOREIGN}")
+    columns: dict[str, Any] = {"adapter": None, "sites": 0, "d_in": 0}
+    if manifest["layout"] is not None:
+        layout = SiteLayout.from_json(manifest["layout"])
+        columns = {"adapter": layout.adapter, "sites": len(layout.sites), "d_in": layout.d_in}
     summary = {key: manifest[key] for key in ("kind", "schema", "version", "settings", "parents")}
-    layout = manifest.get("layout") or {}
-    ranks = [site["rank"] for site in layout.get("sites", [])]
-    columns = {"adapter": layout.get("adapter"), "sites": len(ranks), "d_in": sum(ranks)}
     return {**summary, "columns": columns, "content": manifest["content"]}
 
 
-def _broken(path: Path, kind: str) -> list[str]:
-    """Return what is broken in an artifact, a line each."""
+def verify(path: Path) -> list[str]:
+    """Return what is broken in an artifact, a line each: first its bytes, then what they mean."""
+    from lorascope.artifact import check_files, read_manifest
+
+    manifest = read_manifest(path)
+    if manifest is None:
+        return [_FOREIGN]
+    if broken := check_files(path):
+        return broken
+    kind = manifest["kind"]
     try:
         if kind == "activations":
-            from lorascope.activations.store import verify
+            from lorascope.activations.store import check_contents
 
-            return verify(path)
+            return check_contents(path)
         if kind == "features" and path.suffix == ".h5":
+            from lorascope.features import invariants
             from lorascope.features.index import FeatureIndex
-            from lorascope.features.invariants import verify as verify_index
 
-            verify_index(FeatureIndex.open(path))
+            invariants.verify(FeatureIndex.open(path))
         elif kind == "features":
             from lorascope.features.published_json import read_published
 
             read_published(path)
-        elif kind == "neuronpedia":
-            from lorascope.features.neuronpedia import verify
-
-            return verify(path)
-        elif kind == "edit":
-            from lorascope.causal.edit import verify
-
-            return verify(path)
         elif kind == "sae":
             from lorascope.sae.model import load_sae
 

@@ -7,8 +7,9 @@ import h5py
 import numpy as np
 
 from lorascope.activations.shards import write_shard
-from lorascope.activations.store import KIND, SCHEMA, VOCABULARY, ActivationStore, Vocabulary
-from lorascope.artifact import MANIFEST, digest_file, make_manifest
+from lorascope.activations.store import KIND, SCHEMA, ActivationStore
+from lorascope.activations.vocabulary import VOCABULARY, Vocabulary
+from lorascope.artifact import make_manifest, write_manifest
 from lorascope.sites import PROJECTIONS, Site, SiteLayout
 from lorascope.texts.roles import ROLES
 
@@ -73,10 +74,6 @@ def write_store(
             [length] * n,
             list(range(first, first + n)),
         )
-    files = {
-        file.name: {"bytes": file.stat().st_size, "sha256": digest_file(file)}
-        for file in sorted(folder.glob("*.h5"))
-    }
     manifest = make_manifest(
         KIND,
         SCHEMA,
@@ -84,9 +81,8 @@ def write_store(
         parents={},
         layout=layout.to_json(),
         content={"n_rows": len(rows)},
-        files=files,
     )
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    write_manifest(folder, manifest, [file.name for file in folder.glob("*.h5")])
     return ActivationStore.open(folder)
 
 

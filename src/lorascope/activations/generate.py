@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import h5py
 import numpy as np
 
 from lorascope import runtime
-from lorascope.activations.shards import read_shape, write_shard
-from lorascope.activations.store import KIND, SCHEMA, VOCABULARY, Vocabulary, default_name
+from lorascope.activations.shards import count_rows, write_shard
+from lorascope.activations.store import KIND, SCHEMA, default_name
+from lorascope.activations.vocabulary import VOCABULARY, Vocabulary
 from lorascope.activations.work_units import (
     ROLLOUTS_PER_SHARD,
     Texts,
@@ -36,7 +36,6 @@ from lorascope.activations.work_units import (
 from lorascope.artifact import (
     Build,
     building,
-    digest_file,
     is_made,
     join,
     make_manifest,
@@ -140,9 +139,8 @@ def run(config: GenerateConfig) -> Path:
             **identity,
             layout=shards.layout.to_json(),
             content=_content(config, subject, texts, shards),
-            files=_files_of(build.path),
         )
-        return build.publish_directory(manifest)
+        return build.publish_directory(manifest, _names_of_files(build.path))
 
 
 class _Shards:
@@ -169,7 +167,7 @@ class _Shards:
         def found(unit: int) -> None:
             if runtime.process_rank() > 0:
                 return  # rank 0 counts, and may give the folder its final name at any moment
-            n_rows = _n_rows(self.paths[unit])
+            n_rows = count_rows(self.paths[unit])
             self.n_rows += n_rows
             bar.update(n_rows)
 
@@ -303,11 +301,6 @@ def _content(
     }
 
 
-def _n_rows(shard: Path) -> int:
-    with h5py.File(shard, "r", locking=False) as file:
-        return read_shape(file, "token_ids")[0]
-
-
 def _vocabulary(subject: "Subject") -> Vocabulary:
     tokens = token_bytes(subject.tokenizer, subject.causal.config.get_text_config().vocab_size)
     special = np.zeros(len(tokens), bool)
@@ -325,12 +318,6 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     write_text(file, json.dumps(options, indent=2, ensure_ascii=False) + "\n")
 
 
-def _files_of(folder: Path) -> dict[str, dict[str, Any]]:
-    files = sorted([*folder.glob("*.h5"), *(folder / "tokenizer").iterdir()])
-    return {
-        file.relative_to(folder).as_posix(): {
-            "bytes": file.stat().st_size,
-            "sha256": digest_file(file),
-        }
-        for file in files
-    }
+def _names_of_files(folder: Path) -> list[str]:
+    files = [*folder.glob("*.h5"), *(folder / "tokenizer").rglob("*")]
+    return [file.relative_to(folder).as_posix() for file in files if file.is_file()]

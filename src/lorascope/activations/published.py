@@ -10,16 +10,17 @@ strings here, and the special tokens are known by their `<|...|>` form.
 
 import json
 import re
+import subprocess
+import sys
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
-from lorascope.activations.shards import Rows, Shard, read_array, read_shape
-from lorascope.activations.store import ActivationStore, Vocabulary
+from lorascope.activations.shards import Rows, Shard
+from lorascope.activations.vocabulary import Vocabulary
 from lorascope.artifact import digest_of
 from lorascope.errors import ArtifactError
 from lorascope.sites import PROJECTIONS, Site, SiteLayout
@@ -27,10 +28,22 @@ from lorascope.texts.roles import ROLES
 
 TOKENS = "rollout_tokens.json"
 _FILE = re.compile(r"rollout_(\d+)\.h5")
+_PROBE = Path(__file__).with_name("probe.py")
+_MOST_COLUMNS = 1 << 20
 _SPECIAL = re.compile(r"<\|[^|<>]*\|>|<(?:s|/s|pad|unk|bos|eos)>")
 
 
-def open_published(path: Path) -> ActivationStore:
+class Published(NamedTuple):
+    """What a folder of the published scripts holds; the fields are those of a store."""
+
+    layout: SiteLayout
+    digest: str
+    content: dict[str, Any]
+    shards: tuple[Shard, ...]
+    vocabulary: Vocabulary
+
+
+def open_published(path: Path) -> Published:
     """Open a folder of `rollout_<i>.h5` as a store, in the order of the rollouts' numbers.
 
     Raises ArtifactError when the folder holds no such file, or when the files do not agree with
@@ -45,7 +58,13 @@ def open_published(path: Path) -> ActivationStore:
         raise ArtifactError(
             f"{path} is no activation store: it has neither manifest.json nor rollout_<i>.h5 files"
         )
-    headers = [_header(file) for _, file in files]
+    stats = [file.stat() for _, file in files]
+    state = tuple(
+        (str(file), stat.st_size, stat.st_mtime_ns)
+        for (_, file), stat in zip(files, stats, strict=True)
+    )
+    said = [json.loads(line) for line in _probe(state)]
+    headers = [_header(file, facts) for (_, file), facts in zip(files, said, strict=True)]
     for (_, file), header in zip(files, headers, strict=True):
         if header[1:] != headers[0][1:]:
             raise ArtifactError(
@@ -70,12 +89,11 @@ def open_published(path: Path) -> ActivationStore:
             roles=_Held(np.full(header[0], ROLES.index("text"), np.uint8)),
             rollout_start=np.array([0, header[0]], np.int64),
             rollout_id=np.array([number], np.int64),
-            read=_Gzipped(file, tuple(order)),
+            read=_Gzipped(file, tuple(order), (header[0], n_layers, len(types))),
         )
         for (number, file), header in zip(files, headers, strict=True)
     ]
-    return ActivationStore(
-        path=path,
+    return Published(
         layout=layout,
         digest=digest_of([[file.name, file.stat().st_size] for _, file in files]),
         content={"published": True, "n_rollouts": len(shards)},
@@ -97,39 +115,68 @@ class _Held:
 
 
 class _Gzipped:
-    """The rows of one published file, `(n_tokens, n_layers * n_adapters)`, a few kept in memory."""
+    """The rows of one published file, `(n_tokens, n_layers * n_adapters)`, a few kept in memory.
 
-    def __init__(self, path: Path, order: tuple[int, ...]) -> None:
-        self.path = path
-        self.order = order
+    `shape` is that of the array when the file was probed.
+    """
+
+    def __init__(self, path: Path, order: tuple[int, ...], shape: tuple[int, int, int]) -> None:
+        self.path, self.order, self.shape = path, order, shape
 
     def __call__(self) -> Rows:
-        return _read_rows(self.path, self.order)
+        return _read_rows(self.path, self.order, self.shape)
 
 
 @lru_cache(maxsize=64)
-def _read_rows(path: Path, order: tuple[int, ...]) -> Rows:
+def _read_rows(path: Path, order: tuple[int, ...], shape: tuple[int, int, int]) -> Rows:
+    import h5py
+
     with h5py.File(path, "r", locking=False) as file:
-        values = read_array(file, "activations")
+        data = file["activations"]
+        values = data[()] if isinstance(data, h5py.Dataset) else np.zeros(0)
+    if values.shape != shape:
+        raise ArtifactError(f"{path} was changed while it was read; start again")
     return values[:, :, list(order)].reshape(len(values), -1)
 
 
-def _header(file: Path) -> tuple[int, int, list[str]]:
-    try:
-        with h5py.File(file, "r", locking=False) as data:
-            n_tokens, n_layers, n_types = read_shape(data, "activations")
-            attribute: Any = data.attrs.get("adapter_types")
-    except (OSError, KeyError, ValueError) as error:
-        raise ArtifactError(f"{file} is damaged or no published capture ({error})") from error
-    types: list[str] = []
-    if attribute is not None:
-        types = [t.decode() if isinstance(t, bytes) else str(t) for t in attribute]
-    elif n_types in (3, len(PROJECTIONS)):
-        types = list(PROJECTIONS[:n_types])
+@lru_cache(maxsize=8)
+def _probe(files: tuple[tuple[str, int, int], ...]) -> list[str]:
+    """Return what a child process says of each file, a line of JSON, once it has read all.
+
+    `files` are paths with size and time of change, so that changed files are read again. Raises
+    ArtifactError when the process dies.
+    """
+    names = [name for name, _, _ in files]
+    done = subprocess.run(
+        [sys.executable, "-P", str(_PROBE)],
+        input=json.dumps(names).encode(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        check=False,
+    )
+    lines = done.stdout.decode().splitlines()
+    if done.returncode != 0 or len(lines) != len(names):
+        file = names[min(len(lines), len(names) - 1)]
+        raise ArtifactError(
+            f"{file} is damaged: it crashes the HDF5 library (exit code {done.returncode}); "
+            "remove it from the folder, or capture it again"
+        )
+    return lines
+
+
+def _header(file: Path, facts: dict[str, Any]) -> tuple[int, int, list[str]]:
+    """Return the numbers of tokens and layers and the adapter types of a file."""
+    if "error" in facts:
+        raise ArtifactError(f"{file} is damaged or no published capture ({facts['error']})")
+    (n_tokens, n_layers, n_types), types = facts["shape"], facts["adapter_types"]
+    if types is None:
+        types = list(PROJECTIONS[:n_types]) if n_types in (3, len(PROJECTIONS)) else []
     if len(types) != n_types or len(set(types)) != n_types:
         raise ArtifactError(
             f"{file} has {n_types} projections a layer, but names {len(types)} adapter types"
         )
+    if n_layers * n_types > _MOST_COLUMNS:
+        raise ArtifactError(f"{file} has {n_layers} layers, more than any model; it is damaged")
     return n_tokens, n_layers, types
 
 

@@ -1,17 +1,26 @@
 """One file of a store: the rows of some rollouts, mapped into memory when they are asked for."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
+from lorascope.arrayfile import Arrays, map_arrays, write_arrays
 from lorascope.errors import ArtifactError
 
 Rows = npt.NDArray[np.floating[Any]]
+
+_FIELDS = {  # array -> its types and the number of its axes
+    "activations": (("<f2", "<f4"), 2),
+    "token_ids": (("<i4",), 1),
+    "role": (("|u1",), 1),
+    "rollout_start": (("<i8",), 1),
+    "rollout_id": (("<i8",), 1),
+}
 
 
 @dataclass(frozen=True)
@@ -30,32 +39,46 @@ class Shard:
     read: Callable[[], Rows] = field(repr=False)
 
 
-def open_shard(path: Path, info: dict[str, Any]) -> Shard:
-    """Open a shard without reading its rows. Raises ArtifactError when it is not whole."""
+def open_shard(path: Path, info: Mapping[str, Any], d_in: int) -> Shard:
+    """Open a shard without reading its rows.
+
+    `info` is what the manifest says of it. Raises ArtifactError when it is not whole.
+    """
     try:
         size = path.stat().st_size
     except OSError as error:
         raise ArtifactError(f"{path} is missing; run generate again with --overwrite") from error
-    if size != info["bytes"]:
+    if size != info.get("bytes"):
         raise ArtifactError(
-            f"{path} has {size} bytes, its manifest says {info['bytes']}: it is damaged; "
+            f"{path} has {size} bytes, its manifest says {info.get('bytes')}: it is damaged; "
             "run generate again with --overwrite"
         )
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            (n_rows,) = read_shape(file, "token_ids")
-            read_shape(file, "role")
-            return Shard(
-                path=path,
-                n_rows=n_rows,
-                token_ids=_Mapped(path, "token_ids"),
-                roles=_Mapped(path, "role"),
-                rollout_start=read_array(file, "rollout_start"),
-                rollout_id=read_array(file, "rollout_id"),
-                read=_Mapped(path, "activations"),
-            )
-    except (OSError, KeyError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}); run generate again") from error
+    arrays = _open(path)
+    n_rows, width = arrays["activations"].shape
+    starts, ids = np.array(arrays["rollout_start"]), np.array(arrays["rollout_id"])
+    if width != d_in:
+        _refuse(path, f"its rows have {width} columns, the layout {d_in}")
+    if len(arrays["token_ids"]) != n_rows or len(arrays["role"]) != n_rows:
+        _refuse(path, f"it has not one token id and one role for each of {n_rows} rows")
+    if len(starts) != len(ids) + 1 or starts[0] != 0 or starts[-1] != n_rows:
+        _refuse(path, f"its {len(ids)} rollouts do not reach from row 0 to {n_rows}")
+    if (starts[1:] < starts[:-1]).any():
+        _refuse(path, "its rollouts begin at rows that do not rise")
+    mapped = _Mapped(path)
+    return Shard(
+        path=path,
+        n_rows=n_rows,
+        token_ids=partial(mapped.array, "token_ids"),
+        roles=partial(mapped.array, "role"),
+        rollout_start=starts,
+        rollout_id=ids,
+        read=partial(mapped.array, "activations"),
+    )
+
+
+def count_rows(path: Path) -> int:
+    """Return how many rows a shard has, from its header."""
+    return len(_open(path)["token_ids"])
 
 
 def write_shard(
@@ -67,51 +90,41 @@ def write_shard(
     rollout_id: Sequence[int],
 ) -> None:
     """Write one shard file: rows of whole rollouts, `lengths[i]` rows each."""
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    with h5py.File(path, "w", libver=("v110", "v110")) as file:
-        file["activations"] = activations
-        file["token_ids"] = token_ids
-        file["role"] = roles
-        file["rollout_start"] = starts
-        file["rollout_id"] = np.asarray(rollout_id, np.int64)
+    arrays: Arrays = {
+        "activations": activations,
+        "token_ids": token_ids,
+        "role": roles,
+        "rollout_start": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        "rollout_id": np.asarray(rollout_id, np.int64),
+    }
+    write_arrays(path, arrays, {})
 
 
 class _Mapped:
-    """An array of one shard as a memory map, made anew in each process that needs it."""
+    """The arrays of one shard as a memory map, which each process makes for itself."""
 
-    def __init__(self, path: Path, name: str) -> None:
-        self.path, self.name = path, name
-        self._map: npt.NDArray[Any] | None = None
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._arrays: Arrays | None = None
 
-    def __call__(self) -> npt.NDArray[Any]:
-        if self._map is None:
-            with h5py.File(self.path, "r", locking=False) as file:
-                data = file[self.name]
-                assert isinstance(data, h5py.Dataset), "write_shard wrote it"
-                offset = data.id.get_offset()
-                if offset is None:  # empty or chunked: nothing to map
-                    self._map = read_array(file, self.name)
-                else:
-                    self._map = np.memmap(
-                        self.path, data.dtype, "r", offset=offset, shape=data.shape
-                    )
-        return self._map
+    def array(self, name: str) -> npt.NDArray[Any]:
+        if self._arrays is None:
+            self._arrays = _open(self.path)
+        return self._arrays[name]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "name": self.name, "_map": None}
+        return {"path": self.path, "_arrays": None}
 
 
-def read_array(file: h5py.File, name: str) -> npt.NDArray[Any]:
-    """Return a whole dataset of an HDF5 file. Raises KeyError where it has none of that name."""
-    dataset = file[name]
-    if not isinstance(dataset, h5py.Dataset):
-        raise KeyError(f"{name} is no array")
-    return dataset[()]
+def _open(path: Path) -> Arrays:
+    """Map the arrays of a shard. Raises ArtifactError where one is missing or of another type."""
+    _, arrays = map_arrays(path)
+    for name, (dtypes, n_axes) in _FIELDS.items():
+        array = arrays.get(name)
+        if array is None or array.dtype.str not in dtypes or array.ndim != n_axes:
+            _refuse(path, f"it has no array {name} of type {' or '.join(dtypes)}")
+    return arrays
 
 
-def read_shape(file: h5py.File, name: str) -> tuple[int, ...]:
-    """Return the shape of a dataset without reading it. Raises KeyError where there is none."""
-    dataset = file[name]
-    if not isinstance(dataset, h5py.Dataset):
-        raise KeyError(f"{name} is no array")
-    return dataset.shape
+def _refuse(path: Path, found: str) -> NoReturn:
+    raise ArtifactError(f"{path} is damaged: {found}; run generate again with --overwrite")

@@ -13,58 +13,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
-from lorascope.activations.shards import Rows, Shard, open_shard, read_array
-from lorascope.artifact import MANIFEST, digest_file, digest_of, open_manifest
+from lorascope.activations.published import open_published
+from lorascope.activations.shards import Rows, Shard, open_shard
+from lorascope.activations.vocabulary import VOCABULARY, Vocabulary
+from lorascope.artifact import MANIFEST, digest_of, open_manifest
 from lorascope.config import did_you_mean
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.sites import PROJECTIONS, SiteLayout, join_initials
 from lorascope.texts.roles import ROLES
-from lorascope.texts.tokens import pack_tokens
 
 KIND = "activations"
-SCHEMA = 1
-VOCABULARY = "vocabulary.h5"
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The bytes of every token: token i is `data[offset[i]:offset[i + 1]]`.
-
-    `offset (n + 1,)` int64, `data` uint8, `special (n,)` bool: tokens that never stand for text.
-    """
-
-    offset: npt.NDArray[np.int64]
-    data: npt.NDArray[np.uint8]
-    special: npt.NDArray[np.bool_]
-
-    @classmethod
-    def from_tokens(cls, tokens: Sequence[bytes], special: npt.NDArray[np.bool_]) -> "Vocabulary":
-        """Make a vocabulary from every token's bytes, in id order."""
-        return cls(*pack_tokens(tokens), special)
-
-    def __len__(self) -> int:
-        return len(self.special)
-
-    def __getitem__(self, token_id: SupportsIndex) -> bytes:
-        first, last = self.offset[int(token_id) : int(token_id) + 2]
-        return self.data[first:last].tobytes()
-
-    def save(self, path: Path) -> None:
-        """Write `vocabulary.h5`."""
-        with h5py.File(path, "w", libver=("v110", "v110")) as file:
-            file["offset"], file["data"] = self.offset, self.data
-            file["special"] = self.special.astype(np.uint8)
-
-    @classmethod
-    def load(cls, path: Path) -> "Vocabulary":
-        """Read `vocabulary.h5`."""
-        with h5py.File(path, "r", locking=False) as file:
-            special = read_array(file, "special").astype(bool)
-            return cls(read_array(file, "offset"), read_array(file, "data"), special)
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -88,22 +50,21 @@ class ActivationStore:
 
         Raises ArtifactError when the folder is missing, is no store, or lacks a shard.
         """
-        from lorascope.activations.published import open_published
-
         if not path.exists():
             raise ArtifactError(
                 f"activation store {path} does not exist; make it with lorascope generate"
             )
         if not (path / MANIFEST).exists() and path.is_dir():
-            return open_published(path)
-        manifest = open_manifest(path, KIND, SCHEMA)
-        shards = tuple(open_shard(path / name, info) for name, info in _shards_of(manifest))
+            return cls(path, **open_published(path)._asdict())
+        manifest = open_manifest(path, KIND, SCHEMA, oldest=SCHEMA)
+        layout = SiteLayout.from_json(manifest["layout"])
+        shards = sorted(item for item in manifest["files"].items() if item[0].startswith("shard-"))
         return cls(
             path=path,
-            layout=SiteLayout.from_json(manifest["layout"]),
+            layout=layout,
             digest=digest_of(manifest),
             content=manifest["content"],
-            shards=shards,
+            shards=tuple(open_shard(path / name, info, layout.d_in) for name, info in shards),
             vocabulary=Vocabulary.load(path / VOCABULARY),
         )
 
@@ -266,35 +227,20 @@ def default_name(adapter_types: tuple[str, ...]) -> str:
     return f"activations_{join_initials(adapter_types)}"
 
 
-def verify(path: Path) -> list[str]:
-    """Return what is broken in a store of lorascope, a line each; empty when it is whole."""
-    manifest = open_manifest(path, KIND, SCHEMA)
+def check_contents(path: Path) -> list[str]:
+    """Return what is wrong with the values in a store of lorascope, a line each."""
+    store = ActivationStore.open(path)
     broken: list[str] = []
-    for name, info in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            broken.append(f"{name} is missing")
-        elif file.stat().st_size != info["bytes"]:
-            broken.append(f"{name} has {file.stat().st_size} bytes, the manifest {info['bytes']}")
-        elif digest_file(file) != info["sha256"]:
-            broken.append(f"{name} has another checksum than the manifest")
-    found = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
-    broken += [
-        f"{name} is not in the manifest: it is of another store, or was put there by hand"
-        for name in sorted(found - set(manifest["files"]) - {MANIFEST})
-    ]
-    if not broken:
-        store = ActivationStore.open(path)
-        broken += [
-            f"{shard.path.name}: row {int(np.flatnonzero(bad)[0])} is not finite"
-            for shard in store.shards
-            if (bad := ~np.isfinite(shard.read()).all(axis=1)).any()
-        ]
+    for shard in store.shards:
+        ids, roles = shard.token_ids(), shard.roles()
+        bad = ~np.isfinite(shard.read()).all(axis=1)
+        if bad.any():
+            broken.append(f"{shard.path.name}: row {int(np.flatnonzero(bad)[0])} is not finite")
+        if ((ids < 0) | (ids >= len(store.vocabulary))).any():
+            broken.append(f"{shard.path.name}: a token id is not in the vocabulary")
+        if (roles >= len(ROLES)).any():
+            broken.append(f"{shard.path.name}: a role is none of {', '.join(ROLES)}")
     return broken
-
-
-def _shards_of(manifest: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    return [item for item in sorted(manifest["files"].items()) if item[0].startswith("shard-")]
 
 
 def _joined(parts: list[npt.NDArray[Any]], dtype: Any) -> npt.NDArray[Any]:

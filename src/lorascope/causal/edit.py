@@ -30,10 +30,8 @@ from lorascope.artifact import (
     MANIFEST,
     Build,
     building,
-    digest_file,
     is_made,
     make_manifest,
-    open_manifest,
     write_text,
 )
 from lorascope.causal.effects import counted, interval_of, kl_of
@@ -132,13 +130,8 @@ def run(config: EditConfig) -> Path:
             **identity,
             layout=texts.subject.layout.to_json(),
             content=described(texts, config.sae),
-            files={
-                name: {"bytes": file.stat().st_size, "sha256": digest_file(file)}
-                for name in sorted([*names, REPORT])
-                for file in [build.path / name]
-            },
         )
-        build.publish_directory(manifest)
+        build.publish_directory(manifest, [*names, REPORT])
     log.info("%s", table(report, config.output))
     return config.output
 
@@ -297,13 +290,3 @@ def table(report: Mapping[str, Any], out: Path) -> str:
         lines.append(f"  {name:<10}{one['kl']:>11.4g}  {shown}")
     lines.append(f"KL(patched ‖ folded): {report['kl_patched_folded']:.4g}")
     return "\n".join(lines)
-
-
-def verify(path: Path) -> list[str]:
-    """Return what is broken in a folder that `edit` made, a line each."""
-    files = open_manifest(path, KIND, SCHEMA)["files"]
-    return [
-        f"{name} is missing" if not (path / name).is_file() else f"{name} was changed"
-        for name, known in files.items()
-        if not (path / name).is_file() or digest_file(path / name) != known["sha256"]
-    ]

@@ -16,6 +16,8 @@ from lorascope.artifact import (
     is_made,
     make_manifest,
     read_manifest,
+    sealed,
+    with_seal,
     write_text,
 )
 from lorascope.errors import ArtifactError
@@ -75,9 +77,8 @@ def report_at(
 def seal(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     """Return the text of a report's file: its numbers, the manifest, and what proves them whole."""
     content = {**manifest["content"], "report_sha256": digest_of(report)}
-    sealed = {**manifest, "content": content}
-    data = {"metadata": {"lorascope": sealed}, **report}
-    return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    data = {"metadata": {"lorascope": with_seal({**manifest, "content": content})}, **report}
+    return sealed(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def open_report(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ and scores of neighbours and tokens, values in whole rollouts, KL and contributi
 number).
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lorascope.artifact import canonical, digest_of
+from lorascope.artifact import canonical, digest_of, with_seal
 from lorascope.dashboard.layout import layout
 from lorascope.dashboard.packing import (
     FULL_SHARE,
@@ -347,7 +348,7 @@ def escape_json(text: str) -> str:
 
 def manifest_comment(manifest: Mapping[str, Any]) -> str:
     """Return a manifest as the text of an HTML comment, which is still JSON."""
-    return escape_json(canonical(manifest)).replace("--", "-\\u002d")
+    return escape_json(json.dumps(with_seal(manifest))).replace("--", "-\\u002d")
 
 
 def _count_type(counts: npt.NDArray[np.int64]) -> str:

@@ -1,26 +1,25 @@
-"""The arrays of `features.h5`, schema 2: their types, their shapes, and the file.
+"""The arrays of `features.h5`, schema 3: their types, their shapes, and the file.
 
-The file holds arrays only, contiguous and uncompressed, so that opening it is mapping it. The
-array `latent_n_active` is the dataset `latent/n_active`, and so on. The attribute `manifest` is the
-manifest, whose `files` gives size and SHA-256 of every array. The same content gives the same
-bytes.
+The array `latent_n_active` is the dataset `latent/n_active`, and so on. The header of the file
+(`arrayfile`) is the manifest, whose `files` gives type, shape, offset and SHA-256 of every array.
 """
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
-from lorascope.artifact import canonical, open_manifest
+from lorascope import arrayfile
+from lorascope.arrayfile import Arrays
+from lorascope.artifact import open_manifest, seal_file, with_seal
 from lorascope.errors import ArtifactError
 
 KIND = "features"
-SCHEMA = 2
-Arrays = dict[str, npt.NDArray[Any]]
+SCHEMA = 3
 
 # Array -> type and axes. Equal names of axes are equal lengths; `x+1` has one more, for bounds.
 # `window` counts the examples and after them the samples.
@@ -105,41 +104,51 @@ def save_arrays(
     path: Path, arrays: Mapping[str, npt.NDArray[Any]], manifest: Mapping[str, Any]
 ) -> None:
     """Write the file. The manifest in it is the given one with `files` filled in."""
-    plain = {n: np.ascontiguousarray(arrays[n], dtype) for n, (dtype, _) in FIELDS.items()}
-    files = {dataset_of(name): seal(array) for name, array in plain.items()}
-    with h5py.File(path, "w", alignment_threshold=1, alignment_interval=64) as file:
-        for name, array in plain.items():
-            file.create_dataset(dataset_of(name), data=array, track_times=False)
-        file.attrs["manifest"] = canonical({**manifest, "files": files})
+    plain = {
+        dataset_of(name): np.ascontiguousarray(arrays[name], dtype)
+        for name, (dtype, _) in FIELDS.items()
+    }
+    files = {name: {"sha256": checksum(array)} for name, array in plain.items()}
+    arrayfile.write_arrays(path, plain, with_seal({**manifest, "files": files}))
+    seal_file(path)
 
 
 def map_arrays(path: Path) -> tuple[dict[str, Any], Arrays]:
-    """Return the manifest and the arrays, mapped into memory: nothing is read before it is used.
+    """Return the manifest and the arrays, mapped into memory: few are read before they are used.
 
-    Raises ArtifactError when the file is no feature index, of another schema, or lacks an array.
+    Raises ArtifactError when the file is no feature index, of another schema, or lacks an array,
+    and when shapes or offsets do not fit each other.
     """
-    manifest = open_manifest(path, KIND, SCHEMA)
-    if manifest["schema"] < SCHEMA:
-        raise ArtifactError(
-            f"{path} has schema {manifest['schema']} of {KIND}, this version reads {SCHEMA}; "
-            "run collect again"
-        )
+    manifest = open_manifest(path, KIND, SCHEMA, oldest=SCHEMA)
+    found = arrayfile.map_arrays(path)[1]
     arrays: Arrays = {}
-    mapped = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
-    with h5py.File(path, "r") as file:
-        for name, (dtype, _) in FIELDS.items():
-            dataset = file.get(dataset_of(name))
-            if not isinstance(dataset, h5py.Dataset) or dataset.dtype != np.dtype(dtype):
-                raise ArtifactError(
-                    f"{path} has no array {dataset_of(name)} of type {np.dtype(dtype)}; "
-                    "run collect again"
-                )
-            start = dataset.id.get_offset()
-            if start is None and dataset.size:
-                raise ArtifactError(f"{path}: {dataset_of(name)} is compressed, expected plain")
-            end = (start or 0) + dataset.nbytes
-            arrays[name] = mapped[start or 0 : end].view(dtype).reshape(dataset.shape)
+    for name, (dtype, axes) in FIELDS.items():
+        array = found.get(dataset_of(name))
+        if array is None or array.dtype != np.dtype(dtype) or array.ndim != len(axes.split()):
+            raise ArtifactError(
+                f"{path} has no array {dataset_of(name)} of type {np.dtype(dtype)} and axes "
+                f"({axes}); run collect again"
+            )
+        arrays[name] = array
+    for claim, holds in chain(shape_promises(arrays), offset_promises(arrays)):
+        if not holds:
+            raise ArtifactError(f"{path} is damaged: {claim}; run collect again")
     return manifest, arrays
+
+
+def offset_promises(arrays: Mapping[str, npt.NDArray[Any]]) -> Iterator[tuple[str, bool]]:
+    """Yield for each array of offsets whether they rise to the end of what they are offsets of."""
+    for name, values in (
+        ("example_offset", "example_value"),
+        ("sample_offset", "sample_value"),
+        ("window_offset", "window_token_id"),
+        ("text_offset", "text_token_id"),
+        ("text_code_offset", "text_latent"),
+        ("token_offset", "token_data"),
+    ):
+        offset, total = arrays[name], len(arrays[values])
+        rises = offset[0] == 0 and offset[-1] == total and bool(np.all(offset[1:] >= offset[:-1]))
+        yield f"{dataset_of(name)} does not rise from 0 to {total}", rises
 
 
 def shape_promises(arrays: Mapping[str, npt.NDArray[Any]]) -> Iterator[tuple[str, bool]]:
@@ -168,7 +177,7 @@ def dataset_of(name: str) -> str:
     return name.replace("_", "/", 1)
 
 
-def seal(array: npt.NDArray[Any]) -> dict[str, Any]:
-    """Return an array's size in bytes and its SHA-256."""
+def checksum(array: npt.NDArray[Any]) -> str:
+    """Return the SHA-256 of an array's bytes."""
     raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return {"size": array.nbytes, "sha256": hashlib.sha256(raw.data).hexdigest()}
+    return hashlib.sha256(raw.data).hexdigest()

@@ -26,12 +26,9 @@ from typing import Any
 import numpy as np
 
 from lorascope.artifact import (
-    MANIFEST,
     building,
-    digest_file,
     is_made,
     make_manifest,
-    open_manifest,
 )
 from lorascope.features.feature import Example, Feature
 from lorascope.features.index import FeatureIndex
@@ -92,15 +89,8 @@ def export(
             parents=parents,
             layout=index.manifest.get("layout"),
             content={"n_features": len(index), "n_alive": len(alive)},
-            files={
-                name: {
-                    "bytes": (build.path / name).stat().st_size,
-                    "sha256": digest_file(build.path / name),
-                }
-                for name in names
-            },
         )
-        return build.publish_directory(manifest)
+        return build.publish_directory(manifest, names)
 
 
 def to_batch(index: FeatureIndex, latents: Sequence[int]) -> Iterator[str]:
@@ -131,20 +121,6 @@ def to_feature(index: FeatureIndex, feature: Feature) -> dict[str, Any]:
         "dataset": _last(content.get("dataset")),
         "activations": list(_activations(feature, density)),
     }
-
-
-def verify(path: Path) -> list[str]:
-    """Return what is broken in such a folder, a line each; empty when it is whole."""
-    broken: list[str] = []
-    for name, info in open_manifest(path, KIND, SCHEMA)["files"].items():
-        file = path / name
-        if not file.is_file():
-            broken.append(f"{name} is missing")
-        elif file.stat().st_size != info["bytes"] or digest_file(file) != info["sha256"]:
-            broken.append(f"{name} has other bytes than its checksum")
-    found = {file.name for file in path.glob("batch-*")}
-    known = set(open_manifest(path, KIND, SCHEMA)["files"]) | {MANIFEST}
-    return broken + [f"{name} is not in the manifest" for name in sorted(found - known)]
 
 
 def _source(index: FeatureIndex) -> dict[str, Any]:

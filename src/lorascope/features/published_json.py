@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from lorascope.artifact import canonical, make_manifest
+from lorascope.artifact import is_manifest, make_manifest, seal_file, with_seal
 from lorascope.errors import ArtifactError
 from lorascope.features.arrays import KIND, SCHEMA
 from lorascope.features.feature import Example
@@ -45,12 +45,12 @@ def to_published(index: FeatureIndex, manifest: Mapping[str, Any]) -> Iterator[s
     content = index.content
     examples = index.n_examples
     metadata = {
+        "lorascope": with_seal(manifest),
         "n_features": len(index),
         "top_k": content.get("top_k", int(examples.max(initial=0))),
         **{key: content[key] for key in _METADATA if key in content},
         "special_tokens": _special_texts(index),
         "histogram_edges": index.latent_histogram_edges.tolist(),
-        "lorascope": json.loads(canonical(manifest)),  # keys in one order, whoever made it
     }
     yield '{"metadata": ' + _text(metadata) + ',\n"features": {'
     for latent in range(len(index)):
@@ -63,6 +63,7 @@ def write_published(index: FeatureIndex, path: Path, manifest: Mapping[str, Any]
     """Write the published JSON; the same index gives the same bytes. Not atomic by itself."""
     with path.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(to_published(index, manifest))
+    seal_file(path)
 
 
 def _published_feature(index: FeatureIndex, latent: int) -> dict[str, Any]:
@@ -241,8 +242,8 @@ def _report_mismatch(path: Path, features: list[list[Example]]) -> None:
 
 def _manifest(metadata: Mapping[str, Any]) -> dict[str, Any]:
     ours = metadata.get("lorascope")
-    if isinstance(ours, dict) and isinstance(ours.get("content"), dict):
-        return {**ours, "files": {}}
+    if isinstance(ours, dict) and is_manifest(ours):
+        return {**{key: ours[key] for key in ours if key != "seal"}, "files": {}}
     content = {k: v for k, v in metadata.items() if isinstance(v, (str, int, float, bool))}
     return make_manifest(KIND, SCHEMA, settings={}, parents={}, layout=None, content=content)
 

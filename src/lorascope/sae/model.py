@@ -34,10 +34,10 @@ from lorascope import kernels
 from lorascope.activations.batches import RowNumbers, read_blocks
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import (
+    EMPTY_SEAL,
     Build,
     building,
     canonical,
-    digest_file,
     digest_of,
     is_made,
     open_manifest,
@@ -255,12 +255,7 @@ class SAE:
         tensors = {name: tensor.contiguous().cpu() for name, tensor in self.tensors().items()}
         safetensors.torch.save_file(tensors, build.path / WEIGHTS, metadata={"format": "pt"})
         write_text(build.path / SAELENS_CONFIG, json.dumps(self._saelens_config(), indent=1) + "\n")
-        files = {
-            name: {"bytes": file.stat().st_size, "sha256": digest_file(file)}
-            for name in (SAELENS_CONFIG, WEIGHTS)
-            for file in [build.path / name]
-        }
-        return build.publish_directory({**self.manifest, "files": files})
+        return build.publish_directory(self.manifest, (SAELENS_CONFIG, WEIGHTS))
 
     @staticmethod
     def from_pretrained(
@@ -293,6 +288,7 @@ class SAE:
         with zipfile.ZipFile(buffer, "a") as archive:
             entry = zipfile.ZipInfo("archive/lorascope.json", (1980, 1, 1, 0, 0, 0))
             archive.writestr(entry, canonical({**self.manifest, "files": {}}))
+            archive.comment = EMPTY_SEAL  # in the entry, it would change the entry's checksum
         return buffer.getvalue()
 
     def _saelens_config(self) -> dict[str, Any]:
