@@ -193,7 +193,7 @@ def speed(given: argparse.Namespace, setup: Setup) -> None:
 
 def kept(given: argparse.Namespace, setup: Setup) -> None:
     """Print the share of the true top examples that each collector finds."""
-    out = _collect(given, setup, max_per_rollout=None, same_context="keep")
+    out = _collect(given, setup, max_per_rollout=0, same_context="keep")
     index = FeatureIndex.open(out)
     latent = np.repeat(np.arange(len(index)), np.diff(index.example_offset))
     found = _share(_true_codes(setup), latent, index.example_row, given.top_k, setup)

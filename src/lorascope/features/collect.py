@@ -53,7 +53,7 @@ class CollectOptions(Config):
 
     top_k: int = option(10, help="examples kept per feature")
     context_window: int = option(10, help="tokens shown on each side of an example")
-    max_per_rollout: int | None = option(
+    max_per_rollout: int = option(
         3, help="largest number of a feature's examples from one rollout; 0 for no limit"
     )
     same_context: Literal["collapse", "keep"] = option(
@@ -133,8 +133,11 @@ def run(config: CollectConfig) -> Path:
     n_rows = int(store.rollout_start[n_rollouts])
     spans = cut_spans(store, n_rollouts, sae.d_sae, config.roles)
     if not any(span.uncached().eligible.any() for span in spans):
-        wanted = f"of the roles {', '.join(config.roles)}" if config.roles else "but special ones"
-        raise DatasetError(f"{data_dir} has no token that counts: none of {n_rows} {wanted}")
+        reason = f"has the role {' or '.join(config.roles)}" if config.roles else "is not special"
+        raise DatasetError(
+            f"{data_dir} has no token that counts: none of its {n_rows} tokens {reason}; "
+            "read another store or give other --roles"
+        )
     n_workers = runtime.n_workers(config.device, config.num_gpus)
     if n_workers > 1:
         runtime.launch(n_workers, "collect", config)
@@ -183,16 +186,18 @@ def _gather(build: Build, spans: list[Span], sae: "SAE", config: CollectConfig) 
     paths = [build.path / f"accumulator-{i:06d}.safetensors" for i in range(len(spans))]
     own = accumulator.successor()  # of this process: its cut-offs shorten the work on later spans
     bar = runtime.progress(sum(span.n_rows for span in spans), "collect", "tokens")
-    counted: set[int] = set()
+    scanned_here: set[int] = set()
 
-    def found(unit: int) -> None:
-        if unit not in counted:
-            bar.update(spans[unit].n_rows)
+    def see_finished(work_unit: int) -> None:
+        if work_unit not in scanned_here:
+            bar.update(spans[work_unit].n_rows)
 
     with bar:
-        for claim in runtime.claim_work_units(paths, build.path / ".claims", found, lambda: None):
+        for claim in runtime.claim_work_units(
+            paths, build.path / ".claims", see_finished, lambda: None
+        ):
             current = own.successor()
-            counted.add(claim.work_unit)
+            scanned_here.add(claim.work_unit)
             for n_rows in scan(
                 spans[claim.work_unit].uncached(),
                 sae,
@@ -219,7 +224,7 @@ def _arrays(
     accumulator: Accumulator,
     config: CollectConfig,
 ) -> dict[str, Any]:
-    """Return every array of the index."""
+    """Return all arrays of the index."""
     from lorascope.features.examples import example_arrays, sample_arrays, window_arrays
     from lorascope.features.neighbours import (
         cofiring,

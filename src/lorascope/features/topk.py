@@ -34,7 +34,13 @@ class Firings(NamedTuple):
 
     def select(self, chosen: npt.NDArray[Any]) -> "Firings":
         """Return the firings that an index array or a mask chooses."""
-        return Firings(*(column[chosen] for column in self))
+        return Firings(
+            self.latent[chosen],
+            self.value[chosen],
+            self.row[chosen],
+            self.rollout[chosen],
+            self.context[chosen],
+        )
 
     @classmethod
     def concatenate(cls, parts: "list[Firings]") -> "Firings":
