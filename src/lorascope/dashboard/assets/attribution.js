@@ -37,8 +37,10 @@ export function drawKlLegend(data) {
   const ramp = element("span", "ramp");
   for (let i = 1; i <= LEVELS; i++) ramp.append(element("i", `heat-${i}`));
   const note = "KL(adapter \u2016 base) of each token's prediction, in nats (logarithmic)";
-  legend.append(element("span", "", String(MIN_KL)), ramp, element("span", "", three(largestKl(data))),
-    element("span", "legend-note", note));
+  legend.append(
+    element("span", "", String(MIN_KL)), ramp, element("span", "", three(largestKl(data))),
+    element("span", "legend-note", note),
+  );
   return legend;
 }
 
@@ -115,9 +117,9 @@ export function drawContributions(data, t, mark) {
     rest.append(line);
   }
   const error = report.gap === null ? "" : ` (average error: ${percent(report.gap)})`;
-  const note = `Each feature's contribution to ${TARGETS[report.target] ?? report.target}, which is ` +
-    `${three(parts.base)} without the adapter and ${three(parts.adapter)} ${report.unit} with it. ` +
-    `The parts below add up to the difference${error}. Point at a feature to see the token from ` +
+  const name = TARGETS[report.target] ?? report.target;
+  const note = `Each feature's contribution to ${name}, which is ${three(parts.base)} without the ` +
+    `adapter and ${three(parts.adapter)} ${report.unit} with it. The parts below add up to the difference${error}. Point at a feature to see the token from ` +
     "which it acts.";
   return panel(title, note, [numbers, list, rest], { testid: "contributions" });
 }

@@ -43,7 +43,7 @@ export function drawHistogram({ id, histogram: all }) {
     return [at, short(edges[at])];
   });
   const drawing = drawBars(bars, ticks, `Histogram of the activations of feature ${id}`);
-  const note = `Number of tokens by activation (logarithmic axis). Tallest bar: ${whole(top)} tokens.`;
+  const note = `Tokens by activation (logarithmic axis). Tallest bar: ${whole(top)} tokens.`;
   return panel("How strongly it fires", note, drawing, {
     testid: "histogram", file: `feature-${id}-activations`,
   });
@@ -76,9 +76,10 @@ export function drawDensities({ id }) {
       (first + i === bins[id] ? ", including this one" : ""),
   }));
   const ticks = [[0, edge(0)], [counts.length, edge(counts.length)]];
-  const drawing = drawBars(bars, ticks, `Histogram of the densities of all features, with feature ${id} marked`);
+  const name = `Histogram of the densities of all features, with feature ${id} marked`;
+  const drawing = drawBars(bars, ticks, name);
   const density = percent(ratio(column.n_active[id], core.n_eligible));
-  const note = `Number of features by density (logarithmic axis). Dark: this feature, at ${density}.`;
+  const note = `Features by density (logarithmic axis). Dark: this feature, at ${density}.`;
   return panel("How common it is", note, drawing, {
     testid: "densities", file: `feature-${id}-densities`,
   });

@@ -80,6 +80,6 @@ function mark(text) {
 }
 
 function cut(text) {
-  const end = text.charCodeAt(MAX_CHARACTERS - 1) >> 10 === 0x36 ? 1 : 0; // do not split a surrogate pair
+  const end = text.charCodeAt(MAX_CHARACTERS - 1) >> 10 === 0x36 ? 1 : 0; // a surrogate pair stays whole
   return text.slice(0, MAX_CHARACTERS - end);
 }

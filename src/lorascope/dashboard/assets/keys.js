@@ -8,7 +8,7 @@ const actions = new Map(); // key -> function
 // Keys that other modules handle, for the list.
 const OTHER_KEYS = [
   ["\u2191 \u2193 Page Home End", "in the list: go to another feature"],
-  ["Tab, then \u2190 \u2192 Home End", "in a window or figure: move between its parts and read their values"],
+  ["Tab, then \u2190 \u2192 Home End", "in a window or figure: move between parts and read their values"],
   ["\u2190 \u2192 \u2191 \u2193 + \u2212 0 Enter", "on the map: move, zoom, reset, open a feature"],
   ["Esc", "close this help, or leave a field"],
 ];
@@ -30,7 +30,9 @@ export function setKeys(keys) {
 }
 
 export function openHelp() {
-  if (!help.open) help.showModal();
+  if (help.open) return;
+  help.showModal();
+  help.querySelector("button").focus(); // not the search field, in which Esc only clears the text
 }
 
 addEventListener("keydown", (event) => {
@@ -48,7 +50,7 @@ help.addEventListener("click", (event) => {
   if (event.target === help || event.target.closest("button")) help.close();
 });
 
-// Shows the glossary's entries that contain the search text, and the headings that have any.
+// Shows only the glossary's entries that contain the search text; without one, the whole help.
 function filterGlossary() {
   const wanted = query.value.trim().toLowerCase();
   let n = 0;
@@ -61,6 +63,7 @@ function filterGlossary() {
     section.hidden = shown === 0;
     n += shown;
   }
+  for (const section of help.querySelectorAll(".help-section")) section.hidden = wanted !== "";
   document.getElementById("glossary-count").textContent =
     wanted ? `${n} entr${n === 1 ? "y" : "ies"} found` : "";
 }

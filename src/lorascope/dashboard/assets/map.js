@@ -76,7 +76,7 @@ const densityLevel = (id) => {
   return Math.max(1, Math.min(LEVELS, Math.round(LEVELS + 1.8 * Math.log10(share))));
 };
 
-// Returns the ways to colour dots: name -> [categories or null, function from a feature to its colour].
+// Returns the ways to colour dots: name -> [categories or null, colour number of a feature].
 function colorings() {
   const choices = { density: [null, densityLevel] };
   const byName = (names, nameOf) => [

@@ -6,7 +6,7 @@ import { element, percent, short, writeToken } from "./format.js";
 
 const RANKED = [
   ["mean", "Strongest tokens", "tokens by its mean activation", short],
-  ["lift", "Most specific tokens", "how many times more often than average it fires at a token (lift)",
+  ["lift", "Most specific tokens", "how many times more often than average it fires there (lift)",
     (score) => `${short(score)}\u00d7`],
   ["before", "Tokens before", "tokens right before its firings, by share of firings", percent],
   ["after", "Tokens after", "tokens right after its firings, by share of firings", percent],
@@ -34,8 +34,8 @@ export function drawRankings({ ranked }) {
 export function drawNeighbours({ similar, cofiring }) {
   const kinds = [
     [similar, "Similar features", "cosine of decoder rows", "similar", (score) => short(three(score))],
-    [cofiring, "Co-firing features", "tokens with both / tokens with either (Jaccard index)", "cofiring",
-      (score) => percent(three(score))],
+    [cofiring, "Co-firing features", "tokens with both / tokens with either (Jaccard index)",
+      "cofiring", (score) => percent(three(score))],
   ];
   return kinds.filter(([pairs]) => pairs.length).map(([pairs, title, note, testid, write]) => {
     const list = element("ul", "ranked");

@@ -101,8 +101,10 @@ function drawRow(at, { token, context }) {
   link.dataset.testid = "rollout-row";
   link.append(element("span", "rollout-name", `Rollout ${whole(id)}`));
   const stats = rolloutStats(at).filter(([, , , text]) => text);
-  const note = stats.map(([label, , , text]) => `${text} ${label}`).join(" \u00b7 ");
-  link.append(element("span", "rollout-note", note));
+  const notes = stats.map(([label, name, , text]) => (
+    name === "length" ? `${text} ${label}` : `${label} ${text}`
+  ));
+  link.append(element("span", "rollout-note", notes.join(" \u00b7 ")));
   const reasons = element("span", "rollout-why");
   for (const name of reasonsOf(at)) reasons.append(element("span", "chip", name));
   link.append(reasons);

@@ -1,5 +1,7 @@
 // One whole rollout: its roles, what fires at each token, and features highlighted in colour.
-import { colorByKl, drawContributions, drawKlLegend, drawLargestKl, isAttributed, klNotes } from "./attribution.js";
+import {
+  colorByKl, drawContributions, drawKlLegend, drawLargestKl, isAttributed, klNotes,
+} from "./attribution.js";
 import { column, core, rolloutData } from "./data.js";
 import { LEVELS, drawToken, lineEnd } from "./examples.js";
 import { drawMessage } from "./feature_view.js";
@@ -62,8 +64,11 @@ function drawStats(number) {
   const reasons = reasonsOf(number);
   if (reasons.length) {
     const cell = element("div", "stat");
-    cell.append(element("dt", "", "selected for"), element("dd", "stat-value small", reasons.join(", ")),
-      element("dd", "stat-note", "why this rollout is in the page, among all that were read"));
+    cell.append(
+      element("dt", "", "selected for"),
+      element("dd", "stat-value small", reasons.join(", ")),
+      element("dd", "stat-note", "why this rollout is in the page, among all that were read"),
+    );
     stats.append(cell);
   }
   return stats;
@@ -171,9 +176,10 @@ function drawPaints() {
     const id = /^\d{1,9}$/.test(input.value.trim()) ? Number(input.value) : -1;
     if (id >= 0 && id < core.n_features && !painted.includes(id)) setPainted([...painted, id]);
   });
-  const note = "Colours show the activation as a share of the feature's maximum. Up to four features." +
-    (isAttributed(shown.data) ? " Without any, colours show KL(adapter \u2016 base)." : "");
-  shown.paints.replaceChildren(panel("Highlighted features", note, [chips, form], { testid: "paints" }));
+  const note = "Colours show the activation as a share of the feature's maximum. Up to four " +
+    "features." + (isAttributed(shown.data) ? " Without any, colours show KL(adapter \u2016 base)." : "");
+  const parts = panel("Highlighted features", note, [chips, form], { testid: "paints" });
+  shown.paints.replaceChildren(parts);
 }
 
 // Lists what fires at token t, or in the whole rollout for -1.
@@ -201,11 +207,12 @@ function drawFiring(t) {
   }
   const n = whole(pairs.length);
   const firing = t < 0
-    ? panel("Most active features in this rollout", "By the sum of their activations, each as a share " +
-      "of the feature's maximum. Select a token to see what fires there.", list,
+    ? panel("Most active features in this rollout", "By the sum of their activations, each as a " +
+      "share of the feature's maximum. Select a token to see what fires there.", list,
     { testid: "firing-panel" })
-    : panel(`At token ${whole(t)}`, `${n} feature${pairs.length === 1 ? " fires" : "s fire"} here. ` +
-      "Bar: activation as a share of the feature's maximum.", list, { testid: "firing-panel" });
+    : panel(`At token ${whole(t)}`, `${n} feature${pairs.length === 1 ? " fires" : "s fire"} ` +
+      "here. Bar: activation as a share of the feature's maximum.", list,
+    { testid: "firing-panel" });
   const { data } = shown;
   const effects = !isAttributed(data) ? [] : [
     t < 0 ? drawLargestKl(data, goTo) : drawContributions(data, t, markSource),

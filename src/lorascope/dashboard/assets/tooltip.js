@@ -7,8 +7,8 @@ const tooltip = document.getElementById("tooltip");
 let owner = null;
 let extra = () => []; // returns more lines for a token
 
-// Shows a tooltip on hover and focus of every token and part of a figure inside `area`. `more` returns
-// further lines for a token.
+// Shows a tooltip on hover and focus of every token and part of a figure inside `area`. `more`
+// returns further lines for a token.
 export function watchTokens(area, more = () => []) {
   const show = (event) => {
     const part = event.target.closest(PARTS);
@@ -40,7 +40,8 @@ export function showTooltipAt(x, y, lines) {
   tooltip.hidden = false;
   const left = Math.min(x + 12, document.documentElement.clientWidth - tooltip.offsetWidth - 8);
   tooltip.style.left = `${Math.max(8, left)}px`;
-  tooltip.style.top = `${y + 14 + tooltip.offsetHeight > innerHeight ? y - tooltip.offsetHeight - 8 : y + 14}px`;
+  const isBelow = y + 14 + tooltip.offsetHeight <= innerHeight;
+  tooltip.style.top = `${isBelow ? y + 14 : y - tooltip.offsetHeight - 8}px`;
 }
 
 function showTooltip(part) {
