@@ -1,33 +1,45 @@
 """Write docs/commands.md from the commands themselves: `python docs/make_commands.py`."""
 
-import dataclasses
 import importlib
+from dataclasses import MISSING
 from pathlib import Path
 
 from lorascope.cli import COMMANDS, Command
-from lorascope.config import flag_of
+from lorascope.config import ALIASES, default_text, flag_of, grouped_options
 
 HEAD = """# Commands
 
-This page is made by `python docs/make_commands.py`; `lorascope COMMAND --help` says the same.
-Every flag is also a key of `lorascope.toml` (`--top-k` is `top_k`) and a keyword of the config in
-Python. Exit codes: 0 done, 2 your input is wrong (one line; `--debug` gives the traceback), 130 and
-143 interrupted (finished work is kept), 1 a defect. stdout carries the path of what was made.
+`python docs/make_commands.py` writes this page; `lorascope COMMAND --help` says the same. Every
+flag is also a key of `lorascope.toml` (`--top-k` is `top_k`) and a keyword of the config in Python.
+Flags override `--config FILE`, which overrides `lorascope.toml` in the working directory. A flag
+that is given twice, under one name or two, counts as given last.
 
-`lorascope info PATH` says what an artifact is, from its header alone. `lorascope verify PATH`
-checks its checksums and promises; exit code 1 names what is broken.
+Every command takes `--quiet` (warnings and errors only, no progress), `--verbose` (debug messages)
+and `--debug` (tracebacks). stdout carries the path of the result, stderr the rest. Progress is a
+bar on a terminal, and elsewhere one line every ten seconds. Exit codes: 0 done, 2 your input is
+wrong (one line), 130 and 143 interrupted (finished work is kept), 1 a bug.
+
+`lorascope info PATH` describes an artifact or an adapter. `lorascope verify PATH` checks an
+artifact for damage; exit code 1 names what is broken. `lorascope completion bash`, `zsh` or `fish`
+prints a completion script; for bash:
+
+    lorascope completion bash > ~/.local/share/bash-completion/completions/lorascope
 """
 
 
 def section(name: str, command: Command) -> str:
     """Return one command's part of the page."""
     text = (importlib.import_module(command.module).__doc__ or "").strip()
-    rows = ["| flag | default | |", "|---|---|---|"]
-    for field in dataclasses.fields(command.config_class()):
-        required = field.default is dataclasses.MISSING
-        default = "required" if required else "" if field.default in (None, ()) else field.default
-        rows.append(f"| `{flag_of(field.name)}` | {default} | {field.metadata['help']} |")
-    return "\n".join([f"## {name}\n\n{text}\n\n    {command.example}\n", *rows]) + "\n"
+    lines = [f"## {name}\n\n{text}\n\n    {command.example}\n"]
+    lines += ["| option | default | |", "|---|---|---|"]
+    for group, fields in grouped_options(command.config_class()).items():
+        lines.append(f"| **{group}** | | |")
+        for field in fields:
+            flags = [flag_of(word) for word in (field.name, *ALIASES.get(field.name, ()))]
+            default = "required" if field.default is MISSING else default_text(field)
+            names = ", ".join(f"`{flag}`" for flag in flags)
+            lines.append(f"| {names} | {default} | {field.metadata['help']} |")
+    return "\n".join(lines) + "\n"
 
 
 def page() -> str:

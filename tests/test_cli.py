@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from builders.records import s1_records
@@ -185,8 +186,90 @@ def test_every_command_has_help_with_an_example(name, capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert COMMANDS[name].example in text
+    assert "None" not in text
+    assert "\nother:" not in text
+    for flag in ("--quiet", "--verbose", "--debug", "--config"):
+        assert f"  {flag} " in text
     assert call([]) == 0
-    assert COMMANDS[name].help.split(":")[0] in " ".join(capsys.readouterr().out.split())
+    assert f"  {name:<11} {COMMANDS[name].help}\n" in capsys.readouterr().out
+
+
+def lorascope(*arguments: str, **options: Any) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-W", "error", "-m", "lorascope", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def test_help_is_clean_when_warnings_are_errors():
+    done = lorascope("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "start here:" in done.stdout
+
+
+@pytest.mark.parametrize("line", ["info {store}", "--help", "export --help"])
+def test_a_reader_that_goes_away_ends_the_command_in_silence(place, line):
+    # as in `lorascope info X | head`
+    command = [sys.executable, "-m", "lorascope", *line.format(**place).split()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_quiet_shows_warnings_only_and_verbose_shows_debug_messages(place, caplog, capfd):
+    line = COLLECT.format(**place).split()
+    assert call([*line, "--quiet"]) == 0
+    assert capfd.readouterr() == (f"{place['out']}.h5\n", "")
+    assert call([*line, "--overwrite", "--verbose"]) == 0
+    assert 'options: {"top_k": 10' in capfd.readouterr().err
+    assert call([*line, "--quiet", "--verbose"]) == 2
+    assert "--quiet and --verbose" in capfd.readouterr().err
+
+
+def test_bash_completes_commands_flags_choices_and_files(tmp_path):
+    script = lorascope("completion", "bash").stdout
+    (tmp_path / "complete.sh").write_text(
+        script
+        + """
+        complete_words() {
+          COMP_WORDS=("$@") COMP_CWORD=$(($# - 1)) COMPREPLY=()
+          _lorascope
+          echo "${COMPREPLY[@]}"
+        }
+        complete_words lorascope tr
+        complete_words lorascope train --exp
+        complete_words lorascope train --normalize s
+        complete_words lorascope train --no-res
+        complete_words lorascope info --ad
+        complete_words lorascope info sto
+        complete -p lorascope
+        """
+    )
+    done = subprocess.run(
+        ["bash", str(tmp_path / "complete.sh")], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        "train",
+        "--expansion-factor",
+        "std",
+        "--no-resume",
+        "--adapter-name",
+        "",  # nothing of ours: readline completes file names
+        "complete -o default -F _lorascope lorascope",
+    ]
+
+
+def test_every_shell_gets_every_command_and_every_flag():
+    scripts = {shell: lorascope("completion", shell).stdout for shell in ("zsh", "fish")}
+    for name, command in COMMANDS.items():
+        for option in command.config_class().names():
+            assert f"--{option.replace('_', '-')}" in scripts["zsh"]
+            flag = f"'__fish_seen_subcommand_from {name}' -l {option.replace('_', '-')} "
+            assert flag in scripts["fish"]
+    assert scripts["zsh"].startswith("autoload -U +X bashcompinit")
+    assert "-l normalize -x -a 'effect std rms none'" in scripts["fish"]
 
 
 def test_the_page_of_commands_is_up_to_date():

@@ -6,7 +6,15 @@ from typing import Literal, get_type_hints
 import pytest
 
 from lorascope.cli import COMMANDS
-from lorascope.config import Config, add_flags, load_config, option
+from lorascope.config import (
+    ALIASES,
+    OPTION_GROUPS,
+    Config,
+    add_flags,
+    default_text,
+    load_config,
+    option,
+)
 from lorascope.errors import ConfigError
 
 
@@ -21,10 +29,10 @@ class Example(Config):
     fast: bool = option(False, help="be fast", identity=False)
 
 
-def parse(*arguments: str, files: list[Path] | None = None, every_key=set) -> Example:
+def parse(*arguments: str, files: list[Path] | None = None) -> Example:
     parser = argparse.ArgumentParser()
     add_flags(parser, Example)
-    return load_config(Example, vars(parser.parse_args(arguments)), files or [], every_key)
+    return load_config(Example, vars(parser.parse_args(arguments)), files or [])
 
 
 def test_flags_give_the_types_of_the_fields():
@@ -58,7 +66,7 @@ def test_an_unknown_key_is_an_error_that_names_the_nearest(tmp_path):
 def test_a_key_of_another_command_is_passed_over(tmp_path):
     file = tmp_path / "lorascope.toml"
     file.write_text("num_gpus = 3")
-    assert parse("--source", "x", files=[file], every_key=lambda: {"num_gpus"}).top_k == 10
+    assert parse("--source", "x", files=[file]).top_k == 10
 
 
 @pytest.mark.parametrize("text", ["top_k = ", "\xff"])
@@ -119,3 +127,77 @@ def test_every_option_of_every_command_has_a_help_sentence_and_survives_json(nam
     given = {name: Path("x.json") if hints[name] is Path else (1,) for name in needed}
     settings = config_class(**given).settings()
     assert json.loads(json.dumps(settings)) == settings
+
+
+def test_every_option_of_every_command_has_a_group_and_every_name_in_the_groups_is_an_option():
+    options = {name for command in COMMANDS.values() for name in command.config_class().names()}
+    grouped = [name for names in OPTION_GROUPS.values() for name in names]
+    assert sorted(grouped) == sorted(options)
+    assert set(ALIASES) <= options
+    assert not options & {alias for aliases in ALIASES.values() for alias in aliases}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aliased(Config):
+    sae: Path = option(Path("sae"), help="SAE to read with")
+    output: Path | None = option(None, help="file to make")
+
+
+def parse_aliased(*arguments: str, files: list[Path] | None = None) -> Aliased:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, Aliased)
+    return load_config(Aliased, vars(parser.parse_args(arguments)), files or [])
+
+
+def test_a_flag_given_twice_under_two_names_counts_as_given_last():
+    assert parse_aliased("--model-path", "a").sae == Path("a")
+    assert parse_aliased("--model-path", "a", "--sae", "b").sae == Path("b")
+    assert parse_aliased("--sae", "b", "--model-path", "a").sae == Path("a")
+    assert parse_aliased("--output-dir", "a", "--output-path", "b").output == Path("b")
+
+
+def test_a_toml_key_may_be_an_alias_and_two_names_of_one_option_are_an_error(tmp_path):
+    file = tmp_path / "lorascope.toml"
+    file.write_text('model-path = "a"\noutput_dir = "out"')
+    assert parse_aliased(files=[file]) == Aliased(sae=Path("a"), output=Path("out"))
+    file.write_text('model_path = "a"\nsae = "b"')
+    with pytest.raises(ConfigError, match="sae.*another name"):
+        parse_aliased(files=[file])
+
+
+def test_the_usage_line_names_what_is_required_and_help_names_aliases_once():
+    parser = argparse.ArgumentParser(prog="lorascope x")
+    add_flags(parser, Aliased)
+    text = parser.format_help()
+    assert text.startswith("usage: lorascope x [options]\n")
+    assert text.count("--model-path") == 1
+    parser = argparse.ArgumentParser(prog="lorascope x")
+    add_flags(parser, Example)
+    assert parser.format_usage() == "usage: lorascope x --source PATH [options]\n"
+
+
+def test_defaults_are_shown_as_one_types_them():
+    @dataclass(frozen=True, kw_only=True)
+    class Defaults(Config):
+        roles: tuple[str, ...] = option(("user", "think"), help="roles")
+        doses: tuple[float, ...] = option((0.5, 1.0), help="doses")
+        k: float = option(50.0, help="latents")
+        n: int = option(100_000, help="tokens")
+        resume: bool = option(True, help="resume")
+        keep_all: bool = option(False, help="keep")
+        none: int | None = option(None, help="none")
+        empty: tuple[str, ...] = option((), help="empty")
+        path: Path = option(Path("a/b"), help="path")
+
+    shown = {name: default_text(field) for name, field in Defaults.__dataclass_fields__.items()}
+    assert shown == {
+        "roles": "user think",
+        "doses": "0.5 1",
+        "k": "50",
+        "n": "100000",
+        "resume": "--resume",
+        "keep_all": "--no-keep-all",
+        "none": "",
+        "empty": "",
+        "path": "a/b",
+    }

@@ -11,7 +11,7 @@ import lorascope
 ROOT = Path(lorascope.__file__).parent
 ORDER = (
     "version errors sites config arrayfile artifact hub runtime kernels texts subject activations "
-    "sae features causal dashboard pipeline demo cli __main__"
+    "sae features causal dashboard pipeline demo completion cli __main__"
 ).split()
 
 

@@ -1,8 +1,9 @@
-"""The command line: `lorascope COMMAND --flags`, one command for each stage.
+"""The command line: `lorascope COMMAND [options]`, one command for each stage.
 
-stdout carries the path of what was made and nothing else; logs and progress go to stderr. Exit
-codes: 0 done, 2 the user's input is wrong (one line; `--debug` gives the traceback), 130 and 143
-interrupted (finished work is kept), 1 a defect of lorascope.
+stdout carries the path of the result and nothing else; logs and progress go to stderr. There are no
+colours. Exit codes: 0 done, 2 the input is wrong (one line; `--debug` shows the traceback), 130 and
+143 interrupted (finished work is kept), 141 the reader of stdout is gone (`| head`), 1 a bug in
+lorascope.
 """
 
 import argparse
@@ -12,23 +13,33 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from lorascope import config, runtime
+from lorascope.completion import SHELLS, Flag, completion_script
 from lorascope.errors import ArtifactError, ConfigError, Interrupted, LorascopeError
 from lorascope.version import __version__
 
 log = logging.getLogger("lorascope")
 
 
+_COMMON = {
+    "--quiet": "show warnings and errors only, and no progress",
+    "--verbose": "show debug messages too",
+    "--debug": "show debug messages, and the traceback of an error",
+}
+
+
 @dataclass(frozen=True)
 class Command:
-    """A stage as the command line knows it: its module is imported only when it is asked for."""
+    """A stage on the command line. Its module is imported only when the stage is asked for."""
 
+    section: str
     module: str
     options: str
     help: str
@@ -41,90 +52,104 @@ class Command:
 
 COMMANDS = {
     "demo": Command(
+        "start here",
         "lorascope.demo.demo",
         "DemoConfig",
-        "take the shipped subject through everything, into a page",
+        "run every stage on the model that comes with lorascope; needs no network and no GPU",
         "lorascope demo --open",
     ),
     "run": Command(
+        "start here",
         "lorascope.pipeline",
         "RunConfig",
-        "take your adapter and texts through everything, into a page",
+        "run every stage on your adapter and texts, up to the page",
         "lorascope run --lora-path my-adapter --dataset texts.jsonl",
     ),
     "generate": Command(
+        "one stage at a time",
         "lorascope.activations.generate",
         "GenerateConfig",
-        "run model and adapter over texts: an activation store",
+        "run model and adapter on texts and save the activations",
         "lorascope generate --lora-path my-adapter --dataset texts.jsonl --num-examples 1000",
     ),
     "train": Command(
+        "one stage at a time",
         "lorascope.sae.train",
         "TrainConfig",
-        "train a BatchTopK SAE on a store",
+        "train a sparse autoencoder (SAE) on saved activations",
         "lorascope train --data-dir activations_all_adapters --expansion-factor 16 --k 50",
     ),
     "collect": Command(
+        "one stage at a time",
         "lorascope.features.collect",
         "CollectConfig",
-        "find every feature's strongest examples: a feature index",
+        "find the strongest examples of every feature",
         "lorascope collect --sae trained_sae_adapters_g-u-d-q-k-v-o.pt --top-k 10",
     ),
-    "export": Command(
-        "lorascope.features.export",
-        "ExportConfig",
-        "write a feature index as published JSON, as a table, or for Neuronpedia",
-        "lorascope export --input features.h5 --format csv --output features.csv",
-    ),
     "dashboard": Command(
+        "one stage at a time",
         "lorascope.dashboard.render",
         "DashboardConfig",
-        "make one self-contained HTML page of a feature index",
+        "write the features as one self-contained HTML page",
         "lorascope dashboard --input features.h5 --output page.html",
     ),
+    "export": Command(
+        "one stage at a time",
+        "lorascope.features.export",
+        "ExportConfig",
+        "write the features as published JSON, as a CSV table or for Neuronpedia",
+        "lorascope export --input features.h5 --format csv --output features.csv",
+    ),
     "evaluate": Command(
+        "evidence",
         "lorascope.causal.evaluate",
         "EvaluateConfig",
-        "measure how much of what the adapter does an SAE explains: a report",
+        "measure how much of the adapter's effect the SAE explains",
         "lorascope evaluate --lora-path my-adapter --data-dir out/activations --sae out/sae",
     ),
     "ablate": Command(
+        "evidence",
         "lorascope.causal.ablate",
         "AblateConfig",
-        "take layers, projections, sites and features out: what each does, as a report",
+        "measure what removing layers, projections, sites and features changes",
         "lorascope ablate --lora-path my-adapter --data-dir out/activations --sae out/sae",
     ),
+    "attribute": Command(
+        "evidence",
+        "lorascope.causal.attribute",
+        "AttributeConfig",
+        "find the features that caused each predicted token",
+        "lorascope attribute --lora-path my-adapter --data-dir out/activations "
+        "--sae out/sae --texts-of out/features.h5",
+    ),
     "direct": Command(
+        "evidence",
         "lorascope.causal.direct",
         "DirectConfig",
-        "say which tokens each feature promotes and suppresses, from weights alone: a report",
+        "list the tokens that each feature promotes and suppresses, from weights alone",
         "lorascope direct --lora-path my-adapter --sae out/sae",
     ),
     "steer": Command(
+        "evidence",
         "lorascope.causal.steer",
         "SteerConfig",
-        "let the model write with features added, removed or clamped: a dose curve and the texts",
+        "let the model write with features added, removed or clamped",
         "lorascope steer --lora-path my-adapter --data-dir out/activations --sae out/sae "
         "--features 12 --doses 0.5 1 2",
     ),
     "edit": Command(
+        "evidence",
         "lorascope.causal.edit",
         "EditConfig",
-        "take features out of an adapter, or scale them: a changed adapter, or a runtime patch",
+        "remove features from the adapter itself, or scale them",
         "lorascope edit --lora-path my-adapter --data-dir out/activations --sae out/sae "
         "--features 12 --output without-12",
     ),
-    "attribute": Command(
-        "lorascope.causal.attribute",
-        "AttributeConfig",
-        "say which features made the model predict each token: a report",
-        "lorascope attribute --lora-path my-adapter --data-dir out/activations "
-        "--sae out/sae --texts-of out/features.h5",
-    ),
 }
-_LOOKS = {
-    "info": "say what an artifact or an adapter is, from its files alone",
-    "verify": "check an artifact's checksums and promises; exit 1 names what is broken",
+_TOOLS = {
+    "info": "describe an adapter or any file that lorascope made",
+    "verify": "check a file that lorascope made for damage; exit code 1 names what is broken",
+    "completion": "print a completion script for bash, zsh or fish",
 }
 
 
@@ -132,10 +157,13 @@ _FOREIGN = "is no artifact of this version of lorascope, or its header is damage
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line and name the nearest flag."""
+    """An argparse parser with one-line errors."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see {self.prog} --help")
+
+    def print_help(self, file: IO[str] | None = None) -> None:
+        _print(self.format_help().rstrip())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -145,14 +173,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def call(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
-    arguments = list(argv)
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
-    above = [runtime.LogHandler()]
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=above, force=True)
-    quiet = logging.ERROR if runtime.process_rank() else logging.INFO  # one voice for a job
-    log.setLevel(logging.DEBUG if debug else quiet)
+    arguments = [argument for argument in argv if argument not in _COMMON]
+    debug = "--debug" in argv
     try:
+        _set_up_logging(argv)
         with runtime.interruptible():
             return _dispatch(arguments)
     except LorascopeError as error:
@@ -161,9 +185,7 @@ def call(argv: Sequence[str]) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     except Interrupted as stop:
-        print(
-            "interrupted; finished work is kept; run the command again to continue", file=sys.stderr
-        )
+        print("interrupted: finished work is kept; run again to continue", file=sys.stderr)
         return stop.exit_code
     except OSError as error:
         if debug or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
@@ -174,73 +196,90 @@ def call(argv: Sequence[str]) -> int:
         return LorascopeError.exit_code
 
 
-def call_stage(name: str, argv: Sequence[str] | None = None) -> None:
-    """Run one command under another program's name and exit: for the published scripts."""
-    main([name, *(sys.argv[1:] if argv is None else argv)])
+def _set_up_logging(argv: Sequence[str]) -> None:
+    if "--quiet" in argv and {"--verbose", "--debug"} & {*argv}:
+        raise ConfigError("--quiet and --verbose were both given; give one of them")
+    verbose = "--verbose" in argv or "--debug" in argv
+    quiet = "--quiet" in argv or runtime.process_rank() > 0  # rank 0 speaks for the job
+    handlers = [runtime.LogHandler()]
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=handlers, force=True)
+    log.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+
+
+def _print(text: str) -> None:
+    """Print to stdout; when its reader is gone (`| head`), exit as if SIGPIPE had ended us."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit, and would complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def call_stage(name: str) -> None:
+    """Run one command with the arguments of this program: for the published scripts."""
+    main([name, *sys.argv[1:]])
 
 
 def _dispatch(arguments: list[str]) -> int:
-    parser = _top_parser()
     if not arguments or arguments[0] in ("-h", "--help"):
-        parser.print_help()
-        return 0
-    if arguments[0] == "--version":
-        print(f"lorascope {__version__}")
+        _print(_overview())
         return 0
     name, rest = arguments[0], arguments[1:]
-    if name in _LOOKS:
-        return _look(name, rest)
-    if name == runtime.WORKER:
+    if name == "--version":
+        _print(f"lorascope {__version__}")
+    elif name == "info":
+        _show_info(rest)
+    elif name == "verify":
+        return _show_verify(rest)
+    elif name == "completion":
+        _show_completion(rest)
+    elif name == runtime.WORKER:
         stage = COMMANDS[rest[0]]
         values = stage.config_class().from_json(json.loads(rest[1]))
         importlib.import_module(stage.module).run(values)
-        return 0
-    if name not in COMMANDS:
-        known = [*COMMANDS, *_LOOKS]
+    elif name in COMMANDS:
+        _run_stage(name, rest)
+    else:
+        known = [*COMMANDS, *_TOOLS]
         hint = config.did_you_mean(name, known)
         raise ConfigError(f"unknown command {name}{hint}; there are {', '.join(known)}")
-    return _run_stage(name, COMMANDS[name], rest)
+    return 0
 
 
-def _run_stage(name: str, command: Command, arguments: list[str]) -> int:
-    parser = stage_parser(name, command)
+def _run_stage(name: str, arguments: list[str]) -> None:
+    parser = stage_parser(name)
     flags, unknown = parser.parse_known_args(arguments)
     if unknown:
-        known = [action.option_strings[0] for action in parser._actions if action.option_strings]
+        known = [flag for action in parser._actions for flag in action.option_strings]
         word = unknown[0].partition("=")[0]
         hint = config.did_you_mean(word, known)
         raise ConfigError(f"unknown argument {word}{hint}; see lorascope {name} --help")
     files = [file for file in [Path(config.CONFIG_FILE)] if file.is_file()]
     files += [Path(flags.config)] if flags.config else []
-    config_class = command.config_class()
-    values = config.load_config(config_class, vars(flags), files, every_key=_every_key)
-    module = importlib.import_module(command.module)
-    made = module.run(values)
+    options = config.load_config(COMMANDS[name].config_class(), vars(flags), files)
+    log.debug("options: %s", json.dumps(options.to_json()))
+    result = importlib.import_module(COMMANDS[name].module).run(options)
     if runtime.prints_result():
-        print(made)
-    return 0
+        _print(str(result))
 
 
-def _top_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="lorascope",
-        description="Shows what a LoRA learned.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="lorascope COMMAND --help lists a command's flags.\n\n  lorascope demo",
-    )
-    parser.add_argument("--version", action="version", version=f"lorascope {__version__}")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+def _overview() -> str:
+    """Return the text of `lorascope --help`."""
+    sections: dict[str, dict[str, str]] = {}
     for name, command in COMMANDS.items():
-        commands.add_parser(name, help=command.help, add_help=False)
-    for name, sentence in _LOOKS.items():
-        commands.add_parser(name, help=sentence, add_help=False)
-    return parser
+        sections.setdefault(command.section, {})[name] = command.help
+    sections["look at files"] = _TOOLS
+    lines = ["usage: lorascope COMMAND [options]", "", "Show what a LoRA learned."]
+    for section, helps in sections.items():
+        lines += ["", f"{section}:", *(f"  {name:<11} {text}" for name, text in helps.items())]
+    lines += ["", "lorascope COMMAND --help lists the options of a command.", "Try: lorascope demo"]
+    return "\n".join(lines)
 
 
-def stage_parser(name: str, command: Command) -> argparse.ArgumentParser:
-    """Return the parser of a command, its flags made from its config."""
-    config_class = command.config_class()
+def stage_parser(name: str) -> argparse.ArgumentParser:
+    """Return the parser of a command, with a flag for every option of its config."""
+    command = COMMANDS[name]
     module = importlib.import_module(command.module)
     parser = _Parser(
         prog=f"lorascope {name}",
@@ -248,60 +287,86 @@ def stage_parser(name: str, command: Command) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"example:\n  {command.example}",
         allow_abbrev=False,
+        add_help=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="TOML file with options")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    config.add_flags(parser, config_class)
+    config.add_flags(parser, command.config_class())
+    common = parser.add_argument_group("all commands")
+    common.add_argument("-h", "--help", action="help", help="show this help")
+    common.add_argument("--config", metavar="FILE", help="TOML file with options")
+    _add_common(common)
     return parser
 
 
-def _every_key() -> set[str]:
-    """Return every option of every command: one lorascope.toml serves them all."""
-    return {key for command in COMMANDS.values() for key in command.config_class().names()}
+def _add_common(parser: "argparse._ActionsContainer") -> None:
+    """Add the flags that `call` takes out of every command line, so that `--help` lists them."""
+    for flag, text in _COMMON.items():
+        parser.add_argument(flag, action="store_true", help=text)
 
 
-def _look(name: str, arguments: list[str]) -> int:
-    parser = _Parser(prog=f"lorascope {name}", description=_LOOKS[name].capitalize() + ".")
-    what = "a store, an SAE, a feature index or a page"
+def _tool_parser(name: str) -> argparse.ArgumentParser:
+    parser = _Parser(prog=f"lorascope {name}", description=_TOOLS[name].capitalize() + ".")
+    _add_common(parser)
+    if name == "completion":
+        parser.add_argument("shell", choices=SHELLS)
+        return parser
+    path = "a store, an SAE, a feature index, a report or a page"
     if name == "info":
-        what += "; or an adapter: a folder or a hub id"
+        path += "; or an adapter: a folder or a hub id"
         parser.add_argument("--json", action="store_true", help="print an adapter as JSON")
         parser.add_argument("--adapter-name", help="which adapter of a folder that holds several")
-    parser.add_argument("path", help=what)
-    flags = parser.parse_args(arguments)
+    parser.add_argument("path", help=path)
+    return parser
+
+
+def _show_info(arguments: list[str]) -> None:
+    flags = _tool_parser("info").parse_args(arguments)
     path = Path(flags.path).expanduser()
-    if name == "info" and _is_adapter(path):
-        return _show_adapter(flags.path, flags.adapter_name, as_json=flags.json)
-    if name == "info":
-        print(json.dumps(_summary_of(path), indent=1, ensure_ascii=False))
-        return 0
-    broken = verify(path)
-    for line in broken:
-        print(f"{path}: {line}", file=sys.stderr)
-    if not broken:
-        print(path)
-    return 1 if broken else 0
+    if not _is_adapter(path):
+        _print(json.dumps(_summary_of(path), indent=1, ensure_ascii=False))
+        return
+    from lorascope.subject.adapter import inspect_adapter
+    from lorascope.subject.inventory import describe, to_json
+
+    adapter = inspect_adapter(flags.path, flags.adapter_name)
+    as_json = json.dumps(to_json(adapter), indent=1, ensure_ascii=False) if flags.json else ""
+    _print(as_json or describe(adapter))
+
+
+def _show_verify(arguments: list[str]) -> int:
+    path = Path(_tool_parser("verify").parse_args(arguments).path).expanduser()
+    problems = verify(path)
+    for problem in problems:
+        print(f"{path}: {problem}", file=sys.stderr)
+    if not problems:
+        _print(str(path))
+    return 1 if problems else 0
+
+
+def _show_completion(arguments: list[str]) -> None:
+    shell = _tool_parser("completion").parse_args(arguments).shell
+    flags = {}
+    for name in (*COMMANDS, *_TOOLS):
+        parser = stage_parser(name) if name in COMMANDS else _tool_parser(name)
+        options = COMMANDS[name].config_class() if name in COMMANDS else config.Config
+        flags[name] = [
+            Flag(flag, action.help or "", action.nargs != 0, config.choices(options, action.dest))
+            for action in parser._actions
+            if action.help != argparse.SUPPRESS
+            for flag in action.option_strings
+            if flag.startswith("--")
+        ]
+    helps = {name: command.help for name, command in COMMANDS.items()} | _TOOLS
+    _print(completion_script(shell, helps, flags).rstrip())
 
 
 def _is_adapter(path: Path) -> bool:
-    """Say whether a path is to be read as an adapter: a folder with its files, or a hub id."""
+    """Say whether a path is an adapter: a folder with its files, or a hub id."""
     if path.is_dir():
         files = ("adapter_config.json", "*/adapter_config.json", "adapter_model.*")
         is_artifact = (path / "manifest.json").exists()
         return not is_artifact and any(any(path.glob(file)) for file in files)
     is_file = path.exists() or path.suffix in (".h5", ".pt", ".json", ".html", ".safetensors")
     return not is_file and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)) is not None
-
-
-def _show_adapter(lora_path: str, adapter_name: str | None, *, as_json: bool) -> int:
-    """Print what an adapter's files hold: a table, or JSON."""
-    from lorascope.subject.adapter import inspect_adapter
-    from lorascope.subject.inventory import describe, to_json
-
-    adapter = inspect_adapter(lora_path, adapter_name)
-    text = json.dumps(to_json(adapter), indent=1, ensure_ascii=False) if as_json else ""
-    print(text or describe(adapter))
-    return 0
 
 
 def _summary_of(path: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Options: one frozen dataclass per stage, the same as flags, as TOML keys and in Python.
 
 A field made by `option` is a flag (`data_dir` is `--data-dir`), a TOML key (`data_dir` or
-`data-dir`) and a keyword argument. Strength rises from the default over `lorascope.toml` in the
-working directory and `--config FILE` to the flag itself. An unknown key or flag is an error that
+`data-dir`) and a keyword argument. Flags override `--config FILE`, which overrides `lorascope.toml`
+in the working directory, which overrides the defaults. An unknown flag or key is an error that
 names the nearest known one.
 """
 
@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import tomllib
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -22,7 +22,22 @@ CONFIG_FILE = "lorascope.toml"
 C = TypeVar("C", bound="Config")
 
 
-_ALIASES = {  # published names of an option, and earlier ones of ours
+OPTION_GROUPS = {  # the groups of `--help` with the options of all commands, most used first
+    "data": "dataset input data_dir num_examples rollouts texts_of prompts num_prompts "
+    "max_rollouts roles template split long_texts max_length duplicates sample max_new_tokens "
+    "temperature sample_seed".split(),
+    "model": "lora_path base_model adapter_types adapter_name dtype gauge device_map "
+    "skip_unhookable".split(),
+    "dictionary": "sae expansion_factor k batch_size epochs lr architecture normalize signed "
+    "warmup holdout dead_after auxk_alpha precision buffer_rows against".split(),
+    "features": "features top_k context_window max_per_rollout same_context samples rollout_tokens "
+    "effect_texts how factor doses where target tokens places steps top check_texts greedy "
+    "tolerance".split(),
+    "output": "output overwrite format store_dtype title effects max_examples open serve "
+    "port".split(),
+    "run": "device num_gpus batch_tokens seed seeds resume checkpoint_every track".split(),
+}
+ALIASES = {  # other names of an option: those of the published scripts, and earlier ones
     "sae": ("model_path",),
     "output": ("output_dir", "output_path"),
     "same_context": ("alike",),
@@ -33,10 +48,10 @@ _ALIASES = {  # published names of an option, and earlier ones of ours
 def option(default: Any = MISSING, *, help: str, identity: bool = True, path: bool = False) -> Any:
     """Declare a field of a config.
 
-    `identity` says whether the option decides what the artifact holds: it is then recorded in
-    the artifact, and an output made with another value is not overwritten by accident. Inputs are
-    recorded by their content's digest, so their paths are no identity. `path` marks a string that
-    may be a path: in a TOML file it is then relative to that file.
+    `identity` says whether the option decides what the artifact holds. Such options are recorded in
+    the artifact, and an existing output with another value is not overwritten by accident. Paths
+    of inputs are not recorded, because the digests of the inputs are. `path` marks a string that
+    may be a path: in a TOML file it is relative to that file.
     """
     metadata = {"help": help, "identity": identity, "path": path}
     return dataclasses.field(default=default, metadata=metadata)
@@ -44,7 +59,7 @@ def option(default: Any = MISSING, *, help: str, identity: bool = True, path: bo
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Base of every stage's config: converts strings to paths and lists to tuples, then checks."""
+    """Base of every stage's config: converts values to the types of the fields and checks them."""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -60,25 +75,25 @@ class Config:
 
     @classmethod
     def from_json(cls: type[C], values: Mapping[str, Any]) -> C:
-        """Make a config from JSON values, or from words of the command line."""
+        """Make a config from JSON values or from strings of the command line."""
         hints = get_type_hints(cls)
         return cls(**{name: _convert(name, hints[name], values[name]) for name in values})
 
     @classmethod
     def from_shared(cls: type[C], source: "Config", **given: Any) -> C:
-        """Make a config from the options that `source` has too, replaced by those `given`."""
+        """Make a config from `given` options, and else from those that `source` has too."""
         shared = {name: getattr(source, name) for name in cls.names() & source.names()}
         return cls(**{**shared, **given})
 
     def check(self) -> None:
-        """Raise ConfigError when a value is impossible by itself. Children extend this."""
+        """Raise ConfigError at an impossible value. Subclasses extend this."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return every option as a JSON value; `from_json` makes an equal config of it."""
+        """Return every option as a JSON value, for `from_json`."""
         return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
     def settings(self) -> dict[str, Any]:
-        """Return the options that decide the artifact's content, as JSON values."""
+        """Return the options with `identity`, as JSON values."""
         return {
             field.name: _plain(getattr(self, field.name))
             for field in dataclasses.fields(self)
@@ -98,43 +113,68 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def grouped_options(config_class: type[Config]) -> "dict[str, list[Field[Any]]]":
+    """Return the options of a config by group, in the order of `OPTION_GROUPS`."""
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    groups = {
+        group: [fields.pop(name) for name in names if name in fields]
+        for group, names in OPTION_GROUPS.items()
+    }
+    groups["other"] = list(fields.values())  # a test holds that there are none
+    return {group: options for group, options in groups.items() if options}
+
+
+def choices(config_class: type[Config], name: str) -> tuple[str, ...]:
+    """Return the values that an option can have; empty where any value of its type is allowed."""
+    return _shape(get_type_hints(config_class).get(name, str))[2]
+
+
+def default_text(field: "Field[Any]") -> str:
+    """Return an option's default as one would type it; empty where there is none to type."""
+    value = field.default
+    if isinstance(value, bool):
+        return flag_of(field.name if value else f"no_{field.name}")
+    values = value if isinstance(value, tuple) else () if value is None else (value,)
+    return " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+
+
 def add_flags(parser: argparse.ArgumentParser, config_class: type[Config]) -> None:
-    """Add a flag for every option of a config, with its help sentence and its default."""
+    """Add the options of a config to a parser, in groups, with help, default and aliases."""
     hints = get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
-        inner, many, choices = _shape(hints[field.name])
-        text = field.metadata["help"].replace("%", "%%") + _default_text(field)
-        names = [flag_of(name) for name in (field.name, *_ALIASES.get(field.name, ()))]
-        if inner is bool:
-            parser.add_argument(
-                *names, action=argparse.BooleanOptionalAction, default=MISSING, help=text
-            )
-        else:
-            parser.add_argument(
-                *names,
-                dest=field.name,
-                default=MISSING,
-                help=text,
-                nargs="+" if many else None,
-                metavar=_metavar(inner, choices),
-            )
+    required = []
+    for group, fields in grouped_options(config_class).items():
+        section = parser.add_argument_group(group)
+        for field in fields:
+            inner, many, choices = _shape(hints[field.name])
+            metavar = _metavar(inner, choices)
+            kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+            if inner is not bool:
+                kind = {"nargs": "+" if many else None, "metavar": metavar}
+            kind |= {"dest": field.name, "default": MISSING}
+            aliases = [flag_of(alias) for alias in ALIASES.get(field.name, ())]
+            notes = [f"also {', '.join(aliases)}"] if aliases else []
+            if field.default is MISSING:
+                notes.append("required")
+                required.append(f"{flag_of(field.name)} {metavar}{' ...' if many else ''} ")
+            elif default := default_text(field):
+                notes.append(f"default: {default}")
+            text = field.metadata["help"] + (f" ({'; '.join(notes)})" if notes else "")
+            section.add_argument(flag_of(field.name), help=text.replace("%", "%%"), **kind)
+            if aliases:
+                section.add_argument(*aliases, help=argparse.SUPPRESS, **kind)
+    parser.usage = f"{parser.prog} {''.join(required)}[options]"
 
 
-def load_config(
-    config_class: type[C],
-    flags: Mapping[str, Any],
-    files: Iterable[Path],
-    every_key: Callable[[], set[str]] = set,
-) -> C:
-    """Make a config from defaults, TOML files in rising strength, and parsed flags.
+def load_config(config_class: type[C], flags: Mapping[str, Any], files: Iterable[Path]) -> C:
+    """Make a config from defaults, TOML files and parsed flags; later ones override earlier ones.
 
-    One TOML file may serve every command: a key in `every_key()` that is no option of this
-    config is passed over, any other is an error.
+    One TOML file may serve every command: keys of other commands' options are ignored, and any
+    other key is an error.
     """
     names = [field.name for field in dataclasses.fields(config_class)]
     values: dict[str, Any] = {}
     for file in files:
-        values.update(_from_toml(file, config_class, every_key))
+        values.update(_from_toml(file, config_class))
     values.update({name: flags[name] for name in names if flags.get(name, MISSING) is not MISSING})
     for field in dataclasses.fields(config_class):
         if field.default is MISSING and field.name not in values:
@@ -151,9 +191,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _from_toml(
-    file: Path, config_class: type[Config], every_key: Callable[[], set[str]]
-) -> dict[str, Any]:
+def _from_toml(file: Path, config_class: type[Config]) -> dict[str, Any]:
     try:
         data = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -161,14 +199,17 @@ def _from_toml(
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not TOML: {error}") from error
     fields = {field.name: field for field in dataclasses.fields(config_class)}
-    meant = {alias: name for name, aliases in _ALIASES.items() for alias in aliases}
+    known = {name for names in OPTION_GROUPS.values() for name in names} | set(fields)
+    name_of_alias = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
     values: dict[str, Any] = {}
     for key, value in data.items():
         name = key.replace("-", "_")
-        name = meant.get(name, name)
+        name = name_of_alias.get(name, name)
+        if name in values:
+            raise ConfigError(f"{file}: {key} is another name of {name}, which is there too")
         if name in fields:
             values[name] = _relative_to(file.parent, fields[name], value)
-        elif name not in (known := every_key() | set(fields)):
+        elif name not in known:
             raise ConfigError(f"{file}: unknown key {key}{did_you_mean(name, sorted(known))}")
     return values
 
@@ -203,9 +244,9 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
     if value is None and optional:
         return None
     if many:
-        one_will_do = _is_union(hint) and inner in get_args(hint)
-        alone = isinstance(value, str) or (one_will_do and isinstance(value, int | float))
-        parts = [value] if alone else value
+        takes_scalar = _is_union(hint) and inner in get_args(hint)
+        is_scalar = isinstance(value, str) or (takes_scalar and isinstance(value, int | float))
+        parts = [value] if is_scalar else value
         if not isinstance(parts, Sequence):
             raise ConfigError(f"{flag} is {value!r}, expected a list")
         return tuple(_convert(name, inner, part) for part in parts)
@@ -239,12 +280,3 @@ def _metavar(inner: type, choices: tuple[str, ...]) -> str:
     if choices:
         return "{" + ",".join(choices) + "}"
     return {int: "INTEGER", float: "NUMBER", Path: "PATH", bool: "TRUE|FALSE"}.get(inner, "TEXT")
-
-
-def _default_text(field: "Field[Any]") -> str:
-    if field.default is MISSING:
-        return " (required)"
-    if field.default is None or field.default == ():
-        return ""
-    value = field.default
-    return f" (default: {' '.join(map(str, value)) if isinstance(value, tuple) else value})"

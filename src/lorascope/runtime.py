@@ -95,7 +95,7 @@ def launch(n: int, command: str, config: Config) -> None:
         code = int(failure.exitcode)
         how = f"ended with exit code {code}" if code >= 0 else f"was killed by {_signal(-code)}"
         raise WorkerError(
-            f"rank {rank} of {n} {how}: finished work is kept; run the command again to continue",
+            f"rank {rank} of {n} {how}: finished work is kept; run again to continue",
             exit_code=code if code > 0 else 1,
         ) from error
     except SignalException as stop:
