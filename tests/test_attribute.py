@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from builders.studies import dictionary, each_column, make_texts, strengthen
-from builders.subjects import load, save_adapter
+from builders.subjects import N_TERMS, load, save_adapter
+from builders.tolerance import assert_same_up_to_rounding, rounding
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -134,17 +135,19 @@ def test_on_a_linear_model_contributions_are_the_real_removals_and_add_up(toy, s
         gradients = mean_gradients(editor, IDS, rows, targets, steps)
         firings = share.firings(gradients)
         with torch.no_grad():
-            y = targets.values(editor.run(IDS).logits[0, targets.places - 1])
+            logits = editor.run(IDS).logits
+            largest = float(logits.abs().max())
+            y = targets.values(logits[0, targets.places - 1])
             y_base = targets.values(editor.base(IDS)[0, targets.places - 1])
             for i in range(len(share.latent)):
                 changed = rows.clone()
                 changed[share.place[i]] -= share.value[i] * share.sae.W_dec[share.latent[i]]
                 logits = editor.run(IDS, lambda c, _, r=changed: r[None][..., c]).logits
                 gone = y - targets.values(logits[0, targets.places - 1])
-                torch.testing.assert_close(firings[:, i], gone, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(firings.sum(1), y - y_base, rtol=1e-4, atol=1e-4)
+                assert_same_up_to_rounding(firings[:, i], gone, n_terms=N_TERMS, scale=largest)
+    assert_same_up_to_rounding(firings.sum(1), y - y_base, n_terms=N_TERMS, scale=largest)
     for values in share.rests(gradients).values():
-        assert float(values.abs().max()) < 1e-4
+        assert float(values.abs().max()) < rounding(N_TERMS, largest)
 
 
 @pytest.mark.parametrize("kind", ["kl", "logprob", "logit-difference"])
@@ -163,7 +166,7 @@ def test_shares_add_up_to_the_effect_of_the_whole_adapter(dirs, kind):
             gradients = mean_gradients(editor, ids, rows, targets, steps)
             whole = share.firings(gradients).sum(1) + sum(share.rests(gradients).values())
             gaps[steps] = float((whole - (y - y_base)).abs().sum() / (y - y_base).abs().sum())
-            torch.testing.assert_close(share.tokens(gradients).sum(1), whole)
+            assert_same_up_to_rounding(share.tokens(gradients).sum(1), whole, n_terms=N_TERMS)
     assert float((y - y_base).abs().min()) > 1e-3
     assert gaps[40] < 0.02
     assert gaps[40] < gaps[2]

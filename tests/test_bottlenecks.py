@@ -2,7 +2,8 @@ import shutil
 
 import pytest
 import torch
-from builders.subjects import CPU, load, logits_of, refused, rows_of, save_adapter
+from builders.subjects import CPU, N_TERMS, load, logits_of, refused, rows_of, save_adapter
+from builders.tolerance import assert_same_up_to_rounding
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -76,7 +77,7 @@ def test_rows_in_the_svd_gauge_do_not_depend_on_the_factors(ranks, make_subject,
         mixed[back] = tensors[back] @ torch.linalg.inv(m)
     save_file(mixed, other / WEIGHTS)
     one, two = load(adapter, base, gauge="svd"), load(other, base, gauge="svd")
-    torch.testing.assert_close(rows_of(one), rows_of(two), rtol=1e-4, atol=1e-4)
+    assert_same_up_to_rounding(rows_of(one), rows_of(two), n_terms=N_TERMS)
     for here, there in zip(one.layout.sites, two.layout.sites, strict=True):
         assert here.b_norms == pytest.approx(there.b_norms, rel=1e-4)
         assert list(here.b_norms) == sorted(here.b_norms, reverse=True)
@@ -103,6 +104,6 @@ def test_auto_fixes_the_gauge_where_the_rank_is_more_than_one(make_subject):
         layer = subject.causal.get_submodule(site.module)
         b = layer.lora_B["default"].weight.detach()
         writes = rows[:, columns] @ (b @ unmix(mix)).T
-        torch.testing.assert_close(writes, h[:, columns] @ b.T, rtol=1e-4, atol=1e-4)
+        assert_same_up_to_rounding(writes, h[:, columns] @ b.T, n_terms=N_TERMS)
     with pytest.raises(ConfigError, match="--gauge is pca, expected one of auto, svd, raw"):
         load(adapter, base, gauge="pca")

@@ -90,7 +90,7 @@ def test_in_16_bits_the_own_forward_is_pefts_to_that_types_rounding(make_subject
     assert mine.dtype == theirs.dtype == subject.dtype
     ulp = torch.finfo(subject.dtype).eps * exact.abs().clamp(min=1e-2)
     assert ((mine.double() - exact).abs() / ulp).max() < 1.01
-    torch.testing.assert_close(mine, theirs)
+    assert_same_up_to_rounding(mine, theirs, n_terms=4, dtype=subject.dtype)  # roundings of PEFT
     rows = [captured(subject, texts([30, 9]), own_forward=own) for own in (True, False)]
     assert np.linalg.norm(rows[0] - rows[1]) < 0.02 * np.linalg.norm(rows[1])
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from builders.saes import dense_code, make_sae
 from builders.stores import layout_of, write_store
+from builders.tolerance import assert_same_up_to_rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -84,9 +85,9 @@ def test_statistics_are_those_of_the_dense_code_on_eligible_tokens(made):
     fires = code > 0
     np.testing.assert_array_equal(index.latent_n_active, fires.sum(0))
     np.testing.assert_array_equal(index.latent_max, code.max(0))
-    np.testing.assert_allclose(index.latent_mean, code.sum(0) / fires.sum(0), rtol=1e-6)
+    assert_same_up_to_rounding(index.latent_mean, code.sum(0) / fires.sum(0), n_terms=len(code))
     deviation = [code[fires[:, i], i].std() for i in range(sae.d_sae)]
-    np.testing.assert_allclose(index.latent_std, deviation, rtol=1e-4, atol=1e-6)
+    assert_same_up_to_rounding(index.latent_std, deviation, n_terms=len(code))
     rollout = store.rollout_of(np.flatnonzero(store.eligible))
     in_rollouts = [len(set(rollout[fires[:, i]])) for i in range(sae.d_sae)]
     np.testing.assert_array_equal(index.latent_n_rollouts, in_rollouts)

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 from builders.studies import dictionary, each_column, make_texts, strengthen
-from builders.subjects import IDS, load, logits_of, reference
+from builders.subjects import IDS, N_TERMS, load, logits_of, reference
+from builders.tolerance import assert_same_up_to_rounding
 from safetensors.torch import load_file
 
 from lorascope.activations.store import ActivationStore
@@ -75,7 +76,7 @@ def test_a_folded_adapter_runs_in_peft_as_the_patch_does_here(dirs, store, edite
         unpatched = editor.run(IDS).logits
     folded = logits_of(reference(out, dirs[0]), IDS)
     assert float((patched - unpatched).abs().max()) > 1e-2
-    torch.testing.assert_close(folded, patched, rtol=0, atol=1e-4)
+    assert_same_up_to_rounding(folded, patched, n_terms=N_TERMS)
 
 
 def test_a_direction_of_a_site_is_folded_in_the_svd_gauge(make_subject, dataset_file, tmp_path):
@@ -104,7 +105,7 @@ def test_a_direction_of_a_site_is_folded_in_the_svd_gauge(make_subject, dataset_
         updates.append(b @ a)
     u, s, vh = torch.linalg.svd(updates[0], full_matrices=False)
     expected = u[:, 1:] @ torch.diag(s[1:]) @ vh[1:]
-    torch.testing.assert_close(updates[1], expected, rtol=1e-4, atol=1e-5)
+    assert_same_up_to_rounding(updates[1], expected, n_terms=N_TERMS)
 
 
 def test_a_sparse_feature_of_many_sites_becomes_a_patch_and_the_report_says_why(store, edited):

@@ -10,8 +10,9 @@ import logging
 import numpy as np
 import pytest
 import torch
-from builders.studies import dictionary, each_column, make_texts, strengthen
-from builders.subjects import logits_of, reference
+from builders.studies import ROUNDED, dictionary, each_column, make_texts, strengthen
+from builders.subjects import N_TERMS, logits_of, reference
+from builders.tolerance import assert_same_up_to_rounding, rounding
 from transformers import AutoModelForCausalLM
 
 from lorascope.activations.store import ActivationStore
@@ -61,13 +62,13 @@ def report_of(subject_dirs, store, tmp_path):
 
 def test_a_dictionary_that_rebuilds_every_row_recovers_everything(store, report_of):
     found = report_of(each_column(store))["faithfulness"]
-    assert found["runs"]["sae"]["recovered"] == pytest.approx(1, abs=1e-6)
-    assert found["runs"]["sae"]["recovered_interval"] == pytest.approx([1, 1], abs=1e-6)
+    assert found["runs"]["sae"]["recovered"] == pytest.approx(1, abs=ROUNDED)
+    assert found["runs"]["sae"]["recovered_interval"] == pytest.approx([1, 1], abs=ROUNDED)
     assert found["runs"]["sae"]["ce_recovered"] == pytest.approx(1, abs=1e-4)
     for kind in ("roles", "layers", "projections"):
         assert found[kind]
         for part in found[kind].values():
-            assert part["recovered"] == pytest.approx(1, abs=1e-5)
+            assert part["recovered"] == pytest.approx(1, abs=ROUNDED)
 
 
 def test_with_all_features_removed_it_is_the_base_model_exactly(store, report_of):
@@ -84,9 +85,9 @@ def test_with_all_features_removed_it_is_the_base_model_exactly(store, report_of
 def test_rows_written_as_they_are_have_a_floor_of_exactly_zero(store, report_of):
     found = report_of(each_column(store))["faithfulness"]
     assert found["floor"]["null"] == 0.0
-    assert abs(found["floor"]["rounding"]) < 1e-6 * found["runs"]["base"]["kl"]
+    assert abs(found["floor"]["rounding"]) < ROUNDED * found["runs"]["base"]["kl"]
     assert found["runs"]["adapter"]["recovered"] == 1.0
-    assert found["rows_drift"] < 1e-5
+    assert found["rows_drift"] < rounding(N_TERMS)
 
 
 def half(store):
@@ -142,7 +143,7 @@ def test_the_batch_changes_numbers_by_rounding_only(store, report_of):
     assert one["n_tokens"] == many["n_tokens"]
     for name, run_ in one["runs"].items():
         for key in ("kl", "recovered", "ce"):
-            assert run_[key] == pytest.approx(many["runs"][name][key], rel=1e-4, abs=1e-6)
+            assert run_[key] == pytest.approx(many["runs"][name][key], rel=1e-3, abs=ROUNDED)
 
 
 @torch.inference_mode()
@@ -162,7 +163,7 @@ def test_with_special_kept_only_rows_of_text_are_rebuilt(subject_dirs, store, re
             kl = kl_of(out.logits[0, :-1], other[0, :-1])
             usual = torch.from_numpy(store.eligible[start + 1 : stop])
             total, n = total + float(kl[usual].sum()), n + int(usual.sum())
-    assert run_["special_kept"]["kl"] == pytest.approx(total / n, rel=1e-4)
+    assert run_["special_kept"]["kl"] == pytest.approx(total / n, rel=1e-3)
     assert 0.01 < run_["special_kept"]["recovered"] < 1
     assert run_["recovered"] == 0.0
 
@@ -178,7 +179,7 @@ def test_the_baselines_keep_as_many_numbers_as_the_sae(store):
     kept = made[3.4]["columns"](rows)
     assert ((kept != mean).sum(1) <= 3).all()
     changed = kept != mean.expand_as(kept)
-    torch.testing.assert_close(kept[changed], rows[changed], rtol=1e-5, atol=1e-4)
+    assert_same_up_to_rounding(kept[changed], rows[changed], n_terms=store.d_in * len(rows))
     assert torch.linalg.matrix_rank(made[3.4]["pca"](rows) - mean, rtol=1e-4) == 3
     loss = {
         (k, name): float((rows - arm(rows)).square().sum())
@@ -201,7 +202,7 @@ def test_reconstruction_is_what_training_reports_and_other_saes_stand_beside(
     assert report["reconstruction"]["l0"] == evaluate(each_column(store), [eligible])["l0"]
     other = report_of(half(store), "alone")["faithfulness"]["runs"]["sae"]
     beside = report["faithfulness"]["runs"]["against seed-1"]
-    assert beside["recovered"] == pytest.approx(other["recovered"], abs=1e-6)
+    assert beside["recovered"] == pytest.approx(other["recovered"], abs=ROUNDED)
 
 
 @pytest.mark.slow
@@ -209,7 +210,7 @@ def test_an_sae_of_some_columns_is_measured_against_those_at_zero(store, report_
     narrow = store.select(("gate_proj", "up_proj", "down_proj"))
     found = report_of(each_column(narrow), "perfect")["faithfulness"]
     assert found["zero_is"] == "the SAE's columns at zero"
-    assert found["runs"]["sae"]["recovered"] == pytest.approx(1, abs=1e-6)
+    assert found["runs"]["sae"]["recovered"] == pytest.approx(1, abs=ROUNDED)
     off = report_of(each_column(narrow, threshold=1e9), "off")["faithfulness"]["runs"]
     assert off["sae"]["recovered"] == off["zero"]["recovered"] == 0.0
     assert off["base"]["kl"] != off["zero"]["kl"]  # the other columns are still there

@@ -8,6 +8,8 @@ import pytest
 import torch
 from builders.stores import planted_rows, write_published_store
 from builders.studies import each_column, make_texts
+from builders.subjects import N_TERMS
+from builders.tolerance import assert_same_up_to_rounding, rounding
 
 from lorascope.causal.held_out import EffectOptions, held_out_rollouts, open_held_out
 from lorascope.errors import ArtifactError, ConfigError
@@ -97,7 +99,7 @@ def test_texts_read_in_windows_are_run_in_the_same_windows(subject_dirs, dataset
             assert batch.token_ids.shape[1] <= 30
             rows = editor.run(batch.token_ids).rows[batch.mask]
             stored = torch.from_numpy(np.array(store.take(batch.measured)))
-            torch.testing.assert_close(rows, stored, rtol=1e-4, atol=1e-5)
+            assert_same_up_to_rounding(rows, stored, n_terms=N_TERMS)
             seen.append(batch.measured)
     assert np.array_equal(
         np.sort(np.concatenate(seen)),
@@ -120,7 +122,7 @@ def test_rows_of_another_model_are_an_error(subject_dirs, texts_dir):
     with RowEditor(texts.subject) as editor:
         for batch in texts.batches():
             rows = editor.run(batch.token_ids).rows
-            assert texts.require_rows(batch, rows) < 1e-5
+            assert texts.require_rows(batch, rows) < rounding(N_TERMS)
             with pytest.raises(ArtifactError, match="made with another model"):
                 texts.require_rows(batch, 1.1 * rows)
 

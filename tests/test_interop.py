@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from builders.foreign_saes import dictionary_folder, foreign_weights, published, saelens_folder
 from builders.saes import random_rows, random_sae
+from builders.tolerance import assert_same_up_to_rounding
 
 from lorascope.errors import ArtifactError, NumberError
 from lorascope.sae.interop import save_dictionary_learning
@@ -62,7 +63,12 @@ def test_a_published_file_gets_a_threshold_at_its_k_and_says_so(tmp_path, make_s
     rows = torch.from_numpy(store.take(np.flatnonzero(store.eligible)))
     assert float(sae.encode(rows).l0.float().mean()) == pytest.approx(4, abs=0.002)
     pre = rows @ sae.W_enc + sae.b_enc  # without subtracting b_dec, without a ReLU
-    assert torch.allclose(sae.encode_dense(rows), pre * (pre > sae.threshold), atol=1e-5)
+    assert_same_up_to_rounding(
+        sae.encode_dense(rows),
+        pre * (pre > sae.threshold),
+        n_terms=sae.d_in,
+        scale=float(pre.abs().max()),
+    )
     assert sae.manifest["parents"] == {"activations": store.digest}
     assert load_sae(sae.save(tmp_path / "with_threshold.pt")).digest == sae.digest
 
@@ -214,7 +220,7 @@ def test_a_folder_of_saelens_has_the_codes_of_saelens(tmp_path, make_store, thre
     expected, margin = saelens_code(rows, config, tensors)
     require_equal_codes(sae.encode_dense(rows), expected, margin)
     x_hat = expected @ tensors["W_dec"].double() + tensors["b_dec"].double()
-    assert torch.allclose(sae.decode(expected.float()).double(), x_hat, atol=1e-3)
+    assert_same_up_to_rounding(sae.decode(expected.float()), x_hat, n_terms=sae.d_sae)
     assert sae.architecture == config["architecture"]
     assert sae.layout == store.layout
     assert load_sae(sae.save(tmp_path / "ours"), store).digest == sae.digest
@@ -350,9 +356,9 @@ def test_what_is_saved_for_dictionary_learning_has_our_codes_there(tmp_path, mak
     ours = sae.encode_dense(rows)
     require_equal_codes(ours, code, margin)
     x_hat = code @ state["decoder.weight"].double().T + state["b_dec"].double()
-    assert torch.allclose(sae.decode(code.float()).double(), x_hat, atol=1e-4)
+    assert_same_up_to_rounding(sae.decode(code.float()), x_hat, n_terms=sae.d_sae)
     again = load_sae(folder, make_store())
-    assert torch.allclose(again.b_enc, sae.b_enc, atol=1e-6)
+    assert_same_up_to_rounding(again.b_enc, sae.b_enc, n_terms=sae.d_in)
     assert torch.equal(again.W_enc, sae.W_enc)
     assert torch.equal(again.W_dec, sae.W_dec)
 
@@ -391,8 +397,8 @@ def test_the_real_saelens_gives_our_codes_and_reconstructions(tmp_path):
     ours = sae.encode_dense(rows)
     assert int((ours > 0).sum()) > 100
     with torch.no_grad():
-        assert torch.allclose(theirs.encode(rows), ours, atol=1e-6)
-        assert torch.allclose(theirs(rows), sae.decode(ours), atol=1e-5)
+        assert_same_up_to_rounding(theirs.encode(rows), ours, n_terms=sae.d_in)
+        assert_same_up_to_rounding(theirs(rows), sae.decode(ours), n_terms=sae.d_sae)
     assert theirs.cfg.metadata.training_architecture == "jumprelu"
     assert theirs.cfg.metadata.columns == list(sae.layout.column_names)
 
@@ -426,8 +432,8 @@ def test_what_the_real_saelens_saved_has_its_codes(tmp_path, make_store, kind):
     with torch.no_grad():
         code, x_hat = theirs.encode(rows), theirs(rows)
     assert 0 < int((code > 0).sum()) < code.numel()
-    assert torch.allclose(sae.encode_dense(rows), code, atol=1e-4)
-    assert torch.allclose(sae.decode(code), x_hat, atol=1e-4)
+    assert_same_up_to_rounding(sae.encode_dense(rows), code, n_terms=sae.d_in)
+    assert_same_up_to_rounding(sae.decode(code), x_hat, n_terms=sae.d_sae)
 
 
 def randomize(module):
@@ -456,8 +462,8 @@ def test_the_real_dictionary_learning_gives_our_codes(tmp_path, make_store):
     ours = sae.encode_dense(rows)
     assert int((ours > 0).sum()) > 100
     with torch.no_grad():
-        assert torch.allclose(theirs.encode(rows), ours, atol=1e-4)
-        assert torch.allclose(theirs(rows), sae.decode(ours), atol=1e-4)
+        assert_same_up_to_rounding(theirs.encode(rows), ours, n_terms=sae.d_in)
+        assert_same_up_to_rounding(theirs(rows), sae.decode(ours), n_terms=sae.d_sae)
 
 
 @pytest.mark.needs("dictionary_learning")
@@ -477,8 +483,8 @@ def test_what_the_real_dictionary_learning_saved_has_its_codes(tmp_path, make_st
     with torch.no_grad():
         code, x_hat = theirs.encode(rows), theirs(rows)
     assert 0 < int((code > 0).sum()) < code.numel()
-    assert torch.allclose(sae.encode_dense(rows), code, atol=1e-4)
-    assert torch.allclose(sae.decode(code), x_hat, atol=1e-4)
+    assert_same_up_to_rounding(sae.encode_dense(rows), code, n_terms=sae.d_in)
+    assert_same_up_to_rounding(sae.decode(code), x_hat, n_terms=sae.d_sae)
 
 
 def test_an_sae_says_what_it_was_trained_as_and_how_stable_its_latents_are(tmp_path):

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from builders.subjects import IDS, load, logits_of, reference, rows_of, save_adapter
+from builders.subjects import IDS, N_TERMS, load, logits_of, reference, rows_of, save_adapter
+from builders.tolerance import assert_same_up_to_rounding
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from lorascope.errors import AdapterError
@@ -81,7 +82,7 @@ def test_a_site_edited_alone_is_the_model_with_that_lora_taken_out(subject_dirs)
     model = reference(adapter, base)
     layer = model.get_submodule("base_model.model." + subject.layout.sites[chosen].module)
     layer.lora_B["default"].weight.zero_()
-    torch.testing.assert_close(edited, logits_of(model, BATCH), rtol=0, atol=1e-6)
+    assert_same_up_to_rounding(edited, logits_of(model, BATCH), n_terms=N_TERMS)
 
 
 @torch.inference_mode()
@@ -102,7 +103,7 @@ def test_an_edit_in_the_svd_gauge_writes_what_its_singular_direction_writes(make
     s[0] /= 2
     layer.lora_A["default"].weight.copy_(vh[:3])
     layer.lora_B["default"].weight.copy_(u[:, :3] * s[:3])
-    torch.testing.assert_close(edited, logits_of(model, BATCH), rtol=1e-4, atol=1e-5)
+    assert_same_up_to_rounding(edited, logits_of(model, BATCH), n_terms=N_TERMS)
 
 
 @torch.inference_mode()
@@ -113,7 +114,7 @@ def test_each_row_of_a_batch_has_its_own_edit(subject):
         given = torch.stack([rows[0], 0 * rows[0], 2 * rows[0]])
         together = editor.run(ids, held(given)).logits
         alone = [editor.run(ids, held(given[i : i + 1])).logits[0] for i in range(3)]
-    torch.testing.assert_close(together, torch.stack(alone), rtol=0, atol=1e-6)
+    assert_same_up_to_rounding(together, torch.stack(alone), n_terms=N_TERMS)
     assert not torch.allclose(together[0], together[1], atol=1e-3)
 
 
@@ -177,10 +178,9 @@ def test_token_by_token_with_a_cache_is_the_pass_over_the_whole_text(subject):
             cache = step.cache
             steps.append(step)
     logits = torch.cat([step.logits for step in steps], dim=1)
-    torch.testing.assert_close(logits, whole.logits, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(
-        torch.cat([step.rows for step in steps], dim=1), whole.rows, rtol=1e-4, atol=1e-4
-    )
+    assert_same_up_to_rounding(logits, whole.logits, n_terms=N_TERMS)
+    rows = torch.cat([step.rows for step in steps], dim=1)
+    assert_same_up_to_rounding(rows, whole.rows, n_terms=N_TERMS)
 
 
 @torch.inference_mode()

@@ -6,6 +6,7 @@ import safetensors.torch
 import torch
 from builders.saes import random_rows, random_sae
 from builders.stores import layout_of
+from builders.tolerance import assert_same_up_to_rounding
 
 from lorascope.artifact import digest_file, read_manifest
 from lorascope.errors import ArtifactError, NumberError
@@ -38,10 +39,10 @@ def test_the_code_is_what_the_formula_says():
     rows = random_rows(50, 14)
     pre = rows.double() @ sae.W_enc.double() + sae.b_enc.double()
     expected = pre * (pre > sae.threshold.double())
-    assert torch.allclose(sae.encode_dense(rows).double(), expected, atol=1e-5)
+    assert_same_up_to_rounding(sae.encode_dense(rows), expected, n_terms=sae.d_in)
     x_hat = expected @ sae.W_dec.double() + sae.b_dec.double()
-    assert torch.allclose(sae.decode(sae.encode(rows)).double(), x_hat, atol=1e-5)
-    assert torch.allclose(sae.decode(sae.encode_dense(rows)).double(), x_hat, atol=1e-5)
+    assert_same_up_to_rounding(sae.decode(sae.encode(rows)), x_hat, n_terms=sae.d_sae)
+    assert_same_up_to_rounding(sae.decode(sae.encode_dense(rows)), x_hat, n_terms=sae.d_sae)
 
 
 def test_half_precision_rows_are_computed_in_float32():

@@ -6,11 +6,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from builders.subjects import N_TERMS
+from builders.tolerance import kl_rounding, rounding
 from lorascope.activations.generate import GenerateConfig, run
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import make_manifest
 from lorascope.sae.model import KIND, SAE, SCHEMA
 from lorascope.sites import SiteLayout
+
+# What rounding of the logits makes of a KL of order 1, and of a share of the adapter's KL.
+ROUNDED = kl_rounding(1.0, rounding(N_TERMS))
 
 
 def make_texts(dirs: tuple[Path, Path], dataset: Path, out: Path, **options) -> Path:

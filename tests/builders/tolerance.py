@@ -6,6 +6,7 @@ n · eps · Σ|terms| of the exact sum (Higham, Accuracy and Stability of Numeri
 The typical error is √n times smaller, so the largest absolute result may stand for Σ|terms|.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,15 @@ def rounding(n_terms: float, scale: float = 1.0, dtype: torch.dtype = torch.floa
     lengths.
     """
     return n_terms * torch.finfo(dtype).eps * scale
+
+
+def kl_rounding(kl: float, of_logits: float) -> float:
+    """Return how far apart two computations of a KL may be, whose logits differ by `of_logits`.
+
+    The slope of KL(p ‖ q) in the logits of q is q − p, of which Σ|q − p| ≤ √(2·KL) (Pinsker); in
+    the logits of p it is of the same size. The second-order term is what is left at KL = 0.
+    """
+    return 2 * math.sqrt(2 * abs(kl)) * of_logits + of_logits**2
 
 
 def _array(values: Any) -> np.ndarray:
@@ -39,7 +49,7 @@ def assert_same_up_to_rounding(
 
     `dtype` is the coarser one of the two computations, `scale` the size of the values that were
     added: the largest of `expected` unless given. Give it where the result is a small difference of
-    large values, or where both come from something larger.
+    large values.
     """
     found, wanted = _array(actual), _array(expected)
     assert found.shape == wanted.shape, f"shape {found.shape}, expected {wanted.shape}"
