@@ -17,10 +17,10 @@ from lorascope.subject.adapter import (
     TensorFile,
     inspect_adapter,
     is_routed,
+    lora_kind,
     lora_tensors,
     scale_of,
-    variant_of,
-    why_refused,
+    unsupported_reason,
 )
 from lorascope.subject.inventory import inventory
 
@@ -93,7 +93,7 @@ def test_norms_and_effect_are_those_of_the_whole_matrices(tmp_path):
     folder = write_adapter(
         tmp_path, tensors, r=3, rank_pattern={"up_proj": 2}, alpha_pattern={"1.mlp.up_proj": 9}
     )
-    q_proj, up_proj = inventory(inspect_adapter(str(folder))).pairs
+    q_proj, up_proj = inventory(inspect_adapter(str(folder))).sites
     assert (q_proj.layer, q_proj.rank, q_proj.d_x, q_proj.d_y) == (0, 3, 6, 8)
     assert (q_proj.scale, up_proj.scale) == (pytest.approx(4 / 3), 4.5)
     for held, name in ((q_proj, "0.self_attn.q_proj"), (up_proj, "1.mlp.up_proj")):
@@ -172,7 +172,7 @@ def test_what_has_no_row_per_token_is_listed_with_its_reason(tmp_path):
         tmp_path, tensors, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     )
     held = inventory(inspect_adapter(str(folder)))
-    assert [pair.projection for pair in held.pairs] == ["q_proj"]
+    assert [pair.projection for pair in held.sites] == ["q_proj"]
     reasons = {name.removeprefix("model.layers.0."): why for name, why in held.unreadable}
     assert "routed" in reasons["mlp.experts.7.up_proj"]
     assert "parameter" in reasons["mlp.experts.base_layer"]
@@ -211,13 +211,13 @@ def test_what_an_adapter_changes_outside_its_rows_is_named(tmp_path):
 
 def test_variants_without_rows_are_refused_by_name():
     # B6
-    assert variant_of({"use_dora": True}) == "dora"
-    assert variant_of({"use_dora": False, "alora_invocation_tokens": None}) == "lora"
-    assert variant_of({"init_lora_weights": "mica"}) == "mica"
-    assert why_refused({"use_dora": True, "use_bdlora": {"nblocks": 2}}) is None
+    assert lora_kind({"use_dora": True}) == "dora"
+    assert lora_kind({"use_dora": False, "alora_invocation_tokens": None}) == "lora"
+    assert lora_kind({"init_lora_weights": "mica"}) == "mica"
+    assert unsupported_reason({"use_dora": True, "use_bdlora": {"nblocks": 2}}) is None
     keys = ["alora_invocation_tokens", "use_qalora", "arrow_config"]
     for key in [*keys, "monteclora_config", "kasa_config"]:
-        assert key in str(why_refused({key: [1]}))
+        assert key in str(unsupported_reason({key: [1]}))
 
 
 def info(*arguments):
@@ -269,7 +269,7 @@ def test_info_says_what_is_unread_and_what_has_no_effect(several, capsys):
     text = capsys.readouterr().out
     assert "every lora_B is zero: the adapter has no effect" in text
     assert "model.layers.0.mlp.experts.1.up_proj: an expert" in text
-    assert "does not take this adapter: it is alora" in text
+    assert "does not support this adapter: it is alora" in text
     assert call(["info", str(several)]) == 2
     assert "--adapter-name" in capsys.readouterr().err
 

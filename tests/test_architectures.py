@@ -19,7 +19,7 @@ from lorascope.errors import AdapterError
 from lorascope.subject.adapter import WEIGHTS, inspect_adapter, ranks_by_projection
 from lorascope.subject.inventory import inventory
 from lorascope.subject.load import Subject, find_base, load_subject
-from lorascope.subject.unembedding import ReadOut, writers_of
+from lorascope.subject.unembedding import Unembedding, residual_writes
 
 CPU = torch.device("cpu")
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -179,7 +179,7 @@ def test_rows_are_a_times_x_and_the_output_is_base_plus_scale_b_a_x(made, subjec
 def test_files_alone_tell_the_same_sites_as_the_live_model(made, subject_of):
     # pitfall 24: rank_pattern, alpha_pattern and rsLoRA are matched as PEFT matches them
     subject = subject_of(made)
-    told = {pair.module: pair for pair in inventory(subject.adapter).pairs}
+    told = {pair.module: pair for pair in inventory(subject.adapter).sites}
     for site in subject.layout.sites:
         pair = told.pop(site.module)
         assert (pair.layer, pair.projection, pair.rank) == (site.layer, site.projection, site.rank)
@@ -295,7 +295,7 @@ WRITERS = {
 @pytest.mark.parametrize("made", CASES, ids=lambda made: made.name)
 def test_the_sites_that_write_to_the_residual_stream_are_told_from_the_others(made, subject_of):
     subject = subject_of(made)
-    found = {writer.name for writer in writers_of(subject, subject.layout)}
+    found = {writer.name for writer in residual_writes(subject, subject.layout)}
     expected = WRITERS.get(made.name, {"o_proj", "down_proj"})
     assert found == {s.name for s in subject.layout.sites if s.projection in expected}
 
@@ -319,9 +319,9 @@ def test_the_read_out_is_the_slope_of_the_real_norm_and_head(made, subject_of):
     x = stream[0, -1].double()
     norm, head = deepcopy(norm).double(), deepcopy(subject.causal.get_output_embeddings()).double()
     head = getattr(head, "base_layer", head)
-    read_out = ReadOut(subject)
+    read_out = Unembedding(subject)
     v = torch.randn(len(x), generator=torch.Generator().manual_seed(0)).double()
-    centred = x - x.mean() if read_out.centres else x
+    centred = x - x.mean() if read_out.subtracts_mean else x
     v -= centred * (centred @ v) / (centred @ centred)
     length = centred.square().mean().sqrt()
     v *= 1e-3 * length

@@ -76,7 +76,7 @@ def test_keys_that_peft_does_not_know_are_dropped_when_they_say_nothing(broken, 
     empty = {"enable_lora": None, "merge_weights": False, "new_list": [], "new_text": ""}
     adapter_dir, base = broken(**empty)
     load(adapter_dir, base)
-    assert "left out enable_lora, merge_weights, new_list, new_text" in caplog.text
+    assert "ignored enable_lora, merge_weights, new_list, new_text" in caplog.text
 
 
 def test_keys_that_peft_does_not_know_and_that_say_something_are_refused(broken):
@@ -116,7 +116,7 @@ def test_renamed_tensors_are_an_error_not_a_random_adapter(broken):
 def test_an_adapter_of_another_base_names_the_first_shape(make_subject, subject_dirs):
     _, adapter = subject_dirs
     other_base, _ = make_subject(hidden=32)
-    refused(adapter, other_base, "for another base", "in the file", "in the model")
+    refused(adapter, other_base, "does not belong to base", "in the file", "in the model")
     shallow, _ = make_subject(n_layers=1)
     refused(adapter, shallow, "unknown 14 tensors")
 
@@ -204,7 +204,7 @@ def test_block_diagonal_factors_are_read_whole(subject_dirs, tmp_path):
     model = save_adapter(base, tmp_path, use_bdlora=blocks, r=4, change=train)
     subject = load(tmp_path, base)
     assert torch.equal(logits_of(subject.model), logits_of(model))
-    told = {pair.module: pair for pair in inventory(subject.adapter).pairs}
+    told = {pair.module: pair for pair in inventory(subject.adapter).sites}
     for site in subject.layout.sites:
         layer = subject.causal.get_submodule(site.module)
         delta = layer.lora_variant["default"]._get_bdlora_delta_weight(layer, "default").double()

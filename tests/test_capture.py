@@ -183,9 +183,9 @@ def test_where_the_own_forward_is_wrong_pefts_is_taken(subject, monkeypatch, cap
     from lorascope.subject import hooks
 
     expected = captured(subject, texts([9]), own_forward=False)
-    right = hooks._forward
+    right = hooks._fast_forward
     monkeypatch.setattr(
-        hooks, "_forward", lambda layer, keep: right(layer, lambda h: keep(h * 1.5))
+        hooks, "_fast_forward", lambda layer, keep: right(layer, lambda h: keep(h * 1.5))
     )
     with RowReader(subject) as reader:
         capture = capture_of(reader)

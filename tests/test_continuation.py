@@ -10,7 +10,7 @@ from builders.tolerance import assert_same_up_to_rounding, kl_rounding, rounding
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.continuation import Change, continue_text
 from lorascope.subject.intervene import RowEditor
-from lorascope.subject.sampling import sample
+from lorascope.subject.sampling import sample_rollouts
 from lorascope.texts.roles import ROLES
 from lorascope.texts.rollouts import Rollout
 
@@ -44,7 +44,7 @@ def written(subject, arms, **given):
 
 def test_without_a_change_it_is_what_the_model_writes_by_itself(subject):
     prompt = Rollout(0, PROMPT.numpy().astype(np.int32), np.full(6, ROLES.index("text"), np.uint8))
-    (plain,) = sample(subject, [prompt], max_new_tokens=8, temperature=0.0, seed=[0])
+    (plain,) = sample_rollouts(subject, [prompt], max_new_tokens=8, temperature=0.0, seed=[0])
     ((one,),) = written(subject, [None])
     assert one.token_ids.tolist() == plain.token_ids[6:].tolist()
     assert len(one.token_ids) > 2

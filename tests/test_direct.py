@@ -13,7 +13,7 @@ from lorascope.causal.study import open_report
 from lorascope.cli import call
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.subject.intervene import RowEditor
-from lorascope.subject.unembedding import writers_of
+from lorascope.subject.unembedding import residual_writes
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_promoted_tokens_are_those_that_a_last_write_raises_in_the_real_model(di
             moved.append(editor.run(IDS, lambda c, _, g=given: g[..., c]).logits[0, -1])
     hook.remove()
     x = streams[0][0, -1]
-    (writer,) = [w for w in writers_of(subject, sae.layout) if w.name == "1.down_proj"]
+    (writer,) = [w for w in residual_writes(subject, sae.layout) if w.name == "1.down_proj"]
     v = writer.matrix[:, 0]
     along = x * (x @ v) / (x @ x)
     gain, unembedding = subject.causal.model.norm.weight, subject.causal.lm_head.weight
@@ -98,7 +98,9 @@ def test_what_is_written_does_not_depend_on_the_gauge(make_subject):
         subject = load(adapter, base, gauge=gauge)
         with RowEditor(subject) as editor:
             row = editor.run(IDS).rows[0, -1]
-        written.append([w.matrix @ row[w.columns] for w in writers_of(subject, subject.layout)])
+        written.append(
+            [w.matrix @ row[w.columns] for w in residual_writes(subject, subject.layout)]
+        )
     for raw, svd in zip(*written, strict=True):
         assert_same_up_to_rounding(raw, svd, n_terms=N_TERMS)
 

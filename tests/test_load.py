@@ -91,7 +91,7 @@ def test_no_adapter_says_how_to_give_one():
 def test_what_is_no_lora_is_named(broken, subject_dirs, tmp_path):
     adapter_dir, base = broken(peft_type="IA3")
     refused(adapter_dir, base, "type IA3")
-    refused(base, base, "no PEFT adapter", "full model")
+    refused(base, base, "not a PEFT adapter", "full model")
     (adapter_dir / CONFIG).write_text("{")
     refused(adapter_dir, base, "is not JSON")
 
@@ -196,7 +196,7 @@ def test_code_of_a_base_model_is_never_run(subject_dirs, other_base):
         auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"},
     )
     (folder / "own.py").write_text("raise SystemExit('code was run')")
-    refused(adapter, folder, "cannot be loaded", "code of its own")
+    refused(adapter, folder, "cannot be loaded", "custom code")
     known = other_base(auto_map={"AutoModelForCausalLM": "own.Own"})  # transformers has its own
     assert torch.equal(rows_of(load(adapter, known)), rows_of(load(adapter, subject_dirs[0])))
 
@@ -213,7 +213,7 @@ def test_a_base_that_lacks_tensors_is_no_base(subject_dirs, other_base):
 def test_a_base_folder_with_an_adapter_in_it_is_refused(subject_dirs, other_base):
     folder = other_base()
     shutil.copy(subject_dirs[1] / CONFIG, folder / CONFIG)
-    refused(subject_dirs[1], folder, "is itself an adapter")
+    refused(subject_dirs[1], folder, "is an adapter; give a full model")
 
 
 def test_a_quantisation_whose_package_is_missing_is_one_line(subject_dirs, other_base):

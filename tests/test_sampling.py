@@ -10,7 +10,7 @@ from lorascope.activations import generate
 from lorascope.activations.generate import GenerateConfig
 from lorascope.activations.store import ActivationStore
 from lorascope.errors import ConfigError
-from lorascope.subject.sampling import sample
+from lorascope.subject.sampling import sample_rollouts
 from lorascope.texts.roles import ROLES
 from lorascope.texts.rollouts import Rollout
 
@@ -31,7 +31,7 @@ def prompts(lengths):
 
 def write(subject, given, **options):
     options = {"max_new_tokens": 12, "temperature": 0.0, "seed": (0, 0), **options}
-    return sample(subject, given, **options)
+    return sample_rollouts(subject, given, **options)
 
 
 def test_the_likeliest_token_follows_each_prompt_whatever_stands_beside_it(subject):

@@ -192,9 +192,9 @@ class _Shards:
         prompts = self.texts.unit(unit)
         if self.config.sample is None:
             return prompts
-        from lorascope.subject.sampling import sample
+        from lorascope.subject.sampling import sample_rollouts
 
-        return sample(
+        return sample_rollouts(
             self.subject,
             prompts,
             max_new_tokens=self.config.max_new_tokens,

@@ -103,18 +103,18 @@ def run(config: DirectConfig) -> Path:
 @torch.inference_mode()
 def measure(subject: "Subject", sae: "SAE", top: int) -> dict[str, Any]:
     """Return the report's parts as JSON values: `top` tokens on each side, of every latent."""
-    from lorascope.subject.unembedding import ReadOut, writers_of
+    from lorascope.subject.unembedding import Unembedding, residual_writes
     from lorascope.texts.tokens import special_ids, token_bytes
 
-    writers, head = writers_of(subject, sae.layout), ReadOut(subject)
+    writers, head = residual_writes(subject, sae.layout), Unembedding(subject)
     names = {writer.name for writer in writers}
     writes = np.array([site.name in names for site in sae.layout.sites])
     share = _shares(sae)[:, writes].sum(1)
     written = torch.zeros(sae.d_sae, head.width)
     for writer in writers:
         written += sae.W_dec[:, writer.columns] @ writer.matrix.T
-    spelled = token_bytes(subject.tokenizer, head.unembedding.shape[0])
-    nameless = torch.tensor([not token for token in spelled[: head.unembedding.shape[0]]])
+    spelled = token_bytes(subject.tokenizer, head.weight.shape[0])
+    nameless = torch.tensor([not token for token in spelled[: head.weight.shape[0]]])
     nameless[[i for i in special_ids(subject.tokenizer) if i < len(nameless)]] = True
     top = min(top, int((~nameless).sum()))
     sides: dict[int, list[list[dict[str, Any]]]] = {i: [[], []] for i in range(sae.d_sae)}

@@ -1,1 +1,1 @@
-"""The model under study: its weights, its texts, and the places where it is read."""
+"""The model under study: base model, adapter, and the sites where its rows are read."""

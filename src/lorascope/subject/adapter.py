@@ -1,8 +1,8 @@
-"""An adapter as its files tell it: a JSON config, and the header and bytes of a safetensors file.
+"""Read an adapter's files: its JSON config, and the header and values of its safetensors file.
 
-Nothing here needs torch, PEFT or the base model. `inspect_adapter` refuses what is no LoRA, holds
-empty tensors or is a pickle; the questions that the rest asks of the files are answered here once:
-which tensors belong to which module, which of them no forward can give a row of, what `scale` is.
+Nothing here needs torch, PEFT or the base model. `inspect_adapter` rejects files that hold no LoRA,
+empty tensors or a pickle. The other functions answer questions about the files in one place: which
+tensors belong to which module, which of them give no row per token, what `scale` is.
 """
 
 import hashlib
@@ -29,12 +29,12 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 READABLE = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _HOW = (
-    "no adapter given: pass --lora-path FOLDER_OR_HUB_ID, or put lora_path = ... into "
+    "no adapter given: pass --lora-path FOLDER_OR_HUB_ID, or set lora_path = ... in "
     "lorascope.toml (examples/lorascope.toml names the shipped demo adapter)"
 )
-# A variant of LoRA by the config key that turns it on: its name, and why `h = A·x` cannot be read
-# or `scale·B·h` is not what the site writes; None where both hold.
-_VARIANTS: dict[str, tuple[str, str | None]] = {
+# Kinds of LoRA by the config key that turns them on: name, and why lorascope does not support it,
+# which is None if `h = A·x` can be read and `scale·B·h` is what the site writes.
+_LORA_KINDS: dict[str, tuple[str, str | None]] = {
     "use_dora": ("dora", None),
     "use_bdlora": ("bdlora", None),
     "velora_config": ("velora", None),
@@ -44,13 +44,13 @@ _VARIANTS: dict[str, tuple[str, str | None]] = {
     "monteclora_config": ("monteclora", "its A is used outside of any module"),
     "kasa_config": ("kasa", "it scales between A and B, and truncates the base"),
 }
-# What wrappers leave in a tensor's name: torch.compile, DDP, FSDP, and PEFT's own prefix.
+# What torch.compile, FSDP and activation checkpointing add to tensor names.
 WRAPPERS = re.compile(
     r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
 _LEADING = re.compile(r"^(?:base_model\.model\.|module\.)+")
 _LORA = re.compile(r"^(?P<module>.+?)\.(?P<part>lora_[A-Za-z_]+)(?:\.(?P<rest>.+))?$")
-# Older PEFT deletes every `.lora` from the names of an adapter that was called "lora".
+# Older PEFT deletes every `.lora` from the names of an adapter called "lora".
 _CALLED_LORA = re.compile(
     r"^(?P<module>.+?)_(?P<part>A|B|embedding_A|embedding_B|magnitude_vector)(?:\.(?P<rest>\w+))?$"
 )
@@ -59,7 +59,7 @@ _ROUTED = re.compile(r"(?:^|[._])(?<!shared_)experts?\.\d+(?:\.|$)")
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as its files tell it: `shapes` by tensor name, and `digest` over both files."""
+    """An adapter as read from its files: `shapes` by tensor name, `digest` over both files."""
 
     path: Path
     name: str
@@ -69,7 +69,7 @@ class Adapter:
 
 
 def inspect_adapter(lora_path: str | None, adapter_name: str | None = None) -> Adapter:
-    """Read an adapter's config and tensor header. Raises AdapterError when it is no sound LoRA.
+    """Read an adapter's config and tensor header. Raises AdapterError if it is not a valid LoRA.
 
     PEFT saves several adapters of one model as sub-folders; `adapter_name` chooses one.
     """
@@ -78,14 +78,16 @@ def inspect_adapter(lora_path: str | None, adapter_name: str | None = None) -> A
     path, name = _find_adapter(lora_path, adapter_name)
     if not (path / CONFIG).is_file():
         what = "it holds a full model" if (path / "config.json").exists() else "it has no " + CONFIG
-        raise AdapterError(f"{path} is no PEFT adapter ({what}); give the folder that PEFT saved")
+        raise AdapterError(
+            f"{path} is not a PEFT adapter ({what}); give the folder that PEFT saved"
+        )
     try:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
         raise AdapterError(f"{path / CONFIG} is not JSON: {error}") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
-        raise AdapterError(f"{path} is an adapter of type {kind}, lorascope reads LORA adapters")
+        raise AdapterError(f"{path} is an adapter of type {kind}, expected LORA")
     if not (path / WEIGHTS).is_file():
         pickled = (path / "adapter_model.bin").exists()
         what = "only a pickled adapter_model.bin, which can run code" if pickled else "no weights"
@@ -99,7 +101,7 @@ def inspect_adapter(lora_path: str | None, adapter_name: str | None = None) -> A
         )
     modules = lora_tensors(shapes)
     if not any({"lora_A", "lora_embedding_A"} & parts.keys() for parts in modules.values()):
-        raise AdapterError(f"{path / WEIGHTS} holds no lora_A tensor: it is no LoRA adapter")
+        raise AdapterError(f"{path / WEIGHTS} holds no lora_A tensor: it is not a LoRA adapter")
     for tensor in (tensor for parts in modules.values() for tensor in parts.values()):
         if dtypes[tensor] not in READABLE:
             raise AdapterError(
@@ -112,18 +114,18 @@ def inspect_adapter(lora_path: str | None, adapter_name: str | None = None) -> A
 def lora_tensors(names: Iterable[str]) -> dict[str, dict[str, str]]:
     """Return the LoRA tensors' names by module path and part: `lora_A`, `lora_B`, `lora_B.bias`...
 
-    The path is that inside the base model, without what PEFT or a wrapper puts before it, and the
-    part is without the adapter's name: the same whatever state of repair the names are in.
+    Module paths are those of the base model, without prefixes of PEFT or wrappers. Parts do not
+    contain the adapter's name. Both are the same for damaged names that `attach` can repair.
     """
     names = list(names)
     called_lora = not any(".lora_" in name for name in names)
     modules: dict[str, dict[str, str]] = {}
     for name in names:
-        found = (_CALLED_LORA if called_lora else _LORA).match(name)
-        if found:
-            part = ("lora_" if called_lora else "") + found["part"]
-            part += ".bias" if (found["rest"] or "").endswith("bias") else ""
-            modules.setdefault(base_path(found["module"]), {})[part] = name
+        match = (_CALLED_LORA if called_lora else _LORA).match(name)
+        if match:
+            part = ("lora_" if called_lora else "") + match["part"]
+            part += ".bias" if (match["rest"] or "").endswith("bias") else ""
+            modules.setdefault(base_path(match["module"]), {})[part] = name
     return modules
 
 
@@ -132,13 +134,13 @@ def base_path(name: str) -> str:
     return _LEADING.sub("", WRAPPERS.sub("", name))
 
 
-def why_unreadable(adapter: Adapter, module: str, parts: dict[str, str]) -> str | None:
-    """Say why no forward gives one row `A·x` per token there; None where one does."""
+def unreadable_reason(adapter: Adapter, module: str, parts: dict[str, str]) -> str | None:
+    """Return why a module gives no row `A·x` per token, or None if it does."""
     config = adapter.config
     if "lora_embedding_A" in parts:
         return "LoRA on an embedding: its A is looked up, not multiplied"
     if is_routed(module):
-        return "an expert: only the tokens that are routed to it reach it"
+        return "an expert: only tokens routed to it reach it"
     targets = [str(target) for target in config.get("target_parameters") or []]
     holders = [target.rpartition(".")[0] for target in targets]
     is_listed = any(
@@ -158,17 +160,17 @@ def why_unreadable(adapter: Adapter, module: str, parts: dict[str, str]) -> str 
 
 
 def is_routed(module: str) -> bool:
-    """Say whether a path is one expert of several, which only the tokens routed to it reach."""
+    """Return whether a path is one of several experts, which sees only tokens routed to it."""
     return bool(_ROUTED.search(module))
 
 
 def ranks_by_projection(adapter: Adapter) -> dict[str, int]:
-    """Return the columns of every projection that can be read: the ranks summed over layers."""
+    """Return the number of columns of every readable projection: ranks summed over layers."""
     modules = lora_tensors(adapter.shapes)
     names = name_modules(modules)
     ranks: dict[str, int] = {}
     for module, parts in modules.items():
-        if "lora_A" in parts and not why_unreadable(adapter, module, parts):
+        if "lora_A" in parts and not unreadable_reason(adapter, module, parts):
             projection = names[module][1]
             rank = adapter.shapes[parts["lora_A"]][0]
             ranks[projection] = ranks.get(projection, 0) + rank
@@ -176,31 +178,31 @@ def ranks_by_projection(adapter: Adapter) -> dict[str, int]:
 
 
 def scale_of(config: dict[str, Any], module: str) -> float:
-    """Return what PEFT multiplies `B(A(x))` with there: alpha over r, or over sqrt(r) in rsLoRA."""
+    """Return the factor of `B(A(x))` in a module: alpha / r, or alpha / sqrt(r) for rsLoRA."""
     rank = _by_pattern(config.get("rank_pattern"), module, config.get("r", 8))
     alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def variant_of(config: dict[str, Any]) -> str:
-    """Return the name of the LoRA variant that a config asks for: `lora` where it is plain."""
-    found = [name for key, (name, _) in _VARIANTS.items() if config.get(key)]
-    found += ["mica"] if config.get("init_lora_weights") == "mica" else []
-    return "+".join(found) or "lora"
+def lora_kind(config: dict[str, Any]) -> str:
+    """Return the kind of LoRA that a config asks for: `lora` if plain, else such as `dora`."""
+    kinds = [name for key, (name, _) in _LORA_KINDS.items() if config.get(key)]
+    kinds += ["mica"] if config.get("init_lora_weights") == "mica" else []
+    return "+".join(kinds) or "lora"
 
 
-def why_refused(config: dict[str, Any]) -> str | None:
-    """Say why an adapter of this variant has no rows or writes something else; None if it has."""
+def unsupported_reason(config: dict[str, Any]) -> str | None:
+    """Return why lorascope does not support this kind of LoRA, or None if it does."""
     reasons = [
         f"it is {name} ({key}): {why}"
-        for key, (name, why) in _VARIANTS.items()
+        for key, (name, why) in _LORA_KINDS.items()
         if why and config.get(key)
     ]
     return reasons[0] if reasons else None
 
 
 class TensorFile:
-    """The values of a safetensors file, one tensor at a time, for NumPy, which lacks bfloat16."""
+    """Reads a safetensors file tensor by tensor, without torch: NumPy has no bfloat16."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -210,7 +212,7 @@ class TensorFile:
         self._start = 8 + length
 
     def read(self, name: str) -> npt.NDArray[np.float64]:
-        """Return a tensor in float64, which holds every value of the file exactly."""
+        """Return a tensor in float64, which represents every value of the file exactly."""
         entry = self._header[name]
         begin, end = entry["data_offsets"]
         with self.file.open("rb") as stream:
@@ -222,22 +224,22 @@ class TensorFile:
 
 
 def _find_adapter(lora_path: str, adapter_name: str | None) -> tuple[Path, str]:
-    """Return the folder that holds the adapter's files, and the adapter's name for people."""
+    """Return the folder with the adapter's files, and the adapter's display name."""
     patterns = [CONFIG, WEIGHTS, f"*/{CONFIG}", "*token*", "*.jinja", "vocab*", "merges.txt"]
     path = find_folder(lora_path, "adapter", patterns)
     chosen = _choose(path, adapter_name)
     if not chosen:
         return path, Path(lora_path).name
-    if not (path / chosen / WEIGHTS).is_file():  # of a hub repository only the configs are here
+    if not (path / chosen / WEIGHTS).is_file():  # from the hub, only the configs were downloaded
         path = find_folder(lora_path, "adapter", [*patterns, f"{chosen}/*"])
     return path / chosen, f"{Path(lora_path).name}/{chosen}"
 
 
 def _choose(path: Path, adapter_name: str | None) -> str:
-    """Return the sub-folder of the adapter that is meant, or "" for the folder itself."""
+    """Return the sub-folder of the chosen adapter, or "" for the folder itself."""
     own = (path / CONFIG).is_file()
     names = sorted(file.parent.name for file in path.glob(f"*/{CONFIG}"))
-    if own:  # beside the final adapter a trainer's checkpoints are no other adapters
+    if own:  # a trainer's checkpoints next to the final adapter do not count
         names = [name for name in names if not name.startswith("checkpoint-")]
     known = ["default", *names] if own else names
     if adapter_name:
@@ -257,14 +259,14 @@ def _choose(path: Path, adapter_name: str | None) -> str:
 
 
 def _read_header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Return shapes and types by tensor name. Raises AdapterError when the file is damaged."""
+    """Return shapes and dtypes by tensor name. Raises AdapterError if the file is damaged."""
     try:
         with safe_open(file, framework="np") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
             shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
             return shapes, {name: str(part.get_dtype()) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{file} is damaged or no safetensors file ({error})") from error
+        raise AdapterError(f"{file} is damaged or not a safetensors file ({error})") from error
 
 
 def _digest(path: Path) -> str:
@@ -278,10 +280,10 @@ def _digest(path: Path) -> str:
 
 
 def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """Return the value of the first pattern that is the module's path or a tail of it.
+    """Return the value of the first pattern that matches the module's path, or `default`.
 
-    The rule is PEFT's: a pattern is a regular expression that begins at the path's start or after
-    a dot and reaches to its end.
+    The rule is PEFT's: a pattern is a regular expression that must match the path from its start,
+    or from after a dot, to its end.
     """
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):

@@ -1,19 +1,21 @@
-"""Put an adapter into its base model, and prove that it is really there.
+"""Attach an adapter to its base model, and prove that it is really loaded.
 
-1. The config's keys are compared with those that the installed PEFT knows: PEFT drops the others
-   without a word.
-2. Fresh LoRA modules are put into the base, and the tensors that they need are compared with those
-   in the file, by name and shape. PEFT alone would leave a missing tensor at its random start.
-   Names that a known damage explains are repaired, and that is said.
-3. After loading, every tensor equals the file's, bit by bit, in the type that the model keeps.
+1. Compare the config's keys with those that the installed PEFT knows. PEFT silently drops others.
+2. Add fresh LoRA modules to the base, and compare the tensors they need with those in the file, by
+   name and shape. PEFT alone would leave a missing tensor at its random initialisation.
+3. Repair tensor names that a wrapper, an older PEFT or a manual edit changed (`_match_names`), and
+   log it. A repair counts only if the repaired names are exactly the needed ones.
+4. After loading, every tensor must equal the file's, bit by bit, in the dtype that the model keeps.
 """
 
 import dataclasses
 import importlib.util
 import logging
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import combinations
 from typing import Any
 
 import peft
@@ -28,32 +30,33 @@ from lorascope.hub import first_line
 from lorascope.subject.adapter import (
     CONFIG,
     WEIGHTS,
+    WRAPPERS,
     Adapter,
-    variant_of,
-    why_refused,
+    lora_kind,
+    unsupported_reason,
 )
-from lorascope.subject.names import match_names
 
 log = logging.getLogger(__name__)
 
-# Initialisations that take from the base what they put into A and B.
-_ALTERING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Initialisations that move a part of the base weights into A and B.
+_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_PREFIX = "base_model.model."
 _PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 
 def attach(base: nn.Module, adapter: Adapter, base_name: str) -> PeftModel:
-    """Return the base with the adapter in it, loaded as `PeftModel.from_pretrained` does.
+    """Return the base with the adapter attached, loaded as `PeftModel.from_pretrained` does.
 
     Raises AdapterError unless the file holds exactly what the model needs.
     """
-    refused = why_refused(adapter.config)
-    if refused:
-        raise AdapterError(f"adapter {adapter.name} has no rows to read: {refused}")
-    config = _config_of(adapter)
-    _warn_of_altered_base(base, adapter)
-    model = _wrap(base, config, adapter, base_name)
-    _move_out_of_offload(model, adapter)
-    tensors = _fit(model, load_file(adapter.path / WEIGHTS), adapter, base_name)
+    unsupported = unsupported_reason(adapter.config)
+    if unsupported:
+        raise AdapterError(f"adapter {adapter.name} has no rows to read: {unsupported}")
+    config = _peft_config(adapter)
+    _warn_if_base_changes(base, adapter)
+    model = _add_lora_modules(base, config, adapter, base_name)
+    _move_lora_out_of_offload(model, adapter)
+    tensors = _match_tensors(model, load_file(adapter.path / WEIGHTS), adapter, base_name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         set_peft_model_state_dict(model, dict(tensors))
@@ -62,28 +65,28 @@ def attach(base: nn.Module, adapter: Adapter, base_name: str) -> PeftModel:
     return model
 
 
-def _config_of(adapter: Adapter) -> LoraConfig:
-    """Make PEFT's config of the file's; a key that PEFT does not know must say nothing."""
+def _peft_config(adapter: Adapter) -> LoraConfig:
+    """Return the file's config as PEFT's. Keys that PEFT does not know must be empty."""
     known = {field.name for field in dataclasses.fields(LoraConfig)}
-    unsaid = {"runtime_config", "peft_version"} - (known - {"runtime_config"})
-    data = {key: value for key, value in adapter.config.items() if key not in unsaid}
+    ignored = {"runtime_config"} | ({"peft_version"} - known)
+    data = {key: value for key, value in adapter.config.items() if key not in ignored}
     unknown = sorted(data.keys() - known)
     made_with = f"PEFT {adapter.config.get('peft_version') or 'of an unnamed version'}"
-    said = [key for key in unknown if not _is_empty(data[key])]
-    if said:
+    not_empty = [key for key in unknown if not _is_empty(data[key])]
+    if not_empty:
         raise AdapterError(
-            f"{adapter.path / CONFIG} sets {', '.join(said)}, which the installed PEFT "
-            f"{peft.__version__} does not know; it was made with {made_with}; install that"
+            f"{adapter.path / CONFIG} sets {', '.join(not_empty)}, which the installed PEFT "
+            f"{peft.__version__} does not know; install {made_with}, which made the adapter"
         )
     if unknown:
-        log.info("left out %s of %s, empty and unknown to PEFT", ", ".join(unknown), CONFIG)
+        log.info("ignored %s of %s: empty, and unknown to PEFT", ", ".join(unknown), CONFIG)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             config = LoraConfig(**{key: data[key] for key in data.keys() - set(unknown)})
     except (TypeError, ValueError, ImportError) as error:
         raise AdapterError(
-            f"PEFT {peft.__version__} refuses {adapter.path / CONFIG}, which was made with "
+            f"PEFT {peft.__version__} rejects {adapter.path / CONFIG}, which was made with "
             f"{made_with} ({first_line(error)})"
         ) from error
     config.inference_mode = True
@@ -94,27 +97,26 @@ def _is_empty(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, str | list | dict) and not value)
 
 
-def _is_altering(adapter: Adapter) -> bool:
-    return str(adapter.config.get("init_lora_weights")).lower().startswith(_ALTERING)
-
-
-def _warn_of_altered_base(base: nn.Module, adapter: Adapter) -> None:
-    if not _is_altering(adapter):
+def _warn_if_base_changes(base: nn.Module, adapter: Adapter) -> None:
+    init = str(adapter.config.get("init_lora_weights"))
+    if not init.lower().startswith(_BASE_CHANGING_INITS):
         return
-    how = f"was initialised with {adapter.config['init_lora_weights']}, which alters the base"
+    how = f"was initialised with {init}, which changes the base weights"
     if any(parameter.is_meta for parameter in base.parameters()):
         raise AdapterError(
             f"adapter {adapter.name} {how}, and the base is offloaded; keep it on devices with "
-            "another --device-map"
+            "a different --device-map"
         )
-    log.warning("%s %s: rows hold for the base that PEFT reconstructs", adapter.name, how)
+    log.warning("%s %s: rows are valid for the base that PEFT reconstructs", adapter.name, how)
 
 
-def _wrap(base: nn.Module, config: LoraConfig, adapter: Adapter, base_name: str) -> PeftModel:
+def _add_lora_modules(
+    base: nn.Module, config: LoraConfig, adapter: Adapter, base_name: str
+) -> PeftModel:
     try:
         with _fixed_randomness(base), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return PeftModel(base, config)  # type: ignore[arg-type]  # any nn.Module will do
+            return PeftModel(base, config)  # type: ignore[arg-type]  # PEFT accepts any nn.Module
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         raise AdapterError(
             f"adapter {adapter.name} does not fit base model {base_name}: {first_line(error)}"
@@ -123,47 +125,47 @@ def _wrap(base: nn.Module, config: LoraConfig, adapter: Adapter, base_name: str)
 
 @contextmanager
 def _fixed_randomness(base: nn.Module) -> Iterator[None]:
-    """Seed what PEFT draws, for this block only: some initialisations alter the base with it."""
+    """Seed PEFT's random numbers, in this block only: some initialisations change the base."""
     devices = sorted({p.device.index or 0 for p in base.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices):
         torch.manual_seed(0)
         yield
 
 
-def _move_out_of_offload(model: PeftModel, adapter: Adapter) -> None:
-    """Keep the LoRA of offloaded modules on the device that these run on: it is small."""
+def _move_lora_out_of_offload(model: PeftModel, adapter: Adapter) -> None:
+    """Keep the LoRA of offloaded modules on the device where these modules run: it is small."""
     for path, layer in model.named_modules():
-        held = [getattr(layer, part, None) for part in _PARTS]
+        modules = [getattr(layer, part, None) for part in _PARTS]
         meta = [
             part
-            for part in held
+            for part in modules
             if isinstance(part, nn.Module) and any(p.is_meta for p in part.parameters())
         ]
         if not meta:
             continue
         hook = getattr(layer.get_base_layer(), "_hf_hook", None)  # accelerate's
-        plain = variant_of(adapter.config) == "lora" and not hasattr(layer, "parameter_name")
+        plain = lora_kind(adapter.config) == "lora" and not hasattr(layer, "parameter_name")
         if hook is None or not plain:
             raise AdapterError(
-                f"{path} is offloaded, and this kind of LoRA needs its base weight at hand; keep "
-                "it on a device with another --device-map"
+                f"{path} is offloaded, but this kind of LoRA needs its base weight in memory; keep "
+                "it on a device with a different --device-map"
             )
         for part in meta:
             part.to_empty(device=hook.execution_device)
 
 
-def _fit(
+def _match_tensors(
     model: PeftModel, tensors: dict[str, Tensor], adapter: Adapter, base_name: str
 ) -> dict[str, Tensor]:
     """Return the file's tensors under the names that the model needs, or raise AdapterError."""
     expected = {name: tuple(tensor.shape) for name, tensor in _state_of(model).items()}
     state = _state_of(model, embeddings=True)
     allowed = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    match = match_names(tensors, expected, allowed)
+    match = _match_names(tensors, expected, allowed)
     if match is None:
         fused = _fuse_experts(model, tensors)
         if set(expected) <= set(fused) <= set(allowed):
-            log.info("%s was made for experts of their own; PEFT fused them", adapter.name)
+            log.info("%s was made for separate experts; PEFT fused them", adapter.name)
             return fused
         raise _mismatch(set(tensors), set(expected), set(allowed), adapter)
     names, repairs = match
@@ -174,7 +176,7 @@ def _fit(
     if wrong:
         name = wrong[0]
         raise AdapterError(
-            f"adapter {adapter.name} is for another base than {base_name}: {name} is "
+            f"adapter {adapter.name} does not belong to base {base_name}: {name} is "
             f"{tuple(renamed[name].shape)} in the file, {allowed[name]} in the model "
             f"({len(wrong)} such tensors)"
         )
@@ -182,14 +184,14 @@ def _fit(
 
 
 def _fuse_experts(model: PeftModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return what PEFT makes of an adapter whose experts transformers now keeps in one tensor."""
+    """Return the tensors with experts fused, as current transformers keeps them in one tensor."""
     module = "peft.utils.transformers_weight_conversion"
     if importlib.util.find_spec(module) is None:  # an older PEFT
         return tensors
     convert = importlib.import_module(module).convert_peft_adapter_state_dict_for_transformers
     try:
         return convert(model, model.peft_config["default"], dict(tensors), "default")
-    except ValueError:  # the names are of no form that PEFT converts: they stay as they are
+    except ValueError:  # PEFT converts no such names
         return tensors
 
 
@@ -199,7 +201,7 @@ def _mismatch(
     missing, extra = sorted(expected - found), sorted(found - allowed)
     kind, names = ("lacks", missing) if missing else ("has unknown", extra)
     task = adapter.config.get("task_type")
-    cause = "another base model, a custom adapter name or a wrapper's prefix are likely causes"
+    cause = "likely causes: a different base model, a custom adapter name, a wrapper's prefix"
     if task not in (None, "CAUSAL_LM"):
         cause = f"it was trained for the task {task}, lorascope loads causal language models"
     return AdapterError(
@@ -213,8 +215,8 @@ def _require_equal(model: PeftModel, tensors: dict[str, Tensor], adapter: Adapte
             continue
         if loaded.is_meta:
             raise AdapterError(
-                f"{name} lies in an offloaded module, where it cannot be loaded; keep the module "
-                "on a device with another --device-map"
+                f"{name} is in an offloaded module, where it cannot be loaded; keep the module "
+                "on a device with a different --device-map"
             )
         if not tensors[name].isfinite().all():
             raise AdapterError(f"{name} of {adapter.name} is not finite: the adapter is damaged")
@@ -226,10 +228,10 @@ def _require_equal(model: PeftModel, tensors: dict[str, Tensor], adapter: Adapte
 
 
 def _fix_dora_norms(model: PeftModel) -> None:
-    """Let DoRA keep `‖W + scale·B·A‖`, which is constant in eval mode.
+    """Cache DoRA's `‖W + scale·B·A‖`, which is constant in eval mode.
 
-    PEFT computes it anew in every forward by sending the identity through `lora_A`, whose hooks
-    would take that for texts.
+    PEFT computes it in every forward by passing the identity through `lora_A`, where our hooks
+    would read it as tokens.
     """
     layers: Any = model.modules()
     for layer in layers:
@@ -245,7 +247,7 @@ def _fix_dora_norms(model: PeftModel) -> None:
                 product = dora.get_lora_weight(lora_A=read, lora_B=write)
                 norm = dora.get_weight_norm(whole, product, layer.scaling[name])
             dora.register_buffer("constant_norm", norm, persistent=False)
-            dora.get_lora_weight = lambda dora=dora, **_: dora.constant_norm  # not looked at
+            dora.get_lora_weight = lambda dora=dora, **_: dora.constant_norm  # unused
             dora.get_weight_norm = lambda dora=dora, **_: dora.constant_norm
 
 
@@ -254,3 +256,63 @@ def _state_of(model: PeftModel, *, embeddings: bool = False) -> dict[str, Tensor
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return get_peft_model_state_dict(model, save_embedding_layers=embeddings)
+
+
+_Repair = Callable[[list[str], Collection[str]], list[str]]
+
+
+def _match_names(
+    file_names: Iterable[str], needed: Collection[str], allowed: Collection[str]
+) -> tuple[dict[str, str], list[str]] | None:
+    """Return the model's name of every name in the file, and the repairs used; None if none fits.
+
+    The fewest repairs win. `allowed` are names that a file may have but need not: saved embeddings.
+    """
+    file_names = list(file_names)
+    targets = set(needed) | set(allowed)
+    for n_repairs in range(len(_REPAIRS) + 1):
+        for chosen in combinations(_REPAIRS, n_repairs):
+            names = file_names
+            for repair in chosen:
+                names = _REPAIRS[repair](names, needed)
+            unique = set(names)
+            if set(needed) <= unique <= targets and len(unique) == len(names):
+                return dict(zip(file_names, names, strict=True)), list(chosen)
+    return None
+
+
+def _without_wrappers(names: list[str], _needed: Collection[str]) -> list[str]:
+    leading = re.compile(rf"^({re.escape(_PREFIX)})?(?:module\.)+")
+    return [leading.sub(r"\1", WRAPPERS.sub("", name)) for name in names]
+
+
+def _with_one_prefix(names: list[str], _needed: Collection[str]) -> list[str]:
+    leading = re.compile(rf"^(?:{re.escape(_PREFIX)})*")
+    return [leading.sub(_PREFIX, name, count=1) for name in names]
+
+
+def _without_adapter_name(names: list[str], _needed: Collection[str]) -> list[str]:
+    in_parameter = "lora_embedding_A|lora_embedding_B|lora_magnitude_vector|trainable_tokens_delta"
+    for pattern, kept in (
+        (r"\.modules_to_save\.[^.]+\.", "."),
+        (r"(\.lora_[AB])\.[^.]+(\.(?:weight|bias))$", r"\1\2"),
+        (rf"(\.(?:{in_parameter}))\.[^.]+(?:\.weight)?$", r"\1"),
+    ):
+        names = [re.sub(pattern, kept, name) for name in names]
+    return names
+
+
+def _with_lora(names: list[str], needed: Collection[str]) -> list[str]:
+    """Undo what older PEFT does to an adapter called "lora": it deletes every `.lora`."""
+    undamaged = {tensor.replace(".lora", ""): tensor for tensor in needed}
+    if len(undamaged) < len(needed):
+        return names
+    return [undamaged.get(name, name) for name in names]
+
+
+_REPAIRS: dict[str, _Repair] = {
+    "without the names of wrappers (DDP, torch.compile)": _without_wrappers,
+    f"with the prefix {_PREFIX} once": _with_one_prefix,
+    "without the adapter's own name": _without_adapter_name,
+    'with the lora_ that PEFT removed from an adapter called "lora"': _with_lora,
+}

@@ -1,12 +1,13 @@
-"""Find the places of a live model where a LoRA's whole influence passes: `h = A·x`.
+"""Find a loaded model's bottlenecks: the modules `h = A·x` through which all of a LoRA passes.
 
-1. Every LoRA layer is looked at. One whose `A` no forward multiplies with each token's input
-   (embeddings, parameters, routed experts, convolutions) has no rows.
-2. The rest run once, on three tokens: what is never called, or called for other tokens than these,
-   has no rows either. A module's class does not say that; a forward does.
-3. What remains are the sites. Each gets its name, its scale and, where asked for, its gauge.
+1. Look at every LoRA layer. It has no rows if its `A` is not multiplied with each token's input:
+   LoRA on embeddings, parameters, routed experts, convolutions.
+2. Run the others once, on three tokens. A layer that is never called, or not called for exactly
+   these tokens, has no rows either. Only a forward shows that; the module's class does not.
+3. The remaining layers are the sites. Each gets its name, its scale and its gauge.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from lorascope.errors import AdapterError, ConfigError
 from lorascope.sites import Site, SiteLayout, name_modules
-from lorascope.subject.adapter import Adapter, is_routed, lora_tensors, variant_of
+from lorascope.subject.adapter import Adapter, is_routed, lora_kind, lora_tensors
 from lorascope.subject.gauge import svd_gauge
 
 GAUGES = ("auto", "svd", "raw")
@@ -25,7 +26,7 @@ _N_PROBED = 3
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """One LoRA layer that multiplies: `read` is its `lora_A` module, `a` and `b` its matrices."""
+    """One LoRA layer with rows: `read` is its `lora_A` module, `a` and `b` its matrices."""
 
     path: str
     read: nn.Module
@@ -35,8 +36,8 @@ class Bottleneck:
 
 
 def find_bottlenecks(causal: nn.Module, name: str) -> tuple[list[Bottleneck], dict[str, str]]:
-    """Return the LoRA layers of adapter `name` that multiply, and the others with their reasons."""
-    found: list[Bottleneck] = []
+    """Return the layers of adapter `name` that may have rows, and why the others have none."""
+    bottlenecks: list[Bottleneck] = []
     unhooked: dict[str, str] = {}
     for path, layer in causal.named_modules():
         scaling = getattr(layer, "scaling", None)
@@ -44,50 +45,52 @@ def find_bottlenecks(causal: nn.Module, name: str) -> tuple[list[Bottleneck], di
             continue
         if getattr(layer, "merged", False):
             raise AdapterError(f"{path} is merged into the base: its lora_A never runs")
-        where, reason = _why_unhookable(path, layer, name)
+        target, reason = _unhookable_reason(path, layer, name)
         if reason:
-            unhooked[where] = reason
+            unhooked[target] = reason
             continue
         read = causal.get_submodule(f"{path}.lora_A.{name}")
         write = causal.get_submodule(f"{path}.lora_B.{name}")
-        found.append(Bottleneck(path, read, _matrix(read), _matrix(write), float(scaling[name])))
-    return found, unhooked
+        bottlenecks.append(
+            Bottleneck(path, read, _matrix(read), _matrix(write), float(scaling[name]))
+        )
+    return bottlenecks, unhooked
 
 
 def probe(
-    found: Sequence[Bottleneck], run: Callable[..., Any], device: torch.device
+    bottlenecks: Sequence[Bottleneck], run: Callable[..., Any], device: torch.device
 ) -> dict[str, str]:
-    """Run the model once on three tokens; return the layers that gave no row for each of them."""
-    shapes: dict[str, list[tuple[int, ...]]] = {layer.path: [] for layer in found}
+    """Run the model once on three tokens; return why layers gave no row per token, by path."""
+    shapes: dict[str, list[tuple[int, ...]]] = {layer.path: [] for layer in bottlenecks}
 
-    def note(path: str) -> Callable[..., None]:
+    def record_shape(path: str) -> Callable[..., None]:
         return lambda _module, _args, output: shapes[path].append(tuple(output.shape))
 
-    handles = [layer.read.register_forward_hook(note(layer.path)) for layer in found]
+    handles = [layer.read.register_forward_hook(record_shape(layer.path)) for layer in bottlenecks]
     try:
         with torch.inference_mode():
             run(input_ids=torch.arange(_N_PROBED, device=device)[None], use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return {path: reason for path, called in shapes.items() if (reason := _why_no_row_each(called))}
+    return {path: reason for path, calls in shapes.items() if (reason := _no_row_reason(calls))}
 
 
-def lay_out(
-    found: Sequence[Bottleneck], adapter: Adapter, gauge: str
+def make_layout(
+    bottlenecks: Sequence[Bottleneck], adapter: Adapter, gauge: str
 ) -> tuple[SiteLayout, tuple[nn.Module, ...], tuple[Tensor | None, ...]]:
-    """Return the sites in column order, the module to read at each, and its mix (None: raw).
+    """Return the layout, and for each of its sites the module to read and the mix (None: raw).
 
-    `gauge` is `raw`, `svd`, or `auto`: svd where the rank is more than 1, since a rank-1 row is
-    determined up to its unit.
+    `gauge` is `raw`, `svd`, or `auto`: svd where the rank is above 1. A rank-1 row is determined
+    up to its scale anyway.
     """
     if gauge not in GAUGES:
         raise ConfigError(f"--gauge is {gauge}, expected one of {', '.join(GAUGES)}")
-    # Names are those that the whole file gives, so that they do not depend on what can be read.
-    named = name_modules([*lora_tensors(adapter.shapes), *(layer.path for layer in found)])
-    variant = variant_of(adapter.config)
+    # Name the modules of the whole file, so that names do not depend on which can be read.
+    named = name_modules([*lora_tensors(adapter.shapes), *(layer.path for layer in bottlenecks)])
+    kind = lora_kind(adapter.config)
     parts: list[tuple[Site, nn.Module, Tensor | None]] = []
-    for layer in found:
+    for layer in bottlenecks:
         mix, norms = None, layer.b.norm(dim=0)
         rank = layer.a.shape[0]
         is_svd = gauge == "svd" or (gauge == "auto" and rank > 1)
@@ -102,7 +105,7 @@ def lay_out(
             module=layer.path,
             scale=layer.scale,
             b_norms=tuple(norms.tolist()),
-            variant=variant,
+            variant=kind,
             gauge="svd" if is_svd else "raw",
         )
         parts.append((site, layer.read, mix))
@@ -111,15 +114,15 @@ def lay_out(
     return layout, tuple(read for _, read, _ in parts), tuple(mix for _, _, mix in parts)
 
 
-def _why_unhookable(path: str, layer: nn.Module, name: str) -> tuple[str, str | None]:
-    """Return the place's name and why it has no rows, by what kind of layer it is."""
+def _unhookable_reason(path: str, layer: nn.Module, name: str) -> tuple[str, str | None]:
+    """Return what a layer adapts, and why it has no rows by its kind, or None."""
     parameter = getattr(layer, "parameter_name", None)
     if parameter is not None:
         return f"{_unwrapped(path)}.{parameter}", "LoRA on a parameter"
     if name in layer.get_submodule("lora_embedding_A"):  # type: ignore[operator]  # a ParameterDict
         return path, "LoRA on an embedding"
     if is_routed(path):
-        return path, "an expert that only routed tokens reach"
+        return path, "an expert that sees only tokens routed to it"
     weight = layer.get_submodule(f"lora_A.{name}").weight
     return path, None if isinstance(weight, Tensor) and weight.ndim == 2 else "a convolution"
 
@@ -130,19 +133,17 @@ def _unwrapped(path: str) -> str:
     return path
 
 
-def _why_no_row_each(called: list[tuple[int, ...]]) -> str | None:
-    if len(called) != 1:
-        return f"called {len(called)} times in a forward" if called else "never called"
-    # a layer may see the batch flattened: (tokens, rank) holds the same rows as (1, tokens, rank)
-    n_seen = 1
-    for size in called[0][:-1]:
-        n_seen *= size
+def _no_row_reason(calls: list[tuple[int, ...]]) -> str | None:
+    if len(calls) != 1:
+        return f"called {len(calls)} times in a forward" if calls else "never called"
+    # A layer may see the batch flattened: (tokens, rank) holds the same rows as (1, tokens, rank).
+    n_seen = math.prod(calls[0][:-1])
     return None if n_seen == _N_PROBED else f"called for {n_seen} of {_N_PROBED} tokens"
 
 
 def _matrix(module: nn.Module) -> Tensor:
-    """Return what a LoRA factor multiplies with, whole, in float64 on the CPU."""
-    whole = getattr(module, "weight_as_blockdiagonal_matrix", None)  # BD-LoRA keeps its blocks
+    """Return the whole matrix of a LoRA factor, in float64 on the CPU."""
+    whole = getattr(module, "weight_as_blockdiagonal_matrix", None)  # BD-LoRA stores blocks only
     weight = whole() if whole else module.get_parameter("weight")
     return weight.detach().cpu().double()
 

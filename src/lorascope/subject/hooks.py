@@ -1,15 +1,15 @@
-"""Read `h = A·x` of every adapted module while the subject runs, at the cost of a bare forward.
+"""Read `h = A·x` of every adapted module while the subject runs, at the cost of a plain forward.
 
-PEFT adds `scale · B(h)` to a module's output in several passes over it. For the time of a reading,
-each plain LoRA layer runs instead:
+PEFT adds `scale · B(h)` to a module's output in several passes over it. While a `RowReader` is
+open, each plain LoRA layer runs this faster forward instead:
 
-1. `h = A·x` in the adapter's own type, as PEFT computes it, while `x` is still in the cache.
-2. `h` is kept as it is; after the forward all sites become rows at once, each in its gauge.
-3. `out = base(x)`, and `out += scale · h·Bᵀ` in place, in one pass. Where the base computes in 16
-   bits and the adapter is kept in 32, `h` and `B` are each split into a high and a low half, so
-   that nothing is lost before the sum is rounded.
+1. `h = A·x` in the adapter's dtype, as PEFT computes it, while `x` is still in the cache.
+2. Keep `h`. After the forward, all sites become rows at once, each in its gauge.
+3. `out = base(x)`, then `out += scale · h·Bᵀ` in place, in one pass. If the base computes in 16
+   bits and the adapter in 32, `h` and `B` are each split into a high and a low half, so that
+   nothing is lost before the sum is rounded.
 
-Layers that do more than this (DoRA and its like) run PEFT's own forward, with a hook on `lora_A`.
+Other layers, such as DoRA's, run PEFT's own forward with a hook on `lora_A`.
 """
 
 from collections.abc import Callable
@@ -30,14 +30,14 @@ _Keep = Callable[[Tensor], None]
 class RowReader:
     """A context in which `read` runs the subject and returns the rows of a batch.
 
-    `own_forward` off runs PEFT's forward everywhere: the reference that the other must agree with.
-    What was changed in the model is undone on leaving, also when a forward raised.
+    `own_forward=False` runs PEFT's forward everywhere, as a reference for the faster one. Leaving
+    the context restores the model, also after an error.
     """
 
     def __init__(self, subject: Subject, *, own_forward: bool = True) -> None:
         self.subject = subject
         self.own_forward = own_forward
-        self._kept: list[list[Tensor]] | None = None  # of each site, while reading
+        self._kept: list[list[Tensor]] | None = None  # per site, while reading
         self._undo: list[Callable[[], None]] = []
 
     def __enter__(self) -> "RowReader":
@@ -47,7 +47,7 @@ class RowReader:
             layer = self.subject.causal.get_submodule(site.module)
             keep = self._keeper(index)
             if self.own_forward and _is_plain(layer):
-                self._replace(layer, _forward(layer, keep))
+                self._replace(layer, _fast_forward(layer, keep))
             else:
                 handle = module.register_forward_hook(lambda _m, _args, h, keep=keep: keep(h))
                 self._undo.append(handle.remove)
@@ -74,18 +74,18 @@ class RowReader:
 
     def _keeper(self, index: int) -> _Keep:
         def keep(h: Tensor) -> None:
-            if self._kept is not None:  # else the model writes a text
+            if self._kept is not None:  # None while the model generates
                 self._kept[index].append(h)
 
         return keep
 
     @torch.inference_mode()
     def read(self, token_ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq d_in"]:
-        """Run one batch of texts and return every row in float32, on the subject's device.
+        """Run one batch of rollouts and return every row in float32, on the subject's device.
 
-        Texts begin at place 0; what comes after a shorter one's end may be any token, and its rows
-        are garbage. A causal model never looks ahead, so that a text's own rows need no mask.
-        Raises AdapterError unless each site ran exactly once, for every token.
+        Rollouts begin at position 0. A shorter one may be padded on the right with any token, whose
+        rows are garbage; a causal model never looks ahead, so the others need no mask. Raises
+        AdapterError unless each site ran exactly once, for every token.
         """
         self._kept = [[] for _ in self.subject.sites]
         try:
@@ -94,19 +94,19 @@ class RowReader:
         finally:
             self._kept = None
 
-    def _rows(self, kept: list[list[Tensor]], n_tokens: int) -> Float[Tensor, "place d_in"]:
+    def _rows(self, kept: list[list[Tensor]], n_tokens: int) -> Float[Tensor, "tok d_in"]:
         parts: list[Tensor] = []
-        for site, mix, found in zip(
+        for site, mix, outputs in zip(
             self.subject.layout.sites, self.subject.mixes, kept, strict=True
         ):
-            if len(found) != 1:
+            if len(outputs) != 1:
                 raise AdapterError(
-                    f"lora_A of {site.module} ran {len(found)} times in one forward, expected once"
+                    f"lora_A of {site.module} ran {len(outputs)} times in one forward, expected 1"
                 )
-            h = found[0].reshape(-1, site.rank)
+            h = outputs[0].reshape(-1, site.rank)
             if len(h) != n_tokens:
                 raise AdapterError(
-                    f"{site.module} saw {len(h)} of {n_tokens} tokens: it has no row for each; "
+                    f"{site.module} saw {len(h)} of {n_tokens} tokens, expected all; "
                     "--skip-unhookable leaves such modules out"
                 )
             parts.append((h if mix is None else h.float() @ mix.T).to(self.subject.device))
@@ -114,7 +114,7 @@ class RowReader:
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Say whether a layer's output is `base(x) + scale · B(A·x)` and nothing else."""
+    """Return whether a layer's output is exactly `base(x) + scale · B(A·x)`."""
     if type(layer) is not LoraLinear or layer.disable_adapters or layer.merged:
         return False
     name = layer.active_adapters[0]
@@ -127,13 +127,13 @@ def _is_plain(layer: nn.Module) -> bool:
     )
 
 
-def _forward(layer: Any, keep: _Keep) -> Callable[..., Tensor]:
-    """Return steps 1 to 3 of the module's text for one layer."""
+def _fast_forward(layer: Any, keep: _Keep) -> Callable[..., Tensor]:
+    """Return the forward of one layer: steps 1 to 3 of the module's docstring."""
     name = layer.active_adapters[0]
     a, b = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
     dtype = layer.get_base_layer().weight.dtype
     split = dtype in (torch.bfloat16, torch.float16) and a.dtype == torch.float32
-    read = _read_in_parts(a, dtype) if split and a.is_cuda else _read_plainly(a)
+    read = _read_split(a, dtype) if split and a.is_cuda else _read_plain(a)
     right = b.T * float(layer.scaling[name])
     if split:
         high, low = _halves(right, dtype)
@@ -150,7 +150,7 @@ def _forward(layer: Any, keep: _Keep) -> Callable[..., Tensor]:
             left = torch.cat([high, low, high], dim=1)
         flat = out.view(-1, out.shape[-1])
         if len(right) == 1:
-            flat.addcmul_(left.to(dtype), right)  # half the time of a product with one column
+            flat.addcmul_(left.to(dtype), right)  # twice as fast as a product with one column
         else:
             flat.addmm_(left.to(dtype), right)
         return out
@@ -158,14 +158,15 @@ def _forward(layer: Any, keep: _Keep) -> Callable[..., Tensor]:
     return forward
 
 
-def _read_plainly(a: Tensor) -> Callable[[Tensor], Tensor]:
+def _read_plain(a: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: nn.functional.linear(x.to(a.dtype), a)
 
 
-def _read_in_parts(a: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Return `x ↦ A·x` in float32 for 16-bit `x`, which is read once and never widened.
+def _read_split(a: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Return `x ↦ A·x` in float32 for 16-bit `x`, which is read once and never converted.
 
-    Three 16-bit parts hold the 24 bits of a float32; products are summed in float32.
+    `A` is split into three 16-bit parts that hold the 24 bits of a float32. Products are summed in
+    float32.
     """
     parts, rest = [], a
     for _ in range(3):
@@ -181,6 +182,6 @@ def _read_in_parts(a: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 
 
 def _halves(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return `high + low`, each of 16 bits, as near to a float32 `x` as two such numbers come."""
+    """Return 16-bit `high` and `low` whose sum is as close to a float32 `x` as possible."""
     high = x.to(dtype)
     return high, (x - high.float()).to(dtype)

@@ -1,18 +1,20 @@
-"""Run the subject with its rows read, replaced or changed, at the place where rows are read.
+"""Run the subject while its rows are read and changed.
 
-The write point is the read point: the output of each site's `lora_A`. While a `RowEditor` is open:
+Rows are written where they are read: at the output of each site's `lora_A`. While a `RowEditor` is
+open:
 
-1. `h = A·x` of a site becomes row values in the site's gauge, `r = h·mixᵀ`, as for the store.
-2. The edit says what stands there instead. No edit, or the same values: `h` is left as it is, to
-   the last bit. Else `h = r'` in the raw gauge and `h = r'·backᵀ` in the svd gauge, `unmix` of the
-   mix, so that a row of zeros writes exactly nothing.
-3. The rest of the network goes on from there, later sites included: they read what the edit left.
+1. `h = A·x` of a site becomes row values in the site's gauge, `r = h·mixᵀ`, as in the store.
+2. The edit returns new values `r'`. Without an edit, or where `r' = r`, `h` keeps every bit.
+   Otherwise `h = r'` in the raw gauge and `h = r'·backᵀ` in the svd gauge, where
+   `back = unmix(mix)`. A row of zeros then writes exactly nothing.
+3. The rest of the network continues from the new `h`: later sites read the effect of the edit.
 
-PEFT's own forward runs, not the faster one of `hooks`, so that what is measured is the model that
-users run. A site that does not run exactly once for every token is an error, never a run without
-its edit: hooks on a module that was compiled before are passed over in silence by torch.
+This runs PEFT's own forward, not the faster one of `hooks`, because that is the model that users
+run. If a site does not run exactly once for every token, that is an error and never a run without
+its edit: torch silently skips hooks on a module that was compiled before.
 """
 
+import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import TracebackType
@@ -28,11 +30,11 @@ from lorascope.subject.load import Subject
 
 __all__ = ["Edit", "Outcome", "RowEditor"]
 
-_SITES = 1_000_003  # more than a model has: each seed and site has a generator of its own
+_SITES = 1_000_003  # more than any model has, so that each seed and site has its own generator
 
 Edit = Callable[[slice, Tensor], Tensor | None]
-"""`(columns, values) -> values`: what is written at a site for what was read there, `(batch, seq,
-rank)` in float32; `columns` are the site's in the row. None leaves the site as it is."""
+"""`(columns, values) -> new values` of one site, `(batch, seq, rank)` in float32. `columns` are the
+site's columns in the row. None leaves the site unchanged."""
 
 
 class Outcome(NamedTuple):
@@ -44,10 +46,10 @@ class Outcome(NamedTuple):
 
 
 class RowEditor:
-    """A context in which `run` runs the subject under an edit, and `base` without the adapter.
+    """A context in which `run` runs the subject with an edit, and `base` runs it without adapter.
 
-    What was changed in the model is undone on leaving, also when a forward raised. `seed` draws
-    the directions of `push`.
+    Leaving the context restores the model, also after an error. `seed` decides the directions of
+    `push`.
     """
 
     def __init__(self, subject: Subject, *, seed: int = 0) -> None:
@@ -60,7 +62,7 @@ class RowEditor:
         self._backs = [None if mix is None else unmix(mix) for mix in subject.mixes]
         self._seed = seed
         self._handles: list[Any] = []
-        self._read: list[list[Tensor]] | None = None  # of each site, while running
+        self._read: list[list[Tensor]] | None = None  # per site, while running
         self._shape: tuple[int, ...] = ()
         self._edit: Edit | None = None
         self._push: Tensor | None = None
@@ -70,7 +72,7 @@ class RowEditor:
             for index, (site, read) in enumerate(
                 zip(self.subject.layout.sites, self.subject.sites, strict=True)
             ):
-                write = _writer_of(self.subject, site.module)
+                write = _lora_b(self.subject, site.module)
                 self._handles.append(read.register_forward_hook(self._at_read(index)))
                 self._handles.append(write.register_forward_hook(self._at_write(index)))
         except BaseException:
@@ -99,12 +101,12 @@ class RowEditor:
         push: Float[Tensor, "batch site"] | None = None,
         cache: Any = None,
     ) -> Outcome:
-        """Run one batch of texts, the adapter on, its rows as `edit` says.
+        """Run one batch of rollouts with the adapter on and its rows changed by `edit`.
 
-        Texts begin at place 0; what stands behind a shorter one's end may be any token. `push` is
-        a control: it adds to what site i writes `push[:, i]` times as much, by Euclidean norm, in
-        a random direction that is the same for every token. With `cache` (what a run before
-        returned; True begins one) only the tokens that come next are given. Raises
+        Rollouts begin at position 0; a shorter one may be padded on the right with any token.
+        `push` is a control: it adds a random direction, the same for every token, to what site i
+        writes, with `push[:, i]` times the Euclidean norm of what the site writes. With `cache`
+        (True for a new one, or the cache of an earlier outcome) pass only the next tokens. Raises
         AdapterError unless each site ran exactly once, for every token.
         """
         self._read = [[] for _ in self.subject.sites]
@@ -120,7 +122,7 @@ class RowEditor:
             self._read = self._edit = self._push = None
 
     def base(self, token_ids: Int[Tensor, "batch seq"]) -> Tensor:
-        """Run one batch of texts without the adapter; return the logits."""
+        """Run one batch of rollouts without the adapter; return the logits."""
         with adapter_off(self.subject):
             out = self.subject.causal(input_ids=token_ids.to(self.subject.device), use_cache=False)
         return out.logits
@@ -131,28 +133,28 @@ class RowEditor:
 
         def hook(_module: nn.Module, _args: Any, h: Tensor) -> Tensor | None:
             if self._read is None:
-                return None  # the model is run by somebody else
+                return None  # not in `run`
             self._require_tokens(index, h.numel() // rank)
             flat = h.reshape(-1, rank)
             values = flat.float() if mix is None else flat.float() @ mix.T
             values = values.view(*self._shape, rank)
             self._read[index].append(values)
-            wanted = None if self._edit is None else self._edit(columns, values)
-            if wanted is None:
+            new = None if self._edit is None else self._edit(columns, values)
+            if new is None:
                 return None
-            wanted = wanted.to(h.device, torch.float32).expand_as(values).reshape(-1, rank)
+            new = new.to(h.device, torch.float32).expand_as(values).reshape(-1, rank)
             if back is None:
-                return wanted.to(h.dtype).view_as(h)
-            written = wanted @ back.T
-            if not wanted.requires_grad:  # a gradient has to pass through the values
-                same = (wanted == values.view(-1, rank)).all(-1, keepdim=True)
+                return new.to(h.dtype).view_as(h)
+            written = new @ back.T
+            if not new.requires_grad:  # a gradient must flow through the values
+                same = (new == values.view(-1, rank)).all(-1, keepdim=True)
                 written = torch.where(same, flat.float(), written)
             return written.to(h.dtype).view_as(h)
 
         return hook
 
     def _at_write(self, index: int) -> Callable[..., Tensor | None]:
-        direction: list[Tensor] = []  # drawn when it is first needed
+        direction: list[Tensor] = []  # drawn when first needed
 
         def hook(_module: nn.Module, _args: Any, out: Tensor) -> Tensor | None:
             if self._push is None or self._read is None:
@@ -169,41 +171,40 @@ class RowEditor:
         return hook
 
     def _require_tokens(self, index: int, n_tokens: int) -> None:
-        expected = 1
-        for size in self._shape:
-            expected *= size
+        expected = math.prod(self._shape)
         if n_tokens != expected:
             raise AdapterError(
-                f"{self.subject.layout.sites[index].module} saw {n_tokens} of {expected} tokens: "
-                "it has no row for each, and an edit would miss some"
+                f"{self.subject.layout.sites[index].module} saw {n_tokens} of {expected} tokens, "
+                "expected all: an edit would miss some"
             )
 
     def _rows(self, read: list[list[Tensor]]) -> Tensor:
-        for site, found in zip(self.subject.layout.sites, read, strict=True):
-            if len(found) != 1:
+        for site, values in zip(self.subject.layout.sites, read, strict=True):
+            if len(values) != 1:
                 raise AdapterError(
-                    f"lora_A of {site.module} ran {len(found)} times in one forward, expected "
-                    "once; a model that was compiled is to be loaded anew"
+                    f"lora_A of {site.module} ran {len(values)} times in one forward, expected 1; "
+                    "if the model was compiled, load it again"
                 )
-        return torch.cat([found[0].to(self.subject.device) for found in read], dim=-1)
+        return torch.cat([values[0].to(self.subject.device) for values in read], dim=-1)
 
 
 @contextmanager
 def adapter_off(subject: Subject) -> Generator[None]:
-    """Run the base model itself within: LoRA, DoRA and trained modules of the adapter are off.
+    """Turn the adapter off in this block: LoRA, DoRA and trained modules.
 
-    PEFT marks an adapter's weights as trainable when it puts it back; their marks are kept here.
+    PEFT marks the adapter's weights as trainable when it turns it on again; this restores their
+    `requires_grad`.
     """
     model: Any = subject.model
-    marks = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with model.disable_adapter():
             yield
     finally:
-        for parameter, mark in marks:
-            parameter.requires_grad_(mark)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
-def _writer_of(subject: Subject, path: str) -> nn.Module:
+def _lora_b(subject: Subject, path: str) -> nn.Module:
     layer = subject.causal.get_submodule(path)
     return layer.lora_B[layer.active_adapters[0]]

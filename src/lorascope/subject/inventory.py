@@ -1,7 +1,7 @@
-"""List what an adapter's file holds: every site with its size, what has no rows, what is besides.
+"""List an adapter's content: its sites, LoRA without a row per token, changes outside LoRA.
 
-Norms are Frobenius norms of the whole matrices. The effect of a site is `‖scale·B·A‖`, by
-`‖B·A‖² = trace(BᵀB · AAᵀ)`: the product, as large as the weight itself, is never made.
+Norms are Frobenius norms of the whole matrices. The effect of a site is `‖scale·B·A‖`, computed as
+`‖B·A‖² = trace(BᵀB · AAᵀ)` without the product, which is as large as the base weight.
 """
 
 import math
@@ -17,18 +17,18 @@ from lorascope.subject.adapter import (
     Adapter,
     TensorFile,
     base_path,
+    lora_kind,
     lora_tensors,
     scale_of,
-    variant_of,
-    why_refused,
-    why_unreadable,
+    unreadable_reason,
+    unsupported_reason,
 )
 
 _Matrix = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair:
+class SiteSize:
     """One adapted module: `A` is `(rank, d_x)`, `B` is `(d_y, rank)`."""
 
     module: str
@@ -41,19 +41,19 @@ class Pair:
     a_norm: float
     b_norm: float
     effect: float
-    variant: str
+    lora_kind: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inventory:
     """What an adapter holds.
 
-    `pairs` are the sites in column order, `unreadable` the LoRA tensors without a row per token,
-    each module with its reason, and `unseen` what the adapter changes without a low-rank bottleneck
-    (see `unseen_of`). `refused` says why `generate` takes no adapter of this variant, if it does.
+    `sites` are in column order. `unreadable` lists modules whose LoRA gives no row per token, with
+    the reason. `unseen` lists changes outside LoRA (see `changes_outside_lora`). `refused` is the
+    reason why `generate` does not support this kind of LoRA, if it does not.
     """
 
-    pairs: tuple[Pair, ...]
+    sites: tuple[SiteSize, ...]
     unreadable: tuple[tuple[str, str], ...]
     unseen: tuple[str, ...]
     refused: str | None
@@ -61,25 +61,25 @@ class Inventory:
     @property
     def d_in(self) -> int:
         """Number of columns: the sum of the ranks."""
-        return sum(pair.rank for pair in self.pairs)
+        return sum(site.rank for site in self.sites)
 
     @property
     def has_no_effect(self) -> bool:
-        """Say whether every site writes nothing: an adapter that was never trained."""
-        return bool(self.pairs) and all(pair.b_norm == 0 for pair in self.pairs)
+        """Whether every site writes nothing, as in an adapter that was never trained."""
+        return bool(self.sites) and all(site.b_norm == 0 for site in self.sites)
 
 
 def inventory(adapter: Adapter) -> Inventory:
-    """Read every pair of LoRA tensors of an adapter's file. Neither torch nor a base is needed."""
+    """Read every LoRA matrix of an adapter's file, without torch and without the base model."""
     modules = lora_tensors(adapter.shapes)
     names = name_modules(modules)
     file = TensorFile(adapter.path / WEIGHTS)
-    pairs: list[Pair] = []
+    sites: list[SiteSize] = []
     unreadable: list[tuple[str, str]] = []
     for module, parts in sorted(modules.items()):
         reason = "its B is missing" if "lora_A" in parts and "lora_B" not in parts else None
         reason = reason or (
-            why_unreadable(adapter, module, parts)
+            unreadable_reason(adapter, module, parts)
             if {"lora_A", "lora_embedding_A"} & parts.keys()
             else "its A is missing"
         )
@@ -90,8 +90,8 @@ def inventory(adapter: Adapter) -> Inventory:
         layer, projection = names[module]
         scale = scale_of(adapter.config, module)
         product = float(np.sum((b.T @ b) * (a @ a.T)))
-        pairs.append(
-            Pair(
+        sites.append(
+            SiteSize(
                 module=module,
                 layer=layer,
                 projection=projection,
@@ -102,54 +102,50 @@ def inventory(adapter: Adapter) -> Inventory:
                 a_norm=float(np.linalg.norm(a)),
                 b_norm=float(np.linalg.norm(b)),
                 effect=abs(scale) * math.sqrt(max(product, 0.0)),
-                variant=variant_of(adapter.config),
+                lora_kind=lora_kind(adapter.config),
             )
         )
-    pairs.sort(
-        key=lambda pair: (
-            Site(layer=pair.layer, projection=pair.projection, module=pair.module).order
-        )
-    )
+    sites.sort(key=lambda s: Site(layer=s.layer, projection=s.projection, module=s.module).order)
     return Inventory(
-        pairs=tuple(pairs),
+        sites=tuple(sites),
         unreadable=tuple(unreadable),
-        unseen=unseen_of(adapter),
-        refused=why_refused(adapter.config),
+        unseen=changes_outside_lora(adapter),
+        refused=unsupported_reason(adapter.config),
     )
 
 
-def unseen_of(adapter: Adapter) -> tuple[str, ...]:
-    """Name what an adapter changes outside its rows: trained modules, tokens, embeddings, biases.
+def changes_outside_lora(adapter: Adapter) -> tuple[str, ...]:
+    """Name what an adapter changes besides LoRA: trained modules, tokens, embeddings, biases.
 
-    Rows say nothing of these, so that they account for a part of the fine-tune only.
+    Rows do not show these changes, so rows explain only a part of such a fine-tune.
     """
     modules = lora_tensors(adapter.shapes)
     lora = {name for parts in modules.values() for name in parts.values()}
     saved = [str(name) for name in adapter.config.get("modules_to_save") or []]
-    found: dict[str, None] = {}  # a set that keeps its order
+    changes: dict[str, None] = {}  # a set that keeps its order
     n_biases = 0
     for name in sorted(adapter.shapes.keys() - lora):
         path, _, last = base_path(name).rpartition(".")
         trained = _trained_module(path, saved)
         if last == "trainable_tokens_delta" or "trainable_tokens_delta." in f"{path}.":
             module = path.partition(".token_adapter")[0]
-            found[f"{adapter.shapes[name][0]} trained tokens of {module}"] = None
+            changes[f"{adapter.shapes[name][0]} trained tokens of {module}"] = None
         elif trained:
-            found[f"trained module {trained}"] = None
+            changes[f"trained module {trained}"] = None
         elif last == "bias":
             n_biases += 1
         else:
-            found[f"saved weights of {path.removesuffix('.base_layer')}"] = None
+            changes[f"saved weights of {path.removesuffix('.base_layer')}"] = None
     if n_biases:
-        found[f"biases of {n_biases} modules"] = None
+        changes[f"biases of {n_biases} modules"] = None
     n_lora_biases = sum("lora_B.bias" in parts for parts in modules.values())
     if n_lora_biases:
-        found[f"lora_B biases of {n_lora_biases} modules"] = None
-    return tuple(found)
+        changes[f"lora_B biases of {n_lora_biases} modules"] = None
+    return tuple(changes)
 
 
 def _trained_module(path: str, saved: list[str]) -> str | None:
-    """Return the module of `modules_to_save` that a tensor lies in: PEFT compares path endings."""
+    """Return the module of `modules_to_save` that holds a tensor. PEFT compares path endings."""
     parts = path.split(".")
     above = (".".join(parts[: i + 1]) for i in range(len(parts)))
     return next((module for module in above if module.endswith(tuple(saved))), None)
@@ -165,54 +161,54 @@ def to_json(adapter: Adapter) -> dict[str, Any]:
         "digest": adapter.digest,
         "base_model": config.get("base_model_name_or_path"),
         "peft_version": config.get("peft_version"),
-        "variant": variant_of(config),
+        "lora_kind": lora_kind(config),
         "d_in": held.d_in,
         "has_no_effect": held.has_no_effect,
         "refused": held.refused,
-        "sites": [asdict(pair) for pair in held.pairs],
+        "sites": [asdict(site) for site in held.sites],
         "unreadable": [{"module": name, "reason": reason} for name, reason in held.unreadable],
         "unseen": list(held.unseen),
     }
 
 
 def describe(adapter: Adapter) -> str:
-    """Return the inventory as aligned text for people."""
+    """Return the inventory as aligned text."""
     held = inventory(adapter)
     config = adapter.config
-    layers = {pair.layer for pair in held.pairs}
-    ranks = sorted({pair.rank for pair in held.pairs})
+    layers = {site.layer for site in held.sites}
+    ranks = sorted({site.rank for site in held.sites})
     lines = [
         f"adapter      {adapter.name} ({adapter.digest[:12]})",
         f"base model   {config.get('base_model_name_or_path') or 'not named'}",
         f"PEFT         {config.get('peft_version') or 'version not named'}",
-        f"variant      {variant_of(config)}{', rsLoRA' if config.get('use_rslora') else ''}",
-        f"columns      d_in {held.d_in}: {len(held.pairs)} sites in {len(layers)} layers, "
+        f"LoRA kind    {lora_kind(config)}{', rsLoRA' if config.get('use_rslora') else ''}",
+        f"columns      d_in {held.d_in}: {len(held.sites)} sites in {len(layers)} layers, "
         f"rank {', '.join(map(str, ranks)) or 'none'}",
     ]
-    if held.pairs:
-        lines += ["", *_table(held.pairs)]
+    if held.sites:
+        lines += ["", *_table(held.sites)]
     if held.refused:
-        lines += ["", f"generate does not take this adapter: {held.refused}"]
+        lines += ["", f"generate does not support this adapter: {held.refused}"]
     if held.unreadable:
         lines += ["", f"no row per token ({len(held.unreadable)}; see --skip-unhookable):"]
         lines += [f"  {name}: {reason}" for name, reason in held.unreadable]
     if held.unseen:
-        lines += ["", "changed outside the rows:", *(f"  {name}" for name in held.unseen)]
+        lines += ["", "changed outside LoRA:", *(f"  {name}" for name in held.unseen)]
     if held.has_no_effect:
         lines += ["", "every lora_B is zero: the adapter has no effect"]
     return "\n".join(lines)
 
 
-def _table(pairs: tuple[Pair, ...]) -> list[str]:
+def _table(sites: tuple[SiteSize, ...]) -> list[str]:
     head = ("site", "rank", "d_x", "d_y", "scale", "‖A‖", "‖B‖", "‖scale·B·A‖", "module")
     rows = [
         (
-            f"{pair.layer}.{pair.projection}" if pair.layer >= 0 else pair.module,
-            *(str(n) for n in (pair.rank, pair.d_x, pair.d_y)),
-            *(f"{x:.4g}" for x in (pair.scale, pair.a_norm, pair.b_norm, pair.effect)),
-            pair.module,
+            f"{site.layer}.{site.projection}" if site.layer >= 0 else site.module,
+            *(str(n) for n in (site.rank, site.d_x, site.d_y)),
+            *(f"{x:.4g}" for x in (site.scale, site.a_norm, site.b_norm, site.effect)),
+            site.module,
         )
-        for pair in pairs
+        for site in sites
     ]
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     ends = (0, len(head) - 1)  # names to the left, numbers to the right
@@ -226,7 +222,7 @@ def _table(pairs: tuple[Pair, ...]) -> list[str]:
 
 
 def _dense(adapter: Adapter, module: str, a: _Matrix, b: _Matrix) -> tuple[_Matrix, _Matrix]:
-    """Return `A` and `B` whole: BD-LoRA keeps only the blocks on the diagonal of one of them."""
+    """Return `A` and `B` whole. BD-LoRA stores only the diagonal blocks of one of them."""
     blocks = adapter.config.get("use_bdlora") or {}
     n_blocks = int(blocks.get("nblocks", 1))
     if any(target in module for target in blocks.get("target_modules_bd_a") or []):

@@ -1,10 +1,10 @@
 """Load a base model with its PEFT LoRA adapter, and prove that it really loaded.
 
 1. `find_base` finds the base model's files, `load_tokenizer` the tokenizer that goes with them.
-2. `load_subject` loads the base: from safetensors, without code of its own, nothing left at random.
-3. Its embeddings are resized where the adapter was trained with others (`embeddings`).
-4. The adapter is put in and compared with its file, bit by bit (`attach`).
-5. Every module is put in eval mode, and the places that can be read are found (`bottlenecks`).
+2. `load_subject` loads the base from safetensors: no custom code, no tensor left random.
+3. Embeddings are resized if the adapter was trained with a different number (`embeddings`).
+4. The adapter is attached and compared with its file, bit by bit (`attach`).
+5. Every module is set to eval mode, and the sites that can be read are found (`bottlenecks`).
 """
 
 import hashlib
@@ -29,12 +29,12 @@ from lorascope.subject.adapter import (
     WEIGHTS,
     Adapter,
     inspect_adapter,
-    variant_of,
+    lora_kind,
 )
 from lorascope.subject.attach import attach
-from lorascope.subject.bottlenecks import Bottleneck, find_bottlenecks, lay_out, probe
-from lorascope.subject.embeddings import fit_embeddings
-from lorascope.subject.inventory import unseen_of
+from lorascope.subject.bottlenecks import Bottleneck, find_bottlenecks, make_layout, probe
+from lorascope.subject.embeddings import resize_embeddings
+from lorascope.subject.inventory import changes_outside_lora
 
 __all__ = [
     "CONFIG",
@@ -67,11 +67,11 @@ class Base:
 class Subject:
     """A loaded base model with its adapter on, in eval mode.
 
-    `sites[i]` is the `lora_A` module of site i of `layout`, and rows there are `h @ mixes[i].T`, or
-    `h` itself where `mixes[i]` is None. `unhooked` names the adapted places that are active and
-    have no rows, `unseen` what the adapter changes without a bottleneck, `quantized` the method by
-    which the base is quantised. `device` is where token ids go. `tokenizer` is the adapter's own
-    where its folder has one, else the base model's.
+    `sites[i]` is the `lora_A` module of site i of `layout`. Its rows are `h @ mixes[i].T`, or `h`
+    if `mixes[i]` is None. `unhooked` names adapted modules that are active but have no rows,
+    `unseen` what the adapter changes outside LoRA, `quantized` the base's quantisation method.
+    Token ids go to `device`. `tokenizer` is the adapter's own if its folder has one, else the base
+    model's.
     """
 
     model: nn.Module
@@ -94,36 +94,36 @@ class Subject:
 
     @cached_property
     def backbone(self) -> Callable[..., Any]:
-        """The part to run: without the lm_head, unless the adapter sits on it."""
+        """The part to run: without the lm_head, unless the adapter is on it."""
         return _backbone(self.causal, self.sites)
 
     @property
     def max_length(self) -> int | None:
-        """Longest text in tokens that the model was made for, or None where it does not say."""
+        """The model's context in tokens, or None if its config does not say."""
         return getattr(self.causal.config, "max_position_embeddings", None)
 
 
 def find_base(adapter: Adapter, base_model: str | None) -> Base:
-    """Find the base model asked for, else the one that the adapter names, in full or relatively."""
+    """Find the base model: the given one, else the one that the adapter names."""
     named = base_model or adapter.config.get("base_model_name_or_path")
     if not named:
         raise AdapterError(
             f"{adapter.path / CONFIG} names no base model; give one with --base-model"
         )
-    beside = adapter.path / str(named)
-    place = str(beside.resolve()) if not base_model and beside.is_dir() else str(named)
+    relative = adapter.path / str(named)
+    source = str(relative.resolve()) if not base_model and relative.is_dir() else str(named)
     patterns = ["*.json", "*.safetensors", "*token*", "*.jinja", "merges.txt"]
     try:
-        folder = find_folder(place, "base model", patterns)
+        folder = find_folder(source, "base model", patterns)
     except AdapterError as error:
         raise AdapterError(f"{error}; --base-model names the base of {adapter.name}") from error
     if not (folder / "config.json").is_file():
-        raise AdapterError(f"base model {place} has no config.json; give the folder of a model")
-    return Base(folder.name if Path(place).exists() else place, folder, _digest_base(folder))
+        raise AdapterError(f"base model {source} has no config.json; give the folder of a model")
+    return Base(folder.name if Path(source).exists() else source, folder, _digest_base(folder))
 
 
 def load_tokenizer(adapter: Adapter, base: Base) -> Any:
-    """Return the adapter's own tokenizer where its folder has one, else the base model's."""
+    """Return the adapter's own tokenizer if its folder has one, else the base model's."""
     own = (adapter.path / "tokenizer_config.json").is_file()
     source = str(adapter.path if own else base.path)
     try:
@@ -131,7 +131,9 @@ def load_tokenizer(adapter: Adapter, base: Base) -> Any:
     except (OSError, ValueError) as error:
         raise AdapterError(f"no tokenizer in {source} ({first_line(error)})") from error
     if not getattr(tokenizer, "is_fast", False):
-        raise AdapterError(f"the tokenizer of {source} has no fast form, which offsets need")
+        raise AdapterError(
+            f"the tokenizer of {source} is slow; lorascope needs a fast one for offsets"
+        )
     return tokenizer
 
 
@@ -146,18 +148,18 @@ def load_subject(
     skip_unhookable: bool = False,
     device_map: str | dict[str, Any] | None = None,
 ) -> Subject:
-    """Load base and adapter, and check everything that the module's text names.
+    """Load base and adapter, and check both as the module's docstring says.
 
-    `dtype` is `auto` (float32 on the CPU, else what the checkpoint says) or a key of `DTYPES`.
-    `device_map` spreads the model over devices as transformers does, and `device` then only
-    decides the `auto` dtype. Raises AdapterError where the adapter has LoRA that cannot be read,
-    unless `skip_unhookable`: that LoRA is then active and listed in `unhooked`.
+    `dtype` is `auto` (float32 on the CPU, else the checkpoint's) or a key of `DTYPES`. `device_map`
+    spreads the model over devices as transformers does; `device` then only decides the `auto`
+    dtype. Raises AdapterError if some of the adapter's LoRA cannot be read. With `skip_unhookable`,
+    that LoRA stays active and is listed in `unhooked`.
     """
     quantized = _quantization(base.path)
-    if quantized and device_map is None:  # a quantised model cannot be moved after loading
+    if quantized and device_map is None:  # a quantised model cannot move after loading
         device_map = {"": str(device)}
     causal = _load_base(base, device, dtype, device_map)
-    fit_embeddings(causal, adapter, tokenizer)
+    resize_embeddings(causal, adapter, tokenizer)
     model = attach(causal, adapter, base.name)
     if device_map is None:
         model.to(device)
@@ -165,19 +167,25 @@ def load_subject(
     training = [name for name, module in model.named_modules() if module.training]
     if training:
         raise AdapterError(
-            f"module {training[0]} stays in training mode: dropout would change rows"
+            f"module {training[0]} stays in training mode, where dropout changes rows"
         )
     embeddings = causal.get_input_embeddings()
-    place = _place_of(embeddings)
+    input_device = _device_of_inputs(embeddings)
     name = str(model.active_adapter)
-    found, unhooked = find_bottlenecks(causal, name)
-    unhooked |= probe(found, _backbone(causal, [layer.read for layer in found]), place)
-    found = _readable(found, unhooked, adapter, skip_unhookable)
-    layout, sites, mixes = lay_out(found, adapter, gauge)
-    unseen = unseen_of(adapter)
+    bottlenecks, unhooked = find_bottlenecks(causal, name)
+    backbone = _backbone(causal, [layer.read for layer in bottlenecks])
+    unhooked |= probe(bottlenecks, backbone, input_device)
+    bottlenecks = _readable(bottlenecks, unhooked, adapter, skip_unhookable)
+    layout, sites, mixes = make_layout(bottlenecks, adapter, gauge)
+    unseen = changes_outside_lora(adapter)
     if unseen:
         more = f" and {len(unseen) - 5} more" if len(unseen) > 5 else ""
-        log.info("%s changes more than rows show: %s%s", adapter.name, ", ".join(unseen[:5]), more)
+        log.info(
+            "%s also changes the model outside LoRA: %s%s",
+            adapter.name,
+            ", ".join(unseen[:5]),
+            more,
+        )
     return Subject(
         model=model,
         tokenizer=tokenizer,
@@ -185,7 +193,7 @@ def load_subject(
         sites=sites,
         adapter=adapter,
         base=base,
-        device=place,
+        device=input_device,
         dtype=next(p.dtype for p in embeddings.parameters() if p.is_floating_point()),
         mixes=mixes,
         unhooked=tuple(unhooked),
@@ -197,11 +205,11 @@ def load_subject(
 def _load_base(
     base: Base, device: torch.device, dtype: str, device_map: str | dict[str, Any] | None
 ) -> Any:
-    """Return the base model, every tensor of it from its files."""
+    """Return the base model, with every tensor loaded from its files."""
     if dtype not in ("auto", *DTYPES):
         raise ConfigError(f"--dtype is {dtype}, expected auto, {', '.join(DTYPES)}")
-    if (base.path / CONFIG).is_file():  # transformers would load that adapter as well, silently
-        raise AdapterError(f"base model {base.path} is itself an adapter; give a full model")
+    if (base.path / CONFIG).is_file():  # transformers would silently load that adapter too
+        raise AdapterError(f"base model {base.path} is an adapter; give a full model")
     wanted = DTYPES.get(dtype, torch.float32 if device.type == "cpu" else "auto")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -215,7 +223,7 @@ def _load_base(
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = first_line(error)
         if "trust_remote_code" in str(error):
-            reason = "it needs code of its own (auto_map), which lorascope does not run"
+            reason = "it needs custom code (auto_map), which lorascope does not run"
         raise AdapterError(f"base model {base.path} cannot be loaded ({reason})") from error
     model, report = loaded
     missing = sorted(report["missing_keys"])
@@ -228,26 +236,28 @@ def _load_base(
 
 
 def _readable(
-    found: list[Bottleneck], unhooked: dict[str, str], adapter: Adapter, skip: bool
+    bottlenecks: list[Bottleneck], unhooked: dict[str, str], adapter: Adapter, skip: bool
 ) -> list[Bottleneck]:
-    """Return the layers that have rows. Raises AdapterError where others are not to be skipped."""
+    """Return the layers that have rows. Raises AdapterError if others exist, unless `skip`."""
     if unhooked:
         shown = [f"{path}: {reason}" for path, reason in list(unhooked.items())[:5]]
         more = f" and {len(unhooked) - 5} more" if len(unhooked) > 5 else ""
         text = f"{len(unhooked)} LoRA modules without a row per token ({'; '.join(shown)}{more})"
         if not skip:
             raise AdapterError(
-                f"adapter {adapter.name} has {text}; --skip-unhookable leaves them unread"
+                f"adapter {adapter.name} has {text}; --skip-unhookable continues without them"
             )
-        log.warning("%s: left unread %s", adapter.name, text)
-    readable = [layer for layer in found if layer.path not in unhooked]
+        log.warning("%s: continuing without %s", adapter.name, text)
+    readable = [layer for layer in bottlenecks if layer.path not in unhooked]
     if not readable:
-        raise AdapterError(f"adapter {adapter.name} adapts no module of this base model")
-    variant = variant_of(adapter.config)
-    if variant.startswith("dora"):
+        raise AdapterError(
+            f"adapter {adapter.name} adapts no module of this base model that has rows"
+        )
+    if lora_kind(adapter.config).startswith("dora"):
         log.warning(
             "%d sites of %s are DoRA: their output is rescaled, not base + scale·B·A·x",
-            *(len(readable), adapter.name),
+            len(readable),
+            adapter.name,
         )
     return readable
 
@@ -258,8 +268,8 @@ def _backbone(causal: Any, sites: Iterable[nn.Module]) -> Callable[..., Any]:
     return backbone if all(site in inside for site in sites) else causal
 
 
-def _place_of(embeddings: nn.Module) -> torch.device:
-    """Return where token ids go: the embeddings' device, or where offloaded ones are brought to."""
+def _device_of_inputs(embeddings: nn.Module) -> torch.device:
+    """Return where token ids go: the embeddings' device, or where offloaded embeddings run."""
     hooks = [getattr(module, "_hf_hook", None) for module in embeddings.modules()]
     for hook in hooks:
         if getattr(hook, "execution_device", None) is not None:
@@ -268,21 +278,21 @@ def _place_of(embeddings: nn.Module) -> torch.device:
 
 
 def _quantization(folder: Path) -> str | None:
-    """Return the method by which a base model's config says that it is quantised."""
+    """Return the quantisation method in a base model's config, or None."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise AdapterError(f"{folder / 'config.json'} is not JSON: {error}") from error
     nested = [config, *(value for value in config.values() if isinstance(value, dict))]
     for part in nested:
-        found = part.get("quantization_config")
-        if isinstance(found, dict):
-            return str(found.get("quant_method", "unnamed"))
+        quantization = part.get("quantization_config")
+        if isinstance(quantization, dict):
+            return str(quantization.get("quant_method", "unnamed"))
     return None
 
 
 def _digest_base(folder: Path) -> str:
-    """Identify a base model by its config and the headers' sizes: its weights may be 60 GB."""
+    """Return a digest of a base model's config and file sizes: its weights may be 60 GB."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(folder.glob("*.safetensors")):
         digest.update(f"{file.name} {file.stat().st_size}".encode())

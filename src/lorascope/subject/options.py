@@ -1,4 +1,4 @@
-"""The options that say which model is studied, and on which texts."""
+"""The options that choose the model to study, and its rollouts."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,13 +8,13 @@ from lorascope.config import Config, option
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterOptions(Config):
-    """Options that say which adapter of which base model is meant."""
+    """Options that choose the adapter and its base model."""
 
     lora_path: str | None = option(
         None, help="adapter: a folder or a hub id", identity=False, path=True
     )
     adapter_name: str | None = option(
-        None, help="which adapter, where the folder holds several", identity=False
+        None, help="adapter to use, if the folder holds several", identity=False
     )
     base_model: str | None = option(
         None,
@@ -26,55 +26,55 @@ class AdapterOptions(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class SubjectOptions(AdapterOptions):
-    """Options that say which model is studied on which texts."""
+    """Options that choose the model, its rollouts, and how to run them."""
 
     skip_unhookable: bool = option(
-        False, help="go on without the parts of the adapter that have no A·x for each token"
+        False, help="continue without the parts of the adapter that have no A·x for each token"
     )
     gauge: Literal["auto", "svd", "raw"] = option(
         "auto",
-        help="columns of a site: raw ones as trained, or svd, which do not change when A and B are "
-        "mixed; auto: svd where the rank is above 1",
+        help="columns of a site: raw (rows of A as trained) or svd (independent of how the update "
+        "is split into A and B); auto: svd where the rank is above 1",
     )
     dataset: str = option(
         "simplescaling/s1K-1.1",
-        help="texts: a .json, .jsonl, .parquet, .csv or .txt file (.gz and .zst too), or a hub id",
+        help="dataset: a .json, .jsonl, .parquet, .csv or .txt file (also .gz, .zst), or a hub id",
         identity=False,
         path=True,
     )
-    split: str = option("train", help="split of a hub data set", identity=False)
+    split: str = option("train", help="split of a hub dataset", identity=False)
     num_examples: int | None = option(
-        1000, help="records to take from the start of the dataset", identity=False
+        1000, help="number of records to read, from the start of the dataset", identity=False
     )
     template: Literal["auto", "s1", "chat", "text"] = option(
-        "auto", help="how a record becomes a text; auto goes by its fields"
+        "auto", help="how a record becomes a rollout; auto decides by its fields"
     )
     duplicates: Literal["drop", "keep"] = option(
-        "drop", help="what to do with a text whose tokens were all seen before, in this order"
+        "drop", help="what to do with a rollout whose tokens equal those of an earlier one"
     )
     max_length: int | None = option(
-        None, help="longest text in tokens that the model is run on; default: the model's context"
+        None, help="longest rollout in tokens; default: the model's context"
     )
     long_texts: Literal["truncate", "window"] = option(
         "truncate",
-        help="what to do with longer texts: cut them, or read them in windows that overlap by half",
+        help="for longer rollouts: cut them, or read them in windows that overlap by half",
     )
     sample: int | None = option(
-        None, help="rollouts that the model writes itself, from the records' prompts in turn"
+        None, help="rollouts that the model generates itself, from the records' prompts in turn"
     )
-    max_new_tokens: int = option(512, help="longest continuation in tokens that it writes")
-    temperature: float = option(0.0, help="of what it writes; 0 takes the likeliest token")
-    sample_seed: int = option(0, help="seed of what it writes")
+    max_new_tokens: int = option(512, help="longest continuation in tokens")
+    temperature: float = option(0.0, help="sampling temperature; 0 takes the likeliest token")
+    sample_seed: int = option(0, help="seed of the sampling")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", help="type in which the model computes; auto: float32 on the CPU"
+        "auto", help="dtype of the model; auto: float32 on the CPU, else the checkpoint's"
     )
     batch_tokens: int | None = option(
         None,
-        help="places in one batch, padding included; changes rows by rounding only; default: what "
-        "fits into a GPU's memory, 2048 on the CPU",
+        help="tokens in one batch, padding included; changes rows by rounding only; default: what "
+        "fits into the GPU's memory, 2048 on the CPU",
     )
     num_gpus: int | None = option(
-        None, help="GPUs to use, one process each; default: all that are there", identity=False
+        None, help="number of GPUs, one process each; default: all available", identity=False
     )
     device_map: str | None = option(
         None,
@@ -83,7 +83,7 @@ class SubjectOptions(AdapterOptions):
     )
 
     def check(self) -> None:
-        """Refuse impossible numbers."""
+        """Raise ConfigError if a number is out of range."""
         super().check()
         self.require("num_examples", 1)
         self.require("max_length", 2, unit=" tokens")

@@ -1,8 +1,7 @@
-"""Let the adapted model write the rollouts itself.
+"""Let the adapted model generate the rollouts.
 
-A prompt's text is continued until the model ends its turn. The rows of what it wrote are then read
-in one pass over prompt and continuation together, like those of any other text: they equal the
-rows that the model had while it wrote, up to rounding.
+A prompt is continued until the model ends its turn. Rows are then read in one pass over prompt and
+continuation, as for any rollout. They equal the rows during generation, up to rounding.
 """
 
 from collections.abc import Sequence
@@ -13,10 +12,10 @@ import torch
 from lorascope.subject.load import Subject
 from lorascope.texts.rollouts import Rollout, roles_of_generated
 
-_TOGETHER = 16  # texts written at a time
+_BATCH = 16  # prompts continued at a time
 
 
-def sample(
+def sample_rollouts(
     subject: Subject,
     prompts: Sequence[Rollout],
     *,
@@ -24,19 +23,19 @@ def sample(
     temperature: float,
     seed: Sequence[int],
 ) -> list[Rollout]:
-    """Return each prompt with its continuation, ids as the prompts' own.
+    """Return each prompt with its continuation, under the prompt's id.
 
-    `temperature` 0 takes the likeliest token. What is drawn depends on `seed` and on the prompts,
-    which must come in the same groups to be drawn again. The token that ends a turn is kept.
+    `temperature` 0 takes the likeliest token. Random draws depend on `seed` and on all prompts of
+    the call: repeat them with the same list. The token that ends a turn is kept.
     """
-    written: list[Rollout] = []
-    numbers = np.random.SeedSequence(list(seed)).generate_state(len(prompts) // _TOGETHER + 1)
-    for group, first in enumerate(range(0, len(prompts), _TOGETHER)):
-        batch = prompts[first : first + _TOGETHER]
+    rollouts: list[Rollout] = []
+    seeds = np.random.SeedSequence(list(seed)).generate_state(len(prompts) // _BATCH + 1)
+    for group, first in enumerate(range(0, len(prompts), _BATCH)):
+        batch = prompts[first : first + _BATCH]
         with torch.random.fork_rng():
-            torch.manual_seed(int(numbers[group]))
-            written += _continue(subject, batch, max_new_tokens, temperature)
-    return written
+            torch.manual_seed(int(seeds[group]))
+            rollouts += _continue(subject, batch, max_new_tokens, temperature)
+    return rollouts
 
 
 def _continue(
@@ -53,7 +52,7 @@ def _continue(
             prompt.token_ids.astype(np.int64)
         )
         mask[i, longest - len(prompt.token_ids) :] = 1
-    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     with torch.inference_mode():
         out = subject.causal.generate(
             input_ids=ids.to(subject.device),
@@ -61,15 +60,15 @@ def _continue(
             max_new_tokens=max(min(max_new_tokens, room), 1),
             eos_token_id=ends or None,
             pad_token_id=pad,
-            **(how if temperature > 0 else {"do_sample": False}),
+            **(sampling if temperature > 0 else {"do_sample": False}),
         )
     return [
-        _joined(prompt, new, ends, subject)
+        _join(prompt, new, ends, subject)
         for prompt, new in zip(prompts, out[:, longest:].cpu().numpy(), strict=True)
     ]
 
 
-def _joined(
+def _join(
     prompt: Rollout,
     new: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]",
     ends: list[int],
@@ -86,8 +85,8 @@ def _joined(
 
 
 def end_ids(subject: Subject) -> list[int]:
-    """Return the ids that end a turn: the generation config's, and the tokenizer's own."""
+    """Return the ids that end a turn: from the generation config and the tokenizer."""
     configured = getattr(subject.causal.generation_config, "eos_token_id", None)
-    found = configured if isinstance(configured, list) else [configured]
-    found.append(subject.tokenizer.eos_token_id)
-    return sorted({int(token_id) for token_id in found if token_id is not None})
+    ids = configured if isinstance(configured, list) else [configured]
+    ids = [*ids, subject.tokenizer.eos_token_id]
+    return sorted({int(token_id) for token_id in ids if token_id is not None})
