@@ -16,9 +16,15 @@ from builders.stores import layout_of, write_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorascope.activations import batches, feed
-from lorascope.activations.batches import BatchPlan, count_roles, read_blocks, split_rows
-from lorascope.activations.shuffle import Shuffle
+from lorascope.activations import batches
+from lorascope.activations.batches import (
+    BatchPlan,
+    Shuffle,
+    batches_on,
+    count_roles,
+    read_blocks,
+    split_rows,
+)
 from lorascope.activations.store import ActivationStore
 from lorascope.errors import ArtifactError, ConfigError, NumberError
 from lorascope.texts.roles import ROLES
@@ -75,10 +81,10 @@ def test_one_pool_is_one_permutation_of_all_rows(make_store):
     assert plan.buffer_rows == 300
     assert plan.loaded is not None
     for epoch in (0, 1):
-        places = np.concatenate([plan.places(3 * epoch + i) for i in range(3)])
-        assert (places == np.random.default_rng([3, 1, epoch]).permutation(300)).all()
+        indices = np.concatenate([plan.indices(3 * epoch + i) for i in range(3)])
+        assert (indices == np.random.default_rng([3, 1, epoch]).permutation(300)).all()
     larger = BatchPlan.from_store(store, np.arange(300), 100, seed=3, buffer_rows=10**9)
-    assert (larger.places(4) == plan.places(4)).all()
+    assert (larger.indices(4) == plan.indices(4)).all()
 
 
 @pytest.mark.parametrize("buffer_rows", [None, 45])
@@ -201,10 +207,10 @@ def test_eligible_rows_are_counted_by_role(make_store):
 
 
 def order_of(plan, epoch):
-    """The places of an epoch in the order in which they are emitted."""
+    """The indices of an epoch in the order in which they are emitted."""
     assert len(plan.rows) % plan.batch_size == 0
     n = plan.n_batches(1)
-    return np.concatenate([plan.places(i) for i in range(epoch * n, (epoch + 1) * n)])
+    return np.concatenate([plan.indices(i) for i in range(epoch * n, (epoch + 1) * n)])
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +231,7 @@ def test_emitted_order_does_not_follow_the_stores_order(long_store, buffer_rows)
     for a, b in pairwise(orders):
         assert (a == b).mean() < 0.01
         assert set(a[:1000]) != set(b[:1000])
-    # places are ranks, without ties: Pearson's correlation of them is Spearman's
+    # indices are ranks, without ties: Pearson's correlation of them is Spearman's
     correlation = [np.corrcoef(order, np.arange(40_000))[0, 1] for order in orders]
     assert np.abs(correlation).mean() < 0.05
 
@@ -247,9 +253,9 @@ def test_a_pool_is_read_in_runs_and_holds_no_more_rows_than_the_buffer():
     shuffle = Shuffle(2_000_000, 400_000, seed=1)
     assert shuffle.n_pools == 5
     for pool in range(7):
-        places = np.sort(shuffle.places(pool))
-        assert len(places) == shuffle.first(pool + 1) - shuffle.first(pool) == 400_000
-        pieces = 1 + (np.diff(places) != 1).sum()
+        indices = np.sort(shuffle.indices(pool))
+        assert len(indices) == shuffle.start_of(pool + 1) - shuffle.start_of(pool) == 400_000
+        pieces = 1 + (np.diff(indices) != 1).sum()
         assert 1000 < pieces <= 400_000 / 256 + 3  # the ends of the pool cut two runs at most
 
 
@@ -259,12 +265,12 @@ def test_every_epoch_of_any_size_is_a_permutation(n_rows, buffer_rows, seed, epo
     shuffle = Shuffle(n_rows, buffer_rows, seed)
     for epoch in range(epochs):
         pools = range(epoch * shuffle.n_pools, (epoch + 1) * shuffle.n_pools)
-        parts = [shuffle.places(pool) for pool in pools]
+        parts = [shuffle.indices(pool) for pool in pools]
         assert max(map(len, parts)) <= buffer_rows
         assert min(map(len, parts)) >= min(n_rows, buffer_rows) // 2
         assert (np.sort(np.concatenate(parts)) == np.arange(n_rows)).all()
         for pool, part in zip(pools, parts, strict=True):
-            first = shuffle.first(pool)
+            first = shuffle.start_of(pool)
             assert {shuffle.pool_at(first), shuffle.pool_at(first + len(part) - 1)} == {pool}
 
 
@@ -338,7 +344,7 @@ def test_columns_of_a_selection_are_streamed(make_store):
     store = make_store(dtype="float16").select(["up_proj", "o_proj"])
     plan = BatchPlan.from_store(store, np.arange(240), 50, 1, buffer_rows=60)
     for i, found in enumerate(plan.batches(0, 12)):
-        rows = torch.from_numpy(store.take(plan.rows[plan.places(i)])).float()
+        rows = torch.from_numpy(store.take(plan.rows[plan.indices(i)])).float()
         assert found.shape == (50, 4)
         assert torch.equal(found, rows)
 
@@ -453,7 +459,7 @@ def test_a_bad_value_is_raised_at_its_batch_and_not_before(make_store, buffer_ro
     rows[437, 8] = np.nan
     store = make_store(rows, n_rollouts=20, length=35, dtype="float16")
     plan = BatchPlan.from_store(store, np.arange(700), 10, 0, buffer_rows=buffer_rows)
-    at = next(i for i in range(70) if 437 in plan.places(i))
+    at = next(i for i in range(70) if 437 in plan.indices(i))
     assert at % 22 > 3  # neither at a pool's beginning nor among the first batches
     found = []
     with pytest.raises(NumberError, match=r"row 437 \(rollout 12\) is nan in column 8 \(1.up_proj"):
@@ -462,7 +468,7 @@ def test_a_bad_value_is_raised_at_its_batch_and_not_before(make_store, buffer_ro
     assert len(found) == at
     assert own_threads() == []
     assert len(list(plan.batches(at + 1, 70))) == 69 - at
-    inside = int(np.flatnonzero(plan.places(at) == 437)[0])
+    inside = int(np.flatnonzero(plan.indices(at) == 437)[0])
     for rank in (0, 1):
         part = plan.batches(0, 70, part=(rank, 2))
         if inside // 5 == rank:
@@ -552,7 +558,7 @@ def test_a_stream_may_be_closed_by_one_of_its_own_threads(small_store, monkeypat
     """As garbage collection does that happens to run in one."""
     place, name = {
         "rows": (ActivationStore, "take"),
-        "pools": (Shuffle, "places"),
+        "pools": (Shuffle, "indices"),
         "batches": (batches, "_all_finite"),
     }[where]
     real, calls, armed, closed = getattr(place, name), [], threading.Event(), threading.Event()
@@ -615,8 +621,8 @@ def test_rows_kept_on_a_device_give_the_plans_batches(make_store):
     for part in [(0, 1), (0, 2), (1, 2)]:
         wanted = list(plan.batches(2, last, part))
         for found in (
-            list(feed.resident(torch.device("cpu"), plan, 2, last, part)),
-            list(feed.batches_on(torch.device("cpu"), plan, 2, last, part)),
+            list(batches._from_device_memory(torch.device("cpu"), plan, 2, last, part)),
+            list(batches_on(torch.device("cpu"), plan, 2, last, part)),
         ):
             assert len(found) == last - 2
             assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))

@@ -25,8 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lorascope.activations.batches import BatchPlan, RowNumbers, read_blocks, split_rows
-from lorascope.activations.feed import batches_on
+from lorascope.activations.batches import BatchPlan, RowNumbers, batches_on, read_blocks, split_rows
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import (
     Build,
