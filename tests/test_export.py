@@ -159,7 +159,7 @@ def test_a_value_that_is_not_its_tokens_activation_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     index = read(tmp_path, foreign(activation_value=3.0))
-    assert "1 examples have an activation_value other" in caplog.text
+    assert "in 1 examples activation_value differs" in caplog.text
     assert index[0].examples[0].value == 3.0
 
 
@@ -169,11 +169,11 @@ def test_a_value_that_is_not_its_tokens_activation_is_reported(
         ("", "is not JSON"),
         ("{", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
-        ('{"features": {"0": {"examples": [NaN]}}}', "is not JSON .NaN is no JSON number"),
+        ('{"features": {"0": {"examples": [NaN]}}}', "is not JSON .NaN is not a JSON number"),
         ([], 'no object "features"'),
         ({"metadata": {}}, 'no object "features"'),
         ({"features": []}, 'no object "features"'),
-        ({"features": {}, "metadata": 3}, '"metadata" that is no object'),
+        ({"features": {}, "metadata": 3}, '"metadata" that is not an object'),
         ({"features": {"x": {"examples": []}}}, "names a feature 'x'"),
         ({"features": {"-1": {"examples": []}}}, "names a feature '-1'"),
         ({"features": {"99999999": {"examples": []}}}, "100000000 features"),
@@ -181,7 +181,7 @@ def test_a_value_that_is_not_its_tokens_activation_is_reported(
         ({"features": {"0": []}}, "feature 0 has no list of examples"),
         ({"features": {"0": {}}}, "feature 0 has no list of examples"),
         ({"features": {"0": {"examples": {}}}}, "feature 0 has no list of examples"),
-        ({"features": {"0": {"examples": [1]}}}, "feature 0, example 0 is no object"),
+        ({"features": {"0": {"examples": [1]}}}, "feature 0, example 0 is not an object"),
         (without("activation_value"), "example 0 has no activation_value"),
         (without("tokens"), "example 0 has no tokens"),
         (without("activations"), "example 0 has no activations"),
@@ -190,15 +190,15 @@ def test_a_value_that_is_not_its_tokens_activation_is_reported(
         (foreign(tokens=[1, 2]), "tokens that are not a list of texts"),
         (foreign(activations=[1]), "2 tokens and 1 activations"),
         (foreign(activations=None), "2 tokens and no activations"),
-        (foreign(activations=[0, "2"]), "activation '2', which is no number"),
-        (foreign(activations=[0, True]), "which is no number"),
+        (foreign(activations=[0, "2"]), "activation '2', which is not a number"),
+        (foreign(activations=[0, True]), "which is not a number"),
         (foreign(target_position=2), "target_position 2 among 2 tokens"),
         (foreign(target_position=-1), "target_position -1"),
         (foreign(target_position=1.0), "target_position 1.0"),
-        (foreign(activation_value=None), "which is no number"),
+        (foreign(activation_value=None), "which is not a number"),
         (foreign(activation_value=1e60), "beyond float32"),
         (foreign(activation_value=10**400), "beyond float32"),
-        (foreign(rollout_idx="x"), "rollout_idx 'x', which is no index"),
+        (foreign(rollout_idx="x"), "rollout_idx 'x', which is not an index"),
     ],
 )
 def test_a_json_that_is_no_features_file_is_refused_in_one_line(

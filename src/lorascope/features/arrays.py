@@ -21,8 +21,8 @@ from lorascope.errors import ArtifactError
 KIND = "features"
 SCHEMA = 3
 
-# Array -> type and axes. Equal names of axes are equal lengths; `x+1` has one more, for bounds.
-# `window` counts the examples and after them the samples.
+# Array -> type and axes. Axes with the same name have the same length; `x+1` has one entry more.
+# `window` has the examples followed by the samples.
 FIELDS: dict[str, tuple[str, str]] = {
     "latent_n_active": ("<i8", "latent"),
     "latent_max": ("<f4", "latent"),
@@ -37,8 +37,8 @@ FIELDS: dict[str, tuple[str, str]] = {
     "latent_stability": ("<f4", "latent"),
     "near_decoder": ("<i4", "latent near"),
     "near_cosine": ("<f4", "latent near"),
-    "near_cofiring": ("<i4", "latent beside"),
-    "near_jaccard": ("<f4", "latent beside"),
+    "near_cofiring": ("<i4", "latent cofiring"),
+    "near_jaccard": ("<f4", "latent cofiring"),
     "ranked_mean_id": ("<i4", "latent mean"),
     "ranked_mean_score": ("<f4", "latent mean"),
     "ranked_lift_id": ("<i4", "latent lift"),
@@ -82,10 +82,10 @@ FIELDS: dict[str, tuple[str, str]] = {
 RANKINGS = ("mean", "lift", "before", "after")
 
 
-def completed(given: Mapping[str, npt.ArrayLike]) -> Arrays:
-    """Return every array: the given ones in their types, and others of which nothing is known.
+def complete_arrays(given: Mapping[str, npt.ArrayLike]) -> Arrays:
+    """Return every array: the given ones with their types, and the rest filled with unknown.
 
-    Unknown is -1 in whole numbers and NaN in others; axes that no given array has are of length 0.
+    Unknown is -1 in integers and NaN in floats. Axes that no given array has get length 0.
     """
     arrays = {name: np.asarray(given[name], FIELDS[name][0]) for name in given}
     lengths: dict[str, int] = {}
@@ -103,9 +103,9 @@ def completed(given: Mapping[str, npt.ArrayLike]) -> Arrays:
 def save_arrays(
     path: Path, arrays: Mapping[str, npt.NDArray[Any]], manifest: Mapping[str, Any]
 ) -> None:
-    """Write the file. The manifest in it is the given one with `files` filled in."""
+    """Write the file, with `files` of the manifest filled in."""
     plain = {
-        dataset_of(name): np.ascontiguousarray(arrays[name], dtype)
+        dataset_name(name): np.ascontiguousarray(arrays[name], dtype)
         for name, (dtype, _) in FIELDS.items()
     }
     files = {name: {"sha256": checksum(array)} for name, array in plain.items()}
@@ -114,30 +114,30 @@ def save_arrays(
 
 
 def map_arrays(path: Path) -> tuple[dict[str, Any], Arrays]:
-    """Return the manifest and the arrays, mapped into memory: few are read before they are used.
+    """Return the manifest and the arrays, mapped into memory; most are read when they are used.
 
-    Raises ArtifactError when the file is no feature index, of another schema, or lacks an array,
-    and when shapes or offsets do not fit each other.
+    Raises ArtifactError if the file is not a feature index, has another schema, lacks an array, or
+    if shapes or offsets do not fit each other.
     """
     manifest = open_manifest(path, KIND, SCHEMA, oldest=SCHEMA)
     found = arrayfile.map_arrays(path)[1]
     arrays: Arrays = {}
     for name, (dtype, axes) in FIELDS.items():
-        array = found.get(dataset_of(name))
+        array = found.get(dataset_name(name))
         if array is None or array.dtype != np.dtype(dtype) or array.ndim != len(axes.split()):
             raise ArtifactError(
-                f"{path} has no array {dataset_of(name)} of type {np.dtype(dtype)} and axes "
+                f"{path} has no array {dataset_name(name)} of type {np.dtype(dtype)} and axes "
                 f"({axes}); run collect again"
             )
         arrays[name] = array
-    for claim, holds in chain(shape_promises(arrays), offset_promises(arrays)):
+    for fault, holds in chain(check_shapes(arrays), check_offsets(arrays)):
         if not holds:
-            raise ArtifactError(f"{path} is damaged: {claim}; run collect again")
+            raise ArtifactError(f"{path} is damaged: {fault}; run collect again")
     return manifest, arrays
 
 
-def offset_promises(arrays: Mapping[str, npt.NDArray[Any]]) -> Iterator[tuple[str, bool]]:
-    """Yield for each array of offsets whether they rise to the end of what they are offsets of."""
+def check_offsets(arrays: Mapping[str, npt.NDArray[Any]]) -> Iterator[tuple[str, bool]]:
+    """Yield for each array of offsets a fault, and True unless the array has that fault."""
     for name, values in (
         ("example_offset", "example_value"),
         ("sample_offset", "sample_value"),
@@ -148,22 +148,23 @@ def offset_promises(arrays: Mapping[str, npt.NDArray[Any]]) -> Iterator[tuple[st
     ):
         offset, total = arrays[name], len(arrays[values])
         rises = offset[0] == 0 and offset[-1] == total and bool(np.all(offset[1:] >= offset[:-1]))
-        yield f"{dataset_of(name)} does not rise from 0 to {total}", rises
+        yield f"{dataset_name(name)} does not rise from 0 to {total}", rises
 
 
-def shape_promises(arrays: Mapping[str, npt.NDArray[Any]]) -> Iterator[tuple[str, bool]]:
-    """Yield for each array whether its shape fits the others', as a claim and its truth."""
+def check_shapes(arrays: Mapping[str, npt.NDArray[Any]]) -> Iterator[tuple[str, bool]]:
+    """Yield for each array a fault of its shape, and True unless the array has that fault."""
     lengths: dict[str, int] = {}
     for name, (_, axes) in FIELDS.items():
         shape = arrays[name].shape
         for axis, length in zip(axes.split(), shape, strict=False):
             lengths.setdefault(axis.removesuffix("+1"), length - axis.endswith("+1"))
         expected = _shape(axes, lengths)
-        yield f"{dataset_of(name)} has shape {shape}, expected {expected}", shape == expected
-    edges = lengths["bin"] + 1 if lengths["bin"] else 0
-    yield f"latent/histogram_edges has not {edges} entries", lengths["edge"] == edges
-    n_windows = lengths["example"] + lengths["sample"]
-    yield f"window/offset is not of {n_windows} windows", lengths["window"] == n_windows
+        yield f"{dataset_name(name)} has shape {shape}, expected {expected}", shape == expected
+    n_edges, n_bins = lengths["edge"], lengths["bin"]
+    expected = n_bins + 1 if n_bins else 0
+    yield f"latent/histogram_edges has {n_edges} entries, expected {expected}", n_edges == expected
+    n_windows, expected = lengths["window"], lengths["example"] + lengths["sample"]
+    yield f"window/offset has {n_windows} windows, expected {expected}", n_windows == expected
 
 
 def _shape(axes: str, lengths: Mapping[str, int]) -> tuple[int, ...]:
@@ -172,8 +173,8 @@ def _shape(axes: str, lengths: Mapping[str, int]) -> tuple[int, ...]:
     )
 
 
-def dataset_of(name: str) -> str:
-    """Return the name that an array has in the file."""
+def dataset_name(name: str) -> str:
+    """Return the name of an array in the file."""
     return name.replace("_", "/", 1)
 
 

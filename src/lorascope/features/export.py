@@ -27,8 +27,7 @@ from lorascope.errors import ArtifactError, ConfigError
 from lorascope.features import neuronpedia
 from lorascope.features.arrays import KIND
 from lorascope.features.index import FeatureIndex
-from lorascope.features.published_json import read_published, to_published
-from lorascope.runtime import progress
+from lorascope.features.published_json import read_published, write_published
 
 log = logging.getLogger(__name__)
 
@@ -121,14 +120,8 @@ def _export_json(index: FeatureIndex, source: Path, out: Path, *, overwrite: boo
     if is_made(out, KIND, **identity):
         log.info("%s is up to date with %s", out, source)
         return out
-    with (
-        building(out, KIND, **identity) as build,
-        progress(len(index) + 2, "export", "pieces") as bar,
-    ):
-        with (build.path / "features.json").open("w", encoding="utf-8", newline="\n") as file:
-            for piece in to_published(index, manifest):
-                file.write(piece)
-                bar.update()
+    with building(out, KIND, **identity) as build:
+        write_published(index, build.path / "features.json", manifest)
         return build.publish_file("features.json")
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from lorascope.features.arrays import RANKINGS, completed, map_arrays, save_arrays
+from lorascope.features.arrays import RANKINGS, complete_arrays, map_arrays, save_arrays
 from lorascope.features.feature import Example, Feature, FeatureStats
 from lorascope.features.topk import rank_in_run
 from lorascope.texts.tokens import display_texts, pack_tokens
@@ -106,7 +106,7 @@ class FeatureIndex:
         cls, manifest: Mapping[str, Any], arrays: Mapping[str, npt.ArrayLike]
     ) -> "FeatureIndex":
         """Make an index from arrays by field name; arrays that are not given are unknown."""
-        return cls(manifest=manifest, **completed(arrays))
+        return cls(manifest=manifest, **complete_arrays(arrays))
 
     @classmethod
     def from_examples(

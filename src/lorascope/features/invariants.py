@@ -1,4 +1,4 @@
-"""What holds of every feature index, as claims that can be checked: `docs/formats.md`, F."""
+"""Check what must hold for every feature index: the promises F of `docs/formats.md`."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,10 +8,10 @@ import numpy as np
 from lorascope.errors import ArtifactError
 from lorascope.features.arrays import (
     RANKINGS,
+    check_offsets,
+    check_shapes,
     checksum,
-    dataset_of,
-    offset_promises,
-    shape_promises,
+    dataset_name,
 )
 from lorascope.features.index import FeatureIndex
 
@@ -19,76 +19,82 @@ N_QUANTILES = 5
 
 
 def verify(index: FeatureIndex) -> None:
-    """Raise ArtifactError that names the first broken promise, if there is one."""
+    """Raise ArtifactError that names the first fault of an index, if it has one."""
     for name, said in index.manifest.get("files", {}).items():
         array = index.arrays.get(name.replace("/", "_", 1))
         if array is None or checksum(array) != said.get("sha256"):
             raise _damaged(f"{name} has other bytes than its checksum")
-    for claim, holds in _promises(index):
+    for fault, holds in _checks(index):
         if not holds:
-            raise _damaged(claim)
+            raise _damaged(fault)
 
 
-def _damaged(claim: str) -> ArtifactError:
-    return ArtifactError(f"the feature index is damaged: {claim}; run collect again")
+def _damaged(fault: str) -> ArtifactError:
+    return ArtifactError(f"the feature index is damaged: {fault}; run collect again")
 
 
-def _promises(index: FeatureIndex) -> Iterator[tuple[str, Any]]:
-    """Yield each promise with its truth, in an order in which later ones may lean on it."""
-    yield from shape_promises(index.arrays)
-    yield from offset_promises(index.arrays)
-    yield from _of_examples(index)
-    yield from _of_statistics(index)
-    yield from _of_windows(index)
-    yield from _of_texts(index)
+def _checks(index: FeatureIndex) -> Iterator[tuple[str, Any]]:
+    """Yield each possible fault, and True unless the index has it. Later checks rely on earlier."""
+    yield from check_shapes(index.arrays)
+    yield from check_offsets(index.arrays)
+    yield from _check_examples(index)
+    yield from _check_statistics(index)
+    yield from _check_windows(index)
+    yield from _check_whole_rollouts(index)
 
 
-def _of_examples(index: FeatureIndex) -> Iterator[tuple[str, Any]]:
+def _check_examples(index: FeatureIndex) -> Iterator[tuple[str, Any]]:
     counts = np.diff(index.example_offset)
-    owner = np.repeat(np.arange(len(index)), counts)
+    latent = np.repeat(np.arange(len(index)), counts)
     value, row = index.example_value, index.example_row
-    same, level = owner[1:] == owner[:-1], value[1:] == value[:-1]
-    falls = (value[1:] < value[:-1]) | level
-    ties = (row[1:] > row[:-1]) | (row[1:] < 0)
+    same_latent, is_tie = latent[1:] == latent[:-1], value[1:] == value[:-1]
+    falls = value[1:] <= value[:-1]
+    row_rises = (row[1:] > row[:-1]) | (row[1:] < 0)
     yield "example/value is not finite", np.all(np.isfinite(value))
-    yield "example/value is not in descending order", np.all(falls | ~same)
-    yield "example/row is not ascending among equal values", np.all(ties | ~level | ~same)
-    best = index.latent_max[owner]
-    yield "latent/max is below an example's value", np.all((value <= best) | np.isnan(best))
+    yield "example/value is not in descending order", np.all(falls | ~same_latent)
+    yield (
+        "example/row is not ascending among equal values",
+        np.all(row_rises | ~is_tie | ~same_latent),
+    )
+    largest = index.latent_max[latent]
+    yield "latent/max is below an example's value", np.all((value <= largest) | np.isnan(largest))
     fired = index.latent_n_active
     yield "latent has more examples than firings", np.all((counts <= fired) | (fired < 0))
     top_k = index.content.get("top_k")
-    few = not isinstance(top_k, int) or np.all(counts <= top_k)
-    yield f"latent has more than top_k = {top_k} examples", few
+    within = not isinstance(top_k, int) or np.all(counts <= top_k)
+    yield f"latent has more than top_k = {top_k} examples", within
     quantile = index.sample_quantile
-    owner = np.repeat(np.arange(len(index)), np.diff(index.sample_offset))
-    key = owner * N_QUANTILES + (N_QUANTILES - 1 - quantile)
-    yield "sample/quantile is none of 0 to 4", np.all((quantile >= 0) & (quantile < N_QUANTILES))
+    latent = np.repeat(np.arange(len(index)), np.diff(index.sample_offset))
+    key = latent * N_QUANTILES + (N_QUANTILES - 1 - quantile)
+    yield (
+        "sample/quantile is not between 0 and 4",
+        np.all((quantile >= 0) & (quantile < N_QUANTILES)),
+    )
     yield "sample/quantile is not in descending order", np.all(np.diff(key) >= 0)
-    best = index.latent_max[owner]
-    yield "latent/max is below a sample's value", np.all(index.sample_value <= best)
+    largest = index.latent_max[latent]
+    yield "latent/max is below a sample's value", np.all(index.sample_value <= largest)
 
 
-def _of_statistics(index: FeatureIndex) -> Iterator[tuple[str, Any]]:
+def _check_statistics(index: FeatureIndex) -> Iterator[tuple[str, Any]]:
     fired = index.latent_n_active
     for name in ("latent_histogram", "latent_by_role", "latent_by_position"):
         counts = getattr(index, name)
         if counts.shape[1]:
             total = counts.sum(axis=1, dtype=np.int64)
-            yield f"{dataset_of(name)} does not add up to n_active", np.all(total == fired)
+            yield f"{dataset_name(name)} does not add up to n_active", np.all(total == fired)
     rises = np.all(np.diff(index.latent_histogram_edges) > 0)
     yield "latent/histogram_edges do not rise", rises
     if index.latent_fingerprint.shape[1]:
         total = index.latent_fingerprint.sum(axis=1, dtype=np.float64)
-        one = (np.abs(total - 1) < 0.02) | (total == 0)
-        yield "latent/fingerprint does not add up to 1", np.all(one)
+        adds_up = (np.abs(total - 1) < 0.02) | (total == 0)
+        yield "latent/fingerprint does not add up to 1", np.all(adds_up)
     for ids, scores in (
         (index.near_decoder, index.near_cosine),
         (index.near_cofiring, index.near_jaccard),
     ):
         known = ids >= 0
         itself = ids == np.arange(len(index))[:, None]
-        yield "near names a latent that is not there", np.all(ids < len(index))
+        yield "near names a latent that does not exist", np.all(ids < len(index))
         yield "near names the latent itself", not np.any(itself)
         falls = (scores[:, 1:] <= scores[:, :-1]) | ~known[:, 1:]
         yield "near is not in descending order", np.all(falls)
@@ -98,13 +104,13 @@ def _of_statistics(index: FeatureIndex) -> Iterator[tuple[str, Any]]:
         yield f"ranked/{ranking}_id is missing in token/id", not np.any(missing)
 
 
-def _of_windows(index: FeatureIndex) -> Iterator[tuple[str, Any]]:
+def _check_windows(index: FeatureIndex) -> Iterator[tuple[str, Any]]:
     start, target = index.window_offset[:-1], index.window_target
     inside = (target >= 0) & (target < np.diff(index.window_offset))
     yield "window/target is outside its window", np.all(inside)
     position = np.concatenate([index.example_position, index.sample_position])
-    starts_in = (position >= target) | (position < 0)
-    yield "window begins before its rollout", np.all(starts_in)
+    starts_inside = (position >= target) | (position < 0)
+    yield "window begins before its rollout", np.all(starts_inside)
     value = np.concatenate([index.example_value, index.sample_value])
     at_target = index.window_activation[start + target]
     yield "window/activation at the target is not the example's value", np.all(at_target == value)
@@ -114,11 +120,14 @@ def _of_windows(index: FeatureIndex) -> Iterator[tuple[str, Any]]:
     yield "window/token_id is missing in token/id", np.all(known)
 
 
-def _of_texts(index: FeatureIndex) -> Iterator[tuple[str, Any]]:
+def _check_whole_rollouts(index: FeatureIndex) -> Iterator[tuple[str, Any]]:
     known = np.isin(index.text_token_id, index.token_id)
     yield "text/token_id is missing in token/id", np.all(known)
     latent = index.text_latent
-    yield "text/latent is not there", np.all((latent >= 0) & (latent < len(index)))
+    yield (
+        "text/latent names a latent that does not exist",
+        np.all((latent >= 0) & (latent < len(index))),
+    )
     token = np.repeat(np.arange(len(index.text_token_id)), np.diff(index.text_code_offset))
     rises = np.diff(token * len(index) + latent) > 0
     yield "text/latent does not rise within a token", np.all(rises)

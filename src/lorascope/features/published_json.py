@@ -1,13 +1,13 @@
-"""Feature indexes as JSON of the published schema: write ours, read ours and other tools'.
+"""Write feature indexes as JSON of the published schema, and read such files of any tool.
 
-`metadata` holds n_features, top_k and, in ours, the manifest under `lorascope`.
-`features` maps the latent's number to its `examples` (activation_value, rollout_idx, token_idx,
-token, tokens, target_position, activations and, in ours, n_alike) and its `stats` (n_examples,
-max_activation and, in ours, more). The JSON holds nothing else of an index. Numbers are float32
-values written in full, so reading them back gives the same bits.
+`metadata` has n_features, top_k and, if lorascope wrote the file, the manifest under `lorascope`.
+`features` maps each latent's number to its `examples` (activation_value, rollout_idx, token_idx,
+token, tokens, target_position, activations) and its `stats` (n_examples, max_activation).
+lorascope adds n_alike to the examples and more statistics; the rest of an index is not in the JSON.
+Numbers are float32 values written in full, so reading them gives the same bits.
 
-When reading, what a file does not say is unknown in the index, not zero; rows and token ids are
-always unknown. Token ids below zero are made up, one for each text.
+What a file does not contain is unknown in the index, not zero. Rows and token ids are always
+unknown; each text gets a negative token id.
 """
 
 import json
@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from lorascope import runtime
 from lorascope.artifact import is_manifest, make_manifest, seal_file, with_seal
 from lorascope.errors import ArtifactError
 from lorascope.features.arrays import KIND, SCHEMA
@@ -28,7 +29,7 @@ from lorascope.features.index import FeatureIndex
 log = logging.getLogger(__name__)
 
 _METADATA = ("context_window", "n_tokens", "n_eligible", "n_rollouts", "fvu", "l0")
-_MAX_FEATURES = 1 << 24  # above it an id is a mistake, and would ask for gigabytes of nothing
+_MAX_FEATURES = 1 << 24  # a larger id is a mistake that would allocate gigabytes
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _STATS = {  # key of `stats` -> field of the index
     "n_active": "latent_n_active",
@@ -41,7 +42,7 @@ _STATS = {  # key of `stats` -> field of the index
 
 
 def to_published(index: FeatureIndex, manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the JSON text piece by piece, one feature at a time; dead features are included."""
+    """Yield the JSON text in `len(index) + 2` pieces, one per feature, dead ones included."""
     content = index.content
     examples = index.n_examples
     metadata = {
@@ -60,9 +61,14 @@ def to_published(index: FeatureIndex, manifest: Mapping[str, Any]) -> Iterator[s
 
 
 def write_published(index: FeatureIndex, path: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the published JSON; the same index gives the same bytes. Not atomic by itself."""
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(to_published(index, manifest))
+    """Write the published JSON, not atomically. The same index gives the same bytes."""
+    with (
+        path.open("w", encoding="utf-8", newline="\n") as file,
+        runtime.progress(len(index) + 2, "JSON", "pieces") as bar,
+    ):
+        for piece in to_published(index, manifest):
+            file.write(piece)
+            bar.update()
     seal_file(path)
 
 
@@ -106,28 +112,29 @@ def _text(value: Any) -> str:
 
 
 def read_published(path: Path) -> FeatureIndex:
-    """Read any JSON of the published schema, ours or another tool's.
+    """Read a JSON of the published schema, written by lorascope or by another tool.
 
-    Examples are sorted by value. Its manifest is the one in the file, or one that says only what
-    `metadata` says. Raises ArtifactError that names the first thing that is not as it should be.
+    Examples are sorted by value. The manifest is the one in the file, or a new one with the
+    contents of `metadata`. Raises ArtifactError that names the first fault.
     """
     metadata, features = _load(path)
     ids = {key: _feature_id(path, key) for key in features}
-    stated = metadata.get("n_features")
-    stated = stated if isinstance(stated, int) and not isinstance(stated, bool) else 0
-    n_features = max([stated, *(latent + 1 for latent in ids.values())])
+    declared = metadata.get("n_features")
+    declared = declared if _is_int(declared) else 0
+    n_features = max([declared, *(latent + 1 for latent in ids.values())])
     if n_features > _MAX_FEATURES:
-        _refuse(path, f"speaks of {n_features} features, expected at most {_MAX_FEATURES}")
+        _refuse(path, f"has {n_features} features, expected at most {_MAX_FEATURES}")
     examples: list[list[Example]] = [[] for _ in range(n_features)]
     stats: list[Mapping[str, Any]] = [{} for _ in range(n_features)]
-    vocabulary: dict[str, int] = {}  # text -> made-up id: -1, -2, ... in order of appearance
+    vocabulary: dict[str, int] = {}  # text -> its id: -1, -2, ... in order of appearance
     for key, record in features.items():
-        place = f"feature {key}"
+        where = f"feature {key}"
         if not isinstance(record, dict) or not isinstance(record.get("examples"), list):
-            _refuse(path, f"{place} has no list of examples")
+            _refuse(path, f"{where} has no list of examples")
         for number, example in enumerate(record["examples"]):
-            read = _read_example(path, f"{place}, example {number}", example, vocabulary)
-            examples[ids[key]].append(read)
+            examples[ids[key]].append(
+                _read_example(path, f"{where}, example {number}", example, vocabulary)
+            )
         if isinstance(record.get("stats"), dict):
             stats[ids[key]] = record["stats"]
     _report_mismatch(path, examples)
@@ -143,7 +150,7 @@ def read_published(path: Path) -> FeatureIndex:
 
 
 def well_formed(text: str) -> str:
-    """Replace lone surrogates, which JSON can spell and UTF-8 cannot, by U+FFFD."""
+    """Replace lone surrogates, which JSON can express and UTF-8 cannot, with U+FFFD."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
@@ -153,7 +160,7 @@ def _refuse(path: Path, found: str) -> NoReturn:
 
 def _load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     def no_constant(word: str) -> NoReturn:
-        raise ValueError(f"{word} is no JSON number")
+        raise ValueError(f"{word} is not a JSON number")
 
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=no_constant)
@@ -166,7 +173,7 @@ def _load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         _refuse(path, 'has no object "features"')
     metadata = data.get("metadata", {})
     if not isinstance(metadata, dict):
-        _refuse(path, 'has a "metadata" that is no object')
+        _refuse(path, 'has a "metadata" that is not an object')
     return metadata, data["features"]
 
 
@@ -176,30 +183,30 @@ def _feature_id(path: Path, key: str) -> int:
     return int(key)
 
 
-def _read_example(path: Path, place: str, data: Any, vocabulary: dict[str, int]) -> Example:
+def _read_example(path: Path, where: str, data: Any, vocabulary: dict[str, int]) -> Example:
     if not isinstance(data, dict):
-        _refuse(path, f"{place} is no object")
+        _refuse(path, f"{where} is not an object")
     for key in ("activation_value", "tokens", "activations", "target_position"):
         if key not in data:
-            _refuse(path, f"{place} has no {key}")
+            _refuse(path, f"{where} has no {key}")
     tokens, activations, target = data["tokens"], data["activations"], data["target_position"]
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        _refuse(path, f"{place} has tokens that are not a list of texts")
+        _refuse(path, f"{where} has tokens that are not a list of texts")
     if not isinstance(activations, list) or len(activations) != len(tokens):
         count = len(activations) if isinstance(activations, list) else "no"
-        _refuse(path, f"{place} has {len(tokens)} tokens and {count} activations")
+        _refuse(path, f"{where} has {len(tokens)} tokens and {count} activations")
     if not _is_int(target) or not 0 <= target < len(tokens):
-        _refuse(path, f"{place} has target_position {target!r} among {len(tokens)} tokens")
+        _refuse(path, f"{where} has target_position {target!r} among {len(tokens)} tokens")
     texts = [token if token.isascii() else well_formed(token) for token in tokens]
     return Example(
-        value=_float32(path, f"{place} has activation_value", data["activation_value"]),
+        value=_float32(path, f"{where} has activation_value", data["activation_value"]),
         row=-1,
-        rollout=_number(path, place, data, "rollout_idx"),
-        position=_number(path, place, data, "token_idx"),
+        rollout=_integer(path, where, data, "rollout_idx"),
+        position=_integer(path, where, data, "token_idx"),
         target=target,
         token_ids=[vocabulary.setdefault(text, -1 - len(vocabulary)) for text in texts],
-        activations=[_float32(path, f"{place} has activation", value) for value in activations],
-        n_alike=_number(path, place, data, "n_alike"),
+        activations=[_float32(path, f"{where} has activation", value) for value in activations],
+        n_alike=_integer(path, where, data, "n_alike"),
     )
 
 
@@ -207,36 +214,36 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _number(path: Path, place: str, data: Mapping[str, Any], key: str) -> int:
-    """Return an integer, -1 where the file does not say it."""
+def _integer(path: Path, where: str, data: Mapping[str, Any], key: str) -> int:
+    """Return an integer, or -1 if the file does not have it."""
     value = data.get(key)
     if value is None:
         return -1
     if not _is_int(value) or not -1 <= value < 1 << 31:
-        _refuse(path, f"{place} has {key} {value!r}, which is no index")
+        _refuse(path, f"{where} has {key} {value!r}, which is not an index")
     return value
 
 
 def _float32(path: Path, what: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        _refuse(path, f"{what} {str(value)[:40]!r}, which is no number")
+        _refuse(path, f"{what} {str(value)[:40]!r}, which is not a number")
     if not abs(value) <= _FLOAT32_MAX:
         _refuse(path, f"{what} beyond float32")
     return float(value)
 
 
 def _report_mismatch(path: Path, features: list[list[Example]]) -> None:
-    apart = sum(
+    n_different = sum(
         abs(e.value - e.activations[e.target]) > 1e-3 * abs(e.value)
         for examples in features
         for e in examples
     )
-    if apart:
+    if n_different:
         log.warning(
-            "%s: %d examples have an activation_value other than their token's activation; "
-            "both are shown as they stand",
+            "%s: in %d examples activation_value differs from the token's activation; "
+            "both are shown unchanged",
             path,
-            apart,
+            n_different,
         )
 
 
@@ -249,7 +256,7 @@ def _manifest(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _latents(stats: list[Mapping[str, Any]], edges: Any) -> dict[str, npt.NDArray[Any]]:
-    """Return the statistics that the file states; a value of another type counts as unknown."""
+    """Return the statistics in the file; a value of the wrong type counts as unknown."""
     latents: dict[str, npt.NDArray[Any]] = {}
     for key, name in _STATS.items():
         if key == "histogram":
