@@ -1,22 +1,21 @@
-"""Batches of features as SAEDashboard writes them, for import to Neuronpedia: a folder.
+"""Write batches of features as SAEDashboard does, as a folder to import to Neuronpedia.
 
-1. `batch-0.json`, `batch-1.json`, ... hold 128 features each that have examples: `model_id`,
-   `layer`, `sae_set`, `sae_id_suffix`, `features`.
-2. `skipped_indexes.json` names the features without any.
-3. `manifest.json` is ours; importers read the names that begin with `batch-`.
+1. `batch-0.json`, `batch-1.json`, ... have `model_id`, `layer`, `sae_set`, `sae_id_suffix` and
+   `features`: 128 features each, without those that have no examples.
+2. `skipped_indexes.json` lists the features without examples.
+3. `manifest.json` is lorascope's. Importers only read files that begin with `batch-`.
 
-A feature has `frac_nonzero` (its density), the histogram as bars (`freq_hist_data_bar_values` are
-the middles of the bins, as many as heights) and `activations`: windows with their `tokens`, their
-`values`, and `qualifying_token_index`, the token that the example is about. The strongest examples
-come first, in the bin that SAEDashboard gives to its top activations (`bin_min` and `bin_contains`
--1, `bin_max` the largest value); then the samples of each fifth of the firings, from `bin_min` to
-`bin_max` among the samples, which hold the share `bin_contains` of all tokens.
+A feature has `frac_nonzero` (its density), the histogram (`freq_hist_data_bar_values` are the
+middles of the bins) and `activations`: windows with their `tokens`, `values`, and
+`qualifying_token_index`, the index of the example's token. The strongest examples come first, in
+the bin that SAEDashboard uses for top activations (`bin_min` and `bin_contains` are -1, `bin_max`
+is the largest value). Then come the samples of each fifth of the firings: `bin_min` and `bin_max`
+are their smallest and largest value, `bin_contains` is the fifth's share of all tokens.
 
-What a dictionary over the scalars of an adapter has not got stays empty: logits, alignment with
-neurons, correlated neurons. `layer` is 0, for it reads all layers. Values have six digits.
+Fields that do not apply to a dictionary of adapter columns are empty: logits, neuron alignment,
+correlated neurons. `layer` is 0, because the dictionary reads all layers. Values have six digits.
 """
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -25,30 +24,26 @@ from typing import Any
 
 import numpy as np
 
-from lorascope.artifact import (
-    building,
-    is_made,
-    make_manifest,
-)
+from lorascope.artifact import building, is_made, make_manifest
 from lorascope.features.feature import Example, Feature
 from lorascope.features.index import FeatureIndex
-from lorascope.features.published_json import well_formed
+from lorascope.features.published_json import json_text
 from lorascope.runtime import progress
 
 log = logging.getLogger(__name__)
 
 KIND = "neuronpedia"
 SCHEMA = 1
-BATCH = 128  # features in a file, as many as SAEDashboard's own default
+BATCH = 128  # features per file, SAEDashboard's default
 SKIPPED = "skipped_indexes.json"
-_EMPTY = (
-    *("neuron_alignment_indices", "neuron_alignment_values", "neuron_alignment_l1"),
-    *("correlated_neurons_indices", "correlated_neurons_l1", "correlated_neurons_pearson"),
-    *("correlated_features_indices", "correlated_features_l1", "correlated_features_pearson"),
-    *("neg_str", "neg_values", "pos_str", "pos_values"),
-    *("logits_hist_data_bar_heights", "logits_hist_data_bar_values"),
-    *("decoder_weights_dist", "vector"),
-)
+_EMPTY = """
+    neuron_alignment_indices neuron_alignment_values neuron_alignment_l1
+    correlated_neurons_indices correlated_neurons_l1 correlated_neurons_pearson
+    correlated_features_indices correlated_features_l1 correlated_features_pearson
+    neg_str neg_values pos_str pos_values
+    logits_hist_data_bar_heights logits_hist_data_bar_values
+    decoder_weights_dist vector
+""".split()
 
 
 def export(
@@ -59,9 +54,9 @@ def export(
     parents: Mapping[str, str],
     overwrite: bool,
 ) -> Path:
-    """Make the folder, or find the finished one, and return it. One feature is in memory at once.
+    """Make the folder, or find the finished one, and return it. One feature is in memory at a time.
 
-    Raises ArtifactError when something else stands there and `overwrite` is off.
+    Raises ArtifactError if the folder exists with other contents and `overwrite` is off.
     """
     identity = {"settings": settings, "parents": parents, "overwrite": overwrite}
     if is_made(out, KIND, **identity):
@@ -76,7 +71,7 @@ def export(
         names = [SKIPPED]
         skipped = np.flatnonzero(index.n_examples == 0).tolist()
         record = {**source, "layer": str(source["layer"]), "skipped_indexes": skipped}
-        (build.path / SKIPPED).write_text(_text(record) + "\n", encoding="utf-8", newline="\n")
+        (build.path / SKIPPED).write_text(json_text(record) + "\n", encoding="utf-8", newline="\n")
         for number, start in enumerate(range(0, len(alive), BATCH)):
             names.append(f"batch-{number}.json")
             with (build.path / names[-1]).open("w", encoding="utf-8", newline="\n") as file:
@@ -95,10 +90,10 @@ def export(
 
 def to_batch(index: FeatureIndex, latents: Sequence[int]) -> Iterator[str]:
     """Yield the text of one batch, one feature at a time."""
-    head = _text({**_source(index), "sae_id_suffix": None, "features": []})
+    head = json_text({**_source(index), "sae_id_suffix": None, "features": []})
     yield head.removesuffix("]}")
     for number, latent in enumerate(latents):
-        yield (",\n" if number else "\n") + _text(to_feature(index, index[latent]))
+        yield (",\n" if number else "\n") + json_text(to_feature(index, index[latent]))
     yield "\n]}\n"
 
 
@@ -113,23 +108,23 @@ def to_feature(index: FeatureIndex, feature: Feature) -> dict[str, Any]:
     return {
         "feature_index": feature.latent,
         **{name: [] for name in _EMPTY},
-        "frac_nonzero": _six(density),
-        "freq_hist_data_bar_values": [_six(value) for value in middles],
+        "frac_nonzero": _six_digits(density),
+        "freq_hist_data_bar_values": [_six_digits(value) for value in middles],
         "freq_hist_data_bar_heights": heights,
         "n_prompts_total": n_rollouts,
         "n_tokens_in_prompt": round(n_tokens / n_rollouts) if n_rollouts else 0,
-        "dataset": _last(content.get("dataset")),
+        "dataset": _last_part(content.get("dataset")),
         "activations": list(_activations(feature, density)),
     }
 
 
 def _source(index: FeatureIndex) -> dict[str, Any]:
-    """Return what every file says of the dictionary."""
+    """Return the fields about the dictionary that every file has."""
     content = index.content
     return {
-        "model_id": _last(content.get("base_model")),
+        "model_id": _last_part(content.get("base_model")),
         "layer": 0,
-        "sae_set": Path(_last(content.get("sae_name"))).stem,
+        "sae_set": Path(_last_part(content.get("sae_name"))).stem,
     }
 
 
@@ -137,34 +132,28 @@ def _activations(feature: Feature, density: float) -> Iterator[dict[str, Any]]:
     largest = max((example.value for example in feature.examples), default=0.0)
     for example in feature.examples:
         yield _activation(example, -1, largest, -1)
-    fifths = groupby(feature.samples, key=lambda sample: sample.quantile)
-    for _, samples in fifths:
-        drawn = list(samples)
-        values = [sample.value for sample in drawn]
-        for sample in drawn:
+    for _, group in groupby(feature.samples, key=lambda sample: sample.quantile):
+        samples = list(group)
+        values = [sample.value for sample in samples]
+        for sample in samples:
             yield _activation(sample, min(values), max(values), density / 5)
 
 
 def _activation(example: Example, low: float, high: float, share: float) -> dict[str, Any]:
     return {
-        "bin_min": _six(low),
-        "bin_max": _six(high),
-        "bin_contains": _six(share),
+        "bin_min": _six_digits(low),
+        "bin_max": _six_digits(high),
+        "bin_contains": _six_digits(share),
         "tokens": example.tokens,
-        "values": [_six(float(value)) for value in example.activations],
+        "values": [_six_digits(float(value)) for value in example.activations],
         "qualifying_token_index": example.target,
     }
 
 
-def _last(name: Any) -> str:
-    """Return the last part of a path or of a hub id; "" where nothing is known."""
+def _last_part(name: Any) -> str:
+    """Return the last part of a path or of a hub id; "" if there is none."""
     return str(name or "").rstrip("/").rpartition("/")[2]
 
 
-def _six(value: float) -> float:
+def _six_digits(value: float) -> float:
     return float(f"{value:.6g}")
-
-
-def _text(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text if text.isascii() else well_formed(text)

@@ -14,7 +14,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -53,10 +53,10 @@ def to_published(index: FeatureIndex, manifest: Mapping[str, Any]) -> Iterator[s
         "special_tokens": _special_texts(index),
         "histogram_edges": index.latent_histogram_edges.tolist(),
     }
-    yield '{"metadata": ' + _text(metadata) + ',\n"features": {'
+    yield '{"metadata": ' + json_text(metadata) + ',\n"features": {'
     for latent in range(len(index)):
         comma = ",\n" if latent else "\n"
-        yield f'{comma}"{latent}": ' + _text(_published_feature(index, latent))
+        yield f'{comma}"{latent}": ' + json_text(_published_feature(index, latent))
     yield "\n}}\n"
 
 
@@ -106,9 +106,10 @@ def _special_texts(index: FeatureIndex) -> list[str]:
     return sorted({index.token_bytes(int(i)).decode(errors="replace") for i in special})
 
 
-def _text(value: Any) -> str:
+def json_text(value: Any) -> str:
+    """Return a value as compact JSON text; lone surrogates become U+FFFD."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text if text.isascii() else well_formed(text)
+    return text if text.isascii() else _well_formed(text)
 
 
 def read_published(path: Path) -> FeatureIndex:
@@ -149,7 +150,7 @@ def read_published(path: Path) -> FeatureIndex:
     )
 
 
-def well_formed(text: str) -> str:
+def _well_formed(text: str) -> str:
     """Replace lone surrogates, which JSON can express and UTF-8 cannot, with U+FFFD."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
@@ -197,7 +198,7 @@ def _read_example(path: Path, where: str, data: Any, vocabulary: dict[str, int])
         _refuse(path, f"{where} has {len(tokens)} tokens and {count} activations")
     if not _is_int(target) or not 0 <= target < len(tokens):
         _refuse(path, f"{where} has target_position {target!r} among {len(tokens)} tokens")
-    texts = [token if token.isascii() else well_formed(token) for token in tokens]
+    texts = [token if token.isascii() else _well_formed(token) for token in tokens]
     return Example(
         value=_float32(path, f"{where} has activation_value", data["activation_value"]),
         row=-1,
@@ -210,7 +211,7 @@ def _read_example(path: Path, where: str, data: Any, vocabulary: dict[str, int])
     )
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
