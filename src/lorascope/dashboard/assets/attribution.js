@@ -1,5 +1,5 @@
 // What an attribution report says about a rollout: where the adapter changes predictions, and which
-// features cause the change.
+// features contribute to that.
 import { core } from "./data.js";
 import { signed, three } from "./effects.js";
 import { LEVELS } from "./examples.js";
@@ -74,20 +74,20 @@ export function drawLargestKl(data, go) {
     item.append(button, meter(data.kl[t] / data.kl[order[0]]));
     list.append(item);
   }
-  const note = "Tokens with the largest KL(adapter \u2016 base), in nats. Select one to see which " +
-    "features caused it.";
+  const note = "Tokens with the largest KL(adapter \u2016 base), in nats. Select one to see " +
+    "which features contributed to it.";
   return panel("Where the adapter changes predictions", note, list, { testid: "largest-kl" });
 }
 
-// Returns the panel of what caused the prediction of token `t`. `mark(source, on)` highlights the
-// token from which a feature acts.
+// Returns the panel of contributions to the prediction of token `t`. `mark(source, on)` highlights
+// the token from which a feature acts.
 export function drawContributions(data, t, mark) {
   const report = core.effects.attribution;
   const numbers = element("p", "figure-note", `KL(adapter \u2016 base): ${three(data.kl[t])} nats. ` +
     `Log-probability gain: ${signed(data.rise[t])} nats.`);
   numbers.dataset.testid = "token-kl";
   numbers.dataset.value = String(data.kl[t]);
-  const title = `What caused the prediction of token ${whole(t)}`;
+  const title = `Contributions to the prediction of token ${whole(t)}`;
   const target = data.target_token.indexOf(t);
   if (target < 0) {
     const note = "Contributions were not computed for this token. The option --tokens of " +

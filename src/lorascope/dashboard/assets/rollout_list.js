@@ -21,10 +21,11 @@ export function rolloutStats(at) {
   return [
     ["tokens", "length", column.kept_length[at], whole(column.kept_length[at]),
       "tokens in this rollout"],
-    ["L0", "l0", l0, !Number.isNaN(l0) && short(l0), "average number of features that fire at a token"],
+    ["L0", "l0", l0, !Number.isNaN(l0) && short(three(l0)),
+      "average number of features that fire at a token"],
     ["FVU", "fvu", fvu, !Number.isNaN(fvu) && percent(fvu),
       "share of its variance that the SAE leaves unexplained"],
-    ["rarity", "rarity", rarity, !Number.isNaN(rarity) && short(rarity),
+    ["rarity", "rarity", rarity, !Number.isNaN(rarity) && short(three(rarity)),
       "average of \u2212log\u2081\u2080 density of the features that fire; 3 is one token in a thousand"],
   ];
 }
@@ -56,6 +57,10 @@ function sorted() {
   const chosen = all.filter((at) => !bit || column.kept_why[at] & bit);
   if (score) chosen.sort((a, b) => score[b] - score[a] || a - b);
   return chosen;
+}
+
+function three(value) {
+  return Number(value.toPrecision(3));
 }
 
 async function refill() {
