@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorascope.causal.continuation import Change, continue_text
+from lorascope.causal.continuation import Change, continue_prompt
 from lorascope.demo.problems import Problem, answer_of
 from lorascope.runtime import progress
 from lorascope.subject.intervene import RowEditor
@@ -66,7 +66,7 @@ def solved(
     prompts = prompts_of(problems, subject.tokenizer)
     with RowEditor(subject) as editor, progress(len(prompts), "solve", "problems") as bar:
         for prompt, problem in zip(prompts, problems, strict=True):
-            written = continue_text(
+            written = continue_prompt(
                 editor,
                 torch.from_numpy(prompt.token_ids.astype(np.int64)),
                 torch.from_numpy(prompt.roles != special),

@@ -38,7 +38,12 @@ from lorascope.activations.generate import run as generate
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.ablate import AblateConfig
 from lorascope.causal.ablate import run as ablate
-from lorascope.causal.gradients import Share, Targets, mean_gradients, no_weight_gradients
+from lorascope.causal.gradients import (
+    RowDecomposition,
+    Targets,
+    mean_gradients,
+    no_weight_gradients,
+)
 from lorascope.demo.demo import SUBJECT
 from lorascope.demo.problems import write_jsonl
 from lorascope.sae.model import SAE, load_sae
@@ -273,8 +278,8 @@ def _named(
             x, base = editor.run(ids).rows[0], editor.base(ids)
             targets = Targets.at("logprob", torch.tensor([ids.shape[1] - 1]), ids, base)
             eligible = np.append(store.eligible[first : row + 1], False)
-            share = Share(sae, x, np.arange(store.d_in), eligible)
-            found = share.firings(mean_gradients(editor, ids, x, targets, _STEPS))[0]
+            share = RowDecomposition(sae, x, np.arange(store.d_in), eligible)
+            found = share.firing_contributions(mean_gradients(editor, ids, x, targets, _STEPS))[0]
             sums = torch.zeros(sae.d_sae).index_add_(0, share.latent, found)
             hits += int(sums.abs().argmax()) in latents.tolist()
     return hits / len(rows)

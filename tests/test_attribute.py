@@ -14,8 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.attribute import AttributeConfig, run
-from lorascope.causal.attribution_report import TokenAttribution, agreement_of
-from lorascope.causal.gradients import Share, Targets, mean_gradients, no_weight_gradients
+from lorascope.causal.attribution_report import TokenAttribution, measure_agreement
+from lorascope.causal.gradients import (
+    RowDecomposition,
+    Targets,
+    mean_gradients,
+    no_weight_gradients,
+)
 from lorascope.causal.study import open_report
 from lorascope.cli import call
 from lorascope.errors import ArtifactError, ConfigError, NumberError
@@ -114,39 +119,39 @@ def toy():
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 
 
-def parted(subject, editor, ids, kind, places, sae=None):
-    """Return targets, a share and the rows of one text."""
+def decompose(subject, editor, ids, kind, positions, sae=None):
+    """Return the targets, the decomposition and the rows of one rollout."""
     with torch.no_grad():
         rows = editor.run(ids).rows[0]
-        targets = Targets.at(kind, torch.tensor(places), ids, editor.base(ids))
+        targets = Targets.at(kind, torch.tensor(positions), ids, editor.base(ids))
         if sae is None:
             eye = torch.eye(rows.shape[1])
             both = torch.cat([eye, -eye])
             sae = dictionary(subject.layout, both.T.contiguous(), both)
         everywhere = np.ones(len(rows), bool)
-        share = Share(sae, rows, np.arange(rows.shape[1]), everywhere)
-    return targets, share, rows
+        parts = RowDecomposition(sae, rows, np.arange(rows.shape[1]), everywhere)
+    return targets, parts, rows
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
 def test_on_a_linear_model_contributions_are_the_real_removals_and_add_up(toy, steps):
     with RowEditor(toy) as editor, no_weight_gradients(toy):
-        targets, share, rows = parted(toy, editor, IDS, "logit-difference", [2, 5, 7])
+        targets, parts, rows = decompose(toy, editor, IDS, "logit-difference", [2, 5, 7])
         gradients = mean_gradients(editor, IDS, rows, targets, steps)
-        firings = share.firings(gradients)
+        firings = parts.firing_contributions(gradients)
         with torch.no_grad():
             logits = editor.run(IDS).logits
             largest = float(logits.abs().max())
-            y = targets.values(logits[0, targets.places - 1])
-            y_base = targets.values(editor.base(IDS)[0, targets.places - 1])
-            for i in range(len(share.latent)):
+            y = targets.values(logits[0, targets.positions - 1])
+            y_base = targets.values(editor.base(IDS)[0, targets.positions - 1])
+            for i in range(len(parts.latent)):
                 changed = rows.clone()
-                changed[share.place[i]] -= share.value[i] * share.sae.W_dec[share.latent[i]]
+                changed[parts.position[i]] -= parts.value[i] * parts.sae.W_dec[parts.latent[i]]
                 logits = editor.run(IDS, lambda c, _, r=changed: r[None][..., c]).logits
-                gone = y - targets.values(logits[0, targets.places - 1])
+                gone = y - targets.values(logits[0, targets.positions - 1])
                 assert_same_up_to_rounding(firings[:, i], gone, n_terms=N_TERMS, scale=largest)
     assert_same_up_to_rounding(firings.sum(1), y - y_base, n_terms=N_TERMS, scale=largest)
-    for values in share.rests(gradients).values():
+    for values in parts.other_contributions(gradients).values():
         assert float(values.abs().max()) < rounding(N_TERMS, largest)
 
 
@@ -156,17 +161,21 @@ def test_shares_add_up_to_the_effect_of_the_whole_adapter(dirs, kind):
     ids = torch.tensor([[5, 9, 200, 31, 7, 64, 12, 90]])
     gaps = {}
     with RowEditor(subject) as editor, no_weight_gradients(subject):
-        targets, share, rows = parted(subject, editor, ids, kind, [3, 5, 7])
+        targets, parts, rows = decompose(subject, editor, ids, kind, [3, 5, 7])
         with torch.no_grad():
             y, y_base = (
-                targets.values(logits[0, targets.places - 1])
+                targets.values(logits[0, targets.positions - 1])
                 for logits in (editor.run(ids).logits, editor.base(ids))
             )
         for steps in (2, 40):
             gradients = mean_gradients(editor, ids, rows, targets, steps)
-            whole = share.firings(gradients).sum(1) + sum(share.rests(gradients).values())
+            whole = parts.firing_contributions(gradients).sum(1) + sum(
+                parts.other_contributions(gradients).values()
+            )
             gaps[steps] = float((whole - (y - y_base)).abs().sum() / (y - y_base).abs().sum())
-            assert_same_up_to_rounding(share.tokens(gradients).sum(1), whole, n_terms=N_TERMS)
+            assert_same_up_to_rounding(
+                parts.row_contributions(gradients).sum(1), whole, n_terms=N_TERMS
+            )
     assert float((y - y_base).abs().min()) > 1e-3
     assert gaps[40] < 0.02
     assert gaps[40] < gaps[2]
@@ -176,7 +185,7 @@ def test_a_gradient_at_the_adapters_rows_is_the_slope_of_the_prediction(dirs):
     subject = load(dirs[1], dirs[0])
     ids = torch.tensor([[5, 9, 200, 31, 7, 64]])
     with RowEditor(subject) as editor, no_weight_gradients(subject):
-        targets, _, rows = parted(subject, editor, ids, "logprob", [5])
+        targets, _, rows = decompose(subject, editor, ids, "logprob", [5])
         gradient = mean_gradients(editor, ids, rows, targets, 0)[0]
         for place, column in ((0, 2), (3, 5), (4, 12)):
             moved = []
@@ -185,7 +194,7 @@ def test_a_gradient_at_the_adapters_rows_is_the_slope_of_the_prediction(dirs):
                 given[place, column] += sign * 0.02
                 with torch.no_grad():
                     logits = editor.run(ids, lambda c, _, g=given: g[None][..., c]).logits
-                moved.append(float(targets.values(logits[0, targets.places - 1])))
+                moved.append(float(targets.values(logits[0, targets.positions - 1])))
             slope = (moved[0] - moved[1]) / 0.04
             assert float(gradient[place, column]) == pytest.approx(slope, rel=0.02, abs=2e-4)
 
@@ -194,11 +203,11 @@ def test_nothing_at_or_behind_a_token_contributes_to_it(dirs):
     subject = load(dirs[1], dirs[0])
     ids = torch.tensor([[5, 9, 200, 31, 7, 64]])
     with RowEditor(subject) as editor, no_weight_gradients(subject):
-        targets, share, rows = parted(subject, editor, ids, "kl", [2, 5])
-        firings = share.firings(mean_gradients(editor, ids, rows, targets, 3))
-    for i, place in enumerate(targets.places.tolist()):
-        assert not firings[i, share.place >= place].any()
-        assert firings[i, share.place < place].abs().max() > 0
+        targets, parts, rows = decompose(subject, editor, ids, "kl", [2, 5])
+        firings = parts.firing_contributions(mean_gradients(editor, ids, rows, targets, 3))
+    for i, place in enumerate(targets.positions.tolist()):
+        assert not firings[i, parts.position >= place].any()
+        assert firings[i, parts.position < place].abs().max() > 0
 
 
 def test_an_adapter_that_writes_nothing_is_behind_nothing(dirs, tmp_path):
@@ -212,12 +221,12 @@ def test_an_adapter_that_writes_nothing_is_behind_nothing(dirs, tmp_path):
     ids = torch.tensor([[5, 9, 200, 31]])
     with RowEditor(subject) as editor, no_weight_gradients(subject):
         for kind in ("kl", "logprob", "logit-difference"):
-            targets, share, rows = parted(subject, editor, ids, kind, [1, 3])
+            targets, parts, rows = decompose(subject, editor, ids, kind, [1, 3])
             assert rows.abs().max() > 0
             for steps in (0, 4):
                 gradients = mean_gradients(editor, ids, rows, targets, steps)
-                assert not share.firings(gradients).any()
-                assert not share.tokens(gradients).any()
+                assert not parts.firing_contributions(gradients).any()
+                assert not parts.row_contributions(gradients).any()
 
 
 def test_tokens_that_both_models_rule_out_leave_a_kl_and_its_gradient_finite():
@@ -230,36 +239,35 @@ def test_tokens_that_both_models_rule_out_leave_a_kl_and_its_gradient_finite():
     p, q = logits[0, [0, 1, 3]].softmax(-1), base[0, [0, 1, 3]].softmax(-1)
     assert float(value.detach()) == pytest.approx(float((p * (p / q).log()).sum().detach()))
     assert torch.isfinite(gradient).all()
-    impossible = Targets("kl", targets.places, targets.tokens, base.roll(1, -1))
-    with pytest.raises(NumberError, match="rules out"):
+    impossible = Targets("kl", targets.positions, targets.tokens, base.roll(1, -1))
+    with pytest.raises(NumberError, match="KL is infinite"):
         impossible.values(logits)
 
 
 def test_agreement_knows_what_agrees_and_what_does_not():
     values = np.array([3.0, -1.0, 0.5, 0.2, 0.1, -2.0], np.float32)
+    no_others = dict.fromkeys(("bias", "unexplained", "special", "other_columns"), 0.0)
 
-    def behind(taken):
+    def attributed_to(removed):
         return TokenAttribution(
-            rollout=0, token=9, text="", adapter=1.0, base=0.0, rests={}, first=0,
-            tokens=values, latents=np.arange(6), sources=np.zeros(6, np.int64),
-            contributions=values, removals=-values, taken=np.array(taken, np.float32),
+            rollout=0, token=9, text="", adapter=1.0, base=0.0, others=no_others, first=0,
+            row_contributions=values, latents=np.arange(6), sources=np.zeros(6, np.int64),
+            contributions=values, removals=-values, removed=np.array(removed, np.float32),
         )  # fmt: skip
 
-    agreed = agreement_of([behind(2 * values)])
-    assert agreed["contribution"] == {
-        "rank": pytest.approx(1),
-        "pearson": pytest.approx(1),
-        "top": 1,
-    }
-    assert agreed["removal"]["rank"] == pytest.approx(-1)
+    agreed = measure_agreement([attributed_to(2 * values)])
+    assert agreed.contribution.rank == pytest.approx(1)
+    assert agreed.contribution.pearson == pytest.approx(1)
+    assert agreed.contribution.top == 1
+    assert agreed.removal.rank == pytest.approx(-1)
     by_hand = [4, 1, 3, 2, 0, 5]  # ranks of the real removals; those of values: 5 1 4 3 2 0
     expected = 1 - 6 * (1 + 0 + 1 + 1 + 4 + 25) / (6 * 35)
-    assert agreement_of([behind(by_hand)])["contribution"]["rank"] == pytest.approx(expected)
-    assert agreement_of([]) is None
+    assert measure_agreement([attributed_to(by_hand)]).contribution.rank == pytest.approx(expected)
+    assert measure_agreement([]) is None
 
 
 def test_the_report_says_where_adapter_and_base_differ_and_what_is_behind(attributed, store):
-    data = open_report(attributed(steps=24, check_texts=1, tokens=4, top=30))
+    data = open_report(attributed(steps=24, check_rollouts=1, tokens=4, top=30))
     assert data["n_rollouts"] == 3 and data["n_targets"] == 12
     assert data["completeness"]["gap"] < 0.1
     assert abs(data["completeness"]["unexplained"]) < 1e-4  # this dictionary rebuilds every row
@@ -286,7 +294,7 @@ def test_the_report_says_where_adapter_and_base_differ_and_what_is_behind(attrib
 
 
 def test_rise_is_what_the_adapter_adds_to_the_tokens_log_probability(attributed, dirs, store):
-    data = open_report(attributed(check_texts=0, target="logprob", steps=1))
+    data = open_report(attributed(check_rollouts=0, target="logprob", steps=1))
     assert data["agreement"] is None
     for text in data["rollouts"]:
         for one in text["targets"]:
@@ -310,7 +318,7 @@ def test_the_same_command_gives_the_same_bytes_and_verify_reads_it(attributed):
 
 def test_a_token_that_is_asked_for_is_explained(attributed, store):
     rollout = int(store.rollout_id[1])
-    data = open_report(attributed(rollouts=(rollout,), places=(4, 7), steps=2, check_texts=0))
+    data = open_report(attributed(rollouts=(rollout,), positions=(4, 7), steps=2, check_rollouts=0))
     assert [text["rollout"] for text in data["rollouts"]] == [rollout]
     assert [one["token"] for one in data["rollouts"][0]["targets"]] == [4, 7]
 
@@ -318,14 +326,17 @@ def test_a_token_that_is_asked_for_is_explained(attributed, store):
 def test_impossible_requests_are_one_line(attributed, store, tmp_path):
     for given, words in (
         ({"rollouts": (10**6,)}, "no rollout 1000000"),
-        ({"places": (3,)}, "name the text"),
-        ({"rollouts": (int(store.rollout_id[0]),), "places": (0,)}, "first token is not predicted"),
-        ({"rollouts": (int(store.rollout_id[0]),), "places": (9999,)}, "tokens"),
-        ({"rollouts": (0,), "texts_of": tmp_path / "features.h5"}, "give one"),
+        ({"positions": (3,)}, "names 0"),
+        (
+            {"rollouts": (int(store.rollout_id[0]),), "positions": (0,)},
+            "1 or more",
+        ),
+        ({"rollouts": (int(store.rollout_id[0]),), "positions": (9999,)}, "tokens"),
+        ({"rollouts": (0,), "rollouts_of": tmp_path / "features.h5"}, "give one"),
         ({"steps": 0}, "--steps is 0"),
     ):
         with pytest.raises(ConfigError, match=words):
             attributed(**given)
     with pytest.raises(ArtifactError):
-        attributed(texts_of=tmp_path / "features.h5")
+        attributed(rollouts_of=tmp_path / "features.h5")
     assert not (tmp_path / "attribution.json").exists()

@@ -8,7 +8,7 @@ from builders.subjects import N_TERMS, load, save_adapter
 from builders.tolerance import assert_same_up_to_rounding, kl_rounding, rounding
 
 from lorascope.activations.store import ActivationStore
-from lorascope.causal.continuation import Change, continue_text
+from lorascope.causal.continuation import Change, continue_prompt
 from lorascope.subject.intervene import RowEditor
 from lorascope.subject.sampling import sample_rollouts
 from lorascope.texts.roles import ROLES
@@ -39,7 +39,7 @@ def push(size):
 
 def written(subject, arms, **given):
     with RowEditor(subject) as editor:
-        return continue_text(editor, PROMPT, TEXT, arms, max_new_tokens=8, **given)
+        return continue_prompt(editor, PROMPT, TEXT, arms, max_new_tokens=8, **given)
 
 
 def test_without_a_change_it_is_what_the_model_writes_by_itself(subject):
@@ -92,7 +92,7 @@ def test_token_by_token_is_one_pass_over_the_whole_text(subject):
 def test_rows_held_at_nothing_are_the_base_model(subject):
     nothing = Change(lambda rows, counts: torch.zeros_like(rows), held=True)
     with RowEditor(subject) as editor:
-        ((one,),) = continue_text(
+        ((one,),) = continue_prompt(
             editor, PROMPT, TEXT, [nothing], max_new_tokens=8, everywhere=True
         )
         ids = PROMPT[None]

@@ -9,6 +9,7 @@ from builders.subjects import IDS, N_TERMS, load, save_adapter
 from builders.tolerance import assert_same_up_to_rounding
 
 from lorascope.causal.direct import DirectConfig, measure, run
+from lorascope.causal.record_json import to_json
 from lorascope.causal.study import open_report
 from lorascope.cli import call
 from lorascope.errors import ArtifactError, ConfigError
@@ -39,7 +40,7 @@ def test_promoted_tokens_are_those_that_a_last_write_raises_in_the_real_model(di
     """
     subject = load(dirs[1], dirs[0])
     sae = of_columns(subject, ["1.down_proj"])
-    report = measure(subject, sae, 320)
+    report = to_json(measure(subject, sae, 320))
     entry = report["features"][0]
     column = subject.layout.column_names.index("1.down_proj")
     streams = []
@@ -70,7 +71,9 @@ def test_promoted_tokens_are_those_that_a_last_write_raises_in_the_real_model(di
 
 def test_a_feature_that_writes_inside_layers_only_is_said_to_be_indirect(dirs):
     subject = load(dirs[1], dirs[0])
-    report = measure(subject, of_columns(subject, ["0.gate_proj", "1.q_proj", "0.o_proj"]), 5)
+    report = to_json(
+        measure(subject, of_columns(subject, ["0.gate_proj", "1.q_proj", "0.o_proj"]), 5)
+    )
     shares = [one["share"] for one in report["features"]]
     assert shares == [0, 0, 1]
     assert [len(one["promoted"]) for one in report["features"]] == [0, 0, 5]
@@ -80,7 +83,7 @@ def test_a_feature_that_writes_inside_layers_only_is_said_to_be_indirect(dirs):
 
 def test_every_named_token_is_spelled_and_none_is_special(dirs):
     subject = load(dirs[1], dirs[0])
-    report = measure(subject, of_columns(subject, ["0.down_proj", "1.o_proj"]), 300)
+    report = to_json(measure(subject, of_columns(subject, ["0.down_proj", "1.o_proj"]), 300))
     special = set(subject.tokenizer.all_special_ids)
     for one in report["features"]:
         for token in [*one["promoted"], *one["suppressed"]]:
@@ -113,7 +116,7 @@ def test_an_adapter_that_writes_nothing_promotes_nothing(dirs, tmp_path):
 
     save_adapter(dirs[0], tmp_path / "adapter", change=silence, target_modules=["down_proj"], r=1)
     subject = load(tmp_path / "adapter", dirs[0])
-    report = measure(subject, of_columns(subject, ["0.down_proj"]), 5)
+    report = to_json(measure(subject, of_columns(subject, ["0.down_proj"]), 5))
     assert report["features"] == [{"feature": 0, "share": 0.0, "promoted": [], "suppressed": []}]
 
 
@@ -136,7 +139,7 @@ def test_the_report_is_made_once_and_to_the_same_bytes(dirs, tmp_path, capsys):
     data["features"][0]["share"] = 0.5
     out.write_text(json.dumps(data))
     assert call(["verify", str(out)]) == 1
-    assert "other numbers" in capsys.readouterr().err
+    assert "direct.json" in capsys.readouterr().err
 
 
 def test_an_sae_of_another_adapter_and_impossible_options_are_refused(dirs, make_subject, tmp_path):

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from lorascope.causal import effects
-from lorascope.causal.effects import Tokens, ce_of, counted, interval_of, kl_of, ratio_of
+from lorascope.causal.effects import (
+    TokenRollouts,
+    bootstrap_interval,
+    cross_entropy,
+    kl_divergence,
+    ratio_of_sums,
+    select_measured,
+)
 
 INF = math.inf
 
@@ -19,8 +26,10 @@ def logits(*rows):
 def test_kl_by_hand_and_its_direction():
     """Reference (1/2, 1/2), other (1/4, 3/4): ½·log 2 + ½·log(2/3); the other way differs."""
     p, q = logits([0.0, 0.0]), logits([0.0, math.log(3)])
-    assert float(kl_of(p, q)) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3), abs=1e-7)
-    assert float(kl_of(q, p)) == pytest.approx(
+    assert float(kl_divergence(p, q)) == pytest.approx(
+        0.5 * math.log(2) + 0.5 * math.log(2 / 3), abs=1e-7
+    )
+    assert float(kl_divergence(q, p)) == pytest.approx(
         0.25 * math.log(0.5) + 0.75 * math.log(1.5), abs=1e-7
     )
 
@@ -30,11 +39,13 @@ def test_kl_and_loss_are_those_of_float64():
     p, q = rng.normal(size=(2, 50, 97)) * 3
     log_p, log_q = (x - np.log(np.exp(x).sum(1, keepdims=True)) for x in (p, q))
     expected = (np.exp(log_p) * (log_p - log_q)).sum(1)
-    found = kl_of(torch.from_numpy(p).float(), torch.from_numpy(q).float())
+    found = kl_divergence(torch.from_numpy(p).float(), torch.from_numpy(q).float())
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     targets = torch.from_numpy(rng.integers(0, 97, 50))
     np.testing.assert_allclose(
-        ce_of(torch.from_numpy(q).float(), targets), -log_q[np.arange(50), targets], rtol=1e-5
+        cross_entropy(torch.from_numpy(q).float(), targets),
+        -log_q[np.arange(50), targets],
+        rtol=1e-5,
     )
 
 
@@ -46,7 +57,7 @@ def test_small_effects_keep_their_digits(step):
     q = (p + step * rng.normal(size=p.shape)).astype(np.float32)
     wide = [torch.from_numpy(x).double().log_softmax(-1) for x in (p, q)]
     expected = (wide[0].exp() * (wide[0] - wide[1])).sum(-1).numpy()
-    found = kl_of(torch.from_numpy(p), torch.from_numpy(q)).numpy()
+    found = kl_divergence(torch.from_numpy(p), torch.from_numpy(q)).numpy()
     assert (found > 0).all()
     np.testing.assert_allclose(found, expected, rtol=5e-3)
 
@@ -54,7 +65,7 @@ def test_small_effects_keep_their_digits(step):
 def test_kl_of_a_thing_with_itself_is_exactly_zero_in_any_type():
     x = torch.randn(20, 300, generator=torch.Generator().manual_seed(0)) * 10
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert (kl_of(x.to(dtype), x.to(dtype)) == 0).all()
+        assert (kl_divergence(x.to(dtype), x.to(dtype)) == 0).all()
 
 
 def test_16_bit_logits_are_compared_in_float32():
@@ -62,64 +73,66 @@ def test_16_bit_logits_are_compared_in_float32():
     x = torch.randn(200, 500, generator=torch.Generator().manual_seed(0)).bfloat16()
     y = x.clone()
     y[:, 0] += 0.125
-    wide = kl_of(x.double().float(), y.double().float())
-    assert torch.equal(kl_of(x, y), wide)
+    wide = kl_divergence(x.double().float(), y.double().float())
+    assert torch.equal(kl_divergence(x, y), wide)
     assert 0 < float(wide.mean()) < 1e-4
 
 
 def test_tokens_that_are_suppressed_give_no_nan():
     """0 · (−∞ − −∞) is 0; what the other alone rules out is infinite, and said so."""
     p, q = logits([0.0, 1.0, -INF]), logits([1.0, 0.0, -INF])
-    assert float(kl_of(p, q)) == pytest.approx(float(kl_of(p[:, :2], q[:, :2])), abs=1e-7)
-    assert float(kl_of(p, logits([0.0, 0.0, 5.0]))) == pytest.approx(
+    assert float(kl_divergence(p, q)) == pytest.approx(
+        float(kl_divergence(p[:, :2], q[:, :2])), abs=1e-7
+    )
+    assert float(kl_divergence(p, logits([0.0, 0.0, 5.0]))) == pytest.approx(
         sum(
             w * math.log(w / v) for w, v in zip((0.26894, 0.73106), (0.00665, 0.00665), strict=True)
         ),
         rel=1e-3,
     )
-    far = kl_of(logits([0.0, -200.0]), logits([0.0, 200.0]))
+    far = kl_divergence(logits([0.0, -200.0]), logits([0.0, 200.0]))
     assert float(far) == pytest.approx(200.0)
-    assert float(kl_of(logits([0.0, 0.0]), logits([0.0, -INF]))) == INF
+    assert float(kl_divergence(logits([0.0, 0.0]), logits([0.0, -INF]))) == INF
 
 
 def test_the_vocabulary_is_never_copied_whole_and_pieces_change_nothing(monkeypatch):
     x, y = torch.randn(2, 33, 50, generator=torch.Generator().manual_seed(0))
     targets = torch.arange(33)
-    whole = kl_of(x, y), ce_of(x, targets)
-    monkeypatch.setattr(effects, "_AT_ONCE", 350)  # seven tokens at a time
-    assert torch.equal(kl_of(x, y), whole[0])
-    assert torch.equal(ce_of(x, targets), whole[1])
-    assert kl_of(x[:0], y[:0]).shape == (0,)
+    whole = kl_divergence(x, y), cross_entropy(x, targets)
+    monkeypatch.setattr(effects, "_CHUNK", 350)  # seven tokens at a time
+    assert torch.equal(kl_divergence(x, y), whole[0])
+    assert torch.equal(cross_entropy(x, targets), whole[1])
+    assert kl_divergence(x[:0], y[:0]).shape == (0,)
 
 
 def test_counted_keeps_the_measured_positions_in_order():
     x = torch.arange(2 * 3 * 4.0).view(2, 3, 4)
     mask = torch.tensor([[True, False, True], [False, True, False]])
-    assert torch.equal(counted(x, mask), torch.stack([x[0, 0], x[0, 2], x[1, 1]]))
+    assert torch.equal(select_measured(x, mask), torch.stack([x[0, 0], x[0, 2], x[1, 1]]))
 
 
 def test_sums_are_of_texts_and_the_ratio_is_of_sums_not_a_mean_of_ratios():
-    tokens = Tokens(np.array([0, 0, 1, 2]), 3)
+    tokens = TokenRollouts(np.array([0, 0, 1, 2]), 3)
     values = np.array([1, 2, 4, 8], np.float32)
     assert tokens.sums(values).tolist() == [3, 4, 8]
     assert tokens.sums(values, np.array([True, False, True, False])).tolist() == [1, 4, 0]
-    assert ratio_of(np.array([1.0, 9.0]), np.array([1.0, 1.0])) == 5
-    assert ratio_of(np.array([1.0, 9.0]), np.array([1.0, 9.0])) == 1
-    assert ratio_of(np.zeros(2), np.zeros(2)) is None
+    assert ratio_of_sums(np.array([1.0, 9.0]), np.array([1.0, 1.0])) == 5
+    assert ratio_of_sums(np.array([1.0, 9.0]), np.array([1.0, 9.0])) == 1
+    assert ratio_of_sums(np.zeros(2), np.zeros(2)) is None
 
 
 def test_the_interval_draws_texts_and_has_the_width_of_their_spread():
     """Means of n texts: ±1.96 standard errors, as for any mean of independent draws."""
     rng = np.random.default_rng(0)
     above = rng.normal(1.0, 0.2, 400)
-    low, high = interval_of(above, np.ones(400))
+    low, high = bootstrap_interval(above, np.ones(400))
     error = above.std() / 20
     assert low == pytest.approx(above.mean() - 1.96 * error, abs=0.2 * error)
     assert high == pytest.approx(above.mean() + 1.96 * error, abs=0.2 * error)
-    assert interval_of(above, np.ones(400)) == [low, high]
-    assert interval_of(above, np.ones(400), seed=1) != [low, high]
+    assert bootstrap_interval(above, np.ones(400)) == (low, high)
+    assert bootstrap_interval(above, np.ones(400), seed=1) != (low, high)
 
 
 def test_where_a_draw_has_no_ratio_there_is_no_interval():
-    assert interval_of(np.ones(1), np.ones(1)) is None
-    assert interval_of(np.ones(2), np.array([0.0, 1.0])) is None
+    assert bootstrap_interval(np.ones(1), np.ones(1)) is None
+    assert bootstrap_interval(np.ones(2), np.array([0.0, 1.0])) is None

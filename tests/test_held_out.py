@@ -11,7 +11,8 @@ from builders.studies import each_column, make_texts
 from builders.subjects import N_TERMS
 from builders.tolerance import assert_same_up_to_rounding, rounding
 
-from lorascope.causal.held_out import EffectOptions, held_out_rollouts, open_held_out
+from lorascope.causal.held_out import held_out_rollouts, open_held_out
+from lorascope.causal.study import EffectOptions
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.sae.model import load_sae
 from lorascope.sae.settings import TrainConfig
@@ -147,5 +148,5 @@ def test_what_does_not_belong_together_is_one_line(subject_dirs, make_subject, t
 
 def test_a_folder_of_the_published_scripts_has_no_token_ids_to_run(subject_dirs, tmp_path):
     folder = write_published_store(tmp_path / "published", PROJECTIONS)
-    with pytest.raises(ArtifactError, match="does not say the ids"):
+    with pytest.raises(ArtifactError, match="token ids"):
         open_held_out(options(subject_dirs, folder), None)

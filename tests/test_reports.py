@@ -134,32 +134,43 @@ def first_of(report, *path):
 
 
 TOKEN = ("features", 0, "promoted", 0)
+TOKENS = [{"token_id": NEW_TOKEN, "token": "x", "z": 1.0}] * 9
 TARGET_ONE = ("rollouts", 0, "targets", 0)
+CAUSES = (*TARGET_ONE, "behind")
 
 
 @pytest.mark.parametrize(
     ("make", "change", "words"),
     [
         (ablation, lambda r: r["features"][0].update(feature=10**6), "names feature 1000000"),
-        (ablation, lambda r: r["features"][0].update(kl="much"), "does not hold"),
-        (ablation, lambda r: r["features"][0].pop("kl_each"), "does not hold"),
-        (direct, lambda r: first_of(r, *TOKEN).update(token_id=5_000_000), "vocabulary"),
-        (direct, lambda r: r["features"][0]["promoted"].extend([{}] * 9), "names 11 tokens"),
-        (direct, lambda r: r["vocabulary"].update({"7": "zz"}), "does not hold"),
-        (attribution, lambda r: first_of(r, *TARGET_ONE).update(token=10**6), "a place"),
-        (attribution, lambda r: first_of(r, *TARGET_ONE)["behind"].append([-1, 1, 0, 0]), "-1"),
-        (attribution, lambda r: first_of(r, *TARGET_ONE).pop("bias"), "does not hold"),
+        (
+            ablation,
+            lambda r: r["features"][3].update(kl="x"),
+            r'features\[3\].kl is "x", expected a',
+        ),
+        (ablation, lambda r: r["features"][0].pop("kl_each"), r"features\[0\] lacks kl_each"),
+        (ablation, lambda r: r["features"][0].update(color=1), "unknown key color"),
         (ablation, lambda r: r["features"].append(r["features"][0]), "twice"),
-        (ablation, lambda r: r["features"][0].update(kl=-3.0), "-3.0 is not from 0"),
-        (ablation, lambda r: r["features"][0].update(kl_interval=[1, 2, 3]), "does not hold"),
-        (ablation, lambda r: r.pop("floor"), "does not hold"),
-        (ablation, lambda r: r["floor"].update(rounding=None), "None is no number"),
+        (ablation, lambda r: r["features"][0].update(kl=-3.0), "kl is -3.0"),
+        (ablation, lambda r: r["features"][0].update(kl=True), "kl is true"),
+        (ablation, lambda r: r["features"][0].update(n_fired=1.5), "n_fired is 1.5"),
+        (ablation, lambda r: r["features"][0].update(kl_interval=[1, 2, 3]), "a list of 2"),
+        (ablation, lambda r: r.pop("floor"), "lacks floor"),
+        (ablation, lambda r: r["floor"].update(rounding=None), "floor.rounding is null"),
+        (direct, lambda r: first_of(r, *TOKEN).update(token_id=5_000_000), "vocabulary"),
+        (direct, lambda r: r["features"][0]["promoted"].extend(TOKENS), "names 11 tokens"),
+        (direct, lambda r: r["vocabulary"].update({"7": "zz"}), "vocabulary"),
+        (direct, lambda r: r["vocabulary"].update({"-7": "00"}), "vocabulary"),
         (direct, lambda r: r["features"].pop(), "has 149 features"),
-        (direct, lambda r: r["features"][0].update(share=7), "7 is not from 0"),
-        (direct, lambda r: r.update(n_tokens=10**11), "names 100000000000 tokens"),
-        (direct, lambda r: first_of(r, *TOKEN).update(z=1e300), "is not from"),
-        (attribution, lambda r: r.update(target="<b>"), "target"),
-        (attribution, lambda r: r["completeness"].update(gap="much"), "no number"),
+        (direct, lambda r: r["features"][0].update(share=7), "share is 7, expected"),
+        (direct, lambda r: r.update(n_tokens=10**11), "n_tokens is 100000000000"),
+        (direct, lambda r: first_of(r, *TOKEN).update(z=1e300), r"promoted\[0\].z is 1e\+300"),
+        (attribution, lambda r: first_of(r, *TARGET_ONE).update(token=10**6), "a position"),
+        (attribution, lambda r: first_of(r, *CAUSES).append([-1, 1, 0, 0]), r"\[2\]\[0\] is -1"),
+        (attribution, lambda r: first_of(r, *CAUSES).append([999, 1, 0, 0]), "names feature 999"),
+        (attribution, lambda r: first_of(r, *TARGET_ONE).pop("bias"), "lacks bias"),
+        (attribution, lambda r: r.update(target="<b>"), "target is"),
+        (attribution, lambda r: r["completeness"].update(gap="much"), "completeness.gap"),
         (attribution, lambda r: r["rollouts"].append(r["rollouts"][0]), "twice"),
         (attribution, lambda r: r["rollouts"][0]["kl"].append(0.1), "tokens of rollout"),
     ],
@@ -185,10 +196,10 @@ def test_a_report_of_another_sae_a_second_one_and_other_kinds_are_refused(index,
     with pytest.raises(ArtifactError, match="second report"):
         Reports.open([one, two], index, source)
     evaluation = write(tmp_path / "evaluation.json", "evaluation", index, {})
-    with pytest.raises(ArtifactError, match="shows nothing"):
+    with pytest.raises(ArtifactError, match="kind evaluation, expected ablation"):
         Reports.open([evaluation], index, source)
     one.write_text(one.read_text().replace("0.625", "0.626"))
-    with pytest.raises(ArtifactError, match="other numbers"):
+    with pytest.raises(ArtifactError, match="one.json"):
         Reports.open([one], index, source)
 
 

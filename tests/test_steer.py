@@ -5,8 +5,7 @@ import torch
 from builders.studies import dictionary, make_texts, strengthen
 
 from lorascope.activations.store import ActivationStore
-from lorascope.causal.steer import SteerConfig, run
-from lorascope.causal.steering_report import repeats_of
+from lorascope.causal.steer import SteerConfig, count_repeats, run
 from lorascope.causal.study import open_report
 from lorascope.cli import call
 from lorascope.errors import ConfigError
@@ -94,8 +93,8 @@ def test_own_prompts_are_continued(steered, dataset_file):
 
 
 def test_repeats_are_runs_of_four_that_were_there_before():
-    assert repeats_of(torch.tensor([1, 2, 3, 4, 1, 2, 3, 4, 1]).numpy()) == (2, 6)
-    assert repeats_of(torch.tensor([1, 2, 3]).numpy()) == (0, 0)
+    assert count_repeats(torch.tensor([1, 2, 3, 4, 1, 2, 3, 4, 1]).numpy()) == (2, 6)
+    assert count_repeats(torch.tensor([1, 2, 3]).numpy()) == (0, 0)
 
 
 def test_the_same_command_gives_the_same_bytes_and_a_picture(steered):
@@ -113,7 +112,7 @@ def test_impossible_requests_are_one_line(steered, tmp_path):
         ({"features": ()}, "names no feature"),
         ({"features": (99,)}, "has features 0 to 2"),
         ({"doses": (float("nan"),)}, "finite"),
-        ({"samples": 2}, "all alike"),
+        ({"samples": 2}, "--samples above 1"),
         ({"num_prompts": 0}, "--num-prompts is 0"),
     ):
         with pytest.raises(ConfigError, match=words):

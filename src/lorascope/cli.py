@@ -120,7 +120,7 @@ COMMANDS = {
         "AttributeConfig",
         "find the features that caused each predicted token",
         "lorascope attribute --lora-path my-adapter --data-dir out/activations "
-        "--sae out/sae --texts-of out/features.h5",
+        "--sae out/sae --rollouts-of out/features.h5",
     ),
     "direct": Command(
         "evidence",

@@ -23,7 +23,7 @@ C = TypeVar("C", bound="Config")
 
 
 OPTION_GROUPS = {  # the groups of `--help` with the options of all commands, most used first
-    "data": "dataset input data_dir num_examples rollouts texts_of prompts num_prompts "
+    "data": "dataset input data_dir num_examples rollouts rollouts_of prompts num_prompts "
     "max_rollouts roles template split long_texts max_length duplicates sample max_new_tokens "
     "temperature sample_seed".split(),
     "model": "lora_path base_model adapter_types adapter_name dtype gauge device_map "
@@ -31,7 +31,7 @@ OPTION_GROUPS = {  # the groups of `--help` with the options of all commands, mo
     "dictionary": "sae expansion_factor k batch_size epochs lr architecture normalize signed "
     "warmup holdout dead_after auxk_alpha precision buffer_rows against".split(),
     "features": "features top_k context_window max_per_rollout same_context samples rollout_tokens "
-    "effect_texts how factor doses where target tokens places steps top check_texts greedy "
+    "effect_texts how factor doses where target tokens positions steps top check_rollouts greedy "
     "tolerance".split(),
     "output": "output overwrite format store_dtype title effects max_examples open serve "
     "port".split(),
@@ -42,6 +42,9 @@ ALIASES = {  # other names of an option: those of the published scripts, and ear
     "output": ("output_dir", "output_path"),
     "same_context": ("alike",),
     "rollout_tokens": ("text_tokens",),
+    "rollouts_of": ("texts_of",),
+    "positions": ("places",),
+    "check_rollouts": ("check_texts",),
 }
 
 

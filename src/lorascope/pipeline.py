@@ -134,9 +134,9 @@ def _effects(config: RunConfig) -> dict[str, Callable[[], Path]]:
         "attribute": lambda: attribute.run(
             attribute.AttributeConfig.from_shared(
                 config,
-                texts_of=out / "features.h5",
+                rollouts_of=out / "features.h5",
                 output=attribution_json,
-                check_texts=1,
+                check_rollouts=1,
                 **given,
             )
         ),

@@ -28,7 +28,7 @@ def write(path: Path, kind: str, index: FeatureIndex, report: dict[str, Any]) ->
 
 
 def ablation(index: FeatureIndex) -> dict[str, Any]:
-    """An entry for each feature but the last two; 1 never fires, 2 does in one text only."""
+    """An entry for each feature but the last two; 1 never fires, 2 fires in one rollout only."""
     rng = np.random.default_rng(1)
     entries = []
     for latent in range(max(len(index) - 2, 0)):
@@ -46,17 +46,22 @@ def ablation(index: FeatureIndex) -> dict[str, Any]:
                 "kl_random": kl / 2,
             }
         )
+    whole = {"kl": 0.3, "kl_interval": [0.2, 0.4], "ce_rise": 0.1, "kl_special": None}
     return {
         "n_rollouts": 5,
         "n_tokens": 400,
+        "n_special": 0,
         "floor": {"null": 0.0, "rounding": 3e-12},
-        "without_adapter": {"kl": 0.3},
+        "without_adapter": whole,
+        "sites": {},
+        "projections": {},
+        "layers": {},
         "features": entries,
     }
 
 
 def direct(index: FeatureIndex) -> dict[str, Any]:
-    """Two tokens on each side, one of which the index does not have; feature 1 writes nothing."""
+    """Two tokens on each side, one not in the index; feature 1 writes nothing."""
     known = int(index.token_id[index.token_id >= 0][0])
     vocabulary = {known: index.token_bytes(known), NEW_TOKEN: HOSTILE.encode()}
 
@@ -85,7 +90,7 @@ def direct(index: FeatureIndex) -> dict[str, Any]:
 
 
 def attribution(index: FeatureIndex) -> dict[str, Any]:
-    """KL and rise of every token of the whole texts; the strongest two of each are explained."""
+    """KL and rise of every token of the complete rollouts; the two strongest are explained."""
     rng = np.random.default_rng(2)
     rollouts = []
     for number, rollout in enumerate(index.text_rollout.tolist()):
@@ -126,7 +131,14 @@ def attribution(index: FeatureIndex) -> dict[str, Any]:
         "n_tokens": 10,
         "n_targets": 4,
         "kl": 0.1,
-        "completeness": {"gap": 0.1},
+        "completeness": {
+            "gap": 0.1,
+            "features": 0.6,
+            "bias": 0.1,
+            "unexplained": -0.05,
+            "special": 0.35,
+            "other_columns": 0.0,
+        },
         "agreement": None,
         "features": [],
         "rollouts": rollouts,

@@ -1,25 +1,24 @@
-"""Take parts of an adapter out and measure what becomes of its model's output.
+"""Remove parts of an adapter, or features of an SAE, and measure the effect on the model's output.
 
-1. Parts are sites, projections, layers, the MLP and the attention. Each is taken out alone (its
-   rows become zero, later sites answer to what is left), and each is kept alone.
-2. Controls: nothing taken out; rows moved by one rounding step; and for each part a random
-   direction of the same norm added to what each of its sites writes, instead of taking that away.
-3. `--greedy` takes one kind of part out step by step, each time the one that costs least.
-4. With an SAE, each feature is taken out: `value · decoder row` is subtracted from the rows of the
-   tokens of text on which it fires, all other rows are held. Control: a random direction of the
-   same norm in the SAE's units instead of the decoder row. Texts where it never fires need no run.
-5. Each is compared with the whole adapter in the same batch: KL(adapter ‖ without) in nats a token,
-   float32, and the rise of the loss on the next token.
+1. Parts are sites, projections, layers, the MLP and the attention. Each is removed alone (its rows
+   become zero and later sites respond), and each is kept alone.
+2. Controls: nothing removed; rows changed by one rounding step; and for each part, a random
+   direction of the same norm added to what each of its sites writes.
+3. `--greedy` removes the parts of one kind step by step, each time the one that costs least.
+4. With an SAE, each feature is removed: `value · decoder row` is subtracted from the rows of the
+   text tokens on which it fires, all other rows are held. Control: a random direction of the same
+   norm in the SAE's units instead of the decoder row. Rollouts where it never fires are not run.
+5. Each run is compared with the whole adapter in the same batch: KL(adapter ‖ without) in nats a
+   token, float32, and the rise of the loss on the next token.
 
-In: adapter, activation store, perhaps an SAE. Out: a report (JSON) and its picture beside it, as
-.png and .svg; the table goes to stderr.
+In: adapter, activation store, optionally an SAE. Out: a report (JSON) with its picture as .png and
+.svg; the table goes to stderr.
 """
 
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,65 +27,81 @@ from torch import Tensor
 
 from lorascope import runtime
 from lorascope.activations.store import ActivationStore
-from lorascope.causal.ablation_report import (
-    feature_entries,
-    greedy_entries,
-    part_entries,
-    table,
+from lorascope.causal.effects import (
+    bootstrap_interval,
+    complement,
+    complement_interval,
+    kl_divergence,
+    ratio_of_sums,
+    select_measured,
 )
-from lorascope.causal.effects import counted, kl_of
-from lorascope.causal.held_out import (
-    SPECIAL,
-    HeldOut,
-    RandomEffectOptions,
-    described,
-    open_held_out,
+from lorascope.causal.held_out import SPECIAL, HeldOut, describe_run, open_held_out
+from lorascope.causal.removals import (
+    HeldChange,
+    LiveChange,
+    Part,
+    TokenSums,
+    adapter_parts,
+    run_held,
+    run_live,
+)
+from lorascope.causal.report_records import (
+    AblationReport,
+    FeatureRemoval,
+    Floor,
+    GreedyStep,
+    PartRemoval,
+    Recovered,
+    Removal,
+)
+from lorascope.causal.study import (
+    Made,
+    SeededEffectOptions,
+    format_interval,
+    format_number,
+    report_at,
     require_features,
+    require_json_name,
 )
-from lorascope.causal.parts import Part, parts_of
-from lorascope.causal.study import Report, report_at
 from lorascope.config import option
 from lorascope.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
-    from lorascope.causal.removals import Sums
     from lorascope.sae.model import SAE
     from lorascope.subject.intervene import RowEditor
 
-log = logging.getLogger(__name__)
-
-KIND = "ablation"
-SCHEMA = 1
+_N_SHOWN = 10  # features in the table
+_KINDS = {"site": "sites", "projection": "projections", "layer": "layers", "block": "blocks"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class AblateConfig(RandomEffectOptions):
+class AblateConfig(SeededEffectOptions):
     """Options of `ablate`."""
 
     sae: Path | None = option(
-        None, help="SAE whose features to take out too, and whose held-out texts to run",
+        None,
+        help="SAE whose features to remove too, and whose held-out rollouts to run",
         identity=False,
-    )  # fmt: skip
+    )
     features: tuple[int, ...] = option(
-        (), help="numbers of the features to take out; default: all that fire"
+        (), help="numbers of the features to remove; default: all that fire"
     )
     greedy: Literal["none", "projection", "layer", "site"] = option(
-        "projection", help="kind of part to take out step by step; n of them take n²/2 runs"
+        "projection", help="kind of part to remove step by step; n parts take n²/2 runs"
     )
-    output: Path = option(Path("ablation.json"), help="report to make", identity=False)
+    output: Path = option(Path("ablation.json"), help="report to write", identity=False)
 
     def check(self) -> None:
         """Refuse impossible choices."""
         super().check()
-        if self.output.suffix != ".json":
-            raise ConfigError(f"--output is {self.output}, expected a .json file")
+        require_json_name(self.output)
         if self.features and self.sae is None:
             raise ConfigError("--features are those of an SAE; name it with --sae")
         require_features(self.features)
 
 
 def run(config: AblateConfig) -> Path:
-    """Make a report, or find the finished one, and return its file."""
+    """Write the report unless it is finished already, and return its file."""
     from lorascope.causal.figures import draw_ablation
     from lorascope.sae.model import load_sae
 
@@ -94,148 +109,237 @@ def run(config: AblateConfig) -> Path:
     sae = None if config.sae is None else load_sae(config.sae, store)
     require_features(config.features, sae)
 
-    def make() -> Report:
-        texts = open_held_out(config, sae)
-        report = measure(texts, config, sae)
-        return Report(report, texts.subject.layout, described(texts, config.sae))
+    def make() -> Made:
+        held_out = open_held_out(config, sae)
+        report = measure(held_out, config, sae)
+        return Made(report, held_out.subject.layout, describe_run(held_out, config.sae))
 
     return report_at(
         config.output,
-        KIND,
-        SCHEMA,
+        AblationReport,
         settings=config.settings(),
         parents={"activations": store.digest, **({} if sae is None else {"sae": sae.digest})},
         overwrite=config.overwrite,
         make=make,
         table=table,
-        draw=lambda data: [
-            draw_ablation(data, config.output.with_suffix(end)) for end in (".png", ".svg")
+        draw=lambda report, manifest: [
+            draw_ablation(report, manifest, config.output.with_suffix(end))
+            for end in (".png", ".svg")
         ],
     )
 
 
 @torch.inference_mode()
-def measure(texts: HeldOut, config: AblateConfig, sae: "SAE | None" = None) -> dict[str, Any]:
-    """Return the report's parts as JSON values; `sae` None leaves the features out."""
+def measure(held_out: HeldOut, config: AblateConfig, sae: "SAE | None" = None) -> AblationReport:
+    """Return the report; without `sae` it has no features."""
     from lorascope.subject.intervene import RowEditor
 
-    parts = parts_of(texts.subject.layout)
-    with RowEditor(texts.subject, seed=config.seed) as editor:
-        study = _Study(editor, texts)
-        report = study.parts(parts, config.seed)
+    parts = adapter_parts(held_out.subject.layout)
+    with RowEditor(held_out.subject, seed=config.seed) as editor:
+        study = _Study(editor, held_out, config.seed)
+        report = study.remove_parts(parts)
         if config.greedy != "none":
-            some = [part for part in parts if part.kind == config.greedy]
-            report["greedy"] = greedy_entries(study.greedy(some), study.n_tokens)
+            of_kind = [part for part in parts if part.kind == config.greedy]
+            report = replace(report, greedy=study.remove_greedily(of_kind))
         if sae is not None:
-            report["features"] = study.features(sae, config.features, config.seed)
+            report = replace(report, features=study.remove_features(sae, config.features))
     return report
 
 
 class _Study:
-    """The texts of a study, of which each is run alone, and sums over them."""
+    """Held-out rollouts, each alone in its batch, and the sums over them."""
 
-    def __init__(self, editor: "RowEditor", texts: HeldOut) -> None:
-        self.editor, self.texts = editor, texts
-        self.batches = list(texts.batches(copies=texts.batch_tokens))
-        usual = [texts.role_of(batch.measured) != SPECIAL for batch in self.batches]
+    def __init__(self, editor: "RowEditor", held_out: HeldOut, seed: int) -> None:
+        self.editor, self.held_out, self.seed = editor, held_out, seed
+        self.batches = list(held_out.batches(copies=held_out.batch_tokens))
+        usual = [held_out.role_of(batch.measured) != SPECIAL for batch in self.batches]
         self.n_tokens = int(sum(mask.sum() for mask in usual))
         self.n_special = int(sum((~mask).sum() for mask in usual))
         if not self.n_tokens:
-            raise ArtifactError("no token to predict counts: all are special; give other texts")
+            raise ArtifactError(
+                f"{held_out.store.path}: all tokens to predict are special; use other rollouts"
+            )
         first = np.array([int(batch.rows[0, 0]) for batch in self.batches])
-        _, self.text = np.unique(texts.store.rollout_of(first), return_inverse=True)
+        _, self.rollout = np.unique(held_out.store.rollout_of(first), return_inverse=True)
         sizes = np.array([mask.sum() for mask in usual])
-        self.counts = np.bincount(self.text, weights=sizes).astype(np.float64)  # of each text
-        d_in, n_sites = texts.subject.layout.d_in, len(texts.subject.layout.sites)
-        self.ones, self.none = torch.ones(d_in), torch.zeros(n_sites)
+        self.counts = np.bincount(self.rollout, weights=sizes).astype(np.float64)  # tokens of each
+        layout = held_out.subject.layout
+        self.keep_all, self.push_none = torch.ones(layout.d_in), torch.zeros(len(layout.sites))
 
-    def parts(self, parts: Sequence[Part], seed: int) -> dict[str, Any]:
-        """Return the report's entries of all parts, and the floors."""
-        from lorascope.causal.removals import Live
-
-        eps = torch.finfo(self.texts.subject.dtype).eps
+    def remove_parts(self, parts: Sequence[Part]) -> AblationReport:
+        """Return a report with the removal of every part, and the floors."""
+        eps = torch.finfo(self.held_out.subject.dtype).eps
         changes = [
-            Live(self.ones * (1 + eps), self.none),
-            Live(0 * self.ones, self.none),
-            *(Live((~part.columns).float(), self.none) for part in parts),
-            *(Live(part.columns.float(), self.none) for part in parts),
-            *(Live(self.ones, part.sites.float()) for part in parts),
+            LiveChange(self.keep_all * (1 + eps), self.push_none),
+            LiveChange(0 * self.keep_all, self.push_none),
+            *(LiveChange((~part.columns).float(), self.push_none) for part in parts),
+            *(LiveChange(part.columns.float(), self.push_none) for part in parts),
+            *(LiveChange(self.keep_all, part.sites.float()) for part in parts),
         ]
         sums, null = self._live(changes, "parts")
-        return {
-            "n_rollouts": len(self.counts),
-            "n_tokens": self.n_tokens,
-            "n_special": self.n_special,
-            "floor": {"null": null, "rounding": float(sums.kl[0].sum()) / self.n_tokens},
-            **part_entries(parts, sums, self.counts, self.n_special, seed),
-        }
+        n, n_tokens = len(parts), self.n_tokens
+        whole = sums.kl[1]
+        by_kind: dict[str, dict[str, PartRemoval]] = {}
+        for i, part in enumerate(parts):
+            removed = self._removal(sums, 2 + i)
+            alone, random = sums.kl[2 + n + i], sums.kl[2 + 2 * n + i]
+            by_kind.setdefault(_KINDS[part.kind], {})[part.name] = PartRemoval(
+                **vars(removed),
+                kl_random=float(random.sum()) / n_tokens,
+                alone=Recovered(
+                    kl=float(alone.sum()) / n_tokens,
+                    recovered=complement(ratio_of_sums(alone, whole)),
+                    recovered_interval=complement_interval(
+                        bootstrap_interval(alone, whole, self.seed)
+                    ),
+                ),
+            )
+        return AblationReport(
+            n_rollouts=len(self.counts),
+            n_tokens=n_tokens,
+            n_special=self.n_special,
+            floor=Floor(null=null, rounding=float(sums.kl[0].sum()) / n_tokens),
+            without_adapter=self._removal(sums, 1),
+            **by_kind,
+        )
 
-    def greedy(self, parts: Sequence[Part]) -> list[tuple[str, float, float]]:
-        """Return the parts as they are taken out, each with the KL and the loss summed then."""
-        from lorascope.causal.removals import Live
+    def _removal(self, sums: TokenSums, change: int) -> Removal:
+        kl, special = sums.kl[change], float(sums.special[change].sum())
+        return Removal(
+            kl=float(kl.sum()) / self.n_tokens,
+            kl_interval=bootstrap_interval(kl, self.counts, self.seed),
+            ce_rise=float(sums.ce[change].sum()) / self.n_tokens,
+            kl_special=special / self.n_special if self.n_special else None,
+        )
 
-        left, keep, steps = list(parts), self.ones.bool(), []
+    def remove_greedily(self, parts: Sequence[Part]) -> tuple[GreedyStep, ...]:
+        """Return the parts in the order of removal, with KL and loss after each step."""
+        left, keep, steps = list(parts), self.keep_all.bool(), []
         while left:
-            changes = [Live((keep & ~part.columns).float(), self.none) for part in left]
+            changes = [LiveChange((keep & ~part.columns).float(), self.push_none) for part in left]
             sums, _ = self._live(changes, f"greedy, {len(left)} left")
             best = int(np.argmin(sums.kl.sum(1)))
             keep = keep & ~left[best].columns
-            steps.append((left[best].name, float(sums.kl[best].sum()), float(sums.ce[best].sum())))
-            left.pop(best)
-        return steps
+            kl, ce = float(sums.kl[best].sum()), float(sums.ce[best].sum())
+            steps.append(
+                GreedyStep(
+                    part=left.pop(best).name, kl=kl / self.n_tokens, ce_rise=ce / self.n_tokens
+                )
+            )
+        return tuple(steps)
 
-    def _live(self, changes: Sequence[Any], label: str) -> "tuple[Sums, float]":
-        """Return sums `(n_changes, n_texts)`, and the KL a token that the batch alone makes."""
-        from lorascope.causal.removals import Sums, run_live
-
-        found = np.zeros((4, len(changes), len(self.counts)))
+    def _live(self, changes: Sequence[LiveChange], label: str) -> tuple[TokenSums, float]:
+        """Return sums `(n_changes, n_rollouts)`, and the KL a token that the batch alone causes."""
+        totals = np.zeros((4, len(changes), len(self.counts)))
         null = 0.0
-        with runtime.progress(len(self.batches), label, "texts") as bar:
-            for text, batch in zip(self.text, self.batches, strict=True):
-                sums, reference = run_live(self.editor, self.texts, batch, changes)
-                for into, values in zip(found, vars(sums).values(), strict=True):
-                    into[:, text] += values
-                alone = counted(self.editor.run(batch.token_ids).logits, batch.mask)
-                usual = torch.from_numpy(self.texts.role_of(batch.measured) != SPECIAL)
-                null += float(kl_of(alone, reference).double().cpu()[usual].sum())
+        with runtime.progress(len(self.batches), label, "rollouts") as bar:
+            for rollout, batch in zip(self.rollout, self.batches, strict=True):
+                sums, reference = run_live(self.editor, self.held_out, batch, changes)
+                for total, values in zip(totals, vars(sums).values(), strict=True):
+                    total[:, rollout] += values
+                alone = select_measured(self.editor.run(batch.token_ids).logits, batch.mask)
+                usual = torch.from_numpy(self.held_out.role_of(batch.measured) != SPECIAL)
+                null += float(kl_divergence(alone, reference).double().cpu()[usual].sum())
                 bar.update(1)
-        return Sums(*found), null / self.n_tokens
+        return TokenSums(*totals), null / self.n_tokens
 
-    def features(self, sae: "SAE", chosen: Sequence[int], seed: int) -> list[dict[str, Any]]:
-        """Return the entries of the features that are asked for, by number."""
-        from lorascope.causal.baselines import random_rows
-        from lorascope.causal.removals import run_held
+    def remove_features(self, sae: "SAE", chosen: Sequence[int]) -> tuple[FeatureRemoval, ...]:
+        """Return the removal of the chosen features, by number; default: all that fire."""
+        from lorascope.causal.baselines import random_decoder_rows
 
-        _, columns = self.texts.subject.layout.select(sae.layout.adapter_types)
-        random = random_rows(sae, seed)
-        found = np.zeros((2, 4, sae.d_sae, len(self.counts)))
+        _, columns = self.held_out.subject.layout.select(sae.layout.adapter_types)
+        random = random_decoder_rows(sae, self.seed)
+        totals = np.zeros((2, 4, sae.d_sae, len(self.counts)))  # feature or control, sum, latent
         n_fired = np.zeros(sae.d_sae, np.int64)
-        wanted = np.isin(np.arange(sae.d_sae), chosen) if chosen else np.ones(sae.d_sae, bool)
-        with runtime.progress(len(self.batches), "features", "texts") as bar:
-            for text, batch in zip(self.text, self.batches, strict=True):
+        is_chosen = np.isin(np.arange(sae.d_sae), chosen) if chosen else np.ones(sae.d_sae, bool)
+        with runtime.progress(len(self.batches), "features", "rollouts") as bar:
+            for rollout, batch in zip(self.rollout, self.batches, strict=True):
                 rows = self.editor.run(batch.token_ids).rows
-                self.texts.require_rows(batch, rows)
+                self.held_out.require_rows(batch, rows)
                 code = sae.encode_dense(rows[0][:, columns].cpu())
-                code *= torch.from_numpy(self.texts.store.eligible[batch.rows[0].numpy()])[:, None]
-                fired = np.flatnonzero((code > 0).any(0).numpy() & wanted)
+                eligible = self.held_out.store.eligible[batch.rows[0].numpy()]
+                code *= torch.from_numpy(eligible)[:, None]
+                fired = np.flatnonzero((code > 0).any(0).numpy() & is_chosen)
                 n_fired += (code[batch.mask[0]] > 0).sum(0).numpy()
-                for kind, written in enumerate((sae.W_dec, random)):
+                for total, decoder in zip(totals, (sae.W_dec, random), strict=True):
                     changes = [
-                        _without(rows[0], columns, code[:, latent], written[latent])
+                        _without(rows[0], columns, code[:, latent], decoder[latent])
                         for latent in fired
                     ]
-                    sums = run_held(self.editor, self.texts, batch, rows[0], changes)
-                    for into, values in zip(found[kind], vars(sums).values(), strict=True):
-                        into[fired, text] += values
+                    sums = run_held(self.editor, self.held_out, batch, rows[0], changes)
+                    for into, values in zip(total, vars(sums).values(), strict=True):
+                        into[fired, rollout] += values
                 bar.update(1)
-        numbers = [int(n) for n in (chosen or np.flatnonzero(n_fired))]
-        return feature_entries(numbers, n_fired, found, self.counts, self.n_special, seed)
+        numbers = sorted(int(n) for n in (chosen or np.flatnonzero(n_fired)))
+        return tuple(
+            self._feature_removal(latent, int(n_fired[latent]), totals[:, :, latent])
+            for latent in numbers
+        )
+
+    def _feature_removal(
+        self, latent: int, n_fired: int, sums: npt.NDArray[np.float64]
+    ) -> FeatureRemoval:
+        """Return the entry of a feature; a feature that never fires was not run, its sums are zero.
+
+        `sums` are (feature or control, kl ce special here, rollout).
+        """
+        kl, ce, special, here = sums[0]
+        return FeatureRemoval(
+            feature=latent,
+            n_fired=n_fired,
+            kl=float(kl.sum()) / self.n_tokens,
+            kl_interval=bootstrap_interval(kl, self.counts, self.seed),
+            kl_each=float(kl.sum()) / n_fired if n_fired else None,
+            share_here=ratio_of_sums(here, kl),
+            ce_rise=float(ce.sum()) / self.n_tokens,
+            kl_special=float(special.sum()) / self.n_special if self.n_special else None,
+            kl_random=float(sums[1, 0].sum()) / self.n_tokens,
+        )
 
 
-def _without(rows: Tensor, columns: npt.NDArray[np.int64], values: Tensor, written: Tensor) -> Any:
-    """Return the change that takes `value · written` out of the rows of each token."""
-    from lorascope.causal.removals import Held
-
+def _without(
+    rows: Tensor, columns: npt.NDArray[np.int64], values: Tensor, direction: Tensor
+) -> HeldChange:
+    """Return the change that subtracts `value · direction` from the row of each token."""
     changed = rows.clone()
-    changed[:, columns] -= (values[:, None] * written).to(rows.device)
-    return Held(changed, values > 0)
+    changed[:, columns] -= (values[:, None] * direction).to(rows.device)
+    return HeldChange(changed, values > 0)
+
+
+def table(report: AblationReport) -> str:
+    """Return the report's main numbers as a table for the terminal."""
+    floor = report.floor
+    numbers = f"{'KL':>11}  {'95 % interval':<21}{'random':>11}"
+    lines = [
+        f"{report.n_rollouts} rollouts, {report.n_tokens:,} predicted tokens; KL(adapter ‖ "
+        f"without) in nats a token; without the whole adapter {report.without_adapter.kl:.4g}; "
+        f"floor {floor.null:.1e} (nothing removed), {floor.rounding:.1e} (rows changed by one "
+        "rounding step)",
+    ]
+    for kind in ("blocks", "projections", "layers"):
+        parts = getattr(report, kind) or {}
+        if parts:
+            lines.append(f"{'without, ' + kind:<20}{numbers}{'CE rise':>10}{'alone recovers':>16}")
+        lines += [
+            f"  {name:<18}{_numbers(part)}{part.ce_rise:>10.4f}"
+            f"{format_number(part.alone.recovered, '.3f'):>16}"
+            for name, part in parts.items()
+        ]
+    if report.greedy:
+        steps = [f"{step.part} {step.kl:.3g}" for step in report.greedy]
+        lines.append("removed one after the other: " + ", ".join(steps))
+    features = sorted(report.features or (), key=lambda feature: -feature.kl)
+    if features:
+        lines.append(f"{'without, features':<20}{numbers}{'here':>10}{'tokens':>16}")
+        lines += [
+            f"  {feature.feature:<18}{_numbers(feature)}"
+            f"{format_number(feature.share_here, '.3f'):>10}{feature.n_fired:>16,}"
+            for feature in features[:_N_SHOWN]
+        ]
+        lines.append(f"  (the strongest of {len(features):,})")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _numbers(removal: PartRemoval | FeatureRemoval) -> str:
+    interval = format_interval(removal.kl_interval, ".3g")
+    return f"{removal.kl:>11.3g}  {interval:<21}{removal.kl_random:>11.3g}"

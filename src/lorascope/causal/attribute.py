@@ -1,14 +1,14 @@
-"""Say which features made the model predict this token: contributions, by gradients of the rows.
+"""Find the features behind a prediction: contributions of features, by gradients of the rows.
 
-1. Every token of some texts: how far the adapter's prediction is from the base model's, as KL and
-   as the rise of the log-probability of the token that came.
-2. Of the tokens with the highest KL in each text, or of those that are asked for: what each feature
-   at each earlier token contributed to the prediction (`gradients`). Contributions of features, the
-   SAE's bias, what it leaves unexplained and the rows of special tokens add up to the effect of the
-   whole adapter; `completeness` says how far from it they end.
-3. `removal` is what taking a feature out would take away, by the gradient at the adapter's rows.
-4. On some of the texts every feature is really taken out, and both numbers are compared with that:
-   `agreement`.
+1. For every token of some rollouts: how far the adapter's prediction is from the base model's, as
+   KL and as the rise of the log-probability of the token that follows.
+2. For the tokens with the highest KL in each rollout, or those that you name: what each feature at
+   each earlier token contributed to the prediction (`gradients`). The contributions of features,
+   of the SAE's bias, of what it leaves unexplained and of special tokens' rows add up to the effect
+   of the whole adapter; `completeness` says how far they miss it.
+3. `removal` is the first-order effect of removing a feature: the gradient at the adapter's rows.
+4. In some rollouts every feature is really removed, and `agreement` compares both numbers with the
+   real effect.
 
 In: adapter, activation store, SAE. Out: a report (JSON); the table goes to stderr.
 """
@@ -16,7 +16,7 @@ In: adapter, activation store, SAE. Out: a report (JSON); the table goes to stde
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -25,59 +25,52 @@ from torch import Tensor
 
 from lorascope import runtime
 from lorascope.activations.store import ActivationStore
-from lorascope.causal.attribution_report import TokenAttribution, summarize, table
-from lorascope.causal.effects import ce_of, counted, kl_of
-from lorascope.causal.held_out import (
-    SPECIAL,
-    Batch,
-    EffectOptions,
-    HeldOut,
-    described,
-    open_held_out,
-)
-from lorascope.causal.study import Report, report_at
+from lorascope.causal.attribution_report import TargetKind, TokenAttribution, summarize, table
+from lorascope.causal.effects import cross_entropy, kl_divergence, select_measured
+from lorascope.causal.held_out import SPECIAL, Batch, HeldOut, describe_run, open_held_out
+from lorascope.causal.report_records import AttributionReport
+from lorascope.causal.study import EffectOptions, Made, report_at, require_json_name, sae_option
 from lorascope.config import option
 from lorascope.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
-    from lorascope.causal.gradients import Share, Targets
+    from lorascope.causal.gradients import RowDecomposition, Targets
     from lorascope.sae.model import SAE
     from lorascope.subject.intervene import RowEditor
 
-KIND = "attribution"
-SCHEMA = 1
-_COPIES = 16  # of a text in one batch: each keeps its activations for the backward pass
+_MOST_COPIES = 16  # of a rollout in one batch: each keeps its activations for the backward pass
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttributeConfig(EffectOptions):
     """Options of `attribute`."""
 
-    sae: Path = option(
-        Path("trained_sae_adapters_g-u-d-q-k-v-o.pt"), help="SAE of the features", identity=False
-    )
-    target: Literal["kl", "logprob", "logit-difference"] = option(
+    sae: Path = sae_option()
+    target: TargetKind = option(
         "kl",
         help="number of a prediction to explain: KL from the base, the token's log-probability, or "
-        "its logit less that of the base's likeliest other token",
+        "its logit minus that of the base's likeliest other token",
     )
-    rollouts: tuple[int, ...] = option((), help="ids of the texts to read; default: held-out ones")
-    texts_of: Path | None = option(
-        None, help="feature index whose whole texts to read instead", identity=False
+    rollouts: tuple[int, ...] = option(
+        (), help="ids of the rollouts to read; default: held-out ones"
     )
-    tokens: int = option(10, help="tokens of each text to explain: those of highest KL")
-    places: tuple[int, ...] = option(
+    rollouts_of: Path | None = option(
+        None, help="feature index whose complete rollouts to read instead", identity=False
+    )
+    tokens: int = option(10, help="tokens to explain in each rollout: those of highest KL")
+    positions: tuple[int, ...] = option(
         (),
-        help="places in the text, from 0, of the tokens to explain instead; needs one --rollouts",
+        help="positions in the rollout, from 0, of the tokens to explain instead; needs exactly "
+        "one of --rollouts",
     )
     steps: int = option(
-        16, help="points between base and adapter at which gradients are taken; more add up better"
+        16, help="points between base and adapter where gradients are taken; more are more exact"
     )
     top: int = option(10, help="features to name for each token")
-    check_texts: int = option(
-        2, help="texts on which every feature is really taken out, to compare"
+    check_rollouts: int = option(
+        2, help="rollouts in which every feature is really removed, for comparison"
     )
-    output: Path = option(Path("attribution.json"), help="report to make", identity=False)
+    output: Path = option(Path("attribution.json"), help="report to write", identity=False)
 
     def check(self) -> None:
         """Refuse impossible choices."""
@@ -85,38 +78,38 @@ class AttributeConfig(EffectOptions):
         self.require("tokens", 1)
         self.require("steps", 1)
         self.require("top", 1)
-        self.require("check_texts", 0)
-        if self.output.suffix != ".json":
-            raise ConfigError(f"--output is {self.output}, expected a .json file")
-        if self.rollouts and self.texts_of is not None:
-            raise ConfigError("--rollouts and --texts-of both say which texts to read; give one")
-        if self.places and len(self.rollouts) != 1:
+        self.require("check_rollouts", 0)
+        require_json_name(self.output)
+        if self.rollouts and self.rollouts_of is not None:
             raise ConfigError(
-                f"--places are of one text, --rollouts names {len(self.rollouts)}; name the text"
+                "--rollouts and --rollouts-of both say which rollouts to read; give one of them"
             )
-        if min(self.places, default=1) < 1:
-            raise ConfigError("--places are to be 1 or more: the first token is not predicted")
+        if self.positions and len(self.rollouts) != 1:
+            raise ConfigError(
+                f"--positions needs one rollout, --rollouts names {len(self.rollouts)}; name one"
+            )
+        if min(self.positions, default=1) < 1:
+            raise ConfigError("--positions must be 1 or more: the first token is not predicted")
 
 
 def run(config: AttributeConfig) -> Path:
-    """Make a report, or find the finished one, and return its file."""
+    """Write the report unless it is finished already, and return its file."""
     from lorascope.sae.model import load_sae
 
     store = ActivationStore.open(config.data_dir)
     sae = load_sae(config.sae, store)
-    chosen = _chosen(config, store)
+    chosen = _chosen_rollouts(config, store)
 
-    def make() -> Report:
-        texts = open_held_out(config, sae)
+    def make() -> Made:
+        held_out = open_held_out(config, sae)
         if chosen:
-            texts = replace(texts, rollouts=np.array(chosen)[: config.max_rollouts])
-        report = measure(texts, sae, config)
-        return Report(report, texts.subject.layout, described(texts, config.sae))
+            held_out = replace(held_out, rollouts=np.array(chosen)[: config.max_rollouts])
+        report = measure(held_out, sae, config)
+        return Made(report, held_out.subject.layout, describe_run(held_out, config.sae))
 
     return report_at(
         config.output,
-        KIND,
-        SCHEMA,
+        AttributionReport,
         settings={**config.settings(), "rollouts": [int(store.rollout_id[i]) for i in chosen]},
         parents={"activations": store.digest, "sae": sae.digest},
         overwrite=config.overwrite,
@@ -125,169 +118,186 @@ def run(config: AttributeConfig) -> Path:
     )
 
 
-def _chosen(config: AttributeConfig, store: ActivationStore) -> list[int]:
-    """Return the rollouts that are asked for, by index; none where held-out ones are to be read."""
+def _chosen_rollouts(config: AttributeConfig, store: ActivationStore) -> list[int]:
+    """Return the indices of the rollouts that the config names; empty for the held-out ones."""
     from lorascope.features.index import FeatureIndex
 
     ids = config.rollouts
-    if config.texts_of is not None:
-        index = FeatureIndex.open(config.texts_of)
-        theirs = (index.manifest.get("parents") or {}).get("activations")
-        if theirs != store.digest:
+    if config.rollouts_of is not None:
+        index = FeatureIndex.open(config.rollouts_of)
+        if (index.manifest.get("parents") or {}).get("activations") != store.digest:
             raise ArtifactError(
-                f"{config.texts_of} was made from another store than {config.data_dir}; give "
-                "--data-dir the store that it was collected from"
+                f"{config.rollouts_of} was made from another store than {config.data_dir}; give "
+                "its store with --data-dir"
             )
         ids = tuple(int(rollout) for rollout in index.text_rollout)
-    place = {int(rollout): i for i, rollout in enumerate(store.rollout_id)}
-    missing = [rollout for rollout in ids if rollout not in place]
+    index_of = {int(rollout): i for i, rollout in enumerate(store.rollout_id)}
+    missing = [rollout for rollout in ids if rollout not in index_of]
     if missing:
         raise ConfigError(
             f"{config.data_dir} has no rollout {missing[0]}; it has {store.n_rollouts}, with ids "
             f"from {int(store.rollout_id.min())} to {int(store.rollout_id.max())}"
         )
-    return [place[rollout] for rollout in ids]
+    return [index_of[rollout] for rollout in ids]
 
 
-def measure(texts: HeldOut, sae: "SAE", config: AttributeConfig) -> dict[str, Any]:
-    """Return the report's parts as JSON values."""
+def measure(held_out: HeldOut, sae: "SAE", config: AttributeConfig) -> AttributionReport:
+    """Run the rollouts, explain tokens of each, and return the report."""
     from lorascope.causal.gradients import no_weight_gradients
     from lorascope.subject.intervene import RowEditor
 
-    with RowEditor(texts.subject) as editor, no_weight_gradients(texts.subject):
-        study = _Study(editor, texts, sae, config)
+    with RowEditor(held_out.subject) as editor, no_weight_gradients(held_out.subject):
+        study = _Study(editor, held_out, sae, config)
         study.compare()
         study.explain()
-    return summarize(study.rollouts, study.behind, study.usual, sae.d_sae, config)
+    return summarize(
+        study.by_id(),
+        study.usual,
+        study.attributions,
+        sae.d_sae,
+        target=config.target,
+        steps=config.steps,
+        top=config.top,
+    )
 
 
 class _Study:
-    """What is known of each text: numbers of all its tokens, then of those to explain."""
+    """The numbers of each rollout: first of all its tokens, then of those to explain."""
 
     def __init__(
-        self, editor: "RowEditor", texts: HeldOut, sae: "SAE", config: AttributeConfig
+        self, editor: "RowEditor", held_out: HeldOut, sae: "SAE", config: AttributeConfig
     ) -> None:
-        self.editor, self.texts, self.sae, self.config = editor, texts, sae, config
-        start = texts.store.rollout_start
-        self.start = {int(i): int(start[i]) for i in texts.rollouts}
+        self.editor, self.held_out, self.sae, self.config = editor, held_out, sae, config
+        start = held_out.store.rollout_start
+        self.start = {int(i): int(start[i]) for i in held_out.rollouts}
         sizes = {i: int(start[i + 1]) - first for i, first in self.start.items()}
-        # of each rollout: KL, rise, and whether the token counts, by its place
+        # for each rollout, by position: KL and rise, and whether the token counts
         self.numbers = {i: np.full((2, n), np.nan) for i, n in sizes.items()}
         self.usual = {i: np.zeros(n, bool) for i, n in sizes.items()}
-        self.behind: list[TokenAttribution] = []
+        self.attributions: list[TokenAttribution] = []
 
-    @property
-    def rollouts(self) -> dict[int, Any]:
-        """Return KL and rise of every token of each text, by the text's id."""
-        return {int(self.texts.store.rollout_id[i]): found for i, found in self.numbers.items()}
+    def by_id(self) -> dict[int, npt.NDArray[np.float64]]:
+        """Return KL and rise of every token of each rollout, by the rollout's id."""
+        ids = self.held_out.store.rollout_id
+        return {int(ids[i]): numbers for i, numbers in self.numbers.items()}
 
     def batches(self, label: str) -> Iterator[tuple[int, Batch]]:
-        """Yield each text or window alone, with the index of its rollout."""
-        batches = list(self.texts.batches(copies=self.texts.batch_tokens))
-        with runtime.progress(len(batches), label, "texts") as bar:
+        """Yield each rollout or window alone, with the index of its rollout."""
+        batches = list(self.held_out.batches(copies=self.held_out.batch_tokens))
+        with runtime.progress(len(batches), label, "rollouts") as bar:
             for batch in batches:
-                yield int(self.texts.store.rollout_of(batch.rows[0, :1].numpy())[0]), batch
+                yield int(self.held_out.store.rollout_of(batch.rows[0, :1].numpy())[0]), batch
                 bar.update(1)
 
     @torch.no_grad()
     def compare(self) -> None:
-        """Do step 1: adapter and base at every token."""
+        """Do step 1: compare adapter and base at every token."""
         for rollout, batch in self.batches("compare"):
-            out, base = self.editor.run(batch.token_ids), self.editor.base(batch.token_ids)
-            self.texts.require_rows(batch, out.rows)
-            mine, its = counted(out.logits, batch.mask), counted(base, batch.mask)
-            targets = batch.targets[batch.mask].to(mine.device)
-            place = batch.measured - self.start[rollout] + 1
-            kl, rise = kl_of(mine, its), ce_of(its, targets) - ce_of(mine, targets)
-            self.numbers[rollout][:, place] = torch.stack([kl, rise]).cpu().numpy()
-            self.usual[rollout][place] = self.texts.role_of(batch.measured) != SPECIAL
+            out, base_logits = self.editor.run(batch.token_ids), self.editor.base(batch.token_ids)
+            self.held_out.require_rows(batch, out.rows)
+            adapter = select_measured(out.logits, batch.mask)
+            base = select_measured(base_logits, batch.mask)
+            targets = batch.targets[batch.mask].to(adapter.device)
+            position = batch.measured - self.start[rollout] + 1
+            kl = kl_divergence(adapter, base)
+            rise = cross_entropy(base, targets) - cross_entropy(adapter, targets)
+            self.numbers[rollout][:, position] = torch.stack([kl, rise]).cpu().numpy()
+            self.usual[rollout][position] = self.held_out.role_of(batch.measured) != SPECIAL
 
     def explain(self) -> None:
-        """Do steps 2 to 4 at the tokens that are asked for, or those of highest KL."""
-        wanted = {i: self._wanted(i) for i in self.start}
-        checked = set(list(self.start)[: self.config.check_texts])
+        """Do steps 2 to 4 at the tokens to explain."""
+        positions = {i: self._positions_to_explain(i) for i in self.start}
+        checked = set(list(self.start)[: self.config.check_rollouts])
         for rollout, batch in self.batches("attribute"):
-            place = batch.measured - self.start[rollout] + 1
-            here = np.flatnonzero(batch.mask[0].numpy())[np.isin(place, wanted[rollout])]
+            position = batch.measured - self.start[rollout] + 1
+            is_target = np.isin(position, positions[rollout])
+            here = np.flatnonzero(batch.mask[0].numpy())[is_target]
             if len(here):
                 self._explain(rollout, batch, torch.from_numpy(here) + 1, rollout in checked)
 
-    def _wanted(self, rollout: int) -> npt.NDArray[np.int64]:
-        """Return the places of the tokens of a text that are to be explained."""
+    def _positions_to_explain(self, rollout: int) -> npt.NDArray[np.int64]:
+        """Return the positions that the config names, or those of highest KL."""
         kl = self.numbers[rollout][0]
-        if self.config.places:
-            beyond = [place for place in self.config.places if place >= len(kl)]
+        if self.config.positions:
+            beyond = [position for position in self.config.positions if position >= len(kl)]
             if beyond:
-                raise ConfigError(f"--places has {beyond[0]}, the text has {len(kl)} tokens")
-            return np.array(self.config.places)
+                raise ConfigError(f"--positions has {beyond[0]}, the rollout has {len(kl)} tokens")
+            return np.array(self.config.positions)
         kl = np.where(self.usual[rollout], kl, -1)
         order = np.argsort(-kl, kind="stable")[: self.config.tokens]
         return order[kl[order] >= 0]
 
-    def _explain(self, rollout: int, batch: Batch, places: Tensor, is_checked: bool) -> None:
-        from lorascope.causal.gradients import Share, Targets, mean_gradients
+    def _explain(self, rollout: int, batch: Batch, positions: Tensor, is_checked: bool) -> None:
+        """Add the attributions of the tokens at `positions` of the batch's rollout or window."""
+        from lorascope.causal.gradients import RowDecomposition, Targets, mean_gradients
 
-        ids, store = batch.token_ids, self.texts.store
+        ids, store = batch.token_ids, self.held_out.store
         with torch.no_grad():
             out, base = self.editor.run(ids), self.editor.base(ids)
-            nothing = self.editor.run(ids, lambda _, values: torch.zeros_like(values)).logits
-            targets = Targets.at(self.config.target, places, ids, base)
+            zeroed = self.editor.run(ids, lambda _, values: torch.zeros_like(values)).logits
+            targets = Targets.at(self.config.target, positions, ids, base)
             y, y_base = (
-                targets.values(logits[0, targets.places - 1]).cpu()
-                for logits in (out.logits, nothing)
+                targets.values(logits[0, targets.positions - 1]).cpu()
+                for logits in (out.logits, zeroed)
             )
             rows = out.rows[0]
-            _, columns = self.texts.subject.layout.select(self.sae.layout.adapter_types)
-            share = Share(self.sae, rows, columns, store.eligible[batch.rows[0].numpy()])
-            taken = self._taken(ids, rows, columns, share, targets, y) if is_checked else None
-        first = int(batch.rows[0, 0]) - self.start[rollout]  # of the window in its text
-        size = max(1, min(_COPIES, self.texts.batch_tokens // ids.shape[1]))
-        for group in targets.split(size):
+            _, columns = self.held_out.subject.layout.select(self.sae.layout.adapter_types)
+            eligible = store.eligible[batch.rows[0].numpy()]
+            parts = RowDecomposition(self.sae, rows, columns, eligible)
+            removed = (
+                self._remove_each(ids, rows, columns, parts, targets, y) if is_checked else None
+            )
+        first = int(batch.rows[0, 0]) - self.start[rollout]  # position of the window
+        for group in targets.split(self._n_copies(ids)):
             along = mean_gradients(self.editor, ids, rows, group, self.config.steps)
             at_end = mean_gradients(self.editor, ids, rows, group, 0)
-            contributions, removals = share.firings(along), share.firings(at_end)
-            rests, tokens = share.rests(along), share.tokens(along)
-            for i, place in enumerate(group.places.tolist()):
-                number = int((places == place).nonzero())
-                self.behind.append(
+            contributions = parts.firing_contributions(along)
+            removals = parts.firing_contributions(at_end)
+            others, by_row = parts.other_contributions(along), parts.row_contributions(along)
+            for i, position in enumerate(group.positions.tolist()):
+                number = int((positions == position).nonzero())
+                self.attributions.append(
                     TokenAttribution(
                         rollout=int(store.rollout_id[rollout]),
-                        token=first + place,
+                        token=first + position,
                         text=store.vocabulary[int(group.tokens[i])].decode(errors="replace"),
                         adapter=float(y[number]),
                         base=float(y_base[number]),
-                        rests={name: float(values[i]) for name, values in rests.items()},
-                        tokens=tokens[i].numpy(),
+                        others={name: float(values[i]) for name, values in others.items()},
+                        row_contributions=by_row[i].numpy(),
                         first=first,
-                        latents=share.latent.numpy(),
-                        sources=share.place.numpy() + first,
+                        latents=parts.latent.numpy(),
+                        sources=parts.position.numpy() + first,
                         contributions=contributions[i].numpy(),
                         removals=removals[i].numpy(),
-                        taken=None if taken is None else taken[:, number].numpy(),
+                        removed=None if removed is None else removed[:, number].numpy(),
                     )
                 )
 
-    def _taken(
+    def _n_copies(self, ids: Tensor) -> int:
+        """Return how many copies of a rollout fit in one batch, at least one."""
+        return max(1, min(_MOST_COPIES, self.held_out.batch_tokens // ids.shape[1]))
+
+    def _remove_each(
         self,
         ids: Tensor,
         rows: Tensor,
         columns: npt.NDArray[np.int64],
-        share: "Share",
+        parts: "RowDecomposition",
         targets: "Targets",
         y: Tensor,
     ) -> Tensor:
-        """Return what goes when each latent of `share.fired` is taken out, `(fired, target)`."""
-        found = []
-        copies = max(1, min(_COPIES, self.texts.batch_tokens // ids.shape[1]))
-        for some in share.fired.split(copies):
-            changed = rows.expand(len(some), -1, -1).clone()
-            for i, latent in enumerate(some):
-                mine = share.latent == latent
-                part = share.value[mine, None] * self.sae.W_dec[latent]
-                at = share.place[mine][:, None]
-                changed[i, at, torch.from_numpy(columns)] -= part.to(rows.device)
+        """Return how much of `y` is lost when each latent is removed, `(fired, target)`."""
+        lost = []
+        for latents in parts.fired.split(self._n_copies(ids)):
+            changed = rows.expand(len(latents), -1, -1).clone()
+            for i, latent in enumerate(latents):
+                firings = parts.latent == latent
+                written = parts.value[firings, None] * self.sae.W_dec[latent]
+                positions = parts.position[firings][:, None]
+                changed[i, positions, torch.from_numpy(columns)] -= written.to(rows.device)
             logits = self.editor.run(
-                ids.expand(len(some), -1), lambda here, _, changed=changed: changed[..., here]
+                ids.expand(len(latents), -1), lambda here, _, changed=changed: changed[..., here]
             ).logits
-            found.append(y - targets.values(logits[:, targets.places - 1]).cpu())
-        return torch.cat(found) if found else torch.zeros(0, len(targets))
+            lost.append(y - targets.values(logits[:, targets.positions - 1]).cpu())
+        return torch.cat(lost) if lost else torch.zeros(0, len(targets))

@@ -1,32 +1,44 @@
-"""Sum up attributions: what adds up to what, what agrees with real removals, what is strongest."""
+"""Summarize attributions: sums, agreement with real removals, and the strongest features."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from lorascope.causal.attribute import AttributeConfig
+from lorascope.causal.report_records import (
+    Agreement,
+    AttributedRollout,
+    AttributionReport,
+    Cause,
+    Completeness,
+    ExplainedToken,
+    FeatureContributions,
+    RemovalAgreement,
+    Source,
+)
+from lorascope.causal.study import format_number
 
-_SHOWN = 12  # tokens in the table
-_NAMED = 3  # features behind each of them
-_FEWEST = 5  # features that a rank correlation needs
+_N_SHOWN = 12  # tokens in the table
+_N_NAMED = 3  # features behind each of them
+_N_TOP = 5  # features that `top` compares, and the fewest that a rank correlation needs
 _UNITS = {"kl": "nats", "logprob": "nats", "logit-difference": "logits"}
+_OTHERS = ("bias", "unexplained", "special", "other_columns")
 
 Floats = npt.NDArray[np.float32]
+TargetKind = Literal["kl", "logprob", "logit-difference"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenAttribution:
-    """What is behind one prediction. `adapter` and `base` are its number with rows and with none.
+    """The contributions to one prediction, whose number is `adapter` with rows, `base` without.
 
-    `tokens` are the shares of whole rows, of the tokens from `first` on. Firing i is of latent
-    `latents[i]` at token `sources[i]` of the text; `contributions` are its shares of
-    `adapter - base`, `removals` what taking it out would take, to first order: both have an entry
-    for each firing of the whole text, 0 behind the token. `taken` is what taking each latent out
-    really takes, by number, where that was run.
+    `others` are the contributions of parts that are no features; `row_contributions` are those of
+    whole rows, from position `first` on. Firing i is of latent `latents[i]` at position
+    `sources[i]`; `contributions` are its shares of `adapter - base` and `removals` the first-order
+    effect of removing it. Both have an entry for each firing of the rollout, 0 after the token.
+    `removed` is the effect of really removing each latent, by number, if that was run.
     """
 
     rollout: int
@@ -34,223 +46,236 @@ class TokenAttribution:
     text: str
     adapter: float
     base: float
-    rests: Mapping[str, float]
-    tokens: Floats
+    others: Mapping[str, float]
+    row_contributions: Floats
     first: int
     latents: npt.NDArray[np.int64]
     sources: npt.NDArray[np.int64]
     contributions: Floats
     removals: Floats
-    taken: Floats | None = None
+    removed: Floats | None = None
 
     @property
     def effect(self) -> float:
-        """What the whole adapter does to the number."""
+        """Effect of the whole adapter on the number."""
         return self.adapter - self.base
 
     def by_latent(self, values: Floats) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        """Return the latents that fire in the text, and the sum of each one's values."""
-        latents, at = np.unique(self.latents, return_inverse=True)
-        return latents, np.bincount(at, values, minlength=len(latents)).astype(np.float64)
+        """Return the latents that fire in the rollout, and the sum of each one's values."""
+        latents, inverse = np.unique(self.latents, return_inverse=True)
+        return latents, np.bincount(inverse, values, minlength=len(latents)).astype(np.float64)
 
-    def sources_of(self, top: int) -> list[list[float]]:
-        """Return `[place, share]` of the tokens whose rows have the largest shares."""
-        order = np.argsort(-np.abs(self.tokens), kind="stable")[:top]
-        return [[int(i) + self.first, float(self.tokens[i])] for i in order if self.tokens[i]]
+    def strongest_rows(self, top: int) -> tuple[Source, ...]:
+        """Return the tokens whose rows contribute most."""
+        order = np.argsort(-np.abs(self.row_contributions), kind="stable")[:top]
+        return tuple(
+            Source(int(i) + self.first, float(self.row_contributions[i]))
+            for i in order
+            if self.row_contributions[i]
+        )
 
-    def strongest(self, top: int) -> list[list[float]]:
-        """Return `[latent, contribution, source, removal]` of the largest contributions."""
+    def strongest_features(self, top: int) -> tuple[Cause, ...]:
+        """Return the features that contribute most, over all tokens."""
         latents, sums = self.by_latent(self.contributions)
         _, removals = self.by_latent(self.removals)
         order = np.argsort(-np.abs(sums), kind="stable")[:top]
-        found = []
+        causes = []
         for i in order[sums[order] != 0].tolist():
-            mine = np.flatnonzero(self.latents == latents[i])
-            source = self.sources[mine[np.abs(self.contributions[mine]).argmax()]]
-            found.append([int(latents[i]), float(sums[i]), int(source), float(removals[i])])
-        return found
+            firings = np.flatnonzero(self.latents == latents[i])
+            source = self.sources[firings[np.abs(self.contributions[firings]).argmax()]]
+            causes.append(Cause(int(latents[i]), float(sums[i]), int(source), float(removals[i])))
+        return tuple(causes)
+
+    def to_record(self, top: int) -> ExplainedToken:
+        """Return the report's entry, with at most `top` rows and features."""
+        return ExplainedToken(
+            token=self.token,
+            text=self.text,
+            adapter=self.adapter,
+            base=self.base,
+            features=float(self.contributions.sum(dtype=np.float64)),
+            **self.others,
+            sources=self.strongest_rows(top),
+            behind=self.strongest_features(top),
+        )
 
 
 def summarize(
     rollouts: Mapping[int, npt.NDArray[np.float64]],
-    behind: Sequence[TokenAttribution],
     usual: Mapping[int, npt.NDArray[np.bool_]],
+    attributions: Sequence[TokenAttribution],
     d_sae: int,
-    config: "AttributeConfig",
-) -> dict[str, Any]:
-    """Return the report as JSON values; `rollouts` are KL and rise of each token, by text id."""
-    masks = list(usual.values())
-    kl = np.concatenate([x[0][m] for x, m in zip(rollouts.values(), masks, strict=True)])
-    by_text: dict[int, list[TokenAttribution]] = {rollout: [] for rollout in rollouts}
-    for one in sorted(behind, key=lambda one: one.token):
-        by_text[one.rollout].append(one)
-    return {
-        "target": config.target,
-        "unit": _UNITS[config.target],
-        "steps": config.steps,
-        "n_rollouts": len(rollouts),
-        "n_tokens": len(kl),
-        "n_targets": len(behind),
-        "kl": float(kl.mean()) if len(kl) else None,
-        "completeness": completeness_of(behind),
-        "agreement": agreement_of(behind),
-        "features": feature_entries(behind, d_sae),
-        "rollouts": [
-            {
-                "rollout": rollout,
-                "kl": _numbers(numbers[0]),
-                "rise": _numbers(numbers[1]),
-                "targets": [_target(one, config.top) for one in by_text[rollout]],
-            }
-            for rollout, numbers in rollouts.items()
-        ],
-    }
+    *,
+    target: TargetKind,
+    steps: int,
+    top: int,
+) -> AttributionReport:
+    """Return the report.
 
-
-def completeness_of(behind: Sequence[TokenAttribution]) -> dict[str, float | None]:
-    """Return how much of the adapter's effect the shares add up to, and how far each token's miss.
-
-    `gap` is `Σ|sum of shares − effect| / Σ|effect|` over targets. The others are sums over targets
-    of each kind of share, as a share of the summed effect.
+    `rollouts` has KL and rise of each token, `(2, n_tokens)`, by the rollout's id; `usual` marks
+    the tokens that count, in the same order of rollouts.
     """
-    effects = np.array([one.effect for one in behind])
-    features = np.array([float(one.contributions.sum(dtype=np.float64)) for one in behind])
-    rests = {
-        name: np.array([one.rests[name] for one in behind])
-        for name in (behind[0].rests if behind else ())
-    }
-    whole = features + sum(rests.values(), np.zeros(len(behind)))
-    size = float(np.abs(effects).sum())
+    kl = np.concatenate(
+        [numbers[0][mask] for numbers, mask in zip(rollouts.values(), usual.values(), strict=True)]
+    )
+    by_rollout: dict[int, list[TokenAttribution]] = {rollout: [] for rollout in rollouts}
+    for one in sorted(attributions, key=lambda one: one.token):
+        by_rollout[one.rollout].append(one)
+    return AttributionReport(
+        target=target,
+        unit=_UNITS[target],
+        steps=steps,
+        n_rollouts=len(rollouts),
+        n_tokens=len(kl),
+        n_targets=len(attributions),
+        kl=float(kl.mean()) if len(kl) else None,
+        completeness=measure_completeness(attributions),
+        agreement=measure_agreement(attributions),
+        features=sum_by_feature(attributions, d_sae),
+        rollouts=tuple(
+            AttributedRollout(
+                rollout=rollout,
+                kl=_shortest(numbers[0]),
+                rise=_shortest(numbers[1]),
+                targets=tuple(one.to_record(top) for one in by_rollout[rollout]),
+            )
+            for rollout, numbers in rollouts.items()
+        ),
+    )
+
+
+def measure_completeness(attributions: Sequence[TokenAttribution]) -> Completeness:
+    """Return each kind of contribution as a share of the summed effect, and what they miss.
+
+    `gap` is `Σ|sum of contributions − effect| / Σ|effect|` over targets.
+    """
+    effects = np.array([one.effect for one in attributions])
+    features = np.array([float(one.contributions.sum(dtype=np.float64)) for one in attributions])
+    others = {name: np.array([one.others[name] for one in attributions]) for name in _OTHERS}
+    whole = features + sum(others.values(), np.zeros(len(attributions)))
+    size, total = float(np.abs(effects).sum()), float(effects.sum())
 
     def share(values: npt.NDArray[np.float64]) -> float | None:
-        total = float(effects.sum())
         return float(values.sum()) / total if total else None
 
-    return {
-        "gap": float(np.abs(whole - effects).sum()) / size if size else None,
-        "features": share(features),
-        **{name: share(values) for name, values in rests.items()},
-    }
+    return Completeness(
+        gap=float(np.abs(whole - effects).sum()) / size if size else None,
+        features=share(features),
+        **{name: share(values) for name, values in others.items()},
+    )
 
 
-def agreement_of(behind: Sequence[TokenAttribution]) -> dict[str, Any] | None:
-    """Return how contributions and first-order removals compare with real removals.
+def measure_agreement(attributions: Sequence[TokenAttribution]) -> Agreement | None:
+    """Compare contributions and first-order removals with real removals; None if none was run.
 
     `rank` is Spearman's correlation over the features that fire before a target, averaged over
-    targets with at least five; `pearson` is that of all pairs of feature and target; `top` the
-    share of the five features of largest real effect that are among the five largest here.
+    targets with at least five; `pearson` is the correlation over all pairs of feature and target;
+    `top` is the share of the five largest real effects that are among the five largest estimates.
     """
-    checked = [one for one in behind if one.taken is not None]
-    found: dict[str, Any] = {}
-    for name in ("contribution", "removal"):
+    checked = [one for one in attributions if one.removed is not None]
+    estimates = {
+        "contribution": [one.contributions for one in checked],
+        "removal": [one.removals for one in checked],
+    }
+    agreements: dict[str, RemovalAgreement] = {}
+    n_targets = n_pairs = 0
+    for name, values in estimates.items():
         ranks, tops, pairs = [], [], []
-        for one in checked:
-            _, mine = one.by_latent(one.contributions if name == "contribution" else one.removals)
-            real = np.asarray(one.taken, np.float64)
-            latents = np.unique(one.latents)
+        for one, estimate_of_firing in zip(checked, values, strict=True):
+            latents, estimate = one.by_latent(estimate_of_firing)
+            real = np.asarray(one.removed, np.float64)
             before = np.isin(latents, one.latents[one.sources < one.token])
-            if before.sum() < _FEWEST or not real[before].any():
+            if before.sum() < _N_TOP or not real[before].any():
                 continue
-            mine, real = mine[before], real[before]
-            ranks.append(_correlation(_ranks(mine), _ranks(real)))
-            best = [set(np.argsort(-np.abs(v), kind="stable")[:_FEWEST]) for v in (mine, real)]
-            tops.append(len(best[0] & best[1]) / _FEWEST)
-            pairs.append((mine, real))
+            estimate, real = estimate[before], real[before]
+            ranks.append(_correlation(_ranks(estimate), _ranks(real)))
+            best = [set(np.argsort(-np.abs(v), kind="stable")[:_N_TOP]) for v in (estimate, real)]
+            tops.append(len(best[0] & best[1]) / _N_TOP)
+            pairs.append((estimate, real))
         if not pairs:
             return None
-        mine, real = (np.concatenate([pair[i] for pair in pairs]) for i in (0, 1))
-        found["n_targets"], found["n_pairs"] = len(pairs), len(mine)
-        found[name] = {
-            "rank": float(np.mean(ranks)),
-            "pearson": _correlation(mine, real),
-            "top": float(np.mean(tops)),
-        }
-    return found
+        estimate, real = (np.concatenate([pair[i] for pair in pairs]) for i in (0, 1))
+        n_targets, n_pairs = len(pairs), len(estimate)
+        agreements[name] = RemovalAgreement(
+            rank=float(np.mean(ranks)),
+            pearson=_correlation(estimate, real),
+            top=float(np.mean(tops)),
+        )
+    return Agreement(n_targets=n_targets, n_pairs=n_pairs, **agreements)
 
 
-def feature_entries(behind: Sequence[TokenAttribution], d_sae: int) -> list[dict[str, Any]]:
-    """Return an entry of each latent that contributed: its sums over all targets, by number."""
+def sum_by_feature(
+    attributions: Sequence[TokenAttribution], d_sae: int
+) -> tuple[FeatureContributions, ...]:
+    """Return the sums over all targets of each latent that contributed, by number."""
     sums, sizes, counts = np.zeros(d_sae), np.zeros(d_sae), np.zeros(d_sae, np.int64)
-    for one in behind:
+    for one in attributions:
         latents, values = one.by_latent(one.contributions)
         sums[latents] += values
         sizes[latents] += np.abs(values)
         counts[latents] += values != 0
-    return [
-        {
-            "feature": int(latent),
-            "n_targets": int(counts[latent]),
-            "sum": float(sums[latent]),
-            "size": float(sizes[latent]),
-        }
+    return tuple(
+        FeatureContributions(
+            feature=int(latent),
+            n_targets=int(counts[latent]),
+            sum=float(sums[latent]),
+            size=float(sizes[latent]),
+        )
         for latent in np.flatnonzero(counts)
-    ]
+    )
 
 
-def table(report: Mapping[str, Any]) -> str:
+def table(report: AttributionReport) -> str:
     """Return the report's main numbers as a table for the terminal."""
-    whole, agreed = report["completeness"], report["agreement"]
-    parts = [f"{name} {_shown(whole[name])}" for name in whole if name != "gap"]
+    whole, agreement = report.completeness, report.agreement
+    shares = [f"{name} {_number(getattr(whole, name))}" for name in ("features", *_OTHERS)]
     lines = [
-        f"{report['n_rollouts']} rollouts, {report['n_tokens']:,} predicted tokens, KL(adapter ‖ "
-        f"base) {_shown(report['kl'])} nats a token; {report['n_targets']} explained",
-        f"shares of the adapter's effect on {report['target']}: {', '.join(parts)}; they miss it "
-        f"by {_shown(whole['gap'])} of its size with {report['steps']} steps",
+        f"{report.n_rollouts} rollouts, {report.n_tokens:,} predicted tokens, KL(adapter ‖ base) "
+        f"{_number(report.kl)} nats a token; {report.n_targets} explained",
+        f"shares of the adapter's effect on {report.target}: {', '.join(shares)}; with "
+        f"{report.steps} steps they miss {_number(whole.gap)} of its size",
     ]
-    if agreed:
+    if agreement is not None:
+        estimates = {"contribution": agreement.contribution, "removal": agreement.removal}
         lines.append(
-            f"against {agreed['n_pairs']:,} real removals: "
+            f"against {agreement.n_pairs:,} real removals: "
             + "; ".join(
-                f"{name} rank {agreed[name]['rank']:.2f}, Pearson {agreed[name]['pearson']:.2f}, "
-                f"top five {agreed[name]['top']:.2f}"
-                for name in ("contribution", "removal")
+                f"{name} rank {one.rank:.2f}, Pearson {one.pearson:.2f}, top five {one.top:.2f}"
+                for name, one in estimates.items()
             )
         )
     lines.append(
-        f"{'rollout':>9}{'place':>7}  {'token':<16}{report['unit']:>9}  features behind it"
+        f"{'rollout':>9}{'position':>10}  {'token':<16}{report.unit:>9}  features behind it"
     )
-    targets = [(one, text["rollout"]) for text in report["rollouts"] for one in text["targets"]]
-    targets.sort(key=lambda pair: -abs(pair[0]["adapter"] - pair[0]["base"]))
-    for one, rollout in targets[:_SHOWN]:
-        named = ", ".join(f"{latent} {value:+.3g}" for latent, value, *_ in one["behind"][:_NAMED])
+    targets = [(one, rollout.rollout) for rollout in report.rollouts for one in rollout.targets]
+    targets.sort(key=lambda pair: -abs(pair[0].adapter - pair[0].base))
+    for one, rollout in targets[:_N_SHOWN]:
+        named = ", ".join(f"{c.feature} {c.contribution:+.3g}" for c in one.behind[:_N_NAMED])
         lines.append(
-            f"{rollout:>9}{one['token']:>7}  {ascii(one['text'])[:15]:<16}"
-            f"{one['adapter'] - one['base']:>9.3g}  {named}"
+            f"{rollout:>9}{one.token:>10}  {ascii(one.text)[:15]:<16}"
+            f"{one.adapter - one.base:>9.3g}  {named}"
         )
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _target(one: TokenAttribution, top: int) -> dict[str, Any]:
-    return {
-        "token": one.token,
-        "text": one.text,
-        "adapter": one.adapter,
-        "base": one.base,
-        "features": float(one.contributions.sum(dtype=np.float64)),
-        **one.rests,
-        "sources": one.sources_of(top),
-        "behind": one.strongest(top),
-    }
-
-
-def _numbers(values: npt.NDArray[np.float64]) -> list[float | None]:
+def _shortest(values: npt.NDArray[np.float64]) -> tuple[float | None, ...]:
     """Return float32 numbers in their shortest form; None for tokens that are not predicted."""
-    return [None if np.isnan(x) else float(str(np.float32(x))) for x in values]
+    return tuple(None if np.isnan(x) else float(str(np.float32(x))) for x in values)
 
 
 def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return ranks from 0, the mean rank for equal values."""
-    _, at, counts = np.unique(values, return_inverse=True, return_counts=True)
+    """Return ranks from 0; equal values get their mean rank."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
-    return (ends - (counts + 1) / 2)[at]
+    return (ends - (counts + 1) / 2)[inverse]
 
 
 def _correlation(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> float:
-    """Return Pearson's correlation, 0 where one of them is constant."""
+    """Return Pearson's correlation; 0 if one of them is constant."""
     x, y = x - x.mean(), y - y.mean()
     size = float(np.sqrt((x**2).sum() * (y**2).sum()))
     return float((x * y).sum()) / size if size else 0.0
 
 
-def _shown(value: float | None) -> str:
-    return "—" if value is None else f"{value:.4g}"
+def _number(value: float | None) -> str:
+    return format_number(value, ".4g")

@@ -1,10 +1,10 @@
-"""Take features out of an adapter, or make them weaker or stronger, and say what that changes.
+"""Remove, weaken or strengthen features of an adapter, and measure what that changes.
 
-1. `folding` finds the weights that come nearest to the edit, and how much of it they miss.
-2. Where that is little (`--tolerance`), the output is a PEFT adapter like any other, its `lora_B`
-   changed. Else it is a runtime patch (`patch`), and the report says what folding would miss.
-3. Before and after, on held-out texts: KL(adapter ‖ patched), KL(adapter ‖ folded), and
-   KL(patched ‖ folded), which is 0 where the fold is exact; beside them KL(adapter ‖ base).
+1. `folding` finds the weights that come nearest to the edit, and the share of it that they miss.
+2. If that share is at most `--tolerance`, the output is a PEFT adapter with changed `lora_B`.
+   Otherwise it is a runtime patch (`patch`).
+3. On held-out rollouts: KL(adapter ‖ patched), KL(adapter ‖ folded), KL(patched ‖ folded), which is
+   0 when the fold is exact, and for scale KL(adapter ‖ base).
 
 In: adapter, activation store, SAE, features. Out: a folder with the adapter or the patch, and
 `report.json`.
@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,14 +33,15 @@ from lorascope.artifact import (
     make_manifest,
     write_text,
 )
-from lorascope.causal.effects import counted, interval_of, kl_of
-from lorascope.causal.held_out import (
-    SPECIAL,
-    HeldOut,
-    RandomEffectOptions,
-    described,
-    open_held_out,
+from lorascope.causal.effects import bootstrap_interval, kl_divergence, select_measured
+from lorascope.causal.held_out import SPECIAL, HeldOut, describe_run, open_held_out
+from lorascope.causal.record_json import to_json
+from lorascope.causal.report_records import EditedRun, EditReport
+from lorascope.causal.study import (
+    SeededEffectOptions,
+    format_interval,
     require_features,
+    sae_option,
 )
 from lorascope.config import option
 from lorascope.errors import ConfigError
@@ -54,34 +54,30 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-KIND = "edit"
-SCHEMA = 1
 REPORT = "report.json"
 _COPIED = (".json", ".jinja", ".txt", ".model")  # config and tokenizer
-_ARMS = ("base", "patched", "folded")
+_RUNS = ("base", "patched", "folded")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditConfig(RandomEffectOptions):
+class EditConfig(SeededEffectOptions):
     """Options of `edit`."""
 
-    sae: Path = option(
-        Path("trained_sae_adapters_g-u-d-q-k-v-o.pt"), help="SAE of the features", identity=False
-    )
+    sae: Path = sae_option()
     features: tuple[int, ...] = option(help="numbers of the features to edit, together")
     factor: float = option(
-        0.0, help="by what to multiply them: 0 takes them out, 1 changes nothing, 2 doubles them"
+        0.0, help="factor that multiplies them: 0 removes them, 1 changes nothing, 2 doubles them"
     )
     tokens: Literal["text", "all"] = option(
-        "text", help="tokens to edit: those of text, or special ones and template headers too"
+        "text", help="tokens to edit: text only, or special tokens and template headers too"
     )
     how: Literal["auto", "fold", "patch"] = option(
-        "auto", help="an adapter with changed weights, a runtime patch, or what --tolerance says"
+        "auto", help="output: changed weights (fold), a runtime patch, or what --tolerance decides"
     )
     tolerance: float = option(
-        0.05, help="share of the edit that weights may miss for auto to fold it into them"
+        0.05, help="largest share of the edit that weights may miss for auto to fold it"
     )
-    output: Path = option(Path("edited-adapter"), help="folder to make", identity=False)
+    output: Path = option(Path("edited-adapter"), help="folder to write", identity=False)
 
     def check(self) -> None:
         """Refuse impossible choices."""
@@ -95,8 +91,8 @@ class EditConfig(RandomEffectOptions):
 
 
 def run(config: EditConfig) -> Path:
-    """Make the folder, or find the finished one, and return it."""
-    from lorascope.causal.folding import fit
+    """Write the folder unless it is finished already, and return it."""
+    from lorascope.causal.folding import fit_fold
     from lorascope.causal.patch import PATCH, Patch
     from lorascope.sae.model import load_sae
 
@@ -107,141 +103,139 @@ def run(config: EditConfig) -> Path:
         "settings": config.settings(),
         "parents": {"activations": store.digest, "sae": sae.digest},
     }
-    if is_made(config.output, KIND, **identity, overwrite=config.overwrite):
+    if is_made(config.output, EditReport.kind, **identity, overwrite=config.overwrite):
         log.info("%s is already made with these settings", config.output)
         return config.output
-    texts = open_held_out(config, sae)
+    held_out = open_held_out(config, sae)
     patch = Patch.from_features(sae, config.features, config.factor)
     fitted = np.ones(store.n_rollouts, bool)
-    fitted[texts.rollouts] = False
-    counts = store.eligible if config.tokens == "text" else np.ones(store.n_rows, bool)
-    fold = fit(patch, sae.narrow(store), counts, fitted if fitted.any() else ~fitted)
-    as_weights = _folds(config, fold)
-    with building(config.output, KIND, **identity, overwrite=config.overwrite) as build:
-        found = measure(texts, counts, patch, fold, config.seed)
-        report = {**describe(config, sae, fold, as_weights), **found}
-        names = _write_adapter(build, texts.subject, sae, fold) if as_weights else [PATCH]
+    fitted[held_out.rollouts] = False
+    is_edited = store.eligible if config.tokens == "text" else np.ones(store.n_rows, bool)
+    fold = fit_fold(patch, sae.narrow(store), is_edited, fitted if fitted.any() else ~fitted)
+    as_weights = _is_folded(config, fold)
+    with building(config.output, EditReport.kind, **identity, overwrite=config.overwrite) as build:
+        report = measure(held_out, config, sae, is_edited, patch, fold)
+        names = _write_adapter(build, held_out.subject, sae, fold) if as_weights else [PATCH]
         if not as_weights:
             patch.save(build.path / PATCH)
-        write_text(build.path / REPORT, json.dumps(report, indent=1, allow_nan=False) + "\n")
+        write_text(
+            build.path / REPORT, json.dumps(to_json(report), indent=1, allow_nan=False) + "\n"
+        )
         manifest = make_manifest(
-            KIND,
-            SCHEMA,
+            EditReport.kind,
+            EditReport.schema,
             **identity,
-            layout=texts.subject.layout.to_json(),
-            content=described(texts, config.sae),
+            layout=held_out.subject.layout.to_json(),
+            content=describe_run(held_out, config.sae),
         )
         build.publish_directory(manifest, [*names, REPORT])
     log.info("%s", table(report, config.output))
     return config.output
 
 
-def _folds(config: EditConfig, fold: "Fold") -> bool:
-    """Say whether the output is an adapter with changed weights."""
+def _is_folded(config: EditConfig, fold: "Fold") -> bool:
+    """Return whether the output is an adapter with changed weights."""
     if config.how != "auto":
         return config.how == "fold"
     return fold.error is not None and fold.error <= config.tolerance
 
 
-def describe(config: EditConfig, sae: "SAE", fold: "Fold", as_weights: bool) -> dict[str, Any]:
-    """Return the report's part on the edit and on what weights have of it, as JSON values."""
-    return {
-        "features": list(config.features),
-        "factor": config.factor,
-        "tokens": config.tokens,
-        "output": "adapter" if as_weights else "patch",
-        "fold_error": fold.error,
-        "fold_error_by_site": dict(fold.errors),
-        "n_sites": len(fold.changes),
-        "d_sae": sae.d_sae,
-    }
-
-
 @torch.inference_mode()
 def measure(
-    texts: HeldOut, counts: npt.NDArray[np.bool_], patch: "Patch", fold: "Fold", seed: int = 0
-) -> dict[str, Any]:
-    """Return KL of patched and folded runs on the held-out texts, nats a token, as JSON values.
+    held_out: HeldOut,
+    config: EditConfig,
+    sae: "SAE",
+    is_edited: npt.NDArray[np.bool_],
+    patch: "Patch",
+    fold: "Fold",
+) -> EditReport:
+    """Run the held-out rollouts patched and folded, and return the report.
 
-    `counts` are the rows of the store that the patch edits.
+    `is_edited` marks the rows of the store that the patch edits.
     """
     from lorascope.subject.intervene import RowEditor
 
-    sums: dict[str, list[float]] = {name: [] for name in (*_ARMS, "between", "patched_here")}
+    sums: dict[str, list[float]] = {name: [] for name in (*_RUNS, "between", "patched_here")}
     sizes, owners = [], []
-    edited = torch.from_numpy(counts)
-    batches = list(texts.batches(copies=4))
-    with RowEditor(texts.subject) as editor, runtime.progress(len(batches), "edit", "texts") as bar:
-        change = _folded_edit(texts.subject, patch, fold)
+    edited_rows = torch.from_numpy(is_edited)
+    batches = list(held_out.batches(copies=4))
+    subject = held_out.subject
+    with RowEditor(subject) as editor, runtime.progress(len(batches), "edit", "batches") as bar:
+        folded = _folded_edit(subject, patch, fold)
         for batch in batches:
-            own = edited[batch.rows] & batch.own
+            edited = edited_rows[batch.rows] & batch.own
             out = editor.run(batch.token_ids)
-            texts.require_rows(batch, out.rows)
-            arms = {
+            held_out.require_rows(batch, out.rows)
+            runs = {
                 "base": editor.base(batch.token_ids),
-                "patched": editor.run(batch.token_ids, patch.edit(editor, out.rows, own)).logits,
-                "folded": editor.run(batch.token_ids, change).logits,
+                "patched": editor.run(batch.token_ids, patch.edit(editor, out.rows, edited)).logits,
+                "folded": editor.run(batch.token_ids, folded).logits,
             }
-            logits = {name: counted(values, batch.mask) for name, values in arms.items()}
-            reference = counted(out.logits, batch.mask)
-            kl = {name: kl_of(reference, values) for name, values in logits.items()}
-            kl["between"] = kl_of(logits["patched"], logits["folded"])
-            _, columns = texts.subject.layout.select(patch.layout.adapter_types)
-            fires = patch.change(out.rows[..., columns], own).abs().sum(-1) > 0
+            logits = {name: select_measured(values, batch.mask) for name, values in runs.items()}
+            reference = select_measured(out.logits, batch.mask)
+            kl = {name: kl_divergence(reference, values) for name, values in logits.items()}
+            kl["between"] = kl_divergence(logits["patched"], logits["folded"])
+            _, columns = subject.layout.select(patch.layout.adapter_types)
+            fires = patch.change(out.rows[..., columns], edited).abs().sum(-1) > 0
             kl["patched_here"] = kl["patched"] * fires[batch.mask].to(reference.device)
-            rollouts = texts.store.rollout_of(batch.measured)
-            usual = texts.role_of(batch.measured) != SPECIAL
+            rollouts = held_out.store.rollout_of(batch.measured)
+            usual = held_out.role_of(batch.measured) != SPECIAL
             for rollout in np.unique(rollouts):
-                mine = torch.from_numpy((rollouts == rollout) & usual)
+                where = torch.from_numpy((rollouts == rollout) & usual)
                 owners.append(int(rollout))
-                sizes.append(float(mine.sum()))
+                sizes.append(float(where.sum()))
                 for name, values in kl.items():
-                    sums[name].append(float(values.double().cpu()[mine].sum()))
+                    sums[name].append(float(values.double().cpu()[where].sum()))
             bar.update(1)
-    _, text = np.unique(owners, return_inverse=True)
-    tokens = np.bincount(text, sizes).astype(np.float64)
-    totals = {name: np.bincount(text, values).astype(np.float64) for name, values in sums.items()}
+    _, rollout = np.unique(owners, return_inverse=True)
+    tokens = np.bincount(rollout, sizes).astype(np.float64)
+    totals = {name: np.bincount(rollout, kl).astype(np.float64) for name, kl in sums.items()}
     n = float(tokens.sum())
     whole = float(totals["patched"].sum())
-    return {
-        "n_rollouts": len(tokens),
-        "n_tokens": int(n),
-        "kl": {
-            name: {
-                "kl": float(totals[name].sum()) / n,
-                "interval": interval_of(totals[name], tokens, seed),
-            }
-            for name in _ARMS
+    return EditReport(
+        features=config.features,
+        factor=config.factor,
+        tokens=config.tokens,
+        output="adapter" if _is_folded(config, fold) else "patch",
+        fold_error=fold.error,
+        fold_error_by_site=dict(fold.errors),
+        n_sites=len(fold.changes),
+        d_sae=sae.d_sae,
+        n_rollouts=len(tokens),
+        n_tokens=int(n),
+        kl={
+            name: EditedRun(
+                kl=float(totals[name].sum()) / n,
+                interval=bootstrap_interval(totals[name], tokens, config.seed),
+            )
+            for name in _RUNS
         },
-        "kl_patched_folded": float(totals["between"].sum()) / n,
-        "share_here": float(totals["patched_here"].sum()) / whole if whole else None,
-    }
+        kl_patched_folded=float(totals["between"].sum()) / n,
+        share_here=float(totals["patched_here"].sum()) / whole if whole else None,
+    )
 
 
 def _folded_edit(subject: "Subject", patch: "Patch", fold: "Fold") -> Any:
-    """Return the edit that does to rows what the folded weights do."""
-    start, by_site = 0, {}
-    place = {site.module: change for site, change in _changes(patch, fold)}
+    """Return the edit that changes rows in the way that the folded weights do."""
+    by_module = {patch.layout.sites[i].module: change for i, change in fold.changes.items()}
+    start, by_column = 0, {}
     for site in subject.layout.sites:
-        if site.module in place:
-            by_site[start] = place[site.module].float()
+        if site.module in by_module:
+            by_column[start] = by_module[site.module].float()
         start += site.rank
 
     def edit(columns: slice, values: torch.Tensor) -> torch.Tensor | None:
-        change = by_site.get(columns.start)
+        change = by_column.get(columns.start)
         return None if change is None else values + values @ change.T.to(values.device)
 
     return edit
 
 
-def _changes(patch: "Patch", fold: "Fold") -> list[tuple[Any, torch.Tensor]]:
-    return [(patch.layout.sites[i], change) for i, change in fold.changes.items()]
-
-
 def _write_adapter(build: Build, subject: "Subject", sae: "SAE", fold: "Fold") -> list[str]:
-    """Write the folded adapter into the folder, as PEFT saves one; return its files' names.
+    """Write the folded adapter as PEFT saves one, and return the names of its files.
 
-    A base model that its config names relatively is named from where the folder will be.
+    If its config names the base model by a relative path, the path is changed to start from the
+    new folder.
     """
     from lorascope.causal.folding import write_folded
     from lorascope.subject.adapter import CONFIG, WEIGHTS
@@ -255,9 +249,9 @@ def _write_adapter(build: Build, subject: "Subject", sae: "SAE", fold: "Fold") -
     for name in copied:
         shutil.copyfile(source / name, out / name)
     named = subject.adapter.config.get("base_model_name_or_path")
-    beside = source / str(named)
-    if named and not Path(str(named)).is_absolute() and beside.is_dir():
-        named = Path(os.path.relpath(beside.resolve(), build.out.resolve())).as_posix()
+    relative = source / str(named)
+    if named and not Path(str(named)).is_absolute() and relative.is_dir():
+        named = Path(os.path.relpath(relative.resolve(), build.out.resolve())).as_posix()
     settings = {**subject.adapter.config, "base_model_name_or_path": named}
     write_text(out / CONFIG, json.dumps(settings, indent=2, sort_keys=True) + "\n")
     mixes = {
@@ -267,26 +261,23 @@ def _write_adapter(build: Build, subject: "Subject", sae: "SAE", fold: "Fold") -
     return [*copied, CONFIG, WEIGHTS]
 
 
-def table(report: Mapping[str, Any], out: Path) -> str:
+def table(report: EditReport, out: Path) -> str:
     """Return the report's main numbers as a table for the terminal."""
-    error = report["fold_error"]
-    said = (
-        "no feature fires on held-out rows" if error is None else f"weights miss {error:.1%} of it"
-    )
-    what = {
+    error = report.fold_error
+    missed = "no feature fires on held-out rows" if error is None else f"weights miss {error:.1%}"
+    outputs = {
         "adapter": f"{out} is a PEFT adapter with changed weights",
-        "patch": f"{out} is a runtime patch: the adapter's weights stay as they are",
+        "patch": f"{out} is a runtime patch; the adapter's weights are unchanged",
     }
     lines = [
-        f"features {', '.join(map(str, report['features']))} times {report['factor']:g}; {said}; "
-        + what[report["output"]],
-        f"{report['n_rollouts']} held-out rollouts, {report['n_tokens']:,} predicted tokens; "
+        f"features {', '.join(map(str, report.features))} times {report.factor:g}; {missed}; "
+        + outputs[report.output],
+        f"{report.n_rollouts} held-out rollouts, {report.n_tokens:,} predicted tokens; "
         "KL(adapter ‖ run) in nats a token",
+        *(
+            f"  {name:<10}{run.kl:>11.4g}  {format_interval(run.interval, '.3g')}"
+            for name, run in report.kl.items()
+        ),
+        f"KL(patched ‖ folded): {report.kl_patched_folded:.4g}",
     ]
-    for name in _ARMS:
-        one = report["kl"][name]
-        edges = one["interval"]
-        shown = "—" if edges is None else f"{edges[0]:.3g} to {edges[1]:.3g}"
-        lines.append(f"  {name:<10}{one['kl']:>11.4g}  {shown}")
-    lines.append(f"KL(patched ‖ folded): {report['kl_patched_folded']:.4g}")
     return "\n".join(lines)

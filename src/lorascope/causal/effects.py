@@ -1,9 +1,8 @@
-"""How far two runs of a model are apart, in nats at each token, and how sure a sum of that is.
+"""How far two runs of a model differ at each token, in nats, and intervals of sums over tokens.
 
-Logits become float32 before anything is computed with them: in 16 bits the softmax alone leaves a
-floor of about 1e-3 nats, which is more than most of what is measured here. Sums over tokens are
-float64. Everything is over texts that were drawn as a whole, so intervals draw texts anew, never
-tokens: those of one text are not independent.
+Logits are converted to float32 first: in 16 bits the softmax alone leaves a floor of about 1e-3
+nats, more than most effects that are measured here. Sums over tokens are float64. Intervals
+resample whole rollouts, never tokens, because tokens of one rollout are not independent.
 """
 
 from dataclasses import dataclass
@@ -14,26 +13,27 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lorascope.causal.report_records import Interval
+
 Values = npt.NDArray[np.float32]
 Sums = npt.NDArray[np.float64]
 
-_AT_ONCE = 1 << 25  # logits in float32 at a time, 128 MB
+_CHUNK = 1 << 25  # logits that are converted to float32 at a time, 128 MB
 _N_DRAWS = 2000
-_EDGES = (2.5, 97.5)  # percentiles: an interval of 95 %
+_PERCENTILES = (2.5, 97.5)  # a 95 % interval
 
 
-def kl_of(
+def kl_divergence(
     reference: Float[Tensor, "token vocab"], other: Float[Tensor, "token vocab"]
 ) -> Float[Tensor, "token"]:
     """Return `KL(reference ‖ other) = Σ p (log p − log q)` of each token, in nats, float32.
 
-    It is summed as `Σ p (log p − log q) − p + q`, whose terms are all 0 or more: what rounding
-    leaves of the normalisation, about 1e-7, then counts by its square only, so that effects of
-    1e-10 nats can be told from none. Takes logits of any type. A token that the reference gives no
-    probability (a logit of −inf) adds what the other gives it; one that only the other rules out
-    makes the KL infinite.
+    The sum is `Σ p (log p − log q) − p + q`, whose terms are all 0 or more. The rounding error of
+    the normalisation, about 1e-7, then enters only squared, so that effects of 1e-10 nats can be
+    told from none. Takes logits of any type. Where the reference has probability 0 (a logit of
+    −inf), the term is the other's probability; where only the other has 0, the KL is infinite.
     """
-    size = max(1, _AT_ONCE // max(reference.shape[-1], 1))
+    size = max(1, _CHUNK // max(reference.shape[-1], 1))
     parts = []
     for p_logits, q_logits in zip(reference.split(size), other.split(size), strict=True):
         log_p, log_q = p_logits.float().log_softmax(-1), q_logits.float().log_softmax(-1)
@@ -44,58 +44,72 @@ def kl_of(
     return torch.cat(parts)
 
 
-def ce_of(
+def cross_entropy(
     logits: Float[Tensor, "token vocab"], targets: Int[Tensor, "token"]
 ) -> Float[Tensor, "token"]:
     """Return `−log p(target)` of each token, in nats, float32. Takes logits of any type."""
-    size = max(1, _AT_ONCE // max(logits.shape[-1], 1))
+    size = max(1, _CHUNK // max(logits.shape[-1], 1))
     parts = [
-        torch.nn.functional.cross_entropy(here.float(), wanted, reduction="none")
-        for here, wanted in zip(logits.split(size), targets.split(size), strict=True)
+        torch.nn.functional.cross_entropy(chunk.float(), target, reduction="none")
+        for chunk, target in zip(logits.split(size), targets.split(size), strict=True)
     ]
     return torch.cat(parts)
 
 
-def counted(
+def select_measured(
     logits: Float[Tensor, "batch seq vocab"], mask: Bool[Tensor, "batch seq"]
 ) -> Float[Tensor, "token vocab"]:
-    """Return the logits of the tokens that count, one after the other."""
+    """Return the logits at the positions that `mask` marks, in row-major order."""
     return logits[mask.to(logits.device)]
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """Which text each measured token is of, `(n_tokens,)`, numbered from 0."""
+class TokenRollouts:
+    """The rollout of each measured token, `(n_tokens,)`, numbered from 0."""
 
-    text: npt.NDArray[np.int64]
-    n_texts: int
+    rollout: npt.NDArray[np.int64]
+    n_rollouts: int
 
     def sums(self, values: Values, where: npt.NDArray[np.bool_] | None = None) -> Sums:
-        """Return the sum of each text, `(n_texts,)`, over all tokens or those `where` says."""
-        text, wide = self.text, values.astype(np.float64)
+        """Return the sum over each rollout, `(n_rollouts,)`, of all tokens or of those in `where`.
+
+        `values` has one value for each token.
+        """
+        rollout, wide = self.rollout, values.astype(np.float64)
         if where is not None:
-            text, wide = text[where], wide[where]
-        return np.bincount(text, weights=wide, minlength=self.n_texts).astype(np.float64)
+            rollout, wide = rollout[where], wide[where]
+        return np.bincount(rollout, weights=wide, minlength=self.n_rollouts).astype(np.float64)
 
 
-def ratio_of(above: Sums, below: Sums) -> float | None:
-    """Return the sum of one over the sum of the other; None where that has no value."""
-    total = float(below.sum())
-    return float(above.sum()) / total if total else None
+def ratio_of_sums(numerator: Sums, denominator: Sums) -> float | None:
+    """Return the sum of one over the sum of the other; None where the second is 0."""
+    total = float(denominator.sum())
+    return float(numerator.sum()) / total if total else None
 
 
-def interval_of(above: Sums, below: Sums, seed: int = 0) -> list[float] | None:
-    """Return the 95 % interval of `ratio_of` by the bootstrap, texts being drawn anew.
+def bootstrap_interval(numerator: Sums, denominator: Sums, seed: int = 0) -> Interval:
+    """Return the 95 % interval of `ratio_of_sums`, by resampling rollouts (Efron 1979).
 
-    Percentiles of 2,000 draws (Efron 1979). None where there is one text only, or where a draw has
-    no ratio.
+    Both have an entry for each rollout; the edges are percentiles of 2,000 draws. None where there
+    is only one rollout, or where the denominator of a draw is 0.
     """
-    n = len(above)
+    n = len(numerator)
     if n < 2:
         return None
     rng = np.random.default_rng([seed, n])
     times = rng.multinomial(n, np.full(n, 1 / n), size=_N_DRAWS).astype(np.float64)
-    top, bottom = times @ above, times @ below
+    top, bottom = times @ numerator, times @ denominator
     if not bottom.all():
         return None
-    return [float(edge) for edge in np.percentile(top / bottom, _EDGES)]
+    low, high = np.percentile(top / bottom, _PERCENTILES)
+    return float(low), float(high)
+
+
+def complement(share: float | None) -> float | None:
+    """Return 1 − share."""
+    return None if share is None else 1 - share
+
+
+def complement_interval(edges: Interval) -> Interval:
+    """Return the interval of 1 − share."""
+    return None if edges is None else (1 - edges[1], 1 - edges[0])

@@ -1,23 +1,22 @@
-"""Measure how much of what an adapter does to its model's output an SAE explains.
+"""Measure how much of an adapter's effect on its model's output an SAE explains.
 
-1. On rollouts that the SAE never saw, the model runs with the adapter; its rows `x` are read, and
+1. On rollouts that the SAE never saw, the model runs with the adapter. Its rows `x` are read and
    compared with the store's.
 2. It runs again with other rows written at every site: the SAE's reconstruction, those of simple
    baselines of the same sparsity, of other SAEs, zeros, and `x` itself as a control.
-3. Each token's prediction is compared with the adapter's: `KL(adapter ‖ run)` in nats, float32.
+3. Each prediction is compared with the adapter's: `KL(adapter ‖ run)` in nats, float32.
    `recovered = 1 − ΣKL(adapter ‖ run) / ΣKL(adapter ‖ base)`: 0 is the base model, 1 the adapter.
-   Sums are over tokens, intervals draw whole rollouts anew. `ce_recovered` is the same for the
-   loss on the text's next token.
-4. The SAE never saw special tokens and template headers, which other tokens attend to. So each
-   run is repeated with their rows as they are (`special kept`).
-5. The same by role, and by layer and projection: then only these columns are reconstructed, the
-   others stay as they were, and 0 is the run with these columns at zero.
+   Sums are over tokens, intervals resample rollouts. `ce_recovered` is the same for the loss on
+   the next token of the rollout.
+4. By default an SAE is not trained on special tokens and template headers, to which other tokens
+   attend. So each run is repeated with their rows unchanged (`special_kept`).
+5. The same by role, and by layer and projection: then only the columns of that layer or projection
+   are reconstructed, and 0 is the run with these columns at zero.
 
-In: adapter, activation store, SAE. Out: a report (JSON) and a picture beside it; the table of the
-report goes to stderr.
+In: adapter, activation store, SAE. Out: a report (JSON) and its picture (.png); the table goes to
+stderr.
 """
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,58 +30,76 @@ from torch import Tensor
 from lorascope import runtime
 from lorascope.activations.batches import read_blocks, split_rows
 from lorascope.activations.store import ActivationStore
-from lorascope.causal.effects import Values, ce_of, counted, kl_of
-from lorascope.causal.evaluation_report import summarize, table
-from lorascope.causal.held_out import (
-    Batch,
-    HeldOut,
-    RandomEffectOptions,
-    described,
-    open_held_out,
+from lorascope.causal.effects import (
+    TokenRollouts,
+    Values,
+    bootstrap_interval,
+    complement,
+    complement_interval,
+    cross_entropy,
+    kl_divergence,
+    ratio_of_sums,
+    select_measured,
 )
-from lorascope.causal.study import Report, report_at
+from lorascope.causal.held_out import SPECIAL, Batch, HeldOut, describe_run, open_held_out
+from lorascope.causal.report_records import (
+    EvaluationReport,
+    Faithfulness,
+    Floor,
+    GroupRecovered,
+    Recovered,
+    RoleRecovered,
+    RunRecovered,
+)
+from lorascope.causal.study import (
+    Made,
+    SeededEffectOptions,
+    format_interval,
+    format_number,
+    report_at,
+    require_json_name,
+    sae_option,
+)
 from lorascope.config import option
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.sites import SiteLayout
+from lorascope.texts.roles import ROLES
 
 if TYPE_CHECKING:
     from lorascope.sae.model import SAE
     from lorascope.subject.intervene import Edit, RowEditor
 
-log = logging.getLogger(__name__)
+_N_FITTED = 65_536  # training rows that baselines are fitted on
+_ABOVE_FLOOR = 10.0  # times the floor: a smaller effect has no meaningful share
+_GROUPS = ("layers", "projections")
 
-KIND = "evaluation"
-SCHEMA = 1
-_FITTED = 65_536  # training rows that baselines are fitted on
-
-Rebuild = Callable[[Tensor], Tensor]  # rows (n, d_in of the SAE) to rows
+Reconstruct = Callable[[Tensor], Tensor]  # rows (n, d_in of the SAE) to rows
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(RandomEffectOptions):
+class EvaluateConfig(SeededEffectOptions):
     """Options of `evaluate`."""
 
-    sae: Path = option(
-        Path("trained_sae_adapters_g-u-d-q-k-v-o.pt"), help="SAE to evaluate", identity=False
-    )
+    sae: Path = sae_option()
     against: tuple[Path, ...] = option(
-        (), help="other SAEs of the same columns to compare with, such as one of another seed",
+        (),
+        help="other SAEs of the same columns to compare with, such as one of another seed",
         identity=False,
-    )  # fmt: skip
+    )
     output: Path | None = option(
-        None, help="report to make; default: evaluation_{SAE's name}.json", identity=False
+        None, help="report to write; default: evaluation_{SAE's name}.json", identity=False
     )
 
     def check(self) -> None:
-        """Refuse impossible numbers and an output that is no JSON file."""
+        """Refuse impossible numbers, and an output that is not a JSON file."""
         super().check()
-        if self.output is not None and self.output.suffix != ".json":
-            raise ConfigError(f"--output is {self.output}, expected a .json file")
+        if self.output is not None:
+            require_json_name(self.output)
 
 
 def run(config: EvaluateConfig) -> Path:
-    """Make a report, or find the finished one, and return its file."""
-    from lorascope.causal.figures import draw_faithfulness
+    """Write the report unless it is finished already, and return its file."""
+    from lorascope.causal.figures import draw_evaluation
     from lorascope.sae.metrics import evaluate
     from lorascope.sae.model import load_sae
 
@@ -90,25 +107,24 @@ def run(config: EvaluateConfig) -> Path:
     sae = load_sae(config.sae, store)
     others = {f"against {path.name}": load_sae(path, store) for path in config.against}
     if len(others) < len(config.against):
-        raise ConfigError("--against names two SAEs of one file name; rename one of them")
+        raise ConfigError("--against names two SAEs with the same file name; rename one of them")
     out = config.output or Path(f"evaluation_{config.sae.stem}.json")
 
-    def make() -> Report:
+    def make() -> Made:
         for name, other in others.items():
             other.layout.require_same(sae.layout, name, config.sae.name)
-        texts = open_held_out(config, sae)
+        held_out = open_held_out(config, sae)
         narrow = sae.narrow(store)
-        rows = _rows_of(narrow, texts.rollouts)
+        rows = _eligible_rows(narrow, held_out.rollouts)
         reconstruction = evaluate(sae, read_blocks(narrow, rows))
-        arms = _arms(sae, others, narrow, reconstruction["l0"], config.seed)
-        faithfulness = measure(texts, sae, arms, config.seed)
-        report = {"reconstruction": reconstruction, "faithfulness": faithfulness}
-        return Report(report, sae.layout, described(texts, config.sae))
+        rebuilds = _reconstructions(sae, others, narrow, reconstruction["l0"], config.seed)
+        faithfulness = measure(held_out, sae, rebuilds, config.seed)
+        report = EvaluationReport(reconstruction=reconstruction, faithfulness=faithfulness)
+        return Made(report, sae.layout, describe_run(held_out, config.sae))
 
     return report_at(
         out,
-        KIND,
-        SCHEMA,
+        EvaluationReport,
         settings=config.settings(),
         parents={
             "activations": store.digest,
@@ -118,23 +134,25 @@ def run(config: EvaluateConfig) -> Path:
         overwrite=config.overwrite,
         make=make,
         table=table,
-        draw=lambda data: draw_faithfulness(data, out.with_suffix(".png")),
+        draw=lambda report, manifest: draw_evaluation(report, manifest, out.with_suffix(".png")),
     )
 
 
-def _rows_of(store: ActivationStore, rollouts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return the eligible rows of some rollouts."""
+def _eligible_rows(
+    store: ActivationStore, rollouts: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Return the numbers of the eligible rows of some rollouts."""
     rows = np.flatnonzero(store.eligible)
     rows = rows[np.isin(store.rollout_of(rows), rollouts)]
     if not len(rows):
-        raise ArtifactError(f"{store.path}: the rollouts to run hold no token that counts")
+        raise ArtifactError(f"{store.path}: the rollouts to run have no eligible token")
     return rows
 
 
-def _arms(
+def _reconstructions(
     sae: "SAE", others: Mapping[str, "SAE"], store: ActivationStore, l0: float, seed: int
-) -> dict[str, Rebuild]:
-    """Return what is written instead of the rows, by name; `sae` is the first."""
+) -> dict[str, Reconstruct]:
+    """Return what makes the rows to write, by name; `sae` is the first."""
     from lorascope.causal.baselines import baselines
 
     settings = sae.manifest["settings"]
@@ -143,67 +161,71 @@ def _arms(
         training, _ = split_rows(
             store, settings["holdout"], settings["data_seed"], settings.get("roles", ())
         )
-    training = training[:: -(-len(training) // _FITTED)]
+    training = training[:: -(-len(training) // _N_FITTED)]
     fitted = torch.cat(list(read_blocks(store, training)))
-    named = {"sae": sae, **others}
+    saes = {"sae": sae, **others}
     return {
-        **{name: lambda x, one=one: one.decode(one.encode(x)) for name, one in named.items()},
+        **{name: lambda x, sae=sae: sae.decode(sae.encode(x)) for name, sae in saes.items()},
         **baselines(sae, fitted, l0, seed),
     }
 
 
 @torch.inference_mode()
 def measure(
-    texts: HeldOut, sae: "SAE", arms: Mapping[str, Rebuild], seed: int = 0
-) -> dict[str, Any]:
-    """Return the faithfulness part of the report, as JSON values.
+    held_out: HeldOut, sae: "SAE", rebuilds: Mapping[str, Reconstruct], seed: int = 0
+) -> Faithfulness:
+    """Run the held-out rollouts with every reconstruction, and return the shares recovered.
 
-    `arms` make rows of the SAE's columns, in float32 on the CPU; `arms["sae"]` must be there.
+    Each of `rebuilds` makes rows of the SAE's columns, in float32 on the CPU; one is `sae`.
     """
     from lorascope.subject.intervene import RowEditor
 
-    layout, columns = texts.subject.layout.select(sae.layout.adapter_types)
-    whole = layout.d_in == texts.subject.layout.d_in
-    groups = _groups(layout)
-    found: dict[Any, list[Values]] = {}
+    layout, columns = held_out.subject.layout.select(sae.layout.adapter_types)
+    has_all_columns = layout.d_in == held_out.subject.layout.d_in
+    groups = _column_groups(layout)
+    by_run: dict[Any, list[Values]] = {}
     measured: list[npt.NDArray[np.int64]] = []
     drift = 0.0
-    bar = runtime.progress(texts.n_tokens, "evaluate", "tokens")
-    with RowEditor(texts.subject, seed=seed) as editor, bar:
-        for batch in texts.batches():
-            seen, probe = _Probe.open(editor, batch)
-            drift = max(drift, texts.require_rows(batch, seen))
-            mine = seen[..., columns]
-            made = {name: _rebuilt(arm, mine) for name, arm in arms.items()}
-            kept = torch.from_numpy(texts.store.eligible)[batch.rows] & batch.own
-            kept = kept.to(mine.device)[..., None]
-            plain: dict[Any, Tensor] = {
-                "null": mine,
-                "rounding": mine * (1 + torch.finfo(texts.subject.dtype).eps),
-                "zero": torch.zeros_like(mine),
-                **made,
-                **{(name, "kept"): torch.where(kept, rows, mine) for name, rows in made.items()},
+    bar = runtime.progress(held_out.n_tokens, "evaluate", "tokens")
+    with RowEditor(held_out.subject, seed=seed) as editor, bar:
+        for batch in held_out.batches():
+            read, compare = _Comparison.of_batch(editor, batch)
+            drift = max(drift, held_out.require_rows(batch, read))
+            x = read[..., columns]
+            rebuilt = {name: _rebuild(rebuild, x) for name, rebuild in rebuilds.items()}
+            eligible = torch.from_numpy(held_out.store.eligible)[batch.rows] & batch.own
+            eligible = eligible.to(x.device)[..., None]
+            written: dict[Any, Tensor] = {
+                "null": x,
+                "rounding": x * (1 + torch.finfo(held_out.subject.dtype).eps),
+                "zero": torch.zeros_like(x),
+                **rebuilt,
+                **{
+                    (name, "kept"): torch.where(eligible, rows, x) for name, rows in rebuilt.items()
+                },
             }
-            got: dict[Any, Any] = {
-                name: probe(_held(seen, columns, rows)) for name, rows in plain.items()
+            results: dict[Any, Any] = {
+                name: compare.edited(_hold(read, columns, rows)) for name, rows in written.items()
             }
-            got["base"] = probe.base()
-            got["adapter"] = probe.itself()
-            for (kind, name), part in groups.items():
-                for how, rows in (("sae", made["sae"]), ("zero", plain["zero"])):
-                    edited = torch.where(part.to(mine.device), rows, mine)
-                    got[kind, name, how] = probe(_held(seen, columns, edited))
-            for name, (kl, ce) in got.items():
-                found.setdefault((name, "kl"), []).append(kl)
-                found.setdefault((name, "ce"), []).append(ce)
+            results["base"] = compare.base()
+            results["adapter"] = compare.adapter()
+            for (kind, name), group in groups.items():
+                for how, rows in (("sae", rebuilt["sae"]), ("zero", written["zero"])):
+                    mixed = torch.where(group.to(x.device), rows, x)
+                    results[kind, name, how] = compare.edited(_hold(read, columns, mixed))
+            for name, (kl, ce) in results.items():
+                by_run.setdefault((name, "kl"), []).append(kl)
+                by_run.setdefault((name, "ce"), []).append(ce)
             measured.append(batch.measured)
             bar.update(int(batch.own.sum()))
     rows = np.concatenate(measured)
-    values = {name: np.concatenate(parts) for name, parts in found.items()}
-    return {**summarize(texts, rows, values, whole=whole, seed=seed), "rows_drift": drift}
+    values = {name: np.concatenate(parts) for name, parts in by_run.items()}
+    return _summarize(
+        held_out, rows, values, has_all_columns=has_all_columns, seed=seed, drift=drift
+    )
 
 
-class _Probe:
+class _Comparison:
     """Runs one batch under edits and compares each run with the adapter's."""
 
     def __init__(self, editor: "RowEditor", batch: Batch, reference: Tensor) -> None:
@@ -211,47 +233,179 @@ class _Probe:
         self.targets = batch.targets[batch.mask].to(reference.device)
 
     @classmethod
-    def open(cls, editor: "RowEditor", batch: Batch) -> "tuple[Tensor, _Probe]":
-        """Run the batch as it is; return its rows, and the probe of what comes after."""
+    def of_batch(cls, editor: "RowEditor", batch: Batch) -> "tuple[Tensor, _Comparison]":
+        """Run the batch with the adapter; return its rows, and the comparison with that run."""
         out = editor.run(batch.token_ids)
-        return out.rows, cls(editor, batch, counted(out.logits, batch.mask))
+        return out.rows, cls(editor, batch, select_measured(out.logits, batch.mask))
 
-    def __call__(self, edit: "Edit") -> tuple[Values, Values]:
-        """Return KL to the adapter and CE of each measured token, in nats."""
+    def edited(self, edit: "Edit") -> tuple[Values, Values]:
+        """Return KL to the adapter and CE of each measured token, in nats, of an edited run."""
         return self._compare(
-            counted(self.editor.run(self.batch.token_ids, edit).logits, self.batch.mask)
+            select_measured(self.editor.run(self.batch.token_ids, edit).logits, self.batch.mask)
         )
 
     def base(self) -> tuple[Values, Values]:
         """Return the same of the base model."""
-        return self._compare(counted(self.editor.base(self.batch.token_ids), self.batch.mask))
+        return self._compare(
+            select_measured(self.editor.base(self.batch.token_ids), self.batch.mask)
+        )
 
-    def itself(self) -> tuple[Values, Values]:
+    def adapter(self) -> tuple[Values, Values]:
         """Return the same of the adapter."""
         return self._compare(self.reference)
 
     def _compare(self, logits: Tensor) -> tuple[Values, Values]:
-        kl, ce = kl_of(self.reference, logits), ce_of(logits, self.targets)
+        kl, ce = kl_divergence(self.reference, logits), cross_entropy(logits, self.targets)
         return kl.cpu().numpy(), ce.cpu().numpy()
 
 
-def _rebuilt(arm: Rebuild, rows: Tensor) -> Tensor:
-    flat = arm(rows.reshape(-1, rows.shape[-1]).cpu())
+def _rebuild(rebuild: Reconstruct, rows: Tensor) -> Tensor:
+    flat = rebuild(rows.reshape(-1, rows.shape[-1]).cpu())
     return flat.view(rows.shape).to(rows.device)
 
 
-def _held(seen: Tensor, columns: npt.NDArray[np.int64], rows: Tensor) -> "Edit":
-    """Return the edit that writes `rows` in some columns, and in the others what was seen."""
-    whole = seen.clone()
+def _hold(read: Tensor, columns: npt.NDArray[np.int64], rows: Tensor) -> "Edit":
+    """Return the edit that writes `rows` in some columns, and what was read in the others."""
+    whole = read.clone()
     whole[..., columns] = rows
     return lambda here, _values: whole[..., here]
 
 
-def _groups(layout: SiteLayout) -> dict[tuple[str, str], Tensor]:
-    """Return the columns, `(d_in,)` bool, of each layer and of each projection."""
+def _column_groups(layout: SiteLayout) -> dict[tuple[str, str], Tensor]:
+    """Return a mask of the columns, `(d_in,)`, of each layer and of each projection."""
     layer = np.repeat([site.layer for site in layout.sites], [s.rank for s in layout.sites])
     kind = np.repeat([site.projection for site in layout.sites], [s.rank for s in layout.sites])
     return {
         **{("layers", str(n)): torch.from_numpy(layer == n) for n in np.unique(layer)},
         **{("projections", n): torch.from_numpy(kind == n) for n in layout.adapter_types},
     }
+
+
+def _summarize(
+    held_out: HeldOut,
+    rows: npt.NDArray[np.int64],
+    values: Mapping[Any, Values],
+    *,
+    has_all_columns: bool,
+    seed: int,
+    drift: float,
+) -> Faithfulness:
+    """Return the sums over tokens, as shares with intervals.
+
+    `values[run, "kl"]` and `values[run, "ce"]` are of the measured `rows`, in nats. A run is a
+    name, `(name, "kept")` with the rows of special tokens unchanged, or `(kind, group, how)`.
+    """
+    _, rollout = np.unique(held_out.store.rollout_of(rows), return_inverse=True)
+    tokens = TokenRollouts(rollout, int(rollout.max(initial=-1)) + 1)
+    role = held_out.role_of(rows)
+    usual = role != SPECIAL
+    if not usual.any():
+        raise ArtifactError(
+            f"{held_out.store.path}: all tokens to predict are special; use other rollouts"
+        )
+    zero = "base" if has_all_columns else "zero"
+
+    def recovered(run: Any, reference: Any, where: npt.NDArray[np.bool_]) -> Recovered:
+        kl = tokens.sums(values[run, "kl"], where)
+        below = tokens.sums(values[reference, "kl"], where)
+        return Recovered(
+            kl=float(kl.sum()) / int(where.sum()),
+            recovered=complement(ratio_of_sums(kl, below)),
+            recovered_interval=complement_interval(bootstrap_interval(kl, below, seed)),
+        )
+
+    def recovered_run(run: str) -> RunRecovered:
+        ce, best, worst = (
+            tokens.sums(values[name, "ce"], usual) for name in (run, "adapter", zero)
+        )
+        kept = (run, "kept")
+        return RunRecovered(
+            **vars(recovered(run, zero, usual)),
+            ce=float(ce.sum()) / int(usual.sum()),
+            ce_recovered=ratio_of_sums(worst - ce, worst - best),
+            ce_recovered_interval=bootstrap_interval(worst - ce, worst - best, seed),
+            special_kept=recovered(kept, zero, usual) if (kept, "kl") in values else None,
+        )
+
+    def recovered_group(kind: str, name: str) -> GroupRecovered:
+        share = recovered((kind, name, "sae"), (kind, name, "zero"), usual)
+        removed = recovered((kind, name, "zero"), zero, usual).kl
+        if removed <= _ABOVE_FLOOR * floor.rounding:
+            share = Recovered(kl=share.kl, recovered=None, recovered_interval=None)
+        return GroupRecovered(**vars(share), kl_zero=removed)
+
+    def recovered_role(is_role: npt.NDArray[np.bool_]) -> RoleRecovered:
+        return RoleRecovered(
+            n_tokens=int(is_role.sum()),
+            **vars(recovered("sae", zero, is_role)),
+            special_kept=recovered(("sae", "kept"), zero, is_role),
+            kl_zero=float(values[zero, "kl"][is_role].mean(dtype=np.float64)),
+        )
+
+    floor = Floor(
+        null=recovered("null", zero, usual).kl, rounding=recovered("rounding", zero, usual).kl
+    )
+    runs = [run for run, unit in values if unit == "kl"]
+    groups = {
+        kind: {
+            run[1]: recovered_group(*run[:2]) for run in runs if run[0] == kind and run[2] == "sae"
+        }
+        for kind in _GROUPS
+    }
+    return Faithfulness(
+        zero_is="the base model" if has_all_columns else "the SAE's columns at zero",
+        n_rollouts=tokens.n_rollouts,
+        n_tokens=int(usual.sum()),
+        floor=floor,
+        runs={
+            run: recovered_run(run)
+            for run in runs
+            if isinstance(run, str) and run not in ("null", "rounding")
+        },
+        roles={ROLES[number]: recovered_role(role == number) for number in np.unique(role)},
+        **groups,
+        rows_drift=drift,
+    )
+
+
+def table(report: EvaluationReport) -> str:
+    """Return the report's main numbers as a table for the terminal."""
+    made, found = report.reconstruction, report.faithfulness
+    floor = found.floor
+    head = f"{'KL':>9}{'recovered':>11}  {'95 % interval':<17}"
+    lines = [
+        f"held out: {found.n_rollouts} rollouts, {found.n_tokens:,} predicted tokens; FVU "
+        f"{_number(made['fvu'])}, cosine {_number(made['cosine'])}, L0 {made['l0']:.2f}, "
+        f"{made['alive']:,} latents alive",
+        f"recovered: 0 is {found.zero_is}, 1 the adapter. KL(adapter ‖ run) in nats a token; "
+        f"floor: {floor.null:.1e} (rows unchanged), {floor.rounding:.1e} (rows changed by one "
+        "rounding step)",
+        f"{'rows written':<24}{head}{'special kept':>13}{'CE':>9}{'recovered':>11}",
+    ]
+    for name, run in found.runs.items():
+        kept = None if run.special_kept is None else run.special_kept.recovered
+        lines.append(
+            f"{name:<24}{_recovered(run)}{'' if kept is None else _number(kept):>13}"
+            f"{run.ce:>9.4f}{_number(run.ce_recovered):>11}"
+        )
+    titles = {
+        "roles": "sae, by predicted role",
+        "layers": "sae, in one layer",
+        "projections": "sae, in one projection",
+    }
+    for kind, title in titles.items():
+        lines.append(f"{title:<24}{head}{'KL at 0':>13}")
+        lines += [
+            f"  {name:<22}{_recovered(part)}{part.kl_zero:>13.4f}"
+            for name, part in getattr(found, kind).items()
+        ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _recovered(share: RunRecovered | RoleRecovered | GroupRecovered) -> str:
+    interval = format_interval(share.recovered_interval, ".3f")
+    return f"{_number(share.kl):>9}{_number(share.recovered):>11}  {interval:<17}"
+
+
+def _number(value: float | None) -> str:
+    return format_number(value, ".4f")

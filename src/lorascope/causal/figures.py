@@ -1,7 +1,7 @@
-"""Pictures of effects, as PNG or SVG: what was recovered, and what happens without each part.
+"""Pictures of reports, as PNG or SVG: shares recovered, removals of parts, dose curves.
 
-The same input gives the same bytes: fonts are those that matplotlib ships, the user's settings do
-not count, no date is written. A value that is undefined is named so, never drawn as zero.
+The same report gives the same bytes: fonts are those that matplotlib ships, the user's settings
+are ignored and no date is written. An undefined value is labelled, never drawn as zero.
 """
 
 import warnings
@@ -11,16 +11,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorascope.artifact import replacing
+from lorascope.causal.report_records import (
+    AblationReport,
+    EvaluationReport,
+    GroupRecovered,
+    PartRemoval,
+    RoleRecovered,
+    RunRecovered,
+    SteeringReport,
+)
 from lorascope.errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Blue and orange after Okabe and Ito, which the colour-blind can tell apart.
+# Blue and orange after Okabe and Ito: distinct for colour-blind readers.
 _MAIN, _OTHER, _INK, _SOFT, _LINE = "#2f6f9f", "#b35a10", "#1d2630", "#5d6873", "#c3cad1"
 _STYLE: dict[str, Any] = {
-    "font.sans-serif": ["DejaVu Sans"],  # shipped with matplotlib, so everywhere the same
+    "font.sans-serif": ["DejaVu Sans"],  # shipped with matplotlib, so the same everywhere
     "font.size": 8,
     "text.color": _INK,
     "text.parse_math": False,
@@ -37,88 +46,97 @@ _STYLE: dict[str, Any] = {
 }
 _DPI = 150
 _HEADER = 0.55  # inches above the panels
-_DROPPED: Mapping[str, Any] = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
-_BEYOND = 10.0  # times the floor that an effect must have to be one
-_LOW = -0.05  # where the axis of shares begins
-_LONGEST = 40  # characters of a name
+_NO_METADATA: Mapping[str, Any] = {
+    ".png": {"Software": None},
+    ".svg": {"Date": None, "Creator": None},
+}
+_ABOVE_FLOOR = 10.0  # times the floor: a smaller effect is crossed out
+_LOWEST_SHARE = -0.05  # where the axis begins
+_LONGEST_NAME = 40  # characters
 
 
 @contextmanager
 def _drawing(path: Path, size: tuple[float, float]) -> Generator["Figure"]:
-    """Yield a figure of `size` inches, room for a header on top, and write it to `path` at the end.
+    """Yield a figure of `size` inches with room for a header, and write it to `path` at the end.
 
-    Raises ConfigError at an end other than .png or .svg.
+    Raises ConfigError unless `path` ends in .png or .svg.
     """
-    if path.suffix not in _DROPPED:
+    if path.suffix not in _NO_METADATA:
         raise ConfigError(f"{path} ends in {path.suffix!r}, expected .png or .svg")
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    below = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - _HEADER / size[1]))
+    layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - _HEADER / size[1]))
     with mpl.rc_context(), warnings.catch_warnings():
         # A character that the font lacks is drawn as a box.
         warnings.filterwarnings("ignore", message="Glyph .* missing|Matplotlib currently does not")
         mpl.rcdefaults()
         mpl.rcParams.update(_STYLE)  # pyright: ignore[reportCallIssue, reportArgumentType]
-        figure = Figure(figsize=size, dpi=_DPI, layout=below)
+        figure = Figure(figsize=size, dpi=_DPI, layout=layout)
         yield figure
-        with replacing(path) as beside:
-            figure.savefig(beside, format=path.suffix[1:], metadata=_DROPPED[path.suffix])
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format=path.suffix[1:], metadata=_NO_METADATA[path.suffix])
 
 
-def draw_faithfulness(data: Mapping[str, Any], path: Path) -> Path:
-    """Draw an evaluation report: the share recovered by each run, role, layer and projection."""
-    made, found = data["reconstruction"], data["faithfulness"]
-    content = data["metadata"]["lorascope"]["content"]
-    runs = {name: run for name, run in found["runs"].items() if "special_kept" in run}
+def draw_evaluation(report: EvaluationReport, manifest: Mapping[str, Any], path: Path) -> Path:
+    """Draw the share recovered by each run, role, layer and projection."""
+    found, content = report.faithfulness, manifest["content"]
+    runs = {name: run for name, run in found.runs.items() if run.special_kept is not None}
     panels = {
         "rows written; pale: special tokens' rows kept": runs,
-        "the SAE, by role of the predicted token; pale: as above": found["roles"],
-        "the SAE in one layer, share of that layer": found["layers"],
-        "the SAE in one projection, share of that projection": found["projections"],
+        "the SAE, by role of the predicted token; pale: as above": found.roles,
+        "the SAE in one layer, share of that layer": found.layers,
+        "the SAE in one projection, share of that projection": found.projections,
     }
     heights = [
-        max(len(found["layers"]), len(runs)),
-        max(len(found["roles"]), len(found["projections"])),
+        max(len(found.layers), len(runs)),
+        max(len(found.roles), len(found.projections)),
     ]
     with _drawing(path, (10, 1.6 + 0.19 * sum(heights))) as figure:
         _head(
             figure,
             f"{_plain(content['sae_name'])} on {_plain(content['adapter_name'])}: share of the "
             "adapter's effect that is recovered",
-            f"1 − KL(adapter ‖ run) / KL(adapter ‖ 0), 0 is {found['zero_is']}; "
-            f"{found['n_rollouts']} held-out rollouts, {found['n_tokens']:,} tokens, lines: 95 % "
-            f"intervals; L0 {made['l0']:.1f}; floor {found['floor']['rounding']:.1e} nats a token",
+            f"1 − KL(adapter ‖ run) / KL(adapter ‖ 0), 0 is {found.zero_is}; "
+            f"{found.n_rollouts} held-out rollouts, {found.n_tokens:,} tokens, lines: 95 % "
+            f"intervals; L0 {report.reconstruction['l0']:.1f}; floor {found.floor.rounding:.1e} "
+            "nats a token",
         )
         grid = figure.add_gridspec(2, 2, height_ratios=heights)
-        places = grid[0, 0], grid[1, 0], grid[0, 1], grid[1, 1]
-        for place, (title, parts) in zip(places, panels.items(), strict=True):
-            _draw_shares(figure.add_subplot(place), title, parts)
+        cells = grid[0, 0], grid[1, 0], grid[0, 1], grid[1, 1]
+        for cell, (title, parts) in zip(cells, panels.items(), strict=True):
+            _draw_shares(figure.add_subplot(cell), title, parts)
     return path
 
 
 def _head(figure: "Figure", title: str, text: str) -> None:
-    """Write a title and a line below it into the room above the panels."""
+    """Write a title, and a line below it, above the panels."""
     inch = 1 / figure.get_figheight()
     figure.text(0.01, 1 - 0.2 * inch, title, size=11, weight="bold", va="center")
     figure.text(0.01, 1 - 0.42 * inch, text, color=_SOFT, va="center")
 
 
-def _draw_shares(axes: "Axes", title: str, parts: Mapping[str, Mapping[str, Any]]) -> None:
+def _draw_shares(
+    axes: "Axes",
+    title: str,
+    parts: Mapping[str, RunRecovered] | Mapping[str, RoleRecovered] | Mapping[str, GroupRecovered],
+) -> None:
     """Draw the share of each part as a bar with its interval, the first on top."""
     axes.set_title(title)
     names = [_plain(name) for name in parts]
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlim(_LOW, 1.25)
+    axes.set_xlim(_LOWEST_SHARE, 1.25)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
     axes.axvline(0, color=_LINE, linewidth=0.8)
     axes.axvline(1, color=_LINE, linewidth=0.8, linestyle=(0, (3, 3)))
     for i, (name, part) in enumerate(parts.items()):
-        color = _MAIN if name == "sae" or "ce" not in part else _OTHER
-        value, edges = part["recovered"], part["recovered_interval"]
-        kept = part.get("special_kept", {}).get("recovered")
+        is_baseline = isinstance(part, RunRecovered) and name != "sae"
+        color = _OTHER if is_baseline else _MAIN
+        value, edges = part.recovered, part.recovered_interval
+        special_kept = None if isinstance(part, GroupRecovered) else part.special_kept
+        kept = None if special_kept is None else special_kept.recovered
         if kept is not None:
             axes.barh(i, _inside(kept), height=0.72, color=color, alpha=0.3)
         if value is None:
@@ -131,42 +149,40 @@ def _draw_shares(axes: "Axes", title: str, parts: Mapping[str, Mapping[str, Any]
         axes.text(1.24, i, text, ha="right", va="center", color=_SOFT)
 
 
-def draw_ablation(data: Mapping[str, Any], path: Path) -> Path:
-    """Draw what taking out each layer costs as bars, and each site as a map of layers and kinds.
+def draw_ablation(report: AblationReport, manifest: Mapping[str, Any], path: Path) -> Path:
+    """Draw the cost of removing each layer as bars, and of each site as a map of the network.
 
     In the bars, ticks are the controls of the same norm and the dashed line is the rounding floor.
-    In the map, a site whose effect is below ten times that floor is crossed out.
+    In the map, a site whose effect is at most ten times that floor is crossed out.
     """
-    manifest = data["metadata"]["lorascope"]
-    layers, floor = data["layers"], data["floor"]["rounding"]
-    sites = manifest["layout"]["sites"]
-    kinds = list(dict.fromkeys(data["projections"]))
+    layers, floor = report.layers, report.floor.rounding
+    kinds = list(report.projections)
     width = max(8.0, 2.2 + 0.16 * len(layers))
     with _drawing(path, (width, 4.2 + 0.2 * len(kinds))) as figure:
         _head(
             figure,
-            f"{_plain(manifest['content']['adapter_name'])}: what taking out each part changes",
-            f"KL(adapter ‖ without) in nats a token; {data['n_rollouts']} rollouts, "
-            f"{data['n_tokens']:,} tokens; without all {data['without_adapter']['kl']:.3g}; "
+            f"{_plain(manifest['content']['adapter_name'])}: what removing each part changes",
+            f"KL(adapter ‖ without) in nats a token; {report.n_rollouts} rollouts, "
+            f"{report.n_tokens:,} tokens; without all {report.without_adapter.kl:.3g}; "
             f"floor {floor:.1e} ({manifest['content']['compute_dtype']})",
         )
         heights = (2.2, 0.25 * len(kinds) + 0.5)
         grid = figure.add_gridspec(2, 2, height_ratios=heights, width_ratios=(40, 1))
-        bars = figure.add_subplot(grid[0, 0])
-        _draw_layers(bars, layers, floor)
-        below = figure.add_subplot(grid[1, 0])
-        _draw_sites(figure, below, figure.add_subplot(grid[1, 1]), sites, data, kinds)
+        _draw_layers(figure.add_subplot(grid[0, 0]), layers, floor)
+        sites = manifest["layout"]["sites"]
+        axes, colors = figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
+        _draw_sites(figure, axes, colors, sites, report)
     return path
 
 
-def _draw_layers(axes: "Axes", layers: Mapping[str, Mapping[str, Any]], floor: float) -> None:
+def _draw_layers(axes: "Axes", layers: Mapping[str, PartRemoval], floor: float) -> None:
     axes.set_title("without one layer; ticks: a random direction of the same norm instead")
-    axes.set_xlim(-0.5, len(layers) - 0.5)  # as the map below
+    axes.set_xlim(-0.5, len(layers) - 0.5)  # the same as the map below
     for i, part in enumerate(layers.values()):
-        axes.bar(i, part["kl"], width=0.7, color=_MAIN)
-        if part["kl_interval"] is not None:
-            axes.plot([i, i], part["kl_interval"], color=_INK, linewidth=1)
-        axes.plot([i - 0.42, i + 0.42], [part["kl_random"]] * 2, color=_OTHER, linewidth=2)
+        axes.bar(i, part.kl, width=0.7, color=_MAIN)
+        if part.kl_interval is not None:
+            axes.plot([i, i], part.kl_interval, color=_INK, linewidth=1)
+        axes.plot([i - 0.42, i + 0.42], [part.kl_random] * 2, color=_OTHER, linewidth=2)
     axes.axhline(floor, color=_SOFT, linewidth=1, linestyle=(0, (4, 3)), zorder=3)
     axes.annotate(
         f"floor\n{floor:.1e}", (1, floor), xycoords=axes.get_yaxis_transform(), color=_SOFT,
@@ -178,20 +194,20 @@ def _draw_layers(axes: "Axes", layers: Mapping[str, Mapping[str, Any]], floor: f
 
 
 def _draw_sites(
-    figure: "Figure", axes: "Axes", side: "Axes", sites: Any, data: Mapping[str, Any], kinds: Any
+    figure: "Figure", axes: "Axes", colors: "Axes", sites: Any, report: AblationReport
 ) -> None:
     import numpy as np
 
-    layers = list(data["layers"])
+    kinds, layers = list(report.projections), list(report.layers)
     cells = np.full((len(kinds), len(layers)), np.nan)
-    for site, part in zip(sites, data["sites"].values(), strict=True):
-        place = kinds.index(site["projection"]), layers.index(str(site["layer"]))
-        cells[place] = part["kl"]
-        if part["kl"] <= _BEYOND * data["floor"]["rounding"]:
-            axes.plot(place[1], place[0], marker="x", color=_SOFT, markersize=4)
+    for site, part in zip(sites, report.sites.values(), strict=True):
+        row, column = kinds.index(site["projection"]), layers.index(str(site["layer"]))
+        cells[row, column] = part.kl
+        if part.kl <= _ABOVE_FLOOR * report.floor.rounding:
+            axes.plot(column, row, marker="x", color=_SOFT, markersize=4)
     axes.set_title("without one site; crossed out: not above ten times the floor")
     image = axes.imshow(cells, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
-    figure.colorbar(image, cax=side)
+    figure.colorbar(image, cax=colors)
     axes.set_yticks(range(len(kinds)), [_plain(kind) for kind in kinds])
     axes.spines[:].set_visible(False)
     _layer_ticks(axes, layers)
@@ -199,54 +215,54 @@ def _draw_sites(
 
 
 def _layer_ticks(axes: "Axes", layers: "list[str]") -> None:
-    """Name every layer, or every so many where they are many; -1 is outside of all."""
+    """Name at most 32 layers, at equal steps; -1 is outside any layer."""
     step = -(-len(layers) // 32)
     names = ["none" if name == "-1" else name for name in layers]
     axes.set_xticks(range(0, len(layers), step), names[::step])
 
 
-def draw_steering(data: Mapping[str, Any], path: Path) -> Path:
-    """Draw the dose curves of a steering report: how far, how unlikely, how repetitive."""
-    content = data["metadata"]["lorascope"]["content"]
-    named = _plain(", ".join(map(str, data["features"])))
+def draw_steering(report: SteeringReport, manifest: Mapping[str, Any], path: Path) -> Path:
+    """Draw the dose curves: how different, how unlikely and how repetitive the texts are."""
+    named = _plain(", ".join(map(str, report.features)))
     panels = {
         "KL(adapter ‖ steered), nats a token": "kl",
         "−log p of the text by the adapter, nats a token": "surprise_adapter",
-        "four tokens in a row that were there before, share": "repeats",
+        "share of four-token runs that occurred before": "repeats",
     }
-    still = data["arms"][0]
+    unchanged = report.arms[0]
     with _drawing(path, (10, 3.4)) as figure:
         _head(
             figure,
-            f"{_plain(content['adapter_name'])}: features {named}, {data['how']}",
-            f"{len(data['prompts'])} prompts, changed at {data['where']} tokens; 0 is no change; "
-            "dashed: a random direction of the same length instead; lines: 95 % intervals",
+            f"{_plain(manifest['content']['adapter_name'])}: features {named}, {report.how}",
+            f"{len(report.prompts)} prompts, changed at {report.where} tokens; 0 is no change; "
+            "dashed: a random direction of the same norm instead; lines: 95 % intervals",
         )
-        axes_of = figure.subplots(1, len(panels))
-        for axes, (title, name) in zip(axes_of, panels.items(), strict=True):
+        all_axes = figure.subplots(1, len(panels))
+        for axes, (title, name) in zip(all_axes, panels.items(), strict=True):
             axes.set_title(title, fontsize=8)
             axes.set_xlabel("dose")
             for kind, color, line in (("control", _OTHER, (0, (4, 3))), ("feature", _MAIN, "-")):
-                arms = [still, *(arm for arm in data["arms"] if arm["kind"] == kind)]
-                arms = sorted((a for a in arms if a[name] is not None), key=lambda a: a["dose"])
-                doses = [arm["dose"] for arm in arms]
-                values = [arm[name] for arm in arms]
+                arms = [unchanged, *(arm for arm in report.arms if arm.kind == kind)]
+                arms = [arm for arm in arms if getattr(arm, name) is not None]
+                arms.sort(key=lambda arm: arm.dose)
+                doses = [arm.dose for arm in arms]
+                values = [getattr(arm, name) for arm in arms]
                 axes.plot(doses, values, "o", color=color, linestyle=line, markersize=3)
                 for arm in arms:
-                    edges = arm.get(f"{name}_interval")
+                    edges = getattr(arm, f"{name}_interval", None)
                     if edges is not None:
-                        axes.plot([arm["dose"]] * 2, edges, color=color, linewidth=1, alpha=0.6)
+                        axes.plot([arm.dose] * 2, edges, color=color, linewidth=1, alpha=0.6)
             axes.set_ylim(bottom=0)
     return path
 
 
 def _inside(share: float) -> float:
-    """Return a share cut to what the axis shows; its number stands beside it in full."""
-    return min(max(share, _LOW), 1.0)
+    """Return a share limited to the axis; its full number is written next to the bar."""
+    return min(max(share, _LOWEST_SHARE), 1.0)
 
 
 def _plain(text: Any) -> str:
-    """Return text in one line of printable characters, cut where it is long."""
+    """Return text as one line of printable characters, shortened if it is long."""
     text = str(text)
-    text = text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+    text = text if len(text) <= _LONGEST_NAME else text[: _LONGEST_NAME - 1] + "…"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,17 +1,16 @@
-"""Fold an edit of features into the weights of an adapter, as well as weights can have it.
+"""Fold an edit of features into the weights of an adapter, as closely as weights can express it.
 
 An edit subtracts `(1 − factor) · value · decoder row` of its features from the row of a token. A
-feature's value is no linear function of the row, and it reads sites that come later in the network;
-an adapter's site can only make a linear function of its own columns. So, site by site:
+feature's value is not linear in the row and depends on sites that come later in the network; the
+weights of a site can express only a linear function of its own columns. So, for each site:
 
-1. `D` is what comes nearest to the edit `d` of a site's columns `x`, by least squares over the
-   store's rows, all tokens of them: `min Σ ‖d − D·x‖²`, `D = (Σ d·xᵀ) (Σ x·xᵀ)⁺`. What B makes of
-   the columns plays no part: the nearest `D` is the same for every B of full column rank.
+1. `D` is the best linear approximation of the edit `d` of a site's columns `x`, by least squares
+   over all tokens of the store: `min Σ ‖d − D·x‖²`, `D = (Σ d·xᵀ) (Σ x·xᵀ)⁺`. It is the same for
+   every B of full column rank.
 2. `B' = B · (1 + D)` in the gauge of the rows. Sites that the edit does not touch keep their bytes.
-3. The error is what is left of the edit, `Σ ‖d − D·x‖² / Σ ‖d‖²` in effect units, on rows that were
-   not fitted. 0 is exact: so it is where the features are whole columns or whole directions of a
-   site that they read linearly. A sparse feature that reads many sites comes near 1: its edit is
-   a runtime patch (`patch`).
+3. The error is `Σ ‖d − D·x‖² / Σ ‖d‖²` in effect units, on rows that were not fitted. It is 0 when
+   the features are whole columns or directions of a site that they read linearly. A sparse feature
+   that reads many sites has an error near 1; its edit must be a runtime patch (`patch`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -37,10 +36,10 @@ _BLOCK = 8192
 
 @dataclass(frozen=True)
 class Fold:
-    """The change of each site that an edit touches: `D` by the site's place in the layout.
+    """The change `D` of each site that an edit touches, by the site's index in the layout.
 
-    `error` is what is left of the whole edit, `errors` of each site's part, 0 to about 1; None
-    where no feature fires on the rows that were not fitted.
+    `error` is the share of the whole edit that is missed, from 0 to about 1, and `errors` is that
+    of each site. None if no feature fires on the rows that were not fitted.
     """
 
     changes: Mapping[int, Float64[Tensor, "rank rank"]]
@@ -48,37 +47,38 @@ class Fold:
     errors: Mapping[str, float]
 
 
-def fit(
+def fit_fold(
     patch: Patch,
     store: ActivationStore,
-    counts: npt.NDArray[np.bool_],
+    is_edited: npt.NDArray[np.bool_],
     fitted: npt.NDArray[np.bool_],
 ) -> Fold:
-    """Fit the changes on the rollouts that `fitted` marks, and measure them on the others.
+    """Fit the changes on the rollouts that `fitted` marks, and measure the error on the others.
 
-    Where none is left to measure on, all serve for both. `store` has the patch's columns, `counts`
-    are the rows that are edited; the others are to stay as they are.
+    If all rollouts are fitted, the error is measured on them. `store` has the patch's columns.
+    `is_edited` marks the rows to edit; the fit keeps the other rows unchanged.
     """
     layout = store.layout
-    of_row = fitted[store.rollout_of(np.arange(store.n_rows))]
+    is_fitted = fitted[store.rollout_of(np.arange(store.n_rows))]
     sums = {i: torch.zeros(2, s.rank, s.rank, dtype=torch.float64) for i, s in _touched(patch)}
-    for x, d, rows in _blocks(patch, store, counts):
-        mine = torch.from_numpy(of_row[rows])
+    for x, d, rows in _blocks(patch, store, is_edited):
+        here = torch.from_numpy(is_fitted[rows])
         for i, columns in _columns(layout, sums):
-            here = x[mine][:, columns]
-            sums[i][0] += d[mine][:, columns].T @ here
-            sums[i][1] += here.T @ here
+            x_site = x[here][:, columns]
+            sums[i][0] += d[here][:, columns].T @ x_site
+            sums[i][1] += x_site.T @ x_site
     changes = {
-        i: _exact(both[0] @ torch.linalg.pinv(both[1], hermitian=True)) for i, both in sums.items()
+        i: _clear_rounding(dx @ torch.linalg.pinv(xx, hermitian=True))
+        for i, (dx, xx) in sums.items()
     }
     effect = torch.from_numpy(layout.effect_scale)
     left, whole = torch.zeros(2, len(layout.sites), dtype=torch.float64)
-    measured = ~of_row if (~of_row).any() else of_row
-    for x, d, rows in _blocks(patch, store, counts):
-        mine = torch.from_numpy(measured[rows])
+    measured = ~is_fitted if (~is_fitted).any() else is_fitted
+    for x, d, rows in _blocks(patch, store, is_edited):
+        here = torch.from_numpy(measured[rows])
         for i, columns in _columns(layout, sums):
-            edit = d[mine][:, columns]
-            rest = (edit - x[mine][:, columns] @ changes[i].T) * effect[columns]
+            edit = d[here][:, columns]
+            rest = (edit - x[here][:, columns] @ changes[i].T) * effect[columns]
             left[i] += rest.square().sum()
             whole[i] += (edit * effect[columns]).square().sum()
     names = {i: layout.sites[i].name for i in changes}
@@ -96,9 +96,9 @@ def write_folded(
     fold: Fold,
     out: Path,
 ) -> None:
-    """Write the adapter's tensors with every `B` of a changed site folded, in their own types.
+    """Write the adapter's tensors with `B` of each changed site folded, in their own dtypes.
 
-    `mixes` are the gauges by module (None: raw).
+    `mixes` are the gauges by module; None is the raw gauge.
     """
     tensors = load_file(adapter.path / WEIGHTS)
     names = lora_tensors(tensors)
@@ -116,32 +116,33 @@ def write_folded(
 
 
 def _touched(patch: Patch) -> list[tuple[int, Any]]:
-    """Return the sites whose columns any feature of the edit writes, by place."""
+    """Return the index and the site of all sites that the edit writes to."""
     writes = (patch.sae.W_dec != 0).any(0)
-    found, start = [], 0
+    touched, start = [], 0
     for i, site in enumerate(patch.layout.sites):
         if writes[start : start + site.rank].any() and patch.factor != 1:
-            found.append((i, site))
+            touched.append((i, site))
         start += site.rank
-    return found
+    return touched
 
 
-def _columns(layout: SiteLayout, wanted: Mapping[int, Any]) -> list[tuple[int, slice]]:
+def _columns(layout: SiteLayout, sites: Mapping[int, Any]) -> list[tuple[int, slice]]:
+    """Return the columns of each of the sites, which are given by index."""
     ends = np.cumsum([site.rank for site in layout.sites]).tolist()
-    return [(i, slice(ends[i] - layout.sites[i].rank, ends[i])) for i in wanted]
+    return [(i, slice(ends[i] - layout.sites[i].rank, ends[i])) for i in sites]
 
 
 def _blocks(
-    patch: Patch, store: ActivationStore, counts: npt.NDArray[np.bool_]
+    patch: Patch, store: ActivationStore, is_edited: npt.NDArray[np.bool_]
 ) -> Iterator[tuple[Tensor, Tensor, npt.NDArray[np.int64]]]:
-    """Yield rows in float64, what the edit does to them, and their numbers."""
+    """Yield rows and their edits in float64, and the row numbers."""
     for first, block in store.blocks(_BLOCK):
         x = torch.from_numpy(np.array(block, np.float32))
         rows = np.arange(first, first + len(x))
-        d = patch.change(x, torch.from_numpy(counts[rows]))
+        d = patch.change(x, torch.from_numpy(is_edited[rows]))
         yield x.double(), d.double(), rows
 
 
-def _exact(change: Tensor) -> Tensor:
-    """Return a change with what rounding left of nothing put to nothing."""
+def _clear_rounding(change: Tensor) -> Tensor:
+    """Return a change with entries that are only rounding errors set to 0."""
     return torch.where(change.abs() < 1e-12, 0.0, change)

@@ -1,18 +1,18 @@
-"""Say how much each feature at each token contributed to one prediction, by gradients of the rows.
+"""Compute how much each feature at each token contributed to a prediction, by gradients of rows.
 
-The rows of a text are held (written as given), so that a prediction `y` is a function of them:
+The rows of a rollout are held (written as given), so that a prediction `y` is a function of them:
 `y(x)` is the adapter's, `y(0)` the base model's.
 
 1. `Targets` are the predictions of some tokens, each as one number.
-2. `mean_gradients` gives `G = ∫ ∇y(a·x) da` over `a` from 0 to 1, the gradient averaged along the
+2. `mean_gradients` returns `G = ∫ ∇y(a·x) da` over `a` from 0 to 1: the gradient averaged along the
    straight line from no adapter to the adapter (integrated gradients: Sundararajan et al. 2017,
    section 3), by Gauss-Legendre quadrature. Then `Σ x·G = y(x) − y(0)` (their proposition 1), up to
-   what the quadrature misses. `steps` 0 gives the gradient at the adapter's own rows instead,
-   which says to first order what taking a little away there does.
-3. `Share` parts `x·G`: a row is `Σ value · decoder row + bias + what the SAE leaves unexplained`,
-   so each feature's part at each token is `value · (decoder row · G)`.
+   the error of the quadrature. With `steps` 0 it is the gradient at the adapter's own rows, which
+   gives the effect of a small removal.
+3. `RowDecomposition` splits `x·G`: a row is `Σ value · decoder row + bias + unexplained`, so the
+   contribution of a feature at a token is `value · (decoder row · G)`.
 
-All features at all tokens come from one backward pass for each target and step.
+One backward pass for each target and step gives all features at all tokens.
 """
 
 from collections.abc import Generator, Iterator
@@ -32,20 +32,20 @@ from lorascope.subject.intervene import RowEditor
 from lorascope.subject.load import Subject
 
 Kind = Literal["kl", "logprob", "logit-difference"]
-_PAIRS = 1 << 18  # of a decoder row with a gradient, at a time
+_CHUNK = 1 << 18  # products of a decoder row and a gradient at a time
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Predictions of some tokens of one text: each is one number of its logits.
+    """The predictions of some tokens of one rollout, each as one number of its logits.
 
     `kl` is KL(prediction ‖ base) in nats, `logprob` the token's log-probability in nats,
-    `logit-difference` its logit less that of the token that the base finds likeliest beside it.
-    `places` are where the tokens stand, `base` the base model's log-probabilities of them.
+    `logit-difference` its logit minus that of the base's likeliest other token. `positions` are
+    the tokens' positions, `base` the base model's log-probabilities there.
     """
 
     kind: Kind
-    places: Int[Tensor, "target"]
+    positions: Int[Tensor, "target"]
     tokens: Int[Tensor, "target"]
     base: Float[Tensor, "target vocab"]
 
@@ -53,33 +53,33 @@ class Targets:
     def at(
         cls,
         kind: Kind,
-        places: Int[Tensor, "target"],
+        positions: Int[Tensor, "target"],
         token_ids: Int[Tensor, "1 seq"],
         base_logits: Float[Tensor, "1 seq vocab"],
     ) -> "Targets":
-        """Take the tokens at `places` (from 1) of a text, of which the base's logits are given."""
-        places = places.to(base_logits.device)
-        base = base_logits[0, places - 1].float().log_softmax(-1)
-        return cls(kind, places, token_ids[0].to(places.device)[places], base)
+        """Return the targets at `positions` (from 1), given the base's logits of the rollout."""
+        positions = positions.to(base_logits.device)
+        base = base_logits[0, positions - 1].float().log_softmax(-1)
+        return cls(kind, positions, token_ids[0].to(positions.device)[positions], base)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.positions)
 
     def split(self, size: int) -> Iterator["Targets"]:
-        """Yield groups of at most `size`, the later tokens first."""
-        order = self.places.argsort(descending=True, stable=True)
-        for some in order.split(size):
-            yield self.take(some)
+        """Yield groups of at most `size`, later tokens first."""
+        order = self.positions.argsort(descending=True, stable=True)
+        for group in order.split(size):
+            yield self.take(group)
 
-    def take(self, some: Int[Tensor, "some"]) -> "Targets":
-        """Return some of the targets."""
-        return Targets(self.kind, self.places[some], self.tokens[some], self.base[some])
+    def take(self, indices: Int[Tensor, "index"]) -> "Targets":
+        """Return the targets with these indices."""
+        return Targets(self.kind, self.positions[indices], self.tokens[indices], self.base[indices])
 
     def values(self, logits: Float[Tensor, "*copies target vocab"]) -> Tensor:
-        """Return the number of each target, `(*copies, target)`, of the logits that predict it.
+        """Return the number of each target, `(*copies, target)`, from the logits that predict it.
 
         A token that both models rule out (a logit of −inf) adds nothing to a KL. Raises NumberError
-        where only the base rules one out: the KL is infinite.
+        if only the base rules one out, because the KL is then infinite.
         """
         tokens = self.tokens.expand(logits.shape[:-1])[..., None]
         if self.kind == "logit-difference":
@@ -93,14 +93,15 @@ class Targets:
         kl = (log_p.exp() * (log_p.masked_fill(out, 0) - self.base.masked_fill(out, 0))).sum(-1)
         if not torch.isfinite(kl).all():
             raise NumberError(
-                "the base rules out a token that the adapter does not: KL is infinite"
+                "KL is infinite: the base gives a token probability 0, the adapter does not; use "
+                "--target logprob"
             )
         return kl
 
 
 @contextmanager
 def no_weight_gradients(subject: Subject) -> Generator[None]:
-    """Keep gradients to the rows: those of weights would take their memory again."""
+    """Compute no gradients of weights, which would need as much memory as the weights."""
     marks = [(parameter, parameter.requires_grad) for parameter in subject.model.parameters()]
     try:
         for parameter, _ in marks:
@@ -118,12 +119,12 @@ def mean_gradients(
     targets: Targets,
     steps: int,
 ) -> Float[Tensor, "target before d_in"]:
-    """Return the gradient of each target with respect to the rows of the text, as the module says.
+    """Return the gradient of each target with respect to the rows, averaged over `steps` points.
 
-    The text is cut before the last target: `before` tokens are left. Each target has a copy of the
-    text in the batch.
+    The `before` tokens are those before the last target. Each target has its own copy of the
+    rollout in the batch.
     """
-    n = int(targets.places.max())
+    n = int(targets.positions.max())
     copies = len(targets)
     ids, at = token_ids[:, :n].expand(copies, -1), torch.arange(copies)
     mean = torch.zeros(copies, n, rows.shape[1], device=rows.device)
@@ -131,24 +132,25 @@ def mean_gradients(
         with torch.enable_grad():
             leaf = (a * rows[:n]).expand(copies, -1, -1).clone().requires_grad_()
             logits = editor.run(ids, lambda columns, _, leaf=leaf: leaf[..., columns]).logits
-            y = targets.values(logits[at, targets.places - 1])
+            y = targets.values(logits[at, targets.positions - 1])
             mean += weight * torch.autograd.grad(y.sum(), leaf)[0]
     return mean
 
 
 def _nodes(steps: int) -> list[tuple[float, float]]:
-    """Return places on the line from 0 to 1 and their weights."""
+    """Return the points between 0 and 1, and their weights."""
     if not steps:
         return [(1.0, 1.0)]
-    places, weights = np.polynomial.legendre.leggauss(steps)
-    return [(float(a + 1) / 2, float(w) / 2) for a, w in zip(places, weights, strict=True)]
+    points, weights = np.polynomial.legendre.leggauss(steps)
+    return [(float(a + 1) / 2, float(w) / 2) for a, w in zip(points, weights, strict=True)]
 
 
-class Share:
-    """The rows of one text as the SAE parts them, and the share of each part in a target.
+class RowDecomposition:
+    """The rows of one rollout, split by the SAE, and the contribution of each part to a target.
 
-    `eligible` marks the tokens that the SAE reads; the rows of the others stay whole, as `special`.
-    Columns that it does not read are `other_columns`.
+    A firing is one latent at one token: `latent`, `position` and `value` have an entry for each.
+    `eligible` marks the tokens that the SAE reads; the rows of the others are not split and count
+    as `special`. Columns that the SAE does not read are `other_columns`.
     """
 
     def __init__(
@@ -162,47 +164,50 @@ class Share:
         self.columns = torch.from_numpy(columns)
         self.eligible = torch.from_numpy(eligible)
         read = self.eligible.nonzero()[:, 0]
-        mine = rows[:, self.columns].cpu()
-        code = sae.encode(mine[read])
+        sae_rows = rows[:, self.columns].cpu()
+        code = sae.encode(sae_rows[read])
         counts = code.offsets.diff()
-        self.place = read.repeat_interleave(counts)  # of each firing
+        self.position = read.repeat_interleave(counts)
         self.latent, self.value = code.latents, code.values
-        self.rest = torch.zeros_like(mine)
-        self.rest[read] = mine[read] - sae.decode(code)
+        self.unexplained = torch.zeros_like(sae_rows)
+        self.unexplained[read] = sae_rows[read] - sae.decode(code)
 
     @property
     def fired(self) -> Int[Tensor, "fired"]:
-        """Latents that fire anywhere in the text."""
+        """Latents that fire anywhere in the rollout."""
         return self.latent.unique()
 
-    def firings(
+    def firing_contributions(
         self, gradient: Float[Tensor, "target before d_in"]
     ) -> Float[Tensor, "target firing"]:
-        """Return the share of each firing, the places in the order of `place` and `latent`."""
+        """Return the contribution of each firing, in their order."""
         inside = gradient[:, :, self.columns].cpu()
         n = inside.shape[1]
-        found = torch.zeros(len(inside), len(self.latent))
-        for some in torch.arange(int((self.place < n).sum())).split(
-            max(1, _PAIRS // self.sae.d_in)
-        ):
-            written = self.value[some, None] * self.sae.W_dec[self.latent[some]]
-            found[:, some] = torch.einsum("tfc,fc->tf", inside[:, self.place[some]], written)
-        return found
+        contributions = torch.zeros(len(inside), len(self.latent))
+        n_before = int((self.position < n).sum())  # firings are in the order of positions
+        for chunk in torch.arange(n_before).split(max(1, _CHUNK // self.sae.d_in)):
+            written = self.value[chunk, None] * self.sae.W_dec[self.latent[chunk]]
+            contributions[:, chunk] = torch.einsum(
+                "tfc,fc->tf", inside[:, self.position[chunk]], written
+            )
+        return contributions
 
-    def tokens(
+    def row_contributions(
         self, gradient: Float[Tensor, "target before d_in"]
     ) -> Float[Tensor, "target before"]:
-        """Return the share of each token's whole row."""
+        """Return the contribution of each token's whole row."""
         return (gradient * self.rows[: gradient.shape[1]]).sum(-1).cpu()
 
-    def rests(self, gradient: Float[Tensor, "target before d_in"]) -> dict[str, Tensor]:
-        """Return the shares of what is no feature, `(target,)` each, by name."""
+    def other_contributions(
+        self, gradient: Float[Tensor, "target before d_in"]
+    ) -> dict[str, Tensor]:
+        """Return the contributions of all parts that are no features, `(target,)` each, by name."""
         n = gradient.shape[1]
         inside, read = gradient[:, :, self.columns].cpu(), self.eligible[:n]
-        shares = (inside * self.rows[:n, self.columns].cpu()).sum(-1)
+        by_token = (inside * self.rows[:n, self.columns].cpu()).sum(-1)
         return {
             "bias": (inside[:, read] @ self.sae.b_dec).sum(-1),
-            "unexplained": (inside[:, read] * self.rest[:n][read]).sum((1, 2)),
-            "special": shares[:, ~read].sum(-1),
-            "other_columns": (self.tokens(gradient) - shares).sum(-1),
+            "unexplained": (inside[:, read] * self.unexplained[:n][read]).sum((1, 2)),
+            "special": by_token[:, ~read].sum(-1),
+            "other_columns": (self.row_contributions(gradient) - by_token).sum(-1),
         }

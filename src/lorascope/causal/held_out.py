@@ -1,18 +1,18 @@
-"""The subject with its adapter, and texts that an SAE never saw, ready to be run in batches.
+"""The subject with its adapter, and the rollouts that an SAE never saw, in batches to run.
 
-1. The store says which texts there are; the SAE, which of them its training held out and did not
-   calibrate on either. Of a store that it was not trained on, all texts are taken.
-2. The subject is loaded in the store's gauge, and must be the adapter and the base of the store.
-3. A text longer than the model was run on becomes windows, as when its rows were read.
-4. Position t of a text predicts token t + 1. What is measured there counts under the role of that
-   token. Special tokens and template headers are measured but stand apart, under `special`.
+1. The SAE's manifest says which rollouts of the store its training held out and did not calibrate
+   on. For a store that it was not trained on, all rollouts are used.
+2. The subject is loaded in the store's gauge. Its adapter and base must be those of the store.
+3. Rollouts longer than the store's `longest` run in windows, as when their rows were captured.
+4. Position t predicts token t + 1 and counts under the role of that token. Special tokens and
+   template headers are reported apart, under the role `special`.
 """
 
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +25,9 @@ from lorascope.activations.batches import halves, split_rows
 from lorascope.activations.capture import plan_batches
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import read_manifest
-from lorascope.config import option
-from lorascope.errors import ArtifactError, ConfigError
+from lorascope.causal.study import EffectOptions
+from lorascope.errors import ArtifactError
 from lorascope.subject.adapter import inspect_adapter
-from lorascope.subject.options import AdapterOptions
 from lorascope.texts.roles import ROLES
 from lorascope.texts.rollouts import windows
 
@@ -39,59 +38,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SPECIAL = ROLES.index("special")
-_PLACES = 2048  # of a batch on the CPU
-_LOGITS = 1 << 27  # of a batch, in float32 512 MB; several runs of them are kept at once
-_PRICE = 16  # places that the start of a batch costs
-_DRIFT = 0.05  # share of the rows' norm: 16-bit computing moves them by about a hundredth
-
-
-@dataclass(frozen=True, kw_only=True)
-class EffectOptions(AdapterOptions):
-    """Options of every command that runs the subject on the texts of a store."""
-
-    data_dir: Path = option(
-        Path("activations_all_adapters"),
-        help="activation store whose texts to run",
-        identity=False,
-    )
-    max_rollouts: int | None = option(None, help="held-out rollouts to run at most; default: all")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", help="type in which the model computes; auto: float32 on the CPU"
-    )
-    batch_tokens: int | None = option(
-        None,
-        help="places in one batch, padding included; changes numbers by rounding only; "
-        "default: what keeps its logits below 512 MB, at most 2048",
-        identity=False,
-    )
-    device: str = option("auto", help="auto, cpu, cuda or cuda:N", identity=False)
-    overwrite: bool = option(False, help="replace an output of other settings", identity=False)
-
-    def check(self) -> None:
-        """Refuse impossible numbers."""
-        super().check()
-        self.require("max_rollouts", 1)
-        self.require("batch_tokens", 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RandomEffectOptions(EffectOptions):
-    """Options of those that draw something besides."""
-
-    seed: int = option(0, help="seed of random directions, of noise and of the bootstrap")
-
-    def check(self) -> None:
-        """Refuse impossible numbers."""
-        super().check()
-        self.require("seed", 0)
+_BATCH_TOKENS = 2048
+_BATCH_LOGITS = 1 << 27  # 512 MB in float32; those of several runs are kept at once
+_BATCH_COST = 16  # tokens that take as long as the start of a batch
+_LARGEST_DRIFT = 0.05  # share of the rows' norm; computing in 16 bits causes about 0.01
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Texts of one forward, padded behind their ends; all are `(batch, seq)`.
+    """Rollouts of one forward pass, padded at their ends; every tensor is `(batch, seq)`.
 
-    `mask` are the positions that are measured, `targets` the tokens that they predict, `own` the
-    places that hold a token at all, `rows` the row number of each (0 where there is none).
+    `mask` marks the positions to measure, `targets` are the tokens that they predict, `own` marks
+    the positions that are not padding, `rows` are their row numbers (0 for padding).
     """
 
     token_ids: Int[Tensor, "batch seq"]
@@ -102,13 +60,13 @@ class Batch:
 
     @property
     def measured(self) -> npt.NDArray[np.int64]:
-        """Row numbers of the positions that are measured, in the order of `effects.counted`."""
+        """Row numbers of the measured positions, in the order of `effects.select_measured`."""
         return self.rows[self.mask].numpy()
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A subject, a store of it, and the rollouts of the store to run, by their index."""
+    """A subject, a store of its rows, and the rollouts of the store to run, by their index."""
 
     subject: "Subject"
     store: ActivationStore
@@ -121,7 +79,7 @@ class HeldOut:
         return int(np.diff(self.store.rollout_start)[self.rollouts].sum())
 
     def batches(self, copies: int = 1) -> Iterator[Batch]:
-        """Yield the texts in batches such that `copies` of each fit, longest texts first."""
+        """Yield the rollouts in batches, longest first, so small that `copies` of each fit."""
         longest = self.store.content.get("longest") or self.subject.max_length
         pieces = [
             (int(rollout), *window)
@@ -130,8 +88,8 @@ class HeldOut:
             for window in windows(n, longest or n)
         ]
         lengths = [stop - start for _, start, stop, _ in pieces]
-        for places in plan_batches(lengths, max(1, self.batch_tokens // copies), _PRICE):
-            yield self._batch([pieces[place] for place in places])
+        for indices in plan_batches(lengths, max(1, self.batch_tokens // copies), _BATCH_COST):
+            yield self._batch([pieces[i] for i in indices])
 
     def _batch(self, pieces: Sequence[tuple[int, int, int, int]]) -> Batch:
         longest = max(stop - start for _, start, stop, _ in pieces)
@@ -153,54 +111,44 @@ class HeldOut:
         )
 
     def role_of(self, measured: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-        """Return the role under which each measured row counts: that of the token it predicts."""
+        """Return the role of the token that each measured row predicts."""
         following = measured + 1
         eligible = self.store.eligible[following]
         return np.where(eligible, self.store.roles[following], SPECIAL).astype(np.uint8)
 
     def require_rows(self, batch: Batch, rows: Float[Tensor, "batch seq d_in"]) -> float:
-        """Return how far rows are from the store's, as a share of their norm.
+        """Return how far rows are from the store's, as a share of the stored rows' norm.
 
-        Raises ArtifactError where that is more than computing in another type explains: the model
-        is then another one than the store was made with.
+        Raises ArtifactError where the difference is larger than another dtype explains, so that the
+        store must have been made with another model.
         """
-        mine, wanted = rows[batch.own.to(rows.device)], batch.rows[batch.own].numpy()
+        read, row_numbers = rows[batch.own.to(rows.device)], batch.rows[batch.own].numpy()
         _, columns = self.subject.layout.select(self.store.layout.adapter_types)
-        stored = torch.from_numpy(self.store.take(wanted).astype(np.float32)).to(mine.device)
-        drift = float((mine[:, columns] - stored).norm() / stored.norm().clamp(min=1e-30))
-        if drift > _DRIFT:
+        stored = torch.from_numpy(self.store.take(row_numbers).astype(np.float32)).to(read.device)
+        drift = float((read[:, columns] - stored).norm() / stored.norm().clamp(min=1e-30))
+        if drift > _LARGEST_DRIFT:
             raise ArtifactError(
                 f"rows differ from those of {self.store.path} by {drift:.2g} of their norm, "
-                f"expected at most {_DRIFT}: the store was made with another model, or in another "
+                f"expected at most {_LARGEST_DRIFT}: the store was made with another model or "
                 "dtype; generate it again"
             )
         return drift
 
 
-def require_features(features: Sequence[int], sae: "SAE | None" = None) -> None:
-    """Raise ConfigError unless `--features` are different numbers, and of `sae` if it is given."""
-    if min(features, default=0) < 0 or len(set(features)) < len(features):
-        raise ConfigError("--features are to be different numbers from 0")
-    if sae is not None and max(features, default=0) >= sae.d_sae:
-        raise ConfigError(
-            f"--features names {max(features)}, the SAE has features 0 to {sae.d_sae - 1}"
-        )
-
-
-def described(texts: HeldOut, sae: Path | None) -> dict[str, Any]:
-    """Return what a report says of its subject and of the SAE's file."""
+def describe_run(held_out: HeldOut, sae: Path | None) -> dict[str, Any]:
+    """Return what a report's manifest says of the run: names, dtype and batch size."""
     return {
         "sae_name": None if sae is None else sae.name,
-        "adapter_name": texts.subject.adapter.name,
-        "compute_dtype": str(texts.subject.dtype).removeprefix("torch."),
-        "batch_tokens": texts.batch_tokens,
+        "adapter_name": held_out.subject.adapter.name,
+        "compute_dtype": str(held_out.subject.dtype).removeprefix("torch."),
+        "batch_tokens": held_out.batch_tokens,
     }
 
 
 def open_held_out(config: EffectOptions, sae: "SAE | None") -> HeldOut:
-    """Load the subject of a store, and choose the texts to run.
+    """Load the subject of a store, and choose the rollouts to run.
 
-    Raises ArtifactError where adapter, base and store do not belong together.
+    Raises ArtifactError when adapter, base and store do not belong together.
     """
     from lorascope.subject.load import find_base, load_subject, load_tokenizer
 
@@ -210,15 +158,15 @@ def open_held_out(config: EffectOptions, sae: "SAE | None") -> HeldOut:
     )
     if not manifest:
         raise ArtifactError(
-            f"{config.data_dir} is a folder of the published scripts, which does not say the ids "
-            "of its tokens; make a store with lorascope generate"
+            f"{config.data_dir} was made by the published scripts and has no token ids; make a "
+            "store with lorascope generate"
         )
     adapter = inspect_adapter(config.lora_path, config.adapter_name)
     base = find_base(adapter, config.base_model)
     if manifest["parents"].get("base_model") not in (None, base.digest):
         raise ArtifactError(
-            f"{config.data_dir} was made with another base model than {base.name}; give that one "
-            "with --base-model"
+            f"{config.data_dir} was made with another base model than {base.name}; name its base "
+            "model with --base-model"
         )
     subject = load_subject(
         adapter,
@@ -234,23 +182,24 @@ def open_held_out(config: EffectOptions, sae: "SAE | None") -> HeldOut:
     rollouts = np.arange(store.n_rollouts) if sae is None else held_out_rollouts(sae, store)
     rollouts = rollouts[: config.max_rollouts]
     vocab = int(subject.causal.config.get_text_config().vocab_size)
-    places = config.batch_tokens or max(1, min(_PLACES, _LOGITS // vocab))
-    return HeldOut(subject, store, rollouts, places)
+    batch_tokens = config.batch_tokens or max(1, min(_BATCH_TOKENS, _BATCH_LOGITS // vocab))
+    return HeldOut(subject, store, rollouts, batch_tokens)
 
 
 def held_out_rollouts(sae: "SAE", store: ActivationStore) -> npt.NDArray[np.int64]:
-    """Return the rollouts, by index, of which the SAE's own report is; else all of the store.
+    """Return the indices of the rollouts that the SAE's own report measures.
 
-    They are those that training held out, less the half that set the threshold. An SAE of another
-    store, or of another tool, does not say what it saw: a warning says that all are taken.
+    They are the rollouts that training held out, without the half that set the threshold. If the
+    SAE was trained on another store or by another tool, return all rollouts and log a warning.
     """
     settings, parents = sae.manifest["settings"], sae.manifest["parents"]
     known = {"holdout", "data_seed"} <= settings.keys()
     if not known or parents.get("activations") != store.digest:
         log.warning(
-            "the SAE was not trained on %s: all %d rollouts are taken as held out, which they are "
-            "only if it never saw these texts",
-            *(store.path, store.n_rollouts),
+            "the SAE was not trained on %s: all %d rollouts are used; they are held out only if "
+            "its training never saw them",
+            store.path,
+            store.n_rollouts,
         )
         return np.arange(store.n_rollouts)
     _, held = split_rows(

@@ -1,17 +1,17 @@
-"""Run a text many times in one batch, each time with another change, and compare with no change.
+"""Name the parts of an adapter, and measure many changes of one rollout in the same batch.
 
-1. A text is alone in its batch, as often as fits. Copy 0 is left as it is: the reference of all
-   others. A kernel may sum in another order when a batch has another shape, so that only runs of
-   one batch differ by their changes alone.
-2. Two kinds of changes. `Live` ones multiply what each site reads by `keep` and push what it
-   writes; later sites answer to what is left. `Held` ones write rows that are given, at all sites.
-3. Of each change the sums over a text's tokens are kept: of KL(reference ‖ change), of the rise of
-   the loss on the next token, and of KL at marked tokens.
+1. Each batch has one rollout, repeated. Copy 0 is unchanged and is the reference for the others: a
+   kernel may sum in another order in a batch of another shape, so only copies of the same batch
+   differ by their changes alone.
+2. A `LiveChange` multiplies what each site reads by `keep` and pushes what it writes; later sites
+   respond. A `HeldChange` writes given rows at all sites.
+3. For each change the sums over the rollout's tokens are kept: KL(reference ‖ change), the rise of
+   the loss on the next token, and KL at marked tokens.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,21 +19,70 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lorascope.causal.effects import ce_of, counted, kl_of
+from lorascope.causal.effects import cross_entropy, kl_divergence, select_measured
 from lorascope.causal.held_out import SPECIAL, Batch, HeldOut
-from lorascope.subject.intervene import RowEditor
+from lorascope.sites import PROJECTIONS, SiteLayout
 
-__all__ = ["Held", "Live", "Sums", "copies_of", "run_held", "run_live"]
+if TYPE_CHECKING:
+    from lorascope.subject.intervene import RowEditor
 
 T = TypeVar("T")
-_COPIES = 64  # of a text at once; more gain nothing
+_MOST_COPIES = 64  # of a rollout in one batch; more are not faster
+_BLOCKS = {"mlp": PROJECTIONS[:3], "attention": PROJECTIONS[3:]}
 
 
 @dataclass(frozen=True)
-class Live:
-    """What a change does to each column, `(d_in,)`, and to what each site writes, `(n_sites,)`.
+class Part:
+    """Some sites of a layout: a mask of their columns, `(d_in,)`, and of the sites, `(n_sites,)`.
 
-    `keep` multiplies; `push` adds a random direction of so many times the norm of what is written.
+    `kind` is `site`, `projection`, `layer` or `block`. Layer -1 has the sites outside any layer.
+    """
+
+    kind: str
+    name: str
+    columns: Bool[Tensor, "d_in"]
+    sites: Bool[Tensor, "site"]
+
+
+def adapter_parts(layout: SiteLayout) -> list[Part]:
+    """Return sites, projections, layers, then MLP and attention, each in column order.
+
+    MLP and attention are there only when the layout has sites of both, under their usual names.
+    """
+    ranks = torch.tensor([site.rank for site in layout.sites])
+
+    def part(kind: str, name: str, members: list[bool]) -> Part:
+        sites = torch.tensor(members)
+        return Part(kind, name, sites.repeat_interleave(ranks), sites)
+
+    blocks = {
+        block: [site.projection in names for site in layout.sites]
+        for block, names in _BLOCKS.items()
+    }
+    has_both = all(any(members) for members in blocks.values())
+    return [
+        *(
+            part("site", site.name, [other is site for other in layout.sites])
+            for site in layout.sites
+        ),
+        *(
+            part("projection", name, [site.projection == name for site in layout.sites])
+            for name in layout.adapter_types
+        ),
+        *(
+            part("layer", str(layer), [site.layer == layer for site in layout.sites])
+            for layer in sorted({site.layer for site in layout.sites})
+        ),
+        *(part("block", name, members) for name, members in blocks.items() if has_both),
+    ]
+
+
+@dataclass(frozen=True)
+class LiveChange:
+    """Change what each column reads, `(d_in,)`, and what each site writes, `(n_sites,)`.
+
+    `keep` multiplies the rows. `push` adds a random direction to what a site writes, of `push`
+    times its norm.
     """
 
     keep: Float[Tensor, "d_in"]
@@ -41,19 +90,19 @@ class Live:
 
 
 @dataclass(frozen=True)
-class Held:
-    """Rows to write, `(seq, d_in)`, and the tokens at which they differ from the adapter's."""
+class HeldChange:
+    """Write these rows, `(seq, d_in)`; `where` marks the tokens whose rows are changed."""
 
     rows: Float[Tensor, "seq d_in"]
     where: Bool[Tensor, "seq"]
 
 
 @dataclass(frozen=True)
-class Sums:
-    """Sums over one text's tokens for each change, `(n_changes,)`, in nats.
+class TokenSums:
+    """Sums over one rollout's tokens for each change, `(n_changes,)`, in nats.
 
-    `kl` and `ce` are over the tokens that count, `special` is KL over special ones, `here` KL over
-    those that count at which the change was made.
+    `kl` and `ce` are over usual tokens, `special` is KL over special tokens, `here` is KL over the
+    usual tokens at which a held change was made.
     """
 
     kl: npt.NDArray[np.float64]
@@ -62,7 +111,7 @@ class Sums:
     here: npt.NDArray[np.float64]
 
     @classmethod
-    def joined(cls, parts: "Sequence[Sums]") -> "Sums":
+    def concatenate(cls, parts: "Sequence[TokenSums]") -> "TokenSums":
         """Return the sums of the changes of several batches, in their order."""
         names = ("kl", "ce", "special", "here")
         empty = [np.zeros(0)]
@@ -70,61 +119,66 @@ class Sums:
 
 
 def run_live(
-    editor: RowEditor, texts: HeldOut, batch: Batch, changes: Sequence[Live]
-) -> tuple[Sums, Tensor]:
-    """Return the sums of live changes to one text, and the reference's logits `(token, vocab)`."""
+    editor: "RowEditor", held_out: HeldOut, batch: Batch, changes: Sequence[LiveChange]
+) -> tuple[TokenSums, Tensor]:
+    """Return the sums of live changes to one rollout, and the reference logits `(token, vocab)`."""
     parts, reference = [], torch.empty(0)
-    for some in _cut(changes, copies_of(texts, batch)):
-        none = Live(torch.ones_like(some[0].keep), torch.zeros_like(some[0].push))
-        keep = torch.stack([change.keep for change in (none, *some)])[:, None]
-        push = torch.stack([change.push for change in (none, *some)])
-        ids = batch.token_ids.expand(len(some) + 1, -1)
+    for chunk in _chunks(changes, n_changed_copies(held_out, batch)):
+        unchanged = LiveChange(torch.ones_like(chunk[0].keep), torch.zeros_like(chunk[0].push))
+        keep = torch.stack([change.keep for change in (unchanged, *chunk)])[:, None]
+        push = torch.stack([change.push for change in (unchanged, *chunk)])
+        ids = batch.token_ids.expand(len(chunk) + 1, -1)
         logits = editor.run(
             ids,
             lambda columns, values, keep=keep: values * keep[..., columns].to(values.device),
             push=push if push.any() else None,
         ).logits
-        sums, reference = _compare(logits, texts, batch, [None] * len(some))
+        sums, reference = _compare(logits, held_out, batch, [None] * len(chunk))
         parts.append(sums)
-    return Sums.joined(parts), reference
+    return TokenSums.concatenate(parts), reference
 
 
 def run_held(
-    editor: RowEditor, texts: HeldOut, batch: Batch, rows: Tensor, changes: Sequence[Held]
-) -> Sums:
-    """Return the sums of held changes to one text, of which `rows` are those of the adapter."""
+    editor: "RowEditor",
+    held_out: HeldOut,
+    batch: Batch,
+    rows: Tensor,
+    changes: Sequence[HeldChange],
+) -> TokenSums:
+    """Return the sums of held changes to one rollout; `rows` are the adapter's own."""
     parts = []
-    for some in _cut(changes, copies_of(texts, batch)):
-        given = torch.stack([rows, *(change.rows for change in some)])
-        ids = batch.token_ids.expand(len(some) + 1, -1)
+    for chunk in _chunks(changes, n_changed_copies(held_out, batch)):
+        given = torch.stack([rows, *(change.rows for change in chunk)])
+        ids = batch.token_ids.expand(len(chunk) + 1, -1)
         logits = editor.run(ids, lambda columns, _, given=given: given[..., columns]).logits
-        parts.append(_compare(logits, texts, batch, [change.where for change in some])[0])
-    return Sums.joined(parts)
+        parts.append(_compare(logits, held_out, batch, [change.where for change in chunk])[0])
+    return TokenSums.concatenate(parts)
 
 
-def copies_of(texts: HeldOut, batch: Batch) -> int:
-    """Return how many changed copies of a text fit beside the reference, at least one."""
-    return max(1, min(_COPIES, texts.batch_tokens // batch.token_ids.shape[1]) - 1)
+def n_changed_copies(held_out: HeldOut, batch: Batch) -> int:
+    """Return how many changed copies of a rollout fit in a batch with the reference, at least 1."""
+    return max(1, min(_MOST_COPIES, held_out.batch_tokens // batch.token_ids.shape[1]) - 1)
 
 
-def _cut(changes: Sequence[T], size: int) -> list[Sequence[T]]:
+def _chunks(changes: Sequence[T], size: int) -> list[Sequence[T]]:
     return [changes[first : first + size] for first in range(0, len(changes), size)]
 
 
 def _compare(
-    logits: Tensor, texts: HeldOut, batch: Batch, where: Sequence[Tensor | None]
-) -> tuple[Sums, Tensor]:
+    logits: Tensor, held_out: HeldOut, batch: Batch, where: Sequence[Tensor | None]
+) -> tuple[TokenSums, Tensor]:
+    """Compare copies 1 and later with copy 0; `where` marks each change's own tokens."""
     mask = batch.mask
     targets = batch.targets[mask].to(logits.device)
-    usual = torch.from_numpy(texts.role_of(batch.measured) != SPECIAL)
-    reference = counted(logits[:1], mask)
-    loss = ce_of(reference, targets)
-    found = np.zeros((4, len(where)))
+    usual = torch.from_numpy(held_out.role_of(batch.measured) != SPECIAL)
+    reference = select_measured(logits[:1], mask)
+    loss = cross_entropy(reference, targets)
+    sums = np.zeros((4, len(where)))
     for i, marked in enumerate(where):
-        other = counted(logits[i + 1 : i + 2], mask)
-        kl = kl_of(reference, other).double().cpu()
-        rise = (ce_of(other, targets) - loss).double().cpu()
+        other = select_measured(logits[i + 1 : i + 2], mask)
+        kl = kl_divergence(reference, other).double().cpu()
+        rise = (cross_entropy(other, targets) - loss).double().cpu()
         here = usual if marked is None else usual & marked.cpu()[mask[0]]
         values = kl[usual].sum(), rise[usual].sum(), kl[~usual].sum(), kl[here].sum()
-        found[:, i] = [float(value) for value in values]
-    return Sums(*found), reference
+        sums[:, i] = [float(value) for value in values]
+    return TokenSums(*sums), reference

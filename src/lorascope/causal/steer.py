@@ -1,25 +1,24 @@
-"""Let the subject write with features added, removed or clamped, in rising doses.
+"""Let the subject write with features added, removed or clamped, at increasing doses.
 
-1. Prompts are held-out texts up to where the assistant begins to think or to answer, or those of
-   `--prompts`. Each is continued by every arm (`continuing`), with the same noise in all of them.
-2. Arms: no change, which is dose 0 of each kind of change; each dose; and for each dose a control,
-   a random direction as long as the feature's decoder row in the SAE's units in its place.
-3. What a dose `t` does at a token, with `c` the feature's value there and `u` its largest value on
-   the store, is to add to the row `t·u` times the decoder row (`add`), `−t·c` (`remove`: 1 takes
-   the feature out), or `max(0, t·u − c)` (`clamp`: the value is at least `t·u` then). Later sites
-   answer to it.
-4. Each arm is told by KL(adapter ‖ steered) of its predictions, by how unlikely its text is for the
-   adapter and for the base, and by how much it repeats itself.
+1. Prompts are held-out rollouts up to where the assistant begins to think or to answer, or those
+   of `--prompts`. Every condition continues each prompt (`continuation`), with the same noise.
+2. Conditions: no change, which is dose 0; each dose; and for each dose a control, in which a random
+   direction of the same norm in the SAE's units takes the place of the feature's decoder row.
+3. At a token where the feature's value is `c`, and `u` is its largest value on the store, dose `t`
+   adds this many decoder rows to the row: `t·u` (`add`), `−t·c` (`remove`; 1 removes the feature),
+   or `max(0, t·u − c)` (`clamp`: the value becomes at least `t·u`). Later sites respond.
+4. Each condition is described by KL(adapter ‖ steered) of its predictions, by how unlikely its text
+   is for the adapter and for the base, and by how much it repeats itself.
 
 In: adapter, activation store, SAE, features. Out: a report (JSON) with the texts, and a picture.
 """
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,17 +28,24 @@ from torch import Tensor
 from lorascope import runtime
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import digest_file
-from lorascope.causal.continuation import Change, Written, continue_text
-from lorascope.causal.effects import ce_of
-from lorascope.causal.held_out import (
-    HeldOut,
-    RandomEffectOptions,
-    described,
-    open_held_out,
-    require_features,
+from lorascope.causal.continuation import Change, Continuation, continue_prompt
+from lorascope.causal.effects import bootstrap_interval, cross_entropy, ratio_of_sums
+from lorascope.causal.held_out import HeldOut, describe_run, open_held_out
+from lorascope.causal.report_records import (
+    Prompt,
+    SteeredText,
+    SteeringCondition,
+    SteeringReport,
 )
-from lorascope.causal.steering_report import Arm, summarize, table
-from lorascope.causal.study import Report, report_at
+from lorascope.causal.study import (
+    Made,
+    SeededEffectOptions,
+    format_number,
+    report_at,
+    require_features,
+    require_json_name,
+    sae_option,
+)
 from lorascope.config import option
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.texts.roles import ROLES
@@ -50,34 +56,35 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-KIND = "steering"
-SCHEMA = 1
 _BLOCK = 8192
-_SAID = tuple(ROLES.index(role) for role in ("think", "answer"))
+_ASSISTANT = tuple(ROLES.index(role) for role in ("think", "answer"))
+_N_GRAM = 4  # tokens of a run that may be repeated
+_TEXT_SHOWN = 100  # characters of a text in the table
+
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SteerConfig(RandomEffectOptions):
+class SteerConfig(SeededEffectOptions):
     """Options of `steer`."""
 
-    sae: Path = option(
-        Path("trained_sae_adapters_g-u-d-q-k-v-o.pt"), help="SAE of the features", identity=False
-    )
+    sae: Path = sae_option()
     features: tuple[int, ...] = option(help="numbers of the features to steer, together")
     how: Literal["add", "remove", "clamp"] = option(
         "add",
-        help="what a dose does: add to the row, remove from it, or raise the value to at least",
+        help="what a dose does: add to the row, remove from it, or raise the value to a minimum",
     )
     doses: tuple[float, ...] = option(
         (0.5, 1.0, 2.0, 4.0),
-        help="in units of each feature's largest value on the store; of remove, 1 is all of it",
+        help="in units of each feature's largest value on the store; for remove, as a share of its "
+        "value",
     )
     where: Literal["generated", "all"] = option(
-        "generated", help="tokens to change: what is written and the prompt's last one, or all"
+        "generated", help="tokens to change: those written and the prompt's last one, or all"
     )
     prompts: str | None = option(
         None,
-        help="dataset whose prompts to continue; default: the store's held-out texts, cut where "
+        help="dataset whose prompts to continue; default: the store's held-out rollouts, cut where "
         "the assistant begins",
         identity=False,
         path=True,
@@ -85,8 +92,8 @@ class SteerConfig(RandomEffectOptions):
     num_prompts: int = option(8, help="prompts to continue")
     samples: int = option(1, help="continuations of each prompt")
     max_new_tokens: int = option(64, help="longest continuation in tokens")
-    temperature: float = option(0.0, help="of what is written; 0 takes the likeliest token")
-    output: Path = option(Path("steering.json"), help="report to make", identity=False)
+    temperature: float = option(0.0, help="sampling temperature; 0 takes the likeliest token")
+    output: Path = option(Path("steering.json"), help="report to write", identity=False)
 
     def check(self) -> None:
         """Refuse impossible choices."""
@@ -94,19 +101,18 @@ class SteerConfig(RandomEffectOptions):
         for name in ("num_prompts", "samples", "max_new_tokens"):
             self.require(name, 1)
         self.require("temperature", 0)
-        if self.output.suffix != ".json":
-            raise ConfigError(f"--output is {self.output}, expected a .json file")
+        require_json_name(self.output)
         if not self.features:
             raise ConfigError("--features names no feature; give the numbers of those to steer")
         require_features(self.features)
         if not self.doses or not all(map(math.isfinite, (*self.doses, self.temperature))):
-            raise ConfigError("--doses and --temperature are to be finite numbers")
+            raise ConfigError("--doses and --temperature must be finite numbers")
         if self.samples > 1 and not self.temperature:
-            raise ConfigError("--samples above 1 are all alike at --temperature 0; raise it")
+            raise ConfigError("--samples above 1 are all the same at --temperature 0; raise it")
 
 
 def run(config: SteerConfig) -> Path:
-    """Make a report, or find the finished one, and return its file."""
+    """Write the report unless it is finished already, and return its file."""
     from lorascope.causal.figures import draw_steering
     from lorascope.sae.model import load_sae
 
@@ -117,79 +123,104 @@ def run(config: SteerConfig) -> Path:
     if config.prompts is not None and Path(config.prompts).is_file():
         parents["prompts"] = digest_file(Path(config.prompts))
 
-    def make() -> Report:
-        texts = open_held_out(config, sae)
-        report = measure(texts, sae, config)
-        return Report(report, texts.subject.layout, described(texts, config.sae))
+    def make() -> Made:
+        held_out = open_held_out(config, sae)
+        report = measure(held_out, sae, config)
+        return Made(report, held_out.subject.layout, describe_run(held_out, config.sae))
 
     return report_at(
         config.output,
-        KIND,
-        SCHEMA,
+        SteeringReport,
         settings={**config.settings(), "prompts": config.prompts and Path(config.prompts).name},
         parents=parents,
         overwrite=config.overwrite,
         make=make,
         table=table,
-        draw=lambda data: draw_steering(data, config.output.with_suffix(".png")),
+        draw=lambda report, manifest: draw_steering(
+            report, manifest, config.output.with_suffix(".png")
+        ),
     )
 
 
+class _Written(NamedTuple):
+    """One continuation: its prompt's index, −log p by the base, and the features' values."""
+
+    prompt: int
+    text: Continuation
+    base_surprise: Floats
+    values: Tensor
+
+
+@dataclass
+class _Condition:
+    """One condition, its change (None: no change), and what was written under it so far."""
+
+    kind: Literal["none", "feature", "control"]
+    dose: float
+    change: Change | None
+    written: list[_Written] = field(default_factory=list)
+
+
 @torch.inference_mode()
-def measure(texts: HeldOut, sae: "SAE", config: SteerConfig) -> dict[str, Any]:
-    """Return the report's parts as JSON values."""
-    from lorascope.causal.baselines import random_rows
-    from lorascope.causal.patch import only
+def measure(held_out: HeldOut, sae: "SAE", config: SteerConfig) -> SteeringReport:
+    """Let the subject continue the prompts under every condition, and return the report."""
+    from lorascope.causal.patch import select_latents
     from lorascope.subject.intervene import RowEditor
 
-    prompts, few = _prompts(texts, config), only(sae, config.features)
-    largest = _largest(few, texts.store, config.features)
-    control = random_rows(sae, config.seed)[list(config.features)]
-    _, columns = texts.subject.layout.select(sae.layout.adapter_types)
-    arms: list[tuple[Arm, Change | None]] = [(Arm("none", 0.0, [], []), None)]
-    for dose in dict.fromkeys(dose for dose in config.doses if dose):
-        for kind, written in (("feature", few.W_dec), ("control", control)):
-            change = _change(few, columns, config.how, dose * largest, dose, written)
-            arms.append((Arm(kind, dose, [], []), change))
+    prompts, selected = _prompts(held_out, config), select_latents(sae, config.features)
+    largest = _largest_values(selected, held_out.store, config.features)
+    _, columns = held_out.subject.layout.select(sae.layout.adapter_types)
+    conditions = _conditions(sae, selected, largest, columns, config)
     with (
-        RowEditor(texts.subject) as editor,
-        runtime.progress(len(prompts), "steer", "texts") as bar,
+        RowEditor(held_out.subject) as editor,
+        runtime.progress(len(prompts), "steer", "prompts") as bar,
     ):
-        for number, (_, prompt, counts) in enumerate(prompts):
+        for number, (_, prompt, is_text) in enumerate(prompts):
             longest = config.samples * (len(prompt) + config.max_new_tokens)
-            at_once = max(1, texts.batch_tokens // longest)
-            for first in range(0, len(arms), at_once):
-                some = arms[first : first + at_once]
-                written = continue_text(
+            size = max(1, held_out.batch_tokens // longest)
+            for first in range(0, len(conditions), size):
+                chunk = conditions[first : first + size]
+                continuations = continue_prompt(
                     editor,
                     prompt,
-                    counts,
-                    [change for _, change in some],
+                    is_text,
+                    [condition.change for condition in chunk],
                     samples=config.samples,
                     max_new_tokens=config.max_new_tokens,
                     temperature=config.temperature,
                     seed=(config.seed, number),
                     everywhere=config.where == "all",
                 )
-                for (arm, _), ours in zip(some, written, strict=True):
-                    for one in ours:
-                        arm.texts.append((number, one, _base_surprise(editor, prompt, one)))
-                        arm.values.append(_values(few, one, columns))
+                for condition, samples in zip(chunk, continuations, strict=True):
+                    condition.written += [
+                        _Written(
+                            number,
+                            text,
+                            _base_surprise(editor, prompt, text),
+                            _feature_values(selected, text, columns),
+                        )
+                        for text in samples
+                    ]
             bar.update(1)
-    spell = texts.subject.tokenizer.decode
-    heads = [{"rollout": rollout, "text": spell(prompt)} for rollout, prompt, _ in prompts]
-    return {
-        "features": list(config.features),
-        "how": config.how,
-        "where": config.where,
-        "unit": dict(zip(map(str, config.features), largest.tolist(), strict=True)),
-        "prompts": heads,
-        "arms": summarize([arm for arm, _ in arms], len(prompts), spell, config.seed),
-    }
+    decode = held_out.subject.tokenizer.decode
+    unchanged = [one.text.token_ids.tolist() for one in conditions[0].written]
+    return SteeringReport(
+        features=config.features,
+        how=config.how,
+        where=config.where,
+        unit=dict(zip(map(str, config.features), largest.tolist(), strict=True)),
+        prompts=tuple(
+            Prompt(rollout=rollout, text=decode(prompt)) for rollout, prompt, _ in prompts
+        ),
+        arms=tuple(
+            _summarize(condition, unchanged, len(prompts), decode, config.seed)
+            for condition in conditions
+        ),
+    )
 
 
-def _prompts(texts: HeldOut, config: SteerConfig) -> list[tuple[int | None, Tensor, Tensor]]:
-    """Return each prompt's rollout (None: not of the store), token ids, and what counts as text."""
+def _prompts(held_out: HeldOut, config: SteerConfig) -> list[tuple[int | None, Tensor, Tensor]]:
+    """Return each prompt's rollout (None: not of the store), token ids, and its mask of text."""
     if config.prompts is not None:
         from lorascope.texts.rollouts import load_prompts
 
@@ -198,81 +229,184 @@ def _prompts(texts: HeldOut, config: SteerConfig) -> list[tuple[int | None, Tens
             split="train",
             limit=config.num_prompts,
             template="auto",
-            tokenizer=texts.subject.tokenizer,
+            tokenizer=held_out.subject.tokenizer,
         )
         special = ROLES.index("special")
         return [
             (
                 None,
-                torch.from_numpy(one.token_ids.astype(np.int64)),
-                torch.from_numpy(one.roles != special),
+                torch.from_numpy(rollout.token_ids.astype(np.int64)),
+                torch.from_numpy(rollout.roles != special),
             )
-            for one in rollouts
+            for rollout in rollouts
         ]
-    store, found = texts.store, []
-    for index in texts.rollouts:
+    store, prompts = held_out.store, []
+    for index in held_out.rollouts:
         first, last = (int(row) for row in store.rollout_start[index : index + 2])
-        said = np.isin(store.roles[first:last], _SAID)
-        n = int(said.argmax()) if said.any() else (last - first) // 2
+        by_assistant = np.isin(store.roles[first:last], _ASSISTANT)
+        n = int(by_assistant.argmax()) if by_assistant.any() else (last - first) // 2
         if not n:
             continue
         ids = torch.from_numpy(store.token_ids[first : first + n].astype(np.int64))
-        counts = torch.from_numpy(np.array(store.eligible[first : first + n]))
-        found.append((int(store.rollout_id[index]), ids, counts))
-        if len(found) == config.num_prompts:
+        is_text = torch.from_numpy(np.array(store.eligible[first : first + n]))
+        prompts.append((int(store.rollout_id[index]), ids, is_text))
+        if len(prompts) == config.num_prompts:
             break
-    if not found:
-        raise ArtifactError("no held-out text has anything before what the assistant says")
-    return found
+    if not prompts:
+        raise ArtifactError(
+            f"{store.path}: every held-out rollout begins with the assistant, so there is no "
+            "prompt to continue; give prompts with --prompts"
+        )
+    return prompts
 
 
-def _largest(few: "SAE", store: ActivationStore, features: Sequence[int]) -> Tensor:
-    """Return the largest value of each latent of `few` on the store's tokens of text."""
-    largest = torch.zeros(few.d_sae)
-    for first, block in few.narrow(store).blocks(_BLOCK):
+def _largest_values(selected: "SAE", store: ActivationStore, features: Sequence[int]) -> Tensor:
+    """Return the largest value of each latent of `selected` on the store's tokens of text."""
+    largest = torch.zeros(selected.d_sae)
+    for first, block in selected.narrow(store).blocks(_BLOCK):
         rows = torch.from_numpy(np.array(block)[store.eligible[first : first + len(block)]])
         if len(rows):
-            largest = torch.maximum(largest, few.encode_dense(rows).amax(0))
+            largest = torch.maximum(largest, selected.encode_dense(rows).amax(0))
     silent = [feature for feature, u in zip(features, largest.tolist(), strict=True) if not u]
     if silent:
-        log.warning("features %s never fire on the store: no dose does anything", silent)
+        log.warning("features %s never fire on the store: steering them has no effect", silent)
     return largest
 
 
+def _conditions(
+    sae: "SAE",
+    selected: "SAE",
+    largest: Tensor,
+    columns: npt.NDArray[np.int64],
+    config: SteerConfig,
+) -> list[_Condition]:
+    """Return no change first, then each dose with its control."""
+    from lorascope.causal.baselines import random_decoder_rows
+
+    control = random_decoder_rows(sae, config.seed)[list(config.features)]
+    conditions = [_Condition("none", 0.0, None)]
+    for dose in dict.fromkeys(dose for dose in config.doses if dose):
+        amounts = dose * largest
+        conditions += [
+            _Condition(kind, dose, _change(selected, columns, config.how, amounts, dose, decoder))
+            for kind, decoder in (("feature", selected.W_dec), ("control", control))
+        ]
+    return conditions
+
+
 def _change(
-    few: "SAE",
+    selected: "SAE",
     columns: npt.NDArray[np.int64],
     how: str,
-    wanted: Tensor,
+    amounts: Tensor,
     dose: float,
-    written: Tensor,
+    decoder: Tensor,
 ) -> Change:
-    """Return the change of one dose; `wanted` is `t·u` of each latent, `written` what it writes."""
+    """Return the change of one dose; `amounts` are `t·u` of each latent."""
 
-    def of(rows: Tensor, counts: Tensor) -> Tensor:
+    def compute(rows: Tensor, is_text: Tensor) -> Tensor:
         if how == "add":
-            amount = wanted.expand(*rows.shape[:2], -1)
+            factors = amounts.expand(*rows.shape[:2], -1)
         else:
-            values = few.encode_dense(rows[..., columns].cpu()) * counts.cpu()[..., None]
-            raised = (wanted - values).clamp(min=0) * (wanted != 0)
-            amount = -dose * values if how == "remove" else raised
+            values = selected.encode_dense(rows[..., columns].cpu()) * is_text.cpu()[..., None]
+            raised = (amounts - values).clamp(min=0) * (amounts != 0)
+            factors = -dose * values if how == "remove" else raised
         added = torch.zeros_like(rows)
-        added[..., columns] = (amount @ written).to(rows.device)
+        added[..., columns] = (factors @ decoder).to(rows.device)
         return added
 
-    return Change(of)
+    return Change(compute)
 
 
-def _values(few: "SAE", one: Written, columns: npt.NDArray[np.int64]) -> Tensor:
-    """Return the features' values as the clean pass reads the written tokens, `(read, feature)`."""
-    if not len(one.rows):
-        return torch.zeros(0, few.d_sae)
-    return few.encode_dense(one.rows[:, columns])[one.counts]
+def _feature_values(selected: "SAE", text: Continuation, columns: npt.NDArray[np.int64]) -> Tensor:
+    """Return the features' values that the clean pass reads in a text, `(read, feature)`."""
+    if not len(text.rows):
+        return torch.zeros(0, selected.d_sae)
+    return selected.encode_dense(text.rows[:, columns])[text.is_text]
 
 
-def _base_surprise(editor: "RowEditor", prompt: Tensor, one: Written) -> Any:
+def _base_surprise(editor: "RowEditor", prompt: Tensor, text: Continuation) -> Floats:
     """Return −log p of each written token under the base model, in nats."""
-    written = torch.from_numpy(one.token_ids)
+    written = torch.from_numpy(text.token_ids)
     whole = torch.cat([prompt, written])[None]
     logits = editor.base(whole)[0, len(prompt) - 1 : -1]
-    return ce_of(logits, written.to(logits.device)).double().cpu().numpy()
+    return cross_entropy(logits, written.to(logits.device)).double().cpu().numpy()
+
+
+def _summarize(
+    condition: _Condition,
+    unchanged: Sequence[list[int]],
+    n_prompts: int,
+    decode: Callable[[Any], str],
+    seed: int,
+) -> SteeringCondition:
+    """Return one condition's sums over tokens; `unchanged` are the token ids of no change."""
+    written = condition.written
+
+    def by_prompt(values: Sequence[float]) -> Floats:
+        sums = np.zeros(n_prompts)
+        np.add.at(sums, [one.prompt for one in written], values)
+        return sums
+
+    n_tokens = by_prompt([len(one.text.token_ids) for one in written])
+    kl = by_prompt([one.text.kl.sum() for one in written])
+    surprise = by_prompt([one.text.surprise.sum() for one in written])
+    base_surprise = by_prompt([one.base_surprise.sum() for one in written])
+    repeats = [count_repeats(one.text.token_ids) for one in written]
+    values = np.concatenate([one.values.numpy() for one in written])
+    differ = [
+        one.text.token_ids.tolist() != before
+        for one, before in zip(written, unchanged, strict=True)
+    ]
+    return SteeringCondition(
+        kind=condition.kind,
+        dose=condition.dose,
+        n_tokens=int(n_tokens.sum()),
+        length=float(n_tokens.sum()) / max(len(written), 1),
+        kl=ratio_of_sums(kl, n_tokens),
+        kl_interval=bootstrap_interval(kl, n_tokens, seed),
+        surprise_adapter=ratio_of_sums(surprise, n_tokens),
+        surprise_adapter_interval=bootstrap_interval(surprise, n_tokens, seed),
+        surprise_base=ratio_of_sums(base_surprise, n_tokens),
+        repeats=ratio_of_sums(
+            by_prompt([again for again, _ in repeats]), by_prompt([n for _, n in repeats])
+        ),
+        differ=float(np.mean(differ)) if differ else 0.0,
+        values=tuple(float(v) for v in values.mean(0)) if len(values) else None,
+        texts=tuple(
+            SteeredText(
+                prompt=one.prompt,
+                token_ids=tuple(one.text.token_ids.tolist()),
+                text=decode(one.text.token_ids),
+                kl=float(one.text.kl.mean()) if len(one.text.kl) else None,
+            )
+            for one in written
+        ),
+    )
+
+
+def count_repeats(token_ids: npt.NDArray[np.int64]) -> tuple[int, int]:
+    """Return how many runs of four tokens occurred earlier in the text, and how many there are."""
+    runs = [tuple(token_ids[i : i + _N_GRAM]) for i in range(len(token_ids) - _N_GRAM + 1)]
+    return len(runs) - len(set(runs)), len(runs)
+
+
+def table(report: SteeringReport) -> str:
+    """Return the dose curve as a table for the terminal, with the first text of each condition."""
+    named = ", ".join(map(str, report.features))
+    lines = [
+        f"features {named}, {report.how}, at {report.where} tokens; KL(adapter ‖ steered) and "
+        "−log p of the text, in nats a token",
+        f"{'dose':>8}{'':<9}{'KL':>10}{'by adapter':>12}{'by base':>10}{'repeats':>9}{'value':>9}"
+        "  first text",
+    ]
+    for arm in report.arms:
+        value = format_number(None if arm.values is None else arm.values[0], ".3g")
+        text = ascii(arm.texts[0].text)[1:-1] if arm.texts else ""
+        lines.append(
+            f"{arm.dose:>8g} {arm.kind if arm.kind == 'control' else '':<8}"
+            f"{format_number(arm.kl, '.4g'):>10}{format_number(arm.surprise_adapter, '.4g'):>12}"
+            f"{format_number(arm.surprise_base, '.4g'):>10}{format_number(arm.repeats, '.4g'):>9}"
+            f"{value:>9}  {text[:_TEXT_SHOWN]}"
+        )
+    return "\n".join(line.rstrip() for line in lines)

@@ -257,8 +257,8 @@ class Payload:
             "latent": index.text_latent[code[0] : code[-1]],
             "value": to_half_bits(index.text_value[code[0] : code[-1]]),
         }
-        if "attribution" in self.reports.found:
-            values |= self.reports.text(int(index.text_rollout[number]), last - first)
+        if self.reports.attribution is not None:
+            values |= self.reports.text(int(index.text_rollout[number]))
         return pack(values, self._rollout_columns)
 
     def _labels_key(self) -> str:
@@ -317,7 +317,7 @@ class Payload:
     @cached_property
     def _rollout_columns(self) -> dict[str, str]:
         """Column of a whole rollout -> type."""
-        attribution = TEXT_COLUMNS if "attribution" in self.reports.found else {}
+        attribution = {} if self.reports.attribution is None else TEXT_COLUMNS
         types = {"token": self._token_type, "latent": self._latent_type}
         return {**_ROLLOUT_COLUMNS, **types, **attribution}
 
@@ -332,7 +332,7 @@ class Payload:
     @cached_property
     def _direct_tokens(self) -> dict[str, tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
         """Side -> token ids and scores of the direct effect; empty without such a report."""
-        if "direct" not in self.reports.found:
+        if self.reports.direct is None:
             return {}
         return {side: self.reports.tokens(side) for side in SIDES}
 

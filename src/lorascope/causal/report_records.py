@@ -1,0 +1,382 @@
+"""What each kind of report holds, as frozen dataclasses: the order of fields is that of the JSON.
+
+`record_json` writes and reads them. KL, losses and surprises are in nats a token, intervals are
+95 % over rollouts, and None is a number that is undefined.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+from lorascope.causal.record_json import Range
+
+Count = Annotated[int, Range(0)]
+Amount = Annotated[float, Range(0)]  # a KL, a loss or a size
+Share = Annotated[float, Range(0, 1.001)]  # rounding may take a share slightly above 1
+Interval = tuple[float, float] | None  # 95 %; None where it is undefined
+AmountInterval = tuple[Amount, Amount] | None
+TokenId = Annotated[int, Range(0, (1 << 31) - 1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportRecord:
+    """Base of all reports: their kind and the number of their schema."""
+
+    kind: ClassVar[str]
+    schema: ClassVar[int] = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Floor:
+    """KL in nats a token of runs in which nothing should happen."""
+
+    null: Amount
+    rounding: Amount
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovered:
+    """KL(adapter ‖ run) in nats a token, and the share of the adapter's effect that it recovers."""
+
+    kl: Amount
+    recovered: float | None
+    recovered_interval: Interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecovered(Recovered):
+    """The same of one run, and of its loss on the next token.
+
+    `special_kept` is the run in which special tokens keep their rows; runs that write no
+    reconstruction have none.
+    """
+
+    ce: Amount
+    ce_recovered: float | None
+    ce_recovered_interval: Interval
+    special_kept: Recovered | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleRecovered:
+    """The same of the SAE's run, over tokens of one role; `kl_zero` is KL of the run of share 0."""
+
+    n_tokens: Count
+    kl: Amount
+    recovered: float | None
+    recovered_interval: Interval
+    special_kept: Recovered
+    kl_zero: Amount
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupRecovered(Recovered):
+    """The same with the SAE's reconstruction in the columns of one layer or projection only."""
+
+    kl_zero: Amount
+
+
+@dataclass(frozen=True, kw_only=True)
+class Faithfulness:
+    """How much of the adapter's effect each run recovers, on held-out rollouts."""
+
+    zero_is: str
+    n_rollouts: Count
+    n_tokens: Count
+    floor: Floor
+    runs: Mapping[str, RunRecovered]
+    roles: Mapping[str, RoleRecovered]
+    layers: Mapping[str, GroupRecovered]
+    projections: Mapping[str, GroupRecovered]
+    rows_drift: Amount
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationReport(ReportRecord):
+    """What `evaluate` measures. `reconstruction` has the metrics of `sae.metrics.evaluate`."""
+
+    kind = "evaluation"
+    reconstruction: Mapping[str, Any]
+    faithfulness: Faithfulness
+
+
+@dataclass(frozen=True, kw_only=True)
+class Removal:
+    """KL(adapter ‖ without) and the rise of the loss, in nats a token."""
+
+    kl: Amount
+    kl_interval: AmountInterval
+    ce_rise: float
+    kl_special: Amount | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartRemoval(Removal):
+    """The removal of one part, its control, and the part alone."""
+
+    kl_random: Amount
+    alone: Recovered
+
+
+@dataclass(frozen=True, kw_only=True)
+class GreedyStep:
+    """The part that is removed in one step, and the sum of all removals so far."""
+
+    part: str
+    kl: Amount
+    ce_rise: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureRemoval:
+    """The removal of one feature, and its control.
+
+    `kl_each` is KL for each token on which it fires, `share_here` the share of KL at these tokens.
+    """
+
+    feature: Count
+    n_fired: Count
+    kl: Amount
+    kl_interval: AmountInterval
+    kl_each: Amount | None
+    share_here: Share | None
+    ce_rise: float
+    kl_special: Amount | None
+    kl_random: Amount
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationReport(ReportRecord):
+    """What `ablate` measures; the optional parts are missing where they were not asked for."""
+
+    kind = "ablation"
+    n_rollouts: Count
+    n_tokens: Count
+    n_special: Count
+    floor: Floor
+    without_adapter: Removal
+    sites: Mapping[str, PartRemoval]
+    projections: Mapping[str, PartRemoval]
+    layers: Mapping[str, PartRemoval]
+    blocks: Mapping[str, PartRemoval] | None = None
+    greedy: tuple[GreedyStep, ...] | None = None
+    features: tuple[FeatureRemoval, ...] | None = None
+
+
+class Source(NamedTuple):
+    """A token whose whole row contributes, by its position in the rollout."""
+
+    position: Count
+    contribution: float
+
+
+class Cause(NamedTuple):
+    """A feature behind a prediction; `source` is the position at which it contributes most."""
+
+    feature: Count
+    contribution: float
+    source: Count
+    removal: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainedToken:
+    """One prediction: its number with and without adapter, and the contributions to the change.
+
+    `token` is the token's position in the rollout. The five contributions add up to
+    `adapter - base`, except for what the quadrature misses.
+    """
+
+    token: Count
+    text: str
+    adapter: float
+    base: float
+    features: float
+    bias: float
+    unexplained: float
+    special: float
+    other_columns: float
+    sources: tuple[Source, ...]
+    behind: tuple[Cause, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttributedRollout:
+    """KL(adapter ‖ base) and the rise of log p at each token; None for the first, not predicted."""
+
+    rollout: int
+    kl: tuple[Amount | None, ...]
+    rise: tuple[float | None, ...]
+    targets: tuple[ExplainedToken, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completeness:
+    """Contributions summed over targets, as shares of the summed effect; `gap` is what they miss.
+
+    `gap` is `Σ|sum of contributions − effect| / Σ|effect|` over targets.
+    """
+
+    gap: Amount | None
+    features: float | None
+    bias: float | None
+    unexplained: float | None
+    special: float | None
+    other_columns: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemovalAgreement:
+    """How one estimate compares with real removals."""
+
+    rank: float
+    pearson: float
+    top: Share
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How contributions and first-order removals compare with real removals."""
+
+    n_targets: Count
+    n_pairs: Count
+    contribution: RemovalAgreement
+    removal: RemovalAgreement
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureContributions:
+    """The contributions of one feature over all targets: their sum, and the sum of their sizes."""
+
+    feature: Count
+    n_targets: Count
+    sum: float
+    size: Amount
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttributionReport(ReportRecord):
+    """What `attribute` measures; `unit` is that of the target's numbers."""
+
+    kind = "attribution"
+    target: Literal["kl", "logprob", "logit-difference"]
+    unit: str
+    steps: Count
+    n_rollouts: Count
+    n_tokens: Count
+    n_targets: Count
+    kl: Amount | None
+    completeness: Completeness
+    agreement: Agreement | None
+    features: tuple[FeatureContributions, ...]
+    rollouts: tuple[AttributedRollout, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredToken:
+    """A token, and how many standard deviations its logit is above the mean."""
+
+    token_id: TokenId
+    token: str
+    z: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectEffect:
+    """The share of a feature's effect that is written directly, and the tokens of largest score."""
+
+    feature: Count
+    share: Share
+    promoted: tuple[ScoredToken, ...]
+    suppressed: tuple[ScoredToken, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectReport(ReportRecord):
+    """What `direct` computes; `vocabulary` has the bytes of all named tokens, in hexadecimal."""
+
+    kind = "direct"
+    unit: str
+    n_tokens: Count
+    writers: tuple[str, ...]
+    indirect: tuple[str, ...]
+    vocabulary: Mapping[str, str]
+    features: tuple[DirectEffect, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A prompt and its rollout; None where it is not of the store."""
+
+    rollout: int | None
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteeredText:
+    """What was written after a prompt, which is given by its index in the list."""
+
+    prompt: Count
+    token_ids: tuple[TokenId, ...]
+    text: str
+    kl: Amount | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteeringCondition:
+    """One condition: no change, a dose of the features, or its control."""
+
+    kind: Literal["none", "feature", "control"]
+    dose: float
+    n_tokens: Count
+    length: Amount
+    kl: Amount | None
+    kl_interval: AmountInterval
+    surprise_adapter: Amount | None
+    surprise_adapter_interval: AmountInterval
+    surprise_base: Amount | None
+    repeats: Share | None
+    differ: Share
+    values: tuple[float, ...] | None
+    texts: tuple[SteeredText, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteeringReport(ReportRecord):
+    """What `steer` measures; `unit` is each feature's largest value on the store."""
+
+    kind = "steering"
+    features: tuple[Count, ...]
+    how: Literal["add", "remove", "clamp"]
+    where: Literal["generated", "all"]
+    unit: Mapping[str, Amount]
+    prompts: tuple[Prompt, ...]
+    arms: tuple[SteeringCondition, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditedRun:
+    """KL(adapter ‖ run) in nats a token."""
+
+    kl: Amount
+    interval: AmountInterval
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditReport(ReportRecord):
+    """What `edit` measures; `fold_error` is the share of the edit that weights miss."""
+
+    kind = "edit"
+    features: tuple[Count, ...]
+    factor: float
+    tokens: Literal["text", "all"]
+    output: Literal["adapter", "patch"]
+    fold_error: Amount | None
+    fold_error_by_site: Mapping[str, Amount]
+    n_sites: Count
+    d_sae: Count
+    n_rollouts: Count
+    n_tokens: Count
+    kl: Mapping[str, EditedRun]
+    kl_patched_folded: Amount
+    share_here: Share | None
