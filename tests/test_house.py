@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import lorascope
+from lorascope.cli import COMMANDS
 
 ROOT = Path(lorascope.__file__).parent
 ORDER = (
@@ -43,6 +44,72 @@ def test_imports_point_up_the_list_only():
             if top in ORDER and ORDER.index(top) > here:
                 wrong.append(f"{name} imports {target}")
     assert wrong == []
+
+
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """Return the groups of modules that import each other, directly or through others."""
+
+    def reached(name: str) -> set[str]:
+        seen, left = set(), [name]
+        while left:
+            new = edges[left.pop()] - seen
+            seen |= new
+            left += new
+        return seen
+
+    reach = {name: reached(name) for name in edges}
+    groups = {
+        tuple(sorted(other for other in reach[name] if name in reach[other]))
+        for name in edges
+        if name in reach[name]
+    }
+    return [list(group) for group in sorted(groups)]
+
+
+# Modules that still import each other. Nothing is added here.
+CIRCLES = [
+    ["causal.attribute", "causal.attribution_report"],
+    ["kernels.__init__", "kernels.cpu", "kernels.cuda"],
+    ["sae.interop", "sae.model", "sae.sharing"],
+]
+
+
+def test_imports_have_no_circles_even_inside_functions_or_for_types_only():
+    known = modules()
+    edges = {
+        name: {
+            module
+            for target in imported(file)
+            for module in (target, f"{target}.__init__")
+            if module in known and module != name
+        }
+        for name, file in known.items()
+        if name != "__init__"  # it imports every public name when that is asked for
+    }
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+    assert [group for group in circles(edges) if group not in CIRCLES] == []
+
+
+def test_only_the_version_is_taken_from_the_packages_front():
+    for name, file in modules().items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "lorascope":
+                inside = {module.split(".")[0] for module in modules()}
+                assert {alias.name for alias in node.names} <= inside, name
+
+
+# What test files are about that is no module, command or folder.
+TOPICS = set(
+    "accuracy architectures golden_thread house jobs kill planted synthetic_features".split()
+)
+
+
+def test_a_test_file_is_named_for_a_module_a_command_a_folder_or_a_topic():
+    """After that name it may say what of it is tested: `test_train_dist.py`."""
+    subjects = {part for name in modules() for part in name.split(".")} | set(COMMANDS)
+    names = {file.stem.removeprefix("test_") for file in Path(__file__).parent.glob("test_*.py")}
+    other = {name for name in names if not any(f"{name}_".startswith(f"{s}_") for s in subjects)}
+    assert other == TOPICS
 
 
 def test_every_top_level_name_has_its_place_in_the_order():
