@@ -90,7 +90,7 @@ def test_imports_have_no_circles_even_inside_functions_or_for_types_only():
     assert [group for group in circles(edges) if group not in CIRCLES] == []
 
 
-def test_only_the_version_is_taken_from_the_packages_front():
+def test_nothing_is_taken_from_the_packages_front():
     for name, file in modules().items():
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module == "lorascope":
@@ -99,9 +99,16 @@ def test_only_the_version_is_taken_from_the_packages_front():
 
 
 # What test files are about that is no module, command or folder.
-TOPICS = set(
-    "accuracy architectures golden_thread house jobs kill planted synthetic_features".split()
-)
+TOPICS = {
+    "accuracy",
+    "architectures",
+    "golden_thread",
+    "house",
+    "jobs",
+    "kill",
+    "planted",
+    "synthetic_features",
+}
 
 
 def test_a_test_file_is_named_for_a_module_a_command_a_folder_or_a_topic():

@@ -36,6 +36,7 @@ from typing import Any
 
 from lorascope.arrayfile import read_header
 from lorascope.errors import ArtifactError
+from lorascope.version import __version__
 
 MANIFEST = "manifest.json"
 HTML_MARK = b"<!-- lorascope "
@@ -86,8 +87,6 @@ def make_manifest(
     content: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return a manifest; see the module's text for the meaning of its fields."""
-    from lorascope import __version__
-
     return {
         "kind": kind,
         "schema": schema,
