@@ -76,7 +76,7 @@ def refused(place, capsys, line, *words):
         ("info {data}", ["problems.jsonl is no artifact"]),
         ("generate", ["no adapter given", "--lora-path", "lorascope.toml"]),
         ("generate --lora-path {tmp}/none --dataset {data}", ["does not exist"]),
-        ("generate --lora-path {base} --dataset {data}", ["no PEFT adapter", "full model"]),
+        ("generate --lora-path {base} --dataset {data}", ["not a PEFT adapter", "full model"]),
         (GENERATE + " --base-model {tmp}/none", ["base model", "does not exist"]),
         (GENERATE + " --num-examples 0", ["--num-examples is 0, expected 1 or more"]),
         (GENERATE + " --adapter-types gate_proj qqq", ["qqq is not among"]),
