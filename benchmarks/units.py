@@ -32,7 +32,7 @@ from train import measure, prepare
 import lorascope
 from lorascope import GenerateConfig, TrainConfig
 from lorascope.activations.store import ActivationStore
-from lorascope.activations.work_units import load_texts
+from lorascope.activations.work_units import load_corpus
 from lorascope.demo.problems import write_jsonl
 from lorascope.sae.model import SAE, load_sae
 from lorascope.subject.adapter import inspect_adapter
@@ -103,7 +103,7 @@ def subject(given: Namespace) -> None:
                 torch.tensor(rollout.token_ids)[None],
                 torch.tensor(rollout.roles) != ROLES.index("special"),
             )
-            for rollout in load_texts(
+            for rollout in load_corpus(
                 GenerateConfig(
                     lora_path=str(SUBJECT / "adapter"),
                     dataset=str(folder / "other.jsonl"),

@@ -36,7 +36,7 @@ def texts(lengths, seed=0):
 @pytest.mark.parametrize("budget", [1, 10, 24, 1000])
 def test_batches_hold_every_text_once_and_keep_to_the_budget(budget):
     lengths = np.random.default_rng(budget).integers(1, 30, 40).tolist()
-    batches = plan_batches(lengths, budget, price=3)
+    batches = plan_batches(lengths, budget, overhead=3)
     assert sorted(itertools.chain(*batches)) == list(range(40))
     for batch in batches:
         assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= budget
@@ -56,7 +56,7 @@ def test_no_other_cut_into_batches_computes_fewer_places():
             cut = [list(range(a, b)) for a, b in itertools.pairwise(edges)]
             if all(len(b) == 1 or lengths[b[0]] * len(b) <= 20 for b in cut):
                 cuts.append(cost(cut))
-        assert cost(plan_batches(lengths, 20, price=4)) == min(cuts)
+        assert cost(plan_batches(lengths, 20, overhead=4)) == min(cuts)
 
 
 def test_no_texts_make_no_batches():
@@ -175,7 +175,7 @@ def test_dropout_that_stayed_on_is_found_by_running_twice(make_subject):  # pitf
     subject.causal.model.layers[0].register_forward_pre_hook(
         lambda _m, args: (torch.nn.functional.dropout(args[0], 0.5), *args[1:])
     )
-    with RowReader(subject) as reader, pytest.raises(NumberError, match="something is random"):
+    with RowReader(subject) as reader, pytest.raises(NumberError, match="in the model is random"):
         capture_of(reader).check(texts([20])[0])
 
 

@@ -150,7 +150,9 @@ def test_what_a_worker_found_wrong_names_rank_and_unit(subject_dirs, config, tmp
             2, "generate", GenerateConfig.from_json({**config("store").to_json(), **changed})
         )
     assert failed.value.exit_code == 2
-    assert re.search(r"NumberError: rank \d, unit \d: site 1.down_proj", capfd.readouterr().err)
+    assert re.search(
+        r"NumberError: rank \d, work unit \d: site 1.down_proj", capfd.readouterr().err
+    )
 
 
 def test_finished_and_foreign_units_are_not_taken(tmp_path, monkeypatch):

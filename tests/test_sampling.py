@@ -118,7 +118,7 @@ def test_more_texts_than_prompts_need_a_temperature(subject_dirs, dataset_file, 
         "sample": 5,
         "max_new_tokens": 4,
     }
-    with pytest.raises(ConfigError, match="5, but there are 2 prompts.*give a temperature"):
+    with pytest.raises(ConfigError, match="5, but there are 2 prompts.*--temperature 0"):
         generate.run(GenerateConfig(**options))
     store = ActivationStore.open(generate.run(GenerateConfig(**options, temperature=1.0)))
     assert store.rollout_id.tolist() == [0, 1, 0, 1, 0]

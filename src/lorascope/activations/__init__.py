@@ -1,1 +1,1 @@
-"""Activations: what every adapted module reads of every token, kept as rows."""
+"""Activations: `A·x` of every adapted module for every token, stored as rows."""

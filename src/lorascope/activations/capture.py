@@ -1,11 +1,11 @@
 """Run rollouts through a subject in batches and return their rows.
 
-1. A rollout longer than the context becomes pieces (windows), each with the rows to keep of it.
-2. Pieces are sorted by length and cut into batches of at most `batch_tokens` places such that the
-   places computed are fewest, padding and a fixed price for each batch included.
-3. A batch that does not fit into memory is halved, and so is `batch_tokens` from then on.
-4. A batch's rows go to the host while the next one computes; `finish` puts them in order and
-   checks that the stored type can hold them.
+1. Cut rollouts longer than the context into pieces (windows), each with the rows to keep.
+2. Sort pieces by length, and cut them into batches of at most `batch_tokens` tokens with the lowest
+   cost: tokens computed, padding included, plus a fixed overhead for each batch.
+3. If a batch does not fit into memory, halve it, and halve `batch_tokens` from then on.
+4. Copy a batch's rows to the host while the next one computes. `finish` puts them in order and
+   checks that the stored dtype can hold them.
 """
 
 import logging
@@ -30,14 +30,14 @@ log = logging.getLogger(__name__)
 
 _CPU_TOKENS = 2048
 _PROBE_TOKENS = 1024
-_LARGEST = 1 << 16  # places in a batch beyond which a GPU gains nothing
-_PRICE = {"cpu": 16, "cuda": 512}  # places that the start of a batch costs
-_DRIFT = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+_LARGEST = 1 << 16  # tokens in a batch; a GPU gains nothing from more
+_OVERHEAD = {"cpu": 16, "cuda": 512}  # cost of starting a batch, in tokens computed
+_MOST_DRIFT = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens `[start, stop)` of rollout `index` of a unit, of which rows from `keep` are kept."""
+    """Tokens `[start, stop)` of rollout `index` of a work unit; rows from `keep` on are kept."""
 
     index: int
     start: int
@@ -50,7 +50,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Pending:
-    """A unit that was run: `parts` are its rows on the host, once `event` has happened."""
+    """A work unit that was run: `parts` are its rows on the host, once `event` has happened."""
 
     rollouts: Sequence[Rollout]
     parts: list[tuple[Piece, Tensor]]
@@ -58,14 +58,14 @@ class Pending:
 
     @property
     def n_rows(self) -> int:
-        """Number of rows that the unit will have."""
+        """Number of rows that the work unit will have."""
         return sum(len(rollout.token_ids) for rollout in self.rollouts)
 
 
 class Capture:
-    """Reads rows with an open `RowReader`; `columns` of them are kept, as `store_dtype`.
+    """Reads rows with an open `RowReader`, and keeps `columns` of them as `store_dtype`.
 
-    `batch_tokens` None finds what fits: on a GPU by measuring, on a CPU 2,048 places.
+    `batch_tokens=None` uses what fits: measured on a GPU, 2,048 tokens on a CPU.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Capture:
         self.batch_tokens = batch_tokens or self._fitting_tokens()
 
     def _fitting_tokens(self) -> int:
-        """Return the places of a batch that fit into the device's free memory, with a reserve."""
+        """Return how many tokens of a batch fit into the device's free memory, with a reserve."""
         device = self.subject.device
         if device.type != "cuda":
             return _CPU_TOKENS
@@ -97,21 +97,21 @@ class Capture:
         free = torch.cuda.mem_get_info(device)[0]
         n = min(max(int(0.7 * free / max(each, 1)), _PROBE_TOKENS), _LARGEST)
         log.info(
-            "batches of up to %d tokens: %.0f kB each, %.1f GB free", n, each / 1e3, free / 1e9
+            "batches of up to %d tokens: %.0f kB per token, %.1f GB free", n, each / 1e3, free / 1e9
         )
         return n
 
     def run(self, rollouts: Sequence[Rollout]) -> Pending:
-        """Compute the rows of a unit; they are complete once `finish` has been called on it."""
+        """Compute the rows of a work unit. Pass the result to `finish` to get them."""
         pieces = [
             Piece(index, *window)
             for index, rollout in enumerate(rollouts)
             for window in windows(len(rollout.token_ids), self.longest or len(rollout.token_ids))
         ]
         parts: list[tuple[Piece, Tensor]] = []
-        price = _PRICE.get(self.subject.device.type, _PRICE["cuda"])
-        for places in plan_batches([len(piece) for piece in pieces], self.batch_tokens, price):
-            parts += self._run_batch([pieces[place] for place in places], rollouts)
+        overhead = _OVERHEAD.get(self.subject.device.type, _OVERHEAD["cuda"])
+        for batch in plan_batches([len(piece) for piece in pieces], self.batch_tokens, overhead):
+            parts += self._run_batch([pieces[i] for i in batch], rollouts)
         event = None
         if self.subject.device.type == "cuda":
             event = torch.cuda.Event()
@@ -124,7 +124,7 @@ class Capture:
         try:
             rows = self.reader.read(_padded(batch, rollouts))[..., self.columns]
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _is_memory(error):
+            if not _is_out_of_memory(error):
                 raise
         else:
             return [
@@ -136,8 +136,8 @@ class Capture:
         if len(batch) == 1:
             rollout = rollouts[batch[0].index]
             raise ConfigError(
-                f"a text of {len(batch[0])} tokens (record {rollout.id}) does not fit into memory; "
-                "lower --max-length, with --long-texts window to keep the rest of it"
+                f"a rollout of {len(batch[0])} tokens (record {rollout.id}) does not fit into "
+                "memory; lower --max-length, with --long-texts window to keep the rest of it"
             )
         self.batch_tokens = max(max(map(len, batch)) * len(batch) // 2, 1)
         log.warning("out of memory: batches of at most %d tokens from now on", self.batch_tokens)
@@ -151,10 +151,10 @@ class Capture:
         return host.copy_(rows, non_blocking=True)
 
     def finish(self, pending: Pending) -> Rows:
-        """Return the rows of a unit, in its rollouts' order, in the stored dtype.
+        """Return the rows of a work unit, in the order of its rollouts, in the stored dtype.
 
-        Raises NumberError naming site, token and rollout of a value that does not fit there. May
-        run in another thread than `run`.
+        Raises NumberError with site, token and rollout if a value does not fit the stored dtype.
+        May run in a different thread than `run`.
         """
         if pending.event is not None:
             pending.event.synchronize()
@@ -169,45 +169,48 @@ class Capture:
                 raise NumberError(
                     f"site {self.names[column]} reads {rows[row, column]} at token "
                     f"{piece.keep + row} of rollout {rollout.id}, which {out.dtype} cannot hold; "
-                    "try --store-dtype float32"
+                    "use --store-dtype float32"
                 )
             first = int(ends[piece.index]) - len(rollout.token_ids) + piece.keep
             out[first : first + len(rows)] = rows
         return out
 
     def check(self, rollout: Rollout) -> float:
-        """Return the tokens per second of one text; raise unless its rows can be relied on.
+        """Check that rows are reproducible and correct; return the tokens per second.
 
-        NumberError: a second run gives other rows, so something is random. A warning, and PEFT's
-        forward from then on: ours gives other rows than PEFT's by more than rounding.
+        Raises NumberError if a second run gives different rows. If the fast forward differs from
+        PEFT's by more than rounding, warns and uses PEFT's forward from then on.
         """
         piece = Piece(0, 0, min(len(rollout.token_ids), self.longest or 1 << 62), 0)
         ids = _padded([piece], [rollout])
         first = self.reader.read(ids)
-        begun = time.perf_counter()
+        started = time.perf_counter()
         second = self.reader.read(ids).cpu()
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - started
         if not torch.equal(first.cpu().nan_to_num(), second.nan_to_num()):
-            raise NumberError("the same text gives other rows on a second run: something is random")
+            raise NumberError(
+                "a second run of the same rollout gives different rows, expected the same: "
+                "something in the model is random"
+            )
         if self.reader.own_forward:
             self.reader.__exit__(None, None, None)
             with RowReader(self.subject, own_forward=False) as reference:
                 third = reference.read(ids).cpu()
             drift = float((second - third).norm() / third.norm().clamp(min=1e-30))
             log.debug("rows differ from PEFT's forward by %.2g of their norm", drift)
-            if drift > _DRIFT.get(self.subject.dtype, 0.1):
-                log.warning("rows differ from PEFT's forward by %.2g: using PEFT's", drift)
+            if drift > _MOST_DRIFT.get(self.subject.dtype, 0.1):
+                log.warning("rows differ from PEFT's forward by %.2g: using PEFT's forward", drift)
                 self.reader.own_forward = False
             self.reader.__enter__()
         return ids.numel() / seconds
 
 
-def plan_batches(lengths: Sequence[int], batch_tokens: int, price: int) -> list[list[int]]:
-    """Return batches of indices, longest first, that compute the fewest places.
+def plan_batches(lengths: Sequence[int], batch_tokens: int, overhead: int) -> list[list[int]]:
+    """Return batches of indices into `lengths`, longest first, with the lowest total cost.
 
-    A batch of n texts computes n times its longest one, at most `batch_tokens` unless it is one
-    text alone, and costs `price` places more. Over texts in falling order of length the best cut
-    is found exactly, from the end (dynamic programming, quadratic in their number).
+    A batch of n rollouts costs n times the longest length, plus `overhead`. The product is at most
+    `batch_tokens`, unless the batch is a single rollout. Dynamic programming from the end finds the
+    exact optimum among cuts of the sorted lengths, in quadratic time.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     n = len(order)
@@ -216,7 +219,7 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int, price: int) -> list[
         longest = lengths[order[first]]
         fitting = max(1, min(batch_tokens // max(longest, 1), n - first))
         best[first], step[first] = min(
-            (longest * size + price + best[first + size], size) for size in range(1, fitting + 1)
+            (longest * size + overhead + best[first + size], size) for size in range(1, fitting + 1)
         )
     batches, first = [], 0
     while first < n:
@@ -233,5 +236,5 @@ def _padded(batch: Sequence[Piece], rollouts: Sequence[Rollout]) -> Tensor:
     return ids
 
 
-def _is_memory(error: BaseException) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,12 +1,12 @@
-"""Run the adapted model over texts and keep what every adapted module reads of every token.
+"""Run the adapted model over rollouts and store `A·x` of every adapted module for every token.
 
-1. Records are rendered and tokenised once; unusable ones are counted and left out. With `sample`
-   the model writes the texts itself, unit by unit.
-2. Rollouts are cut into units, fixed by the options alone (units.py).
-3. Every process of the job claims the next free unit (runtime.claim_work_units) and reads its rows
-   in batches (capture.py). The unit becomes one shard, written beside its name and renamed while
-   the next unit computes; a finished one is never done again.
-4. Rank 0 waits for the last shard and writes the manifest, which lists the shards' checksums.
+1. Render and tokenise the records once. Unusable records are counted and left out. With `sample`,
+   the model generates the rollouts itself, work unit by work unit.
+2. Cut the rollouts into work units, which depend on the options only (work_units.py).
+3. Every process of the job claims the next free work unit (runtime.claim_work_units) and reads its
+   rows in batches (capture.py). It writes them as one shard under a temporary name, and renames it
+   while the next work unit computes. A finished shard is never computed again.
+4. Rank 0 waits for the last shard and writes the manifest with the checksums of all files.
 
 In: adapter, base model, dataset. Out: an activation store (a folder).
 """
@@ -28,10 +28,10 @@ from lorascope.activations.store import KIND, SCHEMA, default_name
 from lorascope.activations.vocabulary import VOCABULARY, Vocabulary
 from lorascope.activations.work_units import (
     ROLLOUTS_PER_SHARD,
-    Texts,
+    Corpus,
     digest_rollouts,
-    fit_texts,
-    load_texts,
+    fit_to_context,
+    load_corpus,
 )
 from lorascope.artifact import (
     Build,
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_IN_FLIGHT = 2  # units whose rows may be in memory while the next one computes
+_IN_FLIGHT = 2  # work units whose rows may be in memory while the next one computes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,20 +67,22 @@ class GenerateConfig(SubjectOptions):
     """Options of `generate`."""
 
     adapter_types: tuple[str, ...] = option(
-        (), help="projections to keep: names, initials, mlp, attention or all"
+        (), help="projections to store: names, initials, mlp, attention or all"
     )
     store_dtype: Literal["float16", "float32"] = option(
-        "float16", help="type in which activations are stored; what does not fit is an error"
+        "float16", help="dtype of stored activations; a value that does not fit is an error"
     )
     output: Path | None = option(
-        None, help="folder to make; default: activations_all_adapters and such", identity=False
+        None, help="folder to write; default: activations_all_adapters or similar", identity=False
     )
     device: str = option("auto", help="auto, cpu, cuda or cuda:N", identity=False)
-    overwrite: bool = option(False, help="replace an output of other settings", identity=False)
+    overwrite: bool = option(
+        False, help="replace an output that has other settings", identity=False
+    )
 
 
 def run(config: GenerateConfig) -> Path:
-    """Make an activation store, or find the finished one, and return its folder."""
+    """Make an activation store, unless it is finished already, and return its folder."""
     from lorascope.subject.load import find_base, load_subject, load_tokenizer
 
     adapter = inspect_adapter(config.lora_path, config.adapter_name)
@@ -88,7 +90,7 @@ def run(config: GenerateConfig) -> Path:
     types = parse_adapter_types(config.adapter_types) or tuple(ranks_by_projection(adapter))
     out = config.output or Path(default_name(types))
     tokenizer = load_tokenizer(adapter, base)
-    rollouts, counts = load_texts(config, tokenizer)
+    rollouts, counts = load_corpus(config, tokenizer)
     parents = {
         "adapter": adapter.digest,
         "base_model": base.digest,
@@ -113,23 +115,28 @@ def run(config: GenerateConfig) -> Path:
         skip_unhookable=config.skip_unhookable,
         device_map=config.device_map,
     )
-    texts = fit_texts(rollouts, counts, config, subject.max_length)
+    corpus = fit_to_context(rollouts, counts, config, subject.max_length)
     layout, _ = subject.layout.select(
         parse_adapter_types(config.adapter_types) or subject.layout.adapter_types
     )
-    _require_space(config, layout, texts, out)
+    _require_space(config, layout, corpus, out)
     log.info(
         "%d rollouts, %d tokens, %d columns (%s) of %s on %s in %s",
-        *(len(texts.rollouts), texts.n_tokens, layout.d_in, layout.initials),
-        *(adapter.name, subject.device, str(subject.dtype).removeprefix("torch.")),
+        len(corpus.rollouts),
+        corpus.n_tokens,
+        layout.d_in,
+        layout.initials,
+        adapter.name,
+        subject.device,
+        str(subject.dtype).removeprefix("torch."),
     )
     if runtime.process_rank() > 0:
         build = join(out, KIND, **identity)
         if build is not None:
-            _Shards(config, subject, texts, build).make()
+            _Shards(config, subject, corpus, build).make()
         return out
     with building(out, KIND, **identity, overwrite=config.overwrite) as build:
-        shards = _Shards(config, subject, texts, build)
+        shards = _Shards(config, subject, corpus, build)
         shards.make()
         _vocabulary(subject).save(build.path / VOCABULARY)
         _save_tokenizer(tokenizer, build.path / "tokenizer")
@@ -138,43 +145,43 @@ def run(config: GenerateConfig) -> Path:
             SCHEMA,
             **identity,
             layout=shards.layout.to_json(),
-            content=_content(config, subject, texts, shards),
+            content=_content(config, subject, corpus, shards),
         )
         return build.publish_directory(manifest, _names_of_files(build.path))
 
 
 class _Shards:
-    """The shards of a store, and the making of this process's share of them."""
+    """Makes this process's share of a store's shards."""
 
     def __init__(
-        self, config: GenerateConfig, subject: "Subject", texts: Texts, build: Build
+        self, config: GenerateConfig, subject: "Subject", corpus: Corpus, build: Build
     ) -> None:
-        self.config, self.subject, self.texts, self.build = config, subject, texts, build
+        self.config, self.subject, self.corpus, self.build = config, subject, corpus, build
         types = parse_adapter_types(config.adapter_types) or subject.layout.adapter_types
         self.layout, self.columns = subject.layout.select(types)
-        self.paths = [build.path / f"shard-{i:05d}.h5" for i in range(texts.n_units)]
-        self.n_rows = 0  # of the shards that are there
+        self.paths = [build.path / f"shard-{i:05d}.h5" for i in range(corpus.n_work_units)]
+        self.n_rows = 0  # rows in finished shards
         self._capture: Capture | None = None
         self._writing: list[Future[None]] = []
 
     def make(self) -> None:
-        """Make shards until all are there, by whomever."""
+        """Make shards until all exist, whichever process made them."""
         from lorascope.subject.hooks import RowReader
 
-        expected = _n_expected(self.config, self.texts)
+        expected = _n_expected(self.config, self.corpus)
         bar = runtime.progress(expected, "generate", "tokens")
 
-        def found(unit: int) -> None:
+        def count(work_unit: int) -> None:
             if runtime.process_rank() > 0:
-                return  # rank 0 counts, and may give the folder its final name at any moment
-            n_rows = count_rows(self.paths[unit])
+                return  # only rank 0 counts, and it may rename the folder at any moment
+            n_rows = count_rows(self.paths[work_unit])
             self.n_rows += n_rows
             bar.update(n_rows)
 
         with RowReader(self.subject) as reader, bar, ThreadPoolExecutor(1) as writer:
             locks = self.build.path / ".claims"
-            for claim in runtime.claim_work_units(self.paths, locks, found, self._raise_failed):
-                with _named(claim.work_unit):
+            for claim in runtime.claim_work_units(self.paths, locks, count, self._raise_failed):
+                with _errors_with_rank(claim.work_unit):
                     rollouts = self._rollouts(claim.work_unit)
                     capture = self._open(reader, rollouts, expected)
                     pending = capture.run(rollouts)
@@ -183,13 +190,13 @@ class _Shards:
                 self._writing.append(writer.submit(self._write, pending, claim))
 
     def _raise_failed(self) -> None:
-        """Raise what the writing of a shard raised."""
+        """Raise the error of a shard that could not be written."""
         for future in [future for future in self._writing if future.done()]:
             future.result()
             self._writing.remove(future)
 
-    def _rollouts(self, unit: int) -> list[Rollout]:
-        prompts = self.texts.unit(unit)
+    def _rollouts(self, work_unit: int) -> list[Rollout]:
+        prompts = self.corpus.work_unit(work_unit)
         if self.config.sample is None:
             return prompts
         from lorascope.subject.sampling import sample_rollouts
@@ -199,11 +206,11 @@ class _Shards:
             prompts,
             max_new_tokens=self.config.max_new_tokens,
             temperature=self.config.temperature,
-            seed=(self.config.sample_seed, unit),
+            seed=(self.config.sample_seed, work_unit),
         )
 
     def _open(self, reader: Any, rollouts: Sequence[Rollout], expected: int) -> "Capture":
-        """Return the capture; the first time, check that it is right and say what it costs."""
+        """Return the capture. The first time, check its rows and log time, disk and memory."""
         if self._capture is None:
             from lorascope.activations.capture import Capture
 
@@ -212,7 +219,7 @@ class _Shards:
                 self.columns,
                 store_dtype=self.config.store_dtype,
                 batch_tokens=self.config.batch_tokens,
-                longest=self.texts.longest,
+                longest=self.corpus.longest,
             )
             middle = sorted(rollouts, key=lambda rollout: len(rollout.token_ids))
             rate = self._capture.check(middle[len(middle) // 2])
@@ -220,69 +227,73 @@ class _Shards:
         return self._capture
 
     def _announce(self, rate: float, expected: int) -> None:
-        """Say what the run will take, from the rate of one text."""
+        """Log what the run will take, from the speed of one rollout."""
         world = runtime.world_size()
         item = np.dtype(self.config.store_dtype).itemsize
         peak = runtime.peak_memory(self.subject.device)
-        unit = ROLLOUTS_PER_SHARD * expected / len(self.texts.rollouts) * self.layout.d_in * 4
+        unit_bytes = (
+            ROLLOUTS_PER_SHARD * expected / len(self.corpus.rollouts) * self.layout.d_in * 4
+        )
         log.info(
-            "%d tokens at %.0f a second of one text: %.1f minutes at most; %.2f GB on disk, "
-            "%.1f GB of memory%s",
-            *(expected, rate, expected / rate / world / 60),
+            "%d tokens at %.0f tokens/s (one rollout alone): %.1f minutes at most; %.2f GB "
+            "on disk, %.1f GB of memory%s",
+            expected,
+            rate,
+            expected / rate / world / 60,
             expected * (self.layout.d_in * item + 5) / 1e9,
-            (peak + (_IN_FLIGHT + 1) * unit) / 1e9,
+            (peak + (_IN_FLIGHT + 1) * unit_bytes) / 1e9,
             f" for each of {world} processes" if world > 1 else "",
         )
 
     def _write(self, pending: "Pending", claim: runtime.Claim) -> None:
-        assert self._capture is not None, "it made what is pending"
-        with _named(claim.work_unit):
+        assert self._capture is not None, "it computed the rows"
+        with _errors_with_rank(claim.work_unit):
             rows = self._capture.finish(pending)
-            unit = pending.rollouts
-            with replacing(self.paths[claim.work_unit]) as beside:
+            rollouts = pending.rollouts
+            with replacing(self.paths[claim.work_unit]) as temporary:
                 write_shard(
-                    beside,
+                    temporary,
                     rows,
-                    np.concatenate([rollout.token_ids for rollout in unit]),
-                    np.concatenate([rollout.roles for rollout in unit]),
-                    [len(rollout.token_ids) for rollout in unit],
-                    [rollout.id for rollout in unit],
+                    np.concatenate([rollout.token_ids for rollout in rollouts]),
+                    np.concatenate([rollout.roles for rollout in rollouts]),
+                    [len(rollout.token_ids) for rollout in rollouts],
+                    [rollout.id for rollout in rollouts],
                 )
         claim.release()
 
 
 @contextmanager
-def _named(unit: int) -> Generator[None]:
-    """In a job of several processes, say of an error which one it was and what it was doing."""
+def _errors_with_rank(work_unit: int) -> Generator[None]:
+    """In a job of several processes, prefix errors with the rank and its work unit."""
     try:
         yield
     except LorascopeError as error:
         if runtime.world_size() > 1:
-            error.args = (f"rank {runtime.process_rank()}, unit {unit}: {error}",)
+            error.args = (f"rank {runtime.process_rank()}, work unit {work_unit}: {error}",)
         raise
 
 
-def _n_expected(config: GenerateConfig, texts: Texts) -> int:
-    """Return how many rows there will be; where the model writes, at most."""
-    return texts.n_tokens + (config.sample or 0) * config.max_new_tokens
+def _n_expected(config: GenerateConfig, corpus: Corpus) -> int:
+    """Return the number of rows to expect: at most, if the model generates the rollouts."""
+    return corpus.n_tokens + (config.sample or 0) * config.max_new_tokens
 
 
-def _require_space(config: GenerateConfig, layout: SiteLayout, texts: Texts, out: Path) -> None:
-    """Raise ArtifactError unless the shards that are still to be made fit on the disk."""
+def _require_space(config: GenerateConfig, layout: SiteLayout, corpus: Corpus, out: Path) -> None:
+    """Raise ArtifactError unless the missing shards fit on the disk."""
     row = layout.d_in * np.dtype(config.store_dtype).itemsize + 9
-    made = sum(shard.stat().st_size for shard in unfinished(out).glob("shard-*.h5"))
-    needed = int(_n_expected(config, texts) * row * 1.05) + (1 << 24)
-    require_space(out.parent, max(needed - made, 0))
+    existing = sum(shard.stat().st_size for shard in unfinished(out).glob("shard-*.h5"))
+    needed = int(_n_expected(config, corpus) * row * 1.05) + (1 << 24)
+    require_space(out.parent, max(needed - existing, 0))
 
 
 def _content(
-    config: GenerateConfig, subject: "Subject", texts: Texts, shards: _Shards
+    config: GenerateConfig, subject: "Subject", corpus: Corpus, shards: _Shards
 ) -> dict[str, Any]:
-    """Return what the manifest says of the store beside its settings."""
+    """Return what the manifest says about the store, besides its settings."""
     dataset = Path(config.dataset)
     return {
         "n_rows": shards.n_rows,
-        "n_rollouts": len(texts.rollouts),
+        "n_rollouts": len(corpus.rollouts),
         "d_in": shards.layout.d_in,
         "adapter_types": list(shards.layout.adapter_types),
         "roles": list(ROLES),
@@ -293,9 +304,9 @@ def _content(
         "base_model": subject.base.name,
         "dataset": dataset.name if dataset.exists() else config.dataset,
         "rollouts_per_shard": ROLLOUTS_PER_SHARD,
-        "dropped": texts.counts,
-        "longest": texts.longest,
-        "longer": {"n": texts.n_longer, "how": config.long_texts},
+        "dropped": corpus.counts,
+        "longest": corpus.longest,
+        "longer": {"n": corpus.n_longer, "how": config.long_texts},
         "unhooked": list(subject.unhooked),
         "unseen": list(subject.unseen),
     }
@@ -309,7 +320,7 @@ def _vocabulary(subject: "Subject") -> Vocabulary:
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Save the tokenizer's files without what transformers notes of this machine and its cache."""
+    """Save the tokenizer's files without what transformers adds about this machine's cache."""
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     options = json.loads(file.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
-"""The texts of a store, and the units of work that they are cut into.
+"""The corpus of a store, and the work units that it is cut into.
 
-A unit is `ROLLOUTS_PER_SHARD` rollouts that follow each other; it becomes one shard. Which rollouts
-a unit has depends on the options and the dataset alone, never on the machines that do the work.
+A work unit is `ROLLOUTS_PER_SHARD` consecutive rollouts, and becomes one shard. Its rollouts depend
+on the options and the dataset only, never on the machines that do the work.
 """
 
 import hashlib
@@ -21,11 +21,11 @@ ROLLOUTS_PER_SHARD = 64
 
 
 @dataclass(frozen=True)
-class Texts:
-    """What the units are made of: rollouts, or prompts that the model is to continue.
+class Corpus:
+    """The rollouts of a store, or prompts that the model will continue.
 
-    `counts` says what was left out, and why; `longest` is the most tokens the model is run on at
-    once, `n_longer` how many rollouts have more.
+    `counts` is the number of records left out, by reason. `longest` is the most tokens that the
+    model runs on at once, `n_longer` the number of rollouts that are longer.
     """
 
     rollouts: list[Rollout]
@@ -35,25 +35,25 @@ class Texts:
 
     @property
     def n_tokens(self) -> int:
-        """Number of tokens; of prompts, those of the prompts alone."""
+        """Number of tokens, without those that the model will generate."""
         return sum(len(rollout.token_ids) for rollout in self.rollouts)
 
     @property
-    def n_units(self) -> int:
-        """Number of units."""
+    def n_work_units(self) -> int:
+        """Number of work units."""
         return -(-len(self.rollouts) // ROLLOUTS_PER_SHARD)
 
-    def unit(self, number: int) -> list[Rollout]:
-        """Return the rollouts of a unit."""
+    def work_unit(self, number: int) -> list[Rollout]:
+        """Return the rollouts of a work unit."""
         first = number * ROLLOUTS_PER_SHARD
         return self.rollouts[first : first + ROLLOUTS_PER_SHARD]
 
 
-def load_texts(config: SubjectOptions, tokenizer: Any) -> tuple[list[Rollout], dict[str, int]]:
-    """Return the rollouts of the dataset, or the prompts to continue, and what was left out.
+def load_corpus(config: SubjectOptions, tokenizer: Any) -> tuple[list[Rollout], dict[str, int]]:
+    """Return the dataset's rollouts, or prompts to continue, and counts of what was left out.
 
-    Raises DatasetError when nothing usable is there, ConfigError when `sample` asks for more
-    texts than there are prompts and each would be the same again.
+    Raises DatasetError if nothing is usable, ConfigError if `sample` asks for more rollouts than
+    there are prompts, at temperature 0, where a prompt's continuation is always the same.
     """
     source: dict[str, Any] = {
         "dataset": config.dataset,
@@ -67,21 +67,21 @@ def load_texts(config: SubjectOptions, tokenizer: Any) -> tuple[list[Rollout], d
     prompts, counts = load_prompts(**source)
     if config.sample > len(prompts) and config.temperature == 0:
         raise ConfigError(
-            f"--sample is {config.sample}, but there are {len(prompts)} prompts, and at "
-            "--temperature 0 each is always continued in the same way; give a temperature"
+            f"--sample is {config.sample}, but there are {len(prompts)} prompts, and "
+            "--temperature 0 always continues a prompt in the same way; use a temperature above 0"
         )
     return [prompts[i % len(prompts)] for i in range(config.sample)], counts
 
 
-def fit_texts(
+def fit_to_context(
     rollouts: list[Rollout],
     counts: dict[str, int],
     config: SubjectOptions,
     context: int | None,
-) -> Texts:
-    """Return the texts as a model of that context can take them.
+) -> Corpus:
+    """Return the corpus for a model with this context.
 
-    Longer ones are cut, unless `long_texts` asks for windows.
+    Longer rollouts are cut, unless `long_texts` asks for windows.
     """
     longest = config.max_length or context
     n_longer = sum(len(rollout.token_ids) > longest for rollout in rollouts) if longest else 0
@@ -89,11 +89,13 @@ def fit_texts(
         rollouts = [Rollout(r.id, r.token_ids[:longest], r.roles[:longest]) for r in rollouts]
         log.warning(
             "cut %d of %d rollouts to %d tokens; --long-texts window keeps the rest",
-            *(n_longer, len(rollouts), longest),
+            n_longer,
+            len(rollouts),
+            longest,
         )
     elif n_longer:
         log.info("%d of %d rollouts are read in windows of %d", n_longer, len(rollouts), longest)
-    return Texts(rollouts, counts, longest, n_longer)
+    return Corpus(rollouts, counts, longest, n_longer)
 
 
 def digest_rollouts(rollouts: list[Rollout]) -> str:
