@@ -1,4 +1,4 @@
-"""Measure what a page costs: file size, building, opening, moving on, and memory.
+"""Measure the cost of a page: file size, build time, opening, next feature, and memory.
 
     python benchmarks/dashboard.py --features 7168 100000
 

@@ -1,10 +1,10 @@
-"""Our writing of the published page from its description, to measure against.
+"""A reimplementation of the published page from its description, as a baseline.
 
 One HTML file that holds the features JSON as it is, a number box, a select box with every feature,
 buttons and arrow keys, and a filter for features with all examples. Showing a feature rewrites its
-examples, with each token on red by its share of the example's largest value. Where the description
-is silent, the simplest thing is done: the JSON is one object of the script, and examples are
-written as escaped HTML.
+examples, with each token on a red that grows with its share of the example's largest value. Where
+the description is silent, this does the simplest thing: the JSON is one object of the script, and
+examples are written as escaped HTML.
 """
 
 import json
@@ -77,7 +77,7 @@ show();
 
 
 def write_page(features: Path, page: Path) -> None:
-    """Write the page of a features JSON of the published schema."""
+    """Write the page of a features JSON in the published schema."""
     with features.open(encoding="utf-8") as file:
         data = json.load(file)
     before, after = _PAGE.split("DATA", 1)

@@ -1,4 +1,4 @@
-"""Everybody can read the page: axe-core finds nothing serious on any view of it."""
+"""Accessibility: axe-core finds no serious violation in any view of the page."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The addresses of a page with everything and of one with nothing, and a rollout."""
+    """Addresses of a page with everything and of an empty page, and a rollout."""
     folder = tmp_path_factory.mktemp("access")
     full = synthetic(300, 5, 6, n_texts=9, n_rollouts=30, n_layers=4)
 
@@ -48,7 +48,7 @@ def tab() -> Iterator["Page"]:
 
 
 def violations(page: "Page") -> list[str]:
-    """What axe-core finds on the page as it stands, serious and critical, a line each."""
+    """Serious and critical violations that axe-core finds on the page, one line each."""
     from axe_playwright_python.sync_playwright import Axe
 
     found = Axe().run(page).response["violations"]
@@ -109,7 +109,7 @@ def test_no_view_has_a_serious_violation(
     assert violations(tab) == []
 
 
-def test_what_is_not_accessible_is_found(tab: "Page", pages: dict[str, str], tmp_path: Path):
+def test_a_planted_violation_is_found(tab: "Page", pages: dict[str, str], tmp_path: Path):
     tab.goto(pages["full"], wait_until="domcontentloaded")
     tab.wait_for_selector("html[data-ready=true]")
     tab.evaluate("document.body.append(document.createElement('button'))")

@@ -1,4 +1,4 @@
-"""What features do, in the page: the reports' numbers, read back in a browser."""
+"""Effects on the page: the numbers of the reports, read back in a browser."""
 
 import json
 from typing import Any
@@ -27,7 +27,7 @@ def scores(shown: Any, name: str) -> list[tuple[str, float]]:
     return [(text, float(value)) for text, value in rows]
 
 
-def test_what_is_gone_without_a_feature_stands_beside_its_examples(show: Any, index, tmp_path):
+def test_the_effect_of_removing_a_feature_is_shown_with_its_control(show: Any, index, tmp_path):
     shown = show(index, "#/feature/3", effects=write_all(tmp_path, index))
     one = ablation(index)["features"][3]
     shown.page.wait_for_selector("[data-testid=effect]")
@@ -47,7 +47,7 @@ def test_what_is_gone_without_a_feature_stands_beside_its_examples(show: Any, in
 
 
 @pytest.mark.slow
-def test_a_feature_that_was_not_measured_or_does_nothing_says_so(show: Any, index, tmp_path):
+def test_a_feature_without_a_measured_effect_says_why(show: Any, index, tmp_path):
     paths = write_all(tmp_path, index)
     shown = show(index, f"#/feature/{len(index) - 1}", effects=paths)
     shown.page.wait_for_selector("[data-testid=effect]")
@@ -58,7 +58,7 @@ def test_a_feature_that_was_not_measured_or_does_nothing_says_so(show: Any, inde
     assert "never fires" in shown.text("effect")
 
 
-def test_promoted_and_suppressed_tokens_are_text_however_hostile(show: Any, index, tmp_path):
+def test_promoted_and_suppressed_tokens_are_shown_as_text(show: Any, index, tmp_path):
     shown = show(index, "#/feature/2", effects=write_all(tmp_path, index))
     shown.page.wait_for_selector("[data-testid=promoted]")
     entry = direct(index)["features"][2]
@@ -93,7 +93,7 @@ def test_the_list_sorts_by_effect_and_the_address_keeps_it(show: Any, index, tmp
     assert shown.page.locator("#sort option[value=effect]").count() == 0
 
 
-def test_a_text_is_coloured_by_how_far_adapter_and_base_are_apart(show: Any, index, tmp_path):
+def test_a_rollout_is_coloured_by_kl_between_adapter_and_base(show: Any, index, tmp_path):
     rollout = int(index.text_rollout[0])
     shown = show(index, f"#/rollout/{rollout}", effects=write_all(tmp_path, index))
     shown.page.wait_for_selector("[data-testid=largest-kl]")
@@ -115,7 +115,9 @@ def test_a_text_is_coloured_by_how_far_adapter_and_base_are_apart(show: Any, ind
     assert tokens.nth(1).get_attribute("data-kl") is None
 
 
-def test_the_features_behind_a_token_are_listed_when_it_is_chosen(show: Any, index, tmp_path):
+def test_contributions_to_a_prediction_are_listed_when_its_token_is_selected(
+    show: Any, index, tmp_path
+):
     rollout = int(index.text_rollout[0])
     text = attribution(index)["rollouts"][0]
     one = max(text["targets"], key=lambda target: target["adapter"])
@@ -139,7 +141,7 @@ def test_the_features_behind_a_token_are_listed_when_it_is_chosen(show: Any, ind
 
 
 @pytest.mark.slow
-def test_the_tokens_of_largest_kl_are_a_list_that_leads_to_them(show: Any, index, tmp_path):
+def test_tokens_with_the_largest_kl_are_listed_and_lead_to_their_place(show: Any, index, tmp_path):
     rollout = int(index.text_rollout[0])
     shown = show(index, f"#/rollout/{rollout}", effects=write_all(tmp_path, index))
     shown.page.wait_for_selector("[data-testid=kl-token]")
@@ -160,7 +162,7 @@ def test_the_tokens_of_largest_kl_are_a_list_that_leads_to_them(show: Any, index
 
 
 @pytest.mark.slow
-def test_a_text_without_an_attribution_is_as_before(show: Any, index, tmp_path):
+def test_a_rollout_without_an_attribution_shows_no_kl(show: Any, index, tmp_path):
     report = attribution(index)
     gone = report["rollouts"].pop(1)["rollout"]
     path = write(tmp_path / "attribution.json", "attribution", index, report)
@@ -171,7 +173,7 @@ def test_a_text_without_an_attribution_is_as_before(show: Any, index, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_table_that_is_saved_has_the_effects(show: Any, index, tmp_path):
+def test_the_saved_table_has_the_effects(show: Any, index, tmp_path):
     shown = show(index, "#/feature/0?dead=1", effects=write_all(tmp_path, index))
     with shown.page.expect_download() as download:
         shown.part("save-table").click()

@@ -1,4 +1,4 @@
-"""The view of one feature: everything the index knows of it, by mouse and by keyboard."""
+"""The view of one feature, by mouse and by keyboard."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ def numbers(shown: Any, selector: str) -> list[float]:
     return [float(value) for value in found]
 
 
-def test_samples_of_each_fifth_stand_below_the_examples_with_their_values(show: Any):
+def test_samples_of_each_fifth_are_shown_below_the_examples(show: Any):
     index = full_index()
     latent = feature_with(index, lambda feature: len(feature.samples) > 4)
     shown = show(index, f"#/feature/{latent}")
@@ -33,7 +33,7 @@ def test_repeated_tokens_are_shown_once_with_their_count(show: Any):
     assert shown.part("repeats").get_attribute("aria-label") == "occurs 3 times"
 
 
-def test_rankings_of_tokens_and_the_profile_by_role_are_those_of_the_index(show: Any):
+def test_token_rankings_and_densities_by_role_match_the_index(show: Any):
     index = full_index()
     latent = feature_with(index, lambda feature: all(feature.tokens.values()))
     shown = show(index, f"#/feature/{latent}")
@@ -52,7 +52,7 @@ def test_rankings_of_tokens_and_the_profile_by_role_are_those_of_the_index(show:
             assert float(found.get_attribute("data-value")) == pytest.approx(share)
 
 
-def test_a_neighbour_is_followed_by_mouse_and_by_keyboard(show: Any):
+def test_links_to_neighbours_work_by_mouse_and_keyboard(show: Any):
     index = full_index()
     latent = feature_with(index, lambda feature: feature.similar and feature.cofiring)
     shown = show(index, f"#/feature/{latent}")
@@ -72,7 +72,7 @@ def test_a_neighbour_is_followed_by_mouse_and_by_keyboard(show: Any):
 
 
 @pytest.mark.slow
-def test_the_grid_says_the_share_of_each_site_on_hover_and_on_the_arrow_keys(show: Any):
+def test_the_grid_of_sites_tells_shares_on_hover_and_arrow_keys(show: Any):
     index = full_index()
     latent = feature_with(index, lambda feature: len([*feature.fingerprint]) > 3)
     shares = index.latent_fingerprint[latent].astype(float)
@@ -98,7 +98,7 @@ def test_the_grid_says_the_share_of_each_site_on_hover_and_on_the_arrow_keys(sho
 
 
 @pytest.mark.slow
-def test_the_bars_of_a_histogram_tell_their_counts_to_the_keyboard(show: Any):
+def test_arrow_keys_read_the_bars_of_a_histogram(show: Any):
     index = full_index()
     latent = feature_with(index, lambda feature: feature.stats.histogram.sum() > 3)
     shown = show(index, f"#/feature/{latent}")
@@ -115,7 +115,7 @@ def test_the_bars_of_a_histogram_tell_their_counts_to_the_keyboard(show: Any):
 
 
 @pytest.mark.slow
-def test_a_feature_stands_among_all_by_its_density(show: Any):
+def test_a_feature_is_marked_in_the_histogram_of_densities(show: Any):
     index = full_index()
     latent = feature_with(index, lambda feature: (feature.stats.density or 0) > 0)
     shown = show(index, f"#/feature/{latent}")
@@ -154,7 +154,7 @@ def test_a_long_window_is_folded_around_its_token_and_unfolds(show: Any):
     assert shown.page.evaluate("document.activeElement.getClientRects().length") == 1
 
 
-def test_the_whole_text_of_an_example_opens_at_its_token(show: Any):
+def test_the_whole_rollout_of_an_example_opens(show: Any):
     shown = show(small_index())
     shown.part("open-rollout").last.click()
     shown.page.wait_for_selector("[data-testid=rollout-view][data-rollout='7']")
@@ -163,7 +163,7 @@ def test_the_whole_text_of_an_example_opens_at_its_token(show: Any):
     shown.wait_for(0)
 
 
-def test_what_a_file_of_another_tool_does_not_say_has_no_panel(show: Any, tmp_path: Path):
+def test_data_that_a_published_json_lacks_has_no_panel(show: Any, tmp_path: Path):
     path = tmp_path / "features.json"
     path.write_text(
         '{"features": {"0": {"examples": [{"activation_value": 2, "tokens": ["a", " b"],'

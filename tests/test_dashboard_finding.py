@@ -11,7 +11,7 @@ TOKENS = {1: b" the", 2: b" def", 3: b" ma", 4: b"in", 5: b"Zebra", 6: b"<|im_en
 
 
 def few_features() -> Any:
-    """Latent 0 fires on ` def` before ` main`, 1 on `in`, 2 on ` the` beside `Zebra`, 3 not."""
+    """Latent 0 fires on ` def` before ` main`, 1 on `in`, 2 on ` the` after `Zebra`, 3 never."""
     return index_of(
         [
             [example(3.0, 9, [1, 2, 3, 4], 1, also=[2])],
@@ -24,7 +24,7 @@ def few_features() -> Any:
 
 
 def listed(shown: Any) -> list[int]:
-    """The features of the list in its order, once a search is done."""
+    """The features in the list, in order, after the search has ended."""
     shown.page.wait_for_selector("[data-testid=list]:not([aria-busy=true])")
     return shown.part("row").evaluate_all(
         "rows => rows.sort((a, b) => a.offsetTop - b.offsetTop).map(r => Number(r.dataset.feature))"
@@ -63,7 +63,7 @@ def test_a_search_finds_tokens_and_phrases(
     wait_listed(shown, context)
 
 
-def test_results_come_as_one_types_and_the_letters_are_no_keys(show: Any):
+def test_search_results_appear_while_typing_and_letters_trigger_no_keys(show: Any):
     shown = show(few_features())
     shown.press("/")
     assert shown.page.evaluate("document.activeElement.dataset.testid") == "search"
@@ -84,7 +84,7 @@ def test_a_search_finds_a_number_and_a_label(show: Any):
     wait_listed(shown, [0])
 
 
-def test_a_search_without_a_result_says_so_and_is_cleared_by_a_button(show: Any):
+def test_a_search_without_results_says_so_and_can_be_cleared(show: Any):
     shown = show(few_features())
     shown.part("search").fill("nowhere")
     wait_listed(shown, [])
@@ -94,7 +94,7 @@ def test_a_search_without_a_result_says_so_and_is_cleared_by_a_button(show: Any)
     shown.wait_for(0)
 
 
-def test_each_filter_keeps_the_features_that_the_index_says(show: Any):
+def test_each_filter_matches_the_index(show: Any):
     index = full_index()
     shown = show(index)
     shown.part("more-filters").click()
@@ -134,7 +134,7 @@ def test_each_filter_keeps_the_features_that_the_index_says(show: Any):
         shown.part("clear").click()
 
 
-def test_filters_stand_in_the_address_and_come_back_from_it(show: Any):
+def test_filters_are_kept_in_the_address(show: Any):
     shown = show(few_features(), "#/feature/1?sort=max&in=context&q=the")
     shown.wait_for(1)
     wait_listed(shown, [0, 2, 1])
@@ -152,13 +152,13 @@ def test_filters_stand_in_the_address_and_come_back_from_it(show: Any):
 @pytest.mark.parametrize(
     "query", ["sort=%3Cb%3E&role=x", "lasso=a.b_c", "q=%", "dmin=many", "__proto__=1", "full=yes"]
 )
-def test_filters_that_make_no_sense_are_passed_over(show: Any, query: str):
+def test_invalid_filters_in_an_address_are_ignored(show: Any, query: str):
     shown = show(few_features(), f"#/feature/1?{query}")
     shown.wait_for(1)
     assert set(listed(shown)) <= {0, 1, 2}
 
 
-def test_sorting_by_stability_puts_the_unknown_last(show: Any):
+def test_sorting_by_stability_puts_unknown_values_last(show: Any):
     index = few_features()
     index.latent_stability[:] = [0.5, 0.75, np.nan, np.nan]
     shown = show(index)

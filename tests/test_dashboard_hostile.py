@@ -1,4 +1,4 @@
-"""Pages of texts that want to break them, of nothing, of one feature, and of very many."""
+"""Pages with hostile text, with no features, with one, and with very many."""
 
 import csv
 import json
@@ -59,7 +59,7 @@ RAW = [*(text.encode(errors="surrogatepass") for text in HOSTILE), b"\xff\xfe", 
 
 @dataclass
 class Visit:
-    """A page in a browser, what it complained of, and what it asked of the network."""
+    """A page in a browser, its console messages and its network requests."""
 
     page: "Page"
     complaints: list[str] = field(default_factory=list)
@@ -72,7 +72,7 @@ class Visit:
 @pytest.fixture(scope="module")
 def tab() -> Iterator[Visit]:
     with open_browser() as browser:
-        # Offline, as on a train: nothing that the page needs may be elsewhere.
+        # Offline: everything that the page needs is in the file.
         visit = Visit(browser.new_context(offline=True).new_page())
         visit.page.set_default_timeout(120_000)
         visit.page.on("console", lambda message: visit.complaints.append(message.text))
@@ -83,7 +83,7 @@ def tab() -> Iterator[Visit]:
 
 @pytest.fixture
 def show(tab: Visit, tmp_path: Path) -> Iterator[Any]:
-    """Open the page of an index; at the end it must have been quiet and asked for nothing."""
+    """Open the page of an index; finally require a clean console and no requests."""
     output = tmp_path / "page.html"
 
     def start(source: FeatureIndex | Path, address: str = "", title: str = "T") -> Visit:
@@ -93,7 +93,7 @@ def show(tab: Visit, tmp_path: Path) -> Iterator[Any]:
         run(DashboardConfig(input=source, output=output, title=title))
         tab.complaints.clear()
         tab.requests.clear()
-        tab.page.goto("about:blank")  # an address that differs by its end would open nothing anew
+        tab.page.goto("about:blank")  # a change of only the fragment would not load the page again
         tab.page.goto(output.resolve().as_uri() + address, wait_until="domcontentloaded")
         tab.page.wait_for_selector("html[data-ready=true]")
         return tab
@@ -107,7 +107,7 @@ def show(tab: Visit, tmp_path: Path) -> Iterator[Any]:
 
 
 def hostile_index(n_features: int = 70) -> FeatureIndex:
-    """An index all of whose tokens and names are hostile, with every array that there is."""
+    """An index with every array, in which all tokens and names are hostile."""
     index = synthetic(n_features, 4, 5, n_texts=4, n_rollouts=20, n_layers=2, dead=0.1)
     raw = [RAW[i % len(RAW)] for i in range(len(index.token_id))]
     offset, data = pack_tokens(raw)
@@ -131,7 +131,7 @@ def hostile_index(n_features: int = 70) -> FeatureIndex:
 
 
 class Elements(HTMLParser):
-    """The elements of a page, and what stands in those that hold data."""
+    """The elements of a page, and the text of those that hold data."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ def test_hostile_texts_add_no_element_and_no_comment_to_the_page():
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.one_of(st.binary(), st.sampled_from(RAW)), min_size=1, max_size=8), st.text())
-def test_no_text_whatever_adds_an_element(tokens: list[bytes], name: str):
+def test_no_text_adds_an_element(tokens: list[bytes], name: str):
     token_ids = dict(enumerate(tokens, start=1))
     found = Elements(written(plain_index(token_ids, dataset=name, base_model=name), name))
     expected = Elements(written(plain_index(dict.fromkeys(token_ids, b"a")), "T"))
@@ -239,7 +239,7 @@ def test_hostile_names_and_titles_are_shown_literally(show: Any):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("title", ["\ud83d", "a\x00b", "", " ", "\u202e", "x" * 10_000])
-def test_a_title_that_is_no_text_still_makes_a_page(show: Any, title: str):
+def test_an_odd_title_still_gives_a_page(show: Any, title: str):
     visit = show(plain_index({1: b"a"}), title=title)
     assert visit.part("token").first.text_content() == "a"
 
@@ -275,7 +275,7 @@ ADDRESSES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(ADDRESSES)))
-def test_an_address_that_wants_to_break_the_page_opens_it(show: Any, number: int):
+def test_a_hostile_address_opens_the_page(show: Any, number: int):
     visit = show(hostile_index(), ADDRESSES[number])
     assert (visit.part("heading").text_content() or "").strip()
     visit.page.evaluate("location.hash = '#/feature/1'")
@@ -283,7 +283,7 @@ def test_an_address_that_wants_to_break_the_page_opens_it(show: Any, number: int
 
 
 @pytest.mark.slow
-def test_hostile_texts_that_are_kept_whole_are_read_literally(show: Any):
+def test_hostile_rollouts_are_shown_literally(show: Any):
     index = hostile_index()
     for text in range(len(index.text_rollout)):
         visit = show(index, f"#/rollout/{index.text_rollout[text]}")
@@ -298,11 +298,11 @@ def test_hostile_texts_that_are_kept_whole_are_read_literally(show: Any):
         assert visit.part("fired").count() == min(n_fired[nth], 40)
     assert HOSTILE[0] in (
         visit.part("rollout-text").text_content() or ""
-    )  # as the name of a role, too
+    )  # it is the name of a role, too
 
 
 @pytest.mark.slow
-def test_hostile_words_can_be_searched_for(show: Any):
+def test_hostile_text_can_be_searched(show: Any):
     visit = show(hostile_index())
     for text in HOSTILE[::3]:
         visit.part("search").fill(text.replace("\ud83d", "").replace("\udc00", ""))
@@ -316,7 +316,7 @@ def test_hostile_words_can_be_searched_for(show: Any):
     visit.part("rollout-row").first.wait_for()
 
 
-def test_hostile_labels_and_notes_are_kept_literally_and_leave_as_such(show: Any, tmp_path: Path):
+def test_hostile_labels_and_notes_are_stored_and_exported_literally(show: Any, tmp_path: Path):
     visit = show(hostile_index())
     text = "=cmd()\"',</script><img src=x onerror=window.hacked=1>\u202e"
     visit.part("label").fill(text)
@@ -332,7 +332,7 @@ def test_hostile_labels_and_notes_are_kept_literally_and_leave_as_such(show: Any
         visit.part("save-table").click()
     with Path(saved.value.path()).open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert rows[0]["label"] == "'" + text  # no formula for a spreadsheet
+    assert rows[0]["label"] == "'" + text  # so that a spreadsheet runs no formula
     assert not any(cell[:1] in "=+@\t" for row in rows for cell in row.values() if cell)
     visit.part("tab-map").click()
     visit.part("canvas").hover()
@@ -381,7 +381,7 @@ def test_a_megabyte_of_text_leaves_the_page_usable(show: Any, kind: str):
     assert visit.part("token").first.text_content() == (long.get(kind, b"word ")[:400].decode())
 
 
-def test_even_a_script_that_ran_in_the_page_could_ask_nobody(show: Any, tab: Visit):
+def test_a_script_that_ran_in_the_page_could_make_no_request(show: Any, tab: Visit):
     asked: list[str] = []
 
     class Ear(BaseHTTPRequestHandler):
@@ -443,7 +443,7 @@ def test_even_a_script_that_ran_in_the_page_could_ask_nobody(show: Any, tab: Vis
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["no features", "one feature", "all dead", "one dead"])
 @pytest.mark.parametrize("word", ["", "#/feature/0", "#/feature/7", "#/no/such/place", "#%"])
-def test_small_pages_open_at_any_address_and_say_what_they_have(show: Any, kind: str, word: str):
+def test_small_pages_open_at_any_address(show: Any, kind: str, word: str):
     one = [example(1.0, 2, [1], 0)]
     features = {"no features": [], "one feature": [one], "all dead": [[], [], []], "one dead": [[]]}
     visit = show(index_of(features[kind], {1: b"a"}), word)
@@ -458,7 +458,7 @@ def test_small_pages_open_at_any_address_and_say_what_they_have(show: Any, kind:
         assert "no features" in (visit.part("message").text_content() or "")
 
 
-def test_a_file_that_is_hard_to_send_is_warned_of_with_what_to_do(
+def test_a_large_file_gives_a_warning_with_a_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     plain_index({1: b"a"}).save(tmp_path / "features.h5")
@@ -472,9 +472,7 @@ def test_a_file_that_is_hard_to_send_is_warned_of_with_what_to_do(
 
 
 @pytest.mark.slow
-def test_a_thousand_features_are_a_small_file_that_is_painted_soon_and_takes_little(
-    show: Any, tmp_path: Path
-):
+def test_a_thousand_features_give_a_small_and_fast_page(show: Any, tmp_path: Path):
     visit = show(synthetic(1000, 10, 10))
     assert (tmp_path / "page.html").stat().st_size < 4_000_000
     first = visit.page.evaluate("performance.getEntriesByName('first-feature')[0].startTime")
@@ -486,7 +484,7 @@ def test_a_thousand_features_are_a_small_file_that_is_painted_soon_and_takes_lit
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_features_open_and_any_of_them_is_found(show: Any):
+def test_a_page_of_a_hundred_thousand_features_opens_at_any_of_them(show: Any):
     index = synthetic(100_000, 10, 10)
     last = int(np.flatnonzero(index.n_examples)[-1])
     visit = show(index, f"#/feature/{last}")

@@ -1,4 +1,4 @@
-"""The map of features: moving on it, opening and choosing from it."""
+"""The map of features: move, zoom, open and select."""
 
 from typing import Any
 
@@ -16,8 +16,8 @@ def open_map(show: Any, address: str = "#/map") -> Any:
     return shown
 
 
-def where(shown: Any, latent: int) -> tuple[float, float]:
-    """Where a feature's dot is on the screen while the whole map is shown."""
+def dot_of(shown: Any, latent: int) -> tuple[float, float]:
+    """Screen coordinates of a feature's dot while the whole map is shown."""
     box = shown.part("canvas").evaluate(
         """node => { const box = node.getBoundingClientRect();
           return [box.left + 1, box.top + 1, node.clientWidth, node.clientHeight]; }"""
@@ -27,8 +27,8 @@ def where(shown: Any, latent: int) -> tuple[float, float]:
     return box[0] + box[2] / 2 + (x - 0.5) * unit, box[1] + box[3] / 2 + (y - 0.5) * unit
 
 
-def alone() -> int:
-    """A feature on the map with nobody near it."""
+def isolated() -> int:
+    """The feature that is farthest from its nearest neighbour on the map."""
     places = layout(full_index())
     apart = np.linalg.norm(places[:, None] - places[None], axis=2)
     np.fill_diagonal(apart, np.nan)
@@ -36,12 +36,12 @@ def alone() -> int:
     return int(np.nanargmax(np.where(inside, np.nanmin(apart, axis=1, initial=9), np.nan)))
 
 
-def test_a_dot_tells_its_feature_and_opens_it(show: Any):
+def test_a_dot_names_its_feature_and_opens_it(show: Any):
     shown = open_map(show)
-    latent = alone()
-    shown.page.mouse.move(*where(shown, latent))
+    latent = isolated()
+    shown.page.mouse.move(*dot_of(shown, latent))
     assert f"Feature {latent}" in shown.text("tooltip")
-    shown.page.mouse.click(*where(shown, latent))
+    shown.page.mouse.click(*dot_of(shown, latent))
     shown.wait_for(latent)
     shown.page.go_back()
     shown.page.wait_for_selector("body[data-view=map]")
@@ -50,8 +50,8 @@ def test_a_dot_tells_its_feature_and_opens_it(show: Any):
 @pytest.mark.slow
 def test_the_map_is_moved_and_zoomed_by_buttons_wheel_and_drag(show: Any):
     shown = open_map(show)
-    latent = alone()
-    x, y = where(shown, latent)
+    latent = isolated()
+    x, y = dot_of(shown, latent)
 
     def hit(at: tuple[float, float]) -> bool:
         shown.page.mouse.move(*at)
@@ -92,13 +92,13 @@ def test_the_keyboard_walks_the_map_and_opens_the_feature_in_the_middle(show: An
 
 
 @pytest.mark.slow
-def test_a_lasso_lists_the_features_inside_and_stands_in_the_address(show: Any):
+def test_a_lasso_lists_the_features_inside_and_is_kept_in_the_address(show: Any):
     shown = open_map(show)
     places = layout(full_index())
     corners = [(0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (0.0, 1.0)]
     inside = np.flatnonzero(places[:, 0] < 0.5)
-    x0, y0 = where(shown, alone())
-    px, py = places[alone()].tolist()
+    x0, y0 = dot_of(shown, isolated())
+    px, py = places[isolated()].tolist()
     unit = 0.94 * min(
         shown.part("canvas").evaluate("node => [node.clientWidth, node.clientHeight]")
     )
@@ -128,7 +128,7 @@ def test_a_lasso_lists_the_features_inside_and_stands_in_the_address(show: Any):
     assert shown.text("list-count").startswith(f"{alive} features")
 
 
-def test_what_is_in_view_becomes_the_list(show: Any):
+def test_the_visible_features_become_the_list(show: Any):
     shown = open_map(show)
     alive = int((full_index().n_examples > 0).sum())
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""The page in a browser: what people see, and how they move."""
+"""The page in a browser: what it shows, and how users move."""
 
 import re
 from dataclasses import replace
@@ -30,7 +30,7 @@ HOSTILE = {
 
 
 def numbered(n: int) -> FeatureIndex:
-    """`n` features of one example; those whose number ends in 3 are dead, in 5 full (three)."""
+    """`n` features of one example; numbers ending in 3 are dead, those ending in 5 have three."""
     features = []
     for i in range(n):
         count = {3: 0, 5: 3}.get(i % 10, 1)
@@ -38,7 +38,7 @@ def numbered(n: int) -> FeatureIndex:
     return index_of(features)
 
 
-def test_the_first_feature_with_an_example_is_shown_with_its_exact_values(show: Any):
+def test_the_first_feature_with_an_example_is_shown_with_exact_values(show: Any):
     index = small_index()
     shown = show(index)
     shown.wait_for(0)
@@ -68,7 +68,7 @@ def test_the_first_feature_with_an_example_is_shown_with_its_exact_values(show: 
         assert float(found) == number
 
 
-def test_the_value_of_a_token_is_told_on_hover_and_on_focus(show: Any):
+def test_a_tooltip_shows_a_tokens_value_on_hover_and_focus(show: Any):
     shown = show(small_index())
     target = shown.page.locator("[data-target=true]").nth(2)
     assert not shown.part("tooltip").is_visible()
@@ -194,7 +194,7 @@ def test_only_full_examples_keeps_the_features_with_top_k_examples(show: Any):
     assert shown.text("heading") == "Feature 15"
 
 
-def test_dead_features_are_hidden_until_they_are_asked_for(show: Any):
+def test_dead_features_are_hidden_by_default(show: Any):
     shown = show(numbered(12))
     assert "11 features (1 hidden)" in shown.text("list-count")
     shown.part("show-dead").check()
@@ -224,7 +224,9 @@ def test_a_link_to_a_feature_opens_it_even_when_it_is_hidden(show: Any):
 
 
 @pytest.mark.parametrize("word", ["12", "99999999999999999999", "-1", "abc", "", "%3Cb%3E", "%"])
-def test_a_link_to_an_unknown_feature_is_answered_and_left_by_a_key(show: Any, word: str):
+def test_a_link_to_an_unknown_feature_shows_a_message_and_arrow_keys_still_work(
+    show: Any, word: str
+):
     shown = show(numbered(12), f"#/feature/{word}")
     assert "There is no feature" in shown.text("message")
     assert "features 0 to 11" in shown.text("message")
@@ -233,7 +235,7 @@ def test_a_link_to_an_unknown_feature_is_answered_and_left_by_a_key(show: Any, w
 
 
 @pytest.mark.slow
-def test_a_key_that_is_pressed_while_the_address_changes_is_not_undone(show: Any):
+def test_a_key_pressed_while_the_address_changes_is_not_undone(show: Any):
     shown = show(numbered(12))
     shown.page.evaluate(
         """addEventListener("hashchange", () => {
@@ -266,7 +268,7 @@ def test_a_page_without_any_feature_says_so(show: Any):
     assert "no features" in show(index_of([], {})).text("message")
 
 
-def test_a_page_of_one_feature_has_nowhere_to_go(show: Any):
+def test_a_page_of_one_feature_has_no_next_feature(show: Any):
     shown = show(index_of([[example(1.0, 2, [1], 0)]]))
     shown.wait_for(0)
     assert shown.text("count") == "feature 1 of 1"
@@ -311,7 +313,7 @@ def test_hostile_text_of_a_json_is_shown_as_text(show: Any, tmp_path: Path):
     assert shown.tokens() == [raw.decode(errors="replace") for raw in HOSTILE.values()]
 
 
-def test_a_json_of_another_tool_is_shown_without_what_it_does_not_say(show: Any, tmp_path: Path):
+def test_a_minimal_published_json_is_shown_without_missing_data(show: Any, tmp_path: Path):
     path = tmp_path / "features.json"
     path.write_text(
         '{"features": {"2": {"examples": [{"activation_value": 2, "tokens": ["a", " b"],'
@@ -339,7 +341,7 @@ def test_whitespace_special_tokens_and_split_characters_are_marked(show: Any):
     assert "part of a character, bytes e4 b8 ad e6" in shown.text("tooltip")
 
 
-def test_text_of_many_scripts_reads_as_it_was_written(show: Any):
+def test_text_in_many_scripts_is_shown_unchanged(show: Any):
     text = "naïve 中文 👩\u200d👧 مرحبا e\u0301 \u200d done"
     raw = text.encode()
     pieces = {i + 1: raw[a:b] for i, (a, b) in enumerate(pairwise(range(0, len(raw) + 3, 3)))}
@@ -355,7 +357,7 @@ def test_a_token_of_a_megabyte_is_cut_and_says_so(show: Any):
     assert "1,000,000 characters, the first 400 shown" in shown.text("tooltip")
 
 
-def test_values_below_zero_have_a_ramp_of_their_own(show: Any):
+def test_negative_values_have_their_own_colours(show: Any):
     negative = example(1.0, 9, [1, 2, 5], 0)
     activations = [1.0, -1.0, 0.0]
     shown = show(index_of([[replace(negative, activations=activations)]]))
@@ -373,7 +375,7 @@ def luminance(color: str) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_level_of_heat_is_readable_and_hotter_than_the_one_before(show: Any, scheme: str):
+def test_every_colour_level_is_readable_and_stronger_than_the_one_before(show: Any, scheme: str):
     shown = show(small_index(), scheme=scheme)
     for ramp in ("heat", "minus"):
         found = shown.page.evaluate(

@@ -1,4 +1,4 @@
-"""Whole texts: which there are, what is said in them, and what fires on each token."""
+"""Whole rollouts: the list, the tokens, and what fires at each token."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ def wait_for_rollout(shown: Any, rollout: int) -> None:
 
 
 def fired(shown: Any) -> list[tuple[int, float]]:
-    """The features of the panel and their values."""
+    """Features and values in the panel."""
     return [
         (int(row[0]), float(row[1]))
         for row in shown.part("fired").evaluate_all(
@@ -23,7 +23,7 @@ def fired(shown: Any) -> list[tuple[int, float]]:
     ]
 
 
-def test_a_text_is_read_with_its_roles_and_its_numbers(show: Any):
+def test_a_rollout_is_shown_with_its_roles_and_statistics(show: Any):
     shown = show(small_index(), "#/rollout/7")
     wait_for_rollout(shown, 7)
     tokens = shown.part("rollout-text").get_by_test_id("token")
@@ -41,7 +41,7 @@ def test_a_text_is_read_with_its_roles_and_its_numbers(show: Any):
     assert set(roles) == set(names) - {"special"}
 
 
-def test_a_token_tells_what_fires_there_on_hover_click_and_enter(show: Any):
+def test_a_token_shows_what_fires_there_on_hover_click_and_enter(show: Any):
     shown = show(small_index(), "#/rollout/7")
     wait_for_rollout(shown, 7)
     tokens = shown.part("rollout-text").get_by_test_id("token")
@@ -58,7 +58,7 @@ def test_a_token_tells_what_fires_there_on_hover_click_and_enter(show: Any):
     assert "0 features fire here" in shown.text("firing-panel")
 
 
-def test_the_codes_of_every_token_are_those_of_the_index(show: Any):
+def test_the_codes_of_every_token_match_the_index(show: Any):
     index = full_index()
     rollout = int(index.text_rollout[1])
     shown = show(index, f"#/rollout/{rollout}")
@@ -75,7 +75,7 @@ def test_the_codes_of_every_token_are_those_of_the_index(show: Any):
 
 
 @pytest.mark.slow
-def test_features_are_painted_over_the_text_by_mouse_keyboard_and_address(show: Any):
+def test_features_are_highlighted_by_mouse_keyboard_and_address(show: Any):
     shown = show(small_index(), "#/rollout/7")
     wait_for_rollout(shown, 7)
 
@@ -102,7 +102,7 @@ def test_features_are_painted_over_the_text_by_mouse_keyboard_and_address(show: 
     assert fired(shown) == [(0, 1.0)]
 
 
-def test_texts_are_listed_by_why_they_were_kept_and_found_by_their_words(show: Any):
+def test_rollouts_are_listed_by_reason_and_found_by_search(show: Any):
     index = full_index()
     shown = show(index, "#/rollout")
     rows = shown.part("rollout-row")
@@ -132,7 +132,7 @@ def test_texts_are_listed_by_why_they_were_kept_and_found_by_their_words(show: A
     shown.page.wait_for_selector(".selected")
 
 
-def test_arrow_keys_go_to_the_next_text_and_links_back_to_features(show: Any):
+def test_arrow_keys_go_to_the_next_rollout_and_links_to_features(show: Any):
     index = full_index()
     shown = show(index, "#/rollout")
     wait_for_rollout(shown, int(index.text_rollout[0]))
@@ -149,14 +149,14 @@ def test_arrow_keys_go_to_the_next_text_and_links_back_to_features(show: Any):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("word", ["99", "-1", "x", "%3Cb%3E", "%"])
-def test_a_link_to_a_text_that_is_not_kept_is_answered(show: Any, word: str):
+def test_a_link_to_a_missing_rollout_shows_a_message(show: Any, word: str):
     shown = show(small_index(), f"#/rollout/{word}")
     assert "is not in this page" in shown.text("message")
     shown.part("tab-feature").click()
     shown.wait_for(0)
 
 
-def test_a_page_without_texts_answers_a_link_to_one_with_its_features(show: Any):
+def test_a_link_to_a_rollout_shows_features_in_a_page_without_rollouts(show: Any):
     shown = show(index_of([[example(1.0, 9, [1], 0)]]), "#/rollout/7")
     assert not shown.part("tab-rollout").is_visible()
     assert "There is no feature 7" in shown.text("message")

@@ -1,4 +1,4 @@
-"""Working with the page: keys, colours, words of one's own, files to take away."""
+"""Working with the page: keys, help, colours, labels and downloads."""
 
 import csv
 import io
@@ -52,7 +52,7 @@ def test_the_glossary_in_the_help_is_complete_and_searched(show: Any):
     assert shown.page.get_by_text("How to read this page").is_visible()
 
 
-def test_keys_go_between_the_views_and_to_the_fields(show: Any):
+def test_keys_switch_views_and_focus_fields(show: Any):
     shown = show(full_index())
     shown.press("m")
     shown.page.wait_for_selector("body[data-view=map]")
@@ -72,7 +72,7 @@ def test_keys_go_between_the_views_and_to_the_fields(show: Any):
         assert shown.page.evaluate("document.activeElement === document.body")
 
 
-def test_letters_that_are_typed_into_a_field_are_letters(show: Any):
+def test_letters_typed_into_a_field_trigger_no_keys(show: Any):
     shown = show(full_index())
     shown.part("label").fill("")
     shown.part("label").focus()
@@ -100,7 +100,7 @@ def test_colours_follow_the_system_until_they_are_switched(show: Any, scheme: st
     assert root.get_attribute("data-theme") == other[scheme]
 
 
-def test_labels_notes_and_stars_are_kept_and_listed(show: Any):
+def test_labels_notes_and_stars_are_stored_and_listed(show: Any):
     shown = show(small_index())
     shown.press("l")
     shown.page.keyboard.type("Names <b>")
@@ -124,7 +124,7 @@ def test_labels_notes_and_stars_are_kept_and_listed(show: Any):
     assert shown.part("label").input_value() == ""
 
 
-def test_labels_go_into_a_file_and_come_back(show: Any, tmp_path: Path):
+def test_labels_are_exported_and_imported(show: Any, tmp_path: Path):
     shown = show(small_index())
     shown.part("label").fill("Names")
     shown.part("star").click()
@@ -150,7 +150,7 @@ def test_labels_go_into_a_file_and_come_back(show: Any, tmp_path: Path):
         ('{"format": "lorascope labels 1", "sae": "x", "features": {}}', "another SAE"),
     ],
 )
-def test_a_file_that_has_no_labels_for_this_page_is_refused(
+def test_a_file_without_labels_for_this_page_is_refused(
     show: Any, tmp_path: Path, text: str, said: str
 ):
     shown = show(small_index())
@@ -162,7 +162,7 @@ def test_a_file_that_has_no_labels_for_this_page_is_refused(
     assert shown.part("label").input_value() == ""
 
 
-def test_the_table_is_saved_as_it_is_listed_and_no_cell_is_a_formula(show: Any):
+def test_the_table_is_saved_in_list_order_without_formulas(show: Any):
     tokens = {1: b"=1+1", 2: b'a "b",\n'}
     features = [[example(v, 9, [t], 0)] for v, t in ((1.0, 1), (3.0, 2))]
     shown = show(index_of(features, tokens))
@@ -200,7 +200,7 @@ def test_the_map_is_saved_as_png(show: Any):
 
 
 @pytest.mark.slow
-def test_print_leaves_out_what_only_a_screen_needs(show: Any):
+def test_print_leaves_out_controls(show: Any):
     shown = show(full_index())
     shown.page.emulate_media(media="print")
     for part in ("list", "next", "theme", "search"):

@@ -1,4 +1,4 @@
-"""The map keeps together what is near, and says nothing of what it does not know."""
+"""The map keeps similar latents together and leaves out unknown ones."""
 
 import time
 from typing import Any
@@ -12,8 +12,10 @@ from lorascope.dashboard.layout import layout
 from lorascope.features.index import FeatureIndex
 
 
-def indexed(rows: npt.NDArray[Any], dead: npt.NDArray[Any], n_near: int = 10) -> FeatureIndex:
-    """An index whose decoder has the given rows, `(latent, d_in)`."""
+def index_with_decoder(
+    rows: npt.NDArray[Any], dead: npt.NDArray[Any], n_near: int = 10
+) -> FeatureIndex:
+    """An index with the given decoder rows, `(latent, d_in)`."""
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     cosine = unit @ unit.T
     np.fill_diagonal(cosine, -2)
@@ -23,83 +25,83 @@ def indexed(rows: npt.NDArray[Any], dead: npt.NDArray[Any], n_near: int = 10) ->
     return index_of(features, latents=latents)
 
 
-def nearest(places: npt.NDArray[Any], k: int) -> npt.NDArray[Any]:
-    """The `k` nearest points of each, `(point, k)`."""
-    square = ((places[:, None] - places[None]) ** 2).sum(axis=2)
+def nearest(positions: npt.NDArray[Any], k: int) -> npt.NDArray[Any]:
+    """The `k` nearest neighbours of each point, `(point, k)`."""
+    square = ((positions[:, None] - positions[None]) ** 2).sum(axis=2)
     np.fill_diagonal(square, np.inf)
     return np.argsort(square, axis=1)[:, :k]
 
 
-def kept(places: npt.NDArray[Any], near: npt.NDArray[Any]) -> float:
-    """The share of the neighbours that are still among the nearest on the map."""
-    found = nearest(places, near.shape[1])
+def share_kept(positions: npt.NDArray[Any], near: npt.NDArray[Any]) -> float:
+    """The share of neighbours in the decoder that are neighbours on the map."""
+    found = nearest(positions, near.shape[1])
     return float(np.mean([np.isin(a, b).mean() for a, b in zip(near, found, strict=True)]))
 
 
-def test_planted_clusters_are_places_of_their_own():
+def test_planted_clusters_are_separate_on_the_map():
     rng = np.random.default_rng(0)
     cluster = np.repeat(np.arange(25), 24)
     rows = rng.standard_normal((25, 32))[cluster] + 0.5 * rng.standard_normal((600, 32))
-    places = layout(indexed(rows, np.zeros(600, dtype=bool)))
-    assert np.mean(cluster[nearest(places, 5)] == cluster[:, None]) > 0.99
-    centres = np.stack([places[cluster == c].mean(axis=0) for c in range(25)])
-    width = np.array([places[cluster == c].std(axis=0).max() for c in range(25)])
+    positions = layout(index_with_decoder(rows, np.zeros(600, dtype=bool)))
+    assert np.mean(cluster[nearest(positions, 5)] == cluster[:, None]) > 0.99
+    centres = np.stack([positions[cluster == c].mean(axis=0) for c in range(25)])
+    width = np.array([positions[cluster == c].std(axis=0).max() for c in range(25)])
     apart = np.sqrt(((centres[:, None] - centres[None]) ** 2).sum(axis=2))
     np.fill_diagonal(apart, np.inf)
     assert np.mean(apart.min(axis=1) > 2 * width) > 0.9
 
 
-def test_a_sheet_is_laid_out_flat_and_neighbours_stay_neighbours():
+def test_neighbours_on_a_sheet_stay_neighbours():
     rng = np.random.default_rng(0)
     sheet = rng.random((800, 2))
     rows = np.cos(sheet @ rng.standard_normal((2, 32)) * 3 + rng.random(32) * 6)
-    index = indexed(rows, np.zeros(800, dtype=bool))
-    places = layout(index)
-    share = kept(places, index.near_decoder)
-    by_chance = kept(rng.random((800, 2)), index.near_decoder)
+    index = index_with_decoder(rows, np.zeros(800, dtype=bool))
+    positions = layout(index)
+    share = share_kept(positions, index.near_decoder)
+    by_chance = share_kept(rng.random((800, 2)), index.near_decoder)
     assert share > 0.6
     assert by_chance < 0.05
     # Far things too: distances on the map go with those on the sheet.
     one, other = rng.integers(800, size=(2, 3000))
     truth = np.linalg.norm(sheet[one] - sheet[other], axis=1)
-    shown = np.linalg.norm(places[one] - places[other], axis=1)
+    shown = np.linalg.norm(positions[one] - positions[other], axis=1)
     assert np.corrcoef(truth, shown)[0, 1] > 0.7
 
 
-def test_an_index_has_one_map_within_the_unit_square():
+def test_the_map_is_deterministic_and_within_the_unit_square():
     index = synthetic(400, 3, 2, n_rollouts=20, n_layers=2)
-    places = layout(index)
-    assert places.dtype == np.float32
-    assert places.shape == (400, 2)
-    assert np.array_equal(places, layout(index), equal_nan=True)
+    positions = layout(index)
+    assert positions.dtype == np.float32
+    assert positions.shape == (400, 2)
+    assert np.array_equal(positions, layout(index), equal_nan=True)
     alive = index.n_examples > 0
-    assert np.all((places[alive] >= 0) & (places[alive] <= 1))
-    assert np.ptp(places[alive], axis=0).max() > 0.9
+    assert np.all((positions[alive] >= 0) & (positions[alive] <= 1))
+    assert np.ptp(positions[alive], axis=0).max() > 0.9
 
 
-def test_dead_latents_have_no_place_and_move_nobody():
+def test_dead_latents_are_not_on_the_map_and_do_not_change_it():
     rng = np.random.default_rng(0)
     dead = rng.random(200) < 0.3
-    places = layout(indexed(rng.standard_normal((200, 16)), dead))
-    assert np.array_equal(np.isnan(places).all(axis=1), dead)
-    assert not np.isnan(places[~dead]).any()
+    positions = layout(index_with_decoder(rng.standard_normal((200, 16)), dead))
+    assert np.array_equal(np.isnan(positions).all(axis=1), dead)
+    assert not np.isnan(positions[~dead]).any()
 
 
-def test_a_latent_whose_neighbours_are_dead_has_a_place():
+def test_a_latent_with_only_dead_neighbours_is_on_the_map():
     rng = np.random.default_rng(0)
     dead = np.zeros(50, dtype=bool)
-    index = indexed(rng.standard_normal((50, 16)), dead)
+    index = index_with_decoder(rng.standard_normal((50, 16)), dead)
     dead[index.near_decoder[7]] = True
-    places = layout(indexed(rng.standard_normal((50, 16)), dead))
-    assert not np.isnan(places[7]).any()
+    positions = layout(index_with_decoder(rng.standard_normal((50, 16)), dead))
+    assert not np.isnan(positions[7]).any()
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 12])
-def test_few_latents_are_laid_out_as_well(n: int):
+def test_a_few_latents_are_laid_out_too(n: int):
     rows = np.random.default_rng(0).standard_normal((n, 16))
-    places = layout(indexed(rows, np.zeros(n, dtype=bool), n_near=min(10, n - 1)))
-    assert np.all((places >= 0) & (places <= 1))
-    assert len(np.unique(places, axis=0)) == n
+    positions = layout(index_with_decoder(rows, np.zeros(n, dtype=bool), n_near=min(10, n - 1)))
+    assert np.all((positions >= 0) & (positions <= 1))
+    assert len(np.unique(positions, axis=0)) == n
 
 
 @pytest.mark.parametrize("n", [0, 1, 3])
@@ -109,18 +111,18 @@ def test_without_neighbours_there_is_no_map(n: int):
     assert layout(index).shape == (n, 2)
 
 
-def test_neighbours_of_equal_cosine_and_of_none_are_no_trouble():
+def test_equal_and_missing_cosines_are_laid_out():
     rows = np.repeat(np.eye(4), 10, axis=0)
-    index = indexed(rows, np.zeros(40, dtype=bool))
+    index = index_with_decoder(rows, np.zeros(40, dtype=bool))
     index.near_cosine[3] = np.nan
-    places = layout(index)
-    assert not np.isnan(places).any()
+    positions = layout(index)
+    assert not np.isnan(positions).any()
 
 
 @pytest.mark.slow
 def test_a_hundred_thousand_latents_take_less_than_a_minute():
     index = synthetic(100_000, 1, 1, per_fifth=0, n_texts=1, n_layers=1)
     begun = time.process_time()
-    places = layout(index)
+    positions = layout(index)
     assert time.process_time() - begun < 60
-    assert np.isnan(places).any(axis=1).sum() == (index.n_examples == 0).sum()
+    assert np.isnan(positions).any(axis=1).sum() == (index.n_examples == 0).sum()

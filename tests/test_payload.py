@@ -1,4 +1,4 @@
-"""The data inside the page, and the page as a file."""
+"""The data in the page, and the page as a file."""
 
 import base64
 import hashlib
@@ -52,7 +52,7 @@ def test_the_core_has_the_statistics_of_every_feature():
     assert [top[0], top[2], top[3]] == ["😀", "\n", " the"]
 
 
-def test_a_block_has_the_very_values_of_the_index():
+def test_a_block_has_the_exact_values_of_the_index():
     index = many_features(2 * BLOCK + 5)
     payload = Payload(index, "T")
     core = json.loads(payload.core())
@@ -68,7 +68,7 @@ def test_a_block_has_the_very_values_of_the_index():
     assert len(block(core, payload.block(2))["count"]) == 5
 
 
-def test_a_block_has_what_is_known_of_its_features_within_the_stated_error():
+def test_rounded_values_of_a_block_are_within_the_stated_error():
     index = small_index()
     payload = Payload(index, "T")
     core = json.loads(payload.core())
@@ -93,7 +93,7 @@ def test_a_block_has_what_is_known_of_its_features_within_the_stated_error():
     assert column(core, "main_role") == [0, 255, 0, 0]
 
 
-def test_a_kept_text_has_its_tokens_and_their_codes():
+def test_a_whole_rollout_has_its_tokens_and_their_codes():
     payload = Payload(small_index(), "T")
     core = json.loads(payload.core())
     core["block_columns"] = core["rollout_columns"]
@@ -105,7 +105,7 @@ def test_a_kept_text_has_its_tokens_and_their_codes():
     assert data["value"] == [0.5, 0.25, 1.0]
 
 
-def test_an_activation_other_than_the_value_is_kept_beside_it():
+def test_an_activation_that_differs_from_the_value_is_stored_too():
     index = index_of([[example(1.0, 9, [1, 2], 0)]])
     index.window_activation[0] = 0.75
     data = block(json.loads(Payload(index, "T").core()), Payload(index, "T").block(0))
@@ -132,7 +132,7 @@ def test_the_first_block_is_that_of_the_first_feature_with_an_example():
     assert [number for number, _ in payload.blocks()] == [0]
 
 
-def test_a_split_character_has_its_own_texts_and_its_bytes():
+def test_a_split_character_has_entries_of_its_own_with_bytes():
     index = index_of([[example(1.0, 9, [3, 4, 1], 0), example(0.5, 20, [4, 1], 0)]])
     payload = Payload(index, "T")
     core = json.loads(payload.core())
@@ -151,7 +151,7 @@ def test_a_split_character_has_its_own_texts_and_its_bytes():
     assert [ids[i] for i in data["token"]] == [3, 4, 1, 4, 1]
 
 
-def test_facts_say_what_made_the_page_and_leave_out_what_is_unknown():
+def test_facts_describe_the_index_and_leave_out_what_is_unknown():
     known = index_of([[]], adapter_name="my-lora", fvu=0.25, l0=None, n_tokens=12345)
     said = {label: value for label, value, _ in facts(known)}
     assert said["Adapter"] == "my-lora"
@@ -163,7 +163,7 @@ def test_facts_say_what_made_the_page_and_leave_out_what_is_unknown():
     assert "Model" not in said
 
 
-def test_escaped_json_and_comments_hold_no_markup_and_mean_the_same():
+def test_escaped_json_and_comments_contain_no_markup_and_mean_the_same():
     value = {"<!--": "--></script>&amp;--!>", "-": [-1, "---"]}
     text = manifest_comment(value)
     assert not re.search("[<>&]|--", text)
@@ -184,7 +184,7 @@ def test_the_page_carries_its_manifest_and_its_parent(tmp_path: Path):
     assert b"<x-title>" not in page.read_bytes()
 
 
-def test_a_json_without_a_manifest_is_known_by_its_bytes(tmp_path: Path):
+def test_a_json_without_a_manifest_is_identified_by_its_bytes(tmp_path: Path):
     index = small_index()
     write_published(index, tmp_path / "f.json", {})
     page = run(DashboardConfig(input=tmp_path / "f.json", output=tmp_path / "p.html"))
@@ -215,7 +215,7 @@ def test_a_page_of_another_title_is_replaced_only_when_asked(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["missing.h5", "missing.json", "folder", "text.h5", "text.json"])
-def test_an_input_that_is_no_feature_index_leaves_nothing_behind(tmp_path: Path, name: str):
+def test_an_input_that_is_not_a_feature_index_leaves_no_files(tmp_path: Path, name: str):
     (tmp_path / "folder").mkdir()
     for text in ("text.h5", "text.json"):
         (tmp_path / text).write_text("hello")
@@ -252,7 +252,7 @@ def test_the_glossary_in_docs_is_the_one_in_the_page():
     assert found == entries, "run python docs/make_glossary.py"
 
 
-def test_the_script_has_no_way_to_run_or_to_parse_text():
+def test_the_script_never_runs_or_parses_text():
     script = bundle()
     forbidden = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|\bfetch\(|XMLHttp"
     assert not re.search(forbidden, script)

@@ -1,4 +1,4 @@
-"""`lorascope dashboard --serve`: the page, for this machine only."""
+"""`lorascope dashboard --serve`: a page for this machine only."""
 
 import http.client
 import os
@@ -27,7 +27,7 @@ POLICY = "default-src 'none'"
 
 
 @contextmanager
-def answering(server: PageServer) -> Iterator[PageServer]:
+def running(server: PageServer) -> Iterator[PageServer]:
     with server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
@@ -39,7 +39,7 @@ def answering(server: PageServer) -> Iterator[PageServer]:
 @pytest.fixture
 def server() -> Iterator[PageServer]:
     packs = {"block-0": "first", "rollout-12": "twelfth"}
-    with answering(PageServer(b"<p>page", POLICY, packs.get)) as server:
+    with running(PageServer(b"<p>page", POLICY, packs.get)) as server:
         yield server
 
 
@@ -58,7 +58,7 @@ def ask(
     return answer.status, text, answer.headers
 
 
-def test_the_page_and_its_data_are_given(server: PageServer):
+def test_the_page_and_its_packs_are_served(server: PageServer):
     assert ask(server, f"/{server.token}/")[:2] == (200, "<p>page")
     assert ask(server, f"/{server.token}/?x=1")[:2] == (200, "<p>page")
     assert ask(server, f"/{server.token}/block-0")[:2] == (200, "first")
@@ -72,7 +72,7 @@ def test_the_page_and_its_data_are_given(server: PageServer):
      "/wrong/", "/wrong/block-0", "/{token}x/", "/{token}/%2e%2e/block-0",
      "/{token}/block-0/", "/{token}/block--1", "/{token}/block-9999999999999999999999", "/é/"],
 )  # fmt: skip
-def test_any_other_path_finds_nothing(server: PageServer, path: str):
+def test_any_other_path_is_not_found(server: PageServer, path: str):
     asked = path.format(token=server.token).encode().decode("latin-1") or "/"
     connection = socket.create_connection(("127.0.0.1", server.server_port), timeout=10)
     with connection:
@@ -84,7 +84,7 @@ def test_any_other_path_finds_nothing(server: PageServer, path: str):
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "HEAD", "PATCH", "TRACE"])
-def test_there_is_get_and_nothing_else(server: PageServer, method: str):
+def test_only_get_is_supported(server: PageServer, method: str):
     status, text, headers = ask(server, f"/{server.token}/", method)
     assert status == 501
     assert "<p>page" not in text
@@ -96,14 +96,14 @@ def test_there_is_get_and_nothing_else(server: PageServer, method: str):
     ["evil.test", "evil.test:80", "127.0.0.1.evil.test", "localhost.evil.test", "", "[::1",
      "0.0.0.0", "192.168.0.1", "127.0.0.1@evil.test", "evil.test#127.0.0.1"],
 )  # fmt: skip
-def test_a_name_that_was_made_to_point_here_is_refused(server: PageServer, host: str):
+def test_a_foreign_host_name_is_refused(server: PageServer, host: str):
     status, text, _ = ask(server, f"/{server.token}/", host=host)
     assert status == 403
     assert "<p>page" not in text
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:1", "localhost", "LOCALHOST:8000"])
-def test_a_forwarded_port_is_let_in(server: PageServer, host: str):
+def test_a_forwarded_port_is_accepted(server: PageServer, host: str):
     assert ask(server, f"/{server.token}/", host=host)[0] == 200
 
 
@@ -119,13 +119,13 @@ def test_no_other_origin_may_read_or_embed_it(server: PageServer, path: str):
     assert headers["Referrer-Policy"] == "no-referrer"
 
 
-def test_it_listens_on_the_loopback_address_alone(server: PageServer):
+def test_it_listens_only_on_the_loopback_address(server: PageServer):
     assert server.server_address[0] == "127.0.0.1"
     with pytest.raises(OSError, match=r"refused|unreachable|[Tt]imed out"):
         socket.create_connection(("127.0.0.2", server.server_port), timeout=5)
 
 
-def test_a_port_that_is_taken_is_one_line(server: PageServer):
+def test_a_port_in_use_is_an_error_with_its_number(server: PageServer):
     with pytest.raises(ConfigError, match=f"--port {server.server_port}"):
         PageServer(b"", POLICY, dict[str, str]().get, server.server_port)
 
@@ -136,12 +136,12 @@ def test_two_servers_have_two_tokens(server: PageServer):
         assert len(other.token) >= 20
 
 
-def test_the_served_page_shows_every_feature_and_text_of_the_index():
+def test_the_served_page_shows_any_feature_and_rollout():
     index = synthetic(300, 5, 6, n_texts=5, n_rollouts=30, n_layers=4)
     last = int(np.flatnonzero(index.n_examples)[-1])
     complaints: list[str] = []
     requests: list[str] = []
-    with answering(server_of(Payload(index, "T"), {})) as server, open_browser() as browser:
+    with running(server_of(Payload(index, "T"), {})) as server, open_browser() as browser:
         tab = browser.new_page()
         tab.on("console", lambda message: complaints.append(message.text))
         tab.on("pageerror", lambda error: complaints.append(str(error)))
@@ -164,11 +164,11 @@ def test_the_served_page_shows_every_feature_and_text_of_the_index():
 
 
 @pytest.mark.slow
-def test_a_served_page_whose_command_has_ended_says_so():
+def test_a_served_page_says_that_its_server_has_stopped():
     index = synthetic(300, 2, 2, n_texts=0, n_rollouts=20, n_layers=1, dead=0)
     with open_browser() as browser:
         tab = browser.new_page()
-        with answering(server_of(Payload(index, "T"), {})) as server:
+        with running(server_of(Payload(index, "T"), {})) as server:
             tab.goto(server.address, wait_until="domcontentloaded")
             tab.wait_for_selector("html[data-ready=true]")
         tab.evaluate("location.hash = '#/feature/299'")
@@ -176,7 +176,7 @@ def test_a_served_page_whose_command_has_ended_says_so():
         message.first.wait_for()
 
 
-def test_the_data_of_every_name_are_those_of_the_file():
+def test_served_packs_are_those_of_the_file():
     payload = Payload(synthetic(130, 2, 2, n_texts=2, n_rollouts=20, n_layers=1), "T")
     server = server_of(payload, {})
     server.server_close()
@@ -214,6 +214,6 @@ def test_the_command_serves_until_it_is_told_to_stop(tmp_path: Path, stop: int, 
         ({"port": 0, "serve": True}, "--port is 0, expected 1 to 65535"),
     ],
 )
-def test_a_port_without_sense_is_one_line(given: dict[str, Any], said: str):
+def test_an_invalid_port_is_an_error(given: dict[str, Any], said: str):
     with pytest.raises(ConfigError, match=said):
         DashboardConfig(input=Path("features.h5"), **given)
