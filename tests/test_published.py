@@ -1,9 +1,11 @@
 import json
 
+import h5py
 import numpy as np
 import pytest
 from builders.stores import write_published_store
 
+from lorascope.activations import published
 from lorascope.activations.store import ActivationStore
 from lorascope.errors import ArtifactError
 from lorascope.sites import PROJECTIONS
@@ -75,4 +77,39 @@ def test_a_truncated_file_is_named(tmp_path):
     file = folder / "rollout_2.h5"
     file.write_bytes(file.read_bytes()[:300])
     with pytest.raises(ArtifactError, match=r"rollout_2.h5 is damaged"):
+        ActivationStore.open(folder)
+
+
+def test_a_file_that_crashes_hdf5_is_refused_by_name(tmp_path, monkeypatch):
+    folder = write_published_store(tmp_path / "a", PROJECTIONS[:3])
+    crash = tmp_path / "probe.py"
+    whole = published._PROBE.read_text()
+    crash.write_text(
+        whole.replace(
+            "    for name in json.load(sys.stdin):\n",
+            "    import os\n"
+            "    for name in json.load(sys.stdin):\n"
+            "        if name.endswith('rollout_2.h5'):\n"
+            "            os.kill(os.getpid(), 11)\n",
+        )
+    )
+    monkeypatch.setattr(published, "_PROBE", crash)
+    with pytest.raises(ArtifactError, match=r"rollout_2\.h5 is damaged: it crashes .* -11"):
+        ActivationStore.open(folder)
+
+
+def test_a_file_that_claims_more_than_it_can_hold_is_refused(tmp_path):
+    folder = write_published_store(tmp_path / "a", PROJECTIONS[:3])
+    with h5py.File(folder / "rollout_2.h5", "w") as file:
+        file.create_dataset("activations", (1 << 40, 3, 3), np.float16, compression="gzip")
+    with pytest.raises(ArtifactError, match=r"rollout_2\.h5 .*more than fit the file"):
+        ActivationStore.open(folder)
+
+
+def test_a_link_into_another_file_is_refused(tmp_path):
+    folder = write_published_store(tmp_path / "a", PROJECTIONS[:3])
+    (folder / "rollout_2.h5").rename(tmp_path / "other.h5")
+    with h5py.File(folder / "rollout_2.h5", "w") as file:
+        file["activations"] = h5py.ExternalLink(str(tmp_path / "other.h5"), "activations")
+    with pytest.raises(ArtifactError, match="no array activations of its own"):
         ActivationStore.open(folder)

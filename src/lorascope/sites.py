@@ -199,6 +199,8 @@ class SiteLayout:
         """Read what `to_json` wrote. Raises ArtifactError when it is something else."""
         try:
             sites = [Site(**{**site, "b_norms": tuple(site["b_norms"])}) for site in data["sites"]]
+            if not all(type(site.rank) is int and type(site.layer) is int for site in sites):
+                raise TypeError("a rank or a layer is no whole number")
             return cls(tuple(sites), data["adapter"])
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(

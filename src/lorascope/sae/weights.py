@@ -95,7 +95,7 @@ def checked(path: Path, found: Mapping[str, Any], names: tuple[str, ...]) -> dic
         "b_dec": (d_in,),
         "threshold": (d_sae,),
     }
-    weights = {name: found[name].to(torch.float32).contiguous() for name in names}
+    weights = {name: found[name].detach().to(torch.float32).contiguous() for name in names}
     for name, tensor in weights.items():
         if tuple(tensor.shape) != expected[name]:
             raise ArtifactError(

@@ -1,0 +1,88 @@
+"""A small run of `benchmarks/damage.py`: all damage is found, and nothing ends the process."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from builders.effect_reports import ablation, write
+from builders.indexes import full_index
+from builders.saes import make_sae
+from builders.stores import write_published_store, write_store
+
+from lorascope.artifact import building, make_manifest, read_manifest
+from lorascope.cli import verify
+from lorascope.dashboard.render import DashboardConfig
+from lorascope.dashboard.render import run as render
+from lorascope.features.export import ExportConfig
+from lorascope.features.export import run as export
+from lorascope.sites import PROJECTIONS
+
+_FILE = Path(__file__).parent.parent / "benchmarks" / "damage.py"
+N_CASES = 5
+
+
+@pytest.fixture(scope="module")
+def damage():
+    spec = importlib.util.spec_from_file_location("damage", _FILE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_export(folder, format):
+    make_index(folder)
+    output = folder / ("features.json" if format == "json" else "neuronpedia")
+    return export(ExportConfig(input=folder / "features.h5", format=format, output=output))
+
+
+def make_index(folder):
+    full_index().save(folder / "features.h5")
+    return folder / "features.h5"
+
+
+def make_page(folder):
+    return render(DashboardConfig(input=make_index(folder), output=folder / "page.html"))
+
+
+def make_edit(folder):
+    identity = {"settings": {}, "parents": {}}
+    manifest = make_manifest("edit", 1, **identity, layout=None, content={})
+    with building(folder / "edit", "edit", **identity, overwrite=False) as build:
+        for name in ("report.json", "patch.safetensors"):
+            (build.path / name).write_text(name * 20)
+        return build.publish_directory(manifest, ["report.json", "patch.safetensors"])
+
+
+def make_sae_file(folder, name):
+    make_sae(folder / name)
+    return folder / name
+
+
+KINDS = {
+    "store": lambda folder: write_store(folder / "store").path,
+    "SAE folder": lambda folder: make_sae_file(folder, "sae"),
+    "SAE .pt": lambda folder: make_sae_file(folder, "sae.pt"),
+    "features.h5": make_index,
+    "features JSON": lambda folder: make_export(folder, "json"),
+    "Neuronpedia": lambda folder: make_export(folder, "neuronpedia"),
+    "report": lambda folder: write(
+        folder / "ablation.json", "ablation", full_index(), {"features": ablation(full_index())}
+    ),
+    "edit": make_edit,
+    "page": make_page,
+    "published store": lambda folder: write_published_store(folder / "store", PROJECTIONS[:3]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_verify_finds_all_damage_and_nothing_crashes(damage, kind, tmp_path):
+    source = KINDS[kind](tmp_path)
+    is_ours = read_manifest(source) is not None
+    assert is_ours == (kind != "published store")
+    if is_ours:
+        assert verify(source) == []
+    (tmp_path / "copy").mkdir()
+    for seed in range(N_CASES):
+        seen = damage.check(source, source, tmp_path / "copy", seed)
+        assert seen == {"found": int(is_ours), "crashes": 0}, f"seed {seed}"
