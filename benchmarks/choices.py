@@ -35,7 +35,6 @@ BASE: dict[str, Any] = {
     "first": "data",
     "rate": "falls",
     "architecture": "batchtopk",
-    "signed": False,
     "bf16": False,
     "seed": 0,
     "d_in": 448,
@@ -78,7 +77,6 @@ def train(run: dict[str, Any], data: Data, n_steps: int) -> tuple[Coder, int]:
         n_steps=n_steps,
         lr=run["lr"],
         architecture=run["architecture"],
-        signed=run["signed"],
         auxk_alpha=run["auxk"],
         bfloat16=run["bf16"],
     )
@@ -86,7 +84,7 @@ def train(run: dict[str, Any], data: Data, n_steps: int) -> tuple[Coder, int]:
     for i in range(n_steps):
         one.take(data.train[data.order[i * batch : (i + 1) * batch]] * scale.float())
     trainer.schedule = falling
-    raw = one.weights.folded(scale, torch.zeros_like(scale), signed=run["signed"])
+    raw = one.weights.folded(scale, torch.zeros_like(scale))
     ratios = raw.get("threshold", torch.ones_like(raw["b_enc"]))
 
     def scores(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
     python benchmarks/kernels.py --rows 1024 --d-in 448 --latents 7168 --k 50
 
-For `best_places`, `by_latent`, `gather_sum` (decoding by rows, and the gradient of a table by
+For `best_indices`, `by_latent`, `gather_sum` (decoding by rows, and the gradient of a table by
 latents) and `pair_dot`, on random data of the given sizes: the median time in ms of lorascope's
 kernel for the device and of what torch offers, the ways alternating; and that time over the time
 in which the machine copies as many bytes as the operation must read and write. The copy rate is
@@ -12,7 +12,7 @@ are compared with each other before they are timed.
 On CUDA each way is timed by events, and lorascope's also as a captured graph, which leaves out the
 launches. Every timed run follows an untimed one of the same way: data that fits into a cache is
 there, for every way. torch's `topk` leaves open which of equal scores it takes and does not order
-the places; the kernel does both.
+the indices; the kernel does both.
 
 Nothing has been measured on a GPU so far: no figure from one is in `results.md`.
 """
@@ -51,9 +51,9 @@ def main() -> None:
     dtype = getattr(torch, given.dtype)
     scores = (x @ table.T / given.d_in**0.5).to(dtype)
     n = round(given.k * given.rows)
-    places = ours.best_places(scores, n)[0]
-    rows, latents = places // given.latents, places % given.latents
-    values = scores.view(-1)[places].float()
+    indices = ours.best_indices(scores, n)[0]
+    rows, latents = indices // given.latents, indices % given.latents
+    values = scores.view(-1)[indices].float()
     row_offsets = ours.row_offsets(rows, given.rows)
     order, latent_offsets = ours.by_latent(latents, given.latents)
     by_latent = (values[order], rows[order], latent_offsets, x)
@@ -64,12 +64,12 @@ def main() -> None:
     _report("product", {"torch.mm": lambda: low @ encoder.T}, moved, rate, device, given.repeats)
 
     ways: Ways = {
-        "lorascope": lambda: ours.best_places(scores, n)[0],
+        "lorascope": lambda: ours.best_indices(scores, n)[0],
         "torch.topk": lambda: torch.topk(scores.view(-1), n, sorted=False).indices,
     }
     assert torch.equal(*(scores.view(-1)[way()].float().sort().values for way in ways.values()))
     moved = scores.numel() * score_bytes + n * 8
-    _report("best_places", ways, moved, rate, device, given.repeats)
+    _report("best_indices", ways, moved, rate, device, given.repeats)
 
     ways = {
         "lorascope": lambda: ours.by_latent(latents, given.latents),
@@ -92,7 +92,7 @@ def main() -> None:
     ways = {
         "lorascope": lambda: ours.pair_dot(x, rows, table, latents),
         "(left[i] * right[j]).sum(1)": lambda: (x[rows] * table[latents]).sum(1),
-        "torch.mm, then gathered": lambda: (x @ table.T).view(-1)[places],
+        "torch.mm, then gathered": lambda: (x @ table.T).view(-1)[indices],
     }
     moved = n * (row_bytes + 12) + given.rows * row_bytes
     _check(ways)

@@ -156,9 +156,9 @@ def make_store(tmp_path: Path):
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Train without drawing the picture of each SAE, which takes longer than a small training."""
-    from lorascope.sae import finish
+    from lorascope.sae import publish
 
-    monkeypatch.setattr(finish, "draw_training", lambda *_: None)
+    monkeypatch.setattr(publish, "draw_training", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ def dense(fired, n, n_latents):
 def test_no_pair_is_missed_and_none_is_added(rough, n, d_in, n_latents, spread):
     x, W_enc, b_enc, threshold = problem(n, d_in, n_latents, spread=spread)
     fired = Encoder(W_enc, b_enc, threshold)(x)
-    exact = reference.firing(x.double(), W_enc.double(), b_enc.double(), threshold.double())
+    exact = reference.encode(x.double(), W_enc.double(), b_enc.double(), threshold.double())
     code = dense(fired, n, n_latents).double()
     pre = x.double() @ W_enc.double() + b_enc.double()
     sure = (pre - threshold).abs() > 1e-5
@@ -101,7 +101,7 @@ def test_the_value_of_a_pair_is_that_of_the_code_and_zero_where_it_does_not_fire
     whole = dense(encoder(x), 90, 70)
     index = torch.arange(90).repeat_interleave(70)
     latents = torch.arange(70).repeat(90)
-    assert torch.equal(encoder.at(x, index, latents).view(90, 70), whole)
+    assert torch.equal(encoder.values_of(x, index, latents).view(90, 70), whole)
 
 
 def test_columns_and_latents_without_weights_are_no_trouble(rough):

@@ -69,8 +69,6 @@ def circles(edges: dict[str, set[str]]) -> list[list[str]]:
 # Modules that still import each other. Nothing is added here.
 CIRCLES = [
     ["causal.attribute", "causal.attribution_report"],
-    ["kernels.__init__", "kernels.cpu", "kernels.cuda"],
-    ["sae.interop", "sae.model", "sae.sharing"],
 ]
 
 

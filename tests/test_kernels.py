@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorascope.kernels import cpu, reference
-from lorascope.sae.sparsity import Rule, chosen
+from lorascope.sae.sparsity import Rule, choose
 
 
 def scores_of(rows, latents, levels, seed):
@@ -19,7 +19,6 @@ SIZES = {
     "latents": st.integers(1, 17),
     "levels": st.integers(1, 50),
     "seed": st.integers(0, 1000),
-    "signed": st.booleans(),
 }
 GUESSES = st.sampled_from([None, 0.0, 0.4, 3.0, 60.0])
 
@@ -27,25 +26,25 @@ GUESSES = st.sampled_from([None, 0.0, 0.4, 3.0, 60.0])
 @settings(max_examples=150, deadline=None)
 @given(k=st.floats(0, 9, allow_nan=False), biased=st.booleans(), guess=GUESSES, **SIZES)
 def test_the_best_of_a_batch_are_those_of_a_stable_sort(
-    rows, latents, k, levels, seed, signed, guess, biased
+    rows, latents, k, levels, seed, guess, biased
 ):
     scores = scores_of(rows, latents, levels, seed)
     bias = scores_of(1, latents, 3, seed + 1)[0] if biased else None
     total = scores if bias is None else scores + bias
     n = round(k * rows)
-    best = cpu.best_places(scores, n, signed=signed, bias=bias, guess=guess)
-    assert torch.equal(best.places, reference.best_places(total, n, signed=signed))
-    assert torch.equal(best.values, total.flatten()[best.places])
+    best = cpu.best_indices(scores, n, bias=bias, guess=guess)
+    assert torch.equal(best.indices, reference.best_indices(total, n))
+    assert torch.equal(best.values, total.flatten()[best.indices])
 
 
 @settings(max_examples=150, deadline=None)
 @given(share=st.floats(0.01, 1, allow_nan=False), **SIZES)
-def test_the_best_of_rows_are_those_of_a_stable_sort(rows, latents, share, levels, seed, signed):
+def test_the_best_of_rows_are_those_of_a_stable_sort(rows, latents, share, levels, seed):
     scores = scores_of(rows, latents, levels, seed)
-    rule = Rule("topk", share * latents, signed)
-    best = cpu.best_of_rows(scores, rule.k, signed=signed)
-    expected = chosen(scores, rule, by_row=True).flatten().nonzero()[:, 0]
-    assert torch.equal(best.places, expected)
+    rule = Rule("topk", share * latents)
+    best = cpu.best_of_rows(scores, rule.k)
+    expected = choose(scores, rule, by_row=True).flatten().nonzero()[:, 0]
+    assert torch.equal(best.indices, expected)
     assert torch.equal(best.values, scores.flatten()[expected])
 
 
@@ -71,37 +70,36 @@ def test_neither_guesses_nor_parts_change_a_choice_of_a_large_batch(shape, kind)
         scores = scores.bfloat16()
     for k in (0.37, 5, 40):
         n = round(k * shape[0])
-        expected = reference.best_places(scores + bias, n)
+        expected = reference.best_indices(scores + bias, n)
         guess = None
         for _ in range(2):
-            best = cpu.best_places(scores, n, bias=bias, guess=guess)
-            assert torch.equal(best.places, expected)
+            best = cpu.best_indices(scores, n, bias=bias, guess=guess)
+            assert torch.equal(best.indices, expected)
             guess = best.guess
-        for signed in (False, True):
-            rows = cpu.best_of_rows(scores, k, signed=signed)
-            kept = chosen(scores, Rule("topk", k, signed), by_row=True)
-            assert torch.equal(rows.places, kept.flatten().nonzero()[:, 0])
-            assert torch.equal(rows.values, scores[kept])
+        rows = cpu.best_of_rows(scores, k)
+        kept = choose(scores, Rule("topk", k), by_row=True)
+        assert torch.equal(rows.indices, kept.flatten().nonzero()[:, 0])
+        assert torch.equal(rows.values, scores[kept])
 
 
-def test_of_equal_scores_the_lower_place_is_kept():
-    assert cpu.best_places(torch.ones(4, 5), 6).places.tolist() == [0, 1, 2, 3, 4, 5]
+def test_of_equal_scores_the_lower_index_is_kept():
+    assert cpu.best_indices(torch.ones(4, 5), 6).indices.tolist() == [0, 1, 2, 3, 4, 5]
     rows = cpu.best_of_rows(torch.ones(2, 5), 2.5)
-    assert rows.places.tolist() == [0, 1, 2, 5, 6]
+    assert rows.indices.tolist() == [0, 1, 2, 5, 6]
 
 
 def test_only_positive_scores_are_kept_when_there_are_too_few():
     scores = torch.tensor([[-1.0, 2.0, 0.0], [-3.0, -1.0, 0.5]])
-    assert cpu.best_places(scores, 6).places.tolist() == [1, 5]
-    assert cpu.best_of_rows(scores, 3).places.tolist() == [1, 5]
+    assert cpu.best_indices(scores, 6).indices.tolist() == [1, 5]
+    assert cpu.best_of_rows(scores, 3).indices.tolist() == [1, 5]
 
 
 def test_what_is_above_a_bound_of_each_latent():
     scores, bias = scores_of(9, 24, 6, 0), scores_of(1, 24, 3, 1)[0]
     bound = scores_of(1, 24, 4, 2)[0]
-    best = cpu.above(scores, bound, bias=bias)
+    best = cpu.indices_above(scores, bound, bias=bias)
     total = scores + bias
-    assert torch.equal(best.places, (total > bound).flatten().nonzero()[:, 0])
+    assert torch.equal(best.indices, (total > bound).flatten().nonzero()[:, 0])
     assert torch.equal(best.values, total[total > bound])
 
 

@@ -23,7 +23,7 @@ from lorascope.errors import ConfigError, NumberError  # noqa: E402
 from lorascope.kernels import cpu, cuda, reference  # noqa: E402
 from lorascope.runtime import Team  # noqa: E402
 from lorascope.sae.objective import Weights, objective  # noqa: E402
-from lorascope.sae.sparsity import Rule, chosen  # noqa: E402
+from lorascope.sae.sparsity import Rule, choose  # noqa: E402
 from lorascope.sae.step import Step  # noqa: E402
 
 TYPES = [torch.float32, torch.bfloat16]
@@ -37,50 +37,46 @@ def quarters(*shape, seed=0, dtype=torch.float32):
 
 
 def check(best, wanted, total, n) -> None:
-    """Compare what was chosen of `total` with the wanted places and `n` minus so many pads."""
-    places, values = best.places.cpu(), best.values.cpu()
+    """Compare what was chosen of `total` with the wanted indices and `n` minus so many pads."""
+    indices, values = best.indices.cpu(), best.values.cpu()
     n_pads = n - len(wanted)
-    assert (places.dtype, values.dtype, best.guess) == (torch.int64, total.dtype, 0.0)
-    assert places.tolist() == [*wanted.tolist(), *[total.numel() - 1] * n_pads]
+    assert (indices.dtype, values.dtype, best.guess) == (torch.int64, total.dtype, 0.0)
+    assert indices.tolist() == [*wanted.tolist(), *[total.numel() - 1] * n_pads]
     assert values.tolist() == [*total.flatten()[wanted].tolist(), *[0.0] * n_pads]
 
 
-def check_places(scores, n, signed=False, bias=None) -> None:
+def check_indices(scores, n, bias=None) -> None:
     total = scores if bias is None else scores + bias
     there = scores.to(DEVICE)
     before = there.clone()
-    best = cuda.best_places(
-        there, n, signed=signed, bias=None if bias is None else bias.to(DEVICE), guess=7.0
-    )
-    check(best, reference.best_places(total, n, signed=signed), total, min(n, total.numel()))
+    best = cuda.best_indices(there, n, bias=None if bias is None else bias.to(DEVICE), guess=7.0)
+    check(best, reference.best_indices(total, n), total, min(n, total.numel()))
     assert torch.equal(there, before)
 
 
-def check_rows(scores, k, signed=False) -> None:
+def check_rows(scores, k) -> None:
     there = scores.to(DEVICE)
     before = there.clone()
-    best = cuda.best_of_rows(there, k, signed=signed)
+    best = cuda.best_of_rows(there, k)
     batch, whole = len(scores), int(k)
     n = min(batch * whole + round((k - whole) * batch), scores.numel())
-    fires = chosen(scores.contiguous(), Rule("topk", k, signed), by_row=True)
+    fires = choose(scores.contiguous(), Rule("topk", k), by_row=True)
     check(best, fires.flatten().nonzero()[:, 0], scores, n)
     assert torch.equal(there, before)
 
 
 @on_device
-@pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(
     ("shape", "n"), [((1, 1), 1), ((3, 7), 5), ((3, 7), 100), ((5, 509), 37), ((0, 5), 3)]
 )
-def test_the_best_places_and_their_values_are_those_of_the_reference(shape, n, dtype, signed):
+def test_the_best_indices_and_their_values_are_those_of_the_reference(shape, n, dtype):
     scores, bias = quarters(*shape, dtype=dtype), quarters(shape[1], seed=1)
-    check_places(scores.T, n, signed)
-    check_places(scores - 1, n, signed, bias)
+    check_indices(scores.T, n)
+    check_indices(scores - 1, n, bias)
 
 
 @on_device
-@pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(
     ("shape", "k"),
@@ -89,13 +85,13 @@ def test_the_best_places_and_their_values_are_those_of_the_reference(shape, n, d
         *[((1, 1), 1), ((2, 3), 3), ((13, 509), 37.3), ((0, 5), 2)],
     ],
 )
-def test_the_best_of_rows_and_their_values_are_those_of_the_definition(shape, k, dtype, signed):
+def test_the_best_of_rows_and_their_values_are_those_of_the_definition(shape, k, dtype):
     scores = quarters(*shape, dtype=dtype)
-    check_rows(scores, k, signed)
-    check_rows(scores - 2, k, signed)
-    check_rows(scores.T.contiguous().T, k, signed)
-    check_rows(torch.ones_like(scores), k, signed)
-    check_rows(-scores.abs(), k, signed)
+    check_rows(scores, k)
+    check_rows(scores - 2, k)
+    check_rows(scores.T.contiguous().T, k)
+    check_rows(torch.ones_like(scores), k)
+    check_rows(-scores.abs(), k)
 
 
 @on_device
@@ -105,26 +101,23 @@ def test_the_best_of_rows_and_their_values_are_those_of_the_definition(shape, k,
     st.integers(1, 9),
     st.floats(0, 1),
     st.lists(st.sampled_from([-2.0, -0.0, 0.0, 1e-45, 0.5, 1.0, 3.0, torch.inf]), min_size=54),
-    st.booleans(),
 )
-def test_any_mixture_of_ties_is_chosen_by_rows_as_in_the_definition(
-    batch, width, share, values, signed
-):
+def test_any_mixture_of_ties_is_chosen_by_rows_as_in_the_definition(batch, width, share, values):
     scores = torch.tensor(values[: batch * width], dtype=torch.float32).view(batch, width)
-    check_rows(scores, share * width, signed)
+    check_rows(scores, share * width)
 
 
 @on_device
 def test_pads_stand_behind_a_true_pair_of_the_last_place():
     scores = -torch.ones(3, 4)
     for values in ([], [5.0, 6.0]):
-        places = [2, 11][: len(values)]
-        scores.view(-1)[places] = torch.tensor(values)
+        indices = [2, 11][: len(values)]
+        scores.view(-1)[indices] = torch.tensor(values)
         for best in (
-            cuda.best_places(scores.to(DEVICE), 5),
+            cuda.best_indices(scores.to(DEVICE), 5),
             cuda.best_of_rows(scores.to(DEVICE), 5 / 3),
         ):
-            assert best.places.tolist() == places + [11] * (5 - len(places))
+            assert best.indices.tolist() == indices + [11] * (5 - len(indices))
             assert best.values.tolist() == values + [0.0] * (5 - len(values))
 
 
@@ -133,22 +126,21 @@ def test_pads_stand_behind_a_true_pair_of_the_last_place():
 def test_a_nan_is_never_chosen_and_is_no_value_of_a_pad(dtype):
     scores = torch.full((4, 50), torch.nan, dtype=dtype)
     scores[1, 7], scores[3, 9] = 1.0, -2.0
-    for signed, wanted in ((False, [57]), (True, [57, 159])):
-        for best in (
-            cuda.best_places(scores.to(DEVICE), 8, signed=signed),
-            cuda.best_of_rows(scores.to(DEVICE), 1.5, signed=signed),
-        ):
-            n_pads = len(best.places) - len(wanted)
-            assert n_pads > 0
-            assert best.places.tolist() == wanted + [199] * n_pads
-            assert best.values.tolist() == [1.0, -2.0][: len(wanted)] + [0.0] * n_pads
+    for best in (
+        cuda.best_indices(scores.to(DEVICE), 8),
+        cuda.best_of_rows(scores.to(DEVICE), 1.5),
+    ):
+        n_pads = len(best.indices) - 1
+        assert n_pads > 0
+        assert best.indices.tolist() == [57] + [199] * n_pads
+        assert best.values.tolist() == [1.0] + [0.0] * n_pads
 
 
 @on_device
 @pytest.mark.parametrize("dtype", TYPES)
 def test_what_is_above_a_bound_of_each_latent(dtype):
     scores, bias, bound = quarters(9, 24, dtype=dtype), quarters(24, seed=1), quarters(24, seed=2)
-    best = cuda.above(scores.to(DEVICE), bound.to(DEVICE), bias=bias.to(DEVICE))
+    best = cuda.indices_above(scores.to(DEVICE), bound.to(DEVICE), bias=bias.to(DEVICE))
     total = scores + bias
     wanted = (total > bound).flatten().nonzero()[:, 0]
     check(best, wanted, total, len(wanted))
@@ -214,7 +206,7 @@ def steps(
     step = Step(rule, k_aux=2, auxk_alpha=0.7, team=Team(), bfloat16=low, static=static)
     taken = step.take(fast, x.float().to(DEVICE), dead.to(DEVICE), by_row=by_row)
     pre = (x - plain.b_dec) @ plain.W_enc + plain.b_enc
-    n_positive = int((pre != 0).sum() if rule.signed else (pre > 0).sum())
+    n_positive = int((pre > 0).sum())
     return Steps(plain, loss, fast, taken, n_positive)
 
 
@@ -231,13 +223,12 @@ def assert_equal_steps(found: Steps) -> None:
 
 
 @on_device
-@pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("k", [0.5, 2.4])
 @pytest.mark.parametrize("architecture", ["batchtopk", "topk", "matryoshka"])
 def test_a_step_through_the_kernels_has_the_gradients_of_the_definition(
-    architecture, k, signed, monkeypatch
+    architecture, k, monkeypatch
 ):
-    rule = Rule(architecture, k, signed)
+    rule = Rule(architecture, k)
     assert_equal_steps(steps(rule, monkeypatch))
     assert_equal_steps(steps(rule, monkeypatch, by_row=True, low=True))  # also exact
 
@@ -256,14 +247,8 @@ def test_dead_latents_get_the_gradients_of_the_definition(n_dead, static, monkey
 def test_pads_change_nothing_where_fewer_scores_are_positive_than_wanted(
     architecture, by_row, monkeypatch
 ):
-    for k, shift, signed, n_dead in (
-        (4.5, 3.0, False, 0),
-        (4.5, 3.0, False, 7),
-        (4.5, 99.0, False, 7),
-        (7, 0.0, False, 0),
-        (7, 0.0, True, 0),
-    ):
-        rule = Rule(architecture, k, signed)
+    for k, shift, n_dead in ((4.5, 3.0, 0), (4.5, 3.0, 7), (4.5, 99.0, 7), (7, 0.0, 0)):
+        rule = Rule(architecture, k)
         more = {"by_row": by_row, "n_dead": n_dead, "shift": shift}
         found = steps(rule, monkeypatch, static=n_dead > 0, **more)
         assert (found.n_positive == 0) == (shift == 99)
@@ -306,7 +291,7 @@ def test_a_step_of_static_shapes_never_waits_for_the_device(monkeypatch):
     made = {"jump": False, "shift": 1.0, "distinct": True}
     weights = weights_of(3, 9, torch.float32, DEVICE, **made)
     x, dead = quarters(6, 3).to(DEVICE), (torch.arange(9) < 4).to(DEVICE)
-    for rule in (Rule("matryoshka", 2.4), Rule("batchtopk", 2.4, signed=True), Rule("topk", 2.4)):
+    for rule in (Rule("matryoshka", 2.4), Rule("batchtopk", 2.4), Rule("topk", 2.4)):
         step = Step(rule, k_aux=2, auxk_alpha=0.7, team=Team(), static=True)
         step.take(weights, x, dead)  # may keep what later ones use
         for by_row in (False, True):
@@ -314,7 +299,7 @@ def test_a_step_of_static_shapes_never_waits_for_the_device(monkeypatch):
                 step.take(weights, x, dead, by_row=by_row)
             assert mode.found == []
     with Waiting() as mode:
-        cuda.above(x, x[0], bias=x[1])
+        cuda.indices_above(x, x[0], bias=x[1])
         assert float(x.sum()) == float(x[x < 9].sum())
     assert mode.found == ["nonzero", "_local_scalar_dense", "index", "_local_scalar_dense"]
 
@@ -338,13 +323,13 @@ if not INTERPRETED:
     def test_scores_of_another_type_or_too_many_are_refused():
         scores = torch.zeros(2, 3, dtype=torch.float64)
         for refused in (
-            lambda: cuda.best_places(scores, 1),
+            lambda: cuda.best_indices(scores, 1),
             lambda: cuda.best_of_rows(scores, 1),
         ):
             with pytest.raises(NumberError, match="scores are torch.float64; expected bfloat16"):
                 refused()
         with pytest.raises(ConfigError, match=r"expected at most 2\*\*30: use fewer rows"):
-            cuda.best_places(torch.empty(2**16, 2**14 + 1, device="meta"), 1)
+            cuda.best_indices(torch.empty(2**16, 2**14 + 1, device="meta"), 1)
 
     @on_device
     @pytest.mark.parametrize("by_row", [False, True])

@@ -21,16 +21,16 @@ TYPES = [torch.float32, torch.bfloat16, torch.float16]
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
 
 
-def check_best(scores, n, signed=False):
-    """Compare with the reference: places, count and what fills the rest."""
-    places, count = triton_best.best_places(scores.to(DEVICE), n, signed=signed)
-    places = places.cpu()
-    wanted = reference.best_places(scores, n, signed=signed)
-    assert (places.dtype, count.dtype, count.ndim) == (torch.int64, torch.int64, 0)
-    assert len(places) == min(n, scores.numel())
+def check_best(scores, n):
+    """Compare with the reference: indices, count and what fills the rest."""
+    indices, count = triton_best.largest_indices(scores.to(DEVICE), n)
+    indices = indices.cpu()
+    wanted = reference.best_indices(scores, n)
+    assert (indices.dtype, count.dtype, count.ndim) == (torch.int64, torch.int64, 0)
+    assert len(indices) == min(n, scores.numel())
     assert int(count) == len(wanted)
-    assert places[: len(wanted)].tolist() == wanted.tolist()
-    assert (places[len(wanted) :] == scores.numel() - 1).all()
+    assert indices[: len(wanted)].tolist() == wanted.tolist()
+    assert (indices[len(wanted) :] == scores.numel() - 1).all()
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -38,28 +38,26 @@ def random(*shape, seed=0, dtype=torch.float32):
 
 
 @on_device
-@pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(
     ("shape", "n"),
     [((1, 1), 1), ((3, 7), 5), ((3, 7), 100), ((1, 2049), 40), ((13, 1009), 37), ((64, 640), 3)],
 )
-def test_the_best_places_are_those_of_the_reference(shape, n, dtype, signed):
-    check_best(random(*shape).to(dtype), n, signed)
+def test_the_best_indices_are_those_of_the_reference(shape, n, dtype):
+    check_best(random(*shape).to(dtype), n)
 
 
 @on_device
 @pytest.mark.parametrize(("shape", "n"), [((0, 5), 3), ((5, 0), 3), ((0, 0), 0), ((3, 7), 0)])
-def test_nothing_to_choose_gives_no_places(shape, n):
+def test_nothing_to_choose_gives_no_indices(shape, n):
     check_best(torch.ones(shape), n)
 
 
 @on_device
 @pytest.mark.parametrize("n", [1, 50, 2000, 9998])
-def test_of_equal_scores_the_lower_places_are_taken_across_tiles_and_blocks(n):
+def test_of_equal_scores_the_lower_indices_are_taken_across_tiles_and_blocks(n):
     check_best(torch.ones(11, 909), n)
     check_best(random(11, 909).round(), n)
-    check_best(random(11, 909).round(), n, signed=True)
 
 
 @on_device
@@ -91,16 +89,14 @@ def test_zeros_of_both_signs_denormals_and_infinities_are_in_their_order(dtype):
     assert len(scores[0].unique()) >= 9  # the CPU has not flushed the denormals
     for n in (1, 4, 30, 70, 100, 210):
         check_best(scores, n)
-        check_best(scores, n, signed=True)
 
 
 @on_device
 def test_a_nan_is_never_chosen():
     scores = torch.full((4, 500), torch.nan)
     scores[1, 7], scores[3, 9] = 1.0, -2.0
-    for signed, wanted in ((False, [507]), (True, [507, 1509])):
-        places, count = triton_best.best_places(scores.to(DEVICE), 40, signed=signed)
-        assert places[: int(count)].tolist() == wanted
+    indices, count = triton_best.largest_indices(scores.to(DEVICE), 40)
+    assert indices[: int(count)].tolist() == [507]
 
 
 @on_device
@@ -115,17 +111,16 @@ def test_scores_need_not_be_contiguous():
     st.lists(st.sampled_from([-2.0, -0.0, 0.0, 1e-45, 0.5, 1.0, 1.0078125, 3.0]), max_size=90),
     st.integers(1, 40),
     st.integers(0, 100),
-    st.booleans(),
 )
-def test_any_mixture_of_ties_is_chosen_as_in_the_reference(row, repeats, n, signed):
-    check_best(torch.tensor([row], dtype=torch.float32).repeat(1, repeats), n, signed)
+def test_any_mixture_of_ties_is_chosen_as_in_the_reference(row, repeats, n):
+    check_best(torch.tensor([row], dtype=torch.float32).repeat(1, repeats), n)
 
 
 def test_scores_of_another_type_or_too_many_are_refused():
     with pytest.raises(NumberError, match="scores are torch.float64; expected bfloat16"):
-        triton_best.best_places(torch.zeros(2, 3, dtype=torch.float64), 1)
+        triton_best.largest_indices(torch.zeros(2, 3, dtype=torch.float64), 1)
     with pytest.raises(ConfigError, match=r"expected at most 2\*\*30: use fewer rows"):
-        triton_best.best_places(torch.empty(2**16, 2**14 + 1, device="meta"), 1)
+        triton_best.largest_indices(torch.empty(2**16, 2**14 + 1, device="meta"), 1)
 
 
 def test_blocks_balance_the_two_searches():
@@ -242,15 +237,15 @@ def test_pairs_by_latent_keep_their_order_and_bounds(n_pairs):
 def step(scores, n, table, gradient):
     """Choose, decode, and return the gradients of the values and of the table, by pairs."""
     n_rows, width = scores.shape
-    places, count = triton_best.best_places(scores, n)
-    chosen = torch.arange(len(places), device=scores.device) < count
-    values = scores.view(-1)[places].float().where(chosen, 0)
-    rows, latents = places // width, places % width
+    indices, count = triton_best.largest_indices(scores, n)
+    chosen = torch.arange(len(indices), device=scores.device) < count
+    values = scores.view(-1)[indices].float().where(chosen, 0)
+    rows, latents = indices // width, indices % width
     sums = kernels.gather_sum(values, latents, kernels.row_offsets(rows, n_rows), table)
     of_values = kernels.pair_dot(gradient, rows, table, latents).where(chosen, 0)
     order, bounds = kernels.by_latent(latents, width)
     of_table = kernels.gather_sum(values[order], rows[order], bounds, gradient)
-    return places, count, sums, of_values, of_table
+    return indices, count, sums, of_values, of_table
 
 
 @on_device
@@ -261,7 +256,7 @@ def test_a_step_by_pairs_is_the_dense_step_also_where_few_are_positive():
         given_ = (t.to(DEVICE) for t in (table, gradient))
         _, count, sums, of_values, of_table = step(scores.to(DEVICE), 63, *given_)
         code = torch.zeros(21 * 97)
-        chosen = reference.best_places(scores, 63)
+        chosen = reference.best_indices(scores, 63)
         code[chosen] = scores.view(-1)[chosen]
         code = code.view(21, 97)
         assert int(count) == len(chosen)
@@ -295,9 +290,9 @@ if not INTERPRETED:
         pointers = {"scores": "bf16", "values": "fp32", "table": "bf16", "out": "fp32"}
         pointers |= dict.fromkeys(("left", "right", "pieces"), "fp32")
         pointers |= dict.fromkeys(("maxima", "bits", "digits", "kept"), "i32")
-        pointers |= dict.fromkeys(("blocks", "n_blocks", "places", "count", "cut_bags"), "i64")
+        pointers |= dict.fromkeys(("blocks", "n_blocks", "indices", "count", "cut_bags"), "i64")
         pointers |= dict.fromkeys(("index", "offsets", "left_index", "right_index"), "i64")
-        sizes = {"SIGNED": True, "ROWS": 64, "WIDTH": 32, "N_DIGITS": 2, "BEFORE": 1024}
+        sizes = {"ROWS": 64, "WIDTH": 32, "N_DIGITS": 2, "BEFORE": 1024}
         sizes |= {
             "DIGIT": 1,
             "TILE": 2048,
@@ -346,5 +341,4 @@ if not INTERPRETED:
     def test_large_batches_are_chosen_as_in_the_reference(dtype):
         scores = random(1024, 7168).to(dtype)
         check_best(scores, 51_200)
-        check_best(scores, 51_200, signed=True)
         check_best(scores.relu(), 3_700_000)

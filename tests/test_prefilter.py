@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lorascope.kernels import cpu, prefilter
-from lorascope.kernels.prefilter import Screen
+from lorascope.kernels.prefilter import Prefilter
 from lorascope.runtime import Team
 from lorascope.sae.objective import initial_weights
 from lorascope.sae.sparsity import Rule
@@ -39,34 +39,33 @@ def exact(x, weight, bias):
     return (x.double() @ weight.double().T + bias).float()
 
 
-@pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("n", "d", "latents"), [(64, 96, 1024), (33, 7, 101)])
-def test_the_choice_is_that_of_exact_scores(kind, n, d, latents, signed):
-    of_batch, of_rows = Screen(), Screen()
+def test_the_choice_is_that_of_exact_scores(kind, n, d, latents):
+    of_batch, of_rows = Prefilter(), Prefilter()
     for seed in range(4):  # the later ones with what is remembered
         x, weight, bias = rows_of(kind, n, d, latents, seed)
         scores = exact(x, weight, bias)
         for k in (5, 2.5):
-            one = of_batch.best_places(x, weight, bias, round(k * n), signed=signed)
-            other = cpu.best_places(scores, round(k * n), signed=signed)
+            one = of_batch.best_indices(x, weight, bias, round(k * n))
+            other = cpu.best_indices(scores, round(k * n))
             assert_same(one, other, scores, n)
-            one = of_rows.best_of_rows(x, weight, bias, k, signed=signed)
-            assert_same(one, cpu.best_of_rows(scores, k, signed=signed), scores, n)
+            one = of_rows.best_of_rows(x, weight, bias, k)
+            assert_same(one, cpu.best_of_rows(scores, k), scores, n)
 
 
 def assert_same(found, wanted, scores, n):
     """Float32 rounds sums in one order or another: what differs by no more may be swapped."""
-    assert len(found.places) == len(wanted.places)
-    assert (found.places.diff() > 0).all()
+    assert len(found.indices) == len(wanted.indices)
+    assert (found.indices.diff() > 0).all()
     there = scores.flatten()
-    swapped = set(found.places.tolist()) ^ set(wanted.places.tolist())
+    swapped = set(found.indices.tolist()) ^ set(wanted.indices.tolist())
     assert len(swapped) <= 2
     scale = float(there.abs().max())
     for place in swapped:
         near = min(abs(float(there[place]) - float(there[other])) for other in swapped - {place})
         assert near < 1e-5 * scale
-    assert torch.allclose(found.values, there[found.places], atol=1e-5 * scale)
+    assert torch.allclose(found.values, there[found.indices], atol=1e-5 * scale)
 
 
 def test_a_step_with_the_screen_is_the_step_without(monkeypatch):

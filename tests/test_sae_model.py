@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -194,3 +196,14 @@ def test_a_file_of_a_newer_schema_asks_for_a_newer_version(tmp_path):
     newer = SAE(**{**vars(sae), "manifest": {**sae.manifest, "schema": 2}})
     with pytest.raises(ArtifactError, match="install a newer lorascope"):
         load_sae(newer.save(tmp_path / "sae.pt"))
+
+
+def test_encoding_imports_no_training():
+    training = ("trainer", "step", "objective", "settings", "training_log", "training_plot")
+    code = (
+        "import sys, lorascope.sae.model\n"
+        f"loaded = {{f'lorascope.sae.{{name}}' for name in {training}}} & set(sys.modules)\n"
+        "assert not loaded, loaded"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

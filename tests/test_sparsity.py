@@ -4,17 +4,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorascope.errors import ConfigError
-from lorascope.sae.sparsity import Rule, SparseCode, calibrate_threshold, chosen
+from lorascope.sae.sparsity import Rule, SparseCode, calibrate_threshold, choose
 
 
 def by_sorting(scores: torch.Tensor, rule: Rule, by_row: bool) -> torch.Tensor:
     """What fires, by its definition: sort by (score, then lower index first)."""
-    size = scores.abs() if rule.signed else scores
+    size = scores
     batch, width = scores.shape
     fires = torch.zeros(batch * width, dtype=torch.bool)
 
-    def order(places):
-        return sorted(places, key=lambda i: (-float(size.flatten()[i]), i))
+    def order(indices):
+        return sorted(indices, key=lambda i: (-float(size.flatten()[i]), i))
 
     if by_row or rule.architecture == "topk":
         chosen, following = [], []
@@ -37,23 +37,22 @@ def by_sorting(scores: torch.Tensor, rule: Rule, by_row: bool) -> torch.Tensor:
     levels=st.integers(1, 50),
     seed=st.integers(0, 1000),
     architecture=st.sampled_from(["batchtopk", "topk", "matryoshka"]),
-    signed=st.booleans(),
     by_row=st.booleans(),
 )
 def test_what_fires_is_a_stable_sort_cut_off(
-    rows, latents, share, levels, seed, architecture, signed, by_row
+    rows, latents, share, levels, seed, architecture, by_row
 ):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randint(-levels, levels + 1, (rows, latents), generator=generator).float()
-    rule = Rule(architecture, share * latents, signed)
-    assert torch.equal(chosen(scores, rule, by_row=by_row), by_sorting(scores, rule, by_row))
+    rule = Rule(architecture, share * latents)
+    assert torch.equal(choose(scores, rule, by_row=by_row), by_sorting(scores, rule, by_row))
 
 
 @pytest.mark.parametrize(("k", "n"), [(0.01, 1), (0.5, 50), (2.344, 234), (7, 700)])
 @pytest.mark.parametrize("by_row", [False, True])
 def test_a_fraction_of_a_latent_is_a_share_of_the_rows(k, n, by_row):
     scores = torch.rand(100, 20, generator=torch.Generator().manual_seed(0)) + 0.1
-    assert int(chosen(scores, Rule("batchtopk", k), by_row=by_row).sum()) == n
+    assert int(choose(scores, Rule("batchtopk", k), by_row=by_row).sum()) == n
 
 
 def test_the_prefixes_of_a_matryoshka_end_with_the_whole_dictionary():
@@ -99,7 +98,7 @@ def test_scores_from_the_smallest_to_the_largest_float_are_told_apart():
 
 
 def test_no_rows_give_no_threshold():
-    with pytest.raises(ConfigError, match="needs rows"):
+    with pytest.raises(ConfigError, match="no rows"):
         calibrate_threshold(list, 1)
 
 

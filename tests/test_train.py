@@ -81,19 +81,6 @@ def test_the_threshold_gives_k_on_half_of_the_held_out_rollouts(small_config, ar
         assert len(sae.threshold.unique()) == 1
 
 
-def test_signed_latents_are_saved_as_two_of_opposite_directions(small_config):
-    sae = load_sae(run(replace(small_config, signed=True)))
-    assert sae.d_sae == 2 * 3 * 14
-    half = sae.d_sae // 2
-    assert torch.equal(sae.W_dec[half:], -sae.W_dec[:half])
-    assert torch.equal(sae.W_enc[:, half:], -sae.W_enc[:, :half])
-    rows = torch.tensor(ActivationStore.open(small_config.data_dir).rows(0, 300))
-    code = sae.encode_dense(rows)
-    assert (code >= 0).all()
-    assert not ((code[:, :half] > 0) & (code[:, half:] > 0)).any()
-    assert (code[:, half:] > 0).any()
-
-
 @pytest.mark.parametrize("normalize", ["effect", "std", "rms", "none"])
 @pytest.mark.parametrize("name", ["sae.pt", "sae"])
 def test_saved_weights_reconstruct_raw_rows_as_training_did(
@@ -158,7 +145,7 @@ def test_a_run_broken_off_and_continued_is_the_undisturbed_run(
     assert not broken.output.exists()
     monkeypatch.setattr(train.Trainer, "take", take)
     assert digest_file(run(replace(broken, checkpoint_every=60))) == straight
-    assert f"going on from step {at}" in caplog.text
+    assert f"resuming from step {at}" in caplog.text
 
 
 @pytest.mark.slow
@@ -173,7 +160,7 @@ def test_without_resume_it_begins_anew_and_ends_the_same(
         with pytest.raises(ZeroDivisionError):
             run(other)
     assert digest_file(run(other)) == straight
-    assert "going on" not in caplog.text
+    assert "resuming" not in caplog.text
 
 
 CHILD = """

@@ -40,14 +40,13 @@ pytestmark = pytest.mark.dist
 ALONE = Team()
 BATCH = 33  # odd: the processes have 16 and 17 rows
 CASES = {
-    f"{rule.architecture}{' signed' * rule.signed} k={rule.k} dead={n_dead}{' by row' * by_row}": (
+    f"{rule.architecture} k={rule.k} dead={n_dead}{' by row' * by_row}": (
         rule,
         n_dead,
         by_row,
     )
     for rule in [
         *(Rule(name, k) for name in ("batchtopk", "topk", "matryoshka") for k in (2.0, 0.3, 3.4)),
-        *(Rule(name, 3.4, signed=True) for name in ("batchtopk", "topk", "matryoshka")),
         Rule("jumprelu", 2.0),
     ]
     for n_dead in (0, 9)
@@ -58,7 +57,6 @@ RUNS = {
     "topk": {"architecture": "topk"},
     "matryoshka": {"architecture": "matryoshka"},
     "jumprelu": {"architecture": "jumprelu"},
-    "signed": {"architecture": "batchtopk", "signed": True},
 }
 
 
@@ -231,13 +229,13 @@ def gradients_alone(kept: list = []) -> dict[str, dict[str, torch.Tensor]]:  # n
 
 
 def test_the_step_of_one_process_that_others_are_compared_with_is_the_definition():
-    rule, n_dead, by_row = CASES["matryoshka signed k=3.4 dead=9"]
+    rule, n_dead, by_row = CASES["matryoshka k=3.4 dead=9"]
     weights = weights_of()
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(BATCH, 7, generator=generator, dtype=torch.float64)
     dead = torch.arange(24) < n_dead
     objective(weights, x, rule, dead, k_aux=3, auxk_alpha=0.7, by_row=by_row).total.backward()
-    found = gradients_alone()["matryoshka signed k=3.4 dead=9"]
+    found = gradients_alone()["matryoshka k=3.4 dead=9"]
     for name, tensor in weights.tensors().items():
         assert torch.allclose(found[name], tensor.grad, rtol=1e-9, atol=1e-13), name
 
@@ -364,7 +362,7 @@ def test_a_signal_to_one_process_ends_all_with_143_and_loses_nothing(
     assert not given.output.exists()
     codes, folder = pair(words=words_of(given))
     assert codes == [0, 0]
-    assert "going on from step 12 of" in (folder / "0.err").read_text()
+    assert "resuming from step 12 of" in (folder / "0.err").read_text()
     assert digest_file(given.output) == digest_file(straight)
 
 
@@ -385,7 +383,7 @@ def test_a_signal_to_torchrun_is_passed_on_and_loses_nothing(config, straight, p
     assert not given.output.exists()
     codes, folder = pair(words=words_of(given))
     assert codes == [0, 0]
-    assert "going on from step 10 of" in (folder / "0.err").read_text()
+    assert "resuming from step 10 of" in (folder / "0.err").read_text()
     assert digest_file(given.output) == digest_file(straight)
 
 

@@ -13,12 +13,11 @@ from builders.stores import planted_rows
 from lorascope.artifact import read_manifest
 from lorascope.cli import call
 from lorascope.errors import ArtifactError, ConfigError, LorascopeError, NumberError
-from lorascope.sae import finish, train, trainer
-from lorascope.sae.journal import CLOCK_FIELDS, read_journal
+from lorascope.sae import publish, train, trainer
 from lorascope.sae.model import load_sae
 from lorascope.sae.settings import TrainConfig
-from lorascope.sae.sweep import output_of
 from lorascope.sae.train import run
+from lorascope.sae.training_log import CLOCK_FIELDS, read_training_log
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -41,7 +40,7 @@ def config(make_store, tmp_path):
 
 
 def outputs(config: TrainConfig) -> list[Path]:
-    return [output_of(config.output, variant) for variant in config.variants()]
+    return [member.path(config.output) for member in config.sweep()]
 
 
 def content(out: Path) -> dict[str, bytes]:
@@ -52,7 +51,7 @@ def content(out: Path) -> dict[str, bytes]:
 
 def lines(out: Path) -> list[dict[str, float]]:
     """Return the training log beside an SAE, without what a clock says."""
-    journal = read_journal(finish.beside(out, ".jsonl"))
+    journal = read_training_log(publish.sibling(out, ".jsonl"))
     return [{k: v for k, v in line.items() if k not in CLOCK_FIELDS} for line in journal]
 
 
@@ -85,13 +84,13 @@ def test_each_of_many_has_the_bytes_of_its_run_alone(config, tmp_path, name):
     assert made == {
         f"sae_k{k}_x{x}_lr{lr}{end}" for k, x, lr in product((2, 4), (1, 2), ("auto", "0.02"))
     }
-    for variant, out in zip(many.variants(), outputs(many), strict=True):
+    for member, out in zip(many.sweep(), outputs(many), strict=True):
         alone = replace(
             *(config,),
             output=tmp_path / "alone" / name,
-            k=variant.k,
-            expansion_factor=variant.expansion_factor,
-            lr=variant.lr,
+            k=member.k,
+            expansion_factor=member.expansion_factor,
+            lr=member.lr,
             overwrite=True,
         )
         assert content(run(alone)) == content(out)
@@ -117,34 +116,29 @@ def test_a_seed_of_many_has_the_weights_of_its_run_alone(config, tmp_path):
     assert alone.stability is None
 
 
-def test_seeds_counts_on_from_seed_and_other_lists_change_nothing(config, tmp_path):
-    named = replace(config, seed=(7, 8))
-    run(named)
-    counted = replace(config, output=tmp_path / "counted" / "sae.pt", seed=7, seeds=2)
-    run(counted)
-    assert [out.name for out in outputs(counted)] == ["sae_seed7.pt", "sae_seed8.pt"]
-    more = replace(named, output=tmp_path / "more" / "sae.pt", k=(3, 5))
+def test_other_lists_do_not_change_the_bytes_of_several_seeds(config, tmp_path):
+    seeds = replace(config, seed=(7, 8))
+    run(seeds)
+    more = replace(seeds, output=tmp_path / "more" / "sae.pt", k=(3, 5))
     run(more)
     assert [out.name for out in outputs(more)[:2]] == ["sae_k3_seed7.pt", "sae_k3_seed8.pt"]
-    for out, again, beside_others in zip(
-        outputs(named), outputs(counted), outputs(more)[:2], strict=True
-    ):
-        assert content(out) == content(again) == content(beside_others)
+    for out, same in zip(outputs(seeds), outputs(more)[:2], strict=True):
+        assert content(out) == content(same)
 
 
 def test_the_table_has_the_report_of_every_sae(config, capsys, caplog):
     caplog.set_level("INFO")
-    many = replace(config, k=(2, 4), seeds=2)
+    many = replace(config, k=(2, 4), seed=(42, 43))
     path = run(many)
     assert path == config.output.with_name("sae.runs.json")
     rows = json.loads(path.read_text())
     assert [row["sae"] for row in rows] == [out.name for out in outputs(many)]
-    for row, variant, out in zip(rows, many.variants(), outputs(many), strict=True):
+    for row, member, out in zip(rows, many.sweep(), outputs(many), strict=True):
         content = (read_manifest(out) or {})["content"]
         for name in ("fvu", "l0", "alive", "cosine"):
             assert row[name] == content["report"][name], name
         assert row["stability"] == np.median(content["stability"])
-        for name, value in variant.settings().items():
+        for name, value in member.settings().items():
             assert row[name] == value, name
     assert "sae_k4_seed43.pt" in caplog.text
     before, text = stamps(outputs(many)), path.read_bytes()
@@ -158,13 +152,10 @@ def units_of(sae) -> torch.Tensor:
     return torch.nn.functional.normalize(sae.W_dec.double() * sae.scale.double(), dim=1)
 
 
-@pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("normalize", ["std", "none"])
-def test_stability_is_the_cosine_with_the_nearest_latent_of_the_other_seeds(
-    config, signed, normalize
-):
-    """By brute force over the saved decoders, of which a signed SAE has both directions."""
-    many = replace(config, seeds=3, signed=signed, normalize=normalize)
+def test_stability_is_the_cosine_with_the_nearest_latent_of_the_other_seeds(config, normalize):
+    """By brute force over the saved decoders."""
+    many = replace(config, seed=(42, 43, 44), normalize=normalize)
     run(many)
     saes = [load_sae(out) for out in outputs(many)]
     decoders = [units_of(sae) for sae in saes]
@@ -186,7 +177,9 @@ def test_a_planted_direction_is_stable_and_what_only_one_seed_has_is_not(make_st
     fires = (rng.random((2000, 6)) < 0.15) * rng.uniform(1, 2, (2000, 6))
     rows = fires @ directions + 0.03 * rng.standard_normal((2000, 14))
     store = make_store(rows, n_rollouts=20, name="planted")
-    many = replace(config, data_dir=store.path, seeds=3, k=1, epochs=12, expansion_factor=4)
+    many = replace(
+        config, data_dir=store.path, seed=(42, 43, 44), k=1, epochs=12, expansion_factor=4
+    )
     run(many)
     for out in outputs(many):
         sae = load_sae(out)
@@ -244,12 +237,12 @@ def test_many_broken_off_go_on_to_the_same_bytes(config, tmp_path, monkeypatch, 
 
 def broken_between_publications(config: TrainConfig, monkeypatch) -> None:
     """Run until the first SAE is published and the others are trained."""
-    publish, n = finish.publish, []
+    publish_one, n = publish.publish, []
 
     def first_only(*given):
         if n:
             raise RuntimeError("power cut")
-        n.append(publish(*given))
+        n.append(publish_one(*given))
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "publish", first_only)
@@ -258,7 +251,7 @@ def broken_between_publications(config: TrainConfig, monkeypatch) -> None:
     assert [out.exists() for out in outputs(config)] == [True, False]
 
 
-@pytest.mark.parametrize("lists", [{"k": (2, 4)}, {"seeds": 2}])
+@pytest.mark.parametrize("lists", [{"k": (2, 4)}, {"seed": (42, 43)}])
 def test_many_killed_while_they_are_published_end_with_the_same_bytes(
     config, tmp_path, monkeypatch, lists
 ):
@@ -316,7 +309,6 @@ def test_another_sae_under_one_of_the_names_is_refused_before_training(config, t
         {"expansion_factor": (2, 2)},
         {"lr": ("0.001", "1e-3")},
         {"k": ()},
-        {"seeds": 2, "seed": (1, 2)},
     ],
 )
 def test_lists_that_name_one_sae_twice_or_none_are_one_line(config, lists):

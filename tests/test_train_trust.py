@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,29 +10,29 @@ import pytest
 import safetensors.torch
 import torch
 from builders.stores import planted_rows
-from builders.trackers import FakeWandb, fake_tensorboard, timeless
+from builders.training_logs import timeless
 
 from lorascope.activations.batches import split_rows
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import digest_file, read_manifest
 from lorascope.cli import call
 from lorascope.errors import ArtifactError, NumberError
-from lorascope.sae import finish
-from lorascope.sae.journal import read_journal
+from lorascope.sae import publish
 from lorascope.sae.model import load_sae
 from lorascope.sae.objective import initial_weights
 from lorascope.sae.settings import TrainConfig
 from lorascope.sae.train import run
 from lorascope.sae.trainer import Trainer
+from lorascope.sae.training_log import read_training_log
 from lorascope.texts.roles import ROLES
 
 CHECKPOINT = "sae.pt.partial/checkpoint.safetensors"
-draw_training = finish.draw_training
+draw_training = publish.draw_training
 
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(finish, "draw_training", lambda *_: None)
+    monkeypatch.setattr(publish, "draw_training", lambda *_: None)
 
 
 @pytest.fixture
@@ -75,45 +74,18 @@ def break_off(config: TrainConfig, monkeypatch, at: int, saved: int) -> Path:
 # --- what stands beside a run
 
 
-@pytest.mark.parametrize("fails", [None, "init", "log", "finish"])
-@pytest.mark.parametrize("error", [RuntimeError("no network"), SystemExit(1)])
-def test_a_tracker_changes_nothing_and_stops_nothing(
-    config, tmp_path, monkeypatch, caplog, fails, error
-):
-    plain = run(replace(config, output=tmp_path / "plain.pt"))
-    fake = FakeWandb(fails, error)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    seen = fake_tensorboard(monkeypatch)
-    tracked = run(replace(config, track=("wandb", "tensorboard")))
-    assert digest_file(tracked) == digest_file(plain)
-    journals = [timeless(finish.beside(path, ".jsonl")) for path in (tracked, plain)]
-    assert journals[0] == journals[1]
-    told = [r.getMessage() for r in caplog.records if "--track wandb" in r.getMessage()]
-    assert len(told) == (fails is not None)
-    assert len(fake.logged) == {None: 25, "init": 0, "log": 2, "finish": 25}[fails]
-    assert len({step for _, _, step in seen["scalars"]}) == 25
-    assert seen["closed"] == 1
-
-
-def test_a_tracker_that_is_not_installed_does_not_stop_training(config, monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert run(replace(config, track=("wandb", "tensorboard"))).exists()
-    assert caplog.text.count("pip install 'lorascope[track]'") == 2
-
-
 @pytest.mark.parametrize("saved", [None, 5, 11])
 def test_the_log_has_every_point_once_also_after_a_resume(config, tmp_path, monkeypatch, saved):
     straight = run(replace(config, output=tmp_path / "straight.pt"))
-    expected = timeless(finish.beside(straight, ".jsonl"))
+    expected = timeless(publish.sibling(straight, ".jsonl"))
     assert [line["step"] for line in expected] == list(range(1, 26))
     assert [line["tokens"] for line in expected] == list(range(64, 1601, 64))
     break_off(config, monkeypatch, at=11, saved=saved)
     begun = [line["step"] for line in timeless(config.output.with_name("sae.jsonl"))]
     assert begun == list(range(1, 12))
-    resumed = finish.beside(run(config), ".jsonl")
+    resumed = publish.sibling(run(config), ".jsonl")
     assert timeless(resumed) == expected
-    for line in read_journal(resumed):
+    for line in read_training_log(resumed):
         del line["tokens_per_second"]  # unknown on the first line after a resume
         assert all(np.isfinite(value) for value in line.values())
     log = (read_manifest(config.output) or {})["content"]["log"]
@@ -125,10 +97,10 @@ def test_a_picture_lies_beside_the_sae_also_where_drawing_it_was_cut_off(config,
         raise RuntimeError("power cut")
 
     with monkeypatch.context() as patch:
-        patch.setattr(finish, "draw_training", cut)
+        patch.setattr(publish, "draw_training", cut)
         with pytest.raises(RuntimeError):
             run(config)
-    monkeypatch.setattr(finish, "draw_training", draw_training)
+    monkeypatch.setattr(publish, "draw_training", draw_training)
     run(config)
     picture = config.output.with_name("sae.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
@@ -220,7 +192,6 @@ def test_a_buffer_of_any_size_trains(config, buffer_rows):
         {"architecture": "topk", "k": 2.4},
         {"architecture": "jumprelu"},
         {"architecture": "matryoshka"},
-        {"signed": True},
         {"precision": "bfloat16"},
         {"normalize": "none", "seed": 9},
     ],
@@ -334,26 +305,17 @@ def test_columns_of_any_size_are_learned_by_default(config):
     assert worst["none"] > 0.9
 
 
-@pytest.mark.parametrize(
-    ("architecture", "signed"),
-    [
-        ("batchtopk", False),
-        ("batchtopk", True),
-        ("topk", False),
-        ("topk", True),
-        ("matryoshka", False),
-        ("jumprelu", False),
-    ],
-)
-def test_l0_at_inference_is_that_of_training_after_ten_steps(
-    make_store, config, architecture, signed
-):
+@pytest.mark.parametrize("architecture", ["batchtopk", "topk", "matryoshka", "jumprelu"])
+def test_l0_at_inference_is_that_of_training_after_ten_steps(make_store, config, architecture):
     store = make_store(planted_rows(9000), n_rollouts=60, name="long")
     path = run(
         replace(
-            *(config,),
-            **{"data_dir": store.path, "architecture": architecture, "signed": signed},
-            **{"holdout": 0.7, "batch_size": 256, "epochs": 1},
+            config,
+            data_dir=store.path,
+            architecture=architecture,
+            holdout=0.7,
+            batch_size=256,
+            epochs=1,
         )
     )
     manifest = read_manifest(path) or {}
@@ -425,7 +387,6 @@ BAD = {
     "architecture": ["relu"],
     "expansion_factor": ["0", "-1", "1.5", "x", "2 0", "2 2"],
     "k": ["0", "-1", "nan", "inf", "x", "29", "3 29", "3 3", "0.001"],
-    "signed": ["--architecture jumprelu"],
     "batch_size": ["0", "1", "-5", "541", "1.5", "x"],
     "epochs": ["0", "-1", "0.5", "x"],
     "lr": ["0", "-1", "nan", "inf", "fast", "auto 0"],
@@ -440,10 +401,8 @@ BAD = {
     "data_dir": ["absent", "full"],
     "output": ["full", "file/sae.pt"],
     "adapter_types": ["lm_head"],
-    "seeds": ["0", "-1", "1.5", "x"],
     "buffer_rows": ["0", "-1", "1.5", "x"],
     "device": ["warp", "cuda:77"],
-    "track": ["mlflow", "wandb mlflow"],
     "checkpoint_every": ["-1", "nan", "x"],
     "resume": ["maybe"],
     "overwrite": ["maybe"],

@@ -28,14 +28,14 @@ OPTION_GROUPS = {  # the groups of `--help` with the options of all commands, mo
     "temperature sample_seed".split(),
     "model": "lora_path base_model adapter_types adapter_name dtype gauge device_map "
     "skip_unhookable".split(),
-    "dictionary": "sae expansion_factor k batch_size epochs lr architecture normalize signed "
+    "dictionary": "sae expansion_factor k batch_size epochs lr architecture normalize "
     "warmup holdout dead_after auxk_alpha precision buffer_rows against".split(),
     "features": "features top_k context_window max_per_rollout same_context samples rollout_tokens "
     "effect_texts how factor doses where target tokens positions steps top check_rollouts greedy "
     "tolerance".split(),
     "output": "output overwrite format store_dtype title effects max_examples open serve "
     "port".split(),
-    "run": "device num_gpus batch_tokens seed seeds resume checkpoint_every track".split(),
+    "run": "device num_gpus batch_tokens seed resume checkpoint_every".split(),
 }
 ALIASES = {  # other names of an option: those of the published scripts, and earlier ones
     "sae": ("model_path",),

@@ -62,7 +62,7 @@ def run(config: RunConfig) -> Path:
         )
     out = config.output
     for name in ("k", "expansion_factor", "lr", "seed"):
-        if (n := len(config.each(name))) > 1:
+        if (n := len(config.values_of(name))) > 1:
             raise ConfigError(
                 f"run trains one SAE, {flag_of(name)} has {n} values; "
                 "give one here, or all of them to lorascope train"
@@ -150,7 +150,7 @@ def _require_room(config: RunConfig) -> None:
     ranks = ranks_by_projection(inspect_adapter(config.lora_path, config.adapter_name))
     types = parse_adapter_types(config.adapter_types) or tuple(ranks)
     if d_in := sum(ranks.get(name, 0) for name in types):
-        config.room(d_in)
+        config.require_enough_latents(d_in)
 
 
 def summarize(store: Path, sae: Path, index: Path, page: Path) -> dict[str, Any]:

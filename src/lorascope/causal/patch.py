@@ -23,8 +23,8 @@ from torch import Tensor
 
 from lorascope.artifact import canonical
 from lorascope.errors import ArtifactError
+from lorascope.sae.files import NAMES
 from lorascope.sae.model import SAE
-from lorascope.sae.weights import NAMES
 from lorascope.sites import SiteLayout
 from lorascope.subject.intervene import Edit, RowEditor
 

@@ -98,7 +98,7 @@ def _values(
             index = torch.from_numpy(np.searchsorted(chunk, in_order[first:last])).to(device)
             x = torch.from_numpy(store.take(chunk)).to(device)
             latent = torch.from_numpy(latents[here]).to(device)
-            values[here] = sae.encoder.at(x, index, latent).cpu().numpy()
+            values[here] = sae.encoder.values_of(x, index, latent).cpu().numpy()
             bar.update(len(chunk))
     return values
 

@@ -1,15 +1,15 @@
-"""The operations of `reference.py` in those operations of torch that are fast on a CPU.
+"""The operations of `reference.py`, built from the torch operations that are fast on a CPU.
 
-`best_places` reads the scores once where the guess is good:
+`best_indices` reads the scores once if the guess is good:
 
-1. Mark the scores above a guessed bound. The guess is that of the caller (the bound of the batch
-   before, a little lower) or comes from a sample of the rows.
-2. Collect the marks' places: first the words of eight marks that are not zero, then the bytes of
-   those, as fewer than one in a hundred is set.
-3. With fewer than `n`, lower the bound and mark again; with `n` or more the wanted ones are among
-   them, and only they are ordered.
+1. Mark the scores above a guessed bound. The guess comes from the caller (the bound of the batch
+   before, a little lower) or from a sample of the rows.
+2. Collect the indices of the marks: first the words of eight marks that are not zero, then the
+   bytes inside them, because fewer than one score in a hundred is marked.
+3. With fewer than `n` marks, lower the bound and mark again. With `n` or more, the wanted scores
+   are among them, and only these are ranked.
 
-The guess decides the time and never the choice.
+The guess changes the time, never the choice.
 """
 
 import math
@@ -20,12 +20,12 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from lorascope.kernels import Best
+from lorascope.kernels.reference import Best
 
 _SAMPLE = 1 << 16  # scores from which a bound is guessed
-_TRIES = 4  # bounds marked before every positive score is
-_LOWER = 0.99  # of a batch's bound: the guess for the next one
-_PARTS = 3  # of a row, for each latent wanted
+_TRIES = 4  # bounds to try before marking every positive score
+_LOWER = 0.99  # the next batch's guess, as a share of this batch's bound
+_PARTS = 3  # parts of a row for each wanted latent
 
 
 def product(
@@ -35,8 +35,8 @@ def product(
 
     float32 goes through oneDNN, which takes half the time of torch's default here and differs from
     it by 1e-6 of the largest value. On CPUs whose matrix unit (AMX) would then compute in bfloat16
-    it stays with the default. `out` is used again and again: fresh memory of this size costs the
-    operating system as long as the selection.
+    the default is used. Callers reuse `out`: getting fresh memory of this size from the operating
+    system takes as long as the selection.
     """
     if x.dtype != torch.float32 or torch.cpu._is_amx_tile_supported():
         return torch.mm(x, weight.T, out=out)
@@ -49,183 +49,164 @@ def product(
         settings.fp32_precision = before
 
 
-def best_places(
+def best_indices(
     scores: Float[Tensor, "batch latent"],
     n: int,
     *,
-    signed: bool = False,
     bias: Float[Tensor, "latent"] | None = None,
     guess: float | None = None,
 ) -> Best:
-    """Return the `n` largest positive `scores + bias`: their places, rising, and those sums.
+    """Return the `n` largest positive `scores + bias`: their indices, rising, and those sums.
 
-    Of equal sums those at lower places are taken; fewer than `n` where fewer are positive.
-    `signed` ranks by absolute value. `guess` is a bound that the `n`-th is thought to lie just
-    above. The sums are never formed for the whole batch.
+    Ties go to the lower index. Returns fewer than `n` if fewer are positive. `guess` is a bound
+    slightly below the expected `n`-th largest sum. The sums are never formed for the whole batch.
     """
     empty = torch.zeros(0, dtype=torch.int64)
-    places, values = empty, empty.to(scores.dtype if bias is None else bias.dtype)
-    bound = sampled(scores, n, signed, bias) if guess is None or not guess > 0 else guess
+    indices, values = empty, empty.to(scores.dtype if bias is None else bias.dtype)
+    bound = sampled_bound(scores, n, bias) if guess is None or not guess > 0 else guess
     for bound in [bound * 0.8**i for i in range(_TRIES)] + [0.0] if n > 0 else []:
-        places, values = _candidates(scores, bound, signed, bias)
-        if len(places) >= n:
+        indices, values = _candidates(scores, bound, bias)
+        if len(indices) >= n:
             break
-    if len(places) > n:
-        kept, bound = best_among(values, n, signed=signed)
-        places, values = places[kept], values[kept]
-    return Best(places, values, _LOWER * bound)
+    if len(indices) > n:
+        kept, bound = keep_best(values, n)
+        indices, values = indices[kept], values[kept]
+    return Best(indices, values, _LOWER * bound)
 
 
-def best_among(
-    values: Float[Tensor, "candidate"], n: int, *, signed: bool = False
+def keep_best(
+    values: Float[Tensor, "candidate"], n: int
 ) -> tuple[Bool[Tensor, "candidate"], float]:
-    """Say which of more than `n` candidates, in the order of their places, are the best `n`.
+    """Return a mask of the `n` best of more than `n` candidates, and the smallest kept value.
 
-    The second value is the least size that is kept.
+    Candidates are in the order of their indices.
     """
-    size = values.abs() if signed else values
-    # topk does not say which of equal values it takes: only the smallest kept value is used
-    last = torch.topk(size, n, sorted=False).values.min()
-    keep = size > last
-    ties = torch.nonzero(size == last)[: n - int(keep.sum()), 0]
+    # topk does not say which of equal values it takes, so only its smallest value is used
+    last = torch.topk(values, n, sorted=False).values.min()
+    keep = values > last
+    ties = torch.nonzero(values == last)[: n - int(keep.sum()), 0]
     keep[ties] = True
     return keep, float(last)
 
 
-def best_of_rows(scores: Float[Tensor, "batch latent"], k: float, *, signed: bool = False) -> Best:
-    """Return the `k` largest positive scores of each row, as `best_places` does.
+def best_of_rows(scores: Float[Tensor, "batch latent"], k: float) -> Best:
+    """Return the `k` largest positive scores of each row, in the form of `best_indices`.
 
-    A fraction of `k` is spent on the batch: of the candidates that come next in each row, the best
-    `round((k - floor(k)) * batch)` are kept. Of equal scores the lower latent is taken, and then
-    the lower row.
+    The fraction of `k` is spent on the whole batch: of each row's next-best score, the best
+    `round((k - floor(k)) * batch)` are kept. Ties go to the lower latent, then to the lower row.
 
-    Each row is cut into parts. As many scores as parts are at or above the `k`-th largest of the
-    parts' maxima, so that those at or above it hold the row's best, and are few.
+    Each row is cut into parts. At least `k` scores reach the `k`-th largest of the parts' maxima,
+    so the scores that reach it contain the row's best, and are few.
     """
     batch, width = scores.shape
-    wide = min(math.ceil(k), width)
-    if batch == 0 or wide == 0:
+    k_ceil = min(math.ceil(k), width)
+    if batch == 0 or k_ceil == 0:
         return Best(torch.zeros(0, dtype=torch.int64), scores.new_zeros(0), 0.0)
-    bound = reached(scores, wide, signed).clamp_(min=_least(scores))
-    marks = scores >= bound
-    if signed:
-        marks |= scores <= -bound
-    places = set_places(marks)
-    values = scores.view(-1)[places]
-    kept = best_among_rows(places, values, scores.shape, k, signed=signed)
-    return Best(places[kept], values[kept], 0.0)
+    bound = row_bounds(scores, k_ceil).clamp_(min=_smallest_positive(scores))
+    indices = nonzero_indices(scores >= bound)
+    values = scores.view(-1)[indices]
+    kept = keep_best_of_rows(indices, values, scores.shape, k)
+    return Best(indices[kept], values[kept], 0.0)
 
 
-def best_among_rows(
-    places: Int64[Tensor, "candidate"],
+def keep_best_of_rows(
+    indices: Int64[Tensor, "candidate"],
     values: Float[Tensor, "candidate"],
     shape: tuple[int, ...],
     k: float,
-    *,
-    signed: bool = False,
 ) -> Bool[Tensor, "candidate"]:
-    """Say which candidates are the best of their rows; every row's best are among them.
+    """Return a mask of the `k` best of each row among candidates that contain them.
 
-    `places` rise, in scores of `shape`.
+    `indices` rise and point into scores of `shape`.
     """
     batch, width = shape
-    whole, wide = math.floor(k), min(math.ceil(k), width)
-    starts = torch.searchsorted(places, torch.arange(batch + 1) * width)
+    k_floor, k_ceil = math.floor(k), min(math.ceil(k), width)
+    starts = torch.searchsorted(indices, torch.arange(batch + 1) * width)
     counts = starts.diff()
     rows = torch.repeat_interleave(counts)
-    columns = torch.arange(len(places)) - starts[rows]
-    table = values.new_zeros(batch, max(int(counts.max()), wide))
-    table[rows, columns] = values.abs() if signed else values
-    best = torch.topk(table, wide).values
-    last, allowed = best[:, -1:], torch.full((batch, 1), wide)
-    if wide > whole:  # the candidates for the fraction
+    columns = torch.arange(len(indices)) - starts[rows]
+    table = values.new_zeros(batch, max(int(counts.max()), k_ceil))
+    table[rows, columns] = values
+    best = torch.topk(table, k_ceil).values
+    last, allowed = best[:, -1:], torch.full((batch, 1), k_ceil)
+    if k_ceil > k_floor:  # which rows get one score more, for the fraction
         extra = torch.zeros(batch, 1, dtype=torch.bool)
-        extra[best[:, -1].argsort(descending=True, stable=True)[: round((k - whole) * batch)]] = 1
-        before = best[:, -2:-1] if whole else torch.full_like(last, torch.inf)
-        last, allowed = torch.where(extra, last, before), whole + extra.long()
+        by_next = best[:, -1].argsort(descending=True, stable=True)
+        extra[by_next[: round((k - k_floor) * batch)]] = 1
+        before = best[:, -2:-1] if k_floor else torch.full_like(last, torch.inf)
+        last, allowed = torch.where(extra, last, before), k_floor + extra.long()
     keep = table >= last
     crowded = (keep.sum(1, keepdim=True) > allowed)[:, 0]
-    if crowded.any():  # by equal scores: the lower latents
-        here, bar = table[crowded], last[crowded]
-        free = allowed[crowded] - (here > bar).sum(1, keepdim=True)
-        keep[crowded] = (here > bar) | ((here == bar) & ((here == bar).cumsum(1) <= free))
-    return keep[rows, columns] & ((values != 0) if signed else (values > 0))
+    if crowded.any():  # equal scores: keep the lower latents
+        crowded_table, bar = table[crowded], last[crowded]
+        free = allowed[crowded] - (crowded_table > bar).sum(1, keepdim=True)
+        tied = crowded_table == bar
+        keep[crowded] = (crowded_table > bar) | (tied & (tied.cumsum(1) <= free))
+    return keep[rows, columns] & (values > 0)
 
 
-def reached(
-    scores: Float[Tensor, "batch latent"], n: int, signed: bool
-) -> Float[Tensor, "batch 1"]:
-    """Return of each row a size that `n` scores or more reach, and not many more."""
-    return torch.topk(_part_maxima(scores, n, signed), n, sorted=False).values.amin(1, True)
+def row_bounds(scores: Float[Tensor, "batch latent"], n: int) -> Float[Tensor, "batch 1"]:
+    """Return for each row a value that at least `n` of its scores reach, and not many more."""
+    return torch.topk(_part_maxima(scores, n), n, sorted=False).values.amin(1, True)
 
 
-def _part_maxima(
-    scores: Float[Tensor, "batch latent"], wanted: int, signed: bool
-) -> Float[Tensor, "batch part"]:
-    """Return the largest score of each of several parts of a row: a few times `wanted`, or all."""
+def _part_maxima(scores: Float[Tensor, "batch latent"], wanted: int) -> Float[Tensor, "batch part"]:
+    """Return the maxima of the parts of each row: a few times `wanted`, or all scores."""
     width = scores.shape[1]
     size = width // (_PARTS * wanted)
     if size < 2:
-        return scores.abs() if signed else scores
+        return scores
     n = width // size
     body, rest = scores[:, : size * n].unflatten(1, (size, n)), scores[:, size * n :]
-    if not signed:
-        return torch.cat([body.amax(1), rest], 1)
-    return torch.cat([torch.maximum(body.amax(1), -body.amin(1)), rest.abs()], 1)
+    return torch.cat([body.amax(1), rest], 1)
 
 
-def _least(scores: Tensor) -> float:
-    """Return the smallest positive number of a type."""
+def _smallest_positive(scores: Tensor) -> float:
+    """Return the smallest positive number of the scores' dtype."""
     info = torch.finfo(scores.dtype)
     return info.tiny * info.eps
 
 
-def above(
+def indices_above(
     scores: Float[Tensor, "batch latent"],
     bound: Float[Tensor, "latent"],
     *,
     bias: Float[Tensor, "latent"],
 ) -> Best:
-    """Return the places, rising, where `scores + bias` is above each latent's own bound."""
-    places = set_places(scores > _rounded_down(bound - bias, scores.dtype))
-    latents = places % scores.shape[1]
-    values = scores.view(-1)[places] + bias[latents]
-    true = values > bound[latents]
-    return Best(places[true], values[true], 0.0)
+    """Return the indices, rising, where `scores + bias` is above each latent's own bound."""
+    indices = nonzero_indices(scores > _rounded_down(bound - bias, scores.dtype))
+    latents = indices % scores.shape[1]
+    values = scores.view(-1)[indices] + bias[latents]
+    above = values > bound[latents]
+    return Best(indices[above], values[above], 0.0)
 
 
 def _candidates(
-    scores: Float[Tensor, "batch latent"], bound: float, signed: bool, bias: Tensor | None
+    scores: Float[Tensor, "batch latent"], bound: float, bias: Tensor | None
 ) -> tuple[Int64[Tensor, "pair"], Float[Tensor, "pair"]]:
-    """Return the flat places, rising, and the sums that are above a bound of zero or more."""
-    marks = scores > (bound if bias is None else _rounded_down(bound - bias, scores.dtype))
-    if signed:
-        marks |= scores < (-bound if bias is None else -_rounded_down(bound + bias, scores.dtype))
-    places = set_places(marks)
-    values = scores.view(-1)[places]
+    """Return the flat indices, rising, and the sums above a non-negative bound."""
+    least = bound if bias is None else _rounded_down(bound - bias, scores.dtype)
+    indices = nonzero_indices(scores > least)
+    values = scores.view(-1)[indices]
     if bias is None:
-        return places, values
-    values = values + bias[places % scores.shape[1]]
-    true = (values.abs() if signed else values) > bound
-    return places[true], values[true]
+        return indices, values
+    values = values + bias[indices % scores.shape[1]]
+    above = values > bound
+    return indices[above], values[above]
 
 
 def _rounded_down(bound: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a bound that every score passes whose sum, rounded, is above the wanted one."""
+    """Return a bound so low that rounding cannot lose a score whose sum is above the true one."""
     return (bound - bound.abs() * 2 ** (-6 if dtype == torch.bfloat16 else -20)).to(dtype)
 
 
-def sampled(
-    scores: Float[Tensor, "batch latent"], n: int, signed: bool, bias: Tensor | None
-) -> float:
-    """Guess a bound that a few more than `n` scores exceed, from evenly spread rows."""
+def sampled_bound(scores: Float[Tensor, "batch latent"], n: int, bias: Tensor | None) -> float:
+    """Guess from evenly spread rows a bound that slightly more than `n` scores exceed."""
     batch, width = scores.shape
     if scores.numel() == 0:
         return 0.0
     sample = scores[:: max(batch * width // _SAMPLE, 1)]
     sample = (sample if bias is None else sample + bias).flatten()
-    if signed:
-        sample = sample.abs()
     expected = n * len(sample) / scores.numel()
     rank = int(expected + 4 * math.sqrt(expected) + 8)
     if rank >= len(sample):
@@ -233,8 +214,8 @@ def sampled(
     return max(float(torch.topk(sample, rank, sorted=False).values.min()), 0.0)
 
 
-def set_places(marks: Bool[Tensor, "batch latent"]) -> Int64[Tensor, "pair"]:
-    """Return the flat places of the marks, rising; three times as fast as `nonzero` alone."""
+def nonzero_indices(marks: Bool[Tensor, "batch latent"]) -> Int64[Tensor, "pair"]:
+    """Return the flat indices of the marks, rising, three times as fast as plain `nonzero`."""
     flat = marks.view(-1)
     if len(flat) % 8:
         return torch.nonzero(flat)[:, 0]
@@ -286,8 +267,8 @@ def pair_dot(
 ) -> Float[Tensor, "pair"]:
     """Return the inner product of `left[left_index[p]]` and `right[right_index[p]]` of each pair.
 
-    The operation is the gradient of an embedding bag for its weights, which reads each row once
-    and holds no copy of it; `(left[i] * right[j]).sum(1)` takes 50 times as long.
+    This is torch's gradient of an embedding bag with respect to its weights, which reads each row
+    once without copying it; `(left[i] * right[j]).sum(1)` takes 50 times as long.
     """
     offsets = row_offsets(left_index, len(left))[:-1]
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(

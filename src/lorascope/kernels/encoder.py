@@ -1,21 +1,22 @@
-"""Which latents of a row beat their thresholds: exactly, at the price of a rough product.
+"""Find the latents that fire in each row: exactly, at the cost of a rough product.
 
-Latent j fires in row x where `x @ W_enc[:, j] + b_enc[j] > threshold[j]`. All but one in a hundred
-of these numbers are never looked at again, so:
+Latent j fires in row x if `x @ W_enc[:, j] + b_enc[j] > threshold[j]`. Only one in a hundred of
+these numbers is needed afterwards, so:
 
-1. Take the product in bfloat16 where that is faster, of rows that are extended by three columns:
-   by them the product is `(x @ w_j + b_j - t_j) / |w_j| + margin`, and its sign says which pairs
-   could fire. One pass over the signs finds them.
-2. Compute the sums of these pairs in float32, one inner product each, and compare them.
+1. Take the product in bfloat16 where that is faster, with rows extended by three columns. They turn
+   it into `(x @ w_j + b_j - t_j) / |w_j| + margin`, whose sign says which pairs could fire. One
+   pass over the signs finds them.
+2. Compute the scores of these pairs in float32, one inner product each, and compare them with the
+   thresholds.
 
-The margin is a bound and no guess. With unit roundoff u of the rough type, the rounded product is
-within `(2u + u²) Σ|x_i w_ij|` of the true one, which is at most `|x| |w_j|` (Cauchy-Schwarz); the
-sums of float32 add `d 2**-24` of that for the rough and for the exact side. So no pair is missed,
-and as a pair's value is an inner product of its own, it is the same to the bit in any batch, in any
-slice of the latents, and alone.
+The margin is a proven bound. With unit roundoff u of the rough dtype, the rounded product is within
+`(2u + u²) Σ|x_i w_ij|` of the true one, which is at most `|x| |w_j|` (Cauchy-Schwarz); float32 sums
+add `d 2**-24` of that for the rough and for the exact side. So no pair is missed. A pair's value is
+an inner product of its own: it has the same bits in any batch, in any slice of the latents, and
+alone.
 
-Columns may differ in size by orders of magnitude, which would make `|x| |w_j|` a loose bound.
-Columns of x are therefore multiplied, and rows of W_enc divided, by powers of two: no bit changes.
+Columns may differ in size by orders of magnitude, which would make `|x| |w_j|` a loose bound. So
+columns of x are multiplied, and rows of W_enc divided, by powers of two, which changes no bit.
 """
 
 from typing import NamedTuple
@@ -27,13 +28,13 @@ from torch import Tensor
 from lorascope import kernels
 from lorascope.kernels import cpu, prefilter
 
-BLOCK = 1024  # rows of one product
-_ALIGN = 16  # columns are filled up to 64 bytes: inner products then begin at the same place
-_ROUNDED_UP = 1 + 2**-6  # a margin that is itself rounded to bfloat16 stays above
+BLOCK = 1024  # rows in one product
+_ALIGN = 16  # columns are padded to 64 bytes, so that inner products start aligned
+_ROUNDED_UP = 1 + 2**-6  # keeps the margin an upper bound after rounding to bfloat16
 
 
 class Fired(NamedTuple):
-    """Pairs that fire, row by row and latents rising in each: row's index, latent, value."""
+    """Pairs that fire, ordered by row and then by latent."""
 
     rows: Int64[Tensor, "fired"]
     latents: Int64[Tensor, "fired"]
@@ -41,7 +42,7 @@ class Fired(NamedTuple):
 
 
 class Encoder:
-    """Encodes rows with fixed weights; what these alone decide is computed once."""
+    """Encodes rows with fixed weights. Whatever depends on the weights alone is computed once."""
 
     def __init__(
         self,
@@ -79,24 +80,24 @@ class Encoder:
 
     def __call__(self, rows: Float[Tensor, "batch d_in"]) -> Fired:
         """Return the pairs that fire in finite rows, float16 or float32."""
-        found = [
+        blocks = [
             self._block(rows[start : start + BLOCK], start) for start in range(0, len(rows), BLOCK)
         ]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            return Fired(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        if len(blocks) == 1:
+            return blocks[0]
+        if blocks:
+            return Fired(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
         empty = self._b_enc.new_zeros(0, dtype=torch.int64)
         return Fired(empty, empty, self._b_enc[:0])
 
-    def at(
+    def values_of(
         self,
         rows: Float[Tensor, "batch d_in"],
-        index: Int64[Tensor, "pair"],
+        row_indices: Int64[Tensor, "pair"],
         latents: Int64[Tensor, "pair"],
     ) -> Float32[Tensor, "pair"]:
-        """Return the value of each pair (row's index, rising; latent), 0 where it does not fire."""
-        values = self._exact(self._scaled(rows), index, latents)
+        """Return the value of each pair (row index, rising; latent), 0 if it does not fire."""
+        values = self._exact(self._scaled(rows), row_indices, latents)
         return torch.where(values > self._threshold[latents], values, 0.0)
 
     def _block(self, rows: Float[Tensor, "batch d_in"], first: int) -> Fired:
@@ -108,16 +109,16 @@ class Encoder:
         wide[:, d_in + 2] = self._margin * x.norm(dim=1)
         out = wide.new_empty(len(x), self.n_latents)
         self._ops.product(wide, self._rough_weight, out)
-        if out.device.type == "cpu":  # the sign is the first bit: integers compare faster
-            whole = torch.int16 if out.dtype == torch.bfloat16 else torch.int32
-            places = cpu.set_places(out.view(whole) >= 0)
+        if out.device.type == "cpu":  # the sign is the first bit, and integers compare faster
+            integer = torch.int16 if out.dtype == torch.bfloat16 else torch.int32
+            indices = cpu.nonzero_indices(out.view(integer) >= 0)
         else:
-            places = torch.nonzero((out >= 0).flatten())[:, 0]
-        index = places // self.n_latents
-        latents = places - index * self.n_latents
-        values = self._exact(x, index, latents)
+            indices = torch.nonzero((out >= 0).flatten())[:, 0]
+        row_indices = indices // self.n_latents
+        latents = indices - row_indices * self.n_latents
+        values = self._exact(x, row_indices, latents)
         fires = torch.nonzero(values > self._threshold[latents])[:, 0]
-        return Fired(index[fires] + first, latents[fires], values[fires])
+        return Fired(row_indices[fires] + first, latents[fires], values[fires])
 
     def _scaled(self, rows: Float[Tensor, "batch d_in"]) -> Float32[Tensor, "batch width"]:
         x = self._weight.new_zeros(len(rows), self._weight.shape[1])
@@ -127,7 +128,7 @@ class Encoder:
     def _exact(
         self,
         x: Float32[Tensor, "batch width"],
-        index: Int64[Tensor, "pair"],
+        row_indices: Int64[Tensor, "pair"],
         latents: Int64[Tensor, "pair"],
     ) -> Float32[Tensor, "pair"]:
-        return self._ops.pair_dot(x, index, self._weight, latents) + self._b_enc[latents]
+        return self._ops.pair_dot(x, row_indices, self._weight, latents) + self._b_enc[latents]

@@ -1,17 +1,17 @@
-"""The best float32 scores at the price of a bfloat16 product, on CPUs that multiply bfloat16.
+"""The best float32 scores at the cost of a bfloat16 product, on CPUs that multiply bfloat16.
 
-The encoder's product is most of a step, and all but one in a hundred of its numbers are thrown
-away. So:
+The encoder's product is most of a training step, and only one in a hundred of its numbers is used.
+So:
 
-1. Take the product in bfloat16, at half the time.
-2. Candidates are the scores that could be among the best: those above a bound, less a margin.
-3. Compute the candidates' scores again in float32, by pairs, and choose among these.
+1. Take the product in bfloat16, in half the time.
+2. Collect candidates: scores that could be among the best, above a bound minus a margin.
+3. Compute the candidates' scores again in float32, pair by pair, and choose among these.
 
-The margin of a row is a share of its size (its norm and the largest bias). The share is measured:
-twice the largest difference between the two scores of a candidate in the batch before; where a
-batch has nearly as large a one as its margin, its candidates are collected anew. What could be
-missed is a score whose error is twice the largest among a hundred thousand others; the tests have
-found none. Where the guesses fail, the product is taken in float32 after all.
+A row's margin is a share of its size (its norm plus the largest bias). The share is measured: twice
+the largest difference between the two scores of a candidate in the previous batch. If a batch
+shows a difference close to its margin, its candidates are collected again with a wider margin.
+Only a score whose error is twice the largest of a hundred thousand others could be missed; the
+tests found none. If the guesses fail, the product is taken in float32.
 """
 
 from dataclasses import dataclass, field
@@ -20,97 +20,98 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from lorascope.kernels import Best, cpu
+from lorascope.kernels import cpu
+from lorascope.kernels.reference import Best
 
-_SAFETY = 2.0  # the margin for the next batch, in largest differences
-_ENOUGH = 1.25  # of a margin, in largest differences of its own batch
+_SAFETY = 2.0  # margin for the next batch, as a multiple of the largest difference
+_ENOUGH = 1.25  # margin that suffices for a batch, as a multiple of its largest difference
 _FIRST = 2**-9  # margin of the first batch
-_ROUNDING = 2**-15  # of float32 products, in sizes: above that of sums of 500 numbers
-_LOWER = 0.98  # of a batch's bound: the guess for the next one
-_STEP = 0.93  # from a bound that too few are above to the next
+_ROUNDING = 2**-15  # of float32 products, as a share of the size: more than sums of 500 need
+_LOWER = 0.98  # the next batch's bound, as a share of this batch's
+_STEP = 0.93  # factor from a bound that is too high to the next one
 _TRIES = 4
-_MANY = 8  # candidates for each score wanted, above which the whole product is cheaper
+_MANY = 8  # candidates per wanted score above which a float32 product is cheaper
 
 
 def is_faster(device: torch.device, dtype: torch.dtype) -> bool:
-    """Say whether this CPU has instructions for bfloat16, for weights of that type."""
-    able = device.type == "cpu" and dtype == torch.float32
-    return able and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    """Return whether this CPU has bfloat16 instructions and the weights are float32."""
+    usable = device.type == "cpu" and dtype == torch.float32
+    return usable and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 @dataclass
-class Screen:
-    """Chooses the best of `x @ weight.T + bias`, and remembers what helps with the next batch.
+class Prefilter:
+    """Chooses the best of `x @ weight.T + bias` and remembers what speeds up the next batch.
 
-    `x` is `(batch, d_in)`, `weight` `(latent, d_in)`, both float32. What it remembers decides the
-    time alone.
+    `x` is `(batch, d_in)`, `weight` `(latent, d_in)`, both float32. What is remembered changes the
+    time, not the choice.
     """
 
     _rough: Tensor | None = field(default=None, repr=False)
     _bound: float | None = None
     _margin: float = _FIRST
 
-    def best_places(
-        self, x: Tensor, weight: Tensor, bias: Float[Tensor, "latent"], n: int, *, signed: bool
+    def best_indices(
+        self, x: Tensor, weight: Tensor, bias: Float[Tensor, "latent"], n: int
     ) -> Best:
-        """Return the `n` best of a batch, as `cpu.best_places` does."""
-        scores = _Scores(x, weight, bias, signed)
+        """Return the `n` best of a batch, like `cpu.best_indices`."""
+        scores = _Scores(x, weight, bias)
         rough = self._product(x, weight, bias)
-        bound = self._bound or cpu.sampled(rough, n, signed, None)
+        bound = self._bound or cpu.sampled_bound(rough, n, None)
         for _ in range(_TRIES):
-            places = scores.candidates(rough, bound - self._margin * scores.sizes)
-            if len(places) > _MANY * n:
+            indices = scores.candidates(rough, bound - self._margin * scores.sizes)
+            if len(indices) > _MANY * n:
                 break
-            values, is_wide = self._measured(scores, rough, places)
-            above = (values.abs() if signed else values) > bound
+            values, is_wide = self._measured(scores, rough, indices)
+            above = values > bound
             if is_wide and int(above.sum()) >= n:
-                places, values = places[above], values[above]
-                kept, last = cpu.best_among(values, n, signed=signed)
+                indices, values = indices[above], values[above]
+                kept, last = cpu.keep_best(values, n)
                 self._bound = _LOWER * last
-                return Best(places[kept], values[kept], 0.0)
+                return Best(indices[kept], values[kept], 0.0)
             bound *= _STEP if is_wide else 1.0
         self._bound = None
-        whole = scores.whole()
-        best = cpu.best_places(whole, n, signed=signed)
-        low = best.values.abs().min() if len(best.values) == n > 0 else torch.zeros(())
-        places = scores.candidates(whole, low - 2 * _ROUNDING * scores.sizes)
-        values = scores.at(places)
-        some = (values.abs() if signed else values) > 0
-        places, values = places[some], values[some]
-        if len(places) > n:
-            kept = cpu.best_among(values, n, signed=signed)[0] if n else values > torch.inf
-            places, values = places[kept], values[kept]
-        return Best(places, values, 0.0)
+        dense = scores.dense()
+        best = cpu.best_indices(dense, n)
+        low = best.values.min() if len(best.values) == n > 0 else torch.zeros(())
+        indices = scores.candidates(dense, low - 2 * _ROUNDING * scores.sizes)
+        values = scores.of_pairs(indices)
+        positive = values > 0
+        indices, values = indices[positive], values[positive]
+        if len(indices) > n:
+            kept = cpu.keep_best(values, n)[0] if n else values > torch.inf
+            indices, values = indices[kept], values[kept]
+        return Best(indices, values, 0.0)
 
     def best_of_rows(
-        self, x: Tensor, weight: Tensor, bias: Float[Tensor, "latent"], k: float, *, signed: bool
+        self, x: Tensor, weight: Tensor, bias: Float[Tensor, "latent"], k: float
     ) -> Best:
-        """Return the `k` best of each row, as `cpu.best_of_rows` does."""
-        scores = _Scores(x, weight, bias, signed)
+        """Return the `k` best of each row, like `cpu.best_of_rows`."""
+        scores = _Scores(x, weight, bias)
         rough = self._product(x, weight, bias)
-        wide = min(-int(-k // 1), rough.shape[1])
-        found = self._of_rows(scores, rough, wide)
-        if found is None:
-            whole = scores.whole()
-            low = cpu.reached(whole, wide, signed) - 2 * _ROUNDING * scores.sizes
-            places = scores.candidates(whole, low)
-            found = places, scores.at(places)
-        places, values = found
-        kept = cpu.best_among_rows(places, values, rough.shape, k, signed=signed)
-        return Best(places[kept], values[kept], 0.0)
+        k_ceil = min(-int(-k // 1), rough.shape[1])
+        candidates = self._row_candidates(scores, rough, k_ceil)
+        if candidates is None:
+            dense = scores.dense()
+            low = cpu.row_bounds(dense, k_ceil) - 2 * _ROUNDING * scores.sizes
+            indices = scores.candidates(dense, low)
+            candidates = indices, scores.of_pairs(indices)
+        indices, values = candidates
+        kept = cpu.keep_best_of_rows(indices, values, rough.shape, k)
+        return Best(indices[kept], values[kept], 0.0)
 
-    def _of_rows(
-        self, scores: "_Scores", rough: Tensor, wide: int
+    def _row_candidates(
+        self, scores: "_Scores", rough: Tensor, k: int
     ) -> tuple[Int64[Tensor, "pair"], Float[Tensor, "pair"]] | None:
-        """Return places that hold the best of each row, and their scores; None where too many."""
-        reached = cpu.reached(rough, wide, scores.signed)
+        """Return indices that contain each row's `k` best, and their scores; None if too many."""
+        bounds = cpu.row_bounds(rough, k)
         for _ in range(_TRIES):
-            places = scores.candidates(rough, reached - 2 * self._margin * scores.sizes)
-            if len(places) > _MANY * wide * len(rough):
+            indices = scores.candidates(rough, bounds - 2 * self._margin * scores.sizes)
+            if len(indices) > _MANY * k * len(rough):
                 break
-            values, is_wide = self._measured(scores, rough, places)
+            values, is_wide = self._measured(scores, rough, indices)
             if is_wide:
-                return places, values
+                return indices, values
         return None
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -121,46 +122,48 @@ class Screen:
         return self._rough.add_(bias.bfloat16())
 
     def _measured(
-        self, scores: "_Scores", rough: Tensor, places: Int64[Tensor, "pair"]
+        self, scores: "_Scores", rough: Tensor, indices: Int64[Tensor, "pair"]
     ) -> tuple[Float[Tensor, "pair"], bool]:
-        """Return the float32 scores of some places, and whether the margin was wide enough."""
-        values = scores.at(places)
-        away = (values - rough.view(-1)[places]).abs() / scores.sizes[places // rough.shape[1], 0]
-        seen = float(away.nan_to_num(0.0, 0.0, 0.0).max()) if len(away) else 0.0
-        is_wide = _ENOUGH * seen <= self._margin
-        self._margin = max(_SAFETY * seen, _ROUNDING)
+        """Return the float32 scores of pairs, and whether the margin was wide enough."""
+        values = scores.of_pairs(indices)
+        error = (values - rough.view(-1)[indices]).abs() / scores.sizes[
+            indices // rough.shape[1], 0
+        ]
+        largest = float(error.nan_to_num(0.0, 0.0, 0.0).max()) if len(error) else 0.0
+        is_wide = _ENOUGH * largest <= self._margin
+        self._margin = max(_SAFETY * largest, _ROUNDING)
         return values, is_wide
 
 
 class _Scores:
-    """The scores `x @ weight.T + bias` of a batch, for the asking.
+    """The scores `x @ weight.T + bias` of a batch, computed on demand.
 
-    The score of a place is the same to the bit however the place was found: a resumed run, which
-    has forgotten its guesses, finds it in another way.
+    A pair's score has the same bits however the pair was found: a resumed run, which has lost its
+    guesses, finds it in another way.
     """
 
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor, signed: bool) -> None:
-        self._x, self._weight, self._bias, self.signed = x, weight, bias, signed
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor) -> None:
+        self._x, self._weight, self._bias = x, weight, bias
         self.sizes = x.norm(dim=1, keepdim=True) + bias.abs().max()
 
     def candidates(
         self, rough: Float[Tensor, "batch latent"], low: Float[Tensor, "batch 1"]
     ) -> Int64[Tensor, "pair"]:
-        """Return the places, rising, of rough scores at or above their row's bound."""
+        """Return the indices, rising, of rough scores that reach their row's bound."""
         low = low.to(rough.dtype)
-        if rough.dtype != torch.bfloat16 or self.signed or not bool((low > 0).all()):
-            marks = (rough.abs() if self.signed else rough) >= low
-        else:  # positive bfloat16 numbers are in the order of their bits: three times as fast
+        if rough.dtype != torch.bfloat16 or not bool((low > 0).all()):
+            marks = rough >= low
+        else:  # the bits of positive bfloat16 rise with the value: three times as fast
             marks = rough.view(torch.int16) >= low.view(torch.int16)
-        return cpu.set_places(marks)
+        return cpu.nonzero_indices(marks)
 
-    def at(self, places: Int64[Tensor, "pair"]) -> Float[Tensor, "pair"]:
-        """Return the float32 scores of some places."""
-        rows = places // len(self._weight)
-        latents = places - rows * len(self._weight)
+    def of_pairs(self, indices: Int64[Tensor, "pair"]) -> Float[Tensor, "pair"]:
+        """Return the float32 scores at flat indices."""
+        rows = indices // len(self._weight)
+        latents = indices - rows * len(self._weight)
         return cpu.pair_dot(self._x, rows, self._weight, latents) + self._bias[latents]
 
-    def whole(self) -> Float[Tensor, "batch latent"]:
-        """Return all scores by a float32 product, which rounds them in another way."""
+    def dense(self) -> Float[Tensor, "batch latent"]:
+        """Return all scores from one float32 product, whose rounding differs from `of_pairs`."""
         out = self._x.new_empty(len(self._x), len(self._weight))
         return cpu.product(self._x, self._weight, out).add_(self._bias)

@@ -1,12 +1,11 @@
-"""The operations on pairs for CUDA, in Triton: no host synchronisation, static shapes.
+"""The operations on pairs for CUDA, in Triton, with static shapes and no host synchronisation.
 
-Nothing is added up in an order that depends on timing, so that a repetition gives the same bits.
-Triton comes with the CUDA builds of torch; this module is imported only for a tensor on such a
-device, by `cuda.py`, which has the rest.
+The order of additions never depends on timing, so a repetition gives the same bits. Triton comes
+with the CUDA builds of torch; only `cuda.py` imports this module, for tensors on such a device.
 
 `gather_sum` gives each bag a program. A latent may fire in every row, so a long bag is cut into
-pieces of 64 pairs, which other programs add up beforehand (`_sum_pieces`). The cuts are counted
-from the bag's own start: its sum does not depend on the other bags.
+pieces of 64 pairs, which other programs add up first (`_sum_pieces`). Cuts are counted from the
+bag's own start: its sum does not depend on other bags.
 """
 
 # ruff: noqa: ANN001, ANN202 -- the arguments of a kernel are pointers and scalars of the GPU
@@ -28,7 +27,7 @@ def by_latent(
 ) -> tuple[Int64[Tensor, "pair"], Int64[Tensor, "latent_plus_1"]]:
     """Return the stable order of pairs by latent, and where each latent's pairs begin in it.
 
-    Torch's own radix sort and binary search: their shapes are static and they wait for nothing.
+    Uses torch's radix sort and binary search, which have static shapes and wait for nothing.
     """
     ordered, order = latents.to(torch.int32).sort(stable=True)
     return order, row_offsets(ordered.long(), n_latents)
@@ -47,15 +46,15 @@ def gather_sum(
 ) -> Float[Tensor, "bag d"]:
     """Return for each bag the sum of `values[p] * table[index[p]]` over its pairs.
 
-    Bag i holds the pairs `[offsets[i], offsets[i + 1])`; together they hold every pair. Added up
-    in float32, or in float64 where `values` are, and returned in the type of `values`.
+    Bag i holds the pairs `[offsets[i], offsets[i + 1])`; together the bags hold every pair. Sums
+    are float32, or float64 if `values` are, and returned in the dtype of `values`.
     Differentiable in `values` and `table`.
     """
     return _GatherSum.apply(values, index, offsets, table)  # pyright: ignore[reportReturnType]
 
 
 class _GatherSum(torch.autograd.Function):
-    """The sums of `gather_sum`: their gradients are a `pair_dot` and the sums by entry."""
+    """`gather_sum` with gradients: a `pair_dot` for the values, sums by entry for the table."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, index: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
@@ -140,11 +139,10 @@ def _sum_pieces(
     WIDE: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """Sum the piece of a bag, its first excepted, that starts in the PIECE pairs of this program.
+    """Sum the piece of a bag that starts in this program's PIECE pairs, except a bag's first piece.
 
-    At most one does: a bag's pieces are PIECE apart, and the first of another bag is not among
-    them. Its bag is the one that holds the first of these pairs. Without one nothing is written,
-    and nothing is read afterwards.
+    At most one piece starts there, because the pieces of a bag are PIECE apart. It belongs to the
+    bag that holds the first of these pairs. Without one, nothing is written or read later.
     """
     slot = tl.program_id(0)
     bag = tl.load(cut_bags + slot)
@@ -174,7 +172,7 @@ def _sum_bags(
     WIDE: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """Sum the first piece of a bag, and add its other pieces in their order."""
+    """Sum the first piece of a bag and add its other pieces in order."""
     bag = tl.program_id(0)
     begin = tl.load(offsets + bag).to(tl.int32)
     end = tl.load(offsets + bag + 1).to(tl.int32)
@@ -196,8 +194,8 @@ def pair_dot(
 ) -> Float[Tensor, "pair"]:
     """Return the inner product of `left[left_index[p]]` and `right[right_index[p]]` of each pair.
 
-    Added up in float32 (float64 where an input is) and returned in the wider type of the two. Not
-    differentiable: it is the gradient of the values in `gather_sum`.
+    Sums are float32, or float64 if an input is, and returned in the wider dtype of the two. Not
+    differentiable: it is itself the gradient of the values in `gather_sum`.
     """
     n_pairs, d = len(left_index), left.shape[1]
     dtype = torch.promote_types(left.dtype, right.dtype)
@@ -249,7 +247,7 @@ def _dot_pairs(
 
 
 def _area(d: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Return how many pairs and columns a program holds, and the type in which it adds up."""
+    """Return how many pairs and columns a program holds, and the dtype of its sums."""
     width = min(triton.next_power_of_2(d), 512)
     wide = tl.float64 if dtype == torch.float64 else tl.float32
     return {"PAIRS": max(_AREA // width, 1), "WIDTH": width, "WIDE": wide}

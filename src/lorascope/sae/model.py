@@ -1,22 +1,25 @@
-"""The sparse autoencoder as every stage after training sees it, and its files.
+"""The sparse autoencoder (SAE) that every stage after training uses, and its file formats.
 
     pre   = row @ W_enc + b_enc              (batch, d_sae)
     code  = pre * (pre > threshold)
     x_hat = code @ W_dec + b_dec             (batch, d_in)
 
-It takes raw rows: the units in which it was trained are folded into the weights. Latents are
-scaled so that decoder rows have unit norm in those units, so a latent's value is its score, and
-one threshold compares with it. A token's code depends on its own row alone, to the last bit
+It takes raw rows: the column scale of training is folded into the weights. Latents are scaled so
+that decoder rows have unit norm in scaled columns, so a latent's value is its score, which is
+compared with the threshold. A token's code depends on its own row only, to the last bit
 (`kernels/encoder.py`).
 
-A folder holds one (`cfg.json` and `sae_weights.safetensors` as SAELens 6 reads them, and
-`manifest.json`), or a `.pt` with the keys of the published scripts. `interop` has others' files.
+An SAE is saved as a folder (`cfg.json` and `sae_weights.safetensors`, which SAELens 6 reads, and
+`manifest.json`), or as a `.pt` with the keys of the published scripts. `files.py` reads the weights
+of these files and of other libraries' files.
 """
 
 import hashlib
 import io
 import json
+import logging
 import math
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -40,27 +43,39 @@ from lorascope.artifact import (
     canonical,
     digest_of,
     is_made,
+    make_manifest,
     open_manifest,
     read_manifest,
     write_text,
 )
 from lorascope.errors import ArtifactError, NumberError
 from lorascope.kernels.encoder import BLOCK, Encoder
+from lorascope.sae import sae_hub
+from lorascope.sae.files import (
+    NAMES,
+    SAELENS_CONFIG,
+    WEIGHTS,
+    ForeignSAE,
+    checked,
+    read_foreign,
+    read_pt,
+    read_safetensors,
+    section,
+)
 from lorascope.sae.sparsity import SparseCode, calibrate_threshold
-from lorascope.sae.weights import NAMES, checked, read_pt, read_safetensors, section
-from lorascope.sites import SiteLayout
+from lorascope.sites import SiteLayout, parse_adapter_types
+
+log = logging.getLogger(__name__)
 
 KIND = "sae"
 SCHEMA = 1
-WEIGHTS = "sae_weights.safetensors"
-SAELENS_CONFIG = "cfg.json"
-CALIBRATION_ROWS = 131_072  # at these, the standard error of the mean L0 is far below 1 %
+CALIBRATION_ROWS = 131_072  # with these, the standard error of the mean L0 is far below 1 %
 _MANIFEST = {"schema": int, "settings": dict, "parents": dict, "layout": dict, "content": dict}
 
 
 @dataclass(frozen=True)
 class SAE:
-    """A trained dictionary over raw rows. `threshold` is None only before it is calibrated."""
+    """A trained dictionary for raw rows. `threshold` is None only before it is calibrated."""
 
     W_enc: Float32[Tensor, "d_in latent"]
     b_enc: Float32[Tensor, "latent"]
@@ -82,24 +97,24 @@ class SAE:
 
     @property
     def scale(self) -> Float32[Tensor, "d_in"]:
-        """Factor by which training multiplied each column; 0 for columns that were constant."""
+        """Factor by which training multiplied each column; 0 for columns that were left out."""
         scale = self.manifest["content"].get("scale") or [1.0] * self.d_in
         return torch.tensor(scale, dtype=torch.float32, device=self.b_dec.device)
 
     @property
     def architecture(self) -> str:
-        """What the SAE was trained as: `batchtopk`, `topk`, `jumprelu`, `matryoshka`..."""
+        """How the SAE was trained: `batchtopk`, `topk`, `jumprelu`, `matryoshka` or another."""
         return str(self.manifest["content"].get("architecture", "batchtopk"))
 
     @property
     def stability(self) -> Float32[Tensor, "latent"] | None:
-        """How well each latent is found again from other seeds, where training measured it."""
-        known = self.manifest["content"].get("stability")
-        return None if known is None else torch.tensor(known, dtype=torch.float32)
+        """How well other seeds find each latent again; None if training did not measure it."""
+        values = self.manifest["content"].get("stability")
+        return None if values is None else torch.tensor(values, dtype=torch.float32)
 
     @property
     def digest(self) -> str:
-        """Digest of everything that the SAE is; the same in each of its file formats."""
+        """Digest of the whole SAE; the same in each of its file formats."""
         return digest_of({**self.manifest, "files": {}})
 
     def to(self, device: torch.device | str) -> "SAE":
@@ -107,14 +122,14 @@ class SAE:
         return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the weights by name; `threshold` only where there is one."""
+        """Return the weights by name; `threshold` only if there is one."""
         named = {name: getattr(self, name) for name in (*NAMES, "threshold")}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def narrow(self, store: ActivationStore) -> ActivationStore:
-        """Return the store with just the columns that this SAE reads.
+        """Return the store with only the columns that this SAE reads.
 
-        Raises ArtifactError when the store has not got them, or is of another adapter.
+        Raises ArtifactError if the store lacks some of them, or belongs to another adapter.
         """
         if set(self.layout.adapter_types) < set(store.layout.adapter_types):
             store = store.select(self.layout.adapter_types)
@@ -125,18 +140,18 @@ class SAE:
     def encode(
         self, rows: Float[Tensor, "*batch d_in"], latents: Int64[Tensor, "slice"] | None = None
     ) -> SparseCode:
-        """Return the code of raw rows, float16 or float32, any leading axes.
+        """Return the code of raw rows, float16 or float32, with any leading axes.
 
         `latents` keeps only those latents, under their own numbers. Raises ArtifactError without
-        a threshold, NumberError at a row that is not finite.
+        a threshold, NumberError if a row is not finite.
         """
         flat = self._checked(rows)
         if latents is None:
             fired = self.encoder(flat)
         else:
-            few = latents.unique()
-            fired = self._encoder_of(few)(flat)
-            fired = fired._replace(latents=few[fired.latents])
+            kept = latents.unique()
+            fired = self._encoder_of(kept)(flat)
+            fired = fired._replace(latents=kept[fired.latents])
         return SparseCode(
             offsets=torch.searchsorted(
                 fired.rows, torch.arange(len(flat) + 1, device=fired.rows.device)
@@ -150,9 +165,9 @@ class SAE:
     def encode_dense(
         self, rows: Float[Tensor, "*batch d_in"], latents: Int64[Tensor, "slice"] | None = None
     ) -> Float32[Tensor, "*batch slice"]:
-        """Return the code of raw rows with its zeros; `latents` chooses and orders its columns.
+        """Return the dense code of raw rows; `latents` chooses and orders its columns.
 
-        The values are those of `encode`, bit for bit; the same errors are raised.
+        The values are those of `encode`, bit for bit, and so are the errors.
         """
         flat = self._checked(rows)
         fired = (self.encoder if latents is None else self._encoder_of(latents))(flat)
@@ -163,7 +178,7 @@ class SAE:
 
     @cached_property
     def encoder(self) -> Encoder:
-        """What turns raw rows into pairs that fire. Raises ArtifactError without a threshold."""
+        """Turns raw rows into the pairs that fire. Raises ArtifactError without a threshold."""
         return Encoder(self.W_enc, self.b_enc, self._require_threshold())
 
     def _encoder_of(self, latents: Int64[Tensor, "slice"]) -> Encoder:
@@ -174,7 +189,7 @@ class SAE:
     def decode(
         self, code: SparseCode | Float32[Tensor, "*batch latent"]
     ) -> Float32[Tensor, "*batch d_in"]:
-        """Return the reconstruction of a code, in raw units."""
+        """Return the reconstruction of a code as raw rows."""
         if isinstance(code, Tensor):
             return code @ self.W_dec + self.b_dec
         flat = torch.nn.functional.embedding_bag(
@@ -190,13 +205,13 @@ class SAE:
     def _require_threshold(self) -> Tensor:
         if self.threshold is None:
             raise ArtifactError(
-                "the SAE has no threshold, so that a code would depend on its batch; "
-                "load it with load_sae(path, store), which calibrates one"
+                "the SAE has no threshold, so a code would depend on its batch; load it with "
+                "load_sae(path, store), which calibrates one"
             )
         return self.threshold
 
     def _checked(self, rows: Tensor) -> Float[Tensor, "batch d_in"]:
-        """Return rows with one leading axis. Raises for another width and for what is no number."""
+        """Return rows with one leading axis. Raises if their width or a value is wrong."""
         if rows.shape[-1] != self.d_in:
             raise ArtifactError(
                 f"rows have {rows.shape[-1]} columns, the SAE expects {self.d_in}: they come from "
@@ -205,15 +220,15 @@ class SAE:
         flat = rows.reshape(-1, self.d_in)
         if flat.numel() and not all(map(math.isfinite, flat.aminmax())):
             bad = int((~torch.isfinite(flat)).any(1).nonzero()[0])
-            raise NumberError(f"row {bad} of those to encode is not finite; check the store")
+            raise NumberError(f"row {bad} of the rows to encode is not finite; check the store")
         return flat
 
     @torch.no_grad()
     def calibrated(self, store: ActivationStore, rows: RowNumbers, k: float) -> "SAE":
-        """Return the SAE with the threshold at which `k` latents a row fire on average.
+        """Return the SAE with the threshold at which `k` latents per row fire on average.
 
-        `k` is the mean over `rows`, of which `CALIBRATION_ROWS` evenly spread ones are used where
-        there are more. Latents that have learned thresholds keep their ratios.
+        The mean is taken over `rows`, or over `CALIBRATION_ROWS` evenly spread ones of them.
+        Learned thresholds of latents keep their ratios.
         """
         ratios = torch.ones_like(self.b_enc) if self.threshold is None else self.threshold
         if len(rows) > CALIBRATION_ROWS:
@@ -230,7 +245,7 @@ class SAE:
         return replace(self, threshold=calibrate_threshold(scores, k) * ratios).sealed()
 
     def sealed(self, **content: Any) -> "SAE":
-        """Return the SAE with `content` and its weights' checksum written into its manifest."""
+        """Return the SAE with `content` and the checksum of its weights in its manifest."""
         hasher = hashlib.sha256()
         for name, tensor in self.tensors().items():
             hasher.update(f"{name} {tuple(tensor.shape)}\n".encode())
@@ -239,7 +254,7 @@ class SAE:
         return replace(self, manifest={**self.manifest, "content": content})
 
     def save(self, out: Path, *, overwrite: bool = False) -> Path:
-        """Write the SAE as one file where the name ends in `.pt`, else as a folder."""
+        """Write the SAE as one file if the name ends in `.pt`, else as a folder."""
         identity = {key: self.manifest[key] for key in ("settings", "parents")}
         if is_made(out, KIND, **identity, overwrite=overwrite):
             return out
@@ -247,7 +262,7 @@ class SAE:
             return self.publish(build)
 
     def publish(self, build: Build) -> Path:
-        """Write the SAE into a folder opened by `artifact.building`, and give it its name."""
+        """Write the SAE into a folder opened by `artifact.building`, and publish it."""
         self._require_threshold()
         if build.out.suffix == ".pt":
             (build.path / "sae.pt").write_bytes(self._archive())
@@ -261,21 +276,30 @@ class SAE:
     def from_pretrained(
         name: str | Path, store: ActivationStore | None = None, revision: str | None = None
     ) -> "SAE":
-        """Return the SAE of a path, or of the hub: `owner/name`, `owner/name:folder_or_pt_file`."""
-        from lorascope.sae.sharing import download
-
-        return load_sae(download(str(name), revision), store)
+        """Load an SAE from a path or the hub: `owner/name`, `owner/name:folder_or_pt_file`."""
+        return load_sae(sae_hub.download(str(name), revision), store)
 
     def push_to_hub(
         self, repo_id: str, private: bool = False, store: ActivationStore | None = None
     ) -> str:
-        """Publish the folder with a card, which the training's store completes; return its URL."""
-        from lorascope.sae.sharing import upload
+        """Upload the SAE's folder to the hub with a model card, and return its URL.
 
-        return upload(self, repo_id, private=private, store=store)
+        The store of the training, if given, adds facts to the card. Raises ArtifactError if it is
+        another store, or if the hub refuses.
+        """
+        if store is not None and store.digest != self.manifest["parents"].get("activations"):
+            raise ArtifactError(
+                f"{store.path} is not the store that the SAE was trained on; give that one or none"
+            )
+        card = sae_hub.model_card(
+            self.manifest, self.d_sae, repo_id, store.content if store is not None else {}
+        )
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = self.save(Path(scratch) / "sae")
+            return sae_hub.upload(folder, card, repo_id, private=private)
 
     def _archive(self) -> bytes:
-        """Return the bytes of the `.pt` file: the published keys, a threshold, and the manifest."""
+        """Return the bytes of the `.pt` file: published keys, threshold and manifest."""
         tensors = {name: tensor.contiguous().cpu() for name, tensor in self.tensors().items()}
         config = {"d_model": self.d_in, "dict_size": self.d_sae}
         data = {
@@ -283,7 +307,7 @@ class SAE:
             "threshold": tensors.pop("threshold"),
             "model_state_dict": tensors,
         }
-        buffer = io.BytesIO()  # saved to a path, the archive would carry the file's name inside
+        buffer = io.BytesIO()  # if saved to a path, the archive would contain the file's name
         torch.save(data, buffer)
         with zipfile.ZipFile(buffer, "a") as archive:
             entry = zipfile.ZipInfo("archive/lorascope.json", (1980, 1, 1, 0, 0, 0))
@@ -303,7 +327,7 @@ class SAE:
             "normalize_activations": "none",
             "reshape_activations": "none",
             "metadata": {
-                "sae_lens_version": "6.0.0",  # of the format; without it an older one is assumed
+                "sae_lens_version": "6.0.0",  # of the format; else SAELens assumes an older one
                 "lorascope_version": self.manifest["version"],
                 "training_architecture": self.architecture,
                 "k": content.get("k"),
@@ -313,16 +337,15 @@ class SAE:
 
 
 def load_sae(path: Path, store: ActivationStore | None = None) -> SAE:
-    """Read an SAE of lorascope or of another library (`interop`), on the CPU.
+    """Read an SAE of lorascope or of another library (`files.py`), on the CPU.
 
-    With a store, its columns are compared with the SAE's; files of others need one to name theirs.
-    Raises ArtifactError when the file is missing, damaged, no SAE, or of another adapter.
+    A store's columns are compared with the SAE's; other libraries' files need a store, because they
+    do not name their columns. Raises ArtifactError if the file is missing, damaged, not an SAE, or
+    belongs to another adapter.
     """
     manifest = read_manifest(path)
     if manifest is None:
-        from lorascope.sae.interop import read_foreign  # which makes SAEs, and so imports this
-
-        return read_foreign(path, store)
+        return _with_columns(path, read_foreign(path), store)
     damaged = [key for key, kind in _MANIFEST.items() if not isinstance(manifest.get(key), kind)]
     if damaged and manifest["kind"] == KIND:
         raise ArtifactError(
@@ -340,7 +363,52 @@ def load_sae(path: Path, store: ActivationStore | None = None) -> SAE:
         manifest=manifest,
     )
     if sae.layout.d_in != sae.d_in or sae.sealed().manifest != manifest:
-        raise ArtifactError(f"{path} holds other weights than its manifest says; train again")
+        raise ArtifactError(
+            f"{path} holds other weights than its manifest says; train or download it again"
+        )
     if store is not None:
         sae.narrow(store)
     return sae
+
+
+def _with_columns(path: Path, foreign: ForeignSAE, store: ActivationStore | None) -> SAE:
+    """Return the SAE of foreign weights over the columns of the store, with a threshold."""
+    tensors, config, content = dict(foreign.tensors), foreign.config, dict(foreign.content)
+    threshold = tensors.pop("threshold", None)
+    if store is None:
+        also = "" if threshold is not None else " and has no threshold"
+        raise ArtifactError(
+            f"{path} does not say what its columns are{also}; give the activation store too"
+        )
+    if foreign.columns not in (None, list(store.layout.column_names)):
+        raise ArtifactError(
+            f"{path} has other columns than {store.path}: they come from different adapters; use "
+            "a matching pair"
+        )
+    parents = {} if threshold is not None else {"activations": store.digest}
+    types = config.get("adapter_types") or []
+    if types := parse_adapter_types(
+        [str(t) for t in (types if isinstance(types, list) else [types])]
+    ):
+        store = store.select(types)
+    if store.d_in != len(tensors["b_dec"]):
+        raise ArtifactError(
+            f"{path} expects d_in {len(tensors['b_dec'])}, {store.path} has {store.d_in}: they "
+            "come from different adapters; use a matching pair"
+        )
+    k = content["k"]
+    if not isinstance(k, int | float):
+        del content["k"]
+    manifest = make_manifest(
+        KIND,
+        SCHEMA,
+        settings=config,
+        parents=parents,
+        layout=store.layout.to_json(),
+        content=content,
+    )
+    sae = SAE(**tensors, threshold=threshold, layout=store.layout, manifest=manifest).sealed()
+    if threshold is not None:
+        return sae
+    log.warning("%s has no threshold: calibrating one on %s at k %g", path, store.path, k)
+    return sae.calibrated(store, np.flatnonzero(store.eligible), k)

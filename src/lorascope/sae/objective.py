@@ -1,23 +1,23 @@
-"""What training minimises, in the units that the SAE sees, by the plain definition.
+"""The loss that training minimises, by its plain definition, over scaled rows.
 
-1. `pre = (x - b_dec) @ W_enc + b_enc`. Decoder rows have unit norm, so that no latent gains by a
-   long row and a small value, and `pre` is the score.
-2. The rule (sparsity.py) chooses what fires; `x_hat = code @ W_dec + b_dec`.
+1. `pre = (x - b_dec) @ W_enc + b_enc`. Decoder rows have unit norm, so no latent gains from a long
+   row and a small value, and `pre` is the score.
+2. The rule (`sparsity.py`) chooses what fires; `x_hat = code @ W_dec + b_dec`.
 3. The reconstruction loss is `sum |x - x_hat|^2 / sum |x - mean(x)|^2` over the batch; for a
-   matryoshka the mean of this over the prefixes of the dictionary.
-4. Dead latents get a gradient from aux-k (Gao et al. 2024, arXiv 2406.04093, appendix A.2): the
-   `k_aux` dead latents of largest pre-activation in each row reconstruct the detached residual
-   `x - x_hat`; its squared error is divided by the same sum and weighted by `auxk_alpha`. Their
-   values may be negative here: behind a ReLU, a latent that is negative for every row would have
-   no gradient and stay dead (measured: 24 planted dead latents, 3 to 9 left instead of 15 to 24).
-   One row in four stands for all: rows are shuffled, and the full sum would take longer than the
-   rest of the step.
+   matryoshka, its mean over the prefixes of the dictionary.
+4. Dead latents get a gradient from aux-k (Gao et al. 2024, arXiv 2406.04093, appendix A.2): in each
+   row the `k_aux` dead latents with the largest pre-activation reconstruct the detached residual
+   `x - x_hat`; the squared error is divided by the same sum and weighted by `auxk_alpha`. Their
+   values may be negative here: after a ReLU, a latent that is negative for every row would have no
+   gradient and stay dead (measured: of 24 planted dead latents 3 to 9 stay dead instead of 15 to
+   24). Aux-k uses one row in four, because rows are shuffled and all of them would take longer than
+   the rest of the step.
 5. `jumprelu` learns its thresholds through the pseudo-derivatives of Rajamanoharan et al. 2024
-   (arXiv 2407.14435, section 3): a rectangle of width `JUMP_WIDTH` around the threshold; the term
-   `(L0 / k - 1)^2` holds the L0 at `k` (their appendix on a fixed sparsity).
+   (arXiv 2407.14435, section 3): a rectangle of width `JUMP_WIDTH` around the threshold. The term
+   `(L0 / k - 1)^2` keeps the L0 at `k` (their appendix on a fixed sparsity).
 
-`objective` is this definition with dense products and automatic gradients, for any dtype.
-`step.py` computes the same gradients by the pairs that fire; the tests compare the two.
+`objective` is this definition, with dense products and automatic gradients, for any dtype.
+`step.py` computes the same gradients from the pairs that fire; the tests compare the two.
 """
 
 import math
@@ -31,22 +31,22 @@ from torch import Tensor
 
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.sae.metrics import ColumnMoments, Columns
-from lorascope.sae.sparsity import Rule, chosen
+from lorascope.sae.sparsity import Rule, choose
 from lorascope.sites import SiteLayout
 
-LEAST_SPREAD = 1e-4  # of a batch, for each of its numbers: equal rows have none
-AUX_ROWS = 4  # aux-k looks at one row in so many
-JUMP_WIDTH = 0.2  # of the rectangle around a learned threshold; columns have variance 1
-JUMP_WEIGHT = 0.1  # of the term that holds the L0
-_INITIAL_ENCODER = 0.3
+LEAST_SPREAD = 1e-4  # least spread of a batch per number: equal rows have none
+AUX_ROWS = 4  # aux-k uses one row in this many
+JUMP_WIDTH = 0.2  # width of the rectangle around a learned threshold; columns have variance 1
+JUMP_WEIGHT = 0.1  # weight of the term that keeps the L0 at k
+_INITIAL_ENCODER = 0.3  # size of the first encoder, relative to the decoder
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What the optimiser changes, in the units that the SAE sees.
+    """The trained weights, for scaled rows.
 
-    `W_enc` lies in memory as `(latent, d_in)`: its gradient is made latent by latent.
-    `log_threshold` is there for `jumprelu` only.
+    `W_enc` lies in memory as `(latent, d_in)`, because its gradient is computed latent by latent.
+    Only `jumprelu` has a `log_threshold`.
     """
 
     W_enc: Float[Tensor, "d_in latent"]
@@ -61,14 +61,12 @@ class Weights:
 
     @torch.no_grad()
     def folded(
-        self, scale: Float64[Tensor, "d_in"], mean: Float64[Tensor, "d_in"], *, signed: bool = False
+        self, scale: Float64[Tensor, "d_in"], mean: Float64[Tensor, "d_in"]
     ) -> dict[str, Tensor]:
-        """Return the weights for raw rows, float32, with decoder rows of unit norm in SAE units.
+        """Return float32 weights for raw rows; scaled decoder rows have unit norm.
 
-        `scale` is what multiplies raw columns; 0 leaves a column out, which is then reconstructed
-        as its `mean`. The value of a latent becomes its score. A learned threshold is folded
-        likewise. `signed` latents become two each, of opposite directions: latent `j` of n fires
-        where it was positive, latent `n + j` where it was negative, and every value is positive.
+        `scale` multiplies raw columns. A column with scale 0 is left out, and reconstructed as its
+        `mean`. A latent's value becomes its score. A learned threshold is folded the same way.
         """
         named = {name: tensor.double() for name, tensor in self.tensors().items()}
         W_enc, b_enc, W_dec, b_dec = (named[n] for n in ("W_enc", "b_enc", "W_dec", "b_dec"))
@@ -82,18 +80,12 @@ class Weights:
         }
         if self.log_threshold is not None:
             raw["threshold"] = named["log_threshold"].exp() * norm
-        if signed:
-            raw["W_enc"] = torch.cat([raw["W_enc"], -raw["W_enc"]], 1)
-            for name in ("b_enc", "W_dec"):
-                raw[name] = torch.cat([raw[name], -raw[name]])
-            if "threshold" in raw:
-                raw["threshold"] = raw["threshold"].repeat(2)
         return {name: tensor.float().contiguous() for name, tensor in raw.items()}
 
 
 @dataclass(frozen=True)
 class Loss:
-    """One batch's loss and what it is made of. `total` carries the gradient, the rest does not."""
+    """The loss of one batch and its parts. Only `total` carries a gradient."""
 
     total: Float[Tensor, ""]
     fvu: Float[Tensor, ""]
@@ -109,19 +101,19 @@ def initial_weights(
     *,
     learns_threshold: bool = False,
 ) -> Weights:
-    """Return weights to start from; `rows` are at least one row in the SAE's units.
+    """Return the weights to start from. `rows` is at least one scaled row.
 
-    Decoder rows are rows of the data about their mean, of unit norm (random directions where there
-    are fewer rows than latents, or a row is the mean itself), the encoder 0.3 times their
-    transpose, `b_dec` the mean. `docs/training.md` has what other beginnings gave. The small
-    encoder lets one latent win each direction instead of many sharing it.
+    Decoder rows are rows of the data minus their mean, of unit norm (random directions if there are
+    fewer rows than latents, or if a row equals the mean). The encoder is 0.3 times their transpose,
+    and `b_dec` is the mean. The small encoder lets one latent win each direction instead of many
+    sharing it; `docs/training.md` compares other choices.
     """
     mean = rows.mean(0)
     W_dec = torch.randn(d_sae, rows.shape[1], generator=generator)
     picked = torch.randperm(len(rows), generator=generator)[:d_sae]
-    away = rows[picked].float() - mean
-    usable = away.norm(dim=1) > 1e-6 * away.norm(dim=1).mean()
-    W_dec[: len(picked)][usable] = away[usable]
+    offsets = rows[picked].float() - mean
+    usable = offsets.norm(dim=1) > 1e-6 * offsets.norm(dim=1).mean()
+    W_dec[: len(picked)][usable] = offsets[usable]
     W_dec /= W_dec.norm(dim=1, keepdim=True)
     weights = Weights(
         W_enc=(_INITIAL_ENCODER * W_dec).T,
@@ -145,21 +137,21 @@ def objective(
     auxk_alpha: float,
     by_row: bool = False,
 ) -> Loss:
-    """Return the loss of a batch. `dead` says which latents aux-k is to revive.
+    """Return the loss of a batch. `dead` marks the latents that aux-k should revive.
 
-    `by_row` chooses what fires row by row whatever the rule. Aux-k adds nothing while no latent is
+    `by_row` chooses what fires row by row, whatever the rule. Aux-k adds nothing if no latent is
     dead, and never a value that is not finite.
     """
     pre = (x - weights.b_dec) @ weights.W_enc + weights.b_enc
-    held = pre.new_zeros(())
+    from_l0 = pre.new_zeros(())
     if weights.log_threshold is not None:
         threshold = weights.log_threshold.exp()
         fires = pre > threshold
         code = _Jump.apply(pre, threshold)
         l0 = _Step.apply(pre, threshold).sum() / len(x)
-        held = JUMP_WEIGHT * (l0 / rule.k - 1).square()
+        from_l0 = JUMP_WEIGHT * (l0 / rule.k - 1).square()
     else:
-        fires = chosen(pre, rule, by_row=by_row)
+        fires = choose(pre, rule, by_row=by_row)
         code = pre * fires
     spread = (x - x.mean(0)).square().sum().clamp(min=LEAST_SPREAD * x.numel())
     losses, residual = [], x
@@ -169,7 +161,7 @@ def objective(
     auxk = _auxk(weights, pre[::AUX_ROWS], residual[::AUX_ROWS].detach(), dead, k_aux)
     auxk = auxk * len(x) / len(pre[::AUX_ROWS]) / spread
     return Loss(
-        total=sum(losses[1:], losses[0]) / len(losses) + auxk_alpha * auxk + held,
+        total=sum(losses[1:], losses[0]) / len(losses) + auxk_alpha * auxk + from_l0,
         fvu=losses[-1].detach(),
         auxk=auxk.detach(),
         l0=fires.sum() / len(x),
@@ -219,21 +211,21 @@ class _Step(torch.autograd.Function):
 
 
 def column_scale(normalize: str, layout: SiteLayout, moments: ColumnMoments) -> Columns:
-    """Return the factor of each raw column, `(d_in,)`, such that columns have mean variance 1.
+    """Return the factor of each raw column, `(d_in,)`, so that the mean variance is 1.
 
-    - `std`: every column has variance 1. The default: like `effect` it does not change when A is
+    - `std`: every column has variance 1. The default: like `effect` it stays the same if A is
       multiplied and B divided by a number, and no column can drown the others.
-    - `effect`: a column counts as what its site writes, `scale * |B column|`.
-    - `rms`: a column counts by its root mean square; one far from zero then varies little.
+    - `effect`: a column is weighted by what its site writes, `scale * |B column|`.
+    - `rms`: a column is divided by its root mean square; one far from zero then varies little.
     - `none`: raw columns.
 
-    A column that is constant, or writes nothing by `effect`, gets 0. Raises ConfigError for
-    `effect` where the store does not know B, ArtifactError when all columns get 0.
+    A column that is constant, or with `effect` writes nothing, gets 0. Raises ConfigError for
+    `effect` if the store does not know B, ArtifactError if all columns get 0.
     """
     if normalize == "effect" and not all(site.b_norms for site in layout.sites):
         raise ConfigError(
-            "--normalize effect needs the norms of B, which stores of the published scripts do not "
-            "have; use std"
+            "--normalize effect needs the norms of B, which stores of the published scripts lack; "
+            "use --normalize std"
         )
     factor: dict[str, Columns] = {
         "std": _inverse(moments.std),
@@ -243,7 +235,7 @@ def column_scale(normalize: str, layout: SiteLayout, moments: ColumnMoments) -> 
     }
     scale = np.where(moments.constant, 0.0, factor[normalize])
     if not scale.any():
-        raise ArtifactError("every column of the store is constant: there is nothing to learn")
+        raise ArtifactError("every column of the store is constant, so there is nothing to learn")
     variance = np.square(scale * moments.std)[scale > 0].mean()
     return scale / math.sqrt(variance)
 

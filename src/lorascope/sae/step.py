@@ -1,19 +1,22 @@
-"""The gradients of `objective`, by the pairs that fire.
+"""The gradients of `objective`, computed from the pairs that fire.
 
-The encoder's product is the only dense one. Of the `batch * latent` scores the rule keeps `k` a
-row, and with these pairs alone:
+The encoder's product is the only dense one. The rule keeps `k` of the scores of each row, and
+everything else uses these pairs alone:
 
-1. `x_hat = gather_sum(values, latents, W_dec) + b_dec`, for a matryoshka prefix by prefix: the
+1. `x_hat = gather_sum(values, latents, W_dec) + b_dec`. A matryoshka sums prefix by prefix: the
    bags are (row, part of the dictionary), and a prefix is the sum of the parts up to it.
-2. `G`, the gradient of the reconstructions; that of a value is `pair_dot(G, W_dec)`.
-3. The gradient of a decoder row is the sum of `value * G` over the rows in which the latent fires,
-   that of an encoder row the sum of `gradient * (x - b_dec)`: `gather_sum` with the pairs in the
-   order of their latents.
-4. Aux-k is in `auxk.py`.
+2. `G` is the gradient of the reconstructions; the gradient of a value is `pair_dot(G, W_dec)`.
+3. The gradient of a decoder row is the sum of `value * G` over the rows in which the latent fires;
+   the gradient of an encoder row is the sum of `gradient * (x - b_dec)`. Both are `gather_sum` with
+   the pairs ordered by latent.
+4. Aux-k revives dead latents (`objective.py`, step 4). `_revive_dead` is dense in the dead latents,
+   which are few. CUDA graphs need shapes that do not depend on how many are dead, so there
+   `_revive_static` takes the `k_aux` best of all latents in each row, with the living ones at
+   minus infinity.
 
-In a job of several processes each has its rows of the batch. The choice is made over all of them
-from every process's best scores, and the gradients are summed, so that they are those of one
-process with the whole batch.
+In a job of several processes each has its rows of the batch. The choice is made over the best
+scores of all processes and the gradients are summed, so they are those of one process with the
+whole batch.
 """
 
 import math
@@ -26,16 +29,15 @@ from torch import Tensor
 
 from lorascope import kernels
 from lorascope.kernels import cpu, prefilter
-from lorascope.kernels.prefilter import Screen
+from lorascope.kernels.prefilter import Prefilter
 from lorascope.runtime import Team
-from lorascope.sae.auxk import AuxK, by_dead, by_pairs
 from lorascope.sae.objective import AUX_ROWS, JUMP_WEIGHT, JUMP_WIDTH, LEAST_SPREAD, Loss, Weights
 from lorascope.sae.sparsity import Rule
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """The places where a latent fires or may, in rising order of row and latent."""
+    """The pairs that fire, or may fire under a learned threshold, ordered by row and latent."""
 
     rows: Int64[Tensor, "pair"]
     latents: Int64[Tensor, "pair"]
@@ -44,11 +46,10 @@ class Pairs:
 
 @dataclass
 class Step:
-    """How gradients are computed: what is fixed in a run, and the memory used again by each step.
+    """Computes a step's gradients: what is fixed in a run, and memory that every step reuses.
 
-    `bfloat16` takes the encoder's product in that type, from float32 weights; sums are float32.
-    `static` lets no shape depend on the data, for a CUDA graph. `take` leaves the gradients in the
-    weights' `.grad`.
+    `bfloat16` takes the encoder's product in that dtype, from float32 weights; sums are float32.
+    `static` keeps every shape independent of the data, for a CUDA graph.
     """
 
     rule: Rule
@@ -60,7 +61,7 @@ class Step:
     _ends: Tensor | None = field(default=None, repr=False)
     _scores: Tensor | None = field(default=None, repr=False)
     _guess: float | None = field(default=None, repr=False)
-    _screen: Screen = field(default_factory=Screen, repr=False)
+    _prefilter: Prefilter = field(default_factory=Prefilter, repr=False)
 
     @torch.no_grad()
     def take(
@@ -71,7 +72,10 @@ class Step:
         *,
         by_row: bool = False,
     ) -> Loss:
-        """Return the loss of a batch, of which `x` is this process's part, after its gradients."""
+        """Write the gradients into the weights' `.grad` and return the loss of the batch.
+
+        `x` is this process's part of the batch.
+        """
         kernel = kernels.for_device(x.device)
         n_rows = self.team.share(len(x))[1]
         mean = self.team.sum(x.sum(0)) / n_rows
@@ -96,8 +100,8 @@ class Step:
             bags = pairs.rows * len(prefixes) + part
         offsets = kernel.row_offsets(bags, len(x) * len(prefixes))
         parts = kernel.gather_sum(code, pairs.latents, offsets, weights.W_dec)
-        made = parts.view(len(x), len(prefixes), x.shape[1]).cumsum(1)
-        errors = made + weights.b_dec - x[:, None]  # (batch, prefix, d_in)
+        decoded = parts.view(len(x), len(prefixes), x.shape[1]).cumsum(1)
+        errors = decoded + weights.b_dec - x[:, None]  # (batch, prefix, d_in)
         to_prefix = errors * (2 / (spread * len(prefixes)))
         to_part = to_prefix.flip(1).cumsum(1).flip(1) if len(prefixes) > 1 else to_prefix
         flat = to_part.reshape(-1, x.shape[1])  # (batch * prefix, d_in)
@@ -112,20 +116,18 @@ class Step:
         l0 = self.team.sum(fires.sum().to(x.dtype)) / n_rows
         if threshold is not None:
             near = (pairs.values - threshold[pairs.latents]).abs() < JUMP_WIDTH / 2
-            held = 2 * JUMP_WEIGHT * (l0 / self.rule.k - 1) / (self.rule.k * n_rows)
-            through = (threshold[pairs.latents] * to_code + held) * near / -JUMP_WIDTH
+            from_l0 = 2 * JUMP_WEIGHT * (l0 / self.rule.k - 1) / (self.rule.k * n_rows)
+            through = (threshold[pairs.latents] * to_code + from_l0) * near / -JUMP_WIDTH
             to_threshold = torch.zeros_like(threshold).index_add_(0, pairs.latents, through)
             to_threshold *= threshold
 
         auxk = x.new_zeros(())
         if self.auxk_alpha and (self.static or bool(dead.any())):
-            mine = slice(-self.team.share(len(x))[0] % AUX_ROWS, None, AUX_ROWS)
+            own = slice(-self.team.share(len(x))[0] % AUX_ROWS, None, AUX_ROWS)
             share = n_rows / -(-n_rows // AUX_ROWS)
-            of = AuxK(
-                *(weights, centred[mine], errors[mine, -1], self.k_aux),
-                factor=2 * self.auxk_alpha * share / spread,
-            )
-            revival = by_pairs(of, dead) if self.static else by_dead(of, dead)
+            factor = 2 * self.auxk_alpha * share / spread
+            revive = _revive_static if self.static else _revive_dead
+            revival = revive(weights, centred[own], errors[own, -1], dead, self.k_aux, factor)
             auxk = self.team.sum(revival.error) * share / spread
             revival.add_to(to_encoder, to_decoder, to_bias, torch.isfinite(auxk))
             auxk = auxk.nan_to_num(0.0, 0.0, 0.0)
@@ -147,7 +149,7 @@ class Step:
         return Loss(total=total, fvu=fvu, auxk=auxk, l0=l0, fired=self.team.sum(fired) > 0)
 
     def _product(self, weights: Weights, centred: Tensor) -> Float[Tensor, "batch latent"]:
-        """Return `centred @ W_enc` without `b_enc`, which is added to the few that matter."""
+        """Return `centred @ W_enc`; `b_enc` is added later, to the few scores that matter."""
         encoder = weights.W_enc.T
         if self.bfloat16:
             centred, encoder = centred.bfloat16(), encoder.bfloat16()
@@ -157,56 +159,138 @@ class Step:
         return kernels.for_device(centred.device).product(centred, encoder, self._scores)
 
     def _pairs(self, weights: Weights, centred: Tensor, by_row: bool) -> Pairs:
-        """Choose what fires, and where thresholds are learned what may."""
+        """Choose what fires; with learned thresholds, everything that gets a gradient."""
         kernel, rule, bias = kernels.for_device(centred.device), self.rule, weights.b_enc
         k = rule.k if self.team.world == 1 else math.ceil(rule.k)
         n = round(rule.k * self.team.share(len(centred))[1])
-        able = kernel is cpu and prefilter.is_faster(centred.device, centred.dtype)
+        prefiltered = kernel is cpu and prefilter.is_faster(centred.device, centred.dtype)
         if weights.log_threshold is not None:
             bound = weights.log_threshold.exp() - JUMP_WIDTH / 2
-            best = kernel.above(self._product(weights, centred), bound, bias=bias)
-        elif able and not self.bfloat16:
+            best = kernel.indices_above(self._product(weights, centred), bound, bias=bias)
+        elif prefiltered and not self.bfloat16:
             encoder = weights.W_enc.T
             if by_row:
-                best = self._screen.best_of_rows(centred, encoder, bias, k, signed=rule.signed)
+                best = self._prefilter.best_of_rows(centred, encoder, bias, k)
             else:
-                best = self._screen.best_places(centred, encoder, bias, n, signed=rule.signed)
+                best = self._prefilter.best_indices(centred, encoder, bias, n)
         elif by_row:
-            pre = self._product(weights, centred).add_(bias)
-            best = kernel.best_of_rows(pre, k, signed=rule.signed)
+            best = kernel.best_of_rows(self._product(weights, centred).add_(bias), k)
         else:
-            pre, guess = self._product(weights, centred), self._guess
-            best = kernel.best_places(pre, n, signed=rule.signed, bias=bias, guess=guess)
+            pre = self._product(weights, centred)
+            best = kernel.best_indices(pre, n, bias=bias, guess=self._guess)
             self._guess = best.guess
         if self.team.world > 1 and weights.log_threshold is None:
             if not by_row:
-                best = self._best_of_all(best, n)
+                best = self._best_of_all_ranks(best, n)
             elif k != rule.k:
-                best = self._fraction_of_all(best, len(centred), len(bias))
-        rows = best.places // len(bias)
-        return Pairs(rows, best.places - rows * len(bias), best.values.to(bias.dtype))
+                best = self._fraction_of_all_ranks(best, len(centred), len(bias))
+        rows = best.indices // len(bias)
+        return Pairs(rows, best.indices - rows * len(bias), best.values.to(bias.dtype))
 
-    def _fraction_of_all(self, best: Any, n_rows: int, width: int) -> Any:
-        """Spend the fraction of `k` on the batch, of whose rows each has one score too many."""
-        whole, rows = math.floor(self.rule.k), best.places // width
+    def _fraction_of_all_ranks(self, best: Any, n_rows: int, width: int) -> Any:
+        """Spend the fraction of `k` on the whole batch; each row comes with one score too many."""
+        whole, rows = math.floor(self.rule.k), best.indices // width
         order = best.values.abs().argsort(descending=True, stable=True)
         order = order[rows[order].argsort(stable=True)]  # by row, the best first
-        place = torch.arange(len(order), device=order.device) - torch.searchsorted(rows, rows)
+        position = torch.arange(len(order), device=order.device) - torch.searchsorted(rows, rows)
         last = torch.zeros_like(order, dtype=torch.bool)
-        last[order[place == whole]] = True
+        last[order[position == whole]] = True
         n = round((self.rule.k - whole) * self.team.share(n_rows)[1])
-        some = best._replace(places=best.places[last], values=best.values[last])
-        some = self._best_of_all(some, n)
-        last &= ~torch.isin(best.places, some.places[some.values != 0])
-        return best._replace(places=best.places[~last], values=best.values[~last])
+        extra = best._replace(indices=best.indices[last], values=best.values[last])
+        extra = self._best_of_all_ranks(extra, n)
+        last &= ~torch.isin(best.indices, extra.indices[extra.values != 0])
+        return best._replace(indices=best.indices[~last], values=best.values[~last])
 
-    def _best_of_all(self, best: Any, n: int) -> Any:
-        """Return those of this process's best that are among the `n` best of all processes."""
+    def _best_of_all_ranks(self, best: Any, n: int) -> Any:
+        """Keep those of this process's best that are among the `n` best of all processes."""
         parts = self.team.gather(best.values)
-        every = torch.cat(parts)[None]  # by rank, so in the order of the whole batch's places
-        kept = kernels.for_device(every.device).best_places(every, n, signed=self.rule.signed)
+        every = torch.cat(parts)[None]  # by rank, so in the order of the whole batch's indices
+        kept = kernels.for_device(every.device).best_indices(every, n)
         first = sum(len(part) for part in parts[: self.team.rank])
-        here = (kept.places >= first) & (kept.places < first + len(best.values))
-        mine = kept.places[here] - first
-        # the values are kept's: of the pads that fill up on CUDA, they are 0
-        return best._replace(places=best.places[mine], values=kept.values[here])
+        is_own = (kept.indices >= first) & (kept.indices < first + len(best.values))
+        own = kept.indices[is_own] - first
+        # values come from `kept`: padding on CUDA has value 0 there
+        return best._replace(indices=best.indices[own], values=kept.values[is_own])
+
+
+@dataclass(frozen=True)
+class _Revival:
+    """Aux-k's squared error and the gradients of the weights' rows `latents` (None: all rows)."""
+
+    error: Float[Tensor, ""]
+    latents: Int64[Tensor, "dead"] | None
+    encoder: Float[Tensor, "dead d_in"]
+    decoder: Float[Tensor, "dead d_in"]
+    bias: Float[Tensor, "dead"]
+
+    def add_to(self, encoder: Tensor, decoder: Tensor, bias: Tensor, finite: Tensor) -> None:
+        """Add the gradients to those of all weights if the loss is finite."""
+        for total, own in ((encoder, self.encoder), (decoder, self.decoder), (bias, self.bias)):
+            usable = own.masked_fill_(~finite, 0.0)
+            if self.latents is None:
+                total.add_(usable)
+            else:
+                total.index_add_(0, self.latents, usable)
+
+
+def _revive_dead(
+    weights: Weights,
+    centred: Float[Tensor, "row d_in"],
+    errors: Float[Tensor, "row d_in"],
+    dead: Bool[Tensor, "latent"],
+    k_aux: int,
+    factor: Float[Tensor, ""],
+) -> _Revival:
+    """Return aux-k's error and gradients from dense products with the dead latents.
+
+    `errors` is the reconstruction minus the rows. The gradients are those of the squared error
+    times `factor / 2`.
+    """
+    latents = dead.nonzero()[:, 0]
+    scores = centred @ weights.W_enc[:, latents] + weights.b_enc[latents]
+    values, chosen = scores.topk(min(k_aux, len(latents)), sorted=False)
+    code = torch.zeros_like(scores).scatter_(1, chosen, values)
+    W_dec = weights.W_dec[latents]
+    missed = code @ W_dec + errors
+    out = missed * factor
+    to_pre = torch.where(code != 0, out @ W_dec.T, 0.0)
+    return _Revival(
+        error=missed.square().sum(),
+        latents=latents,
+        encoder=to_pre.T @ centred,
+        decoder=code.T @ out,
+        bias=to_pre.sum(0),
+    )
+
+
+def _revive_static(
+    weights: Weights,
+    centred: Float[Tensor, "row d_in"],
+    errors: Float[Tensor, "row d_in"],
+    dead: Bool[Tensor, "latent"],
+    k_aux: int,
+    factor: Float[Tensor, ""],
+) -> _Revival:
+    """Return the same as `_revive_dead`, with shapes that do not depend on the number of dead."""
+    kernel, n_rows, W_dec = kernels.for_device(dead.device), len(centred), weights.W_dec
+    scores = centred @ weights.W_enc + weights.b_enc
+    scores.masked_fill_(~dead, -torch.inf)
+    best = scores.topk(min(k_aux, len(dead)), sorted=False)
+    width = best.indices.shape[1]
+    latents = best.indices.flatten()
+    values = torch.where(dead[latents], best.values.flatten(), 0.0)
+    offsets = torch.arange(n_rows + 1, device=latents.device) * width
+    rows = torch.arange(n_rows, device=latents.device).repeat_interleave(
+        width, output_size=n_rows * width
+    )
+    missed = kernel.gather_sum(values, latents, offsets, W_dec) + errors
+    out = missed * factor
+    to_pre = kernel.pair_dot(out, rows, W_dec, latents) * (values != 0)
+    order, starts = kernel.by_latent(latents, len(dead))
+    return _Revival(
+        error=torch.where(dead.any(), missed.square().sum(), 0.0),
+        latents=None,
+        encoder=kernel.gather_sum(to_pre[order], rows[order], starts, centred),
+        decoder=kernel.gather_sum(values[order], rows[order], starts, out),
+        bias=torch.zeros_like(weights.b_enc).index_add_(0, latents, to_pre),
+    )

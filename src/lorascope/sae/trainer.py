@@ -1,16 +1,22 @@
 """The state of a training run: weights, moments, counters, and how a step changes them.
 
-1. In the first half of a run every row gets its own best latents, whatever the rule says; then the
-   rule takes over. Chosen over the batch from the start, the rows of large values take the latents
-   while the dictionary is still poor, and fewer directions are found (`docs/training.md`).
-2. The gradients are those of `step.py`.
-3. Adam, its rate rising over `warmup` steps and then falling to zero in a line.
-4. Decoder rows are brought back to unit norm.
+1. In the first half of a run every row gets its own best latents, whatever the rule; then the rule
+   takes over. If latents were chosen over the batch from the start, rows with large values would
+   take most of them while the dictionary is still poor, and fewer directions would be found
+   (`docs/training.md`).
+2. `step.py` computes the gradients.
+3. Adam updates the weights. Its rate rises over `warmup` steps and then falls linearly to zero.
+4. Decoder rows are scaled back to unit norm.
+
+On CUDA a step is recorded as a graph: one launch instead of a hundred. This has not run on a GPU
+yet.
 """
 
 import json
 import logging
 import math
+from collections import Counter
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
 import safetensors.torch
@@ -23,18 +29,18 @@ from lorascope import kernels
 from lorascope.artifact import replacing
 from lorascope.errors import ArtifactError, NumberError
 from lorascope.runtime import Team
-from lorascope.sae.graphs import StepGraphs
 from lorascope.sae.objective import Loss, Weights
 from lorascope.sae.sparsity import Rule
 from lorascope.sae.step import Step
 
 log = logging.getLogger(__name__)
 
-_LOG_POINTS = 200  # entries of the training log that the manifest keeps
+_LOG_POINTS = 200  # lines of the training log
 _BETAS = (0.9, 0.99)
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of a weight
-_MEMORY = 0.98  # of the running means that the bar and the log show
-_BY_ROW = 0.5  # share of the steps in which each row gets its own best
+_MEMORY = 0.98  # decay of the running means in the progress bar and the log
+_BY_ROW = 0.5  # share of the steps in which each row gets its own best latents
+_EAGER_STEPS = 3  # steps of a kind before it is recorded as a CUDA graph
 
 
 class Trainer:
@@ -48,7 +54,6 @@ class Trainer:
         n_steps: int,
         lr: float,
         architecture: str = "batchtopk",
-        signed: bool = False,
         warmup: int = 100,
         dead_after: int = 100_000,
         auxk_alpha: float = 1 / 8,
@@ -56,20 +61,20 @@ class Trainer:
         device: torch.device | None = None,
         team: Team | None = None,
     ) -> None:
-        self.rule = Rule(architecture, k, signed)  # type: ignore[arg-type]
+        self.rule = Rule(architecture, k)
         self.n_steps, self.lr, self.dead_after = n_steps, lr, dead_after
         self.warmup = min(warmup, n_steps // 10)
         self.team = team or Team()
         device = device or torch.device("cpu")
-        here = {
+        on_device = {
             name: tensor.detach().to(device).requires_grad_()
             for name, tensor in weights.tensors().items()
         }
-        self.weights = Weights(**here)
+        self.weights = Weights(**on_device)
         on_cuda = device.type == "cuda"
-        self._rate = torch.tensor(lr, device=device) if on_cuda else None  # what a graph reads
-        # fused Adam copies what does not lie in memory as its shape says: W_enc is seen transposed
-        self._flat = {name: tensor.detach() for name, tensor in here.items()}
+        self._rate = torch.tensor(lr, device=device) if on_cuda else None  # a graph reads it
+        # fused Adam copies tensors that are not contiguous, so it sees W_enc transposed
+        self._flat = {name: tensor.detach() for name, tensor in on_device.items()}
         self._flat["W_enc"] = self._flat["W_enc"].T
         self.adam = torch.optim.Adam(
             self._flat.values(),
@@ -79,22 +84,22 @@ class Trainer:
             capturable=on_cuda,
         )
         k_aux = 2 ** round(math.log2(max(weights.b_dec.numel() / 2, 1)))  # Gao et al., A.2
-        fixed = on_cuda and architecture != "jumprelu" and self.team.world == 1
-        self._step = Step(self.rule, k_aux, auxk_alpha, self.team, bfloat16, static=fixed)
-        self._graphs = StepGraphs(self._change) if fixed else None
+        static = on_cuda and architecture != "jumprelu" and self.team.world == 1
+        self._step = Step(self.rule, k_aux, auxk_alpha, self.team, bfloat16, static=static)
+        self._graphs = _StepGraphs(self._update) if static else None
         self.step = 0
         self.log_every = max(n_steps // _LOG_POINTS, 1)
         self.log: list[dict[str, float]] = []
         self.silent_tokens = torch.zeros(weights.b_enc.numel(), dtype=torch.int64, device=device)
-        self.running = torch.zeros(3, device=device)  # means of fvu, l0, auxk times their weight
+        self.running = torch.zeros(3, device=device)  # weighted sums of fvu, l0, auxk
 
     @property
     def dead(self) -> Bool[Tensor, "latent"]:
-        """Latents that have not fired for more than `dead_after` tokens."""
+        """Mask of latents that have not fired for more than `dead_after` tokens."""
         return self.silent_tokens > self.dead_after
 
     def take(self, x: Float[Tensor, "batch d_in"]) -> Loss:
-        """Change the weights by one step on a batch in the SAE's units, or this process's part."""
+        """Train one step on a batch of scaled rows, or on this process's part of it."""
         if self.step == 0 and self.weights.log_threshold is not None:
             self._first_threshold(x)
         by_row = self.rule.architecture != "jumprelu" and self.step < _BY_ROW * self.n_steps
@@ -103,14 +108,14 @@ class Trainer:
             self.adam.param_groups[0]["lr"] = rate
         else:
             self._rate.fill_(rate)
-        loss = (self._graphs.take if self._graphs else self._change)(x, by_row)
+        loss = (self._graphs.take if self._graphs else self._update)(x, by_row)
         self.step += 1
         if self.step % self.log_every == 0 or self.step == self.n_steps:
             self.log.append({"step": self.step, **self.means()})
         return loss
 
-    def _change(self, x: Float[Tensor, "batch d_in"], by_row: bool) -> Loss:
-        """Do what of a step happens on the device."""
+    def _update(self, x: Float[Tensor, "batch d_in"], by_row: bool) -> Loss:
+        """Do the part of a step that happens on the device."""
         loss = self._step.take(self.weights, x, self.dead, by_row=by_row)
         for name, tensor in self.weights.tensors().items():
             grad = tensor.grad
@@ -127,11 +132,11 @@ class Trainer:
 
     @torch.no_grad()
     def _first_threshold(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """Let learned thresholds begin where `k` latents a row fire in the first batch."""
+        """Set learned thresholds so that `k` latents per row fire in the first batch."""
         weights = self.weights
         pre = (x - weights.b_dec) @ weights.W_enc + weights.b_enc
         n = round(self.rule.k * self.team.share(len(x))[1])
-        best = torch.cat(self.team.gather(kernels.for_device(x.device).best_places(pre, n).values))
+        best = torch.cat(self.team.gather(kernels.for_device(x.device).best_indices(pre, n).values))
         best = best.topk(min(n, len(best))).values
         best = best[best > 0]
         lowest = best[-1] if len(best) else pre.new_ones(())
@@ -139,15 +144,15 @@ class Trainer:
         weights.log_threshold.fill_(lowest.log())
 
     def means(self) -> dict[str, float]:
-        """Return the running means of the last 50 steps or so, and the dead latents' share.
+        """Return running means over about 50 steps, and the share of dead latents.
 
-        Raises NumberError when the loss is not finite.
+        Raises NumberError if the loss is not finite.
         """
         weight = 1 - _MEMORY**self.step  # the mean starts at 0
         fvu, l0, auxk = (self.running / max(weight, 1e-9)).tolist()
         if not math.isfinite(fvu):
             raise NumberError(
-                f"the loss is {fvu} at step {self.step} with --lr {self.lr:g}; lower --lr"
+                f"the loss is {fvu} at step {self.step} with --lr {self.lr:g}; use a lower --lr"
             )
         values = {
             "fvu": fvu,
@@ -160,8 +165,8 @@ class Trainer:
 
     def summary(self) -> str:
         """Return the running means for the progress bar."""
-        now = self.means()
-        return f"FVU {now['fvu']:.4f}, L0 {now['l0']:.1f}, dead {now['dead']:.1%}"
+        means = self.means()
+        return f"FVU {means['fvu']:.4f}, L0 {means['l0']:.1f}, dead {means['dead']:.1%}"
 
     def save(self, path: Path) -> None:
         """Write everything that the next step depends on, atomically."""
@@ -171,14 +176,14 @@ class Trainer:
                 tensors[f"adam.{key}.{name}"] = value
         tensors |= {"silent_tokens": self.silent_tokens, "running": self.running}
         state = json.dumps({"step": self.step, "log": self.log})
-        here = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        with replacing(path) as beside:
-            safetensors.torch.save_file(here, beside, metadata={"state": state})
+        on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        with replacing(path) as partial:
+            safetensors.torch.save_file(on_cpu, partial, metadata={"state": state})
 
     def restore(self, path: Path) -> None:
-        """Go on from a checkpoint, where there is one.
+        """Resume from a checkpoint if there is one.
 
-        Raises ArtifactError when it is damaged, or of another run.
+        Raises ArtifactError if it is damaged, or belongs to another run.
         """
         if not path.exists():
             return
@@ -205,17 +210,21 @@ class Trainer:
             self.running.copy_(tensors["running"])
             self.step, self.log = state["step"], state["log"]
         except (
-            *(OSError, ValueError, TypeError, KeyError, RuntimeError),
+            OSError,
+            ValueError,
+            TypeError,
+            KeyError,
+            RuntimeError,
             safetensors.SafetensorError,
         ) as error:
             raise ArtifactError(
-                f"{path} cannot be gone on from ({str(error).splitlines()[0]}); "
-                "give --no-resume to begin anew"
+                f"cannot resume from {path} ({str(error).splitlines()[0]}); "
+                "give --no-resume to start again"
             ) from error
-        log.info("going on from step %d of %d", self.step, self.n_steps)
+        log.info("resuming from step %d of %d", self.step, self.n_steps)
 
     def agree(self) -> None:
-        """Take over rank 0's state: it alone reads a checkpoint."""
+        """Copy the state of rank 0, which alone reads a checkpoint, to all ranks."""
         if self.team.world == 1:
             return
         device = self.silent_tokens.device
@@ -234,7 +243,37 @@ class Trainer:
 
 
 def schedule(step: int, n_steps: int, warmup: int) -> float:
-    """Return the factor of the learning rate: rising over `warmup` steps, then falling to zero."""
+    """Return the factor of the learning rate: it rises over `warmup` steps, then falls to zero."""
     rising = (step + 1) / (warmup + 1)
     falling = (n_steps - step) / max(n_steps - warmup, 1)
     return max(min(rising, falling, 1.0), 0.0)
+
+
+class _StepGraphs:
+    """Runs steps `update(x, by_row)`; from the fourth of a kind on by replaying its CUDA graph.
+
+    A step can be recorded because its shapes are static and nothing in it waits for the device
+    (`Step.static`). The first steps of each kind run eagerly: they compile the kernels and create
+    the state of the optimiser.
+    """
+
+    def __init__(self, update: Callable[[Tensor, bool], Loss]) -> None:
+        self._update = update
+        self._n_steps: Counter[Hashable] = Counter()
+        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor, Loss]] = {}
+
+    def take(self, x: Tensor, by_row: bool) -> Loss:
+        """Run one step; the next step of this kind overwrites the tensors of the loss."""
+        kind = (by_row, x.shape)
+        self._n_steps[kind] += 1
+        if self._n_steps[kind] <= _EAGER_STEPS:
+            return self._update(x, by_row)
+        if kind not in self._graphs:
+            graph, static_x = torch.cuda.CUDAGraph(), x.clone()
+            with torch.cuda.graph(graph):
+                loss = self._update(static_x, by_row)
+            self._graphs = {kind: (graph, static_x, loss)}  # an earlier kind does not come again
+        graph, static_x, loss = self._graphs[kind]
+        static_x.copy_(x, non_blocking=True)
+        graph.replay()
+        return loss

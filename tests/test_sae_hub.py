@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 
 from lorascope.errors import ArtifactError
 from lorascope.sae.model import SAE
-from lorascope.sae.sharing import describe
+from lorascope.sae.sae_hub import model_card
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_a_path_of_any_known_format_is_loaded_without_the_hub(tmp_path, make_sto
         assert SAE.from_pretrained(path).digest == sae.digest
         assert SAE.from_pretrained(str(path), store).digest == sae.digest
     assert SAE.from_pretrained(published(tmp_path / "old.pt"), store).d_sae == 40
-    with pytest.raises(ArtifactError, match="is a path here, which has no revision v1"):
+    with pytest.raises(ArtifactError, match="is a local path, which has no revision v1"):
         SAE.from_pretrained(tmp_path / "sae", revision="v1")
 
 
@@ -114,10 +114,10 @@ def test_what_the_hub_cannot_give_is_told_in_one_line(hub, tmp_path):
     (hub / "ann" / "empty").mkdir(parents=True)
     cases = {
         "ann/absent": "outgoing traffic has been disabled",
-        "ann/empty": "no SAE file that is known here .found: nothing.",
-        "ann/empty:layer": "holds no layer",
-        "ann/empty:../../other": "is no path inside",
-        "ann/empty:/etc": "is no path inside",
+        "ann/empty": "not a known SAE file .found: nothing.",
+        "ann/empty:layer": "has no layer",
+        "ann/empty:../../other": "is not a path inside",
+        "ann/empty:/etc": "is not a path inside",
         str(tmp_path / "absent"): "absent does not exist",
         "./ann/absent": "does not exist",
         "absent": "does not exist",
@@ -152,7 +152,7 @@ def test_a_refusal_of_the_hub_is_told_in_words(hub, monkeypatch, kind, match):
 
 def test_a_name_that_is_no_hub_id_is_not_pushed_to(hub):
     for name in ("sae", "a/b/c", 'ann/x"\n---', "../x", "ann/x:y"):
-        with pytest.raises(ArtifactError, match="is no name of a hub repository"):
+        with pytest.raises(ArtifactError, match="is not a hub repository name"):
             random_sae().push_to_hub(name)
     assert not hub.exists()
 
@@ -200,6 +200,10 @@ def test_the_card_says_what_the_sae_is_and_how_it_is_loaded(hub, make_store):
     assert 'SAE.load_from_disk(snapshot_download("ann/latents"))' in body
 
 
+def card_of(sae: SAE, repo_id: str, corpus: dict) -> str:
+    return model_card(sae.manifest, sae.d_sae, repo_id, corpus)
+
+
 def test_names_in_manifests_cannot_write_into_the_card():
     hostile = (
         "x\n---\nlicense: mit\n---\n# Owned | <script>alert(1)</script> [a](javascript:b) `c` "
@@ -207,8 +211,8 @@ def test_names_in_manifests_cannot_write_into_the_card():
     )
     corpus = {"base_model": f"org/model\n{hostile}", "adapter_name": hostile, "dataset": 'a"\n- b'}
     sae = random_sae().sealed(architecture=hostile, normalize=hostile)
-    card = describe(sae, "ann/latents", corpus)
-    plain = describe(random_sae(), "ann/latents", {})
+    card = model_card(sae.manifest, sae.d_sae, "ann/latents", corpus)
+    plain = card_of(random_sae(), "ann/latents", {})
     head = card.split("---\n")[1]
     assert head == plain.split("---\n")[1]
     assert card.count("\n---\n") == 1
@@ -222,13 +226,13 @@ def test_names_in_manifests_cannot_write_into_the_card():
 
 
 def test_a_base_model_that_is_a_folder_stays_out_of_the_head():
-    card = describe(random_sae(), "ann/latents", {"base_model": "my-folder"})
+    card = card_of(random_sae(), "ann/latents", {"base_model": "my-folder"})
     assert "base_model:" not in card
     assert r"| base model | my\-folder |" in card
 
 
 def test_a_long_name_is_cut(make_store):
-    card = describe(random_sae(), "ann/latents", {"adapter_name": "a" * 10_000})
+    card = card_of(random_sae(), "ann/latents", {"adapter_name": "a" * 10_000})
     assert "a" * 199 + "…" in card
     assert "a" * 200 not in card
 

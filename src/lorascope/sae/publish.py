@@ -1,0 +1,196 @@
+"""The end of a training run: fold the scale, calibrate the threshold, evaluate, and write.
+
+Half of the held-out rollouts calibrate the threshold, the other half is reported on, so neither has
+seen the rows of the other.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorascope.activations.batches import BatchPlan, RowNumbers, halves, read_blocks
+from lorascope.activations.store import ActivationStore
+from lorascope.artifact import Build, make_manifest, read_manifest, write_text
+from lorascope.runtime import process_rank
+from lorascope.sae.metrics import ColumnMoments, evaluate, stability
+from lorascope.sae.model import KIND, SAE, SCHEMA
+from lorascope.sae.settings import SweepMember, TrainConfig
+from lorascope.sae.trainer import Trainer
+from lorascope.sae.training_plot import draw_training
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What the SAEs of a run share."""
+
+    config: TrainConfig
+    plan: BatchPlan
+    held_out: RowNumbers
+    scale: Tensor
+    moments: ColumnMoments
+    device: torch.device
+    n_steps: int
+
+
+def publish(
+    run: TrainingRun,
+    out: Path,
+    build: Build,
+    members: Mapping[Path, tuple[SweepMember, dict[str, Any]]],
+    trainers: Mapping[Path, Trainer],
+) -> None:
+    """Fold, calibrate, evaluate and write one SAE of the run, with its picture."""
+    (member, identity), trainer, config = members[out], trainers[out], run.config
+    store, device = run.plan.store, run.device
+    folded = trainer.weights.folded(
+        run.scale.to(device), torch.from_numpy(run.moments.mean).to(device)
+    )
+    threshold = folded.pop("threshold", None)
+    other_seeds = [
+        trainers[path].weights.W_dec.detach()
+        for path, (other, _) in members.items()
+        if other.without_seed == member.without_seed and path != out
+    ]
+    content = {
+        "d_in": store.d_in,
+        "d_sae": folded["W_enc"].shape[1],
+        "k": member.k,
+        "architecture": config.architecture,
+        "normalize": config.normalize,
+        "roles": list(config.roles),
+        "scale": run.scale.tolist(),
+        "left_out": [store.layout.column_names[i] for i in np.flatnonzero(run.scale.numpy() == 0)],
+        "steps": run.n_steps,
+        "log": trainer.log,
+        "config": _published_config(config, member, store, trainer),
+    }
+    if other_seeds:
+        cosines = stability(trainer.weights.W_dec.detach(), other_seeds).tolist()
+        content["stability"] = [round(value, 4) for value in cosines]
+    sae = SAE(
+        **{name: tensor.cpu() for name, tensor in folded.items()},
+        threshold=None if threshold is None else threshold.cpu(),
+        layout=store.layout,
+        manifest=make_manifest(
+            KIND, SCHEMA, **identity, layout=store.layout.to_json(), content=content
+        ),
+    )
+    to_calibrate, to_report = halves(store, run.held_out)
+    sae = sae.calibrated(store, to_calibrate, member.k)
+    report = evaluate(sae, read_blocks(store, to_report))
+    report["train"] = trainer.means()
+    report["n_calibrated"] = len(to_calibrate)
+    _log_report(report, len(run.plan.rows), config, member)
+    sae = sae.sealed(report=report)
+    draw_training(sae.manifest, trainer.log, sibling(out, ".png"))
+    sae.publish(build)
+
+
+def sibling(out: Path, suffix: str) -> Path:
+    """Return the path of a file next to an SAE: `sae.pt` and `sae/` have `sae.jsonl`."""
+    return out.with_name(out.name.removesuffix(".pt") + suffix)
+
+
+def write_table(output: Path, members: Mapping[Path, tuple[SweepMember, dict[str, Any]]]) -> Path:
+    """Write and log one row for each SAE of a sweep, and return the table's path."""
+    path = sibling(output, ".runs.json")
+    if process_rank() > 0:
+        return path  # rank 0 may still be publishing
+    rows = []
+    for out, (member, _) in members.items():
+        content = (read_manifest(out) or {})["content"]
+        report = content["report"]
+        cosines = content.get("stability")
+        rows.append(
+            {
+                "sae": out.name,
+                **member.settings(),
+                "fvu": report["fvu"],
+                "l0": report["l0"],
+                "alive": report["alive"],
+                "cosine": report["cosine"],
+                "stability": float(np.median(cosines)) if cosines else None,
+            }
+        )
+    write_text(path, json.dumps(rows, indent=1) + "\n")
+    log.info("held out:\n%s", _in_columns(rows))
+    return path
+
+
+def _in_columns(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows with the same keys as text in columns; numbers have four digits."""
+    cells = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in cells
+    )
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _published_config(
+    config: TrainConfig, member: SweepMember, store: ActivationStore, trainer: Trainer
+) -> dict[str, Any]:
+    """Return the keys that the published scripts read from a `.pt`, and what made this one."""
+    return {
+        "k": int(member.k) if member.k.is_integer() else member.k,
+        "batch_size": config.batch_size,
+        "learning_rate": trainer.lr,
+        "num_steps": trainer.n_steps,
+        "expansion_factor": member.expansion_factor,
+        "adapter_types": list(store.layout.adapter_types),
+        "seed": member.seed,
+        "normalize": config.normalize,
+    }
+
+
+def _log_report(
+    report: Mapping[str, Any], n_train: int, config: TrainConfig, member: SweepMember
+) -> None:
+    train_l0 = report["train"]["l0"]
+    log.info(
+        "%sheld out (%d tokens): FVU %s with scale %s, %s raw; L0 %.2f (training %.2f); %d latents "
+        "alive, %.1f %% never fired; cosine %s",
+        member.label and f"{member.label}: ",
+        report["n_rows"],
+        _ratio(report["fvu"]),
+        config.normalize,
+        _ratio(report["fvu_raw"]),
+        report["l0"],
+        train_l0,
+        report["alive"],
+        100 * report["never_fired"],
+        _ratio(report["cosine"]),
+    )
+    if abs(report["l0"] - train_l0) > 0.2 * train_l0:
+        log.warning(
+            "L0 is %.2f on held-out rows and %.2f in training, more than 20 %% apart: the held-out "
+            "rollouts differ from the others, or the run was too short; train on more tokens",
+            report["l0"],
+            train_l0,
+        )
+    if report["never_fired"] > 0.2:
+        log.warning(
+            "%.0f %% of the latents never fired on held-out rows: the dictionary is wider than "
+            "%d training tokens support; lower --expansion-factor, or generate more",
+            100 * report["never_fired"],
+            n_train,
+        )
+
+
+def _ratio(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4f}"

@@ -1,0 +1,129 @@
+"""The training log has the same lines however often the run was interrupted."""
+
+import errno
+import json
+import logging
+
+import pytest
+from builders.training_logs import timeless
+
+from lorascope.sae.training_log import TrainingLog, read_training_log
+
+
+def write(path, first, last, *, step=0, clock=None):
+    """Log steps `first` to `last` of 10 tokens each, as a run that resumed at `step` does."""
+    given = {"clock": clock} if clock else {}
+    with TrainingLog(path, step=step, **given) as training_log:
+        for i in range(first, last + 1):
+            training_log.write(i, 10 * i, {"fvu": 1 / i, "l0": 5.0, "dead": 0})
+
+
+def warnings_in(caplog):
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def test_a_line_holds_what_was_measured_and_the_clock(tmp_path):
+    now = iter([100.0, 102.0, 106.0])
+    path = tmp_path / "sae.jsonl"
+    write(path, 1, 2, clock=lambda: next(now))
+    first, second = path.read_text(encoding="utf-8").splitlines()
+    assert json.loads(first) == {
+        "step": 1,
+        "tokens": 10,
+        "fvu": 1.0,
+        "l0": 5.0,
+        "dead": 0,
+        "seconds": 2.0,
+        "tokens_per_second": 5.0,
+    }
+    assert json.loads(second)["seconds"] == 6.0
+    assert json.loads(second)["tokens_per_second"] == 2.5
+    assert list(json.loads(first))[:2] == ["step", "tokens"]
+
+
+def test_a_line_is_in_the_file_as_soon_as_it_is_logged(tmp_path):
+    with TrainingLog(tmp_path / "sae.jsonl") as training_log:
+        training_log.write(1, 10, {"fvu": 0.5})
+        assert [line["step"] for line in read_training_log(training_log.path)] == [1]
+
+
+def test_values_that_are_not_finite_are_null(tmp_path):
+    with TrainingLog(tmp_path / "sae.jsonl") as training_log:
+        training_log.write(1, 10, {"fvu": float("nan"), "auxk": float("inf"), "l0": None})
+    assert "NaN" not in training_log.path.read_text(encoding="utf-8")
+    (line,) = read_training_log(training_log.path)
+    assert (line["fvu"], line["auxk"], line["l0"]) == (None, None, None)
+
+
+@pytest.mark.parametrize("checkpoint", [0, 3, 6])
+def test_a_killed_and_resumed_run_leaves_the_lines_of_a_straight_one(tmp_path, checkpoint):
+    write(tmp_path / "straight.jsonl", 1, 9)
+    write(tmp_path / "killed.jsonl", 1, 6)
+    write(tmp_path / "killed.jsonl", checkpoint + 1, 9, step=checkpoint)
+    assert timeless(tmp_path / "killed.jsonl") == timeless(tmp_path / "straight.jsonl")
+    assert len(timeless(tmp_path / "straight.jsonl")) == 9
+
+
+def test_seconds_continue_from_the_lines_that_stay_and_the_first_rate_is_unknown(tmp_path):
+    path = tmp_path / "sae.jsonl"
+    before, after = iter([0.0, 4.0, 7.0]), iter([1000.0, 1002.0, 1004.0])
+    write(path, 1, 2, clock=lambda: next(before))
+    write(path, 2, 3, step=1, clock=lambda: next(after))
+    lines = read_training_log(path)
+    assert [line["seconds"] for line in lines] == [4.0, 6.0, 8.0]
+    assert [line["tokens_per_second"] for line in lines] == [2.5, None, 5.0]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3, "tok', '{"step": 3}', "\0\0\0\n", "[3]\n", "{}\n"])
+def test_a_torn_last_line_is_dropped(tmp_path, torn):
+    write(tmp_path / "straight.jsonl", 1, 5)
+    path = tmp_path / "sae.jsonl"
+    write(path, 1, 2)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(torn)
+    assert [line["step"] for line in read_training_log(path)] == [1, 2]
+    write(path, 3, 5, step=2)
+    assert timeless(path) == timeless(tmp_path / "straight.jsonl")
+
+
+def test_a_missing_log_reads_as_empty(tmp_path):
+    assert read_training_log(tmp_path / "none.jsonl") == []
+
+
+class FullDisk:
+    """A file whose writes fail, or are cut short, while `full`."""
+
+    def __init__(self, file, kept):
+        self.file, self.kept, self.full = file, kept, True
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, data):
+        if not self.full:
+            return self.file.write(data)
+        if self.kept is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self.file.write(data[: self.kept])
+
+
+@pytest.mark.parametrize("kept", [None, 0, 7])
+def test_a_full_disk_costs_lines_and_one_warning_only(tmp_path, monkeypatch, caplog, kept):
+    with TrainingLog(tmp_path / "sae.jsonl") as training_log:
+        training_log.write(1, 10, {"fvu": 0.9})
+        disk = FullDisk(training_log._file, kept)
+        monkeypatch.setattr(training_log, "_file", disk)
+        training_log.write(2, 20, {"fvu": 0.8})
+        training_log.write(3, 30, {"fvu": 0.7})
+        disk.full = False
+        training_log.write(4, 40, {"fvu": 0.6})
+    (warning,) = warnings_in(caplog)
+    assert "sae.jsonl (No space left on device)" in warning
+    lines = (tmp_path / "sae.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 4]
+
+
+def test_a_log_that_cannot_be_opened_is_one_warning_and_the_run_continues(tmp_path, caplog):
+    write(tmp_path / "no-folder" / "sae.jsonl", 1, 3)
+    (warning,) = warnings_in(caplog)
+    assert "sae.jsonl" in warning
