@@ -413,9 +413,10 @@ def verify(path: Path) -> list[str]:
 
             load_sae(path)
         elif kind in ("evaluation", "ablation", "attribution", "direct", "steering"):
-            from lorascope.causal.study import open_report
+            from lorascope.causal.report_records import REPORTS
+            from lorascope.causal.study import read_report
 
-            open_report(path)
+            read_report(path, REPORTS)
     except LorascopeError as error:
         return [str(error)]
     return []

@@ -200,7 +200,10 @@ class _Study:
             n_special=self.n_special,
             floor=Floor(null=null, rounding=float(sums.kl[0].sum()) / n_tokens),
             without_adapter=self._removal(sums, 1),
-            **by_kind,
+            sites=by_kind["sites"],
+            projections=by_kind["projections"],
+            layers=by_kind["layers"],
+            blocks=by_kind.get("blocks"),
         )
 
     def _removal(self, sums: TokenSums, change: int) -> Removal:

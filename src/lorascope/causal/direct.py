@@ -77,8 +77,8 @@ def run(config: DirectConfig) -> Path:
             gauge="auto" if len(gauges) > 1 else gauges.pop(),
             skip_unhookable=True,
         )
-        mine, _ = subject.layout.select(sae.layout.adapter_types)
-        sae.layout.require_same(mine, str(config.sae), f"adapter {adapter.name}")
+        own_layout, _ = subject.layout.select(sae.layout.adapter_types)
+        sae.layout.require_same(own_layout, str(config.sae), f"adapter {adapter.name}")
         content = {"sae_name": config.sae.name, "adapter_name": adapter.name}
         return Made(measure(subject, sae, config.top), sae.layout, content)
 

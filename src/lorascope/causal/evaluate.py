@@ -370,19 +370,19 @@ def _summarize(
 
 def table(report: EvaluationReport) -> str:
     """Return the report's main numbers as a table for the terminal."""
-    made, found = report.reconstruction, report.faithfulness
-    floor = found.floor
+    metrics, faithfulness = report.reconstruction, report.faithfulness
+    floor = faithfulness.floor
     head = f"{'KL':>9}{'recovered':>11}  {'95 % interval':<17}"
     lines = [
-        f"held out: {found.n_rollouts} rollouts, {found.n_tokens:,} predicted tokens; FVU "
-        f"{_number(made['fvu'])}, cosine {_number(made['cosine'])}, L0 {made['l0']:.2f}, "
-        f"{made['alive']:,} latents alive",
-        f"recovered: 0 is {found.zero_is}, 1 the adapter. KL(adapter ‖ run) in nats a token; "
-        f"floor: {floor.null:.1e} (rows unchanged), {floor.rounding:.1e} (rows changed by one "
-        "rounding step)",
+        f"held out: {faithfulness.n_rollouts} rollouts, {faithfulness.n_tokens:,} predicted "
+        f"tokens; FVU {_number(metrics['fvu'])}, cosine {_number(metrics['cosine'])}, "
+        f"L0 {metrics['l0']:.2f}, {metrics['alive']:,} latents alive",
+        f"recovered: 0 is {faithfulness.zero_is}, 1 the adapter. KL(adapter ‖ run) in nats a "
+        f"token; floor: {floor.null:.1e} (rows unchanged), {floor.rounding:.1e} (rows changed by "
+        "one rounding step)",
         f"{'rows written':<24}{head}{'special kept':>13}{'CE':>9}{'recovered':>11}",
     ]
-    for name, run in found.runs.items():
+    for name, run in faithfulness.runs.items():
         kept = None if run.special_kept is None else run.special_kept.recovered
         lines.append(
             f"{name:<24}{_recovered(run)}{'' if kept is None else _number(kept):>13}"
@@ -397,7 +397,7 @@ def table(report: EvaluationReport) -> str:
         lines.append(f"{title:<24}{head}{'KL at 0':>13}")
         lines += [
             f"  {name:<22}{_recovered(part)}{part.kl_zero:>13.4f}"
-            for name, part in getattr(found, kind).items()
+            for name, part in getattr(faithfulness, kind).items()
         ]
     return "\n".join(line.rstrip() for line in lines)
 

@@ -81,27 +81,27 @@ def _drawing(path: Path, size: tuple[float, float]) -> Generator["Figure"]:
 
 def draw_evaluation(report: EvaluationReport, manifest: Mapping[str, Any], path: Path) -> Path:
     """Draw the share recovered by each run, role, layer and projection."""
-    found, content = report.faithfulness, manifest["content"]
-    runs = {name: run for name, run in found.runs.items() if run.special_kept is not None}
+    faithfulness, content = report.faithfulness, manifest["content"]
+    runs = {name: run for name, run in faithfulness.runs.items() if run.special_kept is not None}
     panels = {
         "rows written; pale: special tokens' rows kept": runs,
-        "the SAE, by role of the predicted token; pale: as above": found.roles,
-        "the SAE in one layer, share of that layer": found.layers,
-        "the SAE in one projection, share of that projection": found.projections,
+        "the SAE, by role of the predicted token; pale: as above": faithfulness.roles,
+        "the SAE in one layer, share of that layer": faithfulness.layers,
+        "the SAE in one projection, share of that projection": faithfulness.projections,
     }
     heights = [
-        max(len(found.layers), len(runs)),
-        max(len(found.roles), len(found.projections)),
+        max(len(faithfulness.layers), len(runs)),
+        max(len(faithfulness.roles), len(faithfulness.projections)),
     ]
     with _drawing(path, (10, 1.6 + 0.19 * sum(heights))) as figure:
         _head(
             figure,
             f"{_plain(content['sae_name'])} on {_plain(content['adapter_name'])}: share of the "
             "adapter's effect that is recovered",
-            f"1 − KL(adapter ‖ run) / KL(adapter ‖ 0), 0 is {found.zero_is}; "
-            f"{found.n_rollouts} held-out rollouts, {found.n_tokens:,} tokens, lines: 95 % "
-            f"intervals; L0 {report.reconstruction['l0']:.1f}; floor {found.floor.rounding:.1e} "
-            "nats a token",
+            f"1 − KL(adapter ‖ run) / KL(adapter ‖ 0), 0 is {faithfulness.zero_is}; "
+            f"{faithfulness.n_rollouts} held-out rollouts, {faithfulness.n_tokens:,} tokens, "
+            f"lines: 95 % intervals; L0 {report.reconstruction['l0']:.1f}; "
+            f"floor {faithfulness.floor.rounding:.1e} nats a token",
         )
         grid = figure.add_gridspec(2, 2, height_ratios=heights)
         cells = grid[0, 0], grid[1, 0], grid[0, 1], grid[1, 1]

@@ -177,8 +177,8 @@ def open_held_out(config: EffectOptions, sae: "SAE | None") -> HeldOut:
         gauge=manifest["settings"].get("gauge", "auto"),
         skip_unhookable=manifest["settings"].get("skip_unhookable", False),
     )
-    mine, _ = subject.layout.select(store.layout.adapter_types)
-    store.layout.require_same(mine, str(config.data_dir), f"adapter {adapter.name}")
+    own_layout, _ = subject.layout.select(store.layout.adapter_types)
+    store.layout.require_same(own_layout, str(config.data_dir), f"adapter {adapter.name}")
     rollouts = np.arange(store.n_rollouts) if sae is None else held_out_rollouts(sae, store)
     rollouts = rollouts[: config.max_rollouts]
     vocab = int(subject.causal.config.get_text_config().vocab_size)

@@ -113,8 +113,8 @@ class Patch:
 
         Raises ArtifactError if the adapter lacks the patch's columns.
         """
-        mine, columns = editor.subject.layout.select(self.layout.adapter_types)
-        self.layout.require_same(mine, "the patch", f"adapter {editor.subject.adapter.name}")
+        own_layout, columns = editor.subject.layout.select(self.layout.adapter_types)
+        self.layout.require_same(own_layout, "the patch", f"adapter {editor.subject.adapter.name}")
         added = torch.zeros_like(rows)
         added[..., columns] = self.change(rows[..., columns], is_edited).to(rows.device)
         return lambda here, values: values + added[..., here].to(values.device)

@@ -106,7 +106,7 @@ def _reader(hint: Any) -> _Reader:
     if origin is Mapping:
         return _mapping(_reader(args[1]))
     hints = get_type_hints(hint, include_extras=True)
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         return _record(hint, {field.name: _reader(hints[field.name]) for field in fields(hint)})
     return _fixed([_reader(one) for one in hints.values()], hint)  # a NamedTuple
 

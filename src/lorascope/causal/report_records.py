@@ -380,3 +380,6 @@ class EditReport(ReportRecord):
     kl: Mapping[str, EditedRun]
     kl_patched_folded: Amount
     share_here: Share | None
+
+
+REPORTS = (EvaluationReport, AblationReport, AttributionReport, DirectReport, SteeringReport)

@@ -283,14 +283,15 @@ def _conditions(
     """Return no change first, then each dose with its control."""
     from lorascope.causal.baselines import random_decoder_rows
 
-    control = random_decoder_rows(sae, config.seed)[list(config.features)]
+    random_rows = random_decoder_rows(sae, config.seed)[list(config.features)]
+
+    def change(dose: float, decoder: Tensor) -> Change:
+        return _change(selected, columns, config.how, dose * largest, dose, decoder)
+
     conditions = [_Condition("none", 0.0, None)]
     for dose in dict.fromkeys(dose for dose in config.doses if dose):
-        amounts = dose * largest
-        conditions += [
-            _Condition(kind, dose, _change(selected, columns, config.how, amounts, dose, decoder))
-            for kind, decoder in (("feature", selected.W_dec), ("control", control))
-        ]
+        conditions.append(_Condition("feature", dose, change(dose, selected.W_dec)))
+        conditions.append(_Condition("control", dose, change(dose, random_rows)))
     return conditions
 
 

@@ -188,7 +188,7 @@ def format_number(value: float | None, digits: str) -> str:
 
 
 def seal(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> str:
-    """Return the text of a report's file: its numbers, the manifest, and what proves them whole."""
+    """Return the text of a report's file: its numbers, the manifest and their seals."""
     content = {**manifest["content"], "report_sha256": digest_of(report)}
     data = {"metadata": {"lorascope": with_seal({**manifest, "content": content})}, **report}
     return sealed(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
@@ -197,19 +197,21 @@ def seal(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> str:
 def open_report(path: Path) -> dict[str, Any]:
     """Return a report of effects: its parts by name, and `metadata`.
 
-    Raises ArtifactError when it is missing, no report, or was changed.
+    Raises ArtifactError if the file is missing, is not a report, or was changed.
     """
     manifest = read_manifest(path)
     content = None if manifest is None else manifest.get("content")
     expected = content.get("report_sha256") if isinstance(content, dict) else None
     if expected is None:
-        raise ArtifactError(f"{path} is no report of lorascope; make it with lorascope evaluate")
+        raise ArtifactError(
+            f"{path} is not a lorascope report; make one, for example with lorascope evaluate"
+        )
     data = json.loads(path.read_text(encoding="utf-8"))
     report = {name: part for name, part in data.items() if name != "metadata"}
     try:
-        found = digest_of(report)
-    except ValueError as error:  # a number that JSON has no word for
-        raise ArtifactError(f"{path} holds a number that is not finite; make it anew") from error
-    if found != expected:
-        raise ArtifactError(f"{path} holds other numbers than its manifest says; make it anew")
+        digest = digest_of(report)
+    except ValueError as error:  # JSON has no NaN and no infinity
+        raise ArtifactError(f"{path} has a number that is not finite; make it again") from error
+    if digest != expected:
+        raise ArtifactError(f"{path} has other numbers than its manifest says; make it again")
     return data
