@@ -1,6 +1,5 @@
 """Write docs/commands.md from the commands themselves: `python docs/make_commands.py`."""
 
-import importlib
 from dataclasses import MISSING
 from pathlib import Path
 
@@ -29,8 +28,7 @@ prints a completion script; for bash:
 
 def section(name: str, command: Command) -> str:
     """Return one command's part of the page."""
-    text = (importlib.import_module(command.module).__doc__ or "").strip()
-    lines = [f"## {name}\n\n{text}\n\n    {command.example}\n"]
+    lines = [f"## {name}\n\n{command.description()}\n\n    {command.example}\n"]
     lines += ["| option | default | |", "|---|---|---|"]
     for group, fields in grouped_options(command.config_class()).items():
         lines.append(f"| **{group}** | | |")

@@ -7,8 +7,10 @@ lorascope.
 """
 
 import argparse
+import ast
 import errno
 import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -37,7 +39,10 @@ _COMMON = {
 
 @dataclass(frozen=True)
 class Command:
-    """A stage on the command line. Its module is imported only when the stage is asked for."""
+    """A stage on the command line: the module of its `run`, and its config class.
+
+    Both are imported only when they are needed: many stages import torch, their options need not.
+    """
 
     section: str
     module: str
@@ -46,78 +51,89 @@ class Command:
     example: str
 
     def config_class(self) -> type[config.Config]:
-        """Import the stage's module and return its config class."""
-        return getattr(importlib.import_module(self.module), self.options)
+        """Import and return the config class."""
+        module, _, name = self.options.rpartition(".")
+        return getattr(importlib.import_module(module), name)
+
+    def description(self) -> str:
+        """Return the docstring of the module, read without importing it."""
+        spec = importlib.util.find_spec(self.module)
+        assert spec is not None and spec.origin is not None, self.module
+        return ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+
+    def run(self, options: config.Config) -> Path:
+        """Run the stage."""
+        return importlib.import_module(self.module).run(options)
 
 
 COMMANDS = {
     "demo": Command(
         "start here",
         "lorascope.demo.demo",
-        "DemoConfig",
+        "lorascope.demo.demo.DemoConfig",
         "run every stage on the model that comes with lorascope; needs no network and no GPU",
         "lorascope demo --open",
     ),
     "run": Command(
         "start here",
         "lorascope.pipeline",
-        "RunConfig",
+        "lorascope.pipeline.RunConfig",
         "run every stage on your adapter and texts, up to the page",
         "lorascope run --lora-path my-adapter --dataset texts.jsonl",
     ),
     "generate": Command(
         "one stage at a time",
         "lorascope.activations.generate",
-        "GenerateConfig",
+        "lorascope.activations.generate.GenerateConfig",
         "run model and adapter on texts and save the activations",
         "lorascope generate --lora-path my-adapter --dataset texts.jsonl --num-examples 1000",
     ),
     "train": Command(
         "one stage at a time",
         "lorascope.sae.train",
-        "TrainConfig",
+        "lorascope.sae.settings.TrainConfig",
         "train a sparse autoencoder (SAE) on saved activations",
         "lorascope train --data-dir activations_all_adapters --expansion-factor 16 --k 50",
     ),
     "collect": Command(
         "one stage at a time",
         "lorascope.features.collect",
-        "CollectConfig",
+        "lorascope.features.collect.CollectConfig",
         "find the strongest examples of every feature",
         "lorascope collect --sae trained_sae_adapters_g-u-d-q-k-v-o.pt --top-k 10",
     ),
     "dashboard": Command(
         "one stage at a time",
         "lorascope.dashboard.render",
-        "DashboardConfig",
+        "lorascope.dashboard.render.DashboardConfig",
         "write the features as one self-contained HTML page",
         "lorascope dashboard --input features.h5 --output page.html",
     ),
     "export": Command(
         "one stage at a time",
         "lorascope.features.export",
-        "ExportConfig",
+        "lorascope.features.export.ExportConfig",
         "write the features as published JSON, as a CSV table or for Neuronpedia",
         "lorascope export --input features.h5 --format csv --output features.csv",
     ),
     "evaluate": Command(
         "evidence",
         "lorascope.causal.evaluate",
-        "EvaluateConfig",
+        "lorascope.causal.evaluate.EvaluateConfig",
         "measure how much of the adapter's effect the SAE explains",
         "lorascope evaluate --lora-path my-adapter --data-dir out/activations --sae out/sae",
     ),
     "ablate": Command(
         "evidence",
         "lorascope.causal.ablate",
-        "AblateConfig",
+        "lorascope.causal.ablate.AblateConfig",
         "measure what removing layers, projections, sites and features changes",
         "lorascope ablate --lora-path my-adapter --data-dir out/activations --sae out/sae",
     ),
     "attribute": Command(
         "evidence",
         "lorascope.causal.attribute",
-        "AttributeConfig",
+        "lorascope.causal.attribute.AttributeConfig",
         "find the features that caused each predicted token",
         "lorascope attribute --lora-path my-adapter --data-dir out/activations "
         "--sae out/sae --rollouts-of out/features.h5",
@@ -125,14 +141,14 @@ COMMANDS = {
     "direct": Command(
         "evidence",
         "lorascope.causal.direct",
-        "DirectConfig",
+        "lorascope.causal.direct.DirectConfig",
         "list the tokens that each feature promotes and suppresses, from weights alone",
         "lorascope direct --lora-path my-adapter --sae out/sae",
     ),
     "steer": Command(
         "evidence",
         "lorascope.causal.steer",
-        "SteerConfig",
+        "lorascope.causal.steer.SteerConfig",
         "let the model write with features added, removed or clamped",
         "lorascope steer --lora-path my-adapter --data-dir out/activations --sae out/sae "
         "--features 12 --doses 0.5 1 2",
@@ -140,7 +156,7 @@ COMMANDS = {
     "edit": Command(
         "evidence",
         "lorascope.causal.edit",
-        "EditConfig",
+        "lorascope.causal.edit.EditConfig",
         "remove features from the adapter itself, or scale them",
         "lorascope edit --lora-path my-adapter --data-dir out/activations --sae out/sae "
         "--features 12 --output without-12",
@@ -237,7 +253,7 @@ def _dispatch(arguments: list[str]) -> int:
     elif name == runtime.WORKER:
         stage = COMMANDS[rest[0]]
         values = stage.config_class().from_json(json.loads(rest[1]))
-        importlib.import_module(stage.module).run(values)
+        stage.run(values)
     elif name in COMMANDS:
         _run_stage(name, rest)
     else:
@@ -259,7 +275,7 @@ def _run_stage(name: str, arguments: list[str]) -> None:
     files += [Path(flags.config)] if flags.config else []
     options = config.load_config(COMMANDS[name].config_class(), vars(flags), files)
     log.debug("options: %s", json.dumps(options.to_json()))
-    result = importlib.import_module(COMMANDS[name].module).run(options)
+    result = COMMANDS[name].run(options)
     if runtime.prints_result():
         _print(str(result))
 
@@ -280,10 +296,9 @@ def _overview() -> str:
 def stage_parser(name: str) -> argparse.ArgumentParser:
     """Return the parser of a command, with a flag for every option of its config."""
     command = COMMANDS[name]
-    module = importlib.import_module(command.module)
     parser = _Parser(
         prog=f"lorascope {name}",
-        description=(module.__doc__ or "").strip(),
+        description=command.description(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"example:\n  {command.example}",
         allow_abbrev=False,

@@ -1,24 +1,28 @@
-"""Take an adapter and a dataset through every stage into one folder.
+"""Run every stage on an adapter and a dataset, into one folder.
 
 In: adapter, base model, dataset. Out: a folder with `activations/`, `sae/`, `features.h5`,
-`dashboard.html` and `summary.json`; with `--effect-texts` also `effects/`, the reports of what the
-features do, which the page then shows. Finished stages are skipped, so a re-run continues.
+`dashboard.html` and `summary.json`. With `--effect-texts` it also has `effects/`, the reports of
+what the features do, and the page shows them. Finished stages are skipped, so running the same
+command again continues an interrupted run.
 """
 
 import json
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from lorascope import runtime
+from lorascope.activations import generate
 from lorascope.activations.generate import GenerateConfig
 from lorascope.artifact import read_manifest, write_text
-from lorascope.config import flag_of, option
+from lorascope.config import Config, flag_of, option
+from lorascope.dashboard import render
 from lorascope.dashboard.render import DashboardConfig
 from lorascope.errors import ArtifactError, ConfigError
+from lorascope.features import collect
 from lorascope.features.collect import CollectConfig, CollectOptions
 from lorascope.sae.settings import TrainConfig, TrainOptions
 from lorascope.sites import parse_adapter_types
@@ -29,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(CollectOptions, TrainOptions, SubjectOptions):
-    """Options of `run`: those of the stages, and where the folder stands."""
+    """Options of `run`: those of the stages, and the folder."""
 
     adapter_types: tuple[str, ...] = option(
         (), help="projections to keep: names, initials, mlp, attention or all"
@@ -37,114 +41,103 @@ class RunConfig(CollectOptions, TrainOptions, SubjectOptions):
     effect_texts: int = option(
         0,
         help="held-out texts on which to measure what each feature does, and whole texts of the "
-        "page of which to explain tokens; 0: none. It runs the model once for each feature of each",
+        "page whose tokens to explain; 0: none. The model runs once for each feature of each text",
     )
-    output: Path = option(Path("lorascope-output"), help="folder to make", identity=False)
+    output: Path = option(Path("lorascope-output"), help="folder to write", identity=False)
     device: str = option("auto", help="auto, cpu, cuda or cuda:N", identity=False)
     overwrite: bool = option(False, help="replace outputs of other settings", identity=False)
 
     def check(self) -> None:
-        """Refuse impossible numbers."""
+        """Raise ConfigError at impossible numbers."""
         super().check()
         self.require("effect_texts", 0)
 
 
 def run(config: RunConfig) -> Path:
-    """Make the folder, or what is missing in it, and return the page."""
-    from lorascope.activations import generate
-    from lorascope.dashboard import render
-    from lorascope.features import collect
-    from lorascope.sae import train
-
+    """Run every stage that is not finished yet, and return the page."""
     if runtime.world_size() > 1:
         raise ConfigError(
             "run starts the processes it needs; under torchrun use lorascope generate, then run"
         )
-    out = config.output
     for name in ("k", "expansion_factor", "lr", "seed"):
         if (n := len(config.values_of(name))) > 1:
             raise ConfigError(
                 f"run trains one SAE, {flag_of(name)} has {n} values; "
                 "give one here, or all of them to lorascope train"
             )
+    out = config.output
     if out.exists() and not out.is_dir():
         raise ArtifactError(f"{out} is a file, expected a folder; give another --output")
     _require_room(config)
-    store, sae = out / "activations", out / "sae"
-    index, page = out / "features.h5", out / "dashboard.html"
-    stages: dict[str, Callable[[], Path]] = {
-        "generate": lambda: generate.run(GenerateConfig.from_shared(config, output=store)),
-        "train": lambda: train.run(
-            TrainConfig.from_shared(config, data_dir=store, output=sae, adapter_types=())
-        ),
-        "collect": lambda: collect.run(
-            CollectConfig.from_shared(
-                config,
-                data_dir=store,
-                sae=sae,
-                output=index,
-                batch_size=2048,
-            )
-        ),
-        **_effects(config),
-        "dashboard": lambda: render.run(
-            DashboardConfig.from_shared(config, input=index, output=page, effects=_reports(config))
-        ),
-    }
     seconds: dict[str, float] = {}
-    for name, stage in stages.items():
+    for name, (stage, options) in _stages(config).items():
         begun = time.perf_counter()
-        stage()
+        stage.run(options)
         seconds[name] = round(time.perf_counter() - begun, 2)
-    summary = summarize(store, sae, index, page)
-    write_text(out / "summary.json", json.dumps({**summary, "seconds": seconds}, indent=1) + "\n")
-    log.info("\n%s", table(summary, seconds))
-    return page
+    summary = {**_summarize(out), "seconds": seconds}
+    write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    log.info("\n%s", _table(summary))
+    return out / "dashboard.html"
 
 
-def _reports(config: RunConfig) -> tuple[Path, ...]:
-    """Return the files of the reports of effects, none where they are not asked for."""
-    names = ("direct", "ablation", "attribution") if config.effect_texts else ()
-    return tuple(config.output / "effects" / f"{name}.json" for name in names)
-
-
-def _effects(config: RunConfig) -> dict[str, Callable[[], Path]]:
-    """Return the stages that make the reports of effects, none where they are not asked for."""
-    if not config.effect_texts:
-        return {}
-    from lorascope.causal import ablate, attribute, direct
+def _stages(config: RunConfig) -> dict[str, tuple[ModuleType, Config]]:
+    """Return the stages in order, each with its options."""
+    from lorascope.sae import train
 
     out = config.output
-    direct_json, ablation_json, attribution_json = _reports(config)
-    given: dict[str, Any] = {
-        "data_dir": out / "activations",
-        "sae": out / "sae",
-        "max_rollouts": config.effect_texts,
-        "batch_tokens": None,
-    }
-    return {
-        "direct": lambda: direct.run(
-            direct.DirectConfig.from_shared(config, sae=out / "sae", output=direct_json)
+    store, sae, index = out / "activations", out / "sae", out / "features.h5"
+    stages: dict[str, tuple[ModuleType, Config]] = {
+        "generate": (generate, GenerateConfig.from_shared(config, output=store)),
+        "train": (
+            train,
+            TrainConfig.from_shared(config, data_dir=store, output=sae, adapter_types=()),
         ),
-        "ablate": lambda: ablate.run(
+        "collect": (
+            collect,
+            CollectConfig.from_shared(
+                config, data_dir=store, sae=sae, output=index, batch_size=2048
+            ),
+        ),
+    }
+    reports: tuple[Path, ...] = ()
+    if config.effect_texts:
+        from lorascope.causal import ablate, attribute, direct
+
+        reports = tuple(
+            out / "effects" / f"{name}.json" for name in ("direct", "ablation", "attribution")
+        )
+        texts: dict[str, Any] = {
+            "data_dir": store,
+            "sae": sae,
+            "max_rollouts": config.effect_texts,
+            "batch_tokens": None,
+        }
+        stages["direct"] = (
+            direct,
+            direct.DirectConfig.from_shared(config, sae=sae, output=reports[0]),
+        )
+        stages["ablate"] = (
+            ablate,
             ablate.AblateConfig.from_shared(
-                config, output=ablation_json, greedy="none", seed=0, **given
-            )
-        ),
-        "attribute": lambda: attribute.run(
+                config, output=reports[1], greedy="none", seed=0, **texts
+            ),
+        )
+        stages["attribute"] = (
+            attribute,
             attribute.AttributeConfig.from_shared(
-                config,
-                rollouts_of=out / "features.h5",
-                output=attribution_json,
-                check_rollouts=1,
-                **given,
-            )
-        ),
-    }
+                config, output=reports[2], rollouts_of=index, check_rollouts=1, **texts
+            ),
+        )
+    page = out / "dashboard.html"
+    stages["dashboard"] = (
+        render,
+        DashboardConfig.from_shared(config, input=index, output=page, effects=reports),
+    )
+    return stages
 
 
 def _require_room(config: RunConfig) -> None:
-    """Raise ConfigError where k is more than the latents will be, before any work is done."""
+    """Raise ConfigError, before any work is done, if k is more than the number of latents."""
     from lorascope.subject.adapter import inspect_adapter, ranks_by_projection
 
     ranks = ranks_by_projection(inspect_adapter(config.lora_path, config.adapter_name))
@@ -153,33 +146,36 @@ def _require_room(config: RunConfig) -> None:
         config.require_enough_latents(d_in)
 
 
-def summarize(store: Path, sae: Path, index: Path, page: Path) -> dict[str, Any]:
-    """Return the numbers that a run ends with, from the manifests of its artifacts."""
-    made = [(read_manifest(path) or {})["content"] for path in (store, sae, index)]
-    report = made[1]["report"]
+def _summarize(out: Path) -> dict[str, Any]:
+    """Return the figures of a finished run, from the manifests of its artifacts."""
+
+    def content(name: str) -> dict[str, Any]:
+        return (read_manifest(out / name) or {})["content"]
+
+    store, sae, index = content("activations"), content("sae"), content("features.h5")
     return {
-        "rollouts": made[0]["n_rollouts"],
-        "tokens": made[0]["n_rows"],
-        "columns": made[0]["d_in"],
-        "features": made[2]["n_features"],
-        "features_alive": made[2]["n_alive"],
-        "fvu": report["fvu"],
-        "l0": report["l0"],
-        "page": page.name,
-        "page_bytes": page.stat().st_size,
+        "rollouts": store["n_rollouts"],
+        "tokens": store["n_rows"],
+        "columns": store["d_in"],
+        "features": index["n_features"],
+        "features_alive": index["n_alive"],
+        "fvu": sae["report"]["fvu"],
+        "l0": sae["report"]["l0"],
+        "page": "dashboard.html",
+        "page_bytes": (out / "dashboard.html").stat().st_size,
     }
 
 
-def table(summary: dict[str, Any], seconds: dict[str, float]) -> str:
-    """Return the closing table as text."""
-    rows = [
-        ("rollouts", f"{summary['rollouts']:,}"),
-        ("tokens", f"{summary['tokens']:,}"),
-        ("columns", f"{summary['columns']:,}"),
-        ("features alive", f"{summary['features_alive']:,} of {summary['features']:,}"),
-        ("FVU (held out)", f"{summary['fvu']:.4f}"),
-        ("L0 (held out)", f"{summary['l0']:.2f}"),
-        *((f"seconds, {name}", f"{value:.1f}") for name, value in seconds.items()),
-        ("page", f"{summary['page_bytes'] / 1e6:.1f} MB"),
-    ]
-    return "\n".join(f"  {name:<20} {value:>16}" for name, value in rows)
+def _table(summary: dict[str, Any]) -> str:
+    """Return the summary as a table to read."""
+    rows = {
+        "rollouts": f"{summary['rollouts']:,}",
+        "tokens": f"{summary['tokens']:,}",
+        "columns": f"{summary['columns']:,}",
+        "features alive": f"{summary['features_alive']:,} of {summary['features']:,}",
+        "FVU (held out)": f"{summary['fvu']:.4f}",
+        "L0 (held out)": f"{summary['l0']:.2f}",
+        **{f"{name}, seconds": f"{value:.1f}" for name, value in summary["seconds"].items()},
+        "page": f"{summary['page_bytes'] / 1e6:.1f} MB",
+    }
+    return "\n".join(f"  {name:<20} {value:>16}" for name, value in rows.items())
