@@ -16,12 +16,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 from lorascope.activations.store import ActivationStore
 from lorascope.sites import PROJECTIONS
 
 if TYPE_CHECKING:
     from builders.browser import Shown
+
+
+# A busy machine is slow: that is no failure of a test.
+settings.register_profile("lorascope", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("lorascope")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

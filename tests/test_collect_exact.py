@@ -1,4 +1,4 @@
-"""What collect keeps, against the plainest way to find it."""
+"""What collect keeps, compared with the simplest way to find it."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def context(store, row, reach=5):
 
 
 def best_by_sorting(store, code, latent, k, per_rollout, collapse):
-    """The definition of the examples, one firing at a time."""
+    """Return the rows of the examples by their definition, one firing at a time."""
     order = np.lexsort((np.arange(len(code)), -code[:, latent]))
     rows = [int(row) for row in order if code[row, latent] > 0]
     taken: dict[int, list] = {}
@@ -65,7 +65,7 @@ def best_by_sorting(store, code, latent, k, per_rollout, collapse):
 @pytest.mark.parametrize("same_context", ["collapse", "keep"])
 def test_examples_are_those_of_the_definition(tmp_path, monkeypatch, per_rollout, same_context):
     cut_at(monkeypatch, 1)
-    words = np.tile(np.arange(1, 8), 40)[:40]  # the same again and again, in every rollout
+    words = np.tile(np.arange(1, 8), 40)[:40]  # the same words again and again in every rollout
     store = store_of_ties(tmp_path / "store", token_ids=np.tile(words, 6))
     sae = make_sae(tmp_path / "sae", threshold=0.5)
     index = made(
@@ -106,7 +106,9 @@ def shared(tmp_path_factory):
 @pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(batch_size=st.integers(1, 300), span=st.integers(1, 300), per_shard=st.integers(1, 12))
-def test_no_cut_of_the_work_changes_a_byte(shared, tmp_path_factory, batch_size, span, per_shard):
+def test_spans_shards_and_batches_change_no_byte(
+    shared, tmp_path_factory, batch_size, span, per_shard
+):
     store, sae = shared
     folder = tmp_path_factory.mktemp("cut")
     other = store_of_ties(folder / "store", n_rollouts=12, rollouts_per_shard=per_shard)
@@ -119,7 +121,7 @@ def test_no_cut_of_the_work_changes_a_byte(shared, tmp_path_factory, batch_size,
 
 
 @pytest.mark.dist
-def test_three_processes_make_the_bytes_of_one(shared, tmp_path):
+def test_three_processes_give_the_same_bytes_as_one(shared, tmp_path):
     import subprocess
     import sys
 
@@ -142,7 +144,7 @@ def test_three_processes_make_the_bytes_of_one(shared, tmp_path):
     assert not (tmp_path / "three.h5.partial").exists()
 
 
-def test_a_finished_span_is_not_read_again(shared, tmp_path, monkeypatch):
+def test_a_finished_span_is_not_scanned_again(shared, tmp_path, monkeypatch):
     store, sae = shared
     cut_at(monkeypatch, 1)
     made(store, sae, tmp_path / "calm.h5")
@@ -164,7 +166,7 @@ def test_a_finished_span_is_not_read_again(shared, tmp_path, monkeypatch):
     assert (tmp_path / "f.h5").read_bytes() == (tmp_path / "calm.h5").read_bytes()
 
 
-def test_a_text_that_stands_there_a_thousand_times_is_one_example_with_its_count(tmp_path):
+def test_copies_of_a_context_are_one_example_with_their_count(tmp_path):
     rows = np.random.default_rng(0).standard_normal((30 * 8, 14)).astype(np.float32)
     rows[: 20 * 8] = np.tile(rows[:8], (20, 1))  # twenty rollouts of the same rows
     ids = np.random.default_rng(1).integers(1, 8, 240)
@@ -175,13 +177,13 @@ def test_a_text_that_stands_there_a_thousand_times_is_one_example_with_its_count
     counts = []
     for feature in (index[i] for i in range(len(index))):
         copies = [e for e in feature.examples if e.row < 20 * 8]
-        assert len({e.row % 8 for e in copies}) == len(copies), "one of each place at most"
+        assert len({e.row % 8 for e in copies}) == len(copies), "at most one for each position"
         counts += [e.n_alike for e in copies]
     assert len(counts) > 10
     assert min(counts) >= 20
 
 
-def test_a_rollout_that_fires_everywhere_gives_as_many_examples_as_allowed(tmp_path):
+def test_a_rollout_gives_at_most_max_per_rollout_examples(tmp_path):
     rows = np.random.default_rng(0).standard_normal((240, 14)).astype(np.float32)
     rows[40:80] *= 30
     store = write_store(tmp_path / "store", rows)
@@ -195,7 +197,7 @@ def test_a_rollout_that_fires_everywhere_gives_as_many_examples_as_allowed(tmp_p
         assert len(rollouts) == 10
 
 
-def test_roles_that_do_not_count_give_no_example_and_no_number(tmp_path):
+def test_roles_that_are_not_selected_are_in_no_example_and_no_statistic(tmp_path):
     roles = np.full(240, ROLES.index("answer"), np.uint8)
     roles[np.arange(240) % 40 < 20] = ROLES.index("user")
     store = write_store(tmp_path / "store", n_rollouts=6, length=40, roles=roles)
@@ -227,7 +229,7 @@ def test_rollouts_of_one_token_and_a_long_one_are_read(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_store(tmp_path):
-    """What is kept of a latent is bounded: the same number of firings for ten times the rows."""
+    """Ten times the rows keep the same number of firings of each latent."""
     sizes = []
     for n_rollouts in (40, 400):
         store = write_store(tmp_path / f"{n_rollouts}", n_rollouts=n_rollouts, length=50)
@@ -241,8 +243,8 @@ def test_memory_does_not_grow_with_the_store(tmp_path):
     assert sizes[0] == sizes[1] == 24 * (5 + accumulators.N_SAMPLED)
 
 
-def test_spans_keep_no_token_between_uses(shared, tmp_path, monkeypatch):
-    """Else memory would grow with the store although what is kept of a latent does not."""
+def test_spans_cache_no_array_between_uses(shared, tmp_path, monkeypatch):
+    """Otherwise memory would grow with the store."""
     cut_at(monkeypatch, 1)
     used = []
     real = collect.cut_spans

@@ -36,7 +36,7 @@ def sampled(pairs, n_latents, n):
 
 
 @pytest.mark.parametrize("at_once", [1, 1 << 22])
-def test_where_samples_hold_every_firing_the_jaccard_index_is_exact(monkeypatch, at_once):
+def test_the_jaccard_index_is_exact_if_samples_hold_every_firing(monkeypatch, at_once):
     monkeypatch.setattr(neighbours, "_PAIRS", at_once)
     rng = np.random.default_rng(0)
     fires = rng.random((200, 14)) < 0.2
@@ -55,14 +55,14 @@ def test_where_samples_hold_every_firing_the_jaccard_index_is_exact(monkeypatch,
         np.testing.assert_allclose(scores[i][: len(best)], [true[j] for j in best], rtol=1e-6)
 
 
-def test_from_samples_the_jaccard_index_is_estimated_without_bias():
+def test_the_jaccard_index_estimated_from_samples_has_no_bias():
     rng = np.random.default_rng(1)
     n_rows, errors = 40_000, []
     for seed in range(20):
         both = rng.random(n_rows) < 0.02
         first = both | (rng.random(n_rows) < 0.01)
         second = both | (rng.random(n_rows) < 0.03)
-        rows = np.arange(n_rows) + seed * n_rows  # other rows, other hashes
+        rows = np.arange(n_rows) + seed * n_rows  # new rows have new hashes
         pairs = [(0, int(r)) for r in rows[first]] + [(1, int(r)) for r in rows[second]]
         ids, scores = cofiring(*sampled(pairs, 2, 128))
         assert ids[0, 0] == 1
@@ -72,7 +72,7 @@ def test_from_samples_the_jaccard_index_is_estimated_without_bias():
     assert np.std(errors) < 0.1
 
 
-def test_latents_that_fire_apart_are_no_neighbours():
+def test_latents_that_never_fire_together_are_not_neighbours():
     pairs = [(i, 1000 * i + r) for i in range(3) for r in range(300)]
     ids, _ = cofiring(*sampled(pairs, 3, 64))
     assert (ids == -1).all()
@@ -123,25 +123,25 @@ def scanned(tmp_path_factory):
     roles[5:20] = ROLES.index("user")
     store = write_store(folder / "store", n_rollouts=6, length=40, roles=roles)
     sae = make_sae(folder / "sae", layout_of())
-    found = Accumulator.empty(sae.d_sae, len(store.vocabulary), 10, None)
+    accumulator = Accumulator.empty(sae.d_sae, len(store.vocabulary), 10, None)
     (span,) = cut_spans(store, 6, sae.d_sae)
-    for _ in scan(span, sae, found, 33, collapse=False, reach=5):
+    for _ in scan(span, sae, accumulator, 33, collapse=False, reach=5):
         pass
-    return store, sae, found
+    return store, sae, accumulator
 
 
 def test_firings_are_counted_by_role_position_and_value(scanned):
-    store, sae, found = scanned
+    store, sae, accumulator = scanned
     fires = dense_code(store, sae) * store.eligible[:, None]
     tenth = np.tile(np.arange(40) // 4, 6)
     for role in range(len(ROLES)):
         np.testing.assert_array_equal(
-            found.statistics.by_role[:, role], (fires[store.roles == role] > 0).sum(0)
+            accumulator.statistics.by_role[:, role], (fires[store.roles == role] > 0).sum(0)
         )
-        assert found.n_by_role[role] == (store.eligible & (store.roles == role)).sum()
+        assert accumulator.n_by_role[role] == (store.eligible & (store.roles == role)).sum()
     for i in range(10):
         np.testing.assert_array_equal(
-            found.statistics.by_position[:, i], (fires[tenth == i] > 0).sum(0)
+            accumulator.statistics.by_position[:, i], (fires[tenth == i] > 0).sum(0)
         )
     edges = histogram_edges(1.0)
     assert edges[:5].tolist() == [1.0, 1.25, 1.5, 1.75, 2.0]
@@ -149,18 +149,18 @@ def test_firings_are_counted_by_role_position_and_value(scanned):
         values = fires[:, latent][fires[:, latent] > 0]
         bins = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, N_BINS - 1)
         expected = np.bincount(bins, minlength=N_BINS)
-        np.testing.assert_array_equal(found.statistics.histogram[latent], expected)
+        np.testing.assert_array_equal(accumulator.statistics.histogram[latent], expected)
 
 
-def test_tokens_are_ranked_by_what_fires_on_them(scanned):
-    store, sae, found = scanned
+def test_tokens_are_ranked_by_the_firings_on_them(scanned):
+    store, sae, accumulator = scanned
     code = dense_code(store, sae)
-    arrays = ranked_tokens(store, found.sample, found.n_by_token)
+    arrays = ranked_tokens(store, accumulator.sample, accumulator.n_by_token)
     first = np.repeat(store.rollout_start[:-1], 40)
     n_checked = 0
     for latent in range(sae.d_sae):
         fired = np.flatnonzero((code[:, latent] > 0) & store.eligible)
-        assert 16 <= len(fired) <= found.sample.n, "the sample holds every firing"
+        assert 16 <= len(fired) <= accumulator.sample.n, "the sample holds every firing"
         tokens = store.token_ids[fired]
         usual = np.bincount(store.token_ids[store.eligible], minlength=8) / store.eligible.sum()
         here = {t: tokens == t for t in set(tokens.tolist())}

@@ -37,7 +37,7 @@ def columns(found, context) -> Firings:
 
 
 def strongest_by_sorting(found, context, k, per_rollout):
-    """The definition, one firing at a time."""
+    """Return the top examples by their definition, one firing at a time."""
     kept = []
     for latent in range(N_LATENTS):
         mine = sorted((f for f in found if f[0] == latent), key=lambda f: (-f[2], f[1]))
@@ -64,7 +64,7 @@ def as_list(kept):
 
 
 @given(firings, contexts, st.integers(1, 7), limits, st.lists(st.integers(0, N_ROWS), max_size=5))
-def test_streaming_equals_sorting_everything_however_the_rows_are_cut(
+def test_streaming_equals_sorting_everything_for_any_cut_of_the_rows(
     found, context, k, per_rollout, cuts
 ):
     top = TopExamples(N_LATENTS, k, per_rollout)
@@ -102,7 +102,7 @@ def test_without_contexts_and_limits_it_is_the_plain_top_k(found, k, random):
 
 
 @given(firings, st.integers(1, 7), st.randoms(use_true_random=False))
-def test_a_sample_is_that_of_the_lowest_hashes_however_it_came(found, n, random):
+def test_a_sample_has_the_lowest_hashes_in_any_order_of_the_firings(found, n, random):
     random.shuffle(found)
     alone = list(range(N_ROWS))
     parts = [FiringSample(N_LATENTS, n) for _ in range(3)]
@@ -119,7 +119,7 @@ def test_a_sample_is_that_of_the_lowest_hashes_however_it_came(found, n, random)
     assert as_list(parts[2]) == expected
 
 
-def test_a_sample_is_even_over_the_stream():
+def test_a_sample_is_spread_evenly_over_the_stream():
     sample = FiringSample(1, 2000)
     rows = np.arange(100_000)
     for part in np.array_split(rows, 50):
@@ -133,7 +133,7 @@ def test_a_sample_is_even_over_the_stream():
 
 
 def stream(rows, values, context=None) -> Firings:
-    """Firings of latent 0, each in a rollout of its own."""
+    """Return firings of latent 0, each in its own rollout."""
     row = np.array(rows, np.int64)
     value = np.array(values, np.float32)
     return Firings(np.zeros_like(row), value, row, row, np.array(context or rows, np.uint64))
@@ -146,7 +146,7 @@ def test_an_ascending_stream_keeps_its_last_k():
     assert top.sorted().row.tolist() == [99, 98, 97]
 
 
-def test_ties_go_to_the_lower_row_also_when_it_comes_later():
+def test_ties_go_to_the_lower_row_even_if_it_comes_later():
     top = TopExamples(1, 1)
     for row in (9, 3, 5):
         top.add(columns([(0, row, 1.0)], range(N_ROWS)))

@@ -107,8 +107,8 @@ def write_jsonl(path: Path | str, n: int, split: str, start: int = 0) -> None:
 
 def answer_of(text: str) -> str | None:
     """Return the number after the last answer marker of `text`, or None if there is none."""
-    found = _ANSWER.findall(text)
-    return str(int(found[-1])) if found else None
+    answers = _ANSWER.findall(text)
+    return str(int(answers[-1])) if answers else None
 
 
 def token_classes(text: str) -> Spans:

@@ -120,10 +120,10 @@ def map_arrays(path: Path) -> tuple[dict[str, Any], Arrays]:
     if shapes or offsets do not fit each other.
     """
     manifest = open_manifest(path, KIND, SCHEMA, oldest=SCHEMA)
-    found = arrayfile.map_arrays(path)[1]
+    mapped = arrayfile.map_arrays(path)[1]
     arrays: Arrays = {}
     for name, (dtype, axes) in FIELDS.items():
-        array = found.get(dataset_name(name))
+        array = mapped.get(dataset_name(name))
         if array is None or array.dtype != np.dtype(dtype) or array.ndim != len(axes.split()):
             raise ArtifactError(
                 f"{path} has no array {dataset_name(name)} of type {np.dtype(dtype)} and axes "

@@ -155,8 +155,8 @@ def _well_formed(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def _refuse(path: Path, found: str) -> NoReturn:
-    raise ArtifactError(f"{path} {found}; expected the features JSON that collect writes")
+def _refuse(path: Path, fault: str) -> NoReturn:
+    raise ArtifactError(f"{path} {fault}; expected the features JSON that collect writes")
 
 
 def _load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -249,9 +249,9 @@ def _report_mismatch(path: Path, features: list[list[Example]]) -> None:
 
 
 def _manifest(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    ours = metadata.get("lorascope")
-    if isinstance(ours, dict) and is_manifest(ours):
-        return {**{key: ours[key] for key in ours if key != "seal"}, "files": {}}
+    manifest = metadata.get("lorascope")
+    if isinstance(manifest, dict) and is_manifest(manifest):
+        return {**{key: manifest[key] for key in manifest if key != "seal"}, "files": {}}
     content = {k: v for k, v in metadata.items() if isinstance(v, (str, int, float, bool))}
     return make_manifest(KIND, SCHEMA, settings={}, parents={}, layout=None, content=content)
 

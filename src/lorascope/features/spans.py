@@ -11,7 +11,7 @@ from lorascope.activations.store import ActivationStore
 
 N_TENTHS = 10
 _ROWS = 1 << 18  # rows of a span, at least
-_ROWS_PER_LATENT = 64  # and for each latent, so that the file of a span is small beside its rows
+_ROWS_PER_LATENT = 64  # and for each latent, so that a span's file is much smaller than its rows
 _BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no power of it is zero
 
 
