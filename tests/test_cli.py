@@ -85,7 +85,7 @@ def refused(place, capsys, line, *words):
         ("generate --lora-path {adapter} --dataset none.jsonl", ["none.jsonl does not exist"]),
         ("generate --lora-path {adapter} --dataset {tmp}", ["is not a folder of"]),
         ("train --data-dir {tmp}/none", ["does not exist; make it with lorascope generate"]),
-        ("train --data-dir {tmp}/work", ["is no activation store"]),
+        ("train --data-dir {tmp}/work", ["is not an activation store"]),
         ("train --data-dir {sae}", ["holds sae, expected activations"]),
         (TRAIN + " --k 0", ["--k is 0, expected more than 0"]),
         (TRAIN + " --k 29", ["--k is 29, expected at most 28"]),

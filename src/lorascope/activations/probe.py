@@ -1,9 +1,9 @@
-"""Read the HDF5 files that somebody else wrote, in a process that may crash.
+"""Read foreign HDF5 files once, in a process that may crash.
 
 libhdf5 can crash on a damaged file, and the published scripts write HDF5. So `published` starts
-this program, which reads every file wholly, once, before lorascope opens one. It takes their paths
-from stdin, a JSON list, and prints a line of JSON for each in turn. Where it dies, the file after
-the last line is the one that killed it. It imports nothing of lorascope, so that it starts fast.
+this program, which reads every file completely before lorascope opens one. It takes a JSON list of
+paths from stdin and prints one line of JSON for each. If it dies, the first file without a line is
+the damaged one. It imports nothing from lorascope, so that it starts fast.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 
 import h5py
 
-_MOST = 1100  # bytes that gzip can make of one; a file that claims more is damaged
+_MOST = 1100  # bytes that gzip can expand one byte to; a file that claims more is damaged
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
 `rollout_<i>.h5` holds `activations (n_tokens, n_layers, n_adapters)`, gzipped, with the attributes
 `num_tokens num_layers projections rollout_idx adapter_types`; `rollout_tokens.json` maps the
-rollout's number to its token strings. Columns are taken by the names in `adapter_types`; a file
-without that attribute and with three projections holds gate, up, down, with seven all of them.
-Those files say nothing of the adapter, of token ids or of roles: ids are numbers given to the
-strings here, and the special tokens are known by their `<|...|>` form.
+rollout's number to its token strings. `adapter_types` names the columns. Without this attribute,
+three projections are gate, up, down, and seven are all of them. The files contain neither the
+adapter, nor token ids, nor roles: token strings are numbered here, and special tokens are
+recognised by their `<|...|>` form.
 """
 
 import json
@@ -34,7 +34,7 @@ _SPECIAL = re.compile(r"<\|[^|<>]*\|>|<(?:s|/s|pad|unk|bos|eos)>")
 
 
 class Published(NamedTuple):
-    """What a folder of the published scripts holds; the fields are those of a store."""
+    """The content of a folder of the published scripts, as the fields of a store."""
 
     layout: SiteLayout
     digest: str
@@ -46,8 +46,8 @@ class Published(NamedTuple):
 def open_published(path: Path) -> Published:
     """Open a folder of `rollout_<i>.h5` as a store, in the order of the rollouts' numbers.
 
-    Raises ArtifactError when the folder holds no such file, or when the files do not agree with
-    each other or with `rollout_tokens.json`.
+    Raises ArtifactError if the folder has no such file, or if the files contradict each other or
+    `rollout_tokens.json`.
     """
     files = sorted(
         (int(match.group(1)), file)
@@ -56,15 +56,16 @@ def open_published(path: Path) -> Published:
     )
     if not files:
         raise ArtifactError(
-            f"{path} is no activation store: it has neither manifest.json nor rollout_<i>.h5 files"
+            f"{path} is not an activation store: it has neither manifest.json nor "
+            "rollout_<i>.h5 files"
         )
     stats = [file.stat() for _, file in files]
     state = tuple(
         (str(file), stat.st_size, stat.st_mtime_ns)
         for (_, file), stat in zip(files, stats, strict=True)
     )
-    said = [json.loads(line) for line in _probe(state)]
-    headers = [_header(file, facts) for (_, file), facts in zip(files, said, strict=True)]
+    facts = [json.loads(line) for line in _probe(state)]
+    headers = [_header(file, fact) for (_, file), fact in zip(files, facts, strict=True)]
     for (_, file), header in zip(files, headers, strict=True):
         if header[1:] != headers[0][1:]:
             raise ArtifactError(
@@ -85,8 +86,8 @@ def open_published(path: Path) -> Published:
         Shard(
             path=file,
             n_rows=header[0],
-            token_ids=_Held(np.array([ids[text] for text in texts[number]], np.int32)),
-            roles=_Held(np.full(header[0], ROLES.index("text"), np.uint8)),
+            token_ids=_InMemory(np.array([ids[text] for text in texts[number]], np.int32)),
+            roles=_InMemory(np.full(header[0], ROLES.index("text"), np.uint8)),
             rollout_start=np.array([0, header[0]], np.int64),
             rollout_id=np.array([number], np.int64),
             read=_Gzipped(file, tuple(order), (header[0], n_layers, len(types))),
@@ -104,7 +105,7 @@ def open_published(path: Path) -> Published:
     )
 
 
-class _Held:
+class _InMemory:
     """An array that is in memory."""
 
     def __init__(self, values: npt.NDArray[Any]) -> None:
@@ -115,9 +116,9 @@ class _Held:
 
 
 class _Gzipped:
-    """The rows of one published file, `(n_tokens, n_layers * n_adapters)`, a few kept in memory.
+    """The rows of one published file, `(n_tokens, n_layers * n_adapters)`; 64 files are cached.
 
-    `shape` is that of the array when the file was probed.
+    `shape` is the shape that the probe found.
     """
 
     def __init__(self, path: Path, order: tuple[int, ...], shape: tuple[int, int, int]) -> None:
@@ -135,16 +136,16 @@ def _read_rows(path: Path, order: tuple[int, ...], shape: tuple[int, int, int]) 
         data = file["activations"]
         values = data[()] if isinstance(data, h5py.Dataset) else np.zeros(0)
     if values.shape != shape:
-        raise ArtifactError(f"{path} was changed while it was read; start again")
+        raise ArtifactError(f"{path} changed while it was read; run the command again")
     return values[:, :, list(order)].reshape(len(values), -1)
 
 
 @lru_cache(maxsize=8)
 def _probe(files: tuple[tuple[str, int, int], ...]) -> list[str]:
-    """Return what a child process says of each file, a line of JSON, once it has read all.
+    """Return the line of JSON that a child process prints for each file.
 
-    `files` are paths with size and time of change, so that changed files are read again. Raises
-    ArtifactError when the process dies.
+    `files` are paths with size and modification time, so that changed files are read again.
+    Raises ArtifactError if the process dies.
     """
     names = [name for name, _, _ in files]
     done = subprocess.run(
@@ -165,18 +166,18 @@ def _probe(files: tuple[tuple[str, int, int], ...]) -> list[str]:
 
 
 def _header(file: Path, facts: dict[str, Any]) -> tuple[int, int, list[str]]:
-    """Return the numbers of tokens and layers and the adapter types of a file."""
+    """Return the number of tokens, the number of layers and the adapter types of a file."""
     if "error" in facts:
-        raise ArtifactError(f"{file} is damaged or no published capture ({facts['error']})")
+        raise ArtifactError(f"{file} is damaged or not a published capture ({facts['error']})")
     (n_tokens, n_layers, n_types), types = facts["shape"], facts["adapter_types"]
     if types is None:
         types = list(PROJECTIONS[:n_types]) if n_types in (3, len(PROJECTIONS)) else []
     if len(types) != n_types or len(set(types)) != n_types:
         raise ArtifactError(
-            f"{file} has {n_types} projections a layer, but names {len(types)} adapter types"
+            f"{file} has {n_types} projections per layer, but names {len(types)} adapter types"
         )
     if n_layers * n_types > _MOST_COLUMNS:
-        raise ArtifactError(f"{file} has {n_layers} layers, more than any model; it is damaged")
+        raise ArtifactError(f"{file} has {n_layers} layers, more than any model has; it is damaged")
     return n_tokens, n_layers, types
 
 
@@ -189,7 +190,7 @@ def _read_tokens(path: Path, lengths: dict[int, int]) -> dict[int, list[str]]:
     for number, length in lengths.items():
         tokens = data.get(str(number)) if isinstance(data, dict) else None
         if not isinstance(tokens, list) or len(tokens) != length:
-            found = f"{len(tokens)} tokens" if isinstance(tokens, list) else "nothing"
-            raise ArtifactError(f"{path} has {found} for rollout {number}, the capture {length}")
+            count = f"{len(tokens)} tokens" if isinstance(tokens, list) else "nothing"
+            raise ArtifactError(f"{path} has {count} for rollout {number}, the capture {length}")
         texts[number] = [str(token) for token in tokens]
     return texts

@@ -1,4 +1,4 @@
-"""One file of a store: the rows of some rollouts, mapped into memory when they are asked for."""
+"""One file of a store: the rows of some rollouts, mapped into memory when first read."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,9 +25,10 @@ _FIELDS = {  # array -> its types and the number of its axes
 
 @dataclass(frozen=True)
 class Shard:
-    """Some rollouts' rows in one file. `read()` returns all `(n_rows, d_in)`, lazily if it can.
+    """The rows of some rollouts in one file.
 
-    So do `token_ids()` and `roles()`, `(n_rows,)` each.
+    `read()` returns all rows `(n_rows, d_in)`, `token_ids()` and `roles()` return `(n_rows,)`. They
+    are memory maps if the file allows it.
     """
 
     path: Path
@@ -42,7 +43,7 @@ class Shard:
 def open_shard(path: Path, info: Mapping[str, Any], d_in: int) -> Shard:
     """Open a shard without reading its rows.
 
-    `info` is what the manifest says of it. Raises ArtifactError when it is not whole.
+    `info` is its entry in the manifest. Raises ArtifactError if the shard is damaged.
     """
     try:
         size = path.stat().st_size
@@ -59,11 +60,11 @@ def open_shard(path: Path, info: Mapping[str, Any], d_in: int) -> Shard:
     if width != d_in:
         _refuse(path, f"its rows have {width} columns, the layout {d_in}")
     if len(arrays["token_ids"]) != n_rows or len(arrays["role"]) != n_rows:
-        _refuse(path, f"it has not one token id and one role for each of {n_rows} rows")
+        _refuse(path, f"its token ids or roles are not {n_rows}, one per row")
     if len(starts) != len(ids) + 1 or starts[0] != 0 or starts[-1] != n_rows:
-        _refuse(path, f"its {len(ids)} rollouts do not reach from row 0 to {n_rows}")
+        _refuse(path, f"its {len(ids)} rollouts do not cover rows 0 to {n_rows}")
     if (starts[1:] < starts[:-1]).any():
-        _refuse(path, "its rollouts begin at rows that do not rise")
+        _refuse(path, "the first rows of its rollouts are not in rising order")
     mapped = _Mapped(path)
     return Shard(
         path=path,
@@ -77,7 +78,7 @@ def open_shard(path: Path, info: Mapping[str, Any], d_in: int) -> Shard:
 
 
 def count_rows(path: Path) -> int:
-    """Return how many rows a shard has, from its header."""
+    """Return the number of rows of a shard, from its header."""
     return len(_open(path)["token_ids"])
 
 
@@ -89,7 +90,7 @@ def write_shard(
     lengths: Sequence[int],
     rollout_id: Sequence[int],
 ) -> None:
-    """Write one shard file: rows of whole rollouts, `lengths[i]` rows each."""
+    """Write one shard: the rows of whole rollouts, `lengths[i]` rows each."""
     arrays: Arrays = {
         "activations": activations,
         "token_ids": token_ids,
@@ -101,7 +102,7 @@ def write_shard(
 
 
 class _Mapped:
-    """The arrays of one shard as a memory map, which each process makes for itself."""
+    """The arrays of one shard as memory maps. Each process opens its own."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -117,7 +118,7 @@ class _Mapped:
 
 
 def _open(path: Path) -> Arrays:
-    """Map the arrays of a shard. Raises ArtifactError where one is missing or of another type."""
+    """Map the arrays of a shard. Raises ArtifactError if one is missing or has a wrong type."""
     _, arrays = map_arrays(path)
     for name, (dtypes, n_axes) in _FIELDS.items():
         array = arrays.get(name)

@@ -1,10 +1,10 @@
 """The activation store: one row of `A·x` per token, with the token's id, role and rollout.
 
-A store is a folder. `manifest.json` names its shards with sizes and checksums; each
-`shard-00000.h5` holds `activations (n_rows, d_in)`, contiguous, so that rows are read through a
-memory map and any process, forked or spawned, can open it. `vocabulary.h5` holds the bytes of
-every token, and `tokenizer/` the tokenizer's files, so that no later stage needs a model or a hub.
-`docs/formats.md` numbers the promises.
+A store is a folder. `manifest.json` lists its files with sizes and checksums. Each
+`shard-00000.h5` holds contiguous `activations (n_rows, d_in)`, which any process, forked or
+spawned, reads through a memory map. `vocabulary.h5` holds the bytes of every token, and
+`tokenizer/` the tokenizer's files, so that later stages need neither a model nor a hub.
+`docs/formats.md` lists the guarantees.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,7 +33,7 @@ SCHEMA = 2
 class ActivationStore:
     """Rows of one adapter over one corpus, addressed by row number.
 
-    `columns` is None for all columns in order, or the columns that a selection keeps.
+    `columns` is None for all columns in order, or holds the columns of a selection.
     """
 
     path: Path
@@ -48,7 +48,7 @@ class ActivationStore:
     def open(cls, path: Path) -> "ActivationStore":
         """Open a store of lorascope or of the published scripts, reading no activations.
 
-        Raises ArtifactError when the folder is missing, is no store, or lacks a shard.
+        Raises ArtifactError if the folder is missing, is not a store, or lacks a shard.
         """
         if not path.exists():
             raise ArtifactError(
@@ -117,7 +117,7 @@ class ActivationStore:
 
     @cached_property
     def eligible(self) -> npt.NDArray[np.bool_]:
-        """Rows that count, `(n_rows,)`: special tokens and template headers do not."""
+        """Rows that count, `(n_rows,)`: all except special tokens and template headers."""
         return self.eligible_of(self.token_ids, self.roles)
 
     def token_ids_of(self, start: int, stop: int) -> npt.NDArray[np.int32]:
@@ -134,10 +134,10 @@ class ActivationStore:
         roles: npt.NDArray[np.uint8],
         only: Sequence[str] = (),
     ) -> npt.NDArray[np.bool_]:
-        """Say which tokens of these ids and roles count; see `eligible`.
+        """Return which tokens of these ids and roles count; see `eligible`.
 
-        `only` limits them to some roles; where it names `special`, those count as well. Raises
-        ConfigError at an unknown role.
+        `only` limits them to some roles; if it names `special`, special tokens count too. Raises
+        ConfigError for an unknown role.
         """
         special = roles == ROLES.index("special")
         counts = ~self.vocabulary.special[token_ids] & ~special
@@ -183,7 +183,7 @@ class ActivationStore:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def take(self, rows: npt.NDArray[np.int64]) -> Rows:
-        """Return any rows in any order, `(len(rows), d_in)`, in the stored dtype."""
+        """Return the given rows, in the given order, `(len(rows), d_in)`, in the stored dtype."""
         out = np.empty((len(rows), self.d_in), self.dtype)
         shard_of = np.searchsorted(self.first_row, rows, side="right") - 1
         for index in np.unique(shard_of):
@@ -199,7 +199,7 @@ class ActivationStore:
         return out
 
     def take_token_ids(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-        """Return the token ids of any rows in any order, `(len(rows),)`."""
+        """Return the token ids of the given rows, in the given order, `(len(rows),)`."""
         out = np.empty(len(rows), np.int32)
         shard_of = np.searchsorted(self.first_row, rows, side="right") - 1
         for index in np.unique(shard_of):
@@ -209,7 +209,7 @@ class ActivationStore:
 
     @cached_property
     def dtype(self) -> np.dtype[Any]:
-        """Type in which activations are stored."""
+        """Dtype of the stored activations."""
         return self.shards[0].read().dtype if self.shards else np.dtype(np.float16)
 
     def blocks(self, size: int) -> Iterator[tuple[int, Rows]]:
@@ -228,7 +228,7 @@ def default_name(adapter_types: tuple[str, ...]) -> str:
 
 
 def check_contents(path: Path) -> list[str]:
-    """Return what is wrong with the values in a store of lorascope, a line each."""
+    """Return what is wrong with the values in a store of lorascope, one line each."""
     store = ActivationStore.open(path)
     broken: list[str] = []
     for shard in store.shards:
