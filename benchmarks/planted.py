@@ -2,19 +2,19 @@
 
 1. A random Qwen2 of two layers, with the shipped subject's tokenizer, reads the demo's problems.
    It gets LoRA on both `down_proj`, of ranks 1 and 5. Each behaviour is `b·aᵀ`: `a` is fitted
-   (ridge) so that `a·x` is 1 at the tokens where it is to act and 0 elsewhere, `b` writes what
-   raises one token's logit. Four are triggers (behind token T comes S), one copies (behind T comes
-   T again), one is a style of one section (behind every digit of the thinking comes one token).
+   (ridge) so that `a·x` is 1 at the tokens where it acts and 0 elsewhere, `b` raises one token's
+   logit. Four are triggers (S follows token T), one copies (T follows T), one is a style of one
+   section (the same token follows every digit of the thinking).
 2. A and B of a site are mixed by a random rotation, so that no column is a behaviour.
-3. `generate` and `train` as for any adapter. Found: the best F1 of a latent's firing with where the
-   behaviour was planted, and how many latents have one above 1/2: an SAE may split a behaviour.
-   Removed: how much of what the adapter adds to P(S) there goes when these features are taken out
-   (1 all of it), or the strongest of them alone. Spilt: the most that this changes for another.
-   Named: at how many of the places where it acts `attribute`'s strongest contribution to log P(S)
-   is of one of these features.
-4. The same for a dictionary of just what was planted, which says what an SAE could reach.
-5. Recall: behaviours found (F1 above 1/2) and removed (by half). Precision: of as many features as
-   were planted, those of highest KL in `ablate`, the share that fires as one of the planted does.
+3. `generate` and `train` as for any adapter. Found: the best F1 of a latent's firing with the
+   tokens where the behaviour acts, and the number of latents with F1 above 1/2, because an SAE may
+   split a behaviour. Removed: the share of what the adapter adds to P(S) there that is lost without
+   these features, or without the strongest alone. Spilt: the largest change for another behaviour.
+   Named: the share of these tokens where `attribute`'s largest contribution to log P(S) is of one
+   of these features.
+4. The same for a dictionary of exactly what was planted, which is the best that an SAE could do.
+5. Recall: behaviours found (F1 above 1/2) and removed (by half). Precision: of the features of
+   highest KL in `ablate`, as many as were planted, the share that fires like a planted behaviour.
 
     python benchmarks/planted.py --texts 200
 """
@@ -62,7 +62,7 @@ from lorascope.texts.roles import ROLES
 LAYERS = {0: 1, 1: 5}  # rank of the down_proj of a layer
 _HIDDEN = 128
 _RIDGE = 1e-4
-_PLACES, _STEPS = 6, 4  # of a behaviour, and of an attribution
+_N_NAMED, _STEPS = 6, 4  # tokens of each behaviour to attribute, steps of each attribution
 _STRENGTH = 3.0  # size of what a behaviour writes, in sizes of the residual stream
 
 
@@ -265,22 +265,23 @@ def score(
 def _named(
     subject: Subject, store: ActivationStore, sae: SAE, one: Behaviour, latents: np.ndarray
 ) -> float:
-    """Return at what share of some places the strongest contribution is of one of `latents`."""
+    """Return the share of some tokens at which the largest contribution is of one of `latents`."""
     rows = np.flatnonzero(one.acts)
-    rows = rows[np.linspace(0, len(rows) - 1, min(_PLACES, len(rows))).astype(int)]
+    rows = rows[np.linspace(0, len(rows) - 1, min(_N_NAMED, len(rows))).astype(int)]
     hits = 0
     with RowEditor(subject) as editor, no_weight_gradients(subject):
         owners = store.rollout_of(rows)
         for row, owner in zip(rows, owners, strict=True):
             first = int(store.rollout_start[owner])
             ids = torch.from_numpy(store.token_ids[first : row + 1].astype(np.int64))[None]
-            ids = torch.cat([ids, torch.tensor([[one.target]])], dim=1)  # had it come
+            ids = torch.cat([ids, torch.tensor([[one.target]])], dim=1)  # as if it followed
             x, base = editor.run(ids).rows[0], editor.base(ids)
             targets = Targets.at("logprob", torch.tensor([ids.shape[1] - 1]), ids, base)
             eligible = np.append(store.eligible[first : row + 1], False)
-            share = RowDecomposition(sae, x, np.arange(store.d_in), eligible)
-            found = share.firing_contributions(mean_gradients(editor, ids, x, targets, _STEPS))[0]
-            sums = torch.zeros(sae.d_sae).index_add_(0, share.latent, found)
+            parts = RowDecomposition(sae, x, np.arange(store.d_in), eligible)
+            gradients = mean_gradients(editor, ids, x, targets, _STEPS)
+            contributions = parts.firing_contributions(gradients)[0]
+            sums = torch.zeros(sae.d_sae).index_add_(0, parts.latent, contributions)
             hits += int(sums.abs().argmax()) in latents.tolist()
     return hits / len(rows)
 

@@ -5,7 +5,7 @@
 2. A direction starts on its own or, half of the time, with its group: the ten with neighbouring
    rates start at the same token, each with its own probability. It stays on for three tokens on
    average (geometric). Starts are Poisson, so the number that are on at once is Poisson too, and in
-   expectation the share of tokens with one or more is exactly the wanted one.
+   expectation the share of tokens with one or more is exactly the requested one.
 3. While it is on, its value is log-normal (sigma 0.4, mean 1), drawn again at each token.
 4. Every column gets noise of the same size, about 0.25 % of the variance.
 5. Every column is multiplied by its own scale, spread evenly in the logarithm over `10**spread`.
@@ -73,11 +73,11 @@ def rates(n_directions: int, active: float = ACTIVE) -> Tensor:
     The shares sum to `active`, or to a little less than half of `n_directions` where that is less.
     """
     rank = torch.arange(1, n_directions + 1, dtype=torch.float64)
-    wanted = min(active, 0.99 * _MOST * n_directions)
+    total = min(active, 0.99 * _MOST * n_directions)
     low, high = 0.0, float(n_directions)
     for _ in range(60):
         middle = (low + high) / 2
-        if float((middle / rank).clamp(max=_MOST).sum()) < wanted:
+        if float((middle / rank).clamp(max=_MOST).sum()) < total:
             low = middle
         else:
             high = middle

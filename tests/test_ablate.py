@@ -1,4 +1,4 @@
-"""What taking parts and features out does: against deleted weights, and what theory says."""
+"""Effects of removing parts and features: against deleted weights, and against theory."""
 
 import json
 import logging

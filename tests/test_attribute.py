@@ -1,4 +1,4 @@
-"""Which features made the model say a token: where theory has an answer, and against removals."""
+"""Contributions of features to predictions: against theory, and against real removals."""
 
 import json
 from pathlib import Path
@@ -199,7 +199,7 @@ def test_a_gradient_at_the_adapters_rows_is_the_slope_of_the_prediction(dirs):
             assert float(gradient[place, column]) == pytest.approx(slope, rel=0.02, abs=2e-4)
 
 
-def test_nothing_at_or_behind_a_token_contributes_to_it(dirs):
+def test_only_tokens_before_a_target_contribute_to_it(dirs):
     subject = load(dirs[1], dirs[0])
     ids = torch.tensor([[5, 9, 200, 31, 7, 64]])
     with RowEditor(subject) as editor, no_weight_gradients(subject):
@@ -210,7 +210,7 @@ def test_nothing_at_or_behind_a_token_contributes_to_it(dirs):
         assert firings[i, parts.position < place].abs().max() > 0
 
 
-def test_an_adapter_that_writes_nothing_is_behind_nothing(dirs, tmp_path):
+def test_an_adapter_that_writes_nothing_contributes_nothing(dirs, tmp_path):
     def silence(model):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -266,7 +266,9 @@ def test_agreement_knows_what_agrees_and_what_does_not():
     assert measure_agreement([]) is None
 
 
-def test_the_report_says_where_adapter_and_base_differ_and_what_is_behind(attributed, store):
+def test_the_report_says_where_adapter_and_base_differ_and_which_features_contribute(
+    attributed, store
+):
     data = open_report(attributed(steps=24, check_rollouts=1, tokens=4, top=30))
     assert data["n_rollouts"] == 3 and data["n_targets"] == 12
     assert data["completeness"]["gap"] < 0.1

@@ -1,4 +1,4 @@
-"""Texts written while rows are changed: against plain generation, whole passes, and theory."""
+"""Continuations under changed rows: against plain generation, whole passes, and theory."""
 
 import numpy as np
 import pytest
@@ -117,7 +117,7 @@ def test_taking_out_everything_that_a_dictionary_sees_is_the_base_model(
     assert by_code.token_ids.tolist() == by_hand.token_ids.tolist()
 
 
-def test_arms_meet_the_same_noise_whoever_is_beside_them(subject):
+def test_all_changes_meet_the_same_noise_in_any_batch(subject):
     given = {"samples": 3, "temperature": 1.0, "seed": (7, 1)}
     alone = written(subject, [None], **given)[0]
     beside = written(subject, [push(9.0), None, push(0.0)], **given)

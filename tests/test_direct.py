@@ -1,4 +1,4 @@
-"""Which tokens a feature promotes by what it writes: against the real model, and what has none."""
+"""Tokens that a feature promotes: against the real model, and features that promote none."""
 
 import json
 

@@ -111,7 +111,7 @@ def test_counted_keeps_the_measured_positions_in_order():
     assert torch.equal(select_measured(x, mask), torch.stack([x[0, 0], x[0, 2], x[1, 1]]))
 
 
-def test_sums_are_of_texts_and_the_ratio_is_of_sums_not_a_mean_of_ratios():
+def test_sums_are_over_rollouts_and_the_ratio_is_of_sums_not_a_mean_of_ratios():
     tokens = TokenRollouts(np.array([0, 0, 1, 2]), 3)
     values = np.array([1, 2, 4, 8], np.float32)
     assert tokens.sums(values).tolist() == [3, 4, 8]
@@ -121,7 +121,7 @@ def test_sums_are_of_texts_and_the_ratio_is_of_sums_not_a_mean_of_ratios():
     assert ratio_of_sums(np.zeros(2), np.zeros(2)) is None
 
 
-def test_the_interval_draws_texts_and_has_the_width_of_their_spread():
+def test_the_interval_resamples_rollouts_and_has_the_width_of_their_spread():
     """Means of n texts: ±1.96 standard errors, as for any mean of independent draws."""
     rng = np.random.default_rng(0)
     above = rng.normal(1.0, 0.2, 400)

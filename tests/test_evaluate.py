@@ -152,8 +152,8 @@ def test_with_special_kept_only_rows_of_text_are_rebuilt(subject_dirs, store, re
     run_ = report_of(each_column(store, threshold=1e9))["faithfulness"]["runs"]["sae"]
     base, adapter = subject_dirs
     options = EffectOptions(lora_path=str(adapter), base_model=str(base), data_dir=store.path)
-    texts, total, n = open_held_out(options, None), 0.0, 0
-    with RowEditor(texts.subject) as editor:
+    held_out, total, n = open_held_out(options, None), 0.0, 0
+    with RowEditor(held_out.subject) as editor:
         for start, stop in itertools.pairwise(store.rollout_start):
             ids = torch.from_numpy(store.token_ids[start:stop].astype(np.int64))[None]
             special = torch.from_numpy(~store.eligible[start:stop])[None, :, None]
@@ -192,7 +192,7 @@ def test_the_baselines_keep_as_many_numbers_as_the_sae(store):
         assert loss[store.d_in, name] < 1e-8 * loss[1.0, "mean"]
 
 
-def test_reconstruction_is_what_training_reports_and_other_saes_stand_beside(
+def test_reconstruction_is_what_training_reports_and_other_saes_are_compared(
     store, report_of, tmp_path
 ):
     half(store).save(tmp_path / "seed-1")

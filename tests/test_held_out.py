@@ -1,4 +1,4 @@
-"""Which texts are held out, how they are batched, and what must belong together."""
+"""Which rollouts are held out, how they are batched, and what must belong together."""
 
 import logging
 import re
@@ -73,9 +73,9 @@ def test_a_store_that_the_sae_was_not_trained_on_is_taken_whole_and_said(make_st
 def test_every_token_but_the_first_of_a_text_is_predicted_once(
     subject_dirs, texts_dir, batch_tokens
 ):
-    texts = open_held_out(options(subject_dirs, texts_dir, batch_tokens=batch_tokens), None)
-    store, seen = texts.store, []
-    for batch in texts.batches():
+    held_out = open_held_out(options(subject_dirs, texts_dir, batch_tokens=batch_tokens), None)
+    store, seen = held_out.store, []
+    for batch in held_out.batches():
         assert batch.mask.shape == batch.token_ids.shape
         assert (batch.mask <= batch.own).all()
         assert batch.token_ids.numel() <= max(batch_tokens, batch.token_ids.shape[1])
@@ -89,14 +89,14 @@ def test_every_token_but_the_first_of_a_text_is_predicted_once(
 
 
 @torch.inference_mode()
-def test_texts_read_in_windows_are_run_in_the_same_windows(subject_dirs, dataset_file, tmp_path):
+def test_rollouts_read_in_windows_are_run_in_the_same_windows(subject_dirs, dataset_file, tmp_path):
     store_dir = make_texts(
         subject_dirs, dataset_file, tmp_path / "store", max_length=30, long_texts="window"
     )
-    texts = open_held_out(options(subject_dirs, store_dir), None)
-    store, seen = texts.store, []
-    with RowEditor(texts.subject) as editor:
-        for batch in texts.batches():
+    held_out = open_held_out(options(subject_dirs, store_dir), None)
+    store, seen = held_out.store, []
+    with RowEditor(held_out.subject) as editor:
+        for batch in held_out.batches():
             assert batch.token_ids.shape[1] <= 30
             rows = editor.run(batch.token_ids).rows[batch.mask]
             stored = torch.from_numpy(np.array(store.take(batch.measured)))
@@ -109,23 +109,23 @@ def test_texts_read_in_windows_are_run_in_the_same_windows(subject_dirs, dataset
 
 
 def test_a_prediction_counts_under_the_role_of_the_token_that_is_predicted(subject_dirs, texts_dir):
-    texts = open_held_out(options(subject_dirs, texts_dir), None)
-    rows = np.arange(texts.store.n_rows - 1)
-    roles = texts.role_of(rows)
-    assert np.array_equal(roles, texts.store.roles[1:])  # special ones have that role here
+    held_out = open_held_out(options(subject_dirs, texts_dir), None)
+    rows = np.arange(held_out.store.n_rows - 1)
+    roles = held_out.role_of(rows)
+    assert np.array_equal(roles, held_out.store.roles[1:])  # special ones have that role here
     assert set(np.unique(roles)) >= {ROLES.index(name) for name in ("user", "think", "special")}
 
 
 @torch.inference_mode()
 def test_rows_of_another_model_are_an_error(subject_dirs, texts_dir):
-    texts = open_held_out(options(subject_dirs, texts_dir, max_rollouts=2), None)
-    assert len(texts.rollouts) == 2
-    with RowEditor(texts.subject) as editor:
-        for batch in texts.batches():
+    held_out = open_held_out(options(subject_dirs, texts_dir, max_rollouts=2), None)
+    assert len(held_out.rollouts) == 2
+    with RowEditor(held_out.subject) as editor:
+        for batch in held_out.batches():
             rows = editor.run(batch.token_ids).rows
-            assert texts.require_rows(batch, rows) < rounding(N_TERMS)
+            assert held_out.require_rows(batch, rows) < rounding(N_TERMS)
             with pytest.raises(ArtifactError, match="made with another model"):
-                texts.require_rows(batch, 1.1 * rows)
+                held_out.require_rows(batch, 1.1 * rows)
 
 
 def test_what_does_not_belong_together_is_one_line(subject_dirs, make_subject, texts_dir, tmp_path):
