@@ -100,6 +100,7 @@ def test_nothing_is_taken_from_the_packages_front():
 TOPICS = {
     "accuracy",
     "architectures",
+    "damage",
     "golden_thread",
     "house",
     "jobs",
