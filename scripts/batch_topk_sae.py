@@ -1,4 +1,4 @@
-"""Published module name of the SAE class and of the function that reads its files."""
+"""The SAE class and its reader under the published module name."""
 
 from lorascope.sae.model import SAE, load_sae
 

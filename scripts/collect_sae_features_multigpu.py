@@ -1,4 +1,4 @@
-"""Published name of `lorascope collect`, where several GPUs were meant."""
+"""Published name of `lorascope collect`, which uses all GPUs that there are."""
 
 from lorascope.cli import call_stage
 

@@ -144,7 +144,7 @@ def test_dora_is_counted_and_recorded_and_its_rows_are_a_times_x(subject_dirs, t
     subject = load(tmp_path, base, gauge="raw")
     assert "4 sites" in caplog.text
     assert caplog.text.count("DoRA") == 1
-    assert {site.variant for site in subject.layout.sites} == {"dora"}
+    assert {site.lora_kind for site in subject.layout.sites} == {"dora"}
     assert torch.equal(logits_of(subject.model), logits_of(model))
     inputs, calls = [], []
     for site, read in zip(subject.layout.sites, subject.sites, strict=True):
@@ -211,7 +211,7 @@ def test_block_diagonal_factors_are_read_whole(subject_dirs, tmp_path):
         effect = site.scale * torch.tensor(site.b_norms).norm().item()
         assert effect == pytest.approx(delta.norm().item(), rel=1e-5)
         assert told[site.module].effect == pytest.approx(effect, rel=1e-5)
-        assert site.variant == "bdlora"
+        assert site.lora_kind == "bdlora"
 
 
 def test_a_bias_of_b_is_loaded_and_named_as_unseen(subject_dirs, tmp_path):

@@ -133,7 +133,7 @@ def test_what_does_not_belong_together_is_one_line(subject_dirs, make_subject, t
     other = make_subject(seed=5)
     longer = make_subject(n_layers=3)
     cases = [
-        (options((base, other[1]), texts_dir), ArtifactError, "is of adapter"),
+        (options((base, other[1]), texts_dir), ArtifactError, "has adapter"),
         (options((longer[0], longer[1]), texts_dir), ArtifactError, "another base model"),
         (options(subject_dirs, tmp_path / "none"), ArtifactError, "does not exist"),
     ]

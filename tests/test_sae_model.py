@@ -165,7 +165,7 @@ def test_an_sae_and_a_store_of_different_adapters_are_refused(tmp_path, make_sto
     assert load_sae(path, make_store(name="same"))
     with pytest.raises(ArtifactError, match="d_in 14, .* has 21: they come from different"):
         load_sae(path, make_store(layout=layout_of(n_layers=3), name="deeper"))
-    with pytest.raises(ArtifactError, match="of adapter aaaaaaaaaaaa, .* of bbbbbbbbbbbb"):
+    with pytest.raises(ArtifactError, match="adapter aaaaaaaaaaaa, .* has bbbbbbbbbbbb"):
         load_sae(path, make_store(layout=layout_of(adapter="b" * 64), name="foreign"))
 
 

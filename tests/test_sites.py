@@ -159,12 +159,12 @@ def test_sites_of_different_gauges_never_meet():
     svd.require_same(SiteLayout.from_json(svd.to_json()), "here", "there")
 
 
-def test_a_layout_says_variant_and_gauge_only_where_an_older_reader_must_not_go_on():
+def test_lora_kind_and_gauge_are_written_only_if_an_older_version_must_refuse_the_layout():
     plain = layout_of()
     assert plain.to_json()["sites"][0].keys() == {
         "layer", "projection", "rank", "module", "scale", "b_norms"
     }  # fmt: skip
-    site = Site(layer=0, projection="q_proj", variant="dora", gauge="svd")
+    site = Site(layer=0, projection="q_proj", lora_kind="dora", gauge="svd")
     layout = SiteLayout.from_sites([site])
     assert SiteLayout.from_json(layout.to_json()).sites == (site,)
     assert layout.digest != SiteLayout.from_sites([Site(layer=0, projection="q_proj")]).digest

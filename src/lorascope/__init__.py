@@ -1,7 +1,7 @@
 """lorascope shows what a LoRA learned.
 
 Every command is a function of its config: `generate(GenerateConfig(...))` is `lorascope generate`
-with flags. Names are imported when they are used, so that `import lorascope` needs no torch.
+with flags. Names are imported on first use, so `import lorascope` does not import torch.
 """
 
 import importlib

@@ -1,12 +1,12 @@
-"""What can go wrong, by whose mistake it is.
+"""The errors that lorascope raises.
 
-Every message says what was found, what was expected and what to do, in one line. The CLI prints
-it on stderr and exits with `exit_code`; anything that is not a `LorascopeError` is a defect.
+Every message says in one line what was found, what was expected and what to do. The command line
+prints it on stderr and exits with `exit_code`. Any other exception is a bug in lorascope.
 """
 
 
 class LorascopeError(Exception):
-    """The user's input or environment is wrong; nothing was written."""
+    """The user's input or environment is wrong."""
 
     exit_code = 2
 
@@ -16,31 +16,31 @@ class ConfigError(LorascopeError):
 
 
 class AdapterError(LorascopeError):
-    """The adapter, or the base model under it, is missing, broken or not what it claims."""
+    """The adapter or its base model is missing, damaged or of another kind than it says."""
 
 
 class DatasetError(LorascopeError):
-    """The texts cannot be read or hold nothing to use."""
+    """The texts cannot be read, or none of them can be used."""
 
 
 class ArtifactError(LorascopeError):
-    """A file of the pipeline is missing, damaged, of another adapter, or already there."""
+    """An artifact is missing, damaged, from another adapter, or exists already."""
 
 
 class NumberError(LorascopeError):
-    """A value is not finite, or does not fit the type that it has to be stored in."""
+    """A value is not finite, or does not fit the type it is stored in."""
 
 
 class WorkerError(LorascopeError):
-    """A process of a job failed; it has said why, and the others were stopped."""
+    """A process of a job failed. It has printed why, and the others were stopped."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
 
 
-class Interrupted(BaseException):  # BaseException: no `except Exception` may swallow it
-    """A signal asked the stage to stop; finished work is on disk and a re-run continues."""
+class Interrupted(BaseException):  # not an Exception, so that `except Exception` does not catch it
+    """A signal stopped the stage. Finished work is on disk, and the next run continues."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"interrupted by signal {signal_number}")

@@ -1,4 +1,4 @@
-"""Folders that are here, or that the Hugging Face hub holds under a name."""
+"""Find folders on this machine or on the Hugging Face hub."""
 
 from pathlib import Path
 
@@ -14,11 +14,10 @@ def find_folder(
     revision: str | None = None,
     error_type: type[LorascopeError] = AdapterError,
 ) -> Path:
-    """Return a local folder, or the local copy of a hub repository of that name.
+    """Return a local folder, or else the local copy of the hub repository of that name.
 
-    `patterns` names the repository's files that are needed, `revision` its branch, tag or commit.
-    Raises `error_type` when a path does not exist (a path never becomes a hub request), or when
-    the hub cannot give the repository.
+    `patterns` names the files to download, `revision` a branch, tag or commit. Raises `error_type`
+    if a path does not exist (a path never becomes a hub request) or the download fails.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -30,9 +29,9 @@ def find_folder(
 
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, revision=revision))
-    except Exception as error:  # any of a dozen types, all of which mean: it cannot be had
+    except Exception as error:  # one of a dozen types that all mean: the download failed
         raise error_type(
-            f"{what} {name} is no folder here, and the hub does not give it "
+            f"{what} {name} is not a folder here and cannot be downloaded from the hub "
             f"({reason_of(error)}); check the name, the network and your login"
         ) from error
 
@@ -42,7 +41,7 @@ def reason_of(error: Exception) -> str:
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
-        return "it is gated: its terms are to be accepted on its page"
+        return "it is gated: accept its terms on its page"
     if isinstance(error, errors.RevisionNotFoundError):
         return "it has no such revision"
     if isinstance(error, errors.RepositoryNotFoundError):
@@ -51,7 +50,7 @@ def reason_of(error: Exception) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its type where it has none."""
+    """Return the first line of an error's message, or its type if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

@@ -3,10 +3,11 @@
 A *site* is one adapted module. Its `lora_A` writes `rank` scalars per token, which are `rank`
 neighbouring columns of the row. A `SiteLayout` lists the sites in column order: layer-major,
 inside a layer gate, up, down, q, k, v, o (then any other name, alphabetically), inside a site by
-rank index. The layout travels with every artifact, and two artifacts meet only when theirs agree.
+rank index. Every artifact holds its layout, and two artifacts are used together only if their
+layouts agree.
 
-A projection is the last part of its module's path, `gate_proj`; where a layer has several modules
-of one last part, as many parts more as tell them apart: `attn.c_proj` and `mlp.c_proj`.
+A projection is named by the last part of its module's path: `gate_proj`. If several modules of a
+layer share the last part, more parts are added until they differ: `attn.c_proj` and `mlp.c_proj`.
 """
 
 import hashlib
@@ -32,11 +33,11 @@ _INITIALS = {name: name[0] for name in PROJECTIONS}
 class Site:
     """One adapted module.
 
-    `layer` is -1 where the module's path has no layer number. `scale` is what PEFT multiplies
-    `B(A(x))` with. `b_norms[i]` is the Euclidean norm of column i of `B`; 1.0 where unknown.
-    `variant` is `lora`, or what the adapter's layer does besides (`dora`). `gauge` is `raw` where
-    the columns are those of the file's `A`, `svd` where they are the singular directions of
-    `scale·B·A`; `b_norms` are then those of the `B` that belongs to them.
+    `layer` is -1 if the module's path has no layer number. PEFT multiplies `B(A(x))` by `scale`.
+    `b_norms[i]` is the Euclidean norm of column i of `B`; it counts as 1.0 if `b_norms` is empty.
+    `lora_kind` is `lora`, or the variant of LoRA that the module uses, such as `dora`. `gauge` is
+    `raw` if the columns are those of the file's `A`, and `svd` if they are the singular directions
+    of `scale·B·A`; then `b_norms` belong to the matching `B`.
     """
 
     layer: int
@@ -45,29 +46,29 @@ class Site:
     module: str = ""
     scale: float = 1.0
     b_norms: tuple[float, ...] = ()
-    variant: str = "lora"
+    lora_kind: str = "lora"
     gauge: str = "raw"
 
     @property
     def name(self) -> str:
-        """Name the site for people: `3.gate_proj`."""
+        """Name of the site: `3.gate_proj`."""
         return f"{self.layer}.{self.projection}" if self.layer >= 0 else self.module
 
     @property
     def order(self) -> tuple[int, int, str, str]:
         """Sort key of the column order; sites outside any layer come last."""
         known = self.projection in PROJECTIONS
-        place = PROJECTIONS.index(self.projection) if known else len(PROJECTIONS)
+        position = PROJECTIONS.index(self.projection) if known else len(PROJECTIONS)
         layer = self.layer if self.layer >= 0 else 1 << 30
-        return (layer, place, self.projection, self.module)
+        return (layer, position, self.projection, self.module)
 
 
 @dataclass(frozen=True)
 class SiteLayout:
     """The sites of a row in column order, and the digest of the adapter that they belong to.
 
-    `adapter` is None for stores of the published scripts, which do not say it; such a store
-    meets any other artifact of the same sites.
+    `adapter` is None for stores that the published scripts wrote, which do not record it. Such a
+    store goes with any artifact of the same sites.
     """
 
     sites: tuple[Site, ...]
@@ -75,7 +76,7 @@ class SiteLayout:
 
     def __post_init__(self) -> None:
         if list(self.sites) != sorted(self.sites, key=lambda site: site.order):
-            raise ValueError("sites must come in column order; use SiteLayout.of")
+            raise ValueError("sites must come in column order; use SiteLayout.from_sites")
         for site in self.sites:
             if site.b_norms and len(site.b_norms) != site.rank:
                 raise ValueError(f"{site.name}: {len(site.b_norms)} norms for rank {site.rank}")
@@ -118,19 +119,19 @@ class SiteLayout:
 
     @cached_property
     def adapter_types(self) -> tuple[str, ...]:
-        """The projections that occur, in column order."""
+        """The projections in the layout, in column order."""
         found = {site.projection for site in self.sites}
         known = [name for name in PROJECTIONS if name in found]
         return tuple(known + sorted(found - set(PROJECTIONS)))
 
     @cached_property
     def initials(self) -> str:
-        """The projections' initials joined by `-`, as the published file names carry them."""
+        """The projections' initials joined by `-`, as in the published file names."""
         return join_initials(self.adapter_types)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over everything that the layout says."""
+        """SHA-256 of the layout's JSON."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def select(self, adapter_types: Sequence[str]) -> tuple["SiteLayout", npt.NDArray[np.int64]]:
@@ -157,7 +158,7 @@ class SiteLayout:
         elif self._columns() != other._columns():
             found = f"{here} has columns {self._summary()}, {there} has {other._summary()}"
         elif self.adapter and other.adapter and self.adapter != other.adapter:
-            found = f"{here} is of adapter {self.adapter[:12]}, {there} of {other.adapter[:12]}"
+            found = f"{here} has adapter {self.adapter[:12]}, {there} has {other.adapter[:12]}"
         else:
             for mine, other_site in zip(self.sites, other.sites, strict=True):
                 if mine.gauge != other_site.gauge:
@@ -186,8 +187,8 @@ class SiteLayout:
                     "module": site.module,
                     "scale": site.scale,
                     "b_norms": list(site.b_norms),
-                    # named only where they say something, so that older readers know the rest
-                    **({"variant": site.variant} if site.variant != "lora" else {}),
+                    # written only if they are not the default, so that older versions read the rest
+                    **({"variant": site.lora_kind} if site.lora_kind != "lora" else {}),
                     **({"gauge": site.gauge} if site.gauge != "raw" else {}),
                 }
                 for site in self.sites
@@ -196,24 +197,29 @@ class SiteLayout:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "SiteLayout":
-        """Read what `to_json` wrote. Raises ArtifactError when it is something else."""
+        """Read what `to_json` wrote; raise ArtifactError if it is damaged."""
         try:
-            sites = [Site(**{**site, "b_norms": tuple(site["b_norms"])}) for site in data["sites"]]
+            names = {"variant": "lora_kind"}
+            fields = [
+                {names.get(key, key): value for key, value in site.items()}
+                for site in data["sites"]
+            ]
+            sites = [Site(**{**site, "b_norms": tuple(site["b_norms"])}) for site in fields]
             if not all(type(site.rank) is int and type(site.layer) is int for site in sites):
                 raise TypeError("a rank or a layer is no whole number")
             return cls(tuple(sites), data["adapter"])
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(
-                f"the site layout is damaged ({error}); make the file anew"
+                f"the site layout is damaged ({error}); make the file again"
             ) from error
 
 
 def name_modules(paths: Iterable[str]) -> dict[str, tuple[int, str]]:
-    """Return the layer and the projection of every module path, a pair that no two paths share.
+    """Return the layer and projection of every module path; no two paths get the same pair.
 
-    A path outside any layer is its own name, in layer -1. Modules of one last part are named by
-    as many trailing parts as tell them apart in every layer; where even the whole path below the
-    layer does not (two towers in one model), by the full path.
+    A projection is named by the last parts of its path, as few as make the names differ within
+    every layer. If the whole path below the layer is not enough (two towers in one model), the name
+    is the full path. A path outside the layers is its own name, in layer -1.
     """
     groups: dict[str, list[tuple[str, int, list[str]]]] = {}
     for path in sorted(set(paths)):
@@ -243,7 +249,7 @@ def _below_layer(path: str) -> tuple[int, list[str]]:
 
 
 def join_initials(adapter_types: Sequence[str]) -> str:
-    """Join the initials of projections as published file names do: `g-u-d-q-k-v-o`."""
+    """Return the initials of projections as in published file names: `g-u-d-q-k-v-o`."""
     return "-".join(_INITIALS.get(name, name) for name in adapter_types)
 
 
@@ -251,8 +257,8 @@ def parse_adapter_types(names: Sequence[str]) -> tuple[str, ...]:
     """Return projections in column order from names, initials or groups.
 
     Accepts `gate_proj`, `gate`, `g`, lists joined by `-` or commas, and the groups `all`, `mlp`
-    and `attention`. A name that is none of these is kept: adapters of other architectures have
-    other projections (`c_attn`, `mlp.c_proj`), and the layout they must occur in has the last word.
+    and `attention`. Any other name is kept, because adapters of other architectures have other
+    projections (`c_attn`, `mlp.c_proj`); `SiteLayout.select` refuses those that do not exist.
     """
     of_initial = {initial: name for name, initial in _INITIALS.items()}
     chosen: list[str] = []

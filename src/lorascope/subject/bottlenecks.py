@@ -105,7 +105,7 @@ def make_layout(
             module=layer.path,
             scale=layer.scale,
             b_norms=tuple(norms.tolist()),
-            variant=kind,
+            lora_kind=kind,
             gauge="svd" if is_svd else "raw",
         )
         parts.append((site, layer.read, mix))
