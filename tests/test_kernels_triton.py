@@ -279,7 +279,7 @@ if not INTERPRETED:
 
     @pytest.mark.slow
     def test_parity_holds_in_the_interpreter():
-        assert passed_in_the_interpreter(__file__) > 80
+        assert passed_in_the_interpreter(__file__) > 70
 
     @pytest.mark.slow
     def test_every_kernel_compiles_without_a_gpu(tmp_path, monkeypatch):
