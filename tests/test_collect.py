@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from builders.saes import dense_code, make_sae
 from builders.stores import layout_of, write_store
 from builders.tolerance import assert_same_up_to_rounding
@@ -168,12 +169,15 @@ def test_a_store_and_an_sae_of_different_adapters_are_refused(make_store, tmp_pa
 
 def test_an_sae_of_some_projections_reads_a_store_of_all(make_store, tmp_path):
     store = make_store()
-    layout, _ = store.layout.select(["gate_proj", "up_proj"])
-    make_sae(tmp_path / "sae", layout)
+    layout, columns = store.layout.select(["gate_proj", "up_proj"])
+    sae = make_sae(tmp_path / "sae", layout)
     out = collect.run(
         CollectConfig(sae=tmp_path / "sae", data_dir=store.path, output=tmp_path / "f.h5")
     )
-    assert FeatureIndex.open(out).content["adapter_types"] == ["gate_proj", "up_proj"]
+    index = FeatureIndex.open(out)
+    assert index.content["adapter_types"] == ["gate_proj", "up_proj"]
+    code = sae.encode_dense(torch.from_numpy(np.array(store.rows(0, store.n_rows))[:, columns]))
+    assert index.latent_max.tolist() == code[store.eligible].amax(0).tolist()
 
 
 def test_a_store_of_special_tokens_only_is_refused(make_store, tmp_path):
