@@ -8,6 +8,7 @@ the same tests on CUDA.
 import pytest
 import torch
 from builders.interpreter import DEVICE, INTERPRETED, on_device, passed_in_the_interpreter
+from builders.tolerance import assert_same_up_to_rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -168,8 +169,8 @@ def test_the_sums_of_bags_and_their_gradients_are_those_of_the_reference(case, d
         results.append([t.detach().cpu() for t in (sums, *gradients)])
     for ours, wanted in zip(*results, strict=True):
         assert ours.dtype == dtype
-        torch.testing.assert_close(ours, wanted, rtol=1e-5 if dtype == torch.float32 else 1e-12,
-                                   atol=2e-5 if dtype == torch.float32 else 1e-12)  # fmt: skip
+        n_terms = max(len(index), table.shape[1], 4)
+        assert_same_up_to_rounding(ours, wanted, n_terms=n_terms, dtype=dtype)
 
 
 @on_device
@@ -205,7 +206,7 @@ def test_a_bfloat16_table_is_added_up_in_float32():
     sums = kernels.gather_sum(*(t.to(DEVICE) for t in (values, index, offsets, table)))
     wanted = reference.gather_sum(values, index, offsets, table.float())
     assert sums.dtype == torch.float32
-    torch.testing.assert_close(sums.cpu(), wanted, rtol=1e-5, atol=2e-5)
+    assert_same_up_to_rounding(sums.cpu(), wanted, n_terms=len(index))
 
 
 @on_device
@@ -218,7 +219,7 @@ def test_the_inner_products_of_pairs_are_those_of_the_reference(n_pairs, d):
     given_ = (left, left_index, right, right_index)
     wanted = reference.pair_dot(*given_)
     ours = kernels.pair_dot(*(t.to(DEVICE) for t in given_)).cpu()
-    torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=2e-5)
+    assert_same_up_to_rounding(ours, wanted, n_terms=d)
 
 
 @on_device
@@ -261,10 +262,10 @@ def test_a_step_by_pairs_is_the_dense_step_also_where_few_are_positive():
         code = code.view(21, 97)
         assert int(count) == len(chosen)
         assert (int(count) < 63) == (shift < 0)
-        torch.testing.assert_close(sums.cpu(), code @ table, rtol=1e-5, atol=2e-5)
-        torch.testing.assert_close(of_table.cpu(), code.T @ gradient, rtol=1e-5, atol=2e-5)
+        assert_same_up_to_rounding(sums, code @ table, n_terms=97)
+        assert_same_up_to_rounding(of_table, code.T @ gradient, n_terms=21)
         dense = (gradient @ table.T).view(-1)[chosen]
-        torch.testing.assert_close(of_values.cpu()[: len(chosen)], dense, rtol=1e-5, atol=2e-5)
+        assert_same_up_to_rounding(of_values[: len(chosen)], dense, n_terms=10)
         assert not of_values[len(chosen) :].any()
 
 
