@@ -115,7 +115,7 @@ def test_a_test_file_is_named_for_a_module_a_command_a_folder_or_a_topic():
     subjects = {part for name in modules() for part in name.split(".")} | set(COMMANDS)
     names = {file.stem.removeprefix("test_") for file in Path(__file__).parent.glob("test_*.py")}
     other = {name for name in names if not any(f"{name}_".startswith(f"{s}_") for s in subjects)}
-    assert other == TOPICS
+    assert other <= TOPICS
 
 
 def test_every_top_level_name_has_its_place_in_the_order():
