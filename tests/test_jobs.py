@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from lorascope import runtime
 from lorascope.activations import generate
 from lorascope.activations.generate import GenerateConfig
-from lorascope.activations.work_units import Texts
+from lorascope.activations.work_units import Corpus
 from lorascope.cli import call
 from lorascope.errors import ConfigError, WorkerError
 
@@ -274,7 +274,7 @@ def test_a_full_disk_is_said_and_loses_nothing(
 def test_a_run_that_goes_on_needs_space_for_the_rest_only(tmp_path, monkeypatch):
     asked: list[int] = []
     monkeypatch.setattr(generate, "require_space", lambda _folder, n: asked.append(n))
-    texts, config = Texts([], {}, None, 0), GenerateConfig(sample=10, max_new_tokens=1000)
+    texts, config = Corpus([], {}, None, 0), GenerateConfig(sample=10, max_new_tokens=1000)
     for _ in range(2):
         generate._require_space(config, layout_of(), texts, tmp_path / "store")
         (tmp_path / "store.partial").mkdir(exist_ok=True)

@@ -169,7 +169,8 @@ def _header(file: Path, facts: dict[str, Any]) -> tuple[int, int, list[str]]:
     """Return the number of tokens, the number of layers and the adapter types of a file."""
     if "error" in facts:
         raise ArtifactError(f"{file} is damaged or not a published capture ({facts['error']})")
-    (n_tokens, n_layers, n_types), types = facts["shape"], facts["adapter_types"]
+    n_tokens, n_layers, n_types = facts["shape"]
+    types: list[str] | None = facts["adapter_types"]
     if types is None:
         types = list(PROJECTIONS[:n_types]) if n_types in (3, len(PROJECTIONS)) else []
     if len(types) != n_types or len(set(types)) != n_types:
