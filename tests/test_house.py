@@ -66,12 +66,6 @@ def circles(edges: dict[str, set[str]]) -> list[list[str]]:
     return [list(group) for group in sorted(groups)]
 
 
-# Modules that still import each other. Nothing is added here.
-CIRCLES = [
-    ["causal.attribute", "causal.attribution_report"],
-]
-
-
 def test_imports_have_no_circles_even_inside_functions_or_for_types_only():
     known = modules()
     edges = {
@@ -85,7 +79,7 @@ def test_imports_have_no_circles_even_inside_functions_or_for_types_only():
         if name != "__init__"  # it imports every public name when that is asked for
     }
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
-    assert [group for group in circles(edges) if group not in CIRCLES] == []
+    assert circles(edges) == []
 
 
 def test_nothing_is_taken_from_the_packages_front():
