@@ -120,8 +120,10 @@ def test_taking_out_everything_that_a_dictionary_sees_is_the_base_model(
 def test_all_changes_meet_the_same_noise_in_any_batch(subject):
     given = {"samples": 3, "temperature": 1.0, "seed": (7, 1)}
     alone = written(subject, [None], **given)[0]
-    beside = written(subject, [push(9.0), None, push(0.0)], **given)
-    for sample_, (one, other, third) in enumerate(zip(alone, beside[1], beside[2], strict=True)):
+    together = written(subject, [push(9.0), None, push(0.0)], **given)
+    for sample_, (one, other, third) in enumerate(
+        zip(alone, together[1], together[2], strict=True)
+    ):
         assert one.token_ids.tolist() == other.token_ids.tolist() == third.token_ids.tolist()
         assert sample_ < 3
     assert len({tuple(one.token_ids) for one in alone}) > 1

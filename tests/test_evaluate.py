@@ -201,8 +201,8 @@ def test_reconstruction_is_what_training_reports_and_other_saes_are_compared(
     assert report["reconstruction"]["n_rows"] == len(eligible)
     assert report["reconstruction"]["l0"] == evaluate(each_column(store), [eligible])["l0"]
     other = report_of(half(store), "alone")["faithfulness"]["runs"]["sae"]
-    beside = report["faithfulness"]["runs"]["against seed-1"]
-    assert beside["recovered"] == pytest.approx(other["recovered"], abs=ROUNDED)
+    against = report["faithfulness"]["runs"]["against seed-1"]
+    assert against["recovered"] == pytest.approx(other["recovered"], abs=ROUNDED)
 
 
 @pytest.mark.slow

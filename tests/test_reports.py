@@ -106,7 +106,7 @@ def test_without_reports_the_page_has_nothing_of_them(index):
     assert not {n for n in names if n.startswith(("effect", "promoted", "kl", "behind", "direct"))}
 
 
-def test_a_page_names_its_reports_and_is_made_anew_with_others(index, tmp_path):
+def test_a_page_names_its_reports_and_is_made_again_with_others(index, tmp_path):
     index.save(tmp_path / "features.h5")
     paths = write_all(tmp_path, index)
     given = {"input": tmp_path / "features.h5", "output": tmp_path / "page.html"}
