@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -278,31 +279,37 @@ def _write_published_sae(path: Path, sae: Path) -> None:
     torch.save({"model_state_dict": state, "config": {"k": 3}}, path)
 
 
+def count(job: tuple[str, Path, Path, list[int]]) -> str:
+    """Run the cases of one kind, one for each seed, and return its line of the table."""
+    kind, source, store, seeds = job
+    is_ours = artifact.read_manifest(source) is not None
+    if is_ours:
+        assert cli.verify(source) == [], f"{kind} is whole, but verify says otherwise"
+    with tempfile.TemporaryDirectory() as scratch:
+        seen = [check(source, store, Path(scratch), seed) for seed in seeds]
+    found = str(sum(one["found"] for one in seen)) if is_ours else "-"
+    crashes = sum(one["crashes"] for one in seen)
+    return f"{kind:<18}{len(seen):>7}{found:>8}{len(seen):>10}{crashes:>9}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=150, help="of each kind")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kind", help="only this one")
+    parser.add_argument("--processes", type=int, default=2)
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder, scratch = Path(temporary) / "made", Path(temporary) / "copy"
-        folder.mkdir()
-        scratch.mkdir()
-        kinds = make_all(folder)
+        kinds = make_all(Path(temporary))
+        store = kinds["activation store"]
+        jobs = []
+        for number, (kind, source) in enumerate(kinds.items()):
+            first = flags.seed + 1_000_000 * number
+            jobs.append((kind, source, store, list(range(first, first + flags.cases))))
         begun = time.monotonic()
         print(f"{'kind':<18}{'cases':>7}{'found':>8}{'resealed':>10}{'crashes':>9}")
-        for number, (kind, source) in enumerate(kinds.items()):
-            if flags.kind not in (None, kind):
-                continue
-            is_ours = artifact.read_manifest(source) is not None
-            if is_ours:
-                assert cli.verify(source) == [], f"{kind} is whole, but verify says otherwise"
-            seeds = [flags.seed + 1_000_000 * number + i for i in range(flags.cases)]
-            seen = [check(source, kinds["activation store"], scratch, seed) for seed in seeds]
-            found = str(sum(one["found"] for one in seen)) if is_ours else "-"
-            resealed = len(seen) if is_ours else 0
-            crashes = sum(one["crashes"] for one in seen)
-            print(f"{kind:<18}{len(seen):>7}{found:>8}{resealed:>10}{crashes:>9}", flush=True)
+        with multiprocessing.get_context("spawn").Pool(flags.processes) as pool:
+            for line in pool.imap(count, jobs):
+                print(line, flush=True)
         print(f"{time.monotonic() - begun:.0f} s")
 
 
