@@ -293,7 +293,7 @@ def count(job: tuple[str, Path, Path, list[int]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Count the damage that verify finds.")
     parser.add_argument("--cases", type=int, default=150, help="of each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)

@@ -115,7 +115,9 @@ def _span(entry: Any, size: int) -> tuple[str, tuple[int, ...], int, int] | None
     dtype, shape, start = (entry.get(key) for key in ("dtype", "shape", "offset"))
     if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype) or not isinstance(shape, list):
         return None
-    if len(shape) > 8 or not all(type(n) is int and 0 <= n < 1 << 62 for n in (start, *shape)):
+    if not isinstance(start, int) or len(shape) > 8:
+        return None
+    if not all(type(n) is int and 0 <= n < 1 << 62 for n in (start, *shape)):
         return None
     if math.prod(length or 1 for length in shape) >= 1 << 60:  # more than NumPy can count
         return None

@@ -434,4 +434,6 @@ def verify(path: Path) -> list[str]:
             read_report(path, REPORTS)
     except LorascopeError as error:
         return [str(error)]
+    except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+        return [f"holds values that do not fit each other ({type(error).__name__}: {error})"]
     return []

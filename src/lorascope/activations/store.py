@@ -137,8 +137,12 @@ class ActivationStore:
         """Return which tokens of these ids and roles count; see `eligible`.
 
         `only` limits them to some roles; if it names `special`, special tokens count too. Raises
-        ConfigError for an unknown role.
+        ConfigError for an unknown role, ArtifactError for a token that is not in the vocabulary.
         """
+        if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < len(self.vocabulary):
+            raise ArtifactError(
+                f"{self.path} has token ids that are not in its vocabulary; see lorascope verify"
+            )
         special = roles == ROLES.index("special")
         counts = ~self.vocabulary.special[token_ids] & ~special
         if not only:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lorascope.artifact import canonical
 from lorascope.errors import ArtifactError
-from lorascope.sae.files import NAMES
+from lorascope.sae.files import NAMES, checked
 from lorascope.sae.model import SAE
 from lorascope.sites import SiteLayout
 from lorascope.subject.intervene import Edit, RowEditor
@@ -77,6 +77,7 @@ class Patch:
             with safe_open(folder / PATCH, framework="pt") as file:
                 metadata = json.loads((file.metadata() or {})["lorascope"])
                 tensors = {name: file.get_tensor(name) for name in (*NAMES, "threshold")}
+            tensors = checked(folder / PATCH, tensors, (*NAMES, "threshold"))
             layout = SiteLayout.from_json(metadata["layout"])
             sae = SAE(**tensors, layout=layout, manifest={"content": {}})
             return cls(tuple(metadata["features"]), float(metadata["factor"]), sae)
