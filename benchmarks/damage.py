@@ -288,8 +288,9 @@ def count(job: tuple[str, Path, Path, list[int]]) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         seen = [check(source, store, Path(scratch), seed) for seed in seeds]
     found = str(sum(one["found"] for one in seen)) if is_ours else "-"
+    resealed = str(len(seen)) if is_ours else "-"
     crashes = sum(one["crashes"] for one in seen)
-    return f"{kind:<18}{len(seen):>7}{found:>8}{len(seen):>10}{crashes:>9}"
+    return f"{kind:<18}{len(seen):>7}{found:>8}{resealed:>10}{crashes:>9}"
 
 
 def main() -> None:
