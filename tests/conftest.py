@@ -8,14 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builders.records import CHAT_TEMPLATE, s1_records
-from builders.stores import write_store
-
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 import pytest
+from builders.records import CHAT_TEMPLATE, s1_records
+from builders.stores import write_store
 from hypothesis import HealthCheck, settings
 
 from lorascope.activations.store import ActivationStore
