@@ -16,10 +16,11 @@ from builders.tolerance import assert_same_up_to_rounding, rounding
 from transformers import AutoModelForCausalLM
 
 from lorascope.activations.store import ActivationStore
+from lorascope.causal.effect_options import EffectOptions
 from lorascope.causal.effects import kl_divergence
 from lorascope.causal.evaluate import EvaluateConfig, run
 from lorascope.causal.held_out import open_held_out
-from lorascope.causal.study import EffectOptions, open_report
+from lorascope.causal.study import open_report
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.sae.metrics import evaluate
 from lorascope.subject.intervene import RowEditor

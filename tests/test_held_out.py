@@ -11,8 +11,8 @@ from builders.studies import each_column, make_texts
 from builders.subjects import N_TERMS
 from builders.tolerance import assert_same_up_to_rounding, rounding
 
+from lorascope.causal.effect_options import EffectOptions
 from lorascope.causal.held_out import held_out_rollouts, open_held_out
-from lorascope.causal.study import EffectOptions
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.sae.model import load_sae
 from lorascope.sae.settings import TrainConfig

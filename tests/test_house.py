@@ -95,6 +95,7 @@ TOPICS = {
     "accuracy",
     "architectures",
     "damage",
+    "docs",
     "golden_thread",
     "house",
     "jobs",
@@ -132,16 +133,23 @@ def test_file_names_are_unique_in_the_package():
     assert sorted(names) == sorted(set(names))
 
 
-def test_help_and_import_need_no_torch():
+def test_help_completion_and_import_need_no_torch():
     code = (
-        "import sys, lorascope, lorascope.cli\n"
-        "lorascope.cli.call(['--help'])\n"
-        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'h5py'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
+        "import sys, lorascope\n"
+        "from lorascope.cli import COMMANDS, call\n"
+        "calls = [['--help'], ['completion', 'bash'], *([name, '--help'] for name in COMMANDS)]\n"
+        "for words in calls:\n"
+        "    try:\n"
+        "        call(words)\n"
+        "    except SystemExit as end:\n"
+        "        assert not end.code, words\n"
+        "    heavy = {'torch', 'transformers', 'peft', 'datasets', 'h5py'} & set(sys.modules)\n"
+        "    assert not heavy, (words, heavy)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "generate" in done.stdout
+    assert "--max-rollouts" in done.stdout
 
 
 def test_texts_need_no_torch_directly_or_through_what_they_import():

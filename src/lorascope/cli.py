@@ -119,21 +119,21 @@ COMMANDS = {
     "evaluate": Command(
         "evidence",
         "lorascope.causal.evaluate",
-        "lorascope.causal.evaluate.EvaluateConfig",
+        "lorascope.causal.effect_options.EvaluateConfig",
         "measure how much of the adapter's effect the SAE explains",
         "lorascope evaluate --lora-path my-adapter --data-dir out/activations --sae out/sae",
     ),
     "ablate": Command(
         "evidence",
         "lorascope.causal.ablate",
-        "lorascope.causal.ablate.AblateConfig",
+        "lorascope.causal.effect_options.AblateConfig",
         "measure what removing layers, projections, sites and features changes",
         "lorascope ablate --lora-path my-adapter --data-dir out/activations --sae out/sae",
     ),
     "attribute": Command(
         "evidence",
         "lorascope.causal.attribute",
-        "lorascope.causal.attribute.AttributeConfig",
+        "lorascope.causal.effect_options.AttributeConfig",
         "find the features that caused each predicted token",
         "lorascope attribute --lora-path my-adapter --data-dir out/activations "
         "--sae out/sae --rollouts-of out/features.h5",
@@ -141,14 +141,14 @@ COMMANDS = {
     "direct": Command(
         "evidence",
         "lorascope.causal.direct",
-        "lorascope.causal.direct.DirectConfig",
+        "lorascope.causal.effect_options.DirectConfig",
         "list the tokens that each feature promotes and suppresses, from weights alone",
         "lorascope direct --lora-path my-adapter --sae out/sae",
     ),
     "steer": Command(
         "evidence",
         "lorascope.causal.steer",
-        "lorascope.causal.steer.SteerConfig",
+        "lorascope.causal.effect_options.SteerConfig",
         "let the model write with features added, removed or clamped",
         "lorascope steer --lora-path my-adapter --data-dir out/activations --sae out/sae "
         "--features 12 --doses 0.5 1 2",
@@ -156,7 +156,7 @@ COMMANDS = {
     "edit": Command(
         "evidence",
         "lorascope.causal.edit",
-        "lorascope.causal.edit.EditConfig",
+        "lorascope.causal.effect_options.EditConfig",
         "remove features from the adapter itself, or scale them",
         "lorascope edit --lora-path my-adapter --data-dir out/activations --sae out/sae "
         "--features 12 --output without-12",

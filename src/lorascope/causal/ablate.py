@@ -16,9 +16,9 @@ In: adapter, activation store, optionally an SAE. Out: a report (JSON) with its 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from lorascope import runtime
 from lorascope.activations.store import ActivationStore
+from lorascope.causal.effect_options import AblateConfig, require_features
 from lorascope.causal.effects import (
     bootstrap_interval,
     complement,
@@ -54,17 +55,8 @@ from lorascope.causal.report_records import (
     Recovered,
     Removal,
 )
-from lorascope.causal.study import (
-    Made,
-    SeededEffectOptions,
-    format_interval,
-    format_number,
-    report_at,
-    require_features,
-    require_json_name,
-)
-from lorascope.config import option
-from lorascope.errors import ArtifactError, ConfigError
+from lorascope.causal.study import Made, format_interval, format_number, report_at
+from lorascope.errors import ArtifactError
 
 if TYPE_CHECKING:
     from lorascope.sae.model import SAE
@@ -72,32 +64,6 @@ if TYPE_CHECKING:
 
 _N_SHOWN = 10  # features in the table
 _KINDS = {"site": "sites", "projection": "projections", "layer": "layers", "block": "blocks"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class AblateConfig(SeededEffectOptions):
-    """Options of `ablate`."""
-
-    sae: Path | None = option(
-        None,
-        help="SAE whose features to remove too, and whose held-out rollouts to run",
-        identity=False,
-    )
-    features: tuple[int, ...] = option(
-        (), help="numbers of the features to remove; default: all that fire"
-    )
-    greedy: Literal["none", "projection", "layer", "site"] = option(
-        "projection", help="kind of part to remove step by step; n parts take n²/2 runs"
-    )
-    output: Path = option(Path("ablation.json"), help="report to write", identity=False)
-
-    def check(self) -> None:
-        """Refuse impossible choices."""
-        super().check()
-        require_json_name(self.output)
-        if self.features and self.sae is None:
-            raise ConfigError("--features are those of an SAE; name it with --sae")
-        require_features(self.features)
 
 
 def run(config: AblateConfig) -> Path:

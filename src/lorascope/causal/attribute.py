@@ -14,7 +14,7 @@ In: adapter, activation store, SAE. Out: a report (JSON); the table goes to stde
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,12 +25,12 @@ from torch import Tensor
 
 from lorascope import runtime
 from lorascope.activations.store import ActivationStore
-from lorascope.causal.attribution_report import TargetKind, TokenAttribution, summarize, table
+from lorascope.causal.attribution_report import TokenAttribution, summarize, table
+from lorascope.causal.effect_options import AttributeConfig
 from lorascope.causal.effects import cross_entropy, kl_divergence, select_measured
 from lorascope.causal.held_out import SPECIAL, Batch, HeldOut, describe_run, open_held_out
 from lorascope.causal.report_records import AttributionReport
-from lorascope.causal.study import EffectOptions, Made, report_at, require_json_name, sae_option
-from lorascope.config import option
+from lorascope.causal.study import Made, report_at
 from lorascope.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
@@ -39,57 +39,6 @@ if TYPE_CHECKING:
     from lorascope.subject.intervene import RowEditor
 
 _MOST_COPIES = 16  # of a rollout in one batch: each keeps its activations for the backward pass
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttributeConfig(EffectOptions):
-    """Options of `attribute`."""
-
-    sae: Path = sae_option()
-    target: TargetKind = option(
-        "kl",
-        help="number of a prediction to explain: KL from the base, the token's log-probability, or "
-        "its logit minus that of the base's likeliest other token",
-    )
-    rollouts: tuple[int, ...] = option(
-        (), help="ids of the rollouts to read; default: held-out ones"
-    )
-    rollouts_of: Path | None = option(
-        None, help="feature index whose complete rollouts to read instead", identity=False
-    )
-    tokens: int = option(10, help="tokens to explain in each rollout: those of highest KL")
-    positions: tuple[int, ...] = option(
-        (),
-        help="positions in the rollout, from 0, of the tokens to explain instead; needs exactly "
-        "one of --rollouts",
-    )
-    steps: int = option(
-        16, help="points between base and adapter where gradients are taken; more are more exact"
-    )
-    top: int = option(10, help="features to name for each token")
-    check_rollouts: int = option(
-        2, help="rollouts in which every feature is really removed, for comparison"
-    )
-    output: Path = option(Path("attribution.json"), help="report to write", identity=False)
-
-    def check(self) -> None:
-        """Refuse impossible choices."""
-        super().check()
-        self.require("tokens", 1)
-        self.require("steps", 1)
-        self.require("top", 1)
-        self.require("check_rollouts", 0)
-        require_json_name(self.output)
-        if self.rollouts and self.rollouts_of is not None:
-            raise ConfigError(
-                "--rollouts and --rollouts-of both say which rollouts to read; give one of them"
-            )
-        if self.positions and len(self.rollouts) != 1:
-            raise ConfigError(
-                f"--positions needs one rollout, --rollouts names {len(self.rollouts)}; name one"
-            )
-        if min(self.positions, default=1) < 1:
-            raise ConfigError("--positions must be 1 or more: the first token is not predicted")
 
 
 def run(config: AttributeConfig) -> Path:

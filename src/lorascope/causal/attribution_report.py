@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from lorascope.causal.effect_options import TargetKind
 from lorascope.causal.report_records import (
     Agreement,
     AttributedRollout,
@@ -27,7 +27,6 @@ _UNITS = {"kl": "nats", "logprob": "nats", "logit-difference": "logits"}
 _OTHERS = ("bias", "unexplained", "special", "other_columns")
 
 Floats = npt.NDArray[np.float32]
-TargetKind = Literal["kl", "logprob", "logit-difference"]
 
 
 @dataclass(frozen=True, kw_only=True)

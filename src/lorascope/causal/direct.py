@@ -12,7 +12,6 @@
 In: adapter, base model, SAE. Out: a report (JSON); the table goes to stderr. No forward pass.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,15 +21,9 @@ import torch
 from torch import Tensor
 
 from lorascope import runtime
+from lorascope.causal.effect_options import DirectConfig
 from lorascope.causal.report_records import DirectEffect, DirectReport, ScoredToken
-from lorascope.causal.study import (
-    Made,
-    ReportOptions,
-    report_at,
-    require_json_name,
-    sae_option,
-)
-from lorascope.config import option
+from lorascope.causal.study import Made, report_at
 
 if TYPE_CHECKING:
     from lorascope.sae.model import SAE
@@ -40,21 +33,6 @@ UNIT = "standard deviations over the vocabulary"
 _CHUNK = 1 << 25  # logits at a time
 _N_SHOWN = 12  # features in the table
 _N_NAMED = 4  # tokens of each
-
-
-@dataclass(frozen=True, kw_only=True)
-class DirectConfig(ReportOptions):
-    """Options of `direct`."""
-
-    sae: Path = sae_option()
-    top: int = option(10, help="tokens to name on each side: promoted, and suppressed")
-    output: Path = option(Path("direct.json"), help="report to write", identity=False)
-
-    def check(self) -> None:
-        """Refuse impossible numbers."""
-        super().check()
-        self.require("top", 1)
-        require_json_name(self.output)
 
 
 def run(config: DirectConfig) -> Path:

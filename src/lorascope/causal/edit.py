@@ -12,12 +12,10 @@ In: adapter, activation store, SAE, features. Out: a folder with the adapter or 
 
 import json
 import logging
-import math
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,18 +31,12 @@ from lorascope.artifact import (
     make_manifest,
     write_text,
 )
+from lorascope.causal.effect_options import EditConfig, require_features
 from lorascope.causal.effects import bootstrap_interval, kl_divergence, select_measured
 from lorascope.causal.held_out import SPECIAL, HeldOut, describe_run, open_held_out
 from lorascope.causal.record_json import to_json
 from lorascope.causal.report_records import EditedRun, EditReport
-from lorascope.causal.study import (
-    SeededEffectOptions,
-    format_interval,
-    require_features,
-    sae_option,
-)
-from lorascope.config import option
-from lorascope.errors import ConfigError
+from lorascope.causal.study import format_interval
 
 if TYPE_CHECKING:
     from lorascope.causal.folding import Fold
@@ -57,37 +49,6 @@ log = logging.getLogger(__name__)
 REPORT = "report.json"
 _COPIED = (".json", ".jinja", ".txt", ".model")  # config and tokenizer
 _RUNS = ("base", "patched", "folded")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EditConfig(SeededEffectOptions):
-    """Options of `edit`."""
-
-    sae: Path = sae_option()
-    features: tuple[int, ...] = option(help="numbers of the features to edit, together")
-    factor: float = option(
-        0.0, help="factor that multiplies them: 0 removes them, 1 changes nothing, 2 doubles them"
-    )
-    tokens: Literal["text", "all"] = option(
-        "text", help="tokens to edit: text only, or special tokens and template headers too"
-    )
-    how: Literal["auto", "fold", "patch"] = option(
-        "auto", help="output: changed weights (fold), a runtime patch, or what --tolerance decides"
-    )
-    tolerance: float = option(
-        0.05, help="largest share of the edit that weights may miss for auto to fold it"
-    )
-    output: Path = option(Path("edited-adapter"), help="folder to write", identity=False)
-
-    def check(self) -> None:
-        """Refuse impossible choices."""
-        super().check()
-        if not self.features:
-            raise ConfigError("--features names no feature; give the numbers of those to edit")
-        require_features(self.features)
-        if not math.isfinite(self.factor):
-            raise ConfigError(f"--factor is {self.factor}, expected a finite number")
-        self.require("tolerance", 0)
 
 
 def run(config: EditConfig) -> Path:

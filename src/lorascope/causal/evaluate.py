@@ -18,7 +18,6 @@ stderr.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,7 @@ from torch import Tensor
 from lorascope import runtime
 from lorascope.activations.batches import read_blocks, split_rows
 from lorascope.activations.store import ActivationStore
+from lorascope.causal.effect_options import EvaluateConfig
 from lorascope.causal.effects import (
     TokenRollouts,
     Values,
@@ -51,16 +51,7 @@ from lorascope.causal.report_records import (
     RoleRecovered,
     RunRecovered,
 )
-from lorascope.causal.study import (
-    Made,
-    SeededEffectOptions,
-    format_interval,
-    format_number,
-    report_at,
-    require_json_name,
-    sae_option,
-)
-from lorascope.config import option
+from lorascope.causal.study import Made, format_interval, format_number, report_at
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.sites import SiteLayout
 from lorascope.texts.roles import ROLES
@@ -74,27 +65,6 @@ _ABOVE_FLOOR = 10.0  # times the floor: a smaller effect has no meaningful share
 _GROUPS = ("layers", "projections")
 
 Reconstruct = Callable[[Tensor], Tensor]  # rows (n, d_in of the SAE) to rows
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(SeededEffectOptions):
-    """Options of `evaluate`."""
-
-    sae: Path = sae_option()
-    against: tuple[Path, ...] = option(
-        (),
-        help="other SAEs of the same columns to compare with, such as one of another seed",
-        identity=False,
-    )
-    output: Path | None = option(
-        None, help="report to write; default: evaluation_{SAE's name}.json", identity=False
-    )
-
-    def check(self) -> None:
-        """Refuse impossible numbers, and an output that is not a JSON file."""
-        super().check()
-        if self.output is not None:
-            require_json_name(self.output)
 
 
 def run(config: EvaluateConfig) -> Path:

@@ -25,7 +25,7 @@ from lorascope.activations.batches import halves, split_rows
 from lorascope.activations.capture import plan_batches
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import read_manifest
-from lorascope.causal.study import EffectOptions
+from lorascope.causal.effect_options import EffectOptions
 from lorascope.errors import ArtifactError
 from lorascope.subject.adapter import inspect_adapter
 from lorascope.texts.roles import ROLES

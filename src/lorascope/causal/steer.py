@@ -14,7 +14,6 @@ In: adapter, activation store, SAE, features. Out: a report (JSON) with the text
 """
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from lorascope import runtime
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import digest_file
 from lorascope.causal.continuation import Change, Continuation, continue_prompt
+from lorascope.causal.effect_options import SteerConfig, require_features
 from lorascope.causal.effects import bootstrap_interval, cross_entropy, ratio_of_sums
 from lorascope.causal.held_out import HeldOut, describe_run, open_held_out
 from lorascope.causal.report_records import (
@@ -37,17 +37,8 @@ from lorascope.causal.report_records import (
     SteeringCondition,
     SteeringReport,
 )
-from lorascope.causal.study import (
-    Made,
-    SeededEffectOptions,
-    format_number,
-    report_at,
-    require_features,
-    require_json_name,
-    sae_option,
-)
-from lorascope.config import option
-from lorascope.errors import ArtifactError, ConfigError
+from lorascope.causal.study import Made, format_number, report_at
+from lorascope.errors import ArtifactError
 from lorascope.texts.roles import ROLES
 
 if TYPE_CHECKING:
@@ -62,53 +53,6 @@ _N_GRAM = 4  # tokens of a run that may be repeated
 _TEXT_SHOWN = 100  # characters of a text in the table
 
 Floats = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SteerConfig(SeededEffectOptions):
-    """Options of `steer`."""
-
-    sae: Path = sae_option()
-    features: tuple[int, ...] = option(help="numbers of the features to steer, together")
-    how: Literal["add", "remove", "clamp"] = option(
-        "add",
-        help="what a dose does: add to the row, remove from it, or raise the value to a minimum",
-    )
-    doses: tuple[float, ...] = option(
-        (0.5, 1.0, 2.0, 4.0),
-        help="in units of each feature's largest value on the store; for remove, as a share of its "
-        "value",
-    )
-    where: Literal["generated", "all"] = option(
-        "generated", help="tokens to change: those written and the prompt's last one, or all"
-    )
-    prompts: str | None = option(
-        None,
-        help="dataset whose prompts to continue; default: the store's held-out rollouts, cut where "
-        "the assistant begins",
-        identity=False,
-        path=True,
-    )
-    num_prompts: int = option(8, help="prompts to continue")
-    samples: int = option(1, help="continuations of each prompt")
-    max_new_tokens: int = option(64, help="longest continuation in tokens")
-    temperature: float = option(0.0, help="sampling temperature; 0 takes the likeliest token")
-    output: Path = option(Path("steering.json"), help="report to write", identity=False)
-
-    def check(self) -> None:
-        """Refuse impossible choices."""
-        super().check()
-        for name in ("num_prompts", "samples", "max_new_tokens"):
-            self.require(name, 1)
-        self.require("temperature", 0)
-        require_json_name(self.output)
-        if not self.features:
-            raise ConfigError("--features names no feature; give the numbers of those to steer")
-        require_features(self.features)
-        if not self.doses or not all(map(math.isfinite, (*self.doses, self.temperature))):
-            raise ConfigError("--doses and --temperature must be finite numbers")
-        if self.samples > 1 and not self.temperature:
-            raise ConfigError("--samples above 1 are all the same at --temperature 0; raise it")
 
 
 def run(config: SteerConfig) -> Path:

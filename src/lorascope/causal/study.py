@@ -1,4 +1,4 @@
-"""What the commands that study effects share: options, the stage around a report, its table.
+"""What the commands that study effects share: the stage around a report, and its table.
 
 `report_at` is the skeleton of a stage: find the finished file, lock its name, make the report, draw
 it, and give it its name when all of it is there. `report_records` says what each report holds.
@@ -7,9 +7,8 @@ it, and give it its name when all of it is there. `report_records` says what eac
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from lorascope.artifact import (
     building,
@@ -24,93 +23,14 @@ from lorascope.artifact import (
 )
 from lorascope.causal.record_json import from_json, to_json
 from lorascope.causal.report_records import ReportRecord
-from lorascope.config import option
-from lorascope.errors import ArtifactError, ConfigError
+from lorascope.errors import ArtifactError
 from lorascope.sites import SiteLayout
-from lorascope.subject.options import AdapterOptions
-
-if TYPE_CHECKING:
-    from lorascope.sae.model import SAE
 
 log = logging.getLogger(__name__)
 
 R = TypeVar("R", bound=ReportRecord)
 
 _FILE = "report.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportOptions(AdapterOptions):
-    """Options of every command that loads the subject and writes a report."""
-
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", help="type in which the model computes; auto: float32 on the CPU"
-    )
-    device: str = option("auto", help="auto, cpu, cuda or cuda:N", identity=False)
-    overwrite: bool = option(
-        False, help="replace an output that was made with other settings", identity=False
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class EffectOptions(ReportOptions):
-    """Options of every command that runs the subject on the rollouts of a store."""
-
-    data_dir: Path = option(
-        Path("activations_all_adapters"),
-        help="activation store whose rollouts to run",
-        identity=False,
-    )
-    max_rollouts: int | None = option(
-        None, help="largest number of held-out rollouts to run; default: all"
-    )
-    batch_tokens: int | None = option(
-        None,
-        help="tokens in one batch, padding included; changes results by rounding only; "
-        "default: as many as keep the logits below 512 MB, at most 2048",
-        identity=False,
-    )
-
-    def check(self) -> None:
-        """Refuse impossible numbers."""
-        super().check()
-        self.require("max_rollouts", 1)
-        self.require("batch_tokens", 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SeededEffectOptions(EffectOptions):
-    """Options of the commands that draw random numbers."""
-
-    seed: int = option(0, help="seed of random directions, of sampling and of the bootstrap")
-
-    def check(self) -> None:
-        """Refuse impossible numbers."""
-        super().check()
-        self.require("seed", 0)
-
-
-def sae_option() -> Any:
-    """Return the option that names the SAE under study."""
-    return option(
-        Path("trained_sae_adapters_g-u-d-q-k-v-o.pt"), help="SAE to study", identity=False
-    )
-
-
-def require_json_name(output: Path) -> None:
-    """Raise ConfigError unless `--output` ends in .json."""
-    if output.suffix != ".json":
-        raise ConfigError(f"--output is {output}, expected a name that ends in .json")
-
-
-def require_features(features: Sequence[int], sae: "SAE | None" = None) -> None:
-    """Raise ConfigError unless `--features` are different numbers, and of `sae` if it is given."""
-    if min(features, default=0) < 0 or len(set(features)) < len(features):
-        raise ConfigError("--features must be different numbers, from 0")
-    if sae is not None and max(features, default=0) >= sae.d_sae:
-        raise ConfigError(
-            f"--features names {max(features)}, the SAE has features 0 to {sae.d_sae - 1}"
-        )
 
 
 class Made(NamedTuple):
