@@ -267,7 +267,7 @@ def test_the_report_its_pictures_and_a_table_are_left_and_made_once(dirs, store,
     caplog.clear()
     with caplog.at_level(logging.INFO):
         ablated(dirs, store, tmp_path, sae)
-    assert "already made" in caplog.text
+    assert "already exists" in caplog.text
     again = ablated(dirs, store, tmp_path, sae, overwrite=True)
     assert json.dumps(again) == json.dumps(first)
     assert [(tmp_path / f"ablation{end}").read_bytes() for end in (".png", ".svg")] == pictures

@@ -67,7 +67,7 @@ KINDS = {
     "features JSON": lambda folder: make_export(folder, "json"),
     "Neuronpedia": lambda folder: make_export(folder, "neuronpedia"),
     "report": lambda folder: write(
-        folder / "ablation.json", "ablation", full_index(), {"features": ablation(full_index())}
+        folder / "ablation.json", "ablation", full_index(), ablation(full_index())
     ),
     "edit": make_edit,
     "page": make_page,

@@ -262,7 +262,7 @@ def test_the_report_a_picture_and_a_table_are_left_and_made_once(
     caplog.clear()
     with caplog.at_level(logging.INFO):
         report_of(half(store))
-    assert "already made" in caplog.text
+    assert "already exists" in caplog.text
     again = report_of(half(store), overwrite=True)
     assert json.dumps(again) == json.dumps(first)
     assert (tmp_path / "sae.png").read_bytes() == picture

@@ -178,7 +178,7 @@ def test_the_same_command_again_does_nothing_and_other_settings_are_refused(conf
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     with caplog.at_level("INFO"):
         assert generate.run(config(num_examples=2)) == out
-    assert "already made" in caplog.text
+    assert "already exists" in caplog.text
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     with pytest.raises(ArtifactError, match="made from another dataset"):
         generate.run(config(num_examples=3))

@@ -200,7 +200,7 @@ def test_the_same_input_gives_the_same_page_and_is_not_made_twice(
     page = make(tmp_path, many_features(100))
     before = page.read_bytes()
     make(tmp_path, many_features(100))
-    assert "already made" in caplog.text
+    assert "already exists" in caplog.text
     page.unlink()
     assert make(tmp_path, many_features(100)).read_bytes() == before
 

@@ -21,6 +21,7 @@ the file with these digits as zeros. `check_files` finds every changed, missing 
 import fcntl
 import hashlib
 import json
+import logging
 import mmap
 import os
 import shutil
@@ -28,7 +29,7 @@ import struct
 import time
 import zipfile
 import zlib
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -37,6 +38,8 @@ from typing import Any
 from lorascope.arrayfile import read_header
 from lorascope.errors import ArtifactError
 from lorascope.version import __version__
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 HTML_MARK = b"<!-- lorascope "
@@ -433,6 +436,29 @@ def building(
             if path.is_dir() and {child.name for child in path.iterdir()} <= {_LOCK, _SETTINGS}:
                 shutil.rmtree(path)  # nothing was finished, so nothing is left behind
             raise
+
+
+def built(
+    out: Path,
+    kind: str,
+    make: Callable[[Build], Any],
+    *,
+    settings: Mapping[str, Any],
+    parents: Mapping[str, str],
+    overwrite: bool,
+) -> Path:
+    """Return `out`, the skeleton of a stage that runs in one process.
+
+    A finished `out` with these settings and parents stays as it is. Otherwise `make` gets the
+    folder to work in, and publishes from it. Raises what `is_made` and `building` raise.
+    """
+    identity = {"settings": settings, "parents": parents, "overwrite": overwrite}
+    if is_made(out, kind, **identity):
+        log.info("%s already exists with these settings", out)
+    else:
+        with building(out, kind, **identity) as build:
+            make(build)
+    return out
 
 
 def join(

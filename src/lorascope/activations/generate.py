@@ -98,7 +98,7 @@ def run(config: GenerateConfig) -> Path:
     }
     identity = {"settings": config.settings(), "parents": parents}
     if is_made(out, KIND, **identity, overwrite=config.overwrite):
-        log.info("%s is already made with these settings", out)
+        log.info("%s already exists with these settings", out)
         return out
     device = runtime.pick_device(config.device, config.num_gpus)
     n_workers = 1 if config.device_map else runtime.n_workers(config.device, config.num_gpus)

@@ -23,14 +23,7 @@ import torch
 
 from lorascope import runtime
 from lorascope.activations.store import ActivationStore
-from lorascope.artifact import (
-    MANIFEST,
-    Build,
-    building,
-    is_made,
-    make_manifest,
-    write_text,
-)
+from lorascope.artifact import MANIFEST, Build, built, make_manifest, write_text
 from lorascope.causal.effect_options import EditConfig, require_features
 from lorascope.causal.effects import bootstrap_interval, kl_divergence, select_measured
 from lorascope.causal.held_out import SPECIAL, HeldOut, describe_run, open_held_out
@@ -64,17 +57,15 @@ def run(config: EditConfig) -> Path:
         "settings": config.settings(),
         "parents": {"activations": store.digest, "sae": sae.digest},
     }
-    if is_made(config.output, EditReport.kind, **identity, overwrite=config.overwrite):
-        log.info("%s is already made with these settings", config.output)
-        return config.output
-    held_out = open_held_out(config, sae)
-    patch = Patch.from_features(sae, config.features, config.factor)
-    fitted = np.ones(store.n_rollouts, bool)
-    fitted[held_out.rollouts] = False
-    is_edited = store.eligible if config.tokens == "text" else np.ones(store.n_rows, bool)
-    fold = fit_fold(patch, sae.narrow(store), is_edited, fitted if fitted.any() else ~fitted)
-    as_weights = _is_folded(config, fold)
-    with building(config.output, EditReport.kind, **identity, overwrite=config.overwrite) as build:
+
+    def make(build: Build) -> None:
+        held_out = open_held_out(config, sae)
+        patch = Patch.from_features(sae, config.features, config.factor)
+        fitted = np.ones(store.n_rollouts, bool)
+        fitted[held_out.rollouts] = False
+        is_edited = store.eligible if config.tokens == "text" else np.ones(store.n_rows, bool)
+        fold = fit_fold(patch, sae.narrow(store), is_edited, fitted if fitted.any() else ~fitted)
+        as_weights = _is_folded(config, fold)
         report = measure(held_out, config, sae, is_edited, patch, fold)
         names = _write_adapter(build, held_out.subject, sae, fold) if as_weights else [PATCH]
         if not as_weights:
@@ -90,8 +81,9 @@ def run(config: EditConfig) -> Path:
             content=describe_run(held_out, config.sae),
         )
         build.publish_directory(manifest, [*names, REPORT])
-    log.info("%s", table(report, config.output))
-    return config.output
+        log.info("%s", table(report, config.output))
+
+    return built(config.output, EditReport.kind, make, **identity, overwrite=config.overwrite)
 
 
 def _is_folded(config: EditConfig, fold: "Fold") -> bool:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from lorascope.artifact import (
-    building,
+    Build,
+    built,
     digest_of,
-    is_made,
     make_manifest,
     open_manifest,
     read_manifest,
@@ -56,11 +56,8 @@ def report_at(
 
     `draw` gets the report and its manifest before the file gets its name.
     """
-    identity = {"settings": settings, "parents": parents, "overwrite": overwrite}
-    if is_made(out, record.kind, **identity):
-        log.info("%s is already made with these settings", out)
-        return out
-    with building(out, record.kind, **identity) as build:
+
+    def fill(build: Build) -> None:
         report, layout, content = make()
         assert isinstance(report, record)
         manifest = make_manifest(
@@ -75,8 +72,9 @@ def report_at(
         if draw is not None:
             draw(report, manifest)
         build.publish_file(_FILE)
-    log.info("%s", table(report))
-    return out
+        log.info("%s", table(report))
+
+    return built(out, record.kind, fill, settings=settings, parents=parents, overwrite=overwrite)
 
 
 def read_report(path: Path, records: Sequence[type[R]]) -> tuple[R, Mapping[str, Any]]:

@@ -23,14 +23,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from lorascope.artifact import (
-    building,
-    digest_file,
-    digest_of,
-    is_made,
-    make_manifest,
-    read_manifest,
-)
+from lorascope.artifact import Build, built, digest_file, digest_of, make_manifest, read_manifest
 from lorascope.config import Config, option
 from lorascope.dashboard.payload import Payload, manifest_comment
 from lorascope.dashboard.reports import Reports
@@ -107,9 +100,6 @@ def run(config: DashboardConfig) -> Path:
     parents |= reports.parents
     settings = config.settings()
     identity = {"settings": settings, "parents": parents, "overwrite": config.overwrite}
-    if not config.serve and is_made(output, KIND, **identity):
-        log.info("%s is already made from %s", output, source)
-        return output
     manifest = make_manifest(
         KIND,
         SCHEMA,
@@ -118,22 +108,25 @@ def run(config: DashboardConfig) -> Path:
         layout=index.manifest.get("layout"),
         content={"n_features": len(index), "n_examples": len(index.example_value)},
     )
-    if config.max_examples is not None:
-        index = index.limited(config.max_examples)
-    payload = Payload(index, config.title, reports)
-    if config.serve:
-        serve(server_of(payload, manifest, config.port or 0))
-        return source
-    with building(output, KIND, **identity) as build:
+
+    def payload() -> Payload:
+        kept = index if config.max_examples is None else index.limited(config.max_examples)
+        return Payload(kept, config.title, reports)
+
+    def make(build: Build) -> None:
         with (build.path / _PAGE).open("w", encoding="ascii", newline="\n") as file:
-            for piece in page(payload, manifest):
+            for piece in page(payload(), manifest):
                 file.write(piece)
         size = (build.path / _PAGE).stat().st_size
-        published = build.publish_file(_PAGE)
-    log.info("%d features with %d examples: %.1f MB", *manifest["content"].values(), size / 1e6)
-    if size > _LARGE:
-        log.warning("%s is large; use fewer --max-examples, or --serve", output)
-    return published
+        build.publish_file(_PAGE)
+        log.info("%d features with %d examples: %.1f MB", *manifest["content"].values(), size / 1e6)
+        if size > _LARGE:
+            log.warning("%s is large; use fewer --max-examples, or --serve", output)
+
+    if config.serve:
+        serve(server_of(payload(), manifest, config.port or 0))
+        return source
+    return built(output, KIND, make, **identity)
 
 
 def server_of(payload: Payload, manifest: dict[str, object], port: int = 0) -> PageServer:

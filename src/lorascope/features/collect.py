@@ -127,7 +127,7 @@ def run(config: CollectConfig) -> Path:
     settings = config.settings()
     parents = {"activations": store.digest, "sae": sae.digest}
     if is_made(out, KIND, settings=settings, parents=parents, overwrite=config.overwrite):
-        log.info("%s is already made with these settings", out)
+        log.info("%s already exists with these settings", out)
         return out
     n_rollouts = min(config.max_rollouts or store.n_rollouts, store.n_rollouts)
     n_rows = int(store.rollout_start[n_rollouts])

@@ -15,13 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lorascope.artifact import (
-    building,
-    digest_file,
-    digest_of,
-    is_made,
-    read_manifest,
-)
+from lorascope.artifact import Build, building, built, digest_file, digest_of, read_manifest
 from lorascope.config import Config, option
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.features import neuronpedia
@@ -117,12 +111,12 @@ def _export_json(index: FeatureIndex, source: Path, out: Path, *, overwrite: boo
         "parents": manifest["parents"],
         "overwrite": overwrite,
     }
-    if is_made(out, KIND, **identity):
-        log.info("%s is up to date with %s", out, source)
-        return out
-    with building(out, KIND, **identity) as build:
+
+    def make(build: Build) -> None:
         write_published(index, build.path / "features.json", manifest)
-        return build.publish_file("features.json")
+        build.publish_file("features.json")
+
+    return built(out, KIND, make, **identity)
 
 
 def _export_csv(index: FeatureIndex, out: Path, identity: Mapping[str, Any]) -> Path:

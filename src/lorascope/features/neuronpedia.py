@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from lorascope.artifact import building, is_made, make_manifest
+from lorascope.artifact import Build, built, make_manifest
 from lorascope.features.feature import Example, Feature
 from lorascope.features.index import FeatureIndex
 from lorascope.features.published_json import json_text
@@ -58,25 +58,20 @@ def export(
 
     Raises ArtifactError if the folder exists with other contents and `overwrite` is off.
     """
-    identity = {"settings": settings, "parents": parents, "overwrite": overwrite}
-    if is_made(out, KIND, **identity):
-        log.info("%s is already made with these settings", out)
-        return out
     alive = np.flatnonzero(index.n_examples > 0).tolist()
     source = _source(index)
-    with (
-        building(out, KIND, **identity) as build,
-        progress(len(alive), "export", "features") as bar,
-    ):
+
+    def make(build: Build) -> None:
         names = [SKIPPED]
         skipped = np.flatnonzero(index.n_examples == 0).tolist()
         record = {**source, "layer": str(source["layer"]), "skipped_indexes": skipped}
         (build.path / SKIPPED).write_text(json_text(record) + "\n", encoding="utf-8", newline="\n")
-        for number, start in enumerate(range(0, len(alive), BATCH)):
-            names.append(f"batch-{number}.json")
-            with (build.path / names[-1]).open("w", encoding="utf-8", newline="\n") as file:
-                file.writelines(to_batch(index, alive[start : start + BATCH]))
-            bar.update(min(BATCH, len(alive) - start))
+        with progress(len(alive), "export", "features") as bar:
+            for number, start in enumerate(range(0, len(alive), BATCH)):
+                names.append(f"batch-{number}.json")
+                with (build.path / names[-1]).open("w", encoding="utf-8", newline="\n") as file:
+                    file.writelines(to_batch(index, alive[start : start + BATCH]))
+                bar.update(min(BATCH, len(alive) - start))
         manifest = make_manifest(
             KIND,
             SCHEMA,
@@ -85,7 +80,9 @@ def export(
             layout=index.manifest.get("layout"),
             content={"n_features": len(index), "n_alive": len(alive)},
         )
-        return build.publish_directory(manifest, names)
+        build.publish_directory(manifest, names)
+
+    return built(out, KIND, make, settings=settings, parents=parents, overwrite=overwrite)
 
 
 def to_batch(index: FeatureIndex, latents: Sequence[int]) -> Iterator[str]:
