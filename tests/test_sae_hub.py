@@ -131,7 +131,7 @@ def test_what_the_hub_cannot_give_is_told_in_one_line(hub, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "match"),
     [
-        (GatedRepoError, "it is gated: its terms are to be accepted"),
+        (GatedRepoError, "it is gated"),
         (RepositoryNotFoundError, "there is no such repository, or it is private"),
         (RevisionNotFoundError, "it has no such revision"),
     ],
