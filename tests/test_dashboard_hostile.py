@@ -489,8 +489,9 @@ def test_a_page_of_a_hundred_thousand_features_opens_at_any_of_them(show: Any):
     last = int(np.flatnonzero(index.n_examples)[-1])
     visit = show(index, f"#/feature/{last}")
     assert visit.part("heading").text_content() == f"Feature {last}"
-    tokens = visit.part("window").first.get_by_test_id("token").all_text_contents()
-    assert tokens == list(index[last].examples[0].tokens)
+    shown = visit.part("window").first.get_by_test_id("token")
+    shown.first.wait_for()  # the block with this feature is the last of the file
+    assert shown.all_text_contents() == list(index[last].examples[0].tokens)
     assert visit.page.locator("*").count() < 20_000
     visit.page.keyboard.press("ArrowLeft")
     before = int(np.flatnonzero(index.n_examples)[-2])
