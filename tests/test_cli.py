@@ -423,3 +423,32 @@ def test_the_published_module_names_import(scripts):
         "generate_sae_dashboard",
         "train_sae",
     }
+
+
+def test_a_list_of_paths_is_an_option_like_any_other(tmp_path, capfd):
+    from builders.effect_reports import ablation, write
+    from builders.indexes import full_index
+
+    index = full_index()
+    index.save(tmp_path / "features.h5")
+    report = write(tmp_path / "ablation.json", "ablation", index, ablation(index))
+    words = ["dashboard", "--input", str(tmp_path / "features.h5"), "--effects", str(report)]
+    assert call([*words, "--output", str(tmp_path / "page.html"), "--verbose"]) == 0
+    assert "ablation.json" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["dashboard", "export"])
+def test_a_damaged_index_is_refused_before_anything_is_made_of_it(tmp_path, capfd, command):
+    from builders.indexes import full_index
+
+    path, out = tmp_path / "features.h5", tmp_path / "out"
+    full_index().save(path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    name = out.with_suffix(".html" if command == "dashboard" else ".json")
+    assert call([command, "--input", str(path), "--output", str(name)]) == 2
+    said = capfd.readouterr().err.strip()
+    assert "features.h5 is damaged" in said
+    assert "\n" not in said
+    assert not name.exists()

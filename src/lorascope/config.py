@@ -276,7 +276,7 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return value.as_posix()
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(part) for part in value] if isinstance(value, tuple) else value
 
 
 def _metavar(inner: type, choices: tuple[str, ...]) -> str:

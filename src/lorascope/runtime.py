@@ -316,12 +316,21 @@ def peak_memory(device: "torch.device") -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * n_bytes
 
 
+def shows_bars() -> bool:
+    """Say whether progress bars are drawn: on a terminal, without `--quiet`, by rank 0."""
+    return not _is_quiet() and sys.stderr.isatty()
+
+
+def _is_quiet() -> bool:
+    return logging.getLogger("lorascope").level > logging.INFO or process_rank() > 0
+
+
 def progress(total: int, label: str, unit: str) -> "tqdm[Any] | ProgressLog":
     """Return a counter of `unit`s up to `total`: a bar on a terminal, else lines in the log.
 
     There is none at `--quiet` and in processes other than rank 0.
     """
-    is_quiet = logging.getLogger("lorascope").level > logging.INFO or process_rank() > 0
+    is_quiet = _is_quiet()
     if not (is_quiet or sys.stderr.isatty()):
         return ProgressLog(total, label, unit)
     return tqdm(

@@ -45,11 +45,12 @@ class ActivationStore:
     columns: npt.NDArray[np.int64] | None = None
 
     @classmethod
-    def open(cls, path: Path) -> "ActivationStore":
+    def open(cls, path: Path | str) -> "ActivationStore":
         """Open a store of lorascope or of the published scripts, reading no activations.
 
         Raises ArtifactError if the folder is missing, is not a store, or lacks a shard.
         """
+        path = Path(path)
         if not path.exists():
             raise ArtifactError(
                 f"activation store {path} does not exist; make it with lorascope generate"

@@ -28,9 +28,8 @@ from lorascope.config import Config, option
 from lorascope.dashboard.payload import Payload, manifest_comment
 from lorascope.dashboard.reports import Reports
 from lorascope.dashboard.serve import PageServer, serve
-from lorascope.errors import ArtifactError, ConfigError
-from lorascope.features.index import FeatureIndex
-from lorascope.features.published_json import read_published
+from lorascope.errors import ConfigError
+from lorascope.features.published_json import read_index
 from lorascope.runtime import progress
 
 log = logging.getLogger(__name__)
@@ -91,7 +90,7 @@ def run(config: DashboardConfig) -> Path:
     input is not a feature index, or if the output exists, differs and `overwrite` is off.
     """
     source, output = config.input.expanduser(), config.output.expanduser()
-    index = _read(source)
+    index = read_index(source)
     source_manifest = read_manifest(source)
     parents = {
         "features": digest_file(source) if source_manifest is None else digest_of(source_manifest)
@@ -231,14 +230,6 @@ def _glossary_html() -> str:
 def _escape_html(text: str) -> str:
     """Return text as ASCII that means the same in HTML."""
     return html.escape(text).encode("ascii", "xmlcharrefreplace").decode()
-
-
-def _read(source: Path) -> FeatureIndex:
-    if source.is_dir():
-        raise ArtifactError(f"{source} is a folder, expected a features.h5 or a features JSON")
-    if source.suffix == ".h5":
-        return FeatureIndex.open(source)
-    return read_published(source)
 
 
 def _pack_element(name: str, data: str) -> str:

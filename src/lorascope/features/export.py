@@ -21,7 +21,7 @@ from lorascope.errors import ArtifactError, ConfigError
 from lorascope.features import neuronpedia
 from lorascope.features.arrays import KIND
 from lorascope.features.index import FeatureIndex
-from lorascope.features.published_json import read_published, write_published
+from lorascope.features.published_json import read_index, write_published
 
 log = logging.getLogger(__name__)
 
@@ -74,16 +74,6 @@ def run(config: ExportConfig) -> Path:
     if config.format == "csv":
         return _export_csv(index, out, identity)
     return neuronpedia.export(index, out, **identity)
-
-
-def read_index(source: Path) -> FeatureIndex:
-    """Return the index from a `features.h5` or a published JSON, chosen by the file's suffix.
-
-    Raises ArtifactError if it is neither.
-    """
-    if source.is_dir():
-        raise ArtifactError(f"{source} is a folder, expected a features.h5 or a features JSON")
-    return FeatureIndex.open(source) if source.suffix == ".h5" else read_published(source)
 
 
 def write_csv(index: FeatureIndex, path: Path) -> None:

@@ -164,12 +164,12 @@ class FeatureIndex:
         return cls.from_arrays(manifest, values)
 
     @classmethod
-    def open(cls, path: Path) -> "FeatureIndex":
+    def open(cls, path: Path | str) -> "FeatureIndex":
         """Map a `features.h5` into memory; arrays are read when they are used.
 
         Raises ArtifactError if the file is not a feature index or lacks an array.
         """
-        manifest, arrays = map_arrays(path)
+        manifest, arrays = map_arrays(Path(path))
         return cls(manifest=manifest, **arrays)
 
     def save(self, path: Path) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorascope import runtime
-from lorascope.artifact import is_manifest, make_manifest, seal_file, with_seal
+from lorascope.artifact import check_seal, is_manifest, make_manifest, seal_file, with_seal
 from lorascope.errors import ArtifactError
 from lorascope.features.arrays import KIND, SCHEMA
 from lorascope.features.feature import Example
@@ -110,6 +110,21 @@ def json_text(value: Any) -> str:
     """Return a value as compact JSON text; lone surrogates become U+FFFD."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text if text.isascii() else _well_formed(text)
+
+
+def read_index(source: Path) -> FeatureIndex:
+    """Return the index of a `features.h5` or a features JSON, chosen by the file's suffix.
+
+    Raises ArtifactError if it is neither, or if a `features.h5` is not as it was written.
+    """
+    if source.is_dir():
+        raise ArtifactError(f"{source} is a folder, expected a features.h5 or a features JSON")
+    if source.suffix != ".h5":
+        return read_published(source)
+    index = FeatureIndex.open(source)
+    if damage := check_seal(source):
+        raise ArtifactError(f"{source} is damaged ({damage}); run collect again")
+    return index
 
 
 def read_published(path: Path) -> FeatureIndex:

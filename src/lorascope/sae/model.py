@@ -268,7 +268,9 @@ class SAE:
             (build.path / "sae.pt").write_bytes(self._archive())
             return build.publish_file("sae.pt")
         tensors = {name: tensor.contiguous().cpu() for name, tensor in self.tensors().items()}
-        safetensors.torch.save_file(tensors, build.path / WEIGHTS, metadata={"format": "pt"})
+        # save_file() makes a file that only its owner can read
+        weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
+        (build.path / WEIGHTS).write_bytes(weights)
         write_text(build.path / SAELENS_CONFIG, json.dumps(self._saelens_config(), indent=1) + "\n")
         return build.publish_directory(self.manifest, (SAELENS_CONFIG, WEIGHTS))
 
@@ -336,13 +338,14 @@ class SAE:
         }
 
 
-def load_sae(path: Path, store: ActivationStore | None = None) -> SAE:
+def load_sae(path: Path | str, store: ActivationStore | None = None) -> SAE:
     """Read an SAE of lorascope or of another library (`files.py`), on the CPU.
 
     A store's columns are compared with the SAE's; other libraries' files need a store, because they
     do not name their columns. Raises ArtifactError if the file is missing, damaged, not an SAE, or
     belongs to another adapter.
     """
+    path = Path(path)
     manifest = read_manifest(path)
     if manifest is None:
         return _with_columns(path, read_foreign(path), store)

@@ -56,7 +56,9 @@ class TrainOptions(Config):
         "mean square (rms) or nothing (none); or it is multiplied by the norm of what it writes "
         "(effect)",
     )
-    roles: tuple[str, ...] = option((), help="roles of the tokens to train on (default: all)")
+    roles: tuple[str, ...] = option(
+        (), help="roles of the tokens to train on; default: all but special"
+    )
     holdout: float = option(0.1, help="share of the tokens held out for the report, by rollout")
     dead_after: int = option(100_000, help="tokens without firing after which a latent is dead")
     auxk_alpha: float = option(1 / 8, help="weight of the loss that revives dead latents")

@@ -20,7 +20,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
+from lorascope import runtime
 from lorascope.errors import AdapterError, ConfigError
 from lorascope.hub import find_folder, first_line
 from lorascope.sites import SiteLayout
@@ -211,6 +213,8 @@ def _load_base(
     if (base.path / CONFIG).is_file():  # transformers would silently load that adapter too
         raise AdapterError(f"base model {base.path} is an adapter; give a full model")
     wanted = DTYPES.get(dtype, torch.float32 if device.type == "cpu" else "auto")
+    if not runtime.shows_bars():
+        disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             base.path,
