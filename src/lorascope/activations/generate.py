@@ -235,7 +235,7 @@ class _Shards:
             ROLLOUTS_PER_SHARD * expected / len(self.corpus.rollouts) * self.layout.d_in * 4
         )
         log.info(
-            "%d tokens at %.0f tokens/s (one rollout alone): %.1f minutes at most; %.2f GB "
+            "%d tokens at %.0f tokens/s (one rollout alone): about %.1f minutes; %.2f GB "
             "on disk, %.1f GB of memory%s",
             expected,
             rate,

@@ -51,7 +51,9 @@ class ExportConfig(Config):
         suffix = self.output.suffix.lower()
         wanted = "" if self.format == "neuronpedia" else f".{self.format}"
         if wanted and suffix != wanted:
-            raise ConfigError(f"--output is {self.output}, expected a {wanted} file")
+            raise ConfigError(
+                f"--output is {self.output}, expected a {wanted} file for --format {self.format}"
+            )
         if not wanted and suffix in (".json", ".csv", ".h5"):
             raise ConfigError(f"--output is {self.output}, expected a folder name")
 

@@ -124,7 +124,7 @@ def _prepare(
     store, n_train = plan.store, len(plan.rows)
     epochs = config.epochs or min(max(_AUTO_TOKENS // n_train, 1), _AUTO_EPOCHS)
     log.info(
-        "%s: %d tokens to train on, %d held out, %d others left out; %d columns (%s)",
+        "%s: %d tokens to train on, %d held out, %d of other roles left out; %d columns (%s)",
         store.path,
         n_train,
         len(held_out),
