@@ -7,8 +7,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -19,7 +21,7 @@ from builders.browser import open_browser
 from builders.indexes import synthetic
 
 from lorascope.dashboard.payload import Payload
-from lorascope.dashboard.render import DashboardConfig, policy, server_of
+from lorascope.dashboard.render import DashboardConfig, policy, run, server_of
 from lorascope.dashboard.serve import PageServer
 from lorascope.errors import ConfigError
 
@@ -29,7 +31,7 @@ POLICY = "default-src 'none'"
 @contextmanager
 def running(server: PageServer) -> Iterator[PageServer]:
     with server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread = threading.threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield server
         server.shutdown()
@@ -217,3 +219,39 @@ def test_the_command_serves_until_it_is_told_to_stop(tmp_path: Path, stop: int, 
 def test_an_invalid_port_is_an_error(given: dict[str, Any], said: str):
     with pytest.raises(ConfigError, match=said):
         DashboardConfig(input=Path("features.h5"), **given)
+
+
+def test_a_block_that_is_there_only_in_part_is_waited_for(tmp_path: Path):
+    """A parser hands over the text of a long element piece by piece."""
+    index = synthetic(300, 10, 10)
+    index.save(tmp_path / "features.h5")
+    html = tmp_path / "page.html"
+    run(DashboardConfig(input=tmp_path / "features.h5", output=html))
+    data = html.read_bytes()
+    start = data.rindex(b'id="block-')
+    cut = (start + data.index(b"</script>", start)) // 2
+
+    class Slow(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.end_headers()
+            self.wfile.write(data[:cut])
+            self.wfile.flush()
+            time.sleep(1.5)
+            self.wfile.write(data[cut:])
+
+        def log_message(self, *_: Any):
+            pass
+
+    last = int(np.flatnonzero(index.n_examples)[-1])
+    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with open_browser() as browser:
+            page = browser.new_page()
+            page.goto(f"http://127.0.0.1:{server.server_port}/#/feature/{last}")
+            tokens = page.get_by_test_id("window").first.get_by_test_id("token")
+            tokens.first.wait_for(timeout=60_000)
+            shown = tokens.all_text_contents()
+        server.shutdown()
+    assert shown == list(index[last].examples[0].tokens)
