@@ -31,7 +31,7 @@ POLICY = "default-src 'none'"
 @contextmanager
 def running(server: PageServer) -> Iterator[PageServer]:
     with server:
-        thread = threading.threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield server
         server.shutdown()
