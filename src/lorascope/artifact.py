@@ -504,18 +504,18 @@ def _recorded(path: Path) -> dict[str, Any] | None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file atomically: beside its name, synced, then renamed."""
-    with replacing(path) as beside, beside.open("w", encoding="utf-8") as file:
+    """Write a whole file atomically: under another name, synced, then renamed."""
+    with replacing(path) as sibling, sibling.open("w", encoding="utf-8") as file:
         file.write(text)
 
 
 @contextmanager
 def replacing(path: Path) -> Generator[Path]:
     """Yield the name to write a file under; it is then synced and takes the name `path`."""
-    beside = path.with_name(path.name + ".tmp")
-    yield beside
-    _sync(beside)
-    beside.replace(path)
+    sibling = path.with_name(path.name + ".tmp")
+    yield sibling
+    _sync(sibling)
+    sibling.replace(path)
 
 
 def require_space(folder: Path, n_bytes: int) -> None:

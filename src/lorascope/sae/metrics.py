@@ -30,7 +30,7 @@ class ColumnMoments:
     """Count, mean, spread and range of each column, `(d_in,)` each, in raw units.
 
     `spread` is `sum (x - mean)^2`. Blocks are merged by the pairwise formula of Chan, Golub and
-    LeVeque (1979), which keeps its digits where the mean is large beside the spread.
+    LeVeque (1979), which keeps its digits where the mean is much larger than the spread.
     """
 
     n: int
