@@ -158,14 +158,6 @@ def make_store(tmp_path: Path):
     return make
 
 
-@pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train without drawing the picture of each SAE, which takes longer than a small training."""
-    from lorascope.sae import publish
-
-    monkeypatch.setattr(publish, "draw_training", lambda *_: None)
-
-
 @pytest.fixture(scope="module")
 def tab() -> Iterator["Shown"]:
     """One tab for the tests of a file: a new one for each would take longer than all of them."""

@@ -22,8 +22,6 @@ from lorascope.sae.model import load_sae
 from lorascope.sae.settings import TrainConfig
 from lorascope.sae.train import run
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 
 @pytest.fixture
 def small_config(make_store, tmp_path):

@@ -346,7 +346,7 @@ def test_the_same_job_gives_the_same_bytes(config, straight, pair, tmp_path):
     assert digest_file(again.output) == digest_file(straight)
     assert (folder / "0.out").read_text() == f"{again.output}\n"
     assert (folder / "1.out").read_text() == ""
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["sae.jsonl", "sae.png", "sae.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sae.jsonl", "sae.pt"]
 
 
 def test_a_signal_to_one_process_ends_all_with_143_and_loses_nothing(

@@ -19,8 +19,6 @@ from lorascope.sae.settings import TrainConfig
 from lorascope.sae.train import run
 from lorascope.sae.training_log import CLOCK_FIELDS, read_training_log
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 N_STEPS = 25  # of the small config: 3 epochs of 539 rows, by 64
 
 

@@ -27,12 +27,6 @@ from lorascope.sae.training_log import read_training_log
 from lorascope.texts.roles import ROLES
 
 CHECKPOINT = "sae.pt.partial/checkpoint.safetensors"
-draw_training = publish.draw_training
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr(publish, "draw_training", lambda *_: None)
 
 
 @pytest.fixture
@@ -90,21 +84,6 @@ def test_the_log_has_every_point_once_also_after_a_resume(config, tmp_path, monk
         assert all(np.isfinite(value) for value in line.values())
     log = (read_manifest(config.output) or {})["content"]["log"]
     assert [{k: v for k, v in line.items() if k != "tokens"} for line in expected] == log
-
-
-def test_a_picture_lies_beside_the_sae_also_where_drawing_it_was_cut_off(config, monkeypatch):
-    def cut(*_):
-        raise RuntimeError("power cut")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(publish, "draw_training", cut)
-        with pytest.raises(RuntimeError):
-            run(config)
-    monkeypatch.setattr(publish, "draw_training", draw_training)
-    run(config)
-    picture = config.output.with_name("sae.png").read_bytes()
-    assert picture.startswith(b"\x89PNG")
-    assert picture.rstrip().endswith(b"IEND\xaeB`\x82")
 
 
 def test_the_settings_are_on_disk_before_the_first_step(config, monkeypatch):

@@ -23,7 +23,6 @@ from lorascope.sae.metrics import ColumnMoments, evaluate, stability
 from lorascope.sae.model import KIND, SAE, SCHEMA
 from lorascope.sae.settings import SweepMember, TrainConfig
 from lorascope.sae.trainer import Trainer
-from lorascope.sae.training_plot import draw_training
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +47,7 @@ def publish(
     members: Mapping[Path, tuple[SweepMember, dict[str, Any]]],
     trainers: Mapping[Path, Trainer],
 ) -> None:
-    """Fold, calibrate, evaluate and write one SAE of the run, with its picture."""
+    """Fold, calibrate, evaluate and write one SAE of the run."""
     (member, identity), trainer, config = members[out], trainers[out], run.config
     store, device = run.plan.store, run.device
     folded = trainer.weights.folded(
@@ -91,7 +90,6 @@ def publish(
     report["n_calibrated"] = len(to_calibrate)
     _log_report(report, len(run.plan.rows), config, member)
     sae = sae.sealed(report=report)
-    draw_training(sae.manifest, trainer.log, sibling(out, ".png"))
     sae.publish(build)
 
 

@@ -1,7 +1,7 @@
 """Train sparse autoencoders on an activation store.
 
 In: an activation store. Out: an SAE with its threshold and a report on held-out rows; next to it
-the training log (`NAME.jsonl`) and a picture of the run (`NAME.png`).
+the training log (`NAME.jsonl`).
 
 1. Split the eligible rows by rollout, measure the columns of the training part, choose their scale.
 2. Train on whole batches (`trainer.py`); every SAE of a sweep sees the same ones (`settings.py`).
