@@ -205,11 +205,7 @@ def make_all(folder: Path) -> dict[str, Path]:
     config = demo_run(problems, DemoConfig(output=folder, num_examples=66, effect_texts=1))
     pipeline.run(config)
     index = folder / "features.h5"
-    for format in ("json", "neuronpedia"):
-        end = ".json" if format == "json" else ""
-        export.run(
-            export.ExportConfig(input=index, format=format, output=folder / f"{format}{end}")
-        )
+    export.run(export.ExportConfig(input=index, output=folder / "json.json"))
     load_sae(sae).save(folder / "sae.pt")
     given = {
         "lora_path": config.lora_path,
@@ -237,7 +233,6 @@ def make_all(folder: Path) -> dict[str, Path]:
         "SAE, .pt": folder / "sae.pt",
         "features.h5": index,
         "features JSON": folder / "json.json",
-        "Neuronpedia": folder / "neuronpedia",
         "ablation": effects / "ablation.json",
         "attribution": effects / "attribution.json",
         "direct": effects / "direct.json",

@@ -30,10 +30,9 @@ def damage():
     return module
 
 
-def make_export(folder, format):
+def make_export(folder):
     make_index(folder)
-    output = folder / ("features.json" if format == "json" else "neuronpedia")
-    return export(ExportConfig(input=folder / "features.h5", format=format, output=output))
+    return export(ExportConfig(input=folder / "features.h5", output=folder / "features.json"))
 
 
 def make_index(folder):
@@ -64,8 +63,7 @@ KINDS = {
     "SAE folder": lambda folder: make_sae_file(folder, "sae"),
     "SAE .pt": lambda folder: make_sae_file(folder, "sae.pt"),
     "features.h5": make_index,
-    "features JSON": lambda folder: make_export(folder, "json"),
-    "Neuronpedia": lambda folder: make_export(folder, "neuronpedia"),
+    "features JSON": make_export,
     "report": lambda folder: write(
         folder / "ablation.json", "ablation", full_index(), ablation(full_index())
     ),

@@ -315,7 +315,6 @@ def test_hostile_tokens_stay_in_their_cells_and_are_no_formulas(tmp_path: Path):
     [
         ("json", "out.csv", "expected a .json file"),
         ("csv", "out", "expected a .csv file"),
-        ("neuronpedia", "out.json", "expected a folder"),
     ],
 )
 def test_a_format_with_a_name_of_another_one_is_refused(
@@ -325,10 +324,10 @@ def test_a_format_with_a_name_of_another_one_is_refused(
         exported(source, tmp_path / name, kind)
 
 
-@pytest.mark.parametrize("kind", ["json", "csv", "neuronpedia"])
+@pytest.mark.parametrize("kind", ["json", "csv"])
 def test_what_is_no_index_is_refused_and_nothing_is_left_behind(tmp_path: Path, kind: str):
     (tmp_path / "features.h5").write_bytes(b"no HDF5")
-    out = tmp_path / ("out" if kind == "neuronpedia" else f"out.{kind}")
+    out = tmp_path / f"out.{kind}"
     with pytest.raises(ArtifactError, match="features"):
         exported(tmp_path / "features.h5", out, kind)
     with pytest.raises(ArtifactError, match="is a folder"):

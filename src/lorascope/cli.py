@@ -113,7 +113,7 @@ COMMANDS = {
         "one stage at a time",
         "lorascope.features.export",
         "lorascope.features.export.ExportConfig",
-        "write the features as published JSON, as a CSV table or for Neuronpedia",
+        "write the features as published JSON or as a CSV table",
         "lorascope export --input features.h5 --format csv --output features.csv",
     ),
     "evaluate": Command(

@@ -2,14 +2,12 @@
 
 - `json`: the published schema, for the published dashboard script and for `dashboard`.
 - `csv`: the table of statistics, one line per feature.
-- `neuronpedia`: a folder of `batch-N.json` as SAEDashboard writes them, for import to Neuronpedia.
 
-In: `features.h5`, or a features JSON of the published schema. Out: a JSON or CSV file, or a folder.
+In: `features.h5`, or a features JSON of the published schema. Out: a JSON or CSV file.
 The same index gives the same bytes.
 """
 
 import filecmp
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +16,9 @@ from typing import Any, Literal
 from lorascope.artifact import Build, building, built, digest_file, digest_of, read_manifest
 from lorascope.config import Config, option
 from lorascope.errors import ArtifactError, ConfigError
-from lorascope.features import neuronpedia
 from lorascope.features.arrays import KIND
 from lorascope.features.index import FeatureIndex
 from lorascope.features.published_json import read_index, write_published
-
-log = logging.getLogger(__name__)
 
 _FORMULA = ("=", "+", "-", "@")  # a spreadsheet runs a text that starts with one of these
 
@@ -35,27 +30,20 @@ class ExportConfig(Config):
     input: Path = option(
         help="feature index to read: features.h5, or JSON of the published schema", identity=False
     )
-    format: Literal["json", "csv", "neuronpedia"] = option(
-        "json",
-        help="json is the published schema, csv the table of statistics, neuronpedia a folder of "
-        "batches to import",
+    format: Literal["json", "csv"] = option(
+        "json", help="json is the published schema, csv the table of statistics"
     )
-    output: Path = option(
-        help=".json or .csv file to write; for neuronpedia, the folder", identity=False
-    )
+    output: Path = option(help=".json or .csv file to write", identity=False)
     overwrite: bool = option(False, help="replace an output with other contents", identity=False)
 
     def check(self) -> None:
         """Check that the output's suffix fits the format."""
         super().check()
-        suffix = self.output.suffix.lower()
-        wanted = "" if self.format == "neuronpedia" else f".{self.format}"
-        if wanted and suffix != wanted:
+        wanted = f".{self.format}"
+        if self.output.suffix.lower() != wanted:
             raise ConfigError(
                 f"--output is {self.output}, expected a {wanted} file for --format {self.format}"
             )
-        if not wanted and suffix in (".json", ".csv", ".h5"):
-            raise ConfigError(f"--output is {self.output}, expected a folder name")
 
 
 def run(config: ExportConfig) -> Path:
@@ -73,9 +61,7 @@ def run(config: ExportConfig) -> Path:
         "parents": {"features": _digest(source)},
         "overwrite": config.overwrite,
     }
-    if config.format == "csv":
-        return _export_csv(index, out, identity)
-    return neuronpedia.export(index, out, **identity)
+    return _export_csv(index, out, identity)
 
 
 def write_csv(index: FeatureIndex, path: Path) -> None:

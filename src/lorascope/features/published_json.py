@@ -53,10 +53,10 @@ def to_published(index: FeatureIndex, manifest: Mapping[str, Any]) -> Iterator[s
         "special_tokens": _special_texts(index),
         "histogram_edges": index.latent_histogram_edges.tolist(),
     }
-    yield '{"metadata": ' + json_text(metadata) + ',\n"features": {'
+    yield '{"metadata": ' + _json_text(metadata) + ',\n"features": {'
     for latent in range(len(index)):
         comma = ",\n" if latent else "\n"
-        yield f'{comma}"{latent}": ' + json_text(_published_feature(index, latent))
+        yield f'{comma}"{latent}": ' + _json_text(_published_feature(index, latent))
     yield "\n}}\n"
 
 
@@ -106,7 +106,7 @@ def _special_texts(index: FeatureIndex) -> list[str]:
     return sorted({index.token_bytes(int(i)).decode(errors="replace") for i in special})
 
 
-def json_text(value: Any) -> str:
+def _json_text(value: Any) -> str:
     """Return a value as compact JSON text; lone surrogates become U+FFFD."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text if text.isascii() else _well_formed(text)
