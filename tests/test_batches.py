@@ -37,13 +37,12 @@ def numbered(make_store, n_rollouts=10, length=30, **kwargs):
     return make_store(rows, n_rollouts=n_rollouts, **kwargs)
 
 
-def test_whole_rollouts_are_held_out_and_special_tokens_are_nowhere(make_store):
+def test_whole_rollouts_are_held_out_and_every_token_is_on_one_side(make_store):
     store = numbered(make_store)
     train, held = split_rows(store, 0.2, seed=1)
     assert not set(store.rollout_of(train)) & set(store.rollout_of(held))
     assert len(set(store.rollout_of(held))) == 2
-    assert sorted([*train, *held]) == list(np.flatnonzero(store.eligible))
-    assert len(train) + len(held) == store.n_rows - store.n_rollouts
+    assert sorted([*train, *held]) == list(range(store.n_rows))
 
 
 @pytest.mark.parametrize(("n_rollouts", "holdout"), [(2, 0.001), (2, 0.999), (5, 0.01), (5, 0.99)])
@@ -54,13 +53,13 @@ def test_both_sides_have_a_rollout_whatever_the_share(make_store, n_rollouts, ho
 
 
 def test_one_rollout_is_split_by_row(make_store):
-    train, held = split_rows(numbered(make_store, 1, 41), 0.25, seed=0)
+    train, held = split_rows(numbered(make_store, 1, 40), 0.25, seed=0)
     assert (len(train), len(held)) == (30, 10)
 
 
-def test_a_store_of_special_tokens_only_is_refused(make_store):
-    with pytest.raises(ArtifactError, match="0 tokens to train on"):
-        split_rows(numbered(make_store, n_special=30), 0.1, seed=0)
+def test_a_store_of_one_token_is_refused(make_store):
+    with pytest.raises(ArtifactError, match="1 tokens to train on"):
+        split_rows(numbered(make_store, 1, 1), 0.1, seed=0)
 
 
 def test_every_epoch_shows_every_row_once_in_another_order(make_store):
@@ -172,14 +171,16 @@ def test_only_rows_of_the_named_roles_are_used(make_store):
     assert (used == np.flatnonzero(np.isin(store.roles, [think, answer]))).all()
     assert not set(store.rollout_of(train)) & set(store.rollout_of(held))
     everything = np.concatenate(split_rows(store, 0.2, 0))
-    assert set(everything) == set(np.flatnonzero(store.eligible))
+    assert set(everything) == set(range(store.n_rows))
 
 
-def test_special_tokens_are_used_only_where_their_role_is_named(make_store):
+def test_special_tokens_are_left_out_where_other_roles_are_named(make_store):
     store = with_roles(make_store, "think")
     assert len(np.concatenate(split_rows(store, 0.2, 0, ("think",)))) == 234
     assert len(np.concatenate(split_rows(store, 0.2, 0, ("think", "special")))) == 240
     assert len(np.concatenate(split_rows(store, 0.2, 0, ("special",)))) == 6
+    older = np.concatenate(split_rows(store, 0.2, 0, ()))  # their settings name no role
+    assert set(older) == set(np.flatnonzero(store.eligible))
 
 
 def test_an_unknown_role_is_refused_with_the_known_ones(make_store):
@@ -191,16 +192,16 @@ def test_an_unknown_role_is_refused_with_the_known_ones(make_store):
 def test_roles_that_no_token_has_are_refused_with_the_roles_that_there_are(make_store):
     store = with_roles(make_store, "user think think answer")
     with pytest.raises(
-        ArtifactError, match=r"0 tokens .* system, text \(it has: user 54, think 120"
+        ArtifactError, match=r"0 tokens .* system, text \(it has: user 54, think 120, .* special 6"
     ):
         split_rows(store, 0.1, 0, ("system", "text"))
 
 
-def test_eligible_rows_are_counted_by_role(make_store):
+def test_rows_are_counted_by_role(make_store):
     store = with_roles(make_store, "user think think answer")
-    assert count_roles(store) == {"user": 54, "think": 120, "answer": 60}
-    assert sum(count_roles(store).values()) == store.eligible.sum()
-    assert list(count_roles(store)) == ["user", "think", "answer"]
+    assert count_roles(store) == {"user": 54, "think": 120, "answer": 60, "special": 6}
+    assert sum(count_roles(store).values()) == store.n_rows
+    assert list(count_roles(store)) == ["user", "think", "answer", "special"]
 
 
 # --- how well rows are shuffled

@@ -175,7 +175,7 @@ TOUR = Path(__file__).parent.parent / "docs" / "tour.md"
 def test_every_number_of_the_tour_is_what_the_pipeline_makes(made):
     """Numbers that depend on the trained SAE may move a little between processors."""
     store, sae, index = ActivationStore.open(made[0]), load_sae(made[1]), FeatureIndex.open(made[2])
-    rollout, position, latent, column = 20, 151, 101, store.layout.column_names.index("5.o_proj")
+    rollout, position, latent, column = 20, 151, 56, store.layout.column_names.index("5.o_proj")
     start, stop = store.rollout_start[rollout : rollout + 2]
     row = int(start) + position
     text = b"".join(store.vocabulary[i] for i in store.token_ids[start:stop]).decode()
@@ -191,7 +191,7 @@ def test_every_number_of_the_tour_is_what_the_pipeline_makes(made):
         "6. The dictionary": h * float(sae.W_enc[column, latent]),
         "7. The code": float(code[latent]),
         "8. The strongest examples": index.stats(latent).n_active,
-        "9. The feature index": float(example.activations[example.target - 8]),
+        "9. The feature index": float(example.activations[example.target + 1]),
         "10. The page": example.value,
     }
     tour = TOUR.read_text(encoding="utf-8")
@@ -216,4 +216,4 @@ def test_every_number_of_the_tour_is_what_the_pipeline_makes(made):
     assert len(store.token_ids[start:stop]) == 154
     assert store.rows(0, store.n_rows).shape == (3821, 56)
     assert sae.W_enc.shape == (56, 224)
-    assert 8 <= int((code > 0).sum()) <= 10
+    assert 5 <= int((code > 0).sum()) <= 7

@@ -57,8 +57,9 @@ def test_held_out_are_the_rollouts_that_the_training_reports_on(make_store, tmp_
     sae = load_sae(out, store)
     rollouts = held_out_rollouts(sae, store)
     assert 2 <= len(rollouts) <= 4
-    n_rows = int(store.eligible[np.isin(store.rollout_of(np.arange(store.n_rows)), rollouts)].sum())
-    assert n_rows == sae.manifest["content"]["report"]["n_rows"]
+    report = sae.manifest["content"]["report"]
+    assert report["n_rows"] == 40 * len(rollouts)
+    assert report["text"]["n_rows"] == 39 * len(rollouts)
 
 
 def test_a_store_that_the_sae_was_not_trained_on_is_taken_whole_and_said(make_store, caplog):

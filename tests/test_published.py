@@ -9,6 +9,7 @@ from lorascope.activations import published
 from lorascope.activations.store import ActivationStore
 from lorascope.errors import ArtifactError
 from lorascope.sites import PROJECTIONS
+from lorascope.texts.roles import ROLES
 
 
 def expected(rollout, token, layer, name):
@@ -38,6 +39,7 @@ def test_token_strings_become_ids_and_marks_become_special(tmp_path):
     store = ActivationStore.open(write_published_store(tmp_path / "a", PROJECTIONS[:3]))
     texts = [store.vocabulary[i].decode() for i in store.token_ids[:4]]
     assert texts == ["<|im_start|>", " w1", " w0", " w1"]
+    assert [ROLES[role] for role in store.roles[:4]] == ["special", "text", "text", "text"]
     assert store.eligible[:4].tolist() == [False, True, True, True]
 
 

@@ -1,6 +1,6 @@
 """Rows of a store as training batches: shuffled, repeatable, addressable by number.
 
-1. `split_rows` divides the eligible rows into training and held-out rows, by whole rollouts.
+1. `split_rows` divides the rows into training and held-out rows, by whole rollouts.
 2. A `BatchPlan` puts the training rows into a sequence, epoch after epoch, in the order that
    `Shuffle` gives. Batch i is `[i * batch_size, (i + 1) * batch_size)` of this sequence, so a
    resumed run continues exactly where it stopped, and no row is skipped at the end of an epoch.
@@ -40,7 +40,7 @@ from torch import Tensor
 from lorascope.activations.shards import Rows
 from lorascope.activations.store import ActivationStore
 from lorascope.errors import ArtifactError, ConfigError, NumberError
-from lorascope.texts.roles import ROLES
+from lorascope.texts.roles import ROLES, has_role
 
 RowNumbers = npt.NDArray[np.int64]
 _AHEAD = 2  # batches prepared before they are asked for
@@ -54,23 +54,20 @@ _SENT_TOGETHER = 64  # batches whose row indices go to the GPU in one copy
 
 
 def split_rows(
-    store: ActivationStore, holdout: float, seed: int, roles: Sequence[str] = ()
+    store: ActivationStore, holdout: float, seed: int, roles: Sequence[str] = ROLES
 ) -> tuple[RowNumbers, RowNumbers]:
-    """Return the eligible rows as `(training, held out)`, each in rising order.
+    """Return the rows with one of some roles as `(training, held out)`, each in rising order.
 
-    `roles` limits them to tokens of these roles; special tokens count only if the role `special` is
-    named. Whole rollouts are held out, at least one, chosen by a permutation from `seed`: as many
-    as fit into the share `holdout` of the rows. If all rows are of one rollout, rows are split.
-    Raises ConfigError for an unknown role, ArtifactError for fewer than two rows.
+    Whole rollouts are held out, at least one, chosen by a permutation from `seed`: as many as fit
+    into the share `holdout` of the rows. If all rows are of one rollout, rows are split. Raises
+    ConfigError for an unknown role, ArtifactError for fewer than two rows.
     """
-    rows = np.flatnonzero(store.eligible_of(store.token_ids, store.roles, roles))
+    rows = rows_with(store, roles)
     if len(rows) < 2:
         counted = ", ".join(f"{role} {n}" for role, n in count_roles(store).items())
-        wanted = f" of the roles {', '.join(roles)} (it has: {counted or 'none'})" if roles else ""
-        advice = "name other roles, or generate more" if roles else "generate more"
         raise ArtifactError(
-            f"{store.path} has {len(rows)} tokens to train on{wanted}, expected two or more; "
-            f"{advice}"
+            f"{store.path} has {len(rows)} tokens to train on of the roles {', '.join(roles)} (it "
+            f"has: {counted or 'none'}), expected two or more; name other roles, or generate more"
         )
     groups = store.rollout_of(rows)
     if groups[0] == groups[-1]:
@@ -80,6 +77,14 @@ def split_rows(
     n_held = int(np.searchsorted(np.cumsum(sizes[order]), holdout * len(rows), side="right"))
     held = np.isin(groups, names[order[: min(max(n_held, 1), len(names) - 1)]])
     return rows[~held], rows[held]
+
+
+def rows_with(store: ActivationStore, roles: Sequence[str]) -> RowNumbers:
+    """Return the numbers of the rows with one of some roles.
+
+    No role means all but special, as in the settings of SAEs that older versions trained.
+    """
+    return np.flatnonzero(has_role(store.roles, roles) if roles else store.eligible)
 
 
 def halves(store: ActivationStore, rows: RowNumbers) -> tuple[RowNumbers, RowNumbers]:
@@ -94,8 +99,8 @@ def halves(store: ActivationStore, rows: RowNumbers) -> tuple[RowNumbers, RowNum
 
 
 def count_roles(store: ActivationStore) -> dict[str, int]:
-    """Return the number of eligible rows by role, in the order of `ROLES`, without zeros."""
-    counts = np.bincount(store.roles[store.eligible], minlength=len(ROLES))
+    """Return the number of rows by role, in the order of `ROLES`, without zeros."""
+    counts = np.bincount(store.roles, minlength=len(ROLES))
     return {role: int(n) for role, n in zip(ROLES, counts, strict=True) if n}
 
 

@@ -20,10 +20,9 @@ from lorascope.activations.published import open_published
 from lorascope.activations.shards import Rows, Shard, open_shard
 from lorascope.activations.vocabulary import VOCABULARY, Vocabulary
 from lorascope.artifact import MANIFEST, digest_of, open_manifest
-from lorascope.config import did_you_mean
-from lorascope.errors import ArtifactError, ConfigError
+from lorascope.errors import ArtifactError
 from lorascope.sites import PROJECTIONS, SiteLayout, join_initials
-from lorascope.texts.roles import ROLES
+from lorascope.texts.roles import ROLES, SPECIAL
 
 KIND = "activations"
 SCHEMA = 2
@@ -96,8 +95,8 @@ class ActivationStore:
 
     @cached_property
     def roles(self) -> npt.NDArray[np.uint8]:
-        """Index into `ROLES` of each token, `(n_rows,)`."""
-        return _joined([s.roles() for s in self.shards], np.uint8)
+        """Index into `ROLES` of each token, `(n_rows,)`; see `roles_of`."""
+        return self.roles_of(0, self.n_rows)
 
     @cached_property
     def rollout_id(self) -> npt.NDArray[np.int64]:
@@ -118,54 +117,37 @@ class ActivationStore:
 
     @cached_property
     def eligible(self) -> npt.NDArray[np.bool_]:
-        """Rows that count, `(n_rows,)`: all except special tokens and template headers."""
-        return self.eligible_of(self.token_ids, self.roles)
+        """Rows of text, `(n_rows,)`: all except special tokens and template headers."""
+        return self.roles != SPECIAL
 
     def token_ids_of(self, start: int, stop: int) -> npt.NDArray[np.int32]:
         """Return the token ids of rows `[start, stop)`, without reading the others."""
         return self._between("token_ids", start, stop)
 
     def roles_of(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
-        """Return the roles of rows `[start, stop)`, without reading the others."""
-        return self._between("roles", start, stop)
+        """Return the roles of rows `[start, stop)`, without reading the others.
 
-    def eligible_of(
-        self,
-        token_ids: npt.NDArray[np.int32],
-        roles: npt.NDArray[np.uint8],
-        only: Sequence[str] = (),
-    ) -> npt.NDArray[np.bool_]:
-        """Return which tokens of these ids and roles count; see `eligible`.
-
-        `only` limits them to some roles; if it names `special`, special tokens count too. Raises
-        ConfigError for an unknown role, ArtifactError for a token that is not in the vocabulary.
+        A token with a special id has the role `special`, whatever is stored. Raises ArtifactError
+        for a token that is not in the vocabulary.
         """
-        if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < len(self.vocabulary):
+        ids = self.token_ids_of(start, stop)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < len(self.vocabulary):
             raise ArtifactError(
                 f"{self.path} has token ids that are not in its vocabulary; see lorascope verify"
             )
-        special = roles == ROLES.index("special")
-        counts = ~self.vocabulary.special[token_ids] & ~special
-        if not only:
-            return counts
-        for role in only:
-            if role not in ROLES:
-                raise ConfigError(
-                    f"unknown role {role}, expected {', '.join(ROLES)}{did_you_mean(role, ROLES)}"
-                )
-        return (counts | special) & np.isin(roles, [ROLES.index(role) for role in only])
+        roles = self._between("roles", start, stop)
+        return np.where(self.vocabulary.special[ids], np.uint8(SPECIAL), roles)
 
     def _between(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
         first = int(np.searchsorted(self.first_row, start, side="right")) - 1
         last = int(np.searchsorted(self.first_row, stop))
-        return np.concatenate(
-            [
-                getattr(shard, name)()[max(start - begin, 0) : stop - begin]
-                for shard, begin in zip(
-                    self.shards[first:last], self.first_row[first:last].tolist(), strict=True
-                )
-            ]
-        )
+        parts = [
+            getattr(shard, name)()[max(start - begin, 0) : stop - begin]
+            for shard, begin in zip(
+                self.shards[first:last], self.first_row[first:last].tolist(), strict=True
+            )
+        ]
+        return _joined(parts, np.int32 if name == "token_ids" else np.uint8)
 
     def select(self, adapter_types: Sequence[str]) -> "ActivationStore":
         """Return the same store with the columns of the named projections only."""

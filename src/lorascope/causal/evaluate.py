@@ -8,8 +8,8 @@
    `recovered = 1 − ΣKL(adapter ‖ run) / ΣKL(adapter ‖ base)`: 0 is the base model, 1 the adapter.
    Sums are over tokens, intervals resample rollouts. `ce_recovered` is the same for the loss on
    the next token of the rollout.
-4. By default an SAE is not trained on special tokens and template headers, to which other tokens
-   attend. So each run is repeated with their rows unchanged (`special_kept`).
+4. Other tokens attend to special tokens and template headers. So each run is repeated with their
+   rows unchanged (`special_kept`), to tell errors there from errors on text.
 5. The same by role, and by layer and projection: then only the columns of that layer or projection
    are reconstructed, and 0 is the run with these columns at zero.
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lorascope import runtime
-from lorascope.activations.batches import read_blocks, split_rows
+from lorascope.activations.batches import read_blocks, rows_with, split_rows
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.effect_options import EvaluateConfig
 from lorascope.causal.effects import (
@@ -85,7 +85,8 @@ def run(config: EvaluateConfig) -> Path:
             other.layout.require_same(sae.layout, name, config.sae.name)
         held_out = open_held_out(config, sae)
         narrow = sae.narrow(store)
-        rows = _eligible_rows(narrow, held_out.rollouts)
+        rows = rows_with(narrow, sae.manifest["settings"].get("roles", ROLES))
+        rows = rows[np.isin(narrow.rollout_of(rows), held_out.rollouts)]
         reconstruction = evaluate(sae, read_blocks(narrow, rows))
         rebuilds = _reconstructions(sae, others, narrow, reconstruction["l0"], config.seed)
         faithfulness = measure(held_out, sae, rebuilds, config.seed)
@@ -108,17 +109,6 @@ def run(config: EvaluateConfig) -> Path:
     )
 
 
-def _eligible_rows(
-    store: ActivationStore, rollouts: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
-    """Return the numbers of the eligible rows of some rollouts."""
-    rows = np.flatnonzero(store.eligible)
-    rows = rows[np.isin(store.rollout_of(rows), rollouts)]
-    if not len(rows):
-        raise ArtifactError(f"{store.path}: the rollouts to run have no eligible token")
-    return rows
-
-
 def _reconstructions(
     sae: "SAE", others: Mapping[str, "SAE"], store: ActivationStore, l0: float, seed: int
 ) -> dict[str, Reconstruct]:
@@ -126,7 +116,7 @@ def _reconstructions(
     from lorascope.causal.baselines import baselines
 
     settings = sae.manifest["settings"]
-    training = np.flatnonzero(store.eligible)
+    training = np.arange(store.n_rows)
     if {"holdout", "data_seed"} <= settings.keys():
         training, _ = split_rows(
             store, settings["holdout"], settings["data_seed"], settings.get("roles", ())

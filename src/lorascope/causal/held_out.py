@@ -112,9 +112,7 @@ class HeldOut:
 
     def role_of(self, measured: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
         """Return the role of the token that each measured row predicts."""
-        following = measured + 1
-        eligible = self.store.eligible[following]
-        return np.where(eligible, self.store.roles[following], SPECIAL).astype(np.uint8)
+        return self.store.roles[measured + 1]
 
     def require_rows(self, batch: Batch, rows: Float[Tensor, "batch seq d_in"]) -> float:
         """Return how far rows are from the store's, as a share of the stored rows' norm.

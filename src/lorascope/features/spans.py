@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from lorascope.activations.shards import Rows
 from lorascope.activations.store import ActivationStore
+from lorascope.texts.roles import SPECIAL, has_role
 
 N_TENTHS = 10
 _ROWS = 1 << 18  # rows of a span, at least
@@ -64,7 +65,8 @@ class Span:
     @cached_property
     def eligible(self) -> npt.NDArray[np.bool_]:
         """Mask of the tokens that count."""
-        return self.store.eligible_of(self.token_ids, self.roles, self.only_roles)
+        roles = self.only_roles
+        return has_role(self.roles, roles) if roles else self.roles != SPECIAL
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:

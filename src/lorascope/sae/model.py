@@ -414,4 +414,4 @@ def _with_columns(path: Path, foreign: ForeignSAE, store: ActivationStore | None
     if threshold is not None:
         return sae
     log.warning("%s has no threshold: calibrating one on %s at k %g", path, store.path, k)
-    return sae.calibrated(store, np.flatnonzero(store.eligible), k)
+    return sae.calibrated(store, np.arange(store.n_rows), k)

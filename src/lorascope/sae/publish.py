@@ -86,6 +86,9 @@ def publish(
     to_calibrate, to_report = halves(store, run.held_out)
     sae = sae.calibrated(store, to_calibrate, member.k)
     report = evaluate(sae, read_blocks(store, to_report))
+    text = to_report[store.eligible[to_report]]
+    of_text = evaluate(sae, read_blocks(store, text)) if len(text) else {}
+    report["text"] = {name: of_text.get(name) for name in ("n_rows", "fvu", "l0")}
     report["train"] = trainer.means()
     report["n_calibrated"] = len(to_calibrate)
     _log_report(report, len(run.plan.rows), config, member)
@@ -161,13 +164,14 @@ def _log_report(
 ) -> None:
     train_l0 = report["train"]["l0"]
     log.info(
-        "%sheld out (%d tokens): FVU %s with scale %s, %s raw; L0 %.2f (training %.2f); %d latents "
-        "alive, %.1f %% never fired; cosine %s",
+        "%sheld out (%d tokens): FVU %s with scale %s, %s raw, %s of text; L0 %.2f (training "
+        "%.2f); %d latents alive, %.1f %% never fired; cosine %s",
         member.label and f"{member.label}: ",
         report["n_rows"],
         _ratio(report["fvu"]),
         config.normalize,
         _ratio(report["fvu_raw"]),
+        _ratio(report["text"]["fvu"]),
         report["l0"],
         train_l0,
         report["alive"],

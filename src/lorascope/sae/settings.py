@@ -16,6 +16,7 @@ from typing import Any, Literal
 from lorascope.config import Config, flag_of, option
 from lorascope.errors import ConfigError
 from lorascope.sites import parse_adapter_types
+from lorascope.texts.roles import ROLES
 
 Architecture = Literal["batchtopk", "topk", "jumprelu", "matryoshka"]
 
@@ -57,7 +58,7 @@ class TrainOptions(Config):
         "(effect)",
     )
     roles: tuple[str, ...] = option(
-        (), help="roles of the tokens to train on; default: all but special"
+        ROLES, help="roles of the tokens to train on; special: special tokens, template headers"
     )
     holdout: float = option(0.1, help="share of the tokens held out for the report, by rollout")
     dead_after: int = option(100_000, help="tokens without firing after which a latent is dead")

@@ -3,7 +3,7 @@
 In: an activation store. Out: an SAE with its threshold and a report on held-out rows; next to it
 the training log (`NAME.jsonl`).
 
-1. Split the eligible rows by rollout, measure the columns of the training part, choose their scale.
+1. Split the rows by rollout, measure the columns of the training part, choose their scale.
 2. Train on whole batches (`trainer.py`); every SAE of a sweep sees the same ones (`settings.py`).
 3. Fold the scale into the weights, so that the SAE takes raw rows.
 4. Calibrate the threshold on one half of the held-out rollouts, evaluate on the other half, publish

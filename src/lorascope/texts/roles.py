@@ -3,6 +3,7 @@
 1. `role_spans` finds who speaks in a text with turn headers and think tags. The same function reads
    an assistant's message, a text that is already rendered, and what a model generated.
 2. `token_roles` gives each token the role of its first character that lies in a span.
+3. `has_role` finds the tokens of some roles.
 """
 
 import re
@@ -10,6 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+
+from lorascope.config import did_you_mean
+from lorascope.errors import ConfigError
 
 ROLES = ("system", "user", "think", "answer", "special", "text")
 SPECIAL = ROLES.index("special")
@@ -88,3 +92,13 @@ def token_roles(
     next_in_span = np.minimum.accumulate(positions[::-1])[::-1]
     first = next_in_span[starts]
     return by_character[np.where(first < stops, first, starts)]
+
+
+def has_role(roles: Roles, names: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """Return which tokens have one of the named roles. Raises ConfigError for an unknown name."""
+    for name in names:
+        if name not in ROLES:
+            raise ConfigError(
+                f"unknown role {name}, expected {', '.join(ROLES)}{did_you_mean(name, ROLES)}"
+            )
+    return np.isin(roles, [ROLES.index(name) for name in names])
