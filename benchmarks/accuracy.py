@@ -39,12 +39,11 @@ def prompts_of(problems: Sequence[Problem], tokenizer: Any) -> list[Rollout]:
     return prompts
 
 
-def spliced(rebuild: Rebuild, *, keep_special: bool) -> Change:
-    """Return the change that writes rebuilt rows; `keep_special` leaves special tokens alone."""
+def spliced(rebuild: Rebuild) -> Change:
+    """Return the change that writes rebuilt rows at every token."""
 
     def rebuilt(rows: Tensor, counts: Tensor) -> Tensor:
-        new = rebuild(rows.reshape(-1, rows.shape[-1]).cpu()).view(rows.shape).to(rows.device)
-        return torch.where(counts[..., None], new, rows) if keep_special else new
+        return rebuild(rows.reshape(-1, rows.shape[-1]).cpu()).view(rows.shape).to(rows.device)
 
     return Change(rebuilt, held=True)
 

@@ -38,7 +38,7 @@ def test_arms_that_change_nothing_solve_what_the_adapter_solves_by_itself(subjec
     found = accuracy.solved(
         subject,
         problems,
-        {"adapter": None, "itself": accuracy.spliced(lambda rows: rows, keep_special=False),
+        {"adapter": None, "itself": accuracy.spliced(lambda rows: rows),
          "base": accuracy.without_adapter()},
         max_new_tokens=160,
     )  # fmt: skip

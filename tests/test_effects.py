@@ -5,13 +5,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from builders.tolerance import assert_same_up_to_rounding
 
 from lorascope.causal import effects
 from lorascope.causal.effects import (
     TokenRollouts,
     bootstrap_interval,
     cross_entropy,
+    kl_and_loss,
     kl_divergence,
+    log_probabilities,
     ratio_of_sums,
     select_measured,
 )
@@ -99,8 +102,11 @@ def test_the_vocabulary_is_never_copied_whole_and_pieces_change_nothing(monkeypa
     x, y = torch.randn(2, 33, 50, generator=torch.Generator().manual_seed(0))
     targets = torch.arange(33)
     whole = kl_divergence(x, y), cross_entropy(x, targets)
-    monkeypatch.setattr(effects, "_CHUNK", 350)  # seven tokens at a time
+    monkeypatch.setattr(effects, "_CHUNK", (350, 350))  # seven tokens at a time
     assert torch.equal(kl_divergence(x, y), whole[0])
+    kl, loss = kl_and_loss(log_probabilities(x), y, targets)
+    assert torch.equal(kl, whole[0])
+    assert_same_up_to_rounding(loss, cross_entropy(y, targets), n_terms=50)
     assert torch.equal(cross_entropy(x, targets), whole[1])
     assert kl_divergence(x[:0], y[:0]).shape == (0,)
 

@@ -3,7 +3,6 @@
 0 is the base model and 1 the adapter, exactly, where the dictionary writes nothing or everything.
 """
 
-import itertools
 import json
 import logging
 
@@ -16,14 +15,11 @@ from builders.tolerance import assert_same_up_to_rounding, rounding
 from transformers import AutoModelForCausalLM
 
 from lorascope.activations.store import ActivationStore
-from lorascope.causal.effect_options import EffectOptions
-from lorascope.causal.effects import kl_divergence
+from lorascope.causal import baselines
 from lorascope.causal.evaluate import EvaluateConfig, run
-from lorascope.causal.held_out import open_held_out
 from lorascope.causal.study import open_report
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.sae.metrics import evaluate
-from lorascope.subject.intervene import RowEditor
 from lorascope.texts.roles import ROLES
 
 
@@ -62,10 +58,11 @@ def report_of(subject_dirs, store, tmp_path):
 
 
 def test_a_dictionary_that_rebuilds_every_row_recovers_everything(store, report_of):
-    found = report_of(each_column(store))["faithfulness"]
-    assert found["runs"]["sae"]["recovered"] == pytest.approx(1, abs=ROUNDED)
-    assert found["runs"]["sae"]["recovered_interval"] == pytest.approx([1, 1], abs=ROUNDED)
-    assert found["runs"]["sae"]["ce_recovered"] == pytest.approx(1, abs=1e-4)
+    found = report_of(each_column(store), by_site=True)["faithfulness"]
+    for over in (found["runs"]["sae"], found["runs"]["sae"]["generated"]):
+        assert over["recovered"] == over["conditional"] == pytest.approx(1, abs=ROUNDED)
+        assert over["recovered_interval"] == pytest.approx([1, 1], abs=ROUNDED)
+        assert over["ce_recovered"] == pytest.approx(1, abs=1e-4)
     for kind in ("roles", "layers", "projections"):
         assert found[kind]
         for part in found[kind].values():
@@ -74,9 +71,11 @@ def test_a_dictionary_that_rebuilds_every_row_recovers_everything(store, report_
 
 def test_with_all_features_removed_it_is_the_base_model_exactly(store, report_of):
     """No latent reaches the threshold, so that every row written is zero."""
-    found = report_of(each_column(store, threshold=1e9))["faithfulness"]
+    found = report_of(each_column(store, threshold=1e9), by_site=True)["faithfulness"]
     runs = found["runs"]
-    assert runs["sae"]["recovered"] == runs["zero"]["recovered"] == runs["base"]["recovered"] == 0.0
+    assert runs["sae"]["recovered"] == runs["base"]["recovered"] == 0.0
+    assert runs["constant"]["conditional"] == 0.0
+    assert "zero" not in runs, "for plain LoRA it is the base model"
     assert runs["sae"]["kl"] == runs["base"]["kl"] > 0
     assert runs["sae"]["ce"] == runs["base"]["ce"]
     for part in [*found["layers"].values(), *found["roles"].values()]:
@@ -106,8 +105,8 @@ def test_the_numbers_are_those_of_scaled_lora_weights_run_by_hand(subject_dirs, 
     model = reference(adapter_dir, base_dir)
     bare = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32).eval()
     sites = store.layout.sites
-    totals = {"sae": 0.0, "base": 0.0}
-    n = 0
+    totals = {"sae": np.zeros(2), "base": np.zeros(2)}  # all predicted tokens, generated ones
+    n = np.zeros(2, int)
     for i in range(store.n_rollouts):
         first, last = store.rollout_start[i : i + 2]
         ids = torch.from_numpy(store.token_ids[first:last].astype(np.int64))[None]
@@ -124,17 +123,22 @@ def test_the_numbers_are_those_of_scaled_lora_weights_run_by_hand(subject_dirs, 
             handle.remove()
         off = logits_of(bare, ids)[0].double().log_softmax(-1)
         following = np.arange(first + 1, last)
-        usual = store.eligible[following] & (store.roles[following] != ROLES.index("special"))
+        wanted = [ROLES.index("think"), ROLES.index("answer")]
+        written = np.isin(store.roles[following], wanted)
         for name, other in (("sae", halved), ("base", off)):
-            kl = (full.exp() * (full - other)).sum(-1)[:-1]
-            totals[name] += float(kl[torch.from_numpy(usual)].sum())
-        n += int(usual.sum())
-    assert found["n_tokens"] == n
-    assert found["runs"]["sae"]["kl"] == pytest.approx(totals["sae"] / n, rel=1e-3)
-    assert found["runs"]["base"]["kl"] == pytest.approx(totals["base"] / n, rel=1e-3)
-    assert found["runs"]["sae"]["recovered"] == pytest.approx(
-        1 - totals["sae"] / totals["base"], abs=1e-3
-    )
+            kl = (full.exp() * (full - other)).sum(-1)[:-1].numpy()
+            totals[name] += [kl.sum(), kl[written].sum()]
+        n += [len(written), written.sum()]
+    assert [found["n_tokens"], found["n_generated"]] == n.tolist()
+    expected = {name: total / n for name, total in totals.items()}
+    for name, run_ in found["runs"].items():
+        if name in totals:
+            shares = 1 - totals[name] / totals["base"]
+            for over, kl, share in zip(
+                (run_, run_["generated"]), expected[name], shares, strict=True
+            ):
+                assert over["kl"] == pytest.approx(kl, rel=1e-3)
+                assert over["recovered"] == pytest.approx(share, abs=1e-3)
 
 
 @pytest.mark.slow
@@ -147,59 +151,96 @@ def test_the_batch_changes_numbers_by_rounding_only(store, report_of):
             assert run_[key] == pytest.approx(many["runs"][name][key], rel=1e-3, abs=ROUNDED)
 
 
-@torch.inference_mode()
-def test_with_special_kept_only_rows_of_text_are_rebuilt(subject_dirs, store, report_of):
-    """A dictionary that writes nothing: text by text, rows are zero but at special tokens."""
-    run_ = report_of(each_column(store, threshold=1e9))["faithfulness"]["runs"]["sae"]
+def test_where_every_place_has_one_row_the_constant_row_recovers_everything(subject_dirs, tmp_path):
+    """Six times the same text, of one token a role: the adapter writes a constant."""
+    said = [("system", "c"), ("user", "a"), ("assistant", "b")]
+    record = {"messages": [{"role": role, "content": text} for role, text in said]}
+    dataset = tmp_path / "same.jsonl"
+    dataset.write_text(6 * (json.dumps(record) + "\n"))
+    texts = ActivationStore.open(
+        make_texts(subject_dirs, dataset, tmp_path / "same", template="chat", duplicates="keep")
+    )
+    place, _ = baselines._places(texts)
+    first, second = texts.rollout_start[:2]
+    assert len(set(place[first:second])) == second - first, "one token for each place"
+    half(texts).save(tmp_path / "sae")
     base, adapter = subject_dirs
-    options = EffectOptions(lora_path=str(adapter), base_model=str(base), data_dir=store.path)
-    held_out, total, n = open_held_out(options, None), 0.0, 0
-    with RowEditor(held_out.subject) as editor:
-        for start, stop in itertools.pairwise(store.rollout_start):
-            ids = torch.from_numpy(store.token_ids[start:stop].astype(np.int64))[None]
-            special = torch.from_numpy(~store.eligible[start:stop])[None, :, None]
-            out = editor.run(ids)
-            rows = out.rows * special
-            other = editor.run(ids, lambda columns, _, rows=rows: rows[..., columns]).logits
-            kl = kl_divergence(out.logits[0, :-1], other[0, :-1])
-            usual = torch.from_numpy(store.eligible[start + 1 : stop])
-            total, n = total + float(kl[usual].sum()), n + int(usual.sum())
-    assert run_["special_kept"]["kl"] == pytest.approx(total / n, rel=1e-3)
-    assert 0.01 < run_["special_kept"]["recovered"] < 1
-    assert run_["recovered"] == 0.0
+    out = run(
+        EvaluateConfig(
+            lora_path=str(adapter),
+            base_model=str(base),
+            data_dir=texts.path,
+            sae=tmp_path / "sae",
+            output=tmp_path / "report.json",
+            device="cpu",
+        )
+    )
+    runs = open_report(out)["faithfulness"]["runs"]
+    for name in ("constant", "pca", "columns", "random"):
+        assert runs[name]["recovered"] == pytest.approx(1, abs=ROUNDED)
+    assert runs["base"]["kl"] > 0
+
+
+def test_places_are_roles_and_positions_in_headers(store):
+    place, role_of_place = baselines._places(store)
+    special = ROLES.index("special")
+    role = store.roles
+    assert (role_of_place[place] == role).all()
+    for text_role in set(role.tolist()) - {special}:
+        assert len(set(place[role == text_role])) == 1
+    first, second = store.rollout_start[:2]
+    other = store.rollout_start[1]
+    n = int(np.argmax(role[first:second] != special))  # the header at the beginning
+    assert len(set(place[first : first + n])) == n > 1
+    assert (place[first : first + n] == place[other : other + n]).all()
+
+
+def test_the_constant_row_is_the_mean_of_its_place_or_of_its_role_where_that_is_rare(store):
+    everything = np.arange(store.n_rows)
+    rows = torch.from_numpy(np.array(store.rows(0, store.n_rows)))
+    place, role_of_place = baselines._places(store)
+    found = baselines.ConstantRows(store, everything, rows).at(everything)
+    for i in np.unique(place):
+        here = torch.from_numpy(place == i)
+        if int(here.sum()) < baselines._FEWEST:
+            here = torch.from_numpy(role_of_place[place] == role_of_place[i])
+        expected = rows[here].double().mean(0)
+        assert_same_up_to_rounding(
+            found[int(np.flatnonzero(place == i)[0])],
+            expected,
+            n_terms=2,
+            scale=float(rows[here].abs().max()),
+        )
 
 
 def test_the_baselines_keep_as_many_numbers_as_the_sae(store):
-    from lorascope.causal.baselines import baselines
-
     sae = each_column(store)
     rows = torch.from_numpy(np.array(store.rows(0, store.n_rows)))
-    made = {k: baselines(sae, rows, k, seed=0) for k in (1.0, 3.4, store.d_in)}
-    mean = rows.mean(0)
-    assert torch.equal(made[1.0]["mean"](rows), mean.expand_as(rows))
-    kept = made[3.4]["columns"](rows)
+    everything = np.arange(store.n_rows)
+    mean = baselines.ConstantRows(store, everything, rows).at(everything)
+    made = {k: baselines.baselines(sae, rows, mean, k, seed=0) for k in (1, 3, store.d_in)}
+    assert torch.equal(made[1]["constant"](rows, mean), mean)
+    kept = made[3]["columns"](rows, mean)
     assert ((kept != mean).sum(1) <= 3).all()
-    changed = kept != mean.expand_as(kept)
+    changed = kept != mean
     assert_same_up_to_rounding(kept[changed], rows[changed], n_terms=store.d_in * len(rows))
-    assert torch.linalg.matrix_rank(made[3.4]["pca"](rows) - mean, rtol=1e-4) == 3
+    assert torch.linalg.matrix_rank(made[3]["pca"](rows, mean) - mean, rtol=1e-4) == 3
     loss = {
-        (k, name): float((rows - arm(rows)).square().sum())
+        (k, name): float((rows - arm(rows, mean)).square().sum())
         for k, arms in made.items()
         for name, arm in arms.items()
     }
     for name in ("pca", "columns", "random"):
-        assert loss[3.4, name] < loss[1.0, name] < loss[1.0, "mean"]
+        assert loss[3, name] < loss[1, name] < loss[1, "constant"]
     for name in ("pca", "columns"):  # with all columns nothing is lost
-        assert loss[store.d_in, name] < 1e-8 * loss[1.0, "mean"]
+        assert loss[store.d_in, name] < 1e-8 * loss[1, "constant"]
 
 
-def test_reconstruction_is_what_training_reports_and_other_saes_are_compared(
-    store, report_of, tmp_path
-):
+def test_reconstruction_is_of_all_rows_and_other_saes_are_compared(store, report_of, tmp_path):
     half(store).save(tmp_path / "seed-1")
     report = report_of(each_column(store), against=(tmp_path / "seed-1",))
     rows = torch.from_numpy(np.array(store.rows(0, store.n_rows)))
-    assert report["reconstruction"]["n_rows"] == len(rows)
+    assert report["reconstruction"]["n_rows"] == store.n_rows
     assert report["reconstruction"]["l0"] == evaluate(each_column(store), [rows])["l0"]
     other = report_of(half(store), "alone")["faithfulness"]["runs"]["sae"]
     against = report["faithfulness"]["runs"]["against seed-1"]
@@ -209,7 +250,7 @@ def test_reconstruction_is_what_training_reports_and_other_saes_are_compared(
 @pytest.mark.slow
 def test_an_sae_of_some_columns_is_measured_against_those_at_zero(store, report_of):
     narrow = store.select(("gate_proj", "up_proj", "down_proj"))
-    found = report_of(each_column(narrow), "perfect")["faithfulness"]
+    found = report_of(each_column(narrow), "perfect", by_site=True)["faithfulness"]
     assert found["zero_is"] == "the SAE's columns at zero"
     assert found["runs"]["sae"]["recovered"] == pytest.approx(1, abs=ROUNDED)
     off = report_of(each_column(narrow, threshold=1e9), "off")["faithfulness"]["runs"]
@@ -238,6 +279,7 @@ def test_an_adapter_that_does_nothing_has_no_share_to_recover(subject_dirs, data
             data_dir=texts.path,
             sae=tmp_path / "sae",
             output=tmp_path / "report.json",
+            by_site=True,
             device="cpu",
         )
     )
@@ -256,7 +298,7 @@ def test_the_report_a_picture_and_a_table_are_left_and_made_once(
     with caplog.at_level(logging.INFO):
         first = report_of(half(store))
     assert "recovered: 0 is the base model" in caplog.text
-    assert "by predicted role" in caplog.text
+    assert "is constant (the mean row" in caplog.text
     picture = (tmp_path / "sae.png").read_bytes()
     assert picture[:8] == b"\x89PNG\r\n\x1a\n"
     caplog.clear()

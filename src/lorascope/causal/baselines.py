@@ -1,11 +1,15 @@
 """Simple reconstructions of rows with as many values a token as an SAE, for comparison with it.
 
-They are fitted on the SAE's training rows, in the SAE's units (`s·x`). Each keeps the mean row and
-`m` values of a token, where `m` is the SAE's L0, rounded, and at least 1:
+They are fitted on rows of the SAE's training rollouts, in the SAE's units (`s·x`). Each has the
+*constant* row of a token and `m` values, where `m` is the SAE's L0, rounded, and at least 1.
 
-- `mean`: no value, only the mean row.
-- `pca`: the coordinates along the first m principal directions.
-- `columns`: the m columns that are farthest from their means.
+The constant row is the mean over the training rows of the same place. A special token's place is
+its position in its run of special tokens, with the roles of the texts before and after it: the
+third token of the header between a question and a thought. Other tokens of one role are one place.
+
+- `constant`: no value, only the constant row.
+- `pca`: the coordinates along the first m principal directions of the difference from it.
+- `columns`: the m columns that are farthest from it.
 - `random`: draws as many random directions as the SAE has latents, takes the m that match the row
   best, and fits their values by least squares together, which an encoder cannot do.
 
@@ -14,45 +18,101 @@ They are fitted on the SAE's training rows, in the SAE's units (`s·x`). Each ke
 
 from collections.abc import Callable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float32
 from torch import Tensor
 
+from lorascope.activations.store import ActivationStore
 from lorascope.sae.model import SAE
+from lorascope.texts.roles import ROLES, SPECIAL
 
-Reconstruction = Callable[[Tensor], Tensor]
+Rebuild = Callable[[Tensor, Tensor], Tensor]
+"""`(rows, constant) -> rows`, all `(n, d_in)`, raw and in float32."""
 _CHUNK = 1024  # rows at a time: m directions are copied for each
 _RIDGE = 1e-6  # keeps the least squares solvable when two directions are almost equal
+_LONGEST_HEADER = 64  # special tokens in a row that have places of their own
+_FEWEST = 4  # training rows of a place; with fewer, it has the mean of its role
 
 
 def baselines(
-    sae: SAE, training: Float32[Tensor, "row d_in"], l0: float, seed: int
-) -> dict[str, Reconstruction]:
-    """Return the reconstructions by name; each takes and returns raw rows `(n, d_in)`, float32."""
+    sae: SAE,
+    training: Float32[Tensor, "row d_in"],
+    constant: Float32[Tensor, "row d_in"],
+    m: int,
+    seed: int,
+) -> dict[str, Rebuild]:
+    """Return the reconstructions by name, fitted on training rows and their constant rows."""
     scale = sae.scale
-    unscale = torch.where(scale > 0, 1 / scale, 0.0)  # a constant column stays at its mean
-    mean = training.mean(0)
-    m = min(max(1, round(l0)), sae.d_in)
-    centred = (training - mean) * scale
-    _, _, directions = torch.linalg.svd(centred, full_matrices=False)
+    unscale = torch.where(scale > 0, 1 / scale, 0.0)  # an unused column keeps its constant
+    m = min(max(1, m), sae.d_in)
+    _, _, directions = torch.linalg.svd((training - constant) * scale, full_matrices=False)
     first = directions[:m]
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(sae.d_sae, sae.d_in, generator=generator)
-    drawn = (drawn / drawn.norm(dim=1, keepdim=True)).to(mean.device)
+    drawn = (drawn / drawn.norm(dim=1, keepdim=True)).to(training.device)
 
-    def pca(x: Tensor) -> Tensor:
-        return mean + ((x - mean) * scale) @ first.T @ first * unscale
+    def pca(x: Tensor, constant: Tensor) -> Tensor:
+        return constant + ((x - constant) * scale) @ first.T @ first * unscale
 
-    def columns(x: Tensor) -> Tensor:
-        far = (x - mean) * scale
+    def columns(x: Tensor, constant: Tensor) -> Tensor:
+        far = (x - constant) * scale
         kept = far.abs().topk(m, dim=1).indices
-        return mean + torch.zeros_like(far).scatter(1, kept, far.gather(1, kept)) * unscale
+        return constant + torch.zeros_like(far).scatter(1, kept, far.gather(1, kept)) * unscale
 
-    def random(x: Tensor) -> Tensor:
-        parts = [_best_of(drawn, part, m) for part in ((x - mean) * scale).split(_CHUNK)]
-        return mean + torch.cat(parts) * unscale
+    def random(x: Tensor, constant: Tensor) -> Tensor:
+        parts = [_best_of(drawn, part, m) for part in ((x - constant) * scale).split(_CHUNK)]
+        return constant + torch.cat(parts) * unscale
 
-    return {"mean": mean.expand_as, "pca": pca, "columns": columns, "random": random}
+    return {"constant": lambda _, mean: mean, "pca": pca, "columns": columns, "random": random}
+
+
+class ConstantRows:
+    """The constant row of every token of a store, fitted on the rows `training` of it."""
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        training: npt.NDArray[np.int64],
+        rows: Float32[Tensor, "row d_in"],
+    ) -> None:
+        self._places, role_of_place = _places(store)
+        place = torch.from_numpy(self._places[training])
+        role = torch.from_numpy(role_of_place)
+        n = torch.bincount(place, minlength=len(role)).double()
+        sums = torch.zeros(len(role), rows.shape[1], dtype=torch.float64)
+        sums.index_add_(0, place, rows.double())
+        of_role = torch.zeros(len(ROLES), rows.shape[1], dtype=torch.float64)
+        of_role.index_add_(0, role, sums)
+        n_of_role = torch.zeros(len(ROLES), dtype=torch.float64).index_add_(0, role, n)
+        of_role /= n_of_role.clamp(min=1)[:, None]
+        of_role[n_of_role == 0] = sums.sum(0) / n.sum()
+        known = (n >= _FEWEST)[:, None]
+        self._rows = torch.where(known, sums / n.clamp(min=1)[:, None], of_role[role]).float()
+
+    def at(self, rows: npt.NDArray[np.int64]) -> Float32[Tensor, "row d_in"]:
+        """Return the constant row of each of the given row numbers."""
+        return self._rows[torch.from_numpy(self._places[rows])]
+
+
+def _places(store: ActivationStore) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the place of every token of a store, numbered from 0, and the role of each place."""
+    outside = len(ROLES)  # the role before the first run of a rollout, and after the last
+    role = store.roles.astype(np.int64)
+    row = np.arange(store.n_rows)
+    first = np.isin(row, store.rollout_start[:-1])
+    begins = first | np.concatenate([[True], role[1:] != role[:-1]])
+    start = np.flatnonzero(begins)
+    run = np.cumsum(begins) - 1
+    before = np.where(first[start], outside, np.roll(role[start], 1))
+    after = np.where(np.roll(first[start], -1), outside, np.roll(role[start], -1))
+    position = np.minimum(row - start[run], _LONGEST_HEADER - 1)
+    header = (before * (outside + 1) + after)[run] * _LONGEST_HEADER + position
+    _, index, place = np.unique(
+        np.where(role == SPECIAL, outside + header, role), return_index=True, return_inverse=True
+    )
+    return place, role[index]
 
 
 def _best_of(directions: Tensor, x: Tensor, m: int) -> Tensor:

@@ -103,6 +103,9 @@ class EvaluateConfig(SeededEffectOptions):
         help="other SAEs of the same columns to compare with, such as one of another seed",
         identity=False,
     )
+    by_site: bool = option(
+        False, help="also rebuild each layer and each projection alone, two runs for each"
+    )
     output: Path | None = option(
         None, help="report to write; default: evaluation_{SAE's name}.json", identity=False
     )

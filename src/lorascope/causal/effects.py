@@ -18,7 +18,8 @@ from lorascope.causal.report_records import Interval
 Values = npt.NDArray[np.float32]
 Sums = npt.NDArray[np.float64]
 
-_CHUNK = 1 << 25  # logits that are converted to float32 at a time, 128 MB
+_CHUNK = (1 << 18, 1 << 25)  # logits converted to float32 at a time, on the CPU and on a GPU
+_LARGEST_RATIO = 80.0  # of the logarithm of two probabilities: float32 holds e^88
 _N_DRAWS = 2000
 _PERCENTILES = (2.5, 97.5)  # a 95 % interval
 
@@ -33,27 +34,62 @@ def kl_divergence(
     told from none. Takes logits of any type. Where the reference has probability 0 (a logit of
     −inf), the term is the other's probability; where only the other has 0, the KL is infinite.
     """
-    size = max(1, _CHUNK // max(reference.shape[-1], 1))
-    parts = []
-    for p_logits, q_logits in zip(reference.split(size), other.split(size), strict=True):
-        log_p, log_q = p_logits.float().log_softmax(-1), q_logits.float().log_softmax(-1)
-        p, q, d = log_p.exp(), log_q.exp(), log_q - log_p
-        near = p * (torch.expm1(d) - d)
-        terms = torch.where(d.abs() < 1, near, q - p - p * d)
-        parts.append(torch.where(p > 0, terms, q).sum(-1))
-    return torch.cat(parts)
+    return torch.cat(
+        [
+            _kl(p.float().log_softmax(-1), q.float().log_softmax(-1))
+            for p, q in zip(_chunks(reference), _chunks(other), strict=True)
+        ]
+    )
 
 
 def cross_entropy(
     logits: Float[Tensor, "token vocab"], targets: Int[Tensor, "token"]
 ) -> Float[Tensor, "token"]:
     """Return `−log p(target)` of each token, in nats, float32. Takes logits of any type."""
-    size = max(1, _CHUNK // max(logits.shape[-1], 1))
-    parts = [
-        torch.nn.functional.cross_entropy(chunk.float(), target, reduction="none")
-        for chunk, target in zip(logits.split(size), targets.split(size), strict=True)
-    ]
-    return torch.cat(parts)
+    chunks = _chunks(logits)
+    return torch.cat(
+        [
+            torch.nn.functional.cross_entropy(chunk.float(), target, reduction="none")
+            for chunk, target in zip(chunks, targets.split(len(chunks[0])), strict=True)
+        ]
+    )
+
+
+def log_probabilities(logits: Float[Tensor, "token vocab"]) -> Float[Tensor, "token vocab"]:
+    """Return `log p` of each token of the vocabulary, float32. Takes logits of any type."""
+    return torch.cat([chunk.float().log_softmax(-1) for chunk in _chunks(logits)])
+
+
+def kl_and_loss(
+    log_p: Float[Tensor, "token vocab"],
+    logits: Float[Tensor, "token vocab"],
+    targets: Int[Tensor, "token"],
+) -> tuple[Float[Tensor, "token"], Float[Tensor, "token"]]:
+    """Return `kl_divergence` from a reference and `cross_entropy`, normalising the logits once.
+
+    `log_p` are the reference's `log_probabilities`: many runs are compared with one reference.
+    """
+    kl, loss = [], []
+    chunks = _chunks(logits)
+    for p, chunk, target in zip(_chunks(log_p), chunks, targets.split(len(chunks[0])), strict=True):
+        log_q = chunk.float().log_softmax(-1)
+        loss.append(-log_q.gather(-1, target[:, None])[:, 0])
+        kl.append(_kl(p, log_q))
+    return torch.cat(kl), torch.cat(loss)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return Σ p·(e^d − 1 − d) of each token, with d = log q − log p."""
+    d = log_q - log_p
+    terms = torch.expm1(d).sub_(d).mul_(log_p.exp())
+    if (far := ~(d <= _LARGEST_RATIO)).any():  # e^d may overflow; there p is 0, or as good as 0
+        terms[far] = log_q[far].exp()
+    return terms.sum(-1)
+
+
+def _chunks(logits: Tensor) -> tuple[Tensor, ...]:
+    """Return the logits cut into parts that stay in the processor's cache while they are read."""
+    return logits.split(max(1, _CHUNK[logits.is_cuda] // max(logits.shape[-1], 1)))
 
 
 def select_measured(

@@ -3,21 +3,22 @@
 1. On rollouts that the SAE never saw, the model runs with the adapter. Its rows `x` are read and
    compared with the store's.
 2. It runs again with other rows written at every site: the SAE's reconstruction, those of simple
-   baselines of the same sparsity, of other SAEs, zeros, and `x` itself as a control.
+   baselines of the same sparsity, of other SAEs, and `x` itself as a control.
 3. Each prediction is compared with the adapter's: `KL(adapter ‖ run)` in nats, float32.
    `recovered = 1 − ΣKL(adapter ‖ run) / ΣKL(adapter ‖ base)`: 0 is the base model, 1 the adapter.
-   Sums are over tokens, intervals resample rollouts. `ce_recovered` is the same for the loss on
-   the next token of the rollout.
-4. Other tokens attend to special tokens and template headers. So each run is repeated with their
-   rows unchanged (`special_kept`), to tell errors there from errors on text.
-5. The same by role, and by layer and projection: then only the columns of that layer or projection
-   are reconstructed, and 0 is the run with these columns at zero.
+   Sums are over all predicted tokens, and over the generated ones: those of the roles think and
+   answer. Intervals resample rollouts. `ce_recovered` is the same for the loss on the next token
+   of the rollout.
+4. `conditional` is the same with the constant row of each token as 0: what the SAE recovers of all
+   that a constant does not.
+5. With `--by-site`, the same by layer and projection: then only the columns of that layer or
+   projection are reconstructed, and 0 is the run with these columns at zero.
 
 In: adapter, activation store, SAE. Out: a report (JSON) and its picture (.png); the table goes to
 stderr.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lorascope import runtime
-from lorascope.activations.batches import read_blocks, rows_with, split_rows
+from lorascope.activations.batches import read_blocks, split_rows
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.effect_options import EvaluateConfig
 from lorascope.causal.effects import (
@@ -36,12 +37,12 @@ from lorascope.causal.effects import (
     bootstrap_interval,
     complement,
     complement_interval,
-    cross_entropy,
-    kl_divergence,
+    kl_and_loss,
+    log_probabilities,
     ratio_of_sums,
     select_measured,
 )
-from lorascope.causal.held_out import SPECIAL, Batch, HeldOut, describe_run, open_held_out
+from lorascope.causal.held_out import Batch, HeldOut, describe_run, open_held_out
 from lorascope.causal.report_records import (
     EvaluationReport,
     Faithfulness,
@@ -50,21 +51,22 @@ from lorascope.causal.report_records import (
     Recovered,
     RoleRecovered,
     RunRecovered,
+    TokensRecovered,
 )
 from lorascope.causal.study import Made, format_interval, format_number, report_at
-from lorascope.errors import ArtifactError, ConfigError
+from lorascope.errors import ConfigError
 from lorascope.sites import SiteLayout
 from lorascope.texts.roles import ROLES
 
 if TYPE_CHECKING:
+    from lorascope.causal.baselines import ConstantRows, Rebuild
     from lorascope.sae.model import SAE
     from lorascope.subject.intervene import Edit, RowEditor
 
 _N_FITTED = 65_536  # training rows that baselines are fitted on
 _ABOVE_FLOOR = 10.0  # times the floor: a smaller effect has no meaningful share
 _GROUPS = ("layers", "projections")
-
-Reconstruct = Callable[[Tensor], Tensor]  # rows (n, d_in of the SAE) to rows
+_GENERATED = tuple(ROLES.index(role) for role in ("think", "answer"))
 
 
 def run(config: EvaluateConfig) -> Path:
@@ -85,11 +87,11 @@ def run(config: EvaluateConfig) -> Path:
             other.layout.require_same(sae.layout, name, config.sae.name)
         held_out = open_held_out(config, sae)
         narrow = sae.narrow(store)
-        rows = rows_with(narrow, sae.manifest["settings"].get("roles", ROLES))
-        rows = rows[np.isin(narrow.rollout_of(rows), held_out.rollouts)]
-        reconstruction = evaluate(sae, read_blocks(narrow, rows))
-        rebuilds = _reconstructions(sae, others, narrow, reconstruction["l0"], config.seed)
-        faithfulness = measure(held_out, sae, rebuilds, config.seed)
+        reconstruction = evaluate(sae, read_blocks(narrow, _rows_of(narrow, held_out.rollouts)))
+        rebuilds, constant = _fitted(sae, others, narrow, reconstruction["l0"], config.seed)
+        faithfulness = measure(
+            held_out, sae, rebuilds, constant, by_site=config.by_site, seed=config.seed
+        )
         report = EvaluationReport(reconstruction=reconstruction, faithfulness=faithfulness)
         return Made(report, sae.layout, describe_run(held_out, config.sae))
 
@@ -109,79 +111,124 @@ def run(config: EvaluateConfig) -> Path:
     )
 
 
-def _reconstructions(
+def _rows_of(store: ActivationStore, rollouts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the numbers of all rows of some rollouts."""
+    row = np.arange(store.n_rows)
+    return row[np.isin(store.rollout_of(row), rollouts)]
+
+
+def _fitted(
     sae: "SAE", others: Mapping[str, "SAE"], store: ActivationStore, l0: float, seed: int
-) -> dict[str, Reconstruct]:
-    """Return what makes the rows to write, by name; `sae` is the first."""
-    from lorascope.causal.baselines import baselines
+) -> "tuple[dict[str, Rebuild], ConstantRows]":
+    """Return what makes the rows to write, by name, and the constant rows.
+
+    The baselines are fitted on all rows of the rollouts that training did not hold out.
+    """
+    from lorascope.causal.baselines import ConstantRows, baselines
 
     settings = sae.manifest["settings"]
     training = np.arange(store.n_rows)
     if {"holdout", "data_seed"} <= settings.keys():
-        training, _ = split_rows(
+        seen, held = split_rows(
             store, settings["holdout"], settings["data_seed"], settings.get("roles", ())
         )
+        is_held = np.isin(store.rollout_of(training), store.rollout_of(held))
+        training = seen if is_held.all() else training[~is_held]
     training = training[:: -(-len(training) // _N_FITTED)]
-    fitted = torch.cat(list(read_blocks(store, training)))
+    rows = torch.cat(list(read_blocks(store, training)))
+    constant = ConstantRows(store, training, rows)
+    simple = baselines(sae, rows, constant.at(training), round(l0), seed)
     saes = {"sae": sae, **others}
-    return {
-        **{name: lambda x, sae=sae: sae.decode(sae.encode(x)) for name, sae in saes.items()},
-        **baselines(sae, fitted, l0, seed),
-    }
+    rebuilds = {name: lambda x, _, sae=sae: sae.decode(sae.encode(x)) for name, sae in saes.items()}
+    return {**rebuilds, **simple}, constant
 
 
 @torch.inference_mode()
 def measure(
-    held_out: HeldOut, sae: "SAE", rebuilds: Mapping[str, Reconstruct], seed: int = 0
+    held_out: HeldOut,
+    sae: "SAE",
+    rebuilds: "Mapping[str, Rebuild]",
+    constant: "ConstantRows",
+    *,
+    by_site: bool = False,
+    seed: int = 0,
 ) -> Faithfulness:
     """Run the held-out rollouts with every reconstruction, and return the shares recovered.
 
-    Each of `rebuilds` makes rows of the SAE's columns, in float32 on the CPU; one is `sae`.
+    Each of `rebuilds` makes rows of the SAE's columns, on the CPU; two are `sae` and `constant`.
     """
     from lorascope.subject.intervene import RowEditor
 
-    layout, columns = held_out.subject.layout.select(sae.layout.adapter_types)
-    has_all_columns = layout.d_in == held_out.subject.layout.d_in
-    groups = _column_groups(layout)
-    by_run: dict[Any, list[Values]] = {}
+    subject = held_out.subject
+    layout, columns = subject.layout.select(sae.layout.adapter_types)
+    has_all_columns = layout.d_in == subject.layout.d_in
+    zero_is_base = (
+        has_all_columns
+        and not (subject.unseen or subject.unhooked)
+        and all(site.lora_kind == "lora" for site in layout.sites)
+    )
+    groups = _column_groups(layout) if by_site else {}
+    found: dict[Any, list[tuple[Values, Values]]] = {}
     measured: list[npt.NDArray[np.int64]] = []
+    floor: dict[str, float] = {}
     drift = 0.0
     bar = runtime.progress(held_out.n_tokens, "evaluate", "tokens")
-    with RowEditor(held_out.subject, seed=seed) as editor, bar:
+    with RowEditor(subject, seed=seed) as editor, bar:
         for batch in held_out.batches():
             read, compare = _Comparison.of_batch(editor, batch)
             drift = max(drift, held_out.require_rows(batch, read))
             x = read[..., columns]
-            rebuilt = {name: _rebuild(rebuild, x) for name, rebuild in rebuilds.items()}
-            eligible = torch.from_numpy(held_out.store.eligible)[batch.rows] & batch.own
-            eligible = eligible.to(x.device)[..., None]
+            usual = constant.at(batch.rows.numpy().ravel())
             written: dict[Any, Tensor] = {
-                "null": x,
-                "rounding": x * (1 + torch.finfo(held_out.subject.dtype).eps),
-                "zero": torch.zeros_like(x),
-                **rebuilt,
-                **{
-                    (name, "kept"): torch.where(eligible, rows, x) for name, rows in rebuilt.items()
-                },
+                name: rebuild(x.reshape(-1, x.shape[-1]).cpu(), usual).view(x.shape).to(x.device)
+                for name, rebuild in rebuilds.items()
             }
-            results: dict[Any, Any] = {
+            zeros = torch.zeros_like(x)
+            for (kind, name), group in groups.items():
+                inside = group.to(x.device)
+                written[kind, name, "sae"] = torch.where(inside, written["sae"], x)
+                written[kind, name, "zero"] = torch.where(inside, zeros, x)
+            if not zero_is_base:
+                written["zero"] = zeros
+            if not floor:  # of the first batch only: it is a property of the arithmetic
+                rounded = x * (1 + torch.finfo(subject.dtype).eps)
+                floor = {
+                    name: float(compare.edited(_hold(read, columns, rows))[0].mean())
+                    for name, rows in (("null", x), ("rounding", rounded))
+                }
+            results: dict[Any, tuple[Values, Values]] = {
                 name: compare.edited(_hold(read, columns, rows)) for name, rows in written.items()
             }
             results["base"] = compare.base()
             results["adapter"] = compare.adapter()
-            for (kind, name), group in groups.items():
-                for how, rows in (("sae", rebuilt["sae"]), ("zero", written["zero"])):
-                    mixed = torch.where(group.to(x.device), rows, x)
-                    results[kind, name, how] = compare.edited(_hold(read, columns, mixed))
-            for name, (kl, ce) in results.items():
-                by_run.setdefault((name, "kl"), []).append(kl)
-                by_run.setdefault((name, "ce"), []).append(ce)
+            for name, values in results.items():
+                found.setdefault(name, []).append(values)
             measured.append(batch.measured)
             bar.update(int(batch.own.sum()))
-    rows = np.concatenate(measured)
-    values = {name: np.concatenate(parts) for name, parts in by_run.items()}
-    return _summarize(
-        held_out, rows, values, has_all_columns=has_all_columns, seed=seed, drift=drift
+    shares = _Shares(
+        held_out,
+        np.concatenate(measured),
+        {
+            name: (np.concatenate([kl for kl, _ in parts]), np.concatenate([ce for _, ce in parts]))
+            for name, parts in found.items()
+        },
+        "base" if has_all_columns else "zero",
+        floor["rounding"],
+        seed,
+    )
+    return Faithfulness(
+        zero_is="the base model" if has_all_columns else "the SAE's columns at zero",
+        n_rollouts=shares.tokens.n_rollouts,
+        n_tokens=len(shares.role),
+        n_generated=int(shares.generated.sum()),
+        floor=Floor(null=floor["null"], rounding=floor["rounding"]),
+        runs={name: shares.of_run(name) for name in found if isinstance(name, str)},
+        roles={ROLES[number]: shares.of_role(number) for number in np.unique(shares.role).tolist()},
+        **{
+            kind: {name: shares.of_group(kind, name) for k, name in groups if k == kind}
+            for kind in _GROUPS
+        },
+        rows_drift=drift,
     )
 
 
@@ -189,7 +236,8 @@ class _Comparison:
     """Runs one batch under edits and compares each run with the adapter's."""
 
     def __init__(self, editor: "RowEditor", batch: Batch, reference: Tensor) -> None:
-        self.editor, self.batch, self.reference = editor, batch, reference
+        self.editor, self.batch = editor, batch
+        self.log_p = log_probabilities(reference)
         self.targets = batch.targets[batch.mask].to(reference.device)
 
     @classmethod
@@ -200,28 +248,20 @@ class _Comparison:
 
     def edited(self, edit: "Edit") -> tuple[Values, Values]:
         """Return KL to the adapter and CE of each measured token, in nats, of an edited run."""
-        return self._compare(
-            select_measured(self.editor.run(self.batch.token_ids, edit).logits, self.batch.mask)
-        )
+        return self._compare(self.editor.run(self.batch.token_ids, edit).logits)
 
     def base(self) -> tuple[Values, Values]:
         """Return the same of the base model."""
-        return self._compare(
-            select_measured(self.editor.base(self.batch.token_ids), self.batch.mask)
-        )
+        return self._compare(self.editor.base(self.batch.token_ids))
 
     def adapter(self) -> tuple[Values, Values]:
         """Return the same of the adapter."""
-        return self._compare(self.reference)
+        loss = -self.log_p.gather(-1, self.targets[:, None])[:, 0].cpu().numpy()
+        return np.zeros_like(loss), loss
 
     def _compare(self, logits: Tensor) -> tuple[Values, Values]:
-        kl, ce = kl_divergence(self.reference, logits), cross_entropy(logits, self.targets)
+        kl, ce = kl_and_loss(self.log_p, select_measured(logits, self.batch.mask), self.targets)
         return kl.cpu().numpy(), ce.cpu().numpy()
-
-
-def _rebuild(rebuild: Reconstruct, rows: Tensor) -> Tensor:
-    flat = rebuild(rows.reshape(-1, rows.shape[-1]).cpu())
-    return flat.view(rows.shape).to(rows.device)
 
 
 def _hold(read: Tensor, columns: npt.NDArray[np.int64], rows: Tensor) -> "Edit":
@@ -241,130 +281,133 @@ def _column_groups(layout: SiteLayout) -> dict[tuple[str, str], Tensor]:
     }
 
 
-def _summarize(
-    held_out: HeldOut,
-    rows: npt.NDArray[np.int64],
-    values: Mapping[Any, Values],
-    *,
-    has_all_columns: bool,
-    seed: int,
-    drift: float,
-) -> Faithfulness:
-    """Return the sums over tokens, as shares with intervals.
+class _Shares:
+    """Sums over tokens, as shares with intervals.
 
-    `values[run, "kl"]` and `values[run, "ce"]` are of the measured `rows`, in nats. A run is a
-    name, `(name, "kept")` with the rows of special tokens unchanged, or `(kind, group, how)`.
+    `values` has KL and CE of the measured `rows` for each run, in nats. A run is a name, or `(kind,
+    group, how)`; `zero` is the run of share 0.
     """
-    _, rollout = np.unique(held_out.store.rollout_of(rows), return_inverse=True)
-    tokens = TokenRollouts(rollout, int(rollout.max(initial=-1)) + 1)
-    role = held_out.role_of(rows)
-    usual = role != SPECIAL
-    if not usual.any():
-        raise ArtifactError(
-            f"{held_out.store.path}: all tokens to predict are special; use other rollouts"
-        )
-    zero = "base" if has_all_columns else "zero"
 
-    def recovered(run: Any, reference: Any, where: npt.NDArray[np.bool_]) -> Recovered:
-        kl = tokens.sums(values[run, "kl"], where)
-        below = tokens.sums(values[reference, "kl"], where)
-        return Recovered(
-            kl=float(kl.sum()) / int(where.sum()),
-            recovered=complement(ratio_of_sums(kl, below)),
-            recovered_interval=complement_interval(bootstrap_interval(kl, below, seed)),
+    def __init__(
+        self,
+        held_out: HeldOut,
+        rows: npt.NDArray[np.int64],
+        values: Mapping[Any, tuple[Values, Values]],
+        zero: str,
+        rounding: float,
+        seed: int,
+    ) -> None:
+        _, rollout = np.unique(held_out.store.rollout_of(rows), return_inverse=True)
+        self.tokens = TokenRollouts(rollout, int(rollout.max(initial=-1)) + 1)
+        self.role = held_out.role_of(rows)
+        self.generated = np.isin(self.role, _GENERATED)
+        self.values, self.zero, self.rounding, self.seed = values, zero, rounding, seed
+
+    def of_run(self, run: str) -> RunRecovered:
+        """Return what a run recovers over all tokens, and over the generated ones."""
+        everything = np.ones(len(self.role), bool)
+        generated = self._over(run, self.generated) if self.generated.any() else None
+        return RunRecovered(**vars(self._over(run, everything)), generated=generated)
+
+    def of_role(self, number: int) -> RoleRecovered:
+        """Return what the SAE's run recovers over the tokens of one role."""
+        where = self.role == number
+        return RoleRecovered(
+            **vars(self._recovered("sae", self.zero, where)),
+            n_tokens=int(where.sum()),
+            kl_zero=float(self.values[self.zero][0][where].mean(dtype=np.float64)),
         )
 
-    def recovered_run(run: str) -> RunRecovered:
-        ce, best, worst = (
-            tokens.sums(values[name, "ce"], usual) for name in (run, "adapter", zero)
-        )
-        kept = (run, "kept")
-        return RunRecovered(
-            **vars(recovered(run, zero, usual)),
-            ce=float(ce.sum()) / int(usual.sum()),
-            ce_recovered=ratio_of_sums(worst - ce, worst - best),
-            ce_recovered_interval=bootstrap_interval(worst - ce, worst - best, seed),
-            special_kept=recovered(kept, zero, usual) if (kept, "kl") in values else None,
-        )
-
-    def recovered_group(kind: str, name: str) -> GroupRecovered:
-        share = recovered((kind, name, "sae"), (kind, name, "zero"), usual)
-        removed = recovered((kind, name, "zero"), zero, usual).kl
-        if removed <= _ABOVE_FLOOR * floor.rounding:
+    def of_group(self, kind: str, name: str) -> GroupRecovered:
+        """Return what the SAE recovers of the columns of one group."""
+        where = np.ones(len(self.role), bool)
+        share = self._recovered((kind, name, "sae"), (kind, name, "zero"), where)
+        removed = self._recovered((kind, name, "zero"), self.zero, where).kl
+        if removed <= _ABOVE_FLOOR * self.rounding:
             share = Recovered(kl=share.kl, recovered=None, recovered_interval=None)
         return GroupRecovered(**vars(share), kl_zero=removed)
 
-    def recovered_role(is_role: npt.NDArray[np.bool_]) -> RoleRecovered:
-        return RoleRecovered(
-            n_tokens=int(is_role.sum()),
-            **vars(recovered("sae", zero, is_role)),
-            special_kept=recovered(("sae", "kept"), zero, is_role),
-            kl_zero=float(values[zero, "kl"][is_role].mean(dtype=np.float64)),
+    def _over(self, run: str, where: npt.NDArray[np.bool_]) -> TokensRecovered:
+        ce, best, worst = (
+            self.tokens.sums(self.values[name][1], where) for name in (run, "adapter", self.zero)
+        )
+        conditional = self._recovered(run, "constant", where)
+        return TokensRecovered(
+            **vars(self._recovered(run, self.zero, where)),
+            conditional=conditional.recovered,
+            conditional_interval=conditional.recovered_interval,
+            ce=float(ce.sum()) / int(where.sum()),
+            ce_recovered=ratio_of_sums(worst - ce, worst - best),
+            ce_recovered_interval=bootstrap_interval(worst - ce, worst - best, self.seed),
         )
 
-    floor = Floor(
-        null=recovered("null", zero, usual).kl, rounding=recovered("rounding", zero, usual).kl
-    )
-    runs = [run for run, unit in values if unit == "kl"]
-    groups = {
-        kind: {
-            run[1]: recovered_group(*run[:2]) for run in runs if run[0] == kind and run[2] == "sae"
-        }
-        for kind in _GROUPS
-    }
-    return Faithfulness(
-        zero_is="the base model" if has_all_columns else "the SAE's columns at zero",
-        n_rollouts=tokens.n_rollouts,
-        n_tokens=int(usual.sum()),
-        floor=floor,
-        runs={
-            run: recovered_run(run)
-            for run in runs
-            if isinstance(run, str) and run not in ("null", "rounding")
-        },
-        roles={ROLES[number]: recovered_role(role == number) for number in np.unique(role)},
-        **groups,
-        rows_drift=drift,
-    )
+    def _recovered(self, run: Any, reference: Any, where: npt.NDArray[np.bool_]) -> Recovered:
+        kl, below = (self.tokens.sums(self.values[name][0], where) for name in (run, reference))
+        return Recovered(
+            kl=float(kl.sum()) / int(where.sum()),
+            recovered=complement(ratio_of_sums(kl, below)),
+            recovered_interval=complement_interval(bootstrap_interval(kl, below, self.seed)),
+        )
 
 
 def table(report: EvaluationReport) -> str:
     """Return the report's main numbers as a table for the terminal."""
-    metrics, faithfulness = report.reconstruction, report.faithfulness
-    floor = faithfulness.floor
-    head = f"{'KL':>9}{'recovered':>11}  {'95 % interval':<17}"
+    metrics, found = report.reconstruction, report.faithfulness
     lines = [
-        f"held out: {faithfulness.n_rollouts} rollouts, {faithfulness.n_tokens:,} predicted "
-        f"tokens; FVU {_number(metrics['fvu'])}, cosine {_number(metrics['cosine'])}, "
-        f"L0 {metrics['l0']:.2f}, {metrics['alive']:,} latents alive",
-        f"recovered: 0 is {faithfulness.zero_is}, 1 the adapter. KL(adapter ‖ run) in nats a "
-        f"token; floor: {floor.null:.1e} (rows unchanged), {floor.rounding:.1e} (rows changed by "
-        "one rounding step)",
-        f"{'rows written':<24}{head}{'special kept':>13}{'CE':>9}{'recovered':>11}",
+        f"held out: {found.n_rollouts} rollouts, {found.n_tokens:,} predicted tokens, "
+        f"{found.n_generated:,} of them generated (think, answer); FVU {_number(metrics['fvu'])}, "
+        f"cosine {_number(metrics['cosine'])}, L0 {metrics['l0']:.2f}, {metrics['alive']:,} "
+        "latents alive",
+        headline(found),
+        f"recovered: 0 is {found.zero_is}, 1 the adapter; conditional: 0 is the constant row of "
+        "each token. KL(adapter ‖ run) and CE in nats a token; floor: "
+        f"{found.floor.null:.1e} (rows unchanged), {found.floor.rounding:.1e} (one rounding step)",
+        f"{'':<20}|{'generated tokens':^56}|{'all predicted tokens':^56}",
+        f"{'rows written':<20}" + 2 * f"|{_HEAD}{'conditional':>12}{'CE':>8} ",
     ]
-    for name, run in faithfulness.runs.items():
-        kept = None if run.special_kept is None else run.special_kept.recovered
-        lines.append(
-            f"{name:<24}{_recovered(run)}{'' if kept is None else _number(kept):>13}"
-            f"{run.ce:>9.4f}{_number(run.ce_recovered):>11}"
-        )
+    for name, run in found.runs.items():
+        cells = [
+            "—".rjust(56)
+            if part is None
+            else f"{_recovered(part)}{_number(part.conditional):>12}{part.ce:>8.4f} "
+            for part in (run.generated, run)
+        ]
+        lines.append(f"{name:<20}|{'|'.join(cells)}")
     titles = {
-        "roles": "sae, by predicted role",
+        "roles": "sae, by role",
         "layers": "sae, in one layer",
         "projections": "sae, in one projection",
     }
     for kind, title in titles.items():
-        lines.append(f"{title:<24}{head}{'KL at 0':>13}")
-        lines += [
-            f"  {name:<22}{_recovered(part)}{part.kl_zero:>13.4f}"
-            for name, part in getattr(faithfulness, kind).items()
-        ]
+        if parts := getattr(found, kind):
+            lines.append(f"{title:<24}{_HEAD}{'KL at 0':>10}")
+            lines += [
+                f"  {name:<22}{_recovered(part)}{part.kl_zero:>10.4f}"
+                for name, part in parts.items()
+            ]
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _recovered(share: RunRecovered | RoleRecovered | GroupRecovered) -> str:
+def headline(found: Faithfulness) -> str:
+    """Return in one sentence how much is constant, and how much of the rest the SAE recovers."""
+    over = "generated tokens" if found.n_generated else "all predicted tokens"
+    sae, constant = (run.generated or run for run in (found.runs["sae"], found.runs["constant"]))
+    if constant.recovered is None or sae.recovered is None:
+        return f"the adapter has no effect on {over}"
+    return (
+        f"of the adapter's effect on {over}, {constant.recovered:.2f} is constant (the mean row of "
+        f"each role and template position) and {1 - constant.recovered:.2f} conditional; the SAE "
+        f"recovers {sae.recovered:.3f} ({format_interval(sae.recovered_interval, '.3f')}) of the "
+        f"effect, {_number(sae.conditional)} of its conditional part"
+    )
+
+
+_HEAD = f"{'KL':>8}{'recovered':>10} {'95 % interval':<16}"
+
+
+def _recovered(share: Recovered) -> str:
     interval = format_interval(share.recovered_interval, ".3f")
-    return f"{_number(share.kl):>9}{_number(share.recovered):>11}  {interval:<17}"
+    return f"{_number(share.kl):>8}{_number(share.recovered):>10} {interval:<16}"
 
 
 def _number(value: float | None) -> str:

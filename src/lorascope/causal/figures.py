@@ -14,11 +14,10 @@ from lorascope.artifact import replacing
 from lorascope.causal.report_records import (
     AblationReport,
     EvaluationReport,
-    GroupRecovered,
     PartRemoval,
-    RoleRecovered,
-    RunRecovered,
+    Recovered,
     SteeringReport,
+    TokensRecovered,
 )
 from lorascope.errors import ConfigError
 
@@ -80,33 +79,34 @@ def _drawing(path: Path, size: tuple[float, float]) -> Generator["Figure"]:
 
 
 def draw_evaluation(report: EvaluationReport, manifest: Mapping[str, Any], path: Path) -> Path:
-    """Draw the share recovered by each run, role, layer and projection."""
-    faithfulness, content = report.faithfulness, manifest["content"]
-    runs = {name: run for name, run in faithfulness.runs.items() if run.special_kept is not None}
+    """Draw the share recovered by each run and role, and by layer and projection if measured."""
+    found, content = report.faithfulness, manifest["content"]
+    runs = {name: run for name, run in found.runs.items() if name not in ("base", "adapter")}
+    generated = {name: run.generated for name, run in runs.items() if run.generated is not None}
     panels = {
-        "rows written; pale: special tokens' rows kept": runs,
-        "the SAE, by role of the predicted token; pale: as above": faithfulness.roles,
-        "the SAE in one layer, share of that layer": faithfulness.layers,
-        "the SAE in one projection, share of that projection": faithfulness.projections,
+        "rows written; generated tokens": generated,
+        "the SAE in one layer, share of that layer": found.layers,
+        "rows written; all predicted tokens": runs,
+        "the SAE in one projection, share of that projection": found.projections,
+        "the SAE, by role of the predicted token": found.roles,
     }
-    heights = [
-        max(len(faithfulness.layers), len(runs)),
-        max(len(faithfulness.roles), len(faithfulness.projections)),
-    ]
-    with _drawing(path, (10, 1.6 + 0.19 * sum(heights))) as figure:
+    panels = {title: parts for title, parts in panels.items() if parts}
+    n_rows = -(-len(panels) // 2)
+    sizes = [len(parts) for parts in panels.values()]
+    heights = [max(sizes[2 * i : 2 * i + 2]) + 2 for i in range(n_rows)]
+    with _drawing(path, (10, 0.8 + 0.19 * sum(heights))) as figure:
         _head(
             figure,
             f"{_plain(content['sae_name'])} on {_plain(content['adapter_name'])}: share of the "
             "adapter's effect that is recovered",
-            f"1 − KL(adapter ‖ run) / KL(adapter ‖ 0), 0 is {faithfulness.zero_is}; "
-            f"{faithfulness.n_rollouts} held-out rollouts, {faithfulness.n_tokens:,} tokens, "
+            f"1 − KL(adapter ‖ run) / KL(adapter ‖ 0), 0 is {found.zero_is}; "
+            f"{found.n_rollouts} held-out rollouts, {found.n_tokens:,} tokens, "
             f"lines: 95 % intervals; L0 {report.reconstruction['l0']:.1f}; "
-            f"floor {faithfulness.floor.rounding:.1e} nats a token",
+            f"floor {found.floor.rounding:.1e} nats a token",
         )
-        grid = figure.add_gridspec(2, 2, height_ratios=heights)
-        cells = grid[0, 0], grid[1, 0], grid[0, 1], grid[1, 1]
-        for cell, (title, parts) in zip(cells, panels.items(), strict=True):
-            _draw_shares(figure.add_subplot(cell), title, parts)
+        grid = figure.add_gridspec(n_rows, 2, height_ratios=heights)
+        for i, (title, parts) in enumerate(panels.items()):
+            _draw_shares(figure.add_subplot(grid[i // 2, i % 2]), title, parts)
     return path
 
 
@@ -117,11 +117,7 @@ def _head(figure: "Figure", title: str, text: str) -> None:
     figure.text(0.01, 1 - 0.42 * inch, text, color=_SOFT, va="center")
 
 
-def _draw_shares(
-    axes: "Axes",
-    title: str,
-    parts: Mapping[str, RunRecovered] | Mapping[str, RoleRecovered] | Mapping[str, GroupRecovered],
-) -> None:
+def _draw_shares(axes: "Axes", title: str, parts: Mapping[str, Recovered]) -> None:
     """Draw the share of each part as a bar with its interval, the first on top."""
     axes.set_title(title)
     names = [_plain(name) for name in parts]
@@ -132,21 +128,16 @@ def _draw_shares(
     axes.axvline(0, color=_LINE, linewidth=0.8)
     axes.axvline(1, color=_LINE, linewidth=0.8, linestyle=(0, (3, 3)))
     for i, (name, part) in enumerate(parts.items()):
-        is_baseline = isinstance(part, RunRecovered) and name != "sae"
-        color = _OTHER if is_baseline else _MAIN
-        value, edges = part.recovered, part.recovered_interval
-        special_kept = None if isinstance(part, GroupRecovered) else part.special_kept
-        kept = None if special_kept is None else special_kept.recovered
-        if kept is not None:
-            axes.barh(i, _inside(kept), height=0.72, color=color, alpha=0.3)
-        if value is None:
+        is_baseline = isinstance(part, TokensRecovered) and not name.startswith("sae")
+        if part.recovered is None:
             axes.text(0.01, i, "undefined", color=_SOFT, va="center")
             continue
-        axes.barh(i, _inside(value), height=0.4, color=color)
-        if edges is not None:
-            axes.plot([_inside(edge) for edge in edges], [i, i], color=_INK, linewidth=1)
-        text = f"{value:.3f}" if kept is None else f"{value:.3f} · {kept:.3f}"
-        axes.text(1.24, i, text, ha="right", va="center", color=_SOFT)
+        color = _OTHER if is_baseline else _MAIN
+        axes.barh(i, _inside(part.recovered), height=0.5, color=color)
+        if part.recovered_interval is not None:
+            edges = [_inside(edge) for edge in part.recovered_interval]
+            axes.plot(edges, [i, i], color=_INK, linewidth=1)
+        axes.text(1.24, i, f"{part.recovered:.3f}", ha="right", va="center", color=_SOFT)
 
 
 def draw_ablation(report: AblationReport, manifest: Mapping[str, Any], path: Path) -> Path:

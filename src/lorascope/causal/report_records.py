@@ -44,28 +44,34 @@ class Recovered:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunRecovered(Recovered):
-    """The same of one run, and of its loss on the next token.
+class TokensRecovered(Recovered):
+    """The same of a run's predictions, what it recovers of what no constant row does, and its loss.
 
-    `special_kept` is the run in which special tokens keep their rows; runs that write no
-    reconstruction have none.
+    `conditional` is the share of KL(adapter ‖ constant run) that is recovered.
     """
 
+    conditional: float | None
+    conditional_interval: Interval
     ce: Amount
     ce_recovered: float | None
     ce_recovered_interval: Interval
-    special_kept: Recovered | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoleRecovered:
+class RunRecovered(TokensRecovered):
+    """The same of one run over all predicted tokens, and over those that the model writes.
+
+    `generated` is None if no token has the role think or answer.
+    """
+
+    generated: TokensRecovered | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleRecovered(Recovered):
     """The same of the SAE's run, over tokens of one role; `kl_zero` is KL of the run of share 0."""
 
     n_tokens: Count
-    kl: Amount
-    recovered: float | None
-    recovered_interval: Interval
-    special_kept: Recovered
     kl_zero: Amount
 
 
@@ -78,11 +84,15 @@ class GroupRecovered(Recovered):
 
 @dataclass(frozen=True, kw_only=True)
 class Faithfulness:
-    """How much of the adapter's effect each run recovers, on held-out rollouts."""
+    """How much of the adapter's effect each run recovers, on held-out rollouts.
+
+    `layers` and `projections` are empty unless they were asked for.
+    """
 
     zero_is: str
     n_rollouts: Count
     n_tokens: Count
+    n_generated: Count
     floor: Floor
     runs: Mapping[str, RunRecovered]
     roles: Mapping[str, RoleRecovered]
@@ -96,6 +106,7 @@ class EvaluationReport(ReportRecord):
     """What `evaluate` measures. `reconstruction` has the metrics of `sae.metrics.evaluate`."""
 
     kind = "evaluation"
+    schema = 2
     reconstruction: Mapping[str, Any]
     faithfulness: Faithfulness
 
