@@ -14,24 +14,21 @@ from hypothesis import strategies as st
 
 triton = pytest.importorskip("triton")
 
-from lorascope.errors import ConfigError, NumberError  # noqa: E402
-from lorascope.kernels import reference, triton_best  # noqa: E402
-from lorascope.kernels import triton as kernels  # noqa: E402
+from lorascope.kernels import cuda, reference  # noqa: E402
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
 
 
 def check_best(scores, n):
-    """Compare with the reference: indices, count and what fills the rest."""
-    indices, count = triton_best.largest_indices(scores.to(DEVICE), n)
-    indices = indices.cpu()
+    """Compare with the reference: indices, and what fills the rest."""
+    best = cuda.best_indices(scores.to(DEVICE), n)
+    indices, values = best.indices.cpu(), best.values.cpu()
     wanted = reference.best_indices(scores, n)
-    assert (indices.dtype, count.dtype, count.ndim) == (torch.int64, torch.int64, 0)
-    assert len(indices) == min(n, scores.numel())
-    assert int(count) == len(wanted)
+    assert len(indices) == len(values) == min(n, scores.numel())
     assert indices[: len(wanted)].tolist() == wanted.tolist()
     assert (indices[len(wanted) :] == scores.numel() - 1).all()
+    assert not values[len(wanted) :].any()
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -62,14 +59,6 @@ def test_of_equal_scores_the_lower_indices_are_taken_across_tiles_and_blocks(n):
 
 
 @on_device
-@pytest.mark.parametrize("n", [3, 600, 7000])
-def test_a_program_with_several_tiles_keeps_the_order(n, monkeypatch):
-    monkeypatch.setattr(triton_best, "_PROGRAMS", 2)
-    check_best(random(17, 1200).mul(4).round(), n)
-    check_best(torch.ones(17, 1200), n)
-
-
-@on_device
 def test_fewer_positive_scores_than_wanted_are_all_taken():
     scores = -random(9, 700).abs()
     check_best(scores, 60)
@@ -93,14 +82,6 @@ def test_zeros_of_both_signs_denormals_and_infinities_are_in_their_order(dtype):
 
 
 @on_device
-def test_a_nan_is_never_chosen():
-    scores = torch.full((4, 500), torch.nan)
-    scores[1, 7], scores[3, 9] = 1.0, -2.0
-    indices, count = triton_best.largest_indices(scores.to(DEVICE), 40)
-    assert indices[: int(count)].tolist() == [507]
-
-
-@on_device
 def test_scores_need_not_be_contiguous():
     check_best(random(301, 6).T, 20)
     check_best(random(5, 400)[:, ::3], 9)
@@ -115,20 +96,6 @@ def test_scores_need_not_be_contiguous():
 )
 def test_any_mixture_of_ties_is_chosen_as_in_the_reference(row, repeats, n):
     check_best(torch.tensor([row], dtype=torch.float32).repeat(1, repeats), n)
-
-
-def test_scores_of_another_type_or_too_many_are_refused():
-    with pytest.raises(NumberError, match="scores are torch.float64; expected bfloat16"):
-        triton_best.largest_indices(torch.zeros(2, 3, dtype=torch.float64), 1)
-    with pytest.raises(ConfigError, match=r"expected at most 2\*\*30: use fewer rows"):
-        triton_best.largest_indices(torch.empty(2**16, 2**14 + 1, device="meta"), 1)
-
-
-def test_blocks_balance_the_two_searches():
-    for numel, n in ((1, 1), (100, 100), (7_340_032, 51_200), (536_870_912, 204_800)):
-        width = triton_best.block_width(numel, n)
-        searched = [numel / w + n * w for w in (2, 4, 8, 16, 32, 64, 128)] + [numel]
-        assert (numel if width == 1 else numel / width + n * width) <= 1.5 * min(searched)
 
 
 def bags(lengths, n_entries, d, seed=0, dtype=torch.float32):
@@ -161,7 +128,7 @@ UGLY = {
 def test_the_sums_of_bags_and_their_gradients_are_those_of_the_reference(case, dtype):
     values, index, offsets, table = bags(*UGLY[case], dtype=dtype)
     results = []
-    for module, device in ((kernels, DEVICE), (reference, "cpu")):
+    for module, device in ((cuda, DEVICE), (reference, "cpu")):
         leaves = [t.to(device).requires_grad_() for t in (values, table)]
         sums = module.gather_sum(leaves[0], index.to(device), offsets.to(device), leaves[1])
         weight = random(*sums.shape, seed=9, dtype=dtype).to(device)
@@ -176,26 +143,26 @@ def test_the_sums_of_bags_and_their_gradients_are_those_of_the_reference(case, d
 @on_device
 def test_only_the_gradients_that_are_asked_for_are_made():
     values, index, offsets, table = (t.to(DEVICE) for t in bags([3, 70, 2], 5, 8))
-    assert not kernels.gather_sum(values, index, offsets, table).requires_grad
+    assert not cuda.gather_sum(values, index, offsets, table).requires_grad
     for wanted in (values, table):
         wanted.requires_grad_()
-        kernels.gather_sum(values, index, offsets, table).sum().backward()
+        cuda.gather_sum(values, index, offsets, table).sum().backward()
         assert wanted.grad is not None
         wanted.requires_grad_(False)
     first = values.grad.clone()
     table.requires_grad_()
-    kernels.gather_sum(values, index, offsets, table).sum().backward()
+    cuda.gather_sum(values, index, offsets, table).sum().backward()
     assert torch.equal(values.grad, first)  # of the first time
 
 
 @on_device
 def test_the_sum_of_a_bag_does_not_depend_on_the_bags_before_it():
     values, index, offsets, table = bags([333], 40, 24)
-    alone = kernels.gather_sum(*(t.to(DEVICE) for t in (values, index, offsets, table)))[0]
+    alone = cuda.gather_sum(*(t.to(DEVICE) for t in (values, index, offsets, table)))[0]
     for before in (1, 31, 64, 100):
         values2, index2 = torch.cat([values[:before], values]), torch.cat([index[:before], index])
         offsets2 = torch.tensor([0, before, before + 333])
-        moved = kernels.gather_sum(*(t.to(DEVICE) for t in (values2, index2, offsets2, table)))[1]
+        moved = cuda.gather_sum(*(t.to(DEVICE) for t in (values2, index2, offsets2, table)))[1]
         assert torch.equal(alone, moved)
 
 
@@ -203,7 +170,7 @@ def test_the_sum_of_a_bag_does_not_depend_on_the_bags_before_it():
 def test_a_bfloat16_table_is_added_up_in_float32():
     values, index, offsets, table = bags([300, 3], 30, 20)
     table = table.bfloat16()
-    sums = kernels.gather_sum(*(t.to(DEVICE) for t in (values, index, offsets, table)))
+    sums = cuda.gather_sum(*(t.to(DEVICE) for t in (values, index, offsets, table)))
     wanted = reference.gather_sum(values, index, offsets, table.float())
     assert sums.dtype == torch.float32
     assert_same_up_to_rounding(sums.cpu(), wanted, n_terms=len(index))
@@ -218,7 +185,7 @@ def test_the_inner_products_of_pairs_are_those_of_the_reference(n_pairs, d):
     right_index = torch.randint(0, 11, (n_pairs,), generator=generator)
     given_ = (left, left_index, right, right_index)
     wanted = reference.pair_dot(*given_)
-    ours = kernels.pair_dot(*(t.to(DEVICE) for t in given_)).cpu()
+    ours = cuda.pair_dot(*(t.to(DEVICE) for t in given_)).cpu()
     assert_same_up_to_rounding(ours, wanted, n_terms=d)
 
 
@@ -228,7 +195,7 @@ def test_pairs_by_latent_keep_their_order_and_bounds(n_pairs):
     generator = torch.Generator().manual_seed(n_pairs)
     latents = torch.randint(0, 13, (n_pairs,), generator=generator)
     latents[::2] = 4  # one that fires in every other row; 13 and 14 never do
-    order, offsets = kernels.by_latent(latents.to(DEVICE), 15)
+    order, offsets = cuda.by_latent(latents.to(DEVICE), 15)
     wanted = sorted(range(n_pairs), key=lambda p: int(latents[p]))
     assert order.tolist() == wanted
     assert (order.dtype, offsets.dtype, len(offsets)) == (torch.int64, torch.int64, 16)
@@ -238,14 +205,15 @@ def test_pairs_by_latent_keep_their_order_and_bounds(n_pairs):
 def step(scores, n, table, gradient):
     """Choose, decode, and return the gradients of the values and of the table, by pairs."""
     n_rows, width = scores.shape
-    indices, count = triton_best.largest_indices(scores, n)
+    best = cuda.best_indices(scores, n)
+    indices, count = best.indices, (best.values > 0).sum()
     chosen = torch.arange(len(indices), device=scores.device) < count
     values = scores.view(-1)[indices].float().where(chosen, 0)
     rows, latents = indices // width, indices % width
-    sums = kernels.gather_sum(values, latents, kernels.row_offsets(rows, n_rows), table)
-    of_values = kernels.pair_dot(gradient, rows, table, latents).where(chosen, 0)
-    order, bounds = kernels.by_latent(latents, width)
-    of_table = kernels.gather_sum(values[order], rows[order], bounds, gradient)
+    sums = cuda.gather_sum(values, latents, cuda.row_offsets(rows, n_rows), table)
+    of_values = cuda.pair_dot(gradient, rows, table, latents).where(chosen, 0)
+    order, bounds = cuda.by_latent(latents, width)
+    of_table = cuda.gather_sum(values[order], rows[order], bounds, gradient)
     return indices, count, sums, of_values, of_table
 
 
@@ -280,7 +248,7 @@ if not INTERPRETED:
 
     @pytest.mark.slow
     def test_parity_holds_in_the_interpreter():
-        assert passed_in_the_interpreter(__file__) > 70
+        assert passed_in_the_interpreter(__file__) > 60
 
     @pytest.mark.slow
     def test_every_kernel_compiles_without_a_gpu(tmp_path, monkeypatch):
@@ -288,35 +256,26 @@ if not INTERPRETED:
         from triton.compiler import ASTSource
 
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-        pointers = {"scores": "bf16", "values": "fp32", "table": "bf16", "out": "fp32"}
+        pointers = {"values": "fp32", "table": "bf16", "out": "fp32"}
         pointers |= dict.fromkeys(("left", "right", "pieces"), "fp32")
-        pointers |= dict.fromkeys(("maxima", "bits", "digits", "kept"), "i32")
-        pointers |= dict.fromkeys(("blocks", "n_blocks", "indices", "count", "cut_bags"), "i64")
-        pointers |= dict.fromkeys(("index", "offsets", "left_index", "right_index"), "i64")
-        sizes = {"ROWS": 64, "WIDTH": 32, "N_DIGITS": 2, "BEFORE": 1024}
-        sizes |= {
-            "DIGIT": 1,
-            "TILE": 2048,
-            "PAIRS": 4,
-            "PIECE": 64,
-            "WIDE": triton.language.float32,
-        }
-        called = {"_bits", "_cut", "_sum_run"}  # by other kernels
+        pointers |= dict.fromkeys(
+            ("index", "offsets", "cut_bags", "left_index", "right_index"), "i64"
+        )
+        sizes = {"WIDTH": 32, "PAIRS": 4, "PIECE": 64, "WIDE": triton.language.float32}
         compiled = set()
-        for module in (triton_best, kernels):
-            for name, kernel in vars(module).items():
-                if not isinstance(kernel, triton.JITFunction) or name in called:
-                    continue
-                constants = {a: sizes[a] for a in kernel.arg_names if a.isupper()}
-                signature = {
-                    a: "constexpr" if a in sizes else "*" + pointers[a] if a in pointers else "i32"
-                    for a in kernel.arg_names
-                }
-                source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-                target = GPUTarget("cuda", 90, 32)
-                assert triton.compile(source, target=target).asm["cubin"]
-                compiled.add(name)
-        assert len(compiled) == 8
+        for name, kernel in vars(cuda).items():
+            if not isinstance(kernel, triton.JITFunction) or name == "_sum_run":  # part of others
+                continue
+            constants = {a: sizes[a] for a in kernel.arg_names if a.isupper()}
+            signature = {
+                a: "constexpr" if a in sizes else "*" + pointers[a] if a in pointers else "i32"
+                for a in kernel.arg_names
+            }
+            source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+            target = GPUTarget("cuda", 90, 32)
+            assert triton.compile(source, target=target).asm["cubin"]
+            compiled.add(name)
+        assert len(compiled) == 3
 
     @on_device
     @pytest.mark.parametrize("dtype", TYPES)

@@ -15,9 +15,8 @@ flat indices `row * d_sae + latent` where a latent fires, `k * batch` of them, i
 
 `reference.py` defines what they mean. `cpu.py` builds them from torch operations, and
 `prefilter.py` halves the cost of the product on CPUs with bfloat16. `cuda.py` has the same
-functions with static shapes, so that a whole step can become a CUDA graph; `triton.py` and
-`triton_best.py` are its kernels. `encoder.py` uses them to compute codes. Training runs on CPU and
-CUDA only.
+functions with static shapes, so that a whole step can become a CUDA graph. `encoder.py` uses them
+to compute codes. Training runs on CPU and CUDA only.
 """
 
 from types import ModuleType
