@@ -32,11 +32,11 @@ def find_folder(
     except Exception as error:  # one of a dozen types that all mean: the download failed
         raise error_type(
             f"{what} {name} is not a folder here and cannot be downloaded from the hub "
-            f"({reason_of(error)}); check the name, the network and your login"
+            f"({_reason(error)}); check the name, the network and your login"
         ) from error
 
 
-def reason_of(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """Say in one line what an error of the hub's client means."""
     from huggingface_hub import errors
 

@@ -17,12 +17,13 @@ which column belongs to which LoRA site, so a store of the same width must be gi
 - *dictionary_learning*: `ae.pt` and `config.json`, the classes that have a threshold.
 """
 
+import glob
 import json
 import logging
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from torch import Tensor
 
 from lorascope.artifact import MANIFEST
 from lorascope.errors import ArtifactError, NumberError
+from lorascope.hub import find_folder
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +80,32 @@ class ForeignSAE:
     config: dict[str, Any]
     content: dict[str, Any]
     columns: list[str] | None = None
+
+
+def download(name: str, revision: str | None = None) -> Path:
+    """Return the path of a local SAE, or of the local copy of one on the hub.
+
+    A hub name is `owner/name` or `owner/name:inside`, a folder or a `.pt` file; only the files of
+    the SAE are downloaded. Raises ArtifactError if the hub does not have it.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        if revision is not None:
+            raise ArtifactError(f"{name} is a local path, which has no revision {revision}")
+        return path
+    repo, _, inside = name.partition(":")
+    if ".." in PurePosixPath(inside).parts or inside.startswith("/"):
+        raise ArtifactError(f"{inside} is not a path inside the hub repository {repo}")
+    files = (MANIFEST, SAELENS_CONFIG, WEIGHTS, DICTIONARY, DICTIONARY_CONFIG)
+    escaped = glob.escape(inside.rstrip("/"))  # the hub's client treats names as patterns
+    if inside.endswith(".pt"):
+        patterns = [escaped]
+    else:
+        patterns = [f"{escaped}/{file}" if escaped else file for file in files]
+    folder = find_folder(repo, "SAE", patterns, revision=revision, error_type=ArtifactError)
+    if not (folder / inside).exists():
+        raise ArtifactError(f"the hub repository {repo} has no {inside}; check its files")
+    return folder / inside
 
 
 def read_foreign(path: Path) -> ForeignSAE:

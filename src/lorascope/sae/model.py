@@ -19,7 +19,6 @@ import io
 import json
 import logging
 import math
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -50,13 +49,13 @@ from lorascope.artifact import (
 )
 from lorascope.errors import ArtifactError, NumberError
 from lorascope.kernels.encoder import BLOCK, Encoder
-from lorascope.sae import sae_hub
 from lorascope.sae.files import (
     NAMES,
     SAELENS_CONFIG,
     WEIGHTS,
     ForeignSAE,
     checked,
+    download,
     read_foreign,
     read_pt,
     read_safetensors,
@@ -279,26 +278,7 @@ class SAE:
         name: str | Path, store: ActivationStore | None = None, revision: str | None = None
     ) -> "SAE":
         """Load an SAE from a path or the hub: `owner/name`, `owner/name:folder_or_pt_file`."""
-        return load_sae(sae_hub.download(str(name), revision), store)
-
-    def push_to_hub(
-        self, repo_id: str, private: bool = False, store: ActivationStore | None = None
-    ) -> str:
-        """Upload the SAE's folder to the hub with a model card, and return its URL.
-
-        The store of the training, if given, adds facts to the card. Raises ArtifactError if it is
-        another store, or if the hub refuses.
-        """
-        if store is not None and store.digest != self.manifest["parents"].get("activations"):
-            raise ArtifactError(
-                f"{store.path} is not the store that the SAE was trained on; give that one or none"
-            )
-        card = sae_hub.model_card(
-            self.manifest, self.d_sae, repo_id, store.content if store is not None else {}
-        )
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = self.save(Path(scratch) / "sae")
-            return sae_hub.upload(folder, card, repo_id, private=private)
+        return load_sae(download(str(name), revision), store)
 
     def _archive(self) -> bytes:
         """Return the bytes of the `.pt` file: published keys, threshold and manifest."""
