@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from planted_rows import planted
 
-from lorascope.activations.shards import write_shard
+from lorascope.activations.shards import VOCABULARY, Vocabulary, write_shard
 from lorascope.activations.store import KIND, SCHEMA, ActivationStore
-from lorascope.activations.vocabulary import VOCABULARY, Vocabulary
 from lorascope.artifact import MANIFEST, make_manifest, require_space, write_manifest
 from lorascope.sae.model import SAE, load_sae
 from lorascope.sae.settings import TrainConfig

@@ -27,10 +27,9 @@ import numpy as np
 import torch
 
 from lorascope.activations.batches import BatchPlan
-from lorascope.activations.shards import Rows
+from lorascope.activations.shards import VOCABULARY, Rows, Vocabulary
 from lorascope.activations.shards import write_shard as write
 from lorascope.activations.store import KIND, SCHEMA, ActivationStore
-from lorascope.activations.vocabulary import VOCABULARY, Vocabulary
 from lorascope.artifact import make_manifest, write_manifest
 from lorascope.sites import PROJECTIONS, Site, SiteLayout
 

@@ -9,8 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lorascope.errors import AdapterError, ConfigError
-from lorascope.subject.bottlenecks import Bottleneck, find_bottlenecks, probe
-from lorascope.subject.gauge import unmix
+from lorascope.subject.bottlenecks import Bottleneck, find_bottlenecks, probe, unmix
 from lorascope.subject.load import WEIGHTS
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from builders.stores import layout_of
 
+from lorascope.activations.shards import Vocabulary
 from lorascope.activations.store import ActivationStore
-from lorascope.activations.vocabulary import Vocabulary
 from lorascope.artifact import make_manifest, write_manifest
 from lorascope.cli import verify
 from lorascope.errors import ArtifactError

@@ -9,8 +9,7 @@ import numpy as np
 
 from lorascope.artifact import make_manifest
 from lorascope.features.arrays import KIND, RANKINGS, SCHEMA
-from lorascope.features.feature import Example
-from lorascope.features.index import FeatureIndex
+from lorascope.features.index import Example, FeatureIndex
 
 _FILE = Path(__file__).parents[2] / "benchmarks" / "synthetic_features.py"
 synthetic = runpy.run_path(str(_FILE))["synthetic"]

@@ -6,9 +6,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from lorascope.activations.shards import write_shard
+from lorascope.activations.shards import VOCABULARY, Vocabulary, write_shard
 from lorascope.activations.store import KIND, SCHEMA, ActivationStore
-from lorascope.activations.vocabulary import VOCABULARY, Vocabulary
 from lorascope.artifact import make_manifest, write_manifest
 from lorascope.sites import PROJECTIONS, Site, SiteLayout
 from lorascope.texts.roles import ROLES

@@ -23,9 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from lorascope import runtime
-from lorascope.activations.shards import count_rows, write_shard
+from lorascope.activations.shards import VOCABULARY, Vocabulary, count_rows, write_shard
 from lorascope.activations.store import KIND, SCHEMA, default_name
-from lorascope.activations.vocabulary import VOCABULARY, Vocabulary
 from lorascope.activations.work_units import (
     ROLLOUTS_PER_SHARD,
     Corpus,

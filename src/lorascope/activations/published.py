@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lorascope.activations.shards import Rows, Shard
-from lorascope.activations.vocabulary import Vocabulary
+from lorascope.activations.shards import Rows, Shard, Vocabulary
 from lorascope.artifact import digest_of
 from lorascope.errors import ArtifactError
 from lorascope.sites import PROJECTIONS, Site, SiteLayout

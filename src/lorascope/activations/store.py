@@ -17,8 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorascope.activations.published import open_published
-from lorascope.activations.shards import Rows, Shard, open_shard
-from lorascope.activations.vocabulary import VOCABULARY, Vocabulary
+from lorascope.activations.shards import VOCABULARY, Rows, Shard, Vocabulary, open_shard
 from lorascope.artifact import MANIFEST, digest_of, open_manifest
 from lorascope.errors import ArtifactError
 from lorascope.sites import PROJECTIONS, SiteLayout, join_initials

@@ -29,7 +29,7 @@ from lorascope.activations.store import ActivationStore
 from lorascope.causal.patch import Patch
 from lorascope.sites import SiteLayout
 from lorascope.subject.adapter import WEIGHTS, Adapter, lora_tensors
-from lorascope.subject.gauge import unmix
+from lorascope.subject.bottlenecks import unmix
 
 _BLOCK = 8192
 

@@ -23,8 +23,7 @@ from lorascope import runtime
 from lorascope.artifact import check_seal, is_manifest, make_manifest, seal_file, with_seal
 from lorascope.errors import ArtifactError
 from lorascope.features.arrays import KIND, SCHEMA
-from lorascope.features.feature import Example
-from lorascope.features.index import FeatureIndex
+from lorascope.features.index import Example, FeatureIndex
 
 log = logging.getLogger(__name__)
 

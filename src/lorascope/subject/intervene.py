@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lorascope.errors import AdapterError
-from lorascope.subject.gauge import unmix
+from lorascope.subject.bottlenecks import unmix
 from lorascope.subject.load import Subject
 
 __all__ = ["Edit", "Outcome", "RowEditor"]

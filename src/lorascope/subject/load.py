@@ -2,7 +2,7 @@
 
 1. `find_base` finds the base model's files, `load_tokenizer` the tokenizer that goes with them.
 2. `load_subject` loads the base from safetensors: no custom code, no tensor left random.
-3. Embeddings are resized if the adapter was trained with a different number (`embeddings`).
+3. Embeddings are resized if the adapter was trained with a different number (`attach`).
 4. The adapter is attached and compared with its file, bit by bit (`attach`).
 5. Every module is set to eval mode, and the sites that can be read are found (`bottlenecks`).
 """
@@ -33,9 +33,8 @@ from lorascope.subject.adapter import (
     inspect_adapter,
     lora_kind,
 )
-from lorascope.subject.attach import attach
+from lorascope.subject.attach import attach, resize_embeddings
 from lorascope.subject.bottlenecks import Bottleneck, find_bottlenecks, make_layout, probe
-from lorascope.subject.embeddings import resize_embeddings
 from lorascope.subject.inventory import changes_outside_lora
 
 __all__ = [

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lorascope.errors import AdapterError
 from lorascope.sites import SiteLayout
-from lorascope.subject.gauge import unmix
+from lorascope.subject.bottlenecks import unmix
 from lorascope.subject.load import Subject
 
 _LAST_PROJECTIONS = (

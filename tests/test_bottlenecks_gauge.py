@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorascope.subject.gauge import svd_gauge, unmix
+from lorascope.subject.bottlenecks import svd_gauge, unmix
 
 D_X, D_Y = 12, 9
 
