@@ -14,13 +14,17 @@ from builders.indexes import example, index_of, small_index
 from builders.pages import block, column
 
 from lorascope.artifact import digest_file, digest_of, read_manifest
-from lorascope.dashboard.packing import (
+from lorascope.dashboard.payload import (
+    BLOCK,
     FULL_SCALE,
     FULL_SHARE,
+    Payload,
+    escape_json,
+    facts,
+    manifest_comment,
     to_half_bits,
     to_scaled_int16,
 )
-from lorascope.dashboard.payload import BLOCK, Payload, escape_json, facts, manifest_comment
 from lorascope.dashboard.render import DashboardConfig, bundle, read_glossary, run
 from lorascope.errors import ArtifactError
 from lorascope.features.index import FeatureIndex

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lorascope.dashboard.packing import numpy_type
+from lorascope.dashboard.payload import numpy_type
 
 
 def column(core: dict[str, Any], name: str) -> list[Any]:

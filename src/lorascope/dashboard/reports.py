@@ -25,7 +25,6 @@ from lorascope.causal.report_records import (
     DirectReport,
 )
 from lorascope.causal.study import read_report
-from lorascope.dashboard.packing import to_half_bits
 from lorascope.errors import ArtifactError
 from lorascope.features.index import FeatureIndex
 
@@ -165,15 +164,15 @@ class Reports:
         targets = attributed.targets
         causes = [cause for target in targets for cause in target.behind]
         columns: dict[str, Any] = {
-            "kl": to_half_bits(_floats(attributed.kl)),
-            "rise": to_half_bits(_floats(attributed.rise)),
+            "kl": _floats(attributed.kl),
+            "rise": _floats(attributed.rise),
             "target_token": [target.token for target in targets],
             "target_parts": [getattr(target, name) for target in targets for name in TARGET],
             "behind_count": [len(target.behind) for target in targets],
             "behind_latent": [cause.feature for cause in causes],
-            "behind_value": to_half_bits(_floats([cause.contribution for cause in causes])),
+            "behind_value": _floats([cause.contribution for cause in causes]),
             "behind_source": [cause.source for cause in causes],
-            "behind_removal": to_half_bits(_floats([cause.removal for cause in causes])),
+            "behind_removal": _floats([cause.removal for cause in causes]),
         }
         return {name: np.asarray(values) for name, values in columns.items()}
 

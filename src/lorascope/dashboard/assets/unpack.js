@@ -1,4 +1,4 @@
-// Decodes the columns of numbers in the page: base64, zlib, and the types that packing.py writes.
+// Decodes the columns of numbers in the page: base64, zlib, and the types that payload.py writes.
 import { packText } from "./packs_embedded.js";
 
 const ARRAYS = {
