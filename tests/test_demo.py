@@ -55,17 +55,19 @@ def test_a_thousand_fresh_rollouts_go_through_everything(folder, store):
     assert summary["tokens"] == store.n_rows > 100_000
     assert summary["features_alive"] > 0.9 * summary["features"]
     assert summary["fvu"] < 0.5
+    assert 0.7 < summary["recovered_generated"] < summary["recovered"] < 1
     assert verify(folder / "activations") == []
     verify_index(FeatureIndex.open(folder / "features.h5"))
 
 
 def test_the_page_shows_what_the_features_do(folder, store):
-    for name in ("direct", "ablation", "attribution"):
-        report = open_report(folder / "effects" / f"{name}.json")
+    names = [f"effects/{name}.json" for name in ("direct", "ablation", "attribution")]
+    for name in ["evaluation.json", *names]:
+        report = open_report(folder / name)
         assert report["metadata"]["lorascope"]["parents"]["sae"]
     manifest = read_manifest(folder / "dashboard.html")
     assert manifest is not None
-    assert sum(parent.startswith("effects ") for parent in manifest["parents"]) == 3
+    assert sum(parent.startswith("effects ") for parent in manifest["parents"]) == 4
     ablation = open_report(folder / "effects" / "ablation.json")
     measured = [one for one in ablation["features"] if one["kl"] > 0]
     assert len(measured) > 0.5 * store.d_in

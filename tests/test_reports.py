@@ -12,6 +12,7 @@ from builders.effect_reports import (
     ablation,
     attribution,
     direct,
+    evaluation,
     write,
     write_all,
 )
@@ -56,6 +57,20 @@ def test_effects_of_features_are_the_reports_own_numbers(index, tmp_path):
     assert core["effects"]["ablation"] == {
         "n_rollouts": 5, "n_tokens": 400, "whole": 0.3, "floor": 3e-12,
     }  # fmt: skip
+
+
+def test_the_header_says_what_the_sae_recovers(index, tmp_path):
+    path = write(tmp_path / "evaluation.json", "evaluation", index, evaluation())
+    core = json.loads(Payload(index, "T", Reports.open([path], index, Path("f.h5"))).core())
+    said = {label: value for label, value, _ in core["facts"]}
+    assert said["Recovered"] == "0.900 (0.800 to 0.900)"
+    assert said["Recovered, all tokens"] == "0.950 (0.850 to 0.950)"
+    assert said["Constant"] == "0.500 (0.400 to 0.500)"
+    without = evaluation()
+    del without["faithfulness"]["runs"]["sae"]
+    path = write(tmp_path / "without.json", "evaluation", index, without)
+    with pytest.raises(ArtifactError, match="lacks the run sae"):
+        Reports.open([path], index, Path("f.h5"))
 
 
 def test_promoted_tokens_are_in_the_table_of_texts_though_no_text_has_them(index, tmp_path):
@@ -195,9 +210,9 @@ def test_a_report_of_another_sae_a_second_one_and_other_kinds_are_refused(index,
     two = write(tmp_path / "two.json", "direct", index, direct(index))
     with pytest.raises(ArtifactError, match="second report"):
         Reports.open([one, two], index, source)
-    evaluation = write(tmp_path / "evaluation.json", "evaluation", index, {})
-    with pytest.raises(ArtifactError, match="kind evaluation, expected ablation"):
-        Reports.open([evaluation], index, source)
+    steering = write(tmp_path / "steering.json", "steering", index, {})
+    with pytest.raises(ArtifactError, match="kind steering, expected evaluation, ablation"):
+        Reports.open([steering], index, source)
     one.write_text(one.read_text().replace("0.625", "0.626"))
     with pytest.raises(ArtifactError, match="one.json"):
         Reports.open([one], index, source)

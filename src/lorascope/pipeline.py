@@ -1,9 +1,9 @@
 """Run every stage on an adapter and a dataset, into one folder.
 
-In: adapter, base model, dataset. Out: a folder with `activations/`, `sae/`, `features.h5`,
-`dashboard.html` and `summary.json`. With `--effect-texts` it also has `effects/`, the reports of
-what the features do, and the page shows them. Finished stages are skipped, so running the same
-command again continues an interrupted run.
+In: adapter, base model, dataset. Out: a folder with `activations/`, `sae/`, `evaluation.json`,
+`features.h5`, `dashboard.html` and `summary.json`. With `--effect-texts` it also has `effects/`,
+the reports of what the features do, and the page shows them. Finished stages are skipped, so
+running the same command again continues an interrupted run.
 """
 
 import json
@@ -38,6 +38,11 @@ class RunConfig(CollectOptions, TrainOptions, SubjectOptions):
     adapter_types: tuple[str, ...] = option(
         (), help="projections to keep: names, initials, mlp, attention or all"
     )
+    evaluate_texts: int = option(
+        50,
+        help="held-out texts on which to measure how much of the adapter's effect the SAE "
+        "recovers; 0: none. The model runs about ten times on each",
+    )
     effect_texts: int = option(
         0,
         help="held-out texts on which to measure what each feature does, and whole texts of the "
@@ -50,6 +55,7 @@ class RunConfig(CollectOptions, TrainOptions, SubjectOptions):
     def check(self) -> None:
         """Raise ConfigError at impossible numbers."""
         super().check()
+        self.require("evaluate_texts", 0)
         self.require("effect_texts", 0)
 
 
@@ -105,12 +111,29 @@ def _stages(config: RunConfig) -> dict[str, tuple[ModuleType, Config]]:
         ),
     }
     reports: tuple[Path, ...] = ()
+    if config.evaluate_texts:
+        from lorascope.causal import evaluate
+
+        reports += (out / "evaluation.json",)
+        stages["evaluate"] = (
+            evaluate,
+            evaluate.EvaluateConfig.from_shared(
+                config,
+                data_dir=store,
+                sae=sae,
+                output=reports[0],
+                max_rollouts=config.evaluate_texts,
+                batch_tokens=None,
+                seed=0,
+            ),
+        )
     if config.effect_texts:
         from lorascope.causal import ablate, attribute, direct
 
-        reports = tuple(
+        to_direct, to_ablation, to_attribution = effects = tuple(
             out / "effects" / f"{name}.json" for name in ("direct", "ablation", "attribution")
         )
+        reports += effects
         texts: dict[str, Any] = {
             "data_dir": store,
             "sae": sae,
@@ -119,18 +142,18 @@ def _stages(config: RunConfig) -> dict[str, tuple[ModuleType, Config]]:
         }
         stages["direct"] = (
             direct,
-            direct.DirectConfig.from_shared(config, sae=sae, output=reports[0]),
+            direct.DirectConfig.from_shared(config, sae=sae, output=to_direct),
         )
         stages["ablate"] = (
             ablate,
             ablate.AblateConfig.from_shared(
-                config, output=reports[1], greedy="none", seed=0, **texts
+                config, output=to_ablation, greedy="none", seed=0, **texts
             ),
         )
         stages["attribute"] = (
             attribute,
             attribute.AttributeConfig.from_shared(
-                config, output=reports[2], rollouts_of=index, check_rollouts=1, **texts
+                config, output=to_attribution, rollouts_of=index, check_rollouts=1, **texts
             ),
         )
     page = out / "dashboard.html"
@@ -166,13 +189,30 @@ def _summarize(out: Path) -> dict[str, Any]:
         "features_alive": index["n_alive"],
         "fvu": sae["report"]["fvu"],
         "l0": sae["report"]["l0"],
+        **_recovered(out / "evaluation.json"),
         "page": "dashboard.html",
         "page_bytes": (out / "dashboard.html").stat().st_size,
     }
 
 
+def _recovered(path: Path) -> dict[str, float | None]:
+    """Return the shares of the adapter's effect that the SAE recovers, if they were measured."""
+    from lorascope.causal.report_records import EvaluationReport
+    from lorascope.causal.study import read_report
+
+    if not path.exists():
+        return {}
+    sae = read_report(path, (EvaluationReport,))[0].faithfulness.runs["sae"]
+    generated = None if sae.generated is None else sae.generated.recovered
+    return {"recovered": sae.recovered, "recovered_generated": generated}
+
+
 def _table(summary: dict[str, Any]) -> str:
     """Return the summary as a table to read."""
+    recovered = {
+        "effect recovered": summary.get("recovered"),
+        "of generated tokens": summary.get("recovered_generated"),
+    }
     rows = {
         "rollouts": f"{summary['rollouts']:,}",
         "tokens": f"{summary['tokens']:,}",
@@ -180,6 +220,7 @@ def _table(summary: dict[str, Any]) -> str:
         "features alive": f"{summary['features_alive']:,} of {summary['features']:,}",
         "FVU (held out)": f"{summary['fvu']:.4f}",
         "L0 (held out)": f"{summary['l0']:.2f}",
+        **{name: f"{value:.1%}" for name, value in recovered.items() if value is not None},
         **{f"{name}, seconds": f"{value:.1f}" for name, value in summary["seconds"].items()},
         "page": f"{summary['page_bytes'] / 1e6:.1f} MB",
     }

@@ -22,7 +22,7 @@ number).
 import base64
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -142,7 +142,7 @@ class Payload:
         }
         data = {
             "title": self.title,
-            "facts": facts(index),
+            "facts": facts(index, self.reports.facts()),
             "labels_key": self._labels_key(),
             "n_features": len(index),
             "n_eligible": content.get("n_eligible"),
@@ -410,7 +410,7 @@ def _totals(totals: Any, n: int) -> list[int] | None:
     return [int(total) for total in totals] if known else None
 
 
-def facts(index: FeatureIndex) -> list[list[str]]:
+def facts(index: FeatureIndex, recovered: Sequence[list[str]] = ()) -> list[list[str]]:
     """Return the header's facts as [label, value, definition]; unknown ones are left out."""
     manifest, content = index.manifest, index.content
     settings = manifest.get("settings") or {}
@@ -457,6 +457,7 @@ def facts(index: FeatureIndex) -> list[list[str]]:
             "fraction of the variance that the SAE leaves unexplained",
         ],
         ["L0", value_of("l0"), "average number of features that fire at a token"],
+        *recovered,
         ["lorascope", _fact(manifest.get("version")), "version that wrote the feature index"],
     ]
     return [[label, value, note] for label, value, note in rows if label and value and note]

@@ -54,7 +54,7 @@ class DashboardConfig(Config):
     output: Path = option(Path("sae_dashboard_new.html"), help="HTML file to write", identity=False)
     effects: tuple[Path, ...] = option(
         (),
-        help="reports of ablate, direct and attribute to show with the features",
+        help="reports of evaluate, ablate, direct and attribute to show with the features",
         identity=False,
     )
     title: str = option("LoRA features", help="heading of the page")

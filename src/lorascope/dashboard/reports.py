@@ -1,10 +1,11 @@
 """Reports of effects as columns of the page, next to those of the feature index.
 
-A page takes at most one report of each kind: `ablation` (the effect of removing each feature),
-`direct` (the tokens that it promotes) and `attribution` (at each token of the complete rollouts,
-how far adapter and base differ, and the features behind it). `causal.report_records` checks each
-report by itself. Here it is compared with the index: both must be of the same SAE and, for
-attributions, of the same store, and every feature, token and position must exist.
+A page takes at most one report of each kind: `evaluation` (how much of the adapter the SAE
+recovers), `ablation` (the effect of removing each feature), `direct` (the tokens that it promotes)
+and `attribution` (at each token of the complete rollouts, how far adapter and base differ, and the
+features behind it). `causal.report_records` checks each report by itself. Here it is compared with
+the index: both must be of the same SAE and, for attributions, of the same store, and every feature,
+token and position must exist.
 """
 
 import re
@@ -23,12 +24,13 @@ from lorascope.causal.report_records import (
     AttributedRollout,
     AttributionReport,
     DirectReport,
+    EvaluationReport,
 )
-from lorascope.causal.study import read_report
+from lorascope.causal.study import format_interval, read_report
 from lorascope.errors import ArtifactError
 from lorascope.features.index import FeatureIndex
 
-KINDS = (AblationReport, DirectReport, AttributionReport)
+KINDS = (EvaluationReport, AblationReport, DirectReport, AttributionReport)
 SIDES = ("promoted", "suppressed")
 TARGET = ("adapter", "base", "features", "bias", "unexplained", "special", "other_columns")
 TEXT_COLUMNS = {
@@ -60,6 +62,7 @@ class Reports:
     """The reports of a page, each None if it was not given, and the digests of their manifests."""
 
     n_features: int
+    evaluation: EvaluationReport | None = None
     ablation: AblationReport | None = None
     direct: DirectReport | None = None
     attribution: AttributionReport | None = None
@@ -90,6 +93,30 @@ class Reports:
             reports[report.kind] = report
             parents[f"effects {report.kind}"] = digest_of(manifest)
         return cls(len(index), **reports, parents=parents)
+
+    def facts(self) -> list[list[str]]:
+        """Return what the header says of the evaluation, as [label, value, definition]."""
+        if self.evaluation is None:
+            return []
+        found = self.evaluation.faithfulness
+        sae, constant = found.runs["sae"], found.runs["constant"]
+        what = "share (95 % interval) of the adapter's effect"
+        kept = "kept when each row is replaced by the SAE's reconstruction"
+        same = "kept when each row is replaced by the mean row of its role and template position"
+        shares = [
+            ("Recovered", sae.generated, f"{what} on the tokens that it writes, {kept}"),
+            ("Recovered, all tokens", sae, f"{what} on all tokens that it predicts, {kept}"),
+            ("Constant", constant.generated, f"{what} on the tokens that it writes, {same}"),
+        ]
+        return [
+            [
+                label,
+                f"{share.recovered:.3f} ({format_interval(share.recovered_interval, '.3f')})",
+                note,
+            ]
+            for label, share, note in shares
+            if share is not None and share.recovered is not None
+        ]
 
     def about(self) -> dict[str, Any]:
         """Return what the page says of the reports."""
@@ -191,6 +218,9 @@ def _mismatches(report: Any, index: FeatureIndex) -> Iterator[str]:
             yield "a feature is there twice"
     elif isinstance(report, DirectReport):
         yield from _direct_mismatches(report, index)
+    elif isinstance(report, EvaluationReport):
+        if missing := {"sae", "constant"} - report.faithfulness.runs.keys():
+            yield f"it lacks the run {min(missing)}"
     else:
         yield from _attribution_mismatches(report, index)
 
