@@ -7,6 +7,7 @@ problem is solved when the number after the last answer marker is right.
 
 import json
 import math
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,12 +18,14 @@ import torch
 from torch import Tensor
 
 from lorascope.causal.continuation import Change, continue_prompt
-from lorascope.demo.problems import Problem, answer_of
 from lorascope.runtime import progress
 from lorascope.subject.intervene import RowEditor
 from lorascope.subject.load import Subject
 from lorascope.texts.roles import ROLES
 from lorascope.texts.rollouts import Rollout, load_prompts
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from demo_problems import Problem, answer_of
 
 Rebuild = Callable[[Tensor], Tensor]
 

@@ -196,7 +196,10 @@ def make_all(folder: Path) -> dict[str, Path]:
     from lorascope.activations.store import ActivationStore
     from lorascope.causal import edit, evaluate, steer
     from lorascope.demo.demo import DemoConfig, demo_run
-    from lorascope.demo.problems import write_jsonl
+
+    sys.path.append(str(Path(__file__).parents[1] / "examples"))
+    from demo_problems import write_jsonl
+
     from lorascope.features import export
     from lorascope.sae.model import load_sae
 

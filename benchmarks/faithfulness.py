@@ -11,6 +11,7 @@ answers.
 """
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,13 @@ from lorascope.causal.evaluate import EvaluateConfig
 from lorascope.causal.evaluate import run as evaluate
 from lorascope.causal.study import open_report
 from lorascope.demo.demo import SUBJECT
-from lorascope.demo.problems import make_problem, write_jsonl
 from lorascope.sae.model import load_sae
 from lorascope.sae.settings import TrainConfig
 from lorascope.sae.train import run as train
 from lorascope.subject.load import find_base, inspect_adapter, load_subject, load_tokenizer
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from demo_problems import make_problem, write_jsonl
 
 SETTINGS = ((4, 1.0), (4, 2.0), (4, 4.0), (4, 8.0), (4, 16.0), (1, 4.0), (16, 4.0))
 SUBJECT_OF: dict[str, Any] = {

@@ -22,6 +22,7 @@
 import argparse
 import itertools
 import json
+import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,7 +46,6 @@ from lorascope.causal.gradients import (
     no_weight_gradients,
 )
 from lorascope.demo.demo import SUBJECT
-from lorascope.demo.problems import write_jsonl
 from lorascope.sae.model import SAE, load_sae
 from lorascope.sae.settings import TrainConfig
 from lorascope.sae.train import run as train
@@ -58,6 +58,9 @@ from lorascope.subject.load import (
     load_tokenizer,
 )
 from lorascope.texts.roles import ROLES
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from demo_problems import write_jsonl
 
 LAYERS = {0: 1, 1: 5}  # rank of the down_proj of a layer
 _HIDDEN = 128

@@ -15,6 +15,7 @@ in nats per token: `spliced`; `mean` with every column at its mean; `zero` witho
 
 import argparse
 import statistics
+import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -33,12 +34,14 @@ import lorascope
 from lorascope import GenerateConfig, TrainConfig
 from lorascope.activations.store import ActivationStore
 from lorascope.activations.work_units import load_corpus
-from lorascope.demo.problems import write_jsonl
 from lorascope.sae.model import SAE, load_sae
 from lorascope.subject.adapter import inspect_adapter
 from lorascope.subject.hooks import RowReader
 from lorascope.subject.load import Subject, find_base, load_subject, load_tokenizer
 from lorascope.texts.roles import ROLES
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from demo_problems import write_jsonl
 
 UNITS = ("effect", "std", "rms", "none")
 SUBJECT = Path(lorascope.__file__).parent / "demo" / "subject"

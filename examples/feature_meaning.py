@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from demo_problems import CLASSES, FIELDS, Problem, make_problem
 
 from lorascope import SAE, ActivationStore, load_sae
-from lorascope.demo.problems import CLASSES, FIELDS, Problem, make_problem
 
 Labels = dict[str, npt.NDArray[np.bool_]]
 

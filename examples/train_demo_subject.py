@@ -1,6 +1,6 @@
 """Make lorascope's demo subject from seeds: tokenizer, base model, rank-1 LoRA, and the table.
 
-1. **Texts.** `lorascope.demo.problems` writes the problems. Each stage draws its own range of
+1. **Texts.** `demo_problems.py` writes the problems. Each stage draws its own range of
    the `train` split, and the `eval` split shares no question with it.
 2. **Tokenizer.** A byte-level BPE is trained on the texts; no token holds two digits.
 3. **Base.** A small Qwen2 is trained from scratch on plain documents (with the reasoning trace,
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from demo_problems import KINDS, Problem, answer_of, make_problem
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm
@@ -40,9 +41,6 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen2Tokenizer,
 )
-
-from lorascope.demo.problems import Problem, answer_of, make_problem
-from lorascope.demo.stories import KINDS
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Each digit is a pre-token of its own (with the space before it), so no merge joins two digits.

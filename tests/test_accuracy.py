@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from builders.subjects import load
+from demo_problems import answer_of, make_problem
 
 from lorascope.demo.demo import SUBJECT
-from lorascope.demo.problems import answer_of, make_problem
 
 _FILE = Path(__file__).parent.parent / "benchmarks" / "accuracy.py"
 accuracy = SimpleNamespace(**runpy.run_path(str(_FILE)))

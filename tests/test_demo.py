@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from demo_problems import CLASSES, make_problem
 
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import read_manifest
@@ -16,7 +17,6 @@ from lorascope.causal.study import open_report
 from lorascope.cli import call, verify
 from lorascope.demo import demo
 from lorascope.demo.demo import DemoConfig
-from lorascope.demo.problems import CLASSES, make_problem
 from lorascope.features import collect
 from lorascope.features.collect import CollectConfig
 from lorascope.features.index import FeatureIndex

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from builders.browser import open_browser
+from demo_problems import write_jsonl
 from safetensors.numpy import load_file
 
 from lorascope.activations import generate
@@ -22,7 +23,6 @@ from lorascope.activations.store import ActivationStore
 from lorascope.dashboard import render
 from lorascope.dashboard.render import DashboardConfig
 from lorascope.demo.demo import SUBJECT
-from lorascope.demo.problems import write_jsonl
 from lorascope.features import collect
 from lorascope.features.collect import CollectConfig
 from lorascope.features.index import FeatureIndex

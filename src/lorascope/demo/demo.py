@@ -1,23 +1,28 @@
 """Run every stage on the shipped subject model, offline, and make its page.
 
-1. Write new problems with reasoning traces in the s1 format. The subject was not trained on them.
+1. Unpack problems with reasoning traces in the s1 format. The subject was not trained on them;
+   `examples/demo_problems.py` generated them.
 2. `run` the shipped base model and adapter on them.
 
 In: nothing. Out: a folder with `problems.jsonl` and what `run` makes.
 """
 
+import gzip
 import logging
 import webbrowser
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from lorascope import pipeline
 from lorascope.config import Config, option
-from lorascope.demo.problems import write_jsonl
+from lorascope.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 SUBJECT = Path(__file__).parent / "subject"
+PROBLEMS = Path(__file__).parent / "problems.jsonl.gz"
+N_PROBLEMS = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +30,7 @@ class DemoConfig(Config):
     """Options of `demo`."""
 
     output: Path = option(Path("demo-output"), help="folder to make", identity=False)
-    num_examples: int = option(1000, help="problems to write, and rollouts to read")
+    num_examples: int = option(1000, help="problems to read, at most 2,000")
     effect_texts: int = option(
         4, help="held-out rollouts on which to measure the features' effects; 0 to skip this"
     )
@@ -35,6 +40,10 @@ class DemoConfig(Config):
     def check(self) -> None:
         """Check the ranges of the numbers."""
         self.require("num_examples", 1)
+        if self.num_examples > N_PROBLEMS:
+            raise ConfigError(
+                f"--num-examples is {self.num_examples}, expected {N_PROBLEMS} or fewer"
+            )
         self.require("effect_texts", 0)
 
 
@@ -42,7 +51,8 @@ def run(config: DemoConfig) -> Path:
     """Make the demo's folder and return its page."""
     config.output.mkdir(parents=True, exist_ok=True)
     problems = config.output / "problems.jsonl"
-    write_jsonl(problems, config.num_examples, "demo")
+    with gzip.open(PROBLEMS) as lines:
+        problems.write_bytes(b"".join(islice(lines, config.num_examples)))
     page = pipeline.run(demo_run(problems, config))
     if config.open:
         webbrowser.open(page.resolve().as_uri())

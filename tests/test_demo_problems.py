@@ -1,11 +1,15 @@
+import gzip
 import json
 import re
 from pathlib import Path
 
+import demo_problems as problems
 import pytest
+from demo_problems import CLASSES, FIELDS, SPLITS, answer_of, make_problem, write_jsonl
 
-from lorascope.demo import problems
-from lorascope.demo.problems import CLASSES, FIELDS, SPLITS, answer_of, make_problem, write_jsonl
+from lorascope.demo import demo
+from lorascope.demo.demo import N_PROBLEMS, DemoConfig
+from lorascope.errors import ConfigError
 
 DEMO_0 = "Anna takes 8 eggs for 6 € each."
 EQUATION = re.compile(r"(\d+) ([+−×÷]) (\d+) = (\d+)")
@@ -138,3 +142,12 @@ def test_a_jsonl_file_has_the_s1_fields_and_starts_where_asked(tmp_path: Path):
     assert [row["id"] for row in rows] == ["demo-5", "demo-6", "demo-7"]
     assert rows[0] == make_problem("demo", 5).record()
     assert {*FIELDS, "solution", "answer"} <= set(rows[0])
+
+
+def test_the_shipped_problems_are_those_of_the_generator(tmp_path):
+    write_jsonl(tmp_path / "problems.jsonl", 40, "demo")
+    shipped = gzip.decompress(demo.PROBLEMS.read_bytes()).splitlines(keepends=True)
+    assert b"".join(shipped[:40]) == (tmp_path / "problems.jsonl").read_bytes()
+    assert len(shipped) == N_PROBLEMS
+    with pytest.raises(ConfigError, match="expected 2000 or fewer"):
+        DemoConfig(num_examples=N_PROBLEMS + 1)
