@@ -14,7 +14,14 @@ from builders.tolerance import kl_rounding, rounding
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.ablate import AblateConfig, run
 from lorascope.causal.effects import cross_entropy, kl_divergence
-from lorascope.causal.removals import adapter_parts
+from lorascope.causal.held_out import HeldOut
+from lorascope.causal.removals import (
+    HeldChange,
+    LiveChange,
+    adapter_parts,
+    run_held,
+    run_live,
+)
 from lorascope.causal.study import open_report
 from lorascope.errors import ConfigError
 from lorascope.subject.intervene import RowEditor
@@ -192,6 +199,50 @@ def test_a_feature_is_taken_out_at_the_tokens_of_text_on_which_it_fires(dirs, st
     assert entry["kl_each"] == pytest.approx(total / n_fired, rel=1e-3)
     assert entry["share_here"] == pytest.approx(here / total, rel=1e-3)
     assert entry["kl_random"] > 0
+
+
+@torch.inference_mode()
+def test_what_is_shared_between_runs_changes_numbers_by_rounding_only(dirs, store):
+    """Layers below a change, and tokens before it, are not run again."""
+    held_out = HeldOut(load(dirs[1], dirs[0]), store, np.arange(store.n_rollouts), 64)
+    parts = adapter_parts(store.layout)
+    keep, push = torch.ones(store.d_in), torch.zeros(len(parts[0].sites))
+    live = [
+        change
+        for part in parts
+        for change in (
+            LiveChange((~part.columns).float(), push),
+            LiveChange(part.columns.float(), push),
+            LiveChange(keep, part.sites.float()),
+        )
+    ]
+    with RowEditor(held_out.subject, fast=True) as editor:
+        for batch in held_out.batches(copies=64):
+            fast, plain = (
+                run_live(editor, held_out, batch, live, skip_layers=skip)[0]
+                for skip in (True, False)
+            )
+            same_sums(fast, plain)
+            rows = editor.run(batch.token_ids).rows[0]
+            n = len(rows)
+            held = []
+            for first in (0, n // 2, n - 1, 1, n - 2):
+                changed, where = rows.clone(), torch.zeros(n, dtype=torch.bool)
+                changed[first:, first % store.d_in] = 0
+                where[first] = True
+                held.append(HeldChange(changed, where))
+            fast, plain = (
+                run_held(editor, held_out, batch, rows, held, share_prefix=share)
+                for share in (True, False)
+            )
+            same_sums(fast, plain)
+
+
+def same_sums(fast, plain):
+    for name in ("kl", "special", "here"):
+        for one, other in zip(getattr(fast, name), getattr(plain, name), strict=True):
+            assert one == pytest.approx(other, rel=1e-3, abs=100 * ROUNDED)
+    np.testing.assert_allclose(fast.ce, plain.ce, rtol=1e-3, atol=100 * rounding(N_TERMS, 10))
 
 
 @pytest.mark.slow

@@ -224,3 +224,42 @@ def test_a_gradient_reaches_the_rows_in_every_gauge(subject):
             moved = [editor.run(IDS, held(rows + sign * step)).logits[0, -1, 7] for sign in (1, -1)]
     expected = float(moved[0] - moved[1]) / 2
     assert float((gradient * step).sum()) == pytest.approx(expected, rel=2e-2, abs=2e-6)
+
+
+@torch.inference_mode()
+def test_the_fast_forward_is_pefts_up_to_rounding(subject):
+    halve = lambda _columns, values: values / 2  # noqa: E731
+    push = torch.full((2, len(subject.layout.sites)), 0.3)
+    with RowEditor(subject, seed=3) as editor:
+        plain = [editor.run(BATCH), editor.run(BATCH, halve), editor.run(BATCH, push=push)]
+        rows = plain[0].rows.flip(0)
+        plain.append(editor.run(BATCH, held(rows)))
+        off = editor.base(BATCH)
+    with RowEditor(subject, seed=3, fast=True) as editor:
+        fast = [editor.run(BATCH), editor.run(BATCH, halve), editor.run(BATCH, push=push)]
+        fast.append(editor.run(BATCH, held=rows))
+        assert torch.equal(editor.base(BATCH), off)
+        some = torch.tensor([1, 4])
+        assert_same_up_to_rounding(
+            editor.run(BATCH, held=rows, logits_at=some).logits,
+            fast[3].logits[:, some],
+            n_terms=N_TERMS,
+        )
+    for one, other in zip(fast, plain, strict=True):
+        assert_same_up_to_rounding(one.logits, other.logits, n_terms=N_TERMS)
+    assert_same_up_to_rounding(fast[1].rows, plain[1].rows, n_terms=N_TERMS)
+
+
+@torch.inference_mode()
+def test_the_fast_forward_has_the_gradients_of_pefts(subject):
+    rows = {}
+    for fast in (False, True):
+        with torch.inference_mode(False), RowEditor(subject, fast=fast) as editor:
+            values = editor.run(BATCH).rows.detach()
+            with torch.enable_grad():
+                leaf = values.clone().requires_grad_()
+                given = {"held": leaf} if fast else {"edit": held(leaf)}
+                loss = editor.run(BATCH, **given).logits.log_softmax(-1)[..., 7].sum()
+                (rows[fast],) = torch.autograd.grad(loss, leaf)
+    assert rows[True].abs().max() > 0
+    assert_same_up_to_rounding(rows[True], rows[False], n_terms=10 * N_TERMS)

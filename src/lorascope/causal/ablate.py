@@ -101,7 +101,7 @@ def measure(held_out: HeldOut, config: AblateConfig, sae: "SAE | None" = None) -
     from lorascope.subject.intervene import RowEditor
 
     parts = adapter_parts(held_out.subject.layout)
-    with RowEditor(held_out.subject, seed=config.seed) as editor:
+    with RowEditor(held_out.subject, seed=config.seed, fast=True) as editor:
         study = _Study(editor, held_out, config.seed)
         report = study.remove_parts(parts)
         if config.greedy != "none":

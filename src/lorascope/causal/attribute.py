@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from lorascope.sae.model import SAE
     from lorascope.subject.intervene import RowEditor
 
+_TARGETS = 4  # with one forward pass up to the last of them: more run more tokens after the others
 _MOST_COPIES = 16  # of a rollout in one batch: each keeps its activations for the backward pass
 
 
@@ -95,7 +96,7 @@ def measure(held_out: HeldOut, sae: "SAE", config: AttributeConfig) -> Attributi
     from lorascope.causal.gradients import no_weight_gradients
     from lorascope.subject.intervene import RowEditor
 
-    with RowEditor(held_out.subject) as editor, no_weight_gradients(held_out.subject):
+    with RowEditor(held_out.subject, fast=True) as editor, no_weight_gradients(held_out.subject):
         study = _Study(editor, held_out, sae, config)
         study.compare()
         study.explain()
@@ -183,7 +184,7 @@ class _Study:
         ids, store = batch.token_ids, self.held_out.store
         with torch.no_grad():
             out, base = self.editor.run(ids), self.editor.base(ids)
-            zeroed = self.editor.run(ids, lambda _, values: torch.zeros_like(values)).logits
+            zeroed = self.editor.run(ids, held=torch.zeros_like(out.rows)).logits
             targets = Targets.at(self.config.target, positions, ids, base)
             y, y_base = (
                 targets.values(logits[0, targets.positions - 1]).cpu()
@@ -197,8 +198,9 @@ class _Study:
                 self._remove_each(ids, rows, columns, parts, targets, y) if is_checked else None
             )
         first = int(batch.rows[0, 0]) - self.start[rollout]  # position of the window
-        for group in targets.split(self._n_copies(ids)):
-            along = mean_gradients(self.editor, ids, rows, group, self.config.steps)
+        n_copies = self._n_copies(ids)
+        for group in targets.split(_TARGETS):
+            along = mean_gradients(self.editor, ids, rows, group, self.config.steps, n_copies)
             at_end = mean_gradients(self.editor, ids, rows, group, 0)
             contributions = parts.firing_contributions(along)
             removals = parts.firing_contributions(at_end)
@@ -246,7 +248,7 @@ class _Study:
                 positions = parts.position[firings][:, None]
                 changed[i, positions, torch.from_numpy(columns)] -= written.to(rows.device)
             logits = self.editor.run(
-                ids.expand(len(latents), -1), lambda here, _, changed=changed: changed[..., here]
+                ids.expand(len(latents), -1), held=changed, logits_at=targets.positions - 1
             ).logits
-            lost.append(y - targets.values(logits[:, targets.positions - 1]).cpu())
+            lost.append(y - targets.values(logits).cpu())
         return torch.cat(lost) if lost else torch.zeros(0, len(targets))

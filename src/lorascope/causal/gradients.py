@@ -12,7 +12,7 @@ The rows of a rollout are held (written as given), so that a prediction `y` is a
 3. `RowDecomposition` splits `x·G`: a row is `Σ value · decoder row + bias + unexplained`, so the
    contribution of a feature at a token is `value · (decoder row · G)`.
 
-One backward pass for each target and step gives all features at all tokens.
+One backward pass for each target gives all features at all tokens, at all points of a batch.
 """
 
 from collections.abc import Generator, Iterator
@@ -118,22 +118,24 @@ def mean_gradients(
     rows: Float[Tensor, "seq d_in"],
     targets: Targets,
     steps: int,
+    n_copies: int = 1,
 ) -> Float[Tensor, "target before d_in"]:
     """Return the gradient of each target with respect to the rows, averaged over `steps` points.
 
-    The `before` tokens are those before the last target. Each target has its own copy of the
-    rollout in the batch.
+    The `before` tokens are those before the last target. At most `n_copies` points share a batch:
+    one forward pass for them and all targets, and one backward pass for each target.
     """
-    n = int(targets.positions.max())
-    copies = len(targets)
-    ids, at = token_ids[:, :n].expand(copies, -1), torch.arange(copies)
-    mean = torch.zeros(copies, n, rows.shape[1], device=rows.device)
-    for a, weight in _nodes(steps):
+    n, n_targets = int(targets.positions.max()), len(targets)
+    mean = torch.zeros(n_targets, n, rows.shape[1], device=rows.device)
+    for nodes in torch.tensor(_nodes(steps), device=rows.device).split(n_copies):
+        points, weights = nodes.T
         with torch.enable_grad():
-            leaf = (a * rows[:n]).expand(copies, -1, -1).clone().requires_grad_()
-            logits = editor.run(ids, lambda columns, _, leaf=leaf: leaf[..., columns]).logits
-            y = targets.values(logits[at, targets.positions - 1])
-            mean += weight * torch.autograd.grad(y.sum(), leaf)[0]
+            leaf = (points[:, None, None] * rows[:n]).requires_grad_()
+            ids = token_ids[:, :n].expand(len(leaf), -1)
+            logits = editor.run(ids, held=leaf, logits_at=targets.positions - 1).logits
+            y = weights @ targets.values(logits)
+            for i in range(n_targets):
+                mean[i] = mean[i] + torch.autograd.grad(y[i], leaf, retain_graph=True)[0].sum(0)
     return mean
 
 

@@ -5,13 +5,17 @@
    differ by their changes alone.
 2. A `LiveChange` multiplies what each site reads by `keep` and pushes what it writes; later sites
    respond. A `HeldChange` writes given rows at all sites.
-3. For each change the sums over the rollout's tokens are kept: KL(reference ‖ change), the rise of
+3. Tokens before the first changed row are computed once, for all held changes: changes are sorted
+   by it, and those of a batch start at the first of them, from a cache of the tokens before.
+   Layers below the first live change run once, too: their output is the adapter's, or, where all
+   sites there are removed, the base's.
+4. For each change the sums over the rollout's tokens are kept: KL(reference ‖ change), the rise of
    the loss on the next token, and KL at marked tokens.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +23,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lorascope.causal.effects import cross_entropy, kl_divergence, select_measured
+from lorascope.causal.effects import kl_and_loss, log_probabilities, select_measured
 from lorascope.causal.held_out import SPECIAL, Batch, HeldOut
 from lorascope.sites import PROJECTIONS, SiteLayout
+from lorascope.subject.intervene import Outcome, repeat_cache
 
 if TYPE_CHECKING:
     from lorascope.subject.intervene import RowEditor
 
-T = TypeVar("T")
 _MOST_COPIES = 64  # of a rollout in one batch; more are not faster
 _BLOCKS = {"mlp": PROJECTIONS[:3], "attention": PROJECTIONS[3:]}
 
@@ -110,32 +114,89 @@ class TokenSums:
     special: npt.NDArray[np.float64]
     here: npt.NDArray[np.float64]
 
-    @classmethod
-    def concatenate(cls, parts: "Sequence[TokenSums]") -> "TokenSums":
-        """Return the sums of the changes of several batches, in their order."""
-        names = ("kl", "ce", "special", "here")
-        empty = [np.zeros(0)]
-        return cls(*(np.concatenate([*empty, *(getattr(p, n) for p in parts)]) for n in names))
+    def stacked(self) -> npt.NDArray[np.float64]:
+        """Return the four sums in their order, `(4, n_changes)`."""
+        return np.stack([self.kl, self.ce, self.special, self.here])
 
 
 def run_live(
-    editor: "RowEditor", held_out: HeldOut, batch: Batch, changes: Sequence[LiveChange]
+    editor: "RowEditor",
+    held_out: HeldOut,
+    batch: Batch,
+    changes: Sequence[LiveChange],
+    *,
+    skip_layers: bool = True,
 ) -> tuple[TokenSums, Tensor]:
-    """Return the sums of live changes to one rollout, and the reference logits `(token, vocab)`."""
-    parts, reference = [], torch.empty(0)
-    for chunk in _chunks(changes, n_changed_copies(held_out, batch)):
-        unchanged = LiveChange(torch.ones_like(chunk[0].keep), torch.zeros_like(chunk[0].push))
-        keep = torch.stack([change.keep for change in (unchanged, *chunk)])[:, None]
-        push = torch.stack([change.push for change in (unchanged, *chunk)])
-        ids = batch.token_ids.expand(len(chunk) + 1, -1)
-        logits = editor.run(
-            ids,
-            lambda columns, values, keep=keep: values * keep[..., columns].to(values.device),
-            push=push if push.any() else None,
-        ).logits
-        sums, reference = _compare(logits, held_out, batch, [None] * len(chunk))
-        parts.append(sums)
-    return TokenSums.concatenate(parts), reference
+    """Return the sums of live changes to one rollout, and the reference logits `(token, vocab)`.
+
+    Without `skip_layers` every copy is computed from its first layer: the plain reference.
+    """
+    unchanged = LiveChange(torch.ones_like(changes[0].keep), torch.zeros_like(changes[0].push))
+    removed = LiveChange(0 * unchanged.keep, unchanged.push)
+    ends: list[Outcome] = []  # the adapter and the base
+    if skip_layers:
+        ends = [_run_live(editor, batch, [one], keep_layers=True) for one in (unchanged, removed)]
+    n_layers = min((len(end.layers) for end in ends), default=0)
+    starts, layers = [(0, 0)] * len(changes), torch.empty(0)
+    if n_layers:
+        starts = [_start(change, held_out.subject.layout, n_layers) for change in changes]
+        layers = torch.stack([torch.cat(end.layers) for end in ends])  # (end, layer, seq, d)
+    order = sorted(range(len(changes)), key=lambda i: starts[i][0])
+    size = n_changed_copies(held_out, batch.token_ids.shape[1])
+    sums, reference = np.zeros((4, len(changes))), torch.empty(0)
+    for first in range(0, len(order), size):
+        chunk = order[first : first + size]
+        lowest, above = starts[chunk[0]][0], None
+        if lowest:
+            above = lowest, layers[[0, *(starts[i][1] for i in chunk)], lowest - 1]
+        logits = _run_live(editor, batch, [unchanged, *(changes[i] for i in chunk)], above).logits
+        if lowest and not _same(logits[:1], ends[0].logits):
+            return run_live(editor, held_out, batch, changes, skip_layers=False)
+        sums[:, chunk] = _compare(logits, held_out, batch, [None] * len(chunk)).stacked()
+        if not first:
+            reference = select_measured(logits[:1], batch.mask)
+    return TokenSums(*sums), reference
+
+
+def _run_live(
+    editor: "RowEditor",
+    batch: Batch,
+    changes: Sequence[LiveChange],
+    above: tuple[int, Tensor] | None = None,
+    keep_layers: bool = False,
+) -> Outcome:
+    keep = torch.stack([change.keep for change in changes])[:, None]
+    push = torch.stack([change.push for change in changes])
+    return editor.run(
+        batch.token_ids.expand(len(changes), -1),
+        lambda columns, values: values * keep[..., columns].to(values.device),
+        push=push if push.any() else None,
+        above=above,
+        keep_layers=keep_layers,
+    )
+
+
+def _start(change: LiveChange, layout: SiteLayout, n_layers: int) -> tuple[int, int]:
+    """Return the first layer to run, and 1 if the layers below are the base's, else 0.
+
+    A site outside any layer may be below all of them.
+    """
+    ends = torch.tensor([site.rank for site in layout.sites]).cumsum(0).tolist()
+    first = [n_layers - 1] * 2
+    for site, end, push in zip(layout.sites, ends, change.push.tolist(), strict=True):
+        keep = change.keep[end - site.rank : end]
+        layer = max(site.layer, 0)
+        if push or (keep != 1).any():
+            first[0] = min(first[0], layer)
+        if push or keep.any():
+            first[1] = min(first[1], layer)
+    return max((first[0], 0), (first[1], 1))
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Return whether logits differ by rounding only: not if a layer reads more than the last."""
+    allowed = torch.finfo(one.dtype).eps ** 0.5 * other.abs().max()
+    return bool((one - other).abs().max() <= allowed)
 
 
 def run_held(
@@ -144,41 +205,62 @@ def run_held(
     batch: Batch,
     rows: Tensor,
     changes: Sequence[HeldChange],
+    *,
+    share_prefix: bool = True,
 ) -> TokenSums:
-    """Return the sums of held changes to one rollout; `rows` are the adapter's own."""
-    parts = []
-    for chunk in _chunks(changes, n_changed_copies(held_out, batch)):
-        given = torch.stack([rows, *(change.rows for change in chunk)])
-        ids = batch.token_ids.expand(len(chunk) + 1, -1)
-        logits = editor.run(ids, lambda columns, _, given=given: given[..., columns]).logits
-        parts.append(_compare(logits, held_out, batch, [change.where for change in chunk])[0])
-    return TokenSums.concatenate(parts)
+    """Return the sums of held changes to one rollout; `rows` are the adapter's own.
+
+    Without `share_prefix` every copy is computed from its first token: the plain reference.
+    """
+    n = batch.token_ids.shape[1]
+    firsts = [int(change.where.int().argmax()) if share_prefix else 0 for change in changes]
+    order = sorted(range(len(changes)), key=lambda i: firsts[i])
+    cache = None
+    if max(firsts, default=0) > 0:
+        cache = editor.run(batch.token_ids, held=rows[None], cache=True).cache
+    sums = np.zeros((4, len(changes)))
+    while order:
+        start = firsts[order[0]]
+        size = n_changed_copies(held_out, n - start)
+        chunk, order = order[:size], order[size:]
+        before = repeat_cache(cache, start, len(chunk) + 1) if start else None
+        start = 0 if before is None else start
+        given = torch.stack([rows[start:], *(changes[i].rows[start:] for i in chunk)])
+        ids = batch.token_ids[:, start:].expand(len(chunk) + 1, -1)
+        logits = editor.run(ids, held=given, cache=before).logits
+        where = [changes[i].where for i in chunk]
+        sums[:, chunk] = _compare(logits, held_out, batch, where, start).stacked()
+    return TokenSums(*sums)
 
 
-def n_changed_copies(held_out: HeldOut, batch: Batch) -> int:
-    """Return how many changed copies of a rollout fit in a batch with the reference, at least 1."""
-    return max(1, min(_MOST_COPIES, held_out.batch_tokens // batch.token_ids.shape[1]) - 1)
-
-
-def _chunks(changes: Sequence[T], size: int) -> list[Sequence[T]]:
-    return [changes[first : first + size] for first in range(0, len(changes), size)]
+def n_changed_copies(held_out: HeldOut, n_tokens: int) -> int:
+    """Return how many changed copies fit in a batch with the reference, at least 1."""
+    return max(1, min(_MOST_COPIES, held_out.batch_tokens // n_tokens) - 1)
 
 
 def _compare(
-    logits: Tensor, held_out: HeldOut, batch: Batch, where: Sequence[Tensor | None]
-) -> tuple[TokenSums, Tensor]:
-    """Compare copies 1 and later with copy 0; `where` marks each change's own tokens."""
-    mask = batch.mask
-    targets = batch.targets[mask].to(logits.device)
-    usual = torch.from_numpy(held_out.role_of(batch.measured) != SPECIAL)
-    reference = select_measured(logits[:1], mask)
-    loss = cross_entropy(reference, targets)
+    logits: Tensor,
+    held_out: HeldOut,
+    batch: Batch,
+    where: Sequence[Tensor | None],
+    start: int = 0,
+) -> TokenSums:
+    """Compare copies 1 and later with copy 0, from position `start` on.
+
+    `where` marks each change's own tokens.
+    """
+    mask = batch.mask[0, start:]
+    targets = batch.targets[0, start:][mask].to(logits.device)
+    measured = batch.rows[0, start:][mask].numpy()
+    usual = torch.from_numpy(held_out.role_of(measured) != SPECIAL)
+    at = mask.to(logits.device)
+    reference = log_probabilities(logits[0, at])
+    _, loss = kl_and_loss(reference, logits[0, at], targets)
     sums = np.zeros((4, len(where)))
     for i, marked in enumerate(where):
-        other = select_measured(logits[i + 1 : i + 2], mask)
-        kl = kl_divergence(reference, other).double().cpu()
-        rise = (cross_entropy(other, targets) - loss).double().cpu()
-        here = usual if marked is None else usual & marked.cpu()[mask[0]]
+        kl, rise = kl_and_loss(reference, logits[i + 1, at], targets)
+        kl, rise = kl.double().cpu(), (rise - loss).double().cpu()
+        here = usual if marked is None else usual & marked.cpu()[start:][mask]
         values = kl[usual].sum(), rise[usual].sum(), kl[~usual].sum(), kl[here].sum()
         sums[:, i] = [float(value) for value in values]
-    return TokenSums(*sums), reference
+    return TokenSums(*sums)

@@ -46,8 +46,8 @@ class RowReader:
         ):
             layer = self.subject.causal.get_submodule(site.module)
             keep = self._keeper(index)
-            if self.own_forward and _is_plain(layer):
-                self._replace(layer, _fast_forward(layer, keep))
+            if self.own_forward and is_plain(layer):
+                self._undo.append(replace_forward(layer, _fast_forward(layer, keep)))
             else:
                 handle = module.register_forward_hook(lambda _m, _args, h, keep=keep: keep(h))
                 self._undo.append(handle.remove)
@@ -62,15 +62,6 @@ class RowReader:
         for undo in self._undo:
             undo()
         self._undo.clear()
-
-    def _replace(self, layer: nn.Module, forward: Callable[..., Tensor]) -> None:
-        before = layer.__dict__.get("forward")  # accelerate puts its own there
-        layer.forward = forward
-        self._undo.append(
-            (lambda: layer.__dict__.pop("forward"))
-            if before is None
-            else (lambda: setattr(layer, "forward", before))
-        )
 
     def _keeper(self, index: int) -> _Keep:
         def keep(h: Tensor) -> None:
@@ -113,7 +104,16 @@ class RowReader:
         return torch.cat(parts, dim=1).float()
 
 
-def _is_plain(layer: nn.Module) -> bool:
+def replace_forward(layer: nn.Module, forward: Callable[..., Tensor]) -> Callable[[], None]:
+    """Let a layer run another forward; return what undoes it."""
+    before = layer.__dict__.get("forward")  # accelerate puts its own there
+    layer.forward = forward
+    if before is None:
+        return lambda: layer.__dict__.pop("forward")
+    return lambda: setattr(layer, "forward", before)
+
+
+def is_plain(layer: nn.Module) -> bool:
     """Return whether a layer's output is exactly `base(x) + scale · B(A·x)`."""
     if type(layer) is not LoraLinear or layer.disable_adapters or layer.merged:
         return False

@@ -9,12 +9,16 @@ open:
    `back = unmix(mix)`. A row of zeros then writes exactly nothing.
 3. The rest of the network continues from the new `h`: later sites read the effect of the edit.
 
-This runs PEFT's own forward, not the faster one of `hooks`, because that is the model that users
-run. If a site does not run exactly once for every token, that is an error and never a run without
-its edit: torch silently skips hooks on a module that was compiled before.
+This runs PEFT's own forward, because that is the model that users run. With `fast`, plain LoRA
+layers run `out = base(x) + r'·(scale·B·back)ᵀ` in one pass instead, and held rows are written
+without computing `A·x` at all; the results differ by rounding only. If a site does not run exactly
+once for every token, that is an error and never a run without its edit: torch silently skips hooks
+on a module that was compiled before.
 """
 
+import inspect
 import math
+import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import TracebackType
@@ -23,9 +27,12 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from lorascope.errors import AdapterError
 from lorascope.subject.bottlenecks import unmix
+from lorascope.subject.hooks import is_plain, replace_forward
 from lorascope.subject.load import Subject
 
 __all__ = ["Edit", "Outcome", "RowEditor"]
@@ -38,22 +45,26 @@ site's columns in the row. None leaves the site unchanged."""
 
 
 class Outcome(NamedTuple):
-    """One forward: logits `(batch, seq, vocab)`, rows as read `(batch, seq, d_in)`, the cache."""
+    """One forward: logits `(batch, seq, vocab)`, rows as read `(batch, seq, d_in)`, the cache.
+
+    `layers` are the outputs of the decoder layers, `(batch, seq, d)` each, if they were kept.
+    """
 
     logits: Tensor
     rows: Float[Tensor, "batch seq d_in"]
     cache: Any
+    layers: list[Tensor]
 
 
 class RowEditor:
     """A context in which `run` runs the subject with an edit, and `base` runs it without adapter.
 
     Leaving the context restores the model, also after an error. `seed` decides the directions of
-    `push`.
+    `push`. `fast` leaves PEFT's forward; the runs that are compared must then all be fast.
     """
 
-    def __init__(self, subject: Subject, *, seed: int = 0) -> None:
-        self.subject = subject
+    def __init__(self, subject: Subject, *, seed: int = 0, fast: bool = False) -> None:
+        self.subject, self.fast = subject, fast
         layout = subject.layout
         ends = torch.tensor([site.rank for site in layout.sites]).cumsum(0).tolist()
         self._columns = [
@@ -61,20 +72,31 @@ class RowEditor:
         ]
         self._backs = [None if mix is None else unmix(mix) for mix in subject.mixes]
         self._seed = seed
-        self._handles: list[Any] = []
+        self._undo: list[Callable[[], None]] = []
         self._read: list[list[Tensor]] | None = None  # per site, while running
         self._shape: tuple[int, ...] = ()
         self._edit: Edit | None = None
         self._push: Tensor | None = None
+        self._held: Tensor | None = None
+        self._kept: list[Tensor] | None = None
+        self._above: tuple[int, Tensor] | None = None
+        takes = inspect.signature(subject.causal.forward).parameters
+        self._keeps_logits = "logits_to_keep" in takes
 
     def __enter__(self) -> "RowEditor":
         try:
             for index, (site, read) in enumerate(
                 zip(self.subject.layout.sites, self.subject.sites, strict=True)
             ):
-                write = _lora_b(self.subject, site.module)
-                self._handles.append(read.register_forward_hook(self._at_read(index)))
-                self._handles.append(write.register_forward_hook(self._at_write(index)))
+                layer = self.subject.causal.get_submodule(site.module)
+                if self.fast and is_plain(layer):
+                    self._undo.append(replace_forward(layer, self._fast_forward(index, layer)))
+                    continue
+                write = layer.lora_B[layer.active_adapters[0]]
+                self._undo.append(read.register_forward_hook(self._at_read(index)).remove)
+                self._undo.append(write.register_forward_hook(self._at_write(index)).remove)
+            for index, layer in enumerate(_decoder_layers(self.subject) if self.fast else []):
+                self._undo.append(replace_forward(layer, self._layer_forward(index, layer)))
         except BaseException:
             self._remove()
             raise
@@ -89,19 +111,29 @@ class RowEditor:
         self._remove()
 
     def _remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
 
     def run(
         self,
         token_ids: Int[Tensor, "batch seq"],
         edit: Edit | None = None,
         *,
+        held: Float[Tensor, "batch seq d_in"] | None = None,
         push: Float[Tensor, "batch site"] | None = None,
         cache: Any = None,
+        logits_at: Int[Tensor, "kept"] | None = None,
+        keep_layers: bool = False,
+        above: tuple[int, Float[Tensor, "batch seq d"]] | None = None,
     ) -> Outcome:
         """Run one batch of rollouts with the adapter on and its rows changed by `edit`.
+
+        `held` are rows to write as they are, instead of an edit; they are the outcome's rows then.
+        `logits_at` are the positions whose logits to return; default: all.
+
+        `above` (fast only) is a decoder layer and its input: those below do not run, and the
+        outcome has no rows of theirs. `keep_layers` keeps the outputs that such inputs are.
 
         Rollouts begin at position 0; a shorter one may be padded on the right with any token.
         `push` is a control: it adds a random direction, the same for every token, to what site i
@@ -109,23 +141,87 @@ class RowEditor:
         (True for a new one, or the cache of an earlier outcome) pass only the next tokens. Raises
         AdapterError unless each site ran exactly once, for every token.
         """
+        assert edit is None or held is None
         self._read = [[] for _ in self.subject.sites]
         self._edit, self._push, self._shape = edit, push, tuple(token_ids.shape)
+        if held is not None:
+            self._held = held.to(self.subject.device, torch.float32)
+            self._edit = lambda columns, _: held[..., columns]
+        given: dict[str, Any] = {} if cache in (None, True) else {"past_key_values": cache}
+        self._kept, self._above = [] if keep_layers else None, above
+        if logits_at is not None and self._keeps_logits:
+            given["logits_to_keep"] = logits_at.to(self.subject.device)
         try:
             out = self.subject.causal(
-                input_ids=token_ids.to(self.subject.device),
-                use_cache=cache is not None,
-                **({} if cache in (None, True) else {"past_key_values": cache}),
+                input_ids=token_ids.to(self.subject.device), use_cache=cache is not None, **given
             )
-            return Outcome(out.logits, self._rows(self._read), out.get("past_key_values"))
+            logits = out.logits
+            if logits_at is not None and not self._keeps_logits:
+                logits = logits[:, logits_at.to(logits.device)]
+            rows = self._rows(self._read)
+            rows = rows if held is None else held
+            return Outcome(logits, rows, out.get("past_key_values"), self._kept or [])
         finally:
-            self._read = self._edit = self._push = None
+            self._read = self._edit = self._push = self._held = self._kept = self._above = None
 
     def base(self, token_ids: Int[Tensor, "batch seq"]) -> Tensor:
         """Run one batch of rollouts without the adapter; return the logits."""
         with adapter_off(self.subject):
             out = self.subject.causal(input_ids=token_ids.to(self.subject.device), use_cache=False)
         return out.logits
+
+    def _fast_forward(self, index: int, layer: Any) -> Callable[..., Tensor]:
+        """Return the forward of a plain layer: read, edit and write its row in few passes."""
+        name, own, columns = layer.active_adapters[0], layer.forward, self._columns[index]
+        mix, back = self.subject.mixes[index], self._backs[index]
+        a, b = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
+        read = a if mix is None else mix.to(a) @ a
+        write = b.T * float(layer.scaling[name])
+        write = write.contiguous() if back is None else back.T.to(write) @ write
+        direction = self._direction(index)
+
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if self._read is None:
+                return own(x, *args, **kwargs)  # not in `run`
+            self._require_tokens(index, x.numel() // x.shape[-1])
+            out = layer.base_layer(x, *args, **kwargs)
+            if self._held is not None:
+                values = self._held[..., columns].to(x.device)
+                self._read[index].append(values)
+            else:
+                values = nn.functional.linear(x.to(read.dtype), read).float()
+                values = values.view(*self._shape, -1)
+                self._read[index].append(values)
+                new = None if self._edit is None else self._edit(columns, values)
+                values = values if new is None else new.to(x.device, torch.float32)
+            left = values.expand(*self._shape, -1).reshape(-1, len(write)).to(write.dtype)
+            if self._push is not None or out.dtype != write.dtype:
+                written = left @ write
+                if self._push is not None:
+                    written = self._pushed(index, written, direction)
+                return (out + written.view_as(out)).to(out.dtype)
+            flat = out.view(-1, out.shape[-1])
+            if len(write) == 1:
+                flat.addcmul_(left, write)  # twice as fast as a product with one column
+            else:
+                flat.addmm_(left, write)
+            return out
+
+        return forward
+
+    def _layer_forward(self, index: int, layer: Any) -> Callable[..., Any]:
+        """Return the forward of a decoder layer that can be left out and whose output is kept."""
+        own = layer.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._above is not None and index < self._above[0]:
+                return self._above[1]
+            out = own(*args, **kwargs)
+            if self._kept is not None and isinstance(out, Tensor):
+                self._kept.append(out)
+            return out
+
+        return forward
 
     def _at_read(self, index: int) -> Callable[..., Tensor | None]:
         mix, back = self.subject.mixes[index], self._backs[index]
@@ -154,21 +250,35 @@ class RowEditor:
         return hook
 
     def _at_write(self, index: int) -> Callable[..., Tensor | None]:
-        direction: list[Tensor] = []  # drawn when first needed
+        direction = self._direction(index)
 
         def hook(_module: nn.Module, _args: Any, out: Tensor) -> Tensor | None:
             if self._push is None or self._read is None:
                 return None
-            if not direction:
-                generator = torch.Generator().manual_seed(self._seed * _SITES + index)
-                drawn = torch.randn(out.shape[-1], generator=generator)
-                direction.append((drawn / drawn.norm()).to(out.device, out.dtype))
-            share = self._push[:, index].to(out.device, out.dtype)
-            flat = out.view(*self._shape, -1)
-            norm = flat.norm(dim=-1, keepdim=True)
-            return (flat + share[:, None, None] * norm * direction[0]).view_as(out)
+            return self._pushed(index, out, direction)
 
         return hook
+
+    def _direction(self, index: int) -> Callable[[Tensor], Tensor]:
+        """Return a function to the random direction of a site, which is drawn when first needed."""
+        drawn: list[Tensor] = []
+
+        def direction(like: Tensor) -> Tensor:
+            if not drawn:
+                generator = torch.Generator().manual_seed(self._seed * _SITES + index)
+                one = torch.randn(like.shape[-1], generator=generator)
+                drawn.append((one / one.norm()).to(like.device, like.dtype))
+            return drawn[0]
+
+        return direction
+
+    def _pushed(self, index: int, written: Tensor, direction: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return what a site writes, with the push of its copy added."""
+        assert self._push is not None
+        share = self._push[:, index].to(written.device, written.dtype)
+        flat = written.view(*self._shape, -1)
+        norm = flat.norm(dim=-1, keepdim=True)
+        return (flat + share[:, None, None] * norm * direction(flat)).view_as(written)
 
     def _require_tokens(self, index: int, n_tokens: int) -> None:
         expected = math.prod(self._shape)
@@ -179,13 +289,19 @@ class RowEditor:
             )
 
     def _rows(self, read: list[list[Tensor]]) -> Tensor:
-        for site, values in zip(self.subject.layout.sites, read, strict=True):
+        lowest = -1 if self._above is None else self._above[0]
+        ran = [
+            (site, values)
+            for site, values in zip(self.subject.layout.sites, read, strict=True)
+            if not 0 <= site.layer < lowest
+        ]
+        for site, values in ran:
             if len(values) != 1:
                 raise AdapterError(
                     f"lora_A of {site.module} ran {len(values)} times in one forward, expected 1; "
                     "if the model was compiled, load it again"
                 )
-        return torch.cat([values[0].to(self.subject.device) for values in read], dim=-1)
+        return torch.cat([values[0].to(self.subject.device) for _, values in ran], dim=-1)
 
 
 @contextmanager
@@ -205,6 +321,34 @@ def adapter_off(subject: Subject) -> Generator[None]:
             parameter.requires_grad_(flag)
 
 
-def _lora_b(subject: Subject, path: str) -> nn.Module:
-    layer = subject.causal.get_submodule(path)
-    return layer.lora_B[layer.active_adapters[0]]
+def _decoder_layers(subject: Subject) -> list[nn.Module]:
+    """Return the decoder layers that the layout counts; none if they are in several lists."""
+    paths = {
+        (site.module[: match.start()], site.layer)
+        for site in subject.layout.sites
+        if site.layer >= 0
+        for match in [re.search(rf"\.{site.layer}\.", site.module)]
+        if match
+    }
+    stacks = {path for path, _ in paths}
+    if len(stacks) != 1:
+        return []
+    stack = subject.causal.get_submodule(stacks.pop())
+    return list(stack) if isinstance(stack, nn.ModuleList) else []
+
+
+def repeat_cache(cache: Any, n_tokens: int, copies: int) -> Any:
+    """Return the cache of the first tokens of one rollout for some copies of it.
+
+    None if the model's cache cannot be cut, as with sliding windows and recurrent layers.
+    """
+    layers = getattr(cache, "layers", None)
+    if not layers or any(type(layer) is not DynamicLayer for layer in layers):
+        return None
+    new = DynamicCache()
+    for index, layer in enumerate(layers):
+        keys, values = (
+            x[:, :, :n_tokens].expand(copies, -1, -1, -1) for x in (layer.keys, layer.values)
+        )
+        new.update(keys, values, index)
+    return new
