@@ -269,7 +269,7 @@ def test_every_shell_gets_every_command_and_every_flag():
             flag = f"'__fish_seen_subcommand_from {name}' -l {option.replace('_', '-')} "
             assert flag in scripts["fish"]
     assert scripts["zsh"].startswith("autoload -U +X bashcompinit")
-    assert "-l normalize -x -a 'effect std rms none'" in scripts["fish"]
+    assert "-l normalize -x -a 'std none'" in scripts["fish"]
 
 
 def test_the_page_of_commands_is_up_to_date():

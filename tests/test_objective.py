@@ -1,14 +1,12 @@
 import numpy as np
 import pytest
 import torch
-from builders.stores import layout_of
 
-from lorascope.errors import ArtifactError, ConfigError, NumberError
+from lorascope.errors import ArtifactError, NumberError
 from lorascope.sae.metrics import ColumnMoments
 from lorascope.sae.objective import AUX_ROWS, Weights, column_scale, initial_weights, objective
 from lorascope.sae.sparsity import Rule
 from lorascope.sae.trainer import Trainer, schedule
-from lorascope.sites import PROJECTIONS, Site, SiteLayout
 
 AUX = {"k_aux": 3, "auxk_alpha": 1 / 32}
 
@@ -172,13 +170,13 @@ def test_the_learning_rate_rises_then_falls_to_zero():
     assert schedule(0, 1, 0) == 1.0
 
 
-@pytest.mark.parametrize("normalize", ["effect", "std", "rms", "none"])
+@pytest.mark.parametrize("normalize", ["std", "none"])
 def test_columns_over_four_orders_of_magnitude_get_mean_variance_1(normalize):
     rows = torch.randn(500, 14, generator=torch.Generator().manual_seed(0)) + 0.5
     rows = rows * torch.logspace(-2, 2, 14)
     rows[:, 3], rows[:, 5] = 0.0, 8.0
     moments = ColumnMoments.from_blocks([rows])
-    scale = column_scale(normalize, layout_of(), moments)
+    scale = column_scale(normalize, moments)
     assert scale[3] == scale[5] == 0.0
     used = scale > 0
     variance = (scale * moments.std) ** 2
@@ -187,44 +185,20 @@ def test_columns_over_four_orders_of_magnitude_get_mean_variance_1(normalize):
         assert np.allclose(variance[used], 1.0)
     if normalize == "none":
         assert np.ptp(scale[used]) == 0.0
-    if normalize == "effect":
-        ratio = scale[used] / layout_of().effect_scale[used]
-        assert np.allclose(ratio, ratio[0])
 
 
-def test_std_and_effect_do_not_see_how_a_and_b_share_their_size():
+def test_std_does_not_see_how_a_and_b_share_their_size():
     rows = torch.randn(300, 14, generator=torch.Generator().manual_seed(0))
     factor = np.logspace(-2, 2, 14)
-
-    def layout(b_norms):
-        sites = zip(layout_of().sites, b_norms, strict=True)
-        return SiteLayout.from_sites(
-            [Site(layer=s.layer, projection=s.projection, b_norms=(b,)) for s, b in sites]
-        )
-
-    for normalize in ("std", "effect"):
-        before = column_scale(normalize, layout(np.ones(14)), ColumnMoments.from_blocks([rows]))
-        moments = ColumnMoments.from_blocks([(rows.double() * torch.from_numpy(factor)).float()])
-        after = column_scale(normalize, layout(1 / factor), moments)
-        assert np.allclose(before, after * factor, rtol=1e-5)
+    before = column_scale("std", ColumnMoments.from_blocks([rows]))
+    moments = ColumnMoments.from_blocks([(rows.double() * torch.from_numpy(factor)).float()])
+    after = column_scale("std", moments)
+    assert np.allclose(before, after * factor, rtol=1e-5)
 
 
-def test_a_column_that_writes_nothing_is_left_out_of_effect_units():
-    sites = [Site(layer=i, projection="q_proj", b_norms=(float(i),)) for i in range(3)]
-    moments = ColumnMoments.from_blocks(
-        [torch.randn(9, 3, generator=torch.Generator().manual_seed(0))]
-    )
-    scale = column_scale("effect", SiteLayout.from_sites(sites), moments)
-    assert (scale > 0).tolist() == [False, True, True]
-
-
-def test_units_that_cannot_be_had_are_refused():
-    moments = ColumnMoments.from_blocks([torch.randn(9, 7)])
-    unknown = SiteLayout.from_sites([Site(layer=0, projection=name) for name in PROJECTIONS])
-    with pytest.raises(ConfigError, match="needs the norms of B"):
-        column_scale("effect", unknown, moments)
+def test_a_store_whose_columns_are_all_constant_is_refused():
     with pytest.raises(ArtifactError, match="every column of the store is constant"):
-        column_scale("std", unknown, ColumnMoments.from_blocks([torch.ones(9, 7)]))
+        column_scale("std", ColumnMoments.from_blocks([torch.ones(9, 7)]))
 
 
 def test_folded_weights_give_the_same_reconstruction_of_raw_rows():

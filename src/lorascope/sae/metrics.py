@@ -79,11 +79,6 @@ class ColumnMoments:
         """Standard deviation."""
         return np.where(self.constant, 0.0, np.sqrt(self.spread / self.n))
 
-    @property
-    def rms(self) -> Columns:
-        """Root of the mean square."""
-        return np.sqrt(np.square(self.mean) + np.square(self.std))
-
 
 def fvu(residual: Columns, spread: Columns, scale: Columns | float = 1.0) -> float | None:
     """Return `sum |x - x_hat|^2 / sum |x - mean(x)|^2`, columns in units of `scale`.

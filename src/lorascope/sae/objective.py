@@ -29,10 +29,9 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from lorascope.errors import ArtifactError, ConfigError
+from lorascope.errors import ArtifactError
 from lorascope.sae.metrics import ColumnMoments, Columns
 from lorascope.sae.sparsity import Rule, choose
-from lorascope.sites import SiteLayout
 
 LEAST_SPREAD = 1e-4  # least spread of a batch per number: equal rows have none
 AUX_ROWS = 4  # aux-k uses one row in this many
@@ -210,35 +209,19 @@ class _Step(torch.autograd.Function):
         return None, -(grad * near).sum(0) / JUMP_WIDTH
 
 
-def column_scale(normalize: str, layout: SiteLayout, moments: ColumnMoments) -> Columns:
+def column_scale(normalize: str, moments: ColumnMoments) -> Columns:
     """Return the factor of each raw column, `(d_in,)`, so that the mean variance is 1.
 
-    - `std`: every column has variance 1. The default: like `effect` it stays the same if A is
-      multiplied and B divided by a number, and no column can drown the others.
-    - `effect`: a column is weighted by what its site writes, `scale * |B column|`.
-    - `rms`: a column is divided by its root mean square; one far from zero then varies little.
+    - `std`: every column has variance 1. The default: it stays the same if A is multiplied and B
+      divided by a number, and no column can drown the others.
     - `none`: raw columns.
 
-    A column that is constant, or with `effect` writes nothing, gets 0. Raises ConfigError for
-    `effect` if the store does not know B, ArtifactError if all columns get 0.
+    A column that is constant gets 0. Raises ArtifactError if all are.
     """
-    if normalize == "effect" and not all(site.b_norms for site in layout.sites):
-        raise ConfigError(
-            "--normalize effect needs the norms of B, which stores of the published scripts lack; "
-            "use --normalize std"
-        )
-    factor: dict[str, Columns] = {
-        "std": _inverse(moments.std),
-        "rms": _inverse(moments.rms),
-        "effect": layout.effect_scale,
-        "none": np.ones(layout.d_in),
-    }
-    scale = np.where(moments.constant, 0.0, factor[normalize])
-    if not scale.any():
+    if moments.constant.all():
         raise ArtifactError("every column of the store is constant, so there is nothing to learn")
-    variance = np.square(scale * moments.std)[scale > 0].mean()
-    return scale / math.sqrt(variance)
-
-
-def _inverse(values: Columns) -> Columns:
-    return np.divide(1.0, values, out=np.zeros_like(values), where=values > 0)
+    factor = np.where(moments.constant, 0.0, 1.0)
+    if normalize == "std":
+        factor = np.divide(factor, moments.std, out=factor, where=~moments.constant)
+    variance = np.square(factor * moments.std)[factor > 0].mean()
+    return factor / math.sqrt(variance)

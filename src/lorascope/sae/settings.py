@@ -51,11 +51,10 @@ class TrainOptions(Config):
         help="seed of the first weights, the split and the shuffle; with several seeds the first "
         "one splits and shuffles, and each latent gets its stability across them",
     )
-    normalize: Literal["effect", "std", "rms", "none"] = option(
+    normalize: Literal["std", "none"] = option(
         "std",
-        help="what a column is divided by before training: its standard deviation (std), its root "
-        "mean square (rms) or nothing (none); or it is multiplied by the norm of what it writes "
-        "(effect)",
+        help="what a column is divided by before training: its standard deviation (std) or nothing "
+        "(none)",
     )
     roles: tuple[str, ...] = option(
         ROLES, help="roles of the tokens to train on; special: special tokens, template headers"

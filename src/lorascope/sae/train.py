@@ -135,10 +135,10 @@ def _prepare(
     moments = ColumnMoments.from_blocks(read_blocks(store, plan.rows))
     for _ in read_blocks(store, held_out):
         pass  # raises now, not after training, if a value is not finite
-    scale = column_scale(config.normalize, store.layout, moments)
+    scale = column_scale(config.normalize, moments)
     if left_out := [store.layout.column_names[i] for i in np.flatnonzero(scale == 0)]:
         log.warning(
-            "%d of %d columns are constant, or write nothing, and are left out: %s",
+            "%d of %d columns are constant and are left out: %s",
             len(left_out),
             store.d_in,
             ", ".join(left_out[:20]),
