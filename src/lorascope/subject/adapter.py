@@ -2,7 +2,8 @@
 
 Nothing here needs torch, PEFT or the base model. `inspect_adapter` rejects files that hold no LoRA,
 empty tensors or a pickle. The other functions answer questions about the files in one place: which
-tensors belong to which module, which of them give no row per token, what `scale` is.
+tensors belong to which module, which of them give no row per token, what `scale` is, what else an
+adapter changes.
 """
 
 import hashlib
@@ -199,6 +200,43 @@ def unsupported_reason(config: dict[str, Any]) -> str | None:
         if why and config.get(key)
     ]
     return reasons[0] if reasons else None
+
+
+def changes_outside_lora(adapter: Adapter) -> tuple[str, ...]:
+    """Name what an adapter changes besides LoRA: trained modules, tokens, embeddings, biases.
+
+    Rows do not show these changes, so rows explain only a part of such a fine-tune.
+    """
+    modules = lora_tensors(adapter.shapes)
+    lora = {name for parts in modules.values() for name in parts.values()}
+    saved = [str(name) for name in adapter.config.get("modules_to_save") or []]
+    changes: dict[str, None] = {}  # a set that keeps its order
+    n_biases = 0
+    for name in sorted(adapter.shapes.keys() - lora):
+        path, _, last = base_path(name).rpartition(".")
+        trained = _trained_module(path, saved)
+        if last == "trainable_tokens_delta" or "trainable_tokens_delta." in f"{path}.":
+            module = path.partition(".token_adapter")[0]
+            changes[f"{adapter.shapes[name][0]} trained tokens of {module}"] = None
+        elif trained:
+            changes[f"trained module {trained}"] = None
+        elif last == "bias":
+            n_biases += 1
+        else:
+            changes[f"saved weights of {path.removesuffix('.base_layer')}"] = None
+    if n_biases:
+        changes[f"biases of {n_biases} modules"] = None
+    n_lora_biases = sum("lora_B.bias" in parts for parts in modules.values())
+    if n_lora_biases:
+        changes[f"lora_B biases of {n_lora_biases} modules"] = None
+    return tuple(changes)
+
+
+def _trained_module(path: str, saved: list[str]) -> str | None:
+    """Return the module of `modules_to_save` that holds a tensor. PEFT compares path endings."""
+    parts = path.split(".")
+    above = (".".join(parts[: i + 1]) for i in range(len(parts)))
+    return next((module for module in above if module.endswith(tuple(saved))), None)
 
 
 class TensorFile:

@@ -30,12 +30,12 @@ from lorascope.subject.adapter import (
     CONFIG,
     WEIGHTS,
     Adapter,
+    changes_outside_lora,
     inspect_adapter,
     lora_kind,
 )
 from lorascope.subject.attach import attach, resize_embeddings
 from lorascope.subject.bottlenecks import Bottleneck, find_bottlenecks, make_layout, probe
-from lorascope.subject.inventory import changes_outside_lora
 
 __all__ = [
     "CONFIG",
