@@ -37,14 +37,9 @@ OPTION_GROUPS = {  # the groups of `--help` with the options of all commands, mo
     "port".split(),
     "run": "device num_gpus batch_tokens seed resume checkpoint_every".split(),
 }
-ALIASES = {  # other names of an option: those of the published scripts, and earlier ones
+ALIASES = {  # other names of an option: those of the published scripts
     "sae": ("model_path",),
     "output": ("output_dir", "output_path"),
-    "same_context": ("alike",),
-    "rollout_tokens": ("text_tokens",),
-    "rollouts_of": ("texts_of",),
-    "positions": ("places",),
-    "check_rollouts": ("check_texts",),
 }
 
 

@@ -12,12 +12,11 @@ import json
 import re
 import subprocess
 import sys
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from lorascope.activations.shards import Rows, Shard, Vocabulary
 from lorascope.artifact import digest_of
@@ -85,11 +84,13 @@ def open_published(path: Path) -> Published:
         Shard(
             path=file,
             n_rows=header[0],
-            token_ids=_InMemory(np.array([ids[text] for text in texts[number]], np.int32)),
-            roles=_InMemory(np.full(header[0], ROLES.index("text"), np.uint8)),
+            token_ids=partial(
+                np.asarray, np.array([ids[text] for text in texts[number]], np.int32)
+            ),
+            roles=partial(np.asarray, np.full(header[0], ROLES.index("text"), np.uint8)),
             rollout_start=np.array([0, header[0]], np.int64),
             rollout_id=np.array([number], np.int64),
-            read=_Gzipped(file, tuple(order), (header[0], n_layers, len(types))),
+            read=partial(_read_rows, file, tuple(order), (header[0], n_layers, len(types))),
         )
         for (number, file), header in zip(files, headers, strict=True)
     ]
@@ -104,31 +105,9 @@ def open_published(path: Path) -> Published:
     )
 
 
-class _InMemory:
-    """An array that is in memory."""
-
-    def __init__(self, values: npt.NDArray[Any]) -> None:
-        self.values = values
-
-    def __call__(self) -> npt.NDArray[Any]:
-        return self.values
-
-
-class _Gzipped:
-    """The rows of one published file, `(n_tokens, n_layers * n_adapters)`; 64 files are cached.
-
-    `shape` is the shape that the probe found.
-    """
-
-    def __init__(self, path: Path, order: tuple[int, ...], shape: tuple[int, int, int]) -> None:
-        self.path, self.order, self.shape = path, order, shape
-
-    def __call__(self) -> Rows:
-        return _read_rows(self.path, self.order, self.shape)
-
-
 @lru_cache(maxsize=64)
 def _read_rows(path: Path, order: tuple[int, ...], shape: tuple[int, int, int]) -> Rows:
+    """Return the rows of one file, `(n_tokens, n_layers * n_adapters)`, if it still has `shape`."""
     import h5py
 
     with h5py.File(path, "r", locking=False) as file:
