@@ -8,7 +8,8 @@
    positions. A share of the latents is dead.
 3. Some of the trigger's positions are chosen: the strongest as examples, others as samples of each
    fifth of the values. A latent's value at a row depends only on latent and row, so overlapping
-   windows and whole texts agree.
+   windows and whole texts agree. Some latents fire at special tokens too, a few mostly so
+   or nowhere else.
 4. Statistics are drawn so that they add up. Decoder neighbours come from planted clusters of about
    30 latents.
 
@@ -25,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorascope.artifact import make_manifest
-from lorascope.features.arrays import KIND, SCHEMA
+from lorascope.features.arrays import KIND, SCHEMA, WINDOWS
 from lorascope.features.index import FeatureIndex
 from lorascope.sites import PROJECTIONS, Site, SiteLayout
 from lorascope.texts.roles import ROLES
@@ -39,6 +40,7 @@ CLUSTER = 30  # latents of a planted cluster, about
 _VOCABULARY = 8000
 _PHRASES = 20_000
 _FIFTHS = 5
+_AT_SPECIAL = 3  # examples of a latent at special tokens
 _NEAR = 10  # neighbours of a latent
 _RANKED = 8
 _SPLIT = 400  # place in the vocabulary of the characters that are two tokens each
@@ -74,7 +76,7 @@ class Firings(NamedTuple):
         luck = _mixed(latent, row)
         fires = (on_trigger | (near & (luck < 0.2))) & self.corpus.eligible[row]
         value = np.where(fires, self.largest[latent] * (0.02 + 0.4 * luck), 0)
-        maybe = np.flatnonzero(fires & on_trigger)
+        maybe = np.flatnonzero(np.where(self.corpus.eligible[row], on_trigger, True))
         wanted = latent[maybe] * len(self.corpus.token) + row[maybe]
         at = np.minimum(np.searchsorted(self.key, wanted), max(len(self.key) - 1, 0))
         known = self.key[at] == wanted if len(self.key) else np.zeros(len(maybe), dtype=bool)
@@ -146,7 +148,9 @@ def synthetic(
         "top_k": n_examples,
         "context_window": context,
         "roles": list(ROLES),
-        "n_by_role": np.bincount(corpus.role[eligible], minlength=len(ROLES)).tolist(),
+        "n_special": int((~eligible).sum()),
+        "n_template": int((latents["latent_n_special"] > latents["latent_n_active"]).sum()),
+        "n_by_role": np.bincount(corpus.role, minlength=len(ROLES)).tolist(),
         "n_by_position": np.bincount(tenth[eligible], minlength=10).tolist(),
     }
     manifest = make_manifest(
@@ -217,8 +221,9 @@ def _chosen(
     trigger = np.searchsorted(share, rng.random(n) * share[-1], side="right").astype(np.int64)
     largest = np.where(alive, rng.lognormal(1, 0.7, n), 0).astype(np.float32)
 
+    of_text = alive & (np.arange(n) % 32 != 19)  # these fire at special tokens alone
     # An even draw of the trigger's places without repetition, then in any order.
-    wanted = np.minimum(count[trigger], n_examples + _FIFTHS * per_fifth) * alive
+    wanted = np.minimum(count[trigger], n_examples + _FIFTHS * per_fifth) * of_text
     owner = np.repeat(np.arange(n), wanted)
     nth = _nth(wanted)
     of = count[trigger[owner]]
@@ -233,33 +238,45 @@ def _chosen(
     fifth = (_FIFTHS - 1 - (nth - n_examples) % _FIFTHS).astype(np.int8)
     part = np.where(is_example, 0.5 + 0.5 * np.exp(-fall), (fifth + rng.random(len(owner))) * 0.1)
     value = np.maximum(largest[owner] * part, 1e-3).astype(np.float32)
-    key = owner * n_rows + row
+    n_active = np.where(of_text, count[trigger] + rng.binomial(count[trigger], 0.1), 0)
+    heads = np.flatnonzero(~corpus.eligible)
+    n_special = np.where(np.arange(n) % 16 == 3, n_active + _AT_SPECIAL, n_active // 8)
+    n_special = np.minimum(n_special, len(heads)) * alive
+    at_special = np.minimum(n_special, _AT_SPECIAL)
+    owners, rank = np.repeat(np.arange(n), at_special), _nth(at_special)
+    rows = heads[rank * len(heads) // _AT_SPECIAL]
+    values = (largest[owners] * (0.9 - 0.2 * rank)).astype(np.float32)
+    key = np.concatenate([owner, owners]) * n_rows + np.concatenate([row, rows])
     order = np.argsort(key)
-    firings = Firings(corpus, trigger, largest, key[order], value[order])
+    firings = Firings(corpus, trigger, largest, key[order], np.concatenate([value, values])[order])
 
     e = np.flatnonzero(is_example)
     e = e[np.lexsort((row[e], -value[e], owner[e]))]
     s = np.flatnonzero(~is_example)
     s = s[np.lexsort((row[s], -fifth[s], owner[s]))]
-    rollout = np.searchsorted(corpus.start, row, side="right") - 1
     chosen: dict[str, Any] = {}
-    for name, at in (("example", e), ("sample", s)):
+    for name, of, row_of, value_of in (
+        ("example", owner[e], row[e], value[e]),
+        ("sample", owner[s], row[s], value[s]),
+        ("special", owners, rows, values),
+    ):
+        rollout = np.searchsorted(corpus.start, row_of, side="right") - 1
         chosen |= {
-            f"{name}_latent": owner[at],
-            f"{name}_offset": _offset(owner[at], n),
-            f"{name}_value": value[at],
-            f"{name}_row": row[at],
-            f"{name}_rollout": rollout[at],
-            f"{name}_position": row[at] - corpus.start[rollout[at]],
+            f"{name}_latent": of,
+            f"{name}_offset": _offset(of, n),
+            f"{name}_value": value_of,
+            f"{name}_row": row_of,
+            f"{name}_rollout": rollout,
+            f"{name}_position": row_of - corpus.start[rollout],
         }
     chosen["example_n_alike"] = 1 + rng.geometric(0.5, len(e)) * (rng.random(len(e)) < 0.2)
     chosen["sample_quantile"] = fifth[s]
-    n_active = np.where(alive, count[trigger] + rng.binomial(count[trigger], 0.1), 0)
-    return _statistics(rng, corpus, n_active, largest), chosen, firings
+    largest = np.where(of_text, largest, 0).astype(np.float32)
+    return _statistics(rng, corpus, n_active, n_special, largest), chosen, firings
 
 
 def _statistics(
-    rng: np.random.Generator, corpus: Corpus, n_active: Ints, largest: Floats
+    rng: np.random.Generator, corpus: Corpus, n_active: Ints, n_special: Ints, largest: Floats
 ) -> dict[str, Any]:
     n, n_rollouts = len(n_active), len(corpus.start) - 1
     eligible = corpus.eligible
@@ -276,9 +293,11 @@ def _statistics(
         total = np.bincount(group[eligible], minlength=len(ROLES) if name == "role" else 10)
         lean = total * rng.lognormal(0, 0.8 if name == "role" else 0.4, (n, len(total)))
         by[name] = rng.multinomial(n_active, _shares(lean))
+    by["role"][:, ROLES.index("special")] = n_special
     mean = largest * rng.uniform(0.2, 0.6, n)
     return {
         "latent_n_active": n_active,
+        "latent_n_special": n_special,
         "latent_max": largest,
         "latent_mean": mean,
         "latent_std": mean * rng.uniform(0.2, 0.8, n),
@@ -295,8 +314,7 @@ def _windows(firings: Firings, chosen: dict[str, Any], context: int) -> dict[str
     """Return `window_*`, and latent and row of each window token that fires."""
     corpus = firings.corpus
     row, latent = (
-        np.concatenate([chosen[f"{kind}_{name}"] for kind in ("example", "sample")])
-        for name in ("row", "latent")
+        np.concatenate([chosen[f"{kind}_{name}"] for kind in WINDOWS]) for name in ("row", "latent")
     )
     rollout = np.searchsorted(corpus.start, row, side="right") - 1
     begin = np.maximum(row - context, corpus.start[rollout])

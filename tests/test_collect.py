@@ -94,15 +94,48 @@ def test_statistics_are_those_of_the_dense_code_on_eligible_tokens(made):
     assert index.content["n_alive"] == (fires.sum(0) > 0).sum()
 
 
-def test_special_tokens_are_never_chosen(make_store, tmp_path):
+def test_special_tokens_are_apart_from_text(make_store, tmp_path):
     rows = np.random.default_rng(0).standard_normal((240, 14)).astype(np.float32)
     rows[::40] *= 100  # a beginning-of-text token that is louder than everything
     store = make_store(rows)
-    make_sae(tmp_path / "sae")
+    sae = make_sae(tmp_path / "sae")
     out = collect.run(
         CollectConfig(sae=tmp_path / "sae", data_dir=store.path, output=tmp_path / "f.h5")
     )
-    assert not np.isin(FeatureIndex.open(out).example_row, np.arange(0, 240, 40)).any()
+    index = FeatureIndex.open(out)
+    verify(index)
+    for name in ("example", "sample"):
+        assert store.eligible[getattr(index, f"{name}_row")].all()
+    assert not store.eligible[index.special_row].any()
+    fires = dense_code(store, sae)[~store.eligible] > 0
+    assert index.latent_n_special.tolist() == fires.sum(0).tolist()
+    assert index.content["n_special"] == len(fires) == 6
+    for latent in np.flatnonzero(fires.any(0)).tolist():
+        (best, *_), stats = index[latent].at_special, index.stats(latent)
+        assert best.value > max([e.value for e in index[latent].examples], default=0)
+        assert best.token_ids[best.target] == 0
+        assert stats.n_special == fires[:, latent].sum()
+        assert stats.by_role["special"] == fires[:, latent].mean()
+
+
+def test_a_latent_that_fires_at_special_tokens_alone_is_a_template_feature(make_store, tmp_path):
+    rows = np.full((240, 14), -1e3, np.float32)
+    rows[::40] = 1e3
+    store = make_store(rows)
+    make_sae(tmp_path / "sae")
+    index = FeatureIndex.open(
+        collect.run(
+            CollectConfig(sae=tmp_path / "sae", data_dir=store.path, output=tmp_path / "f.h5")
+        )
+    )
+    verify(index)
+    (at_both,) = np.unique(index.latent_n_active[index.latent_n_special > 0])
+    here = np.flatnonzero(index.latent_n_special).tolist()
+    assert at_both == 0
+    assert len(here) == index.content["n_template"] > 3
+    assert index.content["n_alive"] == len(here) + (index.latent_n_active > 0).sum()
+    assert all(index.stats(latent).is_template for latent in here)
+    assert (index.near_decoder[here] >= 0).any(axis=1).all()
 
 
 @pytest.fixture(scope="module")
@@ -180,11 +213,13 @@ def test_an_sae_of_some_projections_reads_a_store_of_all(make_store, tmp_path):
     assert index.latent_max.tolist() == code[store.eligible].amax(0).tolist()
 
 
-def test_a_store_of_special_tokens_only_is_refused(make_store, tmp_path):
+def test_a_store_without_the_wanted_roles_is_refused(make_store, tmp_path):
     store = make_store(n_special=40)
     make_sae(tmp_path / "sae")
-    config = CollectConfig(sae=tmp_path / "sae", data_dir=store.path, output=tmp_path / "f.h5")
-    with pytest.raises(DatasetError, match="no token that counts"):
+    config = CollectConfig(
+        sae=tmp_path / "sae", data_dir=store.path, output=tmp_path / "f.h5", roles=("think", "user")
+    )
+    with pytest.raises(DatasetError, match="none of its 240 tokens has the role think or user"):
         collect.run(config)
 
 

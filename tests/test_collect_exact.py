@@ -66,7 +66,7 @@ def best_by_sorting(store, code, latent, k, per_rollout, collapse):
 def test_examples_are_those_of_the_definition(tmp_path, monkeypatch, per_rollout, same_context):
     cut_at(monkeypatch, 1)
     words = np.tile(np.arange(1, 8), 40)[:40]  # the same words again and again in every rollout
-    store = store_of_ties(tmp_path / "store", token_ids=np.tile(words, 6))
+    store = store_of_ties(tmp_path / "store", token_ids=np.tile(words, 6), n_special=6)
     sae = make_sae(tmp_path / "sae", threshold=0.5)
     index = made(
         store,
@@ -78,10 +78,14 @@ def test_examples_are_those_of_the_definition(tmp_path, monkeypatch, per_rollout
         batch_size=17,
     )
     code = dense_code(store, sae)
-    code[~store.eligible] = 0
-    n_examples = 0
+    n_examples, n_special = 0, 0
     for latent in range(sae.d_sae):
-        best = best_by_sorting(store, code, latent, 7, per_rollout, same_context == "collapse")
+        kinds = (per_rollout, same_context == "collapse")
+        special = np.where(store.eligible[:, None], 0, code)
+        best = best_by_sorting(store, special, latent, accumulators.N_SPECIAL, *kinds)
+        assert [e.row for e in index[latent].at_special] == best
+        n_special += len(best)
+        best = best_by_sorting(store, code - special, latent, 7, *kinds)
         examples = index[latent].examples
         assert [e.row for e in examples] == best
         n_examples += len(best)
@@ -93,6 +97,7 @@ def test_examples_are_those_of_the_definition(tmp_path, monkeypatch, per_rollout
             ]
             assert e.n_alike == len(like)
     assert n_examples > 40
+    assert n_special > 20
 
 
 @pytest.fixture(scope="module")
@@ -275,10 +280,12 @@ def test_codes_in_whole_rollouts_are_those_of_the_sae(tmp_path):
         mine[np.repeat(np.arange(40), np.diff(bounds)), index.text_latent[fired]] = (
             index.text_value[fired]
         )
-        expected = np.where(store.eligible[rows][:, None], code[rows], 0)
-        np.testing.assert_array_equal(mine, expected)
-        n_eligible = store.eligible[rows].sum()
-        assert index.text_l0[i] == pytest.approx((expected > 0).sum() / n_eligible)
+        np.testing.assert_array_equal(mine, code[rows])
+        fires = code[rows][store.eligible[rows]] > 0
+        assert index.text_l0[i] == pytest.approx(fires.sum(1).mean())
+        density = index.latent_n_active / index.content["n_eligible"]
+        rarity = -np.log10(density[np.nonzero(fires)[1]]).mean()
+        assert index.text_rarity[i] == pytest.approx(rarity)
         x = torch.from_numpy(np.array(store.rows(rows.start, rows.stop)))[store.eligible[rows]]
         error = (x - sae.decode(sae.encode(x))).square().sum()
         assert index.text_fvu[i] == pytest.approx(float(error / (x - sae.b_dec).square().sum()))

@@ -27,6 +27,48 @@ def test_samples_of_each_fifth_are_shown_below_the_examples(show: Any):
     assert len(titles) == len({sample.quantile for sample in samples})
 
 
+def test_a_template_feature_says_so_and_shows_its_special_tokens_first(show: Any):
+    index = full_index()
+    latents = range(len(index))
+    alone = next(i for i in latents if index.stats(i).is_template and not index.n_examples[i])
+    mostly = next(i for i in latents if index.stats(i).is_template and index.n_examples[i])
+    seldom = next(i for i in latents if not index.stats(i).is_template and index[i].at_special)
+    titles = [
+        "At special and template tokens",
+        "Strongest examples",
+        "Examples from strong to weak",
+    ]
+    for latent, order in (
+        (alone, titles[:1]),
+        (mostly, titles[:2]),
+        (seldom, titles[1:] + titles[:1]),
+    ):
+        shown = show(index, f"#/feature/{latent}")
+        shown.page.wait_for_selector(f"[data-complete='{latent}']")
+        stats = index.stats(latent)
+        values = [e.value for e in index[latent].at_special]
+        assert numbers(shown, "[data-testid=special-example-value]") == values
+        assert numbers(shown, "[data-testid=stat-n_special]") == [stats.n_special]
+        found = shown.page.locator(".feature-main h3").all_text_contents()
+        assert [title for title in order if title in found] == [t for t in found if t in order]
+        assert set(order) <= set(found)
+        special = shown.part("at-special").locator(".target").all_text_contents()
+        assert special == ["<|im_start|>"] * len(values)
+        badge, note = (
+            shown.part("template"),
+            shown.part("row").and_(shown.page.locator("[aria-selected=true]")).locator(".row-note"),
+        )
+        if stats.is_template:
+            n_active = stats.n_active or 0
+            assert f"{stats.n_special} of its {stats.n_special + n_active} firings" in shown.text(
+                "template"
+            )
+            assert note.text_content() == "template"
+        else:
+            assert badge.count() == 0
+        assert shown.part("no-examples").count() == 0
+
+
 def test_repeated_tokens_are_shown_once_with_their_count(show: Any):
     shown = show(small_index())
     assert shown.part("repeats").all_text_contents() == ["×3"]

@@ -100,8 +100,11 @@ def test_each_filter_matches_the_index(show: Any):
     shown.part("more-filters").click()
     content, sites = index.content, index.manifest["layout"]["sites"]
     density = 100 * (index.latent_n_active / content["n_eligible"])
-    alive = index.n_examples > 0
+    alive = index.alive
     by_role = index.latent_by_role / np.maximum(content["n_by_role"], 1)
+    by_role[:, content["roles"].index("special")] = 2 * (
+        index.latent_n_special > index.latent_n_active
+    )
     role = content["roles"].index("think")
     site = index.latent_fingerprint.argmax(axis=1)
     layer = np.array([s["layer"] for s in sites])[site]
@@ -132,6 +135,12 @@ def test_each_filter_matches_the_index(show: Any):
             "text => document.getElementById('list-count').textContent.startsWith(text)", arg=text
         )
         shown.part("clear").click()
+    shown.part("only-template").check()
+    template = [latent for latent in range(len(index)) if index.stats(latent).is_template]
+    assert {index.n_examples[latent] > 0 for latent in template} == {False, True}
+    wait_listed(shown, template)
+    shown.part("search").fill("<|im_start|>")
+    wait_listed(shown, template)
 
 
 def test_filters_are_kept_in_the_address(show: Any):

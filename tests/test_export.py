@@ -89,16 +89,18 @@ def test_what_is_written_is_read_back_to_the_last_bit(tmp_path: Path):
     again = read_published(tmp_path / "features.json")
     verify(again)
     assert again.manifest["content"] == index.manifest["content"]
-    shown = np.arange(index.window_offset[len(index.example_value)])  # without the samples
-    np.testing.assert_array_equal(again.window_activation, index.window_activation[shown])
     for name in (
         *("latent_n_active", "latent_max", "latent_mean", "latent_std", "latent_n_rollouts"),
         *("latent_histogram", "latent_histogram_edges", "example_offset", "example_value"),
-        *("example_rollout", "example_position", "example_n_alike"),
+        *("example_rollout", "example_position", "example_n_alike", "latent_n_special"),
+        *("special_offset", "special_value", "special_rollout", "special_position"),
     ):
         np.testing.assert_array_equal(getattr(again, name), getattr(index, name), err_msg=name)
     for before, after in zip(index, again, strict=True):
-        assert [e.tokens for e in after.examples] == [e.tokens for e in before.examples]
+        for of in ("examples", "at_special"):
+            for one, other in zip(getattr(before, of), getattr(after, of), strict=True):
+                assert (one.tokens, one.target) == (other.tokens, other.target)
+                assert list(one.activations) == list(other.activations)
     specials = [again.token_bytes(int(i)) for i in again.token_id[again.token_special != 0]]
     assert specials == [b"<|im_end|>"]
 

@@ -112,9 +112,10 @@ def shortened(name: str) -> Callable[[FeatureIndex], FeatureIndex]:
 
 
 DECIDING = {
-    "latent_n_active": "latent/max",
+    "latent_n_active": "latent/n_special",
     "example_value": "example/row",
     "sample_value": "sample/row",
+    "special_value": "special/row",
     "window_offset": "window/target",
     "window_token_id": "window/activation",
     "text_rollout": "text/why",
@@ -154,6 +155,11 @@ DECIDING = {
         (changed("token_id", 0, 2), "token/id is not in ascending order"),
         (changed("window_token_id", 0, 77), "window/token_id is missing"),
         (changed("sample_offset", 0, 1), "sample/offset does not rise"),
+        (changed("special_offset", 0, 1), "special/offset does not rise"),
+        (changed("special_value", 1, 1.0), "special/value is not in descending order"),
+        (changed("special_value", 0, 0.5), "not the example's value"),
+        (changed("latent_n_special", 3, 1), "more specials than firings"),
+        (changed("latent_n_special", 3, 4), "latent/by_role does not add up"),
         (changed("sample_quantile", 0, 5), "sample/quantile is not between"),
         (changed("sample_quantile", slice(None), [0, 4]), "sample/quantile is not in descending"),
         (changed("sample_value", 0, 99), "latent/max is below a sample's value"),
@@ -218,7 +224,11 @@ def test_a_feature_has_what_the_arrays_say_of_it():
     assert feature.similar == ((3, 0.5), (2, 0.25))
     assert feature.cofiring == ((3, 0.5),)
     assert feature.tokens["lift"] == (("é", 0.5),)
-    assert feature.stats.by_role == {"think": 0.1, "answer": 0.0}
+    assert feature.stats.by_role == {"think": 0.1, "answer": 0.0, "special": 0.2}
+    assert [e.tokens for e in feature.at_special] == [("\ufffd" * 2, "<|im_end|>")]
+    assert [e.value for e in small_index()[3].at_special] == [1.75, 1.5]
+    assert [f.stats.n_special for f in small_index()] == [1, 0, 0, 5]
+    assert [f.stats.is_template for f in small_index()] == [False, False, False, True]
     assert feature.stats.by_position == (0.5, 0.0)
     assert feature.stats.stability == 0.5
     dead = small_index()[1]
@@ -229,6 +239,7 @@ def test_text_is_found_in_any_case_and_where_it_fires_strongest_comes_first():
     index = small_index()
     assert index.search("THE") == [0, 3]
     assert index.search(" the😀") == [0]  # over tokens that each hold half a character
+    assert index.search("<|im_end|>") == [3, 0]  # at special tokens as well
     assert index.search("no such text") == []
     assert index.search("") == [0, 1, 2, 3]
     assert index.search("\n the") == []  # from one window to the next
@@ -238,6 +249,7 @@ def test_the_table_has_a_line_for_every_latent():
     table = small_index().table()
     assert table.index.tolist() == [0, 1, 2, 3]
     assert table["n_active"].tolist() == [3, 0, 1, 2]
+    assert table["n_special"].tolist() == [1, 0, 0, 5]
     assert table["density"][0] == 0.003
     assert table["density_think"].tolist() == [0.1, 0.0, 0.1, 0.2]
     assert "density_answer" not in table  # no token has this role
@@ -251,6 +263,7 @@ def test_an_index_with_fewer_examples_keeps_the_strongest_and_what_is_known(tmp_
     assert [len(few[i].examples) for i in range(4)] == [1, 0, 1, 1]
     assert few[0].examples[0].tokens == index[0].examples[0].tokens
     assert few[0].samples == ()  # a fifth of one
+    assert [len(few[i].at_special) for i in range(4)] == [1, 0, 0, 1]
     np.testing.assert_array_equal(few.latent_n_active, index.latent_n_active)
     assert [s.value for s in index.limited(5)[0].samples] == [2.25, 0.25]
     same = index.limited(100)
@@ -259,9 +272,9 @@ def test_an_index_with_fewer_examples_keeps_the_strongest_and_what_is_known(tmp_
 
 
 def test_an_index_of_an_older_schema_is_answered_with_what_to_do(tmp_path: Path):
-    old = {**manifest_of(4), "schema": 2}
+    old = {**manifest_of(4), "schema": 3}
     replace(small_index(), manifest=old).save(tmp_path / "features.h5")
     with pytest.raises(
-        ArtifactError, match="schema 2 of features, this version reads 3: .*make it again"
+        ArtifactError, match="schema 3 of features, this version reads 4: .*make it again"
     ):
         FeatureIndex.open(tmp_path / "features.h5")

@@ -80,10 +80,12 @@ def test_rounded_values_of_a_block_are_within_the_stated_error():
     assert data["value"][:3] == [2.5, 1.25, 0.30000001192092896]
     assert data["count"] == [3, 0, 1, 2]
     assert data["sample_count"] == [2, 0, 0, 0]
-    assert data["value"][6:] == [2.25, 0.25]
+    assert data["special_count"] == [1, 0, 0, 2]
+    assert data["value"][6:] == [2.25, 0.25, 0.75, 1.75, 1.5]
+    assert column(core, "special_max") == [0.75, 0, 0, 1.75]
     assert data["quantile"] == [4, 0]
     assert data["peak"] == []
-    units = np.array(data["scale"])[np.repeat([0, 2, 3, 0], [9, 1, 5, 3])] / FULL_SCALE
+    units = np.array(data["scale"])[np.repeat([0, 2, 3, 0, 3], [9, 1, 5, 5, 3])] / FULL_SCALE
     shown = np.array(data["activation"]) * units
     np.testing.assert_allclose(shown, index.window_activation, rtol=0, atol=units.max())
     assert np.array_equal(shown != 0, index.window_activation != 0)
@@ -94,7 +96,7 @@ def test_rounded_values_of_a_block_are_within_the_stated_error():
     assert data["cosine"][0] == 0.5
     assert [core["token_texts"][i - 1] for i in data["mean"] if i] == ["é"] * 3
     assert data["by_role"][:2] == [1, 2]
-    assert column(core, "main_role") == [0, 255, 0, 0]
+    assert column(core, "main_role") == [0, 255, 0, 2]
 
 
 def test_a_whole_rollout_has_its_tokens_and_their_codes():

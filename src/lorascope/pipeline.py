@@ -101,12 +101,7 @@ def _stages(config: RunConfig) -> dict[str, tuple[ModuleType, Config]]:
         "collect": (
             collect,
             CollectConfig.from_shared(
-                config,
-                data_dir=store,
-                sae=sae,
-                output=index,
-                batch_size=2048,
-                roles=tuple(role for role in config.roles if role != "special"),
+                config, data_dir=store, sae=sae, output=index, batch_size=2048
             ),
         ),
     }

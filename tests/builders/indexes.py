@@ -74,6 +74,7 @@ def index_of(
     features: list[list[Example]],
     tokens: dict[int, bytes] | None = None,
     samples: list[list[Example]] | None = None,
+    at_special: list[list[Example]] | None = None,
     latents: dict[str, Any] | None = None,
     **content: Any,
 ) -> FeatureIndex:
@@ -83,6 +84,7 @@ def index_of(
         features,
         TOKENS if tokens is None else tokens,
         samples=samples or (),
+        at_special=at_special or (),
         special={6},
         latents={**statistics(features), **(latents or {})},
     )
@@ -91,7 +93,8 @@ def index_of(
 def small_index() -> FeatureIndex:
     """Four latents: full, dead, one example, two of equal value given in the wrong order.
 
-    The first has two samples; a text of three tokens is kept whole.
+    The first has two samples, the first and the last have examples at special tokens; a text of
+    three tokens is kept whole.
     """
     return index_of(
         [
@@ -108,8 +111,14 @@ def small_index() -> FeatureIndex:
             [example(0.25, 44, [2], 0, quantile=0), example(2.25, 80, [1, 2], 1, quantile=4)],
             *([], [], []),
         ],
+        at_special=[
+            [example(0.75, 92, [4, 6], 1)],
+            *([], []),
+            [example(1.5, 60, [6, 1], 0), example(1.75, 61, [6], 0)],
+        ],
         latents={
-            "latent_by_role": [[1, 2], [0, 0], [1, 0], [2, 0]],
+            "latent_n_special": [1, 0, 0, 5],
+            "latent_by_role": [[1, 2, 1], [0, 0, 0], [1, 0, 0], [2, 0, 5]],
             "latent_by_position": [[3, 0], [0, 0], [0, 1], [1, 1]],
             "latent_fingerprint": [[0.25, 0.75], [0, 0], [1, 0], [0.5, 0.5]],
             "latent_stability": [0.5, np.nan, 1, 0],
@@ -134,8 +143,8 @@ def small_index() -> FeatureIndex:
             "text_latent": [0, 3, 0],
             "text_value": [0.5, 0.25, 1.0],
         },
-        roles=["think", "answer"],
-        n_by_role=[10, 0],
+        roles=["think", "answer", "special"],
+        n_by_role=[10, 0, 5],
         n_by_position=[6, 4],
     )
 

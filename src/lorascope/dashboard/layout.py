@@ -52,12 +52,12 @@ class _Graph(NamedTuple):
 def layout(index: FeatureIndex) -> Floats:
     """Return the position of every latent on the map, `(latent, 2)`, from 0 to 1.
 
-    Latents without an example get NaN; so do all latents if the index has no neighbours.
+    Latents without any example get NaN; so do all latents if the index has no neighbours.
     """
     positions = np.full((len(index), 2), np.nan, dtype=np.float32)
     rng = np.random.default_rng(0)
     # In random order, so that `np.roll` in `_settle` pairs random nodes.
-    nodes = rng.permutation(np.flatnonzero(index.n_examples))
+    nodes = rng.permutation(np.flatnonzero(index.alive))
     graph = _graph(index, nodes)
     if graph is not None:
         positions[nodes] = _fit_square(_settle(graph, _start(graph, rng), rng))

@@ -34,7 +34,7 @@ from lorascope.artifact import canonical, digest_of, with_seal
 from lorascope.dashboard.layout import layout
 from lorascope.dashboard.reports import SIDES, TEXT_COLUMNS, Reports
 from lorascope.dashboard.token_table import TokenTable
-from lorascope.features.arrays import RANKINGS
+from lorascope.features.arrays import RANKINGS, WINDOWS
 from lorascope.features.index import FeatureIndex
 
 BLOCK = 64
@@ -45,10 +45,12 @@ FULL_SCALE = 32767  # stands for the largest activation in a feature's windows
 FULL_SHARE = 31  # stands for a feature's largest share in its fingerprint
 
 # Column of a block -> its type; assets/data.js uses the same names. `value` to `length` have one
-# entry per window: first the windows of the block's examples, then those of its samples.
+# entry per window: those of the block's examples, then of its samples, then of its examples at
+# special tokens.
 _COLUMNS = {
     "count": "<u4",  # examples of each feature of the block
     "sample_count": "<u4",
+    "special_count": "<u4",
     "value": "<f4",
     "peak": "<f4",  # activation of the target; empty if it always equals `value`
     "row": "<f8",
@@ -103,7 +105,7 @@ class Payload:
     @cached_property
     def first_block(self) -> int:
         """Block of the first feature with an example, which the page shows first."""
-        alive = np.flatnonzero(self.index.n_examples)
+        alive = np.flatnonzero(self.index.alive)
         return int(alive[0]) // BLOCK if len(alive) else 0
 
     def core(self) -> str:
@@ -116,6 +118,8 @@ class Payload:
         columns = {
             "n_examples": ("<u4", index.n_examples),
             "n_active": (_count_type(index.latent_n_active), index.latent_n_active),
+            "n_special": (_count_type(index.latent_n_special), index.latent_n_special),
+            "special_max": ("<f4", self._special_max()),
             "n_rollouts": (_count_type(index.latent_n_rollouts), index.latent_n_rollouts),
             "max": ("<f4", index.latent_max),
             "mean": ("<f4", index.latent_mean),
@@ -146,6 +150,7 @@ class Payload:
             "labels_key": self._labels_key(),
             "n_features": len(index),
             "n_eligible": content.get("n_eligible"),
+            "n_special": content.get("n_special"),
             "top_k": content.get("top_k", int(index.n_examples.max(initial=0))),
             "roles": _role_names(content.get("roles")),
             "n_by_role": _totals(content.get("n_by_role"), index.latent_by_role.shape[1]),
@@ -176,14 +181,18 @@ class Payload:
         """Return one block of features as base64 text."""
         index = self.index
         latents = slice(number * BLOCK, min((number + 1) * BLOCK, len(index)))
-        examples = slice(*index.example_offset[[latents.start, latents.stop]].tolist())
-        samples = slice(*index.sample_offset[[latents.start, latents.stop]].tolist())
-        n = len(index.example_value)
-        windows = [examples, slice(n + samples.start, n + samples.stop)]
+        offset_of = {part: getattr(index, f"{part}_offset") for part in WINDOWS}
+        runs, windows, before = {}, [], 0  # of each part: its examples, and their windows
+        for part, offset in offset_of.items():
+            first, last = offset[[latents.start, latents.stop]].tolist()
+            runs[part] = slice(first, last)
+            windows.append(slice(before + first, before + last))
+            before += int(offset[-1])
 
-        def both(name: str) -> npt.NDArray[Any]:
-            of_examples = getattr(index, f"example_{name}")[examples]
-            return np.concatenate([of_examples, getattr(index, f"sample_{name}")[samples]])
+        def joined(name: str) -> npt.NDArray[Any]:
+            return np.concatenate(
+                [getattr(index, f"{part}_{name}")[run] for part, run in runs.items()]
+            )
 
         offsets = [index.window_offset[run.start : run.stop + 1] for run in windows]
         lengths = np.concatenate([np.diff(offset) for offset in offsets])
@@ -192,26 +201,26 @@ class Payload:
             [index.window_activation[offset[0] : offset[-1]] for offset in offsets]
         )
         counts = [
-            np.diff(offset[latents.start : latents.stop + 1])
-            for offset in (index.example_offset, index.sample_offset)
+            np.diff(offset[latents.start : latents.stop + 1]) for offset in offset_of.values()
         ]
         owner = np.concatenate([np.repeat(np.arange(len(count)), count) for count in counts])
         of_token = np.repeat(owner, lengths)
         scale = np.zeros(len(counts[0]), dtype=np.float32)
         np.maximum.at(scale, of_token, np.abs(activation))
-        value, peak = both("value"), activation[np.cumsum(lengths) - lengths + target]
+        value, peak = joined("value"), activation[np.cumsum(lengths) - lengths + target]
         share = np.nan_to_num(index.latent_fingerprint[latents].astype(np.float32))
         largest = share.max(axis=1, initial=0, keepdims=True)
         values = {
             "count": counts[0],
             "sample_count": counts[1],
+            "special_count": counts[2],
             "value": value,
             "peak": peak[:0] if np.array_equal(peak, value) else peak,
-            "row": both("row"),
-            "rollout": both("rollout"),
-            "position": both("position"),
-            "n_repeats": index.example_n_alike[examples],
-            "quantile": index.sample_quantile[samples],
+            "row": joined("row"),
+            "rollout": joined("rollout"),
+            "position": joined("position"),
+            "n_repeats": index.example_n_alike[runs["example"]],
+            "quantile": index.sample_quantile[runs["sample"]],
             "target": target,
             "length": lengths,
             "token": np.concatenate(
@@ -269,10 +278,16 @@ class Payload:
         return sae if isinstance(sae, str) else digest_of(self.index.manifest)
 
     def _top_tokens(self) -> npt.NDArray[np.int64]:
-        """Return the token-table entry of each latent's strongest token, `(latent,)`; 0: none."""
+        """Return the token-table entry of each latent's strongest token, `(latent,)`; 0: none.
+
+        A special token only for a latent without another example.
+        """
         index, top = self.index, np.zeros(len(self.index), dtype=np.int64)
-        alive = np.flatnonzero(index.n_examples)
-        best = index.example_offset[alive]
+        alive = np.flatnonzero(index.alive)
+        before = len(index.example_value) + len(index.sample_value)
+        best = np.where(
+            index.n_examples > 0, index.example_offset[:-1], before + index.special_offset[:-1]
+        )[alive]
         ids = index.window_token_id[index.window_offset[best] + index.window_target[best]]
         top[alive] = self._token_table.entries_of_ids(ids)
         for latent, e in zip(alive.tolist(), best.tolist(), strict=True):
@@ -280,13 +295,26 @@ class Payload:
                 top[latent] = self._token_table.window_entries[e][index.window_target[e]]
         return top
 
+    def _special_max(self) -> npt.NDArray[np.float32]:
+        """Return each latent's largest value at a special token, `(latent,)`; 0: none."""
+        index, largest = self.index, np.zeros(len(self.index), np.float32)
+        fires = np.flatnonzero(np.diff(index.special_offset))
+        largest[fires] = index.special_value[index.special_offset[fires]]
+        return largest
+
     def _main_role(self) -> npt.NDArray[np.int64]:
-        """Return the role in which each latent is densest, `(latent,)`; 255: unknown."""
-        counts = self.index.latent_by_role
+        """Return the role in which each latent is densest, `(latent,)`; 255: unknown.
+
+        It is `special` for template features, and for no others.
+        """
+        counts, roles = self.index.latent_by_role, _role_names(self.index.content.get("roles"))
         totals = _totals(self.index.content.get("n_by_role"), counts.shape[1])
         if totals is None or not counts.shape[1]:
             return np.full(len(counts), 255)
         share = np.where(np.array(totals) > 0, counts / np.maximum(totals, 1), 0)
+        if "special" in roles:
+            is_template = self.index.latent_n_special > np.maximum(self.index.latent_n_active, 0)
+            share[:, roles.index("special")] = np.where(is_template, 2, 0)
         return np.where(share.max(axis=1) > 0, share.argmax(axis=1), 255)
 
     def _main_site(self) -> npt.NDArray[np.int64]:
@@ -416,7 +444,7 @@ def facts(index: FeatureIndex, recovered: Sequence[list[str]] = ()) -> list[list
     settings = manifest.get("settings") or {}
     parents = manifest.get("parents") or {}
     layout = manifest.get("layout") or {}
-    n_alive = int(np.count_nonzero(index.n_examples))
+    n_alive = int(np.count_nonzero(index.alive))
 
     def value_of(*keys: str) -> str | None:
         values = (source.get(key) for key in keys for source in (content, settings))
@@ -425,6 +453,10 @@ def facts(index: FeatureIndex, recovered: Sequence[list[str]] = ()) -> list[list
     def with_digest(name: str | None, digest: Any) -> str | None:
         short = digest[:12] if isinstance(digest, str) else None
         return " · ".join(part for part in (name, short) if part) or None
+
+    def with_text(key: str) -> str | None:
+        value, of_text = value_of(key), value_of(f"{key}_text")
+        return f"{value} ({of_text} at text)" if value and of_text else value
 
     sites = layout.get("sites") or []
     ranks = [site["rank"] for site in sites if isinstance(site, dict) and "rank" in site]
@@ -448,15 +480,21 @@ def facts(index: FeatureIndex, recovered: Sequence[list[str]] = ()) -> list[list
         [
             "Ordinary tokens",
             value_of("n_eligible"),
-            "tokens that can be examples: no special tokens, no template headers",
+            "tokens of text, which statistics and examples are of: no special tokens, no template "
+            "headers",
         ],
         ["Features", f"{n_alive:,} of {len(index):,}", "features with an example, of all features"],
         [
+            "Template features",
+            value_of("n_template"),
+            "features that fire mostly at special tokens and template headers",
+        ],
+        [
             "FVU",
-            value_of("fvu"),
+            with_text("fvu"),
             "fraction of the variance that the SAE leaves unexplained",
         ],
-        ["L0", value_of("l0"), "average number of features that fire at a token"],
+        ["L0", with_text("l0"), "average number of features that fire at a token"],
         *recovered,
         ["lorascope", _fact(manifest.get("version")), "version that wrote the feature index"],
     ]

@@ -3,6 +3,9 @@
 `scan` reads one span into an `Accumulator`, which is saved, loaded, and merged in the order of the
 spans. The result is the same however many processes share the spans. Sums add each latent's values
 in the order of their rows, whatever the batches: the same rows give the same bits.
+
+Firings at special tokens are apart: they are counted by role, the strongest are kept, and nothing
+else is about them.
 """
 
 from collections.abc import Iterator
@@ -17,12 +20,13 @@ from lorascope.activations.store import ActivationStore
 from lorascope.artifact import replacing
 from lorascope.features.spans import N_TENTHS, Span
 from lorascope.features.topk import Firings, FiringSample, TopExamples
-from lorascope.texts.roles import ROLES
+from lorascope.texts.roles import ROLES, SPECIAL
 
 if TYPE_CHECKING:
     from lorascope.sae.model import SAE
 
 N_SAMPLED = 128  # firings of each latent that samples, tokens and neighbours are computed from
+N_SPECIAL = 3  # strongest firings of each latent at special tokens that are kept
 N_BINS = 40  # of the histogram: four per octave from the lowest threshold up, a factor of 1,024
 _MANTISSA = 21  # bits of a float32 below those that give its quarter of an octave
 _LOWEST = 1e-6  # lower bound of the histogram's first edge
@@ -31,7 +35,10 @@ _COUNTS = ("n_by_token", "n_by_role", "n_by_position", "rollouts")
 
 @dataclass(frozen=True)
 class FiringStatistics:
-    """Counts and sums over the firings of each latent. Arrays are changed in place."""
+    """Counts and sums over the firings of each latent. Arrays are changed in place.
+
+    `by_role` has the firings at special tokens too, the other arrays only those at text.
+    """
 
     n_active: npt.NDArray[np.int64]  # (latent,)
     total: npt.NDArray[np.float64]
@@ -105,15 +112,17 @@ class FiringStatistics:
 class Accumulator:
     """Statistics, strongest firings and a sample of each latent, and counts of the tokens.
 
+    `special` has the strongest firings at special tokens, `top` and `sample` those at text.
     `rollouts` `(n_rollouts, 4)` has for each rollout: its eligible tokens, the firings on them, the
     squared reconstruction error of its rows, and their squared distance to `b_dec`.
     """
 
     statistics: FiringStatistics
     top: TopExamples
+    special: TopExamples
     sample: FiringSample
     n_by_token: npt.NDArray[np.int64]  # eligible tokens by token id, (vocabulary,)
-    n_by_role: npt.NDArray[np.int64]  # eligible tokens by role, (len(ROLES),)
+    n_by_role: npt.NDArray[np.int64]  # tokens by role, special ones included, (len(ROLES),)
     n_by_position: npt.NDArray[np.int64]  # eligible tokens by tenth of the rollout, (N_TENTHS,)
     rollouts: npt.NDArray[np.float64]
 
@@ -123,6 +132,7 @@ class Accumulator:
         return cls(
             statistics=FiringStatistics.empty(d_sae),
             top=TopExamples(d_sae, k, per_rollout),
+            special=TopExamples(d_sae, N_SPECIAL, per_rollout),
             sample=FiringSample(d_sae, N_SAMPLED),
             n_by_token=np.zeros(n_vocabulary, np.int64),
             n_by_role=np.zeros(len(ROLES), np.int64),
@@ -130,24 +140,38 @@ class Accumulator:
             rollouts=np.zeros((0, 4)),
         )
 
+    @property
+    def n_eligible(self) -> int:
+        """Number of tokens of text that were read."""
+        return int(self.n_by_position.sum())
+
     def successor(self) -> "Accumulator":
         """Return an empty accumulator that inherits the current cut-offs."""
         new = Accumulator.empty(
             len(self.statistics.n_active), len(self.n_by_token), self.top.n, self.top.per_rollout
         )
-        new.top.cutoff[:] = self.top.cutoff
-        new.sample.cutoff[:] = self.sample.cutoff
+        for mine, its in zip(self.kept, new.kept, strict=True):
+            its.cutoff[:] = mine.cutoff
         return new
 
     def merge(self, later: "Accumulator") -> None:
         """Merge the accumulator of the spans that follow."""
         self.statistics.merge(later.statistics)
-        self.top.merge(later.top)
-        self.sample.merge(later.sample)
+        self.merge_kept(later)
         self.n_by_token += later.n_by_token
         self.n_by_role += later.n_by_role
         self.n_by_position += later.n_by_position
         self.rollouts = np.concatenate([self.rollouts, later.rollouts])
+
+    def merge_kept(self, later: "Accumulator") -> None:
+        """Merge the firings that another accumulator keeps, and nothing else."""
+        for mine, its in zip(self.kept, later.kept, strict=True):
+            mine.merge(its)
+
+    @property
+    def kept(self) -> tuple[TopExamples, TopExamples, FiringSample]:
+        """What keeps firings."""
+        return self.top, self.special, self.sample
 
     def save(self, path: Path) -> None:
         """Write the accumulator to a file, atomically."""
@@ -159,7 +183,11 @@ class Accumulator:
                 f"statistics.{field.name}": getattr(self.statistics, field.name)
                 for field in fields(FiringStatistics)
             },
-            **{f"top.{name}": column for name, column in self.top.sorted()._asdict().items()},
+            **{
+                f"{part}.{name}": column
+                for part in ("top", "special")
+                for name, column in getattr(self, part).sorted()._asdict().items()
+            },
             "sample.latent": sample.latent.astype(np.int32),
             "sample.value": sample.value,
             "sample.row": sample.row,
@@ -176,7 +204,9 @@ class Accumulator:
         later = self.successor()
         for field in fields(FiringStatistics):
             getattr(later.statistics, field.name)[:] = arrays[f"statistics.{field.name}"]
-        later.top.add(Firings(**{name: arrays[f"top.{name}"] for name in Firings._fields}))
+        for part in ("top", "special"):
+            columns = {name: arrays[f"{part}.{name}"] for name in Firings._fields}
+            getattr(later, part).add(Firings(**columns))
         row = arrays["sample.row"]
         sample = Firings(
             latent=arrays["sample.latent"].astype(np.int64),
@@ -199,25 +229,30 @@ def scan(
     With `collapse`, firings have equal contexts if the tokens within `reach` positions are equal.
     """
     lowest = lowest_threshold(sae)
-    tenth, eligible = span.tenth, span.eligible
+    tenth, read, is_special = span.tenth, span.read, span.roles == SPECIAL
+    eligible = read & ~is_special
     contexts = span.context_hashes(reach) if collapse else None
     seen = np.zeros((1, sae.d_sae), bool)  # latents in the rollout that continues in a batch
     n_fired = np.zeros(span.n_rows)
     squares = np.zeros((2, span.n_rows))
     for start in range(0, span.n_rows, batch_size):
         stop = min(start + batch_size, span.n_rows)
-        counted = np.flatnonzero(eligible[start:stop]) + start
-        x = span.rows(start, stop)[counted - start]
-        index, latent, value, squares[:, counted] = _encode(sae, x)
-        local = counted[index]  # of each firing: its row, from the start of the span
+        here = np.flatnonzero(read[start:stop]) + start
+        index, latent, value, squares[:, here] = _encode(sae, span.rows(start, stop)[here - start])
+        local = here[index]  # of each firing: its row, from the start of the span
         rollout = span.rollout[local]
         row = local + span.first_row
         context = row.astype(np.uint64) if contexts is None else contexts[local]
         firings = Firings(latent, value, row, rollout, context)
-        accumulator.statistics.add(firings, span.roles[local], tenth[local], lowest)
         first, last = span.rollout[start], span.rollout[stop - 1]
         is_cut = stop < span.n_rows and span.rollout[stop] == last
         open_from = int(span.store.rollout_start[last]) if is_cut else None
+        at_special = is_special[local]
+        special, firings = firings.select(at_special), firings.select(~at_special)
+        accumulator.special.add(special, open_from=open_from)
+        np.add.at(accumulator.statistics.by_role[:, SPECIAL], special.latent, 1)
+        local, latent, rollout = local[~at_special], firings.latent, firings.rollout
+        accumulator.statistics.add(firings, span.roles[local], tenth[local], lowest)
         accumulator.top.add(firings, open_from=open_from)
         accumulator.sample.add(firings)
         np.add.at(n_fired, local, 1)
@@ -230,9 +265,9 @@ def scan(
         yield stop - start
     n_tokens = len(accumulator.n_by_token)
     accumulator.n_by_token += np.bincount(span.token_ids[eligible], minlength=n_tokens)
-    accumulator.n_by_role += np.bincount(span.roles[eligible], minlength=len(ROLES))
+    accumulator.n_by_role += np.bincount(span.roles[read], minlength=len(ROLES))
     accumulator.n_by_position += np.bincount(tenth[eligible], minlength=N_TENTHS)
-    columns = np.stack([eligible.astype(np.float64), n_fired, *squares])
+    columns = np.stack([eligible.astype(np.float64), n_fired, *(squares * eligible)])
     accumulator.rollouts = np.add.reduceat(columns, span.starts, axis=1).T
 
 

@@ -1,4 +1,4 @@
-"""The arrays of `features.h5`, schema 3: their types, their shapes, and the file.
+"""The arrays of `features.h5`, schema 4: their types, their shapes, and the file.
 
 The array `latent_n_active` is the dataset `latent/n_active`, and so on. The header of the file
 (`arrayfile`) is the manifest, whose `files` gives type, shape, offset and SHA-256 of every array.
@@ -19,12 +19,13 @@ from lorascope.artifact import open_manifest, seal_file, with_seal
 from lorascope.errors import ArtifactError
 
 KIND = "features"
-SCHEMA = 3
+SCHEMA = 4
 
 # Array -> type and axes. Axes with the same name have the same length; `x+1` has one entry more.
-# `window` has the examples followed by the samples.
+# `window` has the examples, then the samples, then the examples at special tokens.
 FIELDS: dict[str, tuple[str, str]] = {
     "latent_n_active": ("<i8", "latent"),
+    "latent_n_special": ("<i8", "latent"),
     "latent_max": ("<f4", "latent"),
     "latent_mean": ("<f4", "latent"),
     "latent_std": ("<f4", "latent"),
@@ -59,6 +60,11 @@ FIELDS: dict[str, tuple[str, str]] = {
     "sample_rollout": ("<i8", "sample"),
     "sample_position": ("<i4", "sample"),
     "sample_quantile": ("|i1", "sample"),
+    "special_offset": ("<i8", "latent+1"),
+    "special_value": ("<f4", "special"),
+    "special_row": ("<i8", "special"),
+    "special_rollout": ("<i8", "special"),
+    "special_position": ("<i4", "special"),
     "window_offset": ("<i8", "window+1"),
     "window_target": ("<i4", "window"),
     "window_token_id": ("<i4", "window_token"),
@@ -79,6 +85,7 @@ FIELDS: dict[str, tuple[str, str]] = {
     "token_data": ("|u1", "byte"),
     "token_special": ("|u1", "vocabulary"),
 }
+WINDOWS = ("example", "sample", "special")
 RANKINGS = ("mean", "lift", "before", "after")
 
 
@@ -92,7 +99,7 @@ def complete_arrays(given: Mapping[str, npt.ArrayLike]) -> Arrays:
     for name, array in arrays.items():
         for axis, length in zip(FIELDS[name][1].split(), array.shape, strict=True):
             lengths.setdefault(axis.removesuffix("+1"), length - axis.endswith("+1"))
-    lengths.setdefault("window", lengths.get("example", 0) + lengths.get("sample", 0))
+    lengths.setdefault("window", sum(lengths.get(part, 0) for part in WINDOWS))
     for name, (dtype, axes) in FIELDS.items():
         if name not in arrays:
             unknown = {"i": 0 if axes.endswith("+1") else -1, "f": np.nan}.get(dtype[1], 0)
@@ -141,6 +148,7 @@ def check_offsets(arrays: Mapping[str, npt.NDArray[Any]]) -> Iterator[tuple[str,
     for name, values in (
         ("example_offset", "example_value"),
         ("sample_offset", "sample_value"),
+        ("special_offset", "special_value"),
         ("window_offset", "window_token_id"),
         ("text_offset", "text_token_id"),
         ("text_code_offset", "text_latent"),
@@ -163,7 +171,7 @@ def check_shapes(arrays: Mapping[str, npt.NDArray[Any]]) -> Iterator[tuple[str, 
     n_edges, n_bins = lengths["edge"], lengths["bin"]
     expected = n_bins + 1 if n_bins else 0
     yield f"latent/histogram_edges has {n_edges} entries, expected {expected}", n_edges == expected
-    n_windows, expected = lengths["window"], lengths["example"] + lengths["sample"]
+    n_windows, expected = lengths["window"], sum(lengths[part] for part in WINDOWS)
     yield f"window/offset has {n_windows} windows, expected {expected}", n_windows == expected
 
 

@@ -3,6 +3,7 @@
 1. Cut the store into spans of whole rollouts (`spans`). Encode each span once, and save its counts,
    its strongest firings and a sample of its firings to one file (`accumulators`), so that finished
    work is kept. Any number of processes share the spans.
+   Firings at special tokens and template headers are counted and kept apart from those at text.
 2. Merge the accumulators in the order of the spans.
 3. Add the windows of examples and samples (`examples`), the latents, tokens and sites near each
    latent (`neighbours`), and some whole rollouts (`whole_rollouts`).
@@ -36,7 +37,7 @@ from lorascope.features.published_json import write_published
 from lorascope.features.spans import Span, cut_spans
 from lorascope.features.topk import Firings
 from lorascope.sites import SiteLayout, parse_adapter_types
-from lorascope.texts.roles import ROLES
+from lorascope.texts.roles import ROLES, SPECIAL
 from lorascope.texts.tokens import pack_tokens
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class CollectConfig(CollectOptions):
         identity=False,
     )
     roles: tuple[str, ...] = option(
-        (), help="count only tokens with these roles; default: all but special"
+        ROLES, help="read only tokens with these roles; special: special tokens, template headers"
     )
     max_rollouts: int | None = option(None, help="read only the first rollouts; default: all")
     batch_size: int = option(
@@ -132,11 +133,10 @@ def run(config: CollectConfig) -> Path:
     n_rollouts = min(config.max_rollouts or store.n_rollouts, store.n_rollouts)
     n_rows = int(store.rollout_start[n_rollouts])
     spans = cut_spans(store, n_rollouts, sae.d_sae, config.roles)
-    if not any(span.uncached().eligible.any() for span in spans):
-        reason = f"has the role {' or '.join(config.roles)}" if config.roles else "is not special"
+    if not any(span.uncached().read.any() for span in spans):
         raise DatasetError(
-            f"{data_dir} has no token that counts: none of its {n_rows} tokens {reason}; "
-            "read another store or give other --roles"
+            f"{data_dir} has no token to read: none of its {n_rows} tokens has the role "
+            f"{' or '.join(config.roles)}; read another store or give other --roles"
         )
     n_workers = runtime.n_workers(config.device, config.num_gpus)
     if n_workers > 1:
@@ -209,8 +209,7 @@ def _gather(build: Build, spans: list[Span], sae: "SAE", config: CollectConfig) 
                 bar.update(n_rows)
             current.save(paths[claim.work_unit])
             claim.release()
-            own.top.merge(current.top)
-            own.sample.merge(current.sample)
+            own.merge_kept(current)
     if runtime.process_rank() == 0:
         for path in paths:
             accumulator.load(path, store)
@@ -225,7 +224,12 @@ def _arrays(
     config: CollectConfig,
 ) -> dict[str, Any]:
     """Return all arrays of the index."""
-    from lorascope.features.examples import example_arrays, sample_arrays, window_arrays
+    from lorascope.features.examples import (
+        example_arrays,
+        firing_arrays,
+        sample_arrays,
+        window_arrays,
+    )
     from lorascope.features.neighbours import (
         cofiring,
         effect_rows,
@@ -236,15 +240,17 @@ def _arrays(
     from lorascope.features.whole_rollouts import rollout_arrays
 
     statistics, reach = accumulator.statistics, min(CONTEXT_REACH, config.context_window)
-    examples = accumulator.top.sorted()
+    examples, special = accumulator.top.sorted(), accumulator.special.sorted()
+    n_special = statistics.by_role[:, SPECIAL]
     samples, arrays_of_samples = sample_arrays(store, accumulator.sample, examples, config.samples)
     rows, _ = effect_rows(sae)
-    near_decoder, near_cosine = nearest_rows(rows, statistics.n_active > 0)
+    near_decoder, near_cosine = nearest_rows(rows, statistics.n_active + n_special > 0)
     near_cofiring, near_jaccard = cofiring(accumulator.sample, statistics.n_active)
     largest = np.zeros(sae.d_sae, np.float32)
     np.maximum.at(largest, examples.latent, examples.value)
     arrays = {
         "latent_n_active": statistics.n_active,
+        "latent_n_special": n_special,
         "latent_max": largest,
         "latent_mean": statistics.mean,
         "latent_std": statistics.std,
@@ -261,8 +267,9 @@ def _arrays(
         **ranked_tokens(store, accumulator.sample, accumulator.n_by_token),
         **example_arrays(store, examples, spans, sae.d_sae, reach),
         **arrays_of_samples,
+        **firing_arrays(store, special, sae.d_sae, "special"),
         **window_arrays(
-            store, sae, Firings.concatenate([examples, samples]), config.context_window
+            store, sae, Firings.concatenate([examples, samples, special]), config.context_window
         ),
         **rollout_arrays(store, sae, accumulator, config.rollout_tokens, config.roles),
     }
@@ -293,6 +300,8 @@ def _content(
     from lorascope.features.neighbours import effect_rows
 
     report = sae.manifest["content"].get("report", {})
+    n_active = accumulator.statistics.n_active
+    n_special = accumulator.statistics.by_role[:, SPECIAL]
     known = ("adapter_name", "base_model", "dataset")
     return {
         **{key: store.content[key] for key in known if key in store.content},
@@ -301,11 +310,15 @@ def _content(
         "adapter_types": list(store.layout.adapter_types),
         "fvu": report.get("fvu"),
         "l0": report.get("l0"),
+        "fvu_text": report.get("text", {}).get("fvu"),
+        "l0_text": report.get("text", {}).get("l0"),
         "n_tokens": int(store.rollout_start[len(accumulator.rollouts)]),
-        "n_eligible": int(accumulator.n_by_role.sum()),
+        "n_eligible": accumulator.n_eligible,
+        "n_special": int(accumulator.n_by_role[SPECIAL]),
         "n_rollouts": len(accumulator.rollouts),
         "n_features": sae.d_sae,
-        "n_alive": int((accumulator.statistics.n_active > 0).sum()),
+        "n_alive": int((n_active + n_special > 0).sum()),
+        "n_template": int((n_special > n_active).sum()),
         "top_k": config.top_k,
         "context_window": config.context_window,
         "n_sampled": accumulator.sample.n,

@@ -35,7 +35,7 @@ def example_arrays(
     Contexts are equal if the tokens within `reach` positions are.
     """
     return {
-        **_firing_arrays(store, examples, d_sae, "example"),
+        **firing_arrays(store, examples, d_sae, "example"),
         "example_n_alike": _n_equal_contexts(examples, spans, reach),
     }
 
@@ -57,7 +57,7 @@ def sample_arrays(
     chosen = order[rank_in_run(cell[order]) < per_fifth]
     chosen = chosen[np.lexsort((kept.row[chosen], cell[chosen]))]
     shown = kept.select(chosen)
-    arrays = _firing_arrays(store, shown, sample.d_sae, "sample")
+    arrays = firing_arrays(store, shown, sample.d_sae, "sample")
     return shown, {**arrays, "sample_quantile": fifth[chosen].astype(np.int8)}
 
 
@@ -103,7 +103,8 @@ def _values(
     return values
 
 
-def _firing_arrays(store: ActivationStore, firings: Firings, d_sae: int, name: str) -> Arrays:
+def firing_arrays(store: ActivationStore, firings: Firings, d_sae: int, name: str) -> Arrays:
+    """Return the arrays `NAME_*` of firings sorted by latent."""
     counts = np.bincount(firings.latent, minlength=d_sae)
     return {
         f"{name}_offset": np.concatenate([[0], np.cumsum(counts)]),

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from lorascope.features.arrays import RANKINGS, complete_arrays, map_arrays, save_arrays
+from lorascope.features.arrays import RANKINGS, WINDOWS, complete_arrays, map_arrays, save_arrays
 from lorascope.features.topk import rank_in_run
 from lorascope.texts.tokens import display_texts, pack_tokens
 
@@ -54,16 +54,18 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureStats:
-    """Statistics of one latent over all eligible tokens; None for what the file does not contain.
+    """Statistics of one latent over all tokens of text; None for what the file does not contain.
 
-    `density` is the share of eligible tokens on which it fires. `mean`, `std` and `histogram`
-    `(n_bins,)` are over the tokens on which it fires. `by_role` has the density among the tokens
+    `density` is the share of these tokens on which it fires; `n_special` counts its firings at
+    special tokens and template headers. `mean`, `std` and `histogram` `(n_bins,)` are over the
+    tokens of text on which it fires. `by_role` has the density among the tokens
     of each role, `by_position` in each tenth of the rollouts. `stability` is the mean cosine with
     the most similar latent in SAEs of other seeds.
     """
 
     n_examples: int
     n_active: int | None
+    n_special: int | None
     n_rollouts: int | None
     density: float | None
     max: float | None
@@ -74,23 +76,30 @@ class FeatureStats:
     by_position: tuple[float, ...]
     stability: float | None
 
+    @property
+    def is_template(self) -> bool:
+        """Whether more than half of its firings are at special tokens and template headers."""
+        return (self.n_special or 0) > (self.n_active or 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Feature:
     """The record of one latent.
 
     `examples` are sorted from the strongest down. `samples` are random firings from each fifth by
-    value, strongest fifth first. `fingerprint` maps a site's module name to its share of the
-    effect. `similar` has the latents with the nearest decoder rows and their cosines, `cofiring`
-    those that fire on the same tokens and their Jaccard indices. `tokens` has the rankings `mean`
-    (mean value on the token), `lift` (how many times more often than elsewhere it fires on the
-    token), `before` and `after` (share of the firings next to the token).
+    value, strongest fifth first. `at_special` are the strongest examples at special tokens and
+    template headers, which the others leave out. `fingerprint` maps a site's module name to its
+    share of the effect. `similar` has the latents with the nearest decoder rows and their cosines,
+    `cofiring` those that fire on the same tokens and their Jaccard indices. `tokens` has the
+    rankings `mean` (mean value on the token), `lift` (how many times more often than elsewhere it
+    fires on the token), `before` and `after` (share of the firings next to the token).
     """
 
     latent: int
     stats: FeatureStats
     examples: tuple[Example, ...]
     samples: tuple[Example, ...]
+    at_special: tuple[Example, ...]
     fingerprint: Mapping[str, float]
     similar: tuple[tuple[int, float], ...]
     cofiring: tuple[tuple[int, float], ...]
@@ -103,9 +112,11 @@ class FeatureIndex:
 
     Examples are sorted by latent, then descending value, then row. Latent i has the examples from
     `example_offset[i]` to `example_offset[i + 1]`; other offsets work in the same way. Samples are
-    sorted by latent, then descending quantile, then row. Windows are those of the examples followed
-    by those of the samples: `window_target` is the index of the example's token in its window,
-    `window_activation` the latent's value at each token, 0 where it does not fire.
+    sorted by latent, then descending quantile, then row. `special_*` are the strongest examples at
+    special tokens, sorted like examples; examples, samples and statistics are of text alone.
+    Windows are those of examples, samples and examples at special tokens, in this order:
+    `window_target` is the index of the example's token in its window, `window_activation` the
+    latent's value at each token, 0 where it does not fire.
     `text_*` are the rollouts that are kept whole, with the code of every token.
     The vocabulary has the tokens that occur in the index: `token_id` ascending, `token_data` their
     raw bytes (a token may be part of a character). A firing outside `latent_histogram_edges` counts
@@ -114,6 +125,7 @@ class FeatureIndex:
 
     manifest: Mapping[str, Any]
     latent_n_active: npt.NDArray[np.int64]  # (latent,)
+    latent_n_special: npt.NDArray[np.int64]  # firings at special tokens
     latent_max: npt.NDArray[np.float32]
     latent_mean: npt.NDArray[np.float32]
     latent_std: npt.NDArray[np.float32]
@@ -148,8 +160,13 @@ class FeatureIndex:
     sample_rollout: npt.NDArray[np.int64]
     sample_position: npt.NDArray[np.int32]
     sample_quantile: npt.NDArray[np.int8]  # 0 for the weakest fifth to 4
-    window_offset: npt.NDArray[np.int64]  # (example + sample + 1,)
-    window_target: npt.NDArray[np.int32]  # (example + sample,)
+    special_offset: npt.NDArray[np.int64]  # (latent + 1,)
+    special_value: npt.NDArray[np.float32]  # (special,)
+    special_row: npt.NDArray[np.int64]
+    special_rollout: npt.NDArray[np.int64]
+    special_position: npt.NDArray[np.int32]
+    window_offset: npt.NDArray[np.int64]  # (example + sample + special + 1,)
+    window_target: npt.NDArray[np.int32]  # (example + sample + special,)
     window_token_id: npt.NDArray[np.int32]  # (window_token,)
     window_activation: npt.NDArray[np.float32]
     text_rollout: npt.NDArray[np.int64]  # (text,), ids of the rollouts that are kept whole
@@ -183,40 +200,46 @@ class FeatureIndex:
         tokens: Mapping[int, bytes],
         *,
         samples: Sequence[Sequence[Example]] = (),
+        at_special: Sequence[Sequence[Example]] = (),
         special: Container[int] = (),
         latents: Mapping[str, npt.ArrayLike] | None = None,
     ) -> "FeatureIndex":
         """Make an index from Python objects: `features[i]` has the examples of latent i.
 
-        `samples[i]` has its samples. `tokens` maps every token id in a window to its bytes;
+        `samples[i]` has its samples, `at_special[i]` its examples at special tokens. `tokens` maps
+        every token id in a window to its bytes;
         `special` has the ids of special tokens. `latents` has other arrays that are known, by field
         name (`latent_n_active`, ...). The rest is unknown.
         """
-        examples = [
-            example
-            for of_latent in features
-            for example in sorted(of_latent, key=lambda e: (-np.float32(e.value), e.row))
-        ]
+        examples, specials = (
+            [
+                example
+                for of_latent in lists
+                for example in sorted(of_latent, key=lambda e: (-np.float32(e.value), e.row))
+            ]
+            for lists in (features, at_special)
+        )
         drawn = [
             sample
             for of_latent in samples
             for sample in sorted(of_latent, key=lambda e: (-e.quantile, e.row))
         ]
-        windows = [*examples, *drawn]
+        windows = [*examples, *drawn, *specials]
         vocabulary = sorted(tokens)
         token_offset, token_data = pack_tokens([tokens[i] for i in vocabulary])
+        nothing = [()] * len(features)
+        parts = (features, examples), (samples or nothing, drawn), (at_special or nothing, specials)
         values: dict[str, npt.ArrayLike] = {
-            "example_offset": _offsets(map(len, features)),
-            "example_value": [e.value for e in examples],
-            "example_row": [e.row for e in examples],
-            "example_rollout": [e.rollout for e in examples],
-            "example_position": [e.position for e in examples],
+            **{
+                f"{name}_{field}": [getattr(e, field) for e in of_all]
+                for name, (_, of_all) in zip(WINDOWS, parts, strict=True)
+                for field in ("value", "row", "rollout", "position")
+            },
+            **{
+                f"{name}_offset": _offsets(map(len, of_latents))
+                for name, (of_latents, _) in zip(WINDOWS, parts, strict=True)
+            },
             "example_n_alike": [e.n_alike for e in examples],
-            "sample_offset": _offsets(map(len, samples or [()] * len(features))),
-            "sample_value": [e.value for e in drawn],
-            "sample_row": [e.row for e in drawn],
-            "sample_rollout": [e.rollout for e in drawn],
-            "sample_position": [e.position for e in drawn],
             "sample_quantile": [e.quantile for e in drawn],
             "window_offset": _offsets(len(e.token_ids) for e in windows),
             "window_target": [e.target for e in windows],
@@ -256,13 +279,13 @@ class FeatureIndex:
         """Return the feature of a latent. Raises IndexError if the latent does not exist."""
         if not 0 <= latent < len(self):
             raise IndexError(f"latent {latent} does not exist, expected 0 to {len(self) - 1}")
-        sampled = self.sample_offset[latent : latent + 2].tolist()
         share = self.latent_fingerprint[latent].astype(float).tolist()
         return Feature(
             latent=latent,
             stats=self.stats(latent),
             examples=self.examples(latent),
-            samples=tuple(self._sample(s) for s in range(*sampled)),
+            samples=self._examples("sample", latent),
+            at_special=self.at_special(latent),
             fingerprint=dict(zip(self._modules, share, strict=False)),
             similar=_pairs(self.near_decoder[latent], self.near_cosine[latent]),
             cofiring=_pairs(self.near_cofiring[latent], self.near_jaccard[latent]),
@@ -271,8 +294,11 @@ class FeatureIndex:
 
     def examples(self, latent: int) -> tuple[Example, ...]:
         """Return the strongest examples of a latent, strongest first."""
-        first, last = self.example_offset[latent : latent + 2].tolist()
-        return tuple(self._example(e) for e in range(first, last))
+        return self._examples("example", latent)
+
+    def at_special(self, latent: int) -> tuple[Example, ...]:
+        """Return the strongest examples of a latent at special tokens, strongest first."""
+        return self._examples("special", latent)
 
     def stats(self, latent: int) -> FeatureStats:
         """Return the statistics of a latent."""
@@ -288,6 +314,7 @@ class FeatureIndex:
         return FeatureStats(
             n_examples=int(self.n_examples[latent]),
             n_active=n_active,
+            n_special=_int_or_none(self.latent_n_special[latent]),
             n_rollouts=_int_or_none(self.latent_n_rollouts[latent]),
             density=density,
             max=_float_or_none(self.latent_max[latent]),
@@ -299,24 +326,22 @@ class FeatureIndex:
             stability=_float_or_none(self.latent_stability[latent]),
         )
 
-    def _example(self, e: int) -> Example:
-        return Example(
-            value=float(self.example_value[e]),
-            row=int(self.example_row[e]),
-            rollout=int(self.example_rollout[e]),
-            position=int(self.example_position[e]),
-            n_alike=int(self.example_n_alike[e]),
-            **self._window(e),
-        )
-
-    def _sample(self, s: int) -> Example:
-        return Example(
-            value=float(self.sample_value[s]),
-            row=int(self.sample_row[s]),
-            rollout=int(self.sample_rollout[s]),
-            position=int(self.sample_position[s]),
-            quantile=int(self.sample_quantile[s]),
-            **self._window(len(self.example_value) + s),
+    def _examples(self, part: str, latent: int) -> tuple[Example, ...]:
+        """Return the examples of a latent in one of `WINDOWS`."""
+        earlier = WINDOWS[: WINDOWS.index(part)]
+        before = sum(len(getattr(self, f"{name}_value")) for name in earlier)
+        first, last = getattr(self, f"{part}_offset")[latent : latent + 2].tolist()
+        return tuple(
+            Example(
+                value=float(getattr(self, f"{part}_value")[e]),
+                row=int(getattr(self, f"{part}_row")[e]),
+                rollout=int(getattr(self, f"{part}_rollout")[e]),
+                position=int(getattr(self, f"{part}_position")[e]),
+                n_alike=int(self.example_n_alike[e]) if part == "example" else -1,
+                quantile=int(self.sample_quantile[e]) if part == "sample" else -1,
+                **self._window(before + e),
+            )
+            for e in range(first, last)
         )
 
     def _window(self, w: int) -> dict[str, Any]:
@@ -337,8 +362,13 @@ class FeatureIndex:
 
     @cached_property
     def n_examples(self) -> npt.NDArray[np.int64]:
-        """Number of examples of each latent, `(latent,)`."""
+        """Number of examples of each latent, `(latent,)`, without those at special tokens."""
         return np.diff(self.example_offset)
+
+    @property
+    def alive(self) -> npt.NDArray[np.bool_]:
+        """Latents with an example, at text or at special tokens, `(latent,)`."""
+        return (self.n_examples > 0) | (np.diff(self.special_offset) > 0)
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the raw bytes of a token. Raises KeyError if the index does not contain it."""
@@ -389,7 +419,7 @@ class FeatureIndex:
         for last in np.flatnonzero(is_last).tolist():
             pieces[last] += _WINDOW_END
         ends = np.cumsum(np.array([len(token) for token in folded], np.int64)[at] + is_last)
-        latents = np.concatenate([self._example_latent, self._sample_latent])  # of each window
+        latents = np.concatenate([self._latent_of(part) for part in WINDOWS])  # of each window
         best: dict[int, float] = {}
         for match in re.finditer(re.escape(wanted), b"".join(pieces)):
             first = int(np.searchsorted(ends, match.start(), side="right"))
@@ -410,6 +440,7 @@ class FeatureIndex:
         n_rollouts = np.where(self.latent_n_rollouts < 0, np.nan, self.latent_n_rollouts)
         columns = {
             "n_active": n_active,
+            "n_special": np.where(self.latent_n_special < 0, np.nan, self.latent_n_special),
             "density": n_active / n_eligible if n_eligible else np.full(len(self), np.nan),
             "l0_share": n_active / max(np.nansum(n_active), 1.0),
             "n_rollouts": n_rollouts,
@@ -438,21 +469,23 @@ class FeatureIndex:
     def limited(self, n: int) -> "FeatureIndex":
         """Return the index with at most `n` examples per latent and `n // 5` samples per fifth.
 
-        The strongest examples stay. Statistics do not change.
+        The strongest examples stay, at special tokens too. Statistics do not change.
         """
-        examples = rank_in_run(self._example_latent) < n
-        fifth = self._sample_latent * 128 + self.sample_quantile  # a quantile is an int8
-        samples = rank_in_run(fifth) < n // 5
-        kept = {"example": examples, "sample": samples}
-        arrays = {
-            name: array[kept[name.partition("_")[0]]]
-            for name, array in self.arrays.items()
-            if name.startswith(("example_", "sample_")) and not name.endswith("_offset")
+        fifth = self._latent_of("sample") * 128 + self.sample_quantile  # a quantile is an int8
+        kept = {
+            "example": rank_in_run(self._latent_of("example")) < n,
+            "sample": rank_in_run(fifth) < n // 5,
+            "special": rank_in_run(self._latent_of("special")) < n,
         }
-        for name, latents in (("example", self._example_latent), ("sample", self._sample_latent)):
-            counts = np.bincount(latents[kept[name]], minlength=len(self))
-            arrays[f"{name}_offset"] = np.concatenate([[0], np.cumsum(counts)])
-        windows = np.concatenate([examples, samples])
+        arrays = {
+            name: array[kept[part]]
+            for name, array in self.arrays.items()
+            if (part := name.partition("_")[0]) in kept and not name.endswith("_offset")
+        }
+        for part in WINDOWS:
+            counts = np.bincount(self._latent_of(part)[kept[part]], minlength=len(self))
+            arrays[f"{part}_offset"] = np.concatenate([[0], np.cumsum(counts)])
+        windows = np.concatenate(list(kept.values()))
         lengths = np.diff(self.window_offset)
         tokens = np.repeat(windows, lengths)
         return replace(
@@ -464,13 +497,9 @@ class FeatureIndex:
             window_activation=self.window_activation[tokens],
         )
 
-    @property
-    def _example_latent(self) -> npt.NDArray[np.int64]:
-        return np.repeat(np.arange(len(self)), self.n_examples)
-
-    @property
-    def _sample_latent(self) -> npt.NDArray[np.int64]:
-        return np.repeat(np.arange(len(self)), np.diff(self.sample_offset))
+    def _latent_of(self, part: str) -> npt.NDArray[np.int64]:
+        """Return the latent of each example in one of `WINDOWS`."""
+        return np.repeat(np.arange(len(self)), np.diff(getattr(self, f"{part}_offset")))
 
 
 def _offsets(lengths: Iterable[int]) -> npt.NDArray[np.int64]:

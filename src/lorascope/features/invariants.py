@@ -8,6 +8,7 @@ import numpy as np
 from lorascope.errors import ArtifactError
 from lorascope.features.arrays import (
     RANKINGS,
+    WINDOWS,
     check_offsets,
     check_shapes,
     checksum,
@@ -44,22 +45,26 @@ def _checks(index: FeatureIndex) -> Iterator[tuple[str, Any]]:
 
 
 def _check_examples(index: FeatureIndex) -> Iterator[tuple[str, Any]]:
-    counts = np.diff(index.example_offset)
-    latent = np.repeat(np.arange(len(index)), counts)
-    value, row = index.example_value, index.example_row
-    same_latent, is_tie = latent[1:] == latent[:-1], value[1:] == value[:-1]
-    falls = value[1:] <= value[:-1]
-    row_rises = (row[1:] > row[:-1]) | (row[1:] < 0)
-    yield "example/value is not finite", np.all(np.isfinite(value))
-    yield "example/value is not in descending order", np.all(falls | ~same_latent)
-    yield (
-        "example/row is not ascending among equal values",
-        np.all(row_rises | ~is_tie | ~same_latent),
-    )
-    largest = index.latent_max[latent]
-    yield "latent/max is below an example's value", np.all((value <= largest) | np.isnan(largest))
-    fired = index.latent_n_active
-    yield "latent has more examples than firings", np.all((counts <= fired) | (fired < 0))
+    for part, largest, fired in (
+        ("example", index.latent_max, index.latent_n_active),
+        ("special", np.full(len(index), np.nan), index.latent_n_special),
+    ):
+        counts = np.diff(getattr(index, f"{part}_offset"))
+        latent = np.repeat(np.arange(len(index)), counts)
+        value, row = getattr(index, f"{part}_value"), getattr(index, f"{part}_row")
+        same_latent, is_tie = latent[1:] == latent[:-1], value[1:] == value[:-1]
+        falls = value[1:] <= value[:-1]
+        row_rises = (row[1:] > row[:-1]) | (row[1:] < 0)
+        yield f"{part}/value is not finite", np.all(np.isfinite(value))
+        yield f"{part}/value is not in descending order", np.all(falls | ~same_latent)
+        yield (
+            f"{part}/row is not ascending among equal values",
+            np.all(row_rises | ~is_tie | ~same_latent),
+        )
+        above = value > largest[latent]
+        yield f"latent/max is below the value of an {part}", not np.any(above)
+        yield f"latent has more {part}s than firings", np.all((counts <= fired) | (fired < 0))
+    counts = index.n_examples
     top_k = index.content.get("top_k")
     within = not isinstance(top_k, int) or np.all(counts <= top_k)
     yield f"latent has more than top_k = {top_k} examples", within
@@ -76,12 +81,14 @@ def _check_examples(index: FeatureIndex) -> Iterator[tuple[str, Any]]:
 
 
 def _check_statistics(index: FeatureIndex) -> Iterator[tuple[str, Any]]:
-    fired = index.latent_n_active
+    fired, n_special = index.latent_n_active, np.maximum(index.latent_n_special, 0)
     for name in ("latent_histogram", "latent_by_role", "latent_by_position"):
         counts = getattr(index, name)
         if counts.shape[1]:
-            total = counts.sum(axis=1, dtype=np.int64)
-            yield f"{dataset_name(name)} does not add up to n_active", np.all(total == fired)
+            total, said = counts.sum(axis=1, dtype=np.int64), "n_active"
+            if name == "latent_by_role":
+                total, said = total - n_special, "n_active and n_special"
+            yield f"{dataset_name(name)} does not add up to {said}", np.all(total == fired)
     rises = np.all(np.diff(index.latent_histogram_edges) > 0)
     yield "latent/histogram_edges do not rise", rises
     if index.latent_fingerprint.shape[1]:
@@ -108,10 +115,10 @@ def _check_windows(index: FeatureIndex) -> Iterator[tuple[str, Any]]:
     start, target = index.window_offset[:-1], index.window_target
     inside = (target >= 0) & (target < np.diff(index.window_offset))
     yield "window/target is outside its window", np.all(inside)
-    position = np.concatenate([index.example_position, index.sample_position])
+    position = np.concatenate([getattr(index, f"{part}_position") for part in WINDOWS])
     starts_inside = (position >= target) | (position < 0)
     yield "window begins before its rollout", np.all(starts_inside)
-    value = np.concatenate([index.example_value, index.sample_value])
+    value = np.concatenate([getattr(index, f"{part}_value") for part in WINDOWS])
     at_target = index.window_activation[start + target]
     yield "window/activation at the target is not the example's value", np.all(at_target == value)
     yield "window/activation is not finite", np.all(np.isfinite(index.window_activation))

@@ -3,7 +3,8 @@
 `metadata` has n_features, top_k and, if lorascope wrote the file, the manifest under `lorascope`.
 `features` maps each latent's number to its `examples` (activation_value, rollout_idx, token_idx,
 token, tokens, target_position, activations) and its `stats` (n_examples, max_activation).
-lorascope adds n_alike to the examples and more statistics; the rest of an index is not in the JSON.
+lorascope adds n_alike to the examples, more statistics, and `special_examples` with the examples at
+special tokens; the rest of an index is not in the JSON.
 Numbers are float32 values written in full, so reading them gives the same bits.
 
 What a file does not contain is unknown in the index, not zero. Rows and token ids are always
@@ -27,11 +28,12 @@ from lorascope.features.index import Example, FeatureIndex
 
 log = logging.getLogger(__name__)
 
-_METADATA = ("context_window", "n_tokens", "n_eligible", "n_rollouts", "fvu", "l0")
+_METADATA = ("context_window", "n_tokens", "n_eligible", "n_special", "n_rollouts", "fvu", "l0")
 _MAX_FEATURES = 1 << 24  # a larger id is a mistake that would allocate gigabytes
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _STATS = {  # key of `stats` -> field of the index
     "n_active": "latent_n_active",
+    "n_special": "latent_n_special",
     "n_rollouts": "latent_n_rollouts",
     "max_activation": "latent_max",
     "mean_activation": "latent_mean",
@@ -79,24 +81,28 @@ def _published_feature(index: FeatureIndex, latent: int) -> dict[str, Any]:
         "mean_activation": known.mean,
         "std_activation": known.std,
         "n_active": known.n_active,
+        "n_special": known.n_special,
         "n_rollouts": known.n_rollouts,
         "histogram": known.histogram.tolist() or None,
     }
+    at_special = index.at_special(latent)
     return {
-        "examples": [
-            {
-                "activation_value": example.value,
-                "rollout_idx": example.rollout,
-                "token_idx": example.position,
-                "token": example.tokens[example.target],
-                "tokens": example.tokens,
-                "target_position": example.target,
-                "activations": np.asarray(example.activations).tolist(),
-                **({"n_alike": example.n_alike} if example.n_alike >= 0 else {}),
-            }
-            for example in index.examples(latent)
-        ],
+        "examples": [_published_example(example) for example in index.examples(latent)],
+        **({"special_examples": list(map(_published_example, at_special))} if at_special else {}),
         "stats": {key: value for key, value in stats.items() if value is not None},
+    }
+
+
+def _published_example(example: Example) -> dict[str, Any]:
+    return {
+        "activation_value": example.value,
+        "rollout_idx": example.rollout,
+        "token_idx": example.position,
+        "token": example.tokens[example.target],
+        "tokens": example.tokens,
+        "target_position": example.target,
+        "activations": np.asarray(example.activations).tolist(),
+        **({"n_alike": example.n_alike} if example.n_alike >= 0 else {}),
     }
 
 
@@ -140,25 +146,30 @@ def read_published(path: Path) -> FeatureIndex:
     if n_features > _MAX_FEATURES:
         _refuse(path, f"has {n_features} features, expected at most {_MAX_FEATURES}")
     examples: list[list[Example]] = [[] for _ in range(n_features)]
+    at_special: list[list[Example]] = [[] for _ in range(n_features)]
     stats: list[Mapping[str, Any]] = [{} for _ in range(n_features)]
     vocabulary: dict[str, int] = {}  # text -> its id: -1, -2, ... in order of appearance
     for key, record in features.items():
         where = f"feature {key}"
         if not isinstance(record, dict) or not isinstance(record.get("examples"), list):
             _refuse(path, f"{where} has no list of examples")
-        for number, example in enumerate(record["examples"]):
-            examples[ids[key]].append(
-                _read_example(path, f"{where}, example {number}", example, vocabulary)
-            )
+        if not isinstance(record.get("special_examples", []), list):
+            _refuse(path, f"{where} has special_examples that are not a list")
+        for kind, into in (("example", examples), ("special_example", at_special)):
+            for number, example in enumerate(record.get(f"{kind}s", [])):
+                into[ids[key]].append(
+                    _read_example(path, f"{where}, {kind} {number}", example, vocabulary)
+                )
         if isinstance(record.get("stats"), dict):
             stats[ids[key]] = record["stats"]
-    _report_mismatch(path, examples)
+    _report_mismatch(path, [*examples, *at_special])
     special = metadata.get("special_tokens")
     special = {str(text) for text in special} if isinstance(special, list) else set()
     return FeatureIndex.from_examples(
         _manifest(metadata),
         examples,
         {token_id: text.encode() for text, token_id in vocabulary.items()},
+        at_special=at_special,
         special={token_id for text, token_id in vocabulary.items() if text in special},
         latents=_latents(stats, metadata.get("histogram_edges")),
     )

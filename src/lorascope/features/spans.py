@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from lorascope.activations.shards import Rows
 from lorascope.activations.store import ActivationStore
-from lorascope.texts.roles import SPECIAL, has_role
+from lorascope.texts.roles import ROLES, SPECIAL, has_role
 
 N_TENTHS = 10
 _ROWS = 1 << 18  # rows of a span, at least
@@ -21,13 +21,13 @@ class Span:
     """The rollouts `[first, last)` of a store, by index. Arrays have one entry a row, `(n_rows,)`.
 
     Arrays are read on first use and then cached; `uncached` gives a span without them. Only tokens
-    with one of the roles in `only_roles` count, or, if it is empty, all but special ones.
+    with one of the roles in `only_roles` are read.
     """
 
     store: ActivationStore
     first: int
     last: int
-    only_roles: tuple[str, ...] = ()
+    only_roles: tuple[str, ...] = ROLES
 
     def uncached(self) -> "Span":
         """Return the same span without cached arrays."""
@@ -63,10 +63,14 @@ class Span:
         return self.store.roles_of(self.first_row, self.first_row + self.n_rows)
 
     @cached_property
+    def read(self) -> npt.NDArray[np.bool_]:
+        """Mask of the tokens that are read."""
+        return has_role(self.roles, self.only_roles)
+
+    @property
     def eligible(self) -> npt.NDArray[np.bool_]:
-        """Mask of the tokens that count."""
-        roles = self.only_roles
-        return has_role(self.roles, roles) if roles else self.roles != SPECIAL
+        """Mask of the tokens of text that are read: statistics and examples are of these."""
+        return self.read & (self.roles != SPECIAL)
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -110,7 +114,7 @@ class Span:
 
 
 def cut_spans(
-    store: ActivationStore, n_rollouts: int, d_sae: int, only_roles: tuple[str, ...] = ()
+    store: ActivationStore, n_rollouts: int, d_sae: int, only_roles: tuple[str, ...] = ROLES
 ) -> list[Span]:
     """Cut the first rollouts into spans of at least `max(2**18, 64 * d_sae)` rows each.
 

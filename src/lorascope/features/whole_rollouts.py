@@ -2,8 +2,8 @@
 
 Four lists are taken from in turn until `n_tokens` are kept: the rollouts in which most latents fire
 per token, those with most firings of rare latents, those that the SAE reconstructs worst, and
-random ones. Rare latents are those whose sample holds every firing (`N_SAMPLED` or fewer); each
-spreads a total weight of 1 over its firings.
+random ones. Only tokens of text count for this. Rare latents are those whose sample holds every
+firing (`N_SAMPLED` or fewer); each spreads a total weight of 1 over its firings.
 
 The arrays are called `text_*` in the file.
 """
@@ -18,6 +18,7 @@ from lorascope.activations.store import ActivationStore
 from lorascope.features.accumulators import Accumulator
 from lorascope.features.spans import Span
 from lorascope.features.topk import row_hash
+from lorascope.texts.roles import ROLES
 
 if TYPE_CHECKING:
     from lorascope.sae.model import SAE
@@ -28,7 +29,7 @@ def rollout_arrays(
     sae: "SAE",
     accumulator: Accumulator,
     n_tokens: int,
-    only_roles: tuple[str, ...] = (),
+    only_roles: tuple[str, ...] = ROLES,
 ) -> dict[str, npt.NDArray[Any]]:
     """Return the arrays `text_*`. A rollout longer than what is left of `n_tokens` is skipped.
 
@@ -49,13 +50,16 @@ def rollout_arrays(
     spans = [Span(store, int(i), int(i) + 1, only_roles) for i in chosen]
     lengths = np.array([span.n_rows for span in spans])
     rows = np.concatenate([span.rows(0, span.n_rows) for span in spans])
-    eligible = np.concatenate([span.eligible for span in spans])
+    read, eligible = (
+        np.concatenate([getattr(span, name) for span in spans]) for name in ("read", "eligible")
+    )
     code = sae.encode(torch.from_numpy(rows).to(sae.b_enc.device))
     n_fired, latents, values = (t.cpu().numpy() for t in (code.l0, code.latents, code.values))
-    counted = np.repeat(eligible, n_fired)  # tokens that do not count have no code
-    latents, values, n_fired = latents[counted], values[counted], n_fired * eligible
-    density = accumulator.statistics.n_active[latents] / max(accumulator.n_by_role.sum(), 1)
-    rollout = np.repeat(np.repeat(np.arange(len(chosen)), lengths), n_fired)  # of each firing
+    coded = np.repeat(read, n_fired)  # tokens of other roles have no code
+    latents, values, n_fired = latents[coded], values[coded], n_fired * read
+    counted = np.repeat(eligible, n_fired)
+    density = accumulator.statistics.n_active[latents[counted]] / max(accumulator.n_eligible, 1)
+    rollout = np.repeat(np.repeat(np.arange(len(chosen)), lengths), n_fired)[counted]
     total = np.bincount(rollout, -np.log10(density), minlength=len(chosen))
     with np.errstate(invalid="ignore"):
         rarity = total / np.bincount(rollout, minlength=len(chosen))

@@ -1,7 +1,7 @@
 // Decides what is shown, and moves between features, rollouts and the map.
 import { editLabel, editNote, showAnnotations, toggleStar } from "./annotation_form.js";
 import { onAnnotations } from "./annotations.js";
-import { column, core, feature, featureNow, prefetch } from "./data.js";
+import { column, core, feature, featureNow, hasExample, prefetch } from "./data.js";
 import { saveDrawing, saveFile, saveTable } from "./downloads.js";
 import { listIndex, listed, onChoose, redraw, select } from "./feature_list.js";
 import { drawFeature, drawMessage } from "./feature_view.js";
@@ -159,7 +159,7 @@ function showEmpty() {
   const isOnlyFull = query() === "full=1" || query() === "dead=1&full=1";
   let message = "No feature matches the search and the filters. Clear them to see all features.";
   if (!core.n_features) message = "This page has no features.";
-  else if (!column.n_examples.some((n) => n > 0)) {
+  else if (!column.n_examples.some((_, id) => hasExample(id))) {
     message = `None of the ${whole(core.n_features)} features has an example: ` +
       "none fires in these rollouts.";
   } else if (isOnlyFull) {

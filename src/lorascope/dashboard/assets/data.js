@@ -18,6 +18,21 @@ export const column = Object.fromEntries(
 );
 core.columns = null; // frees their base64 texts
 
+// Returns whether a feature has an example, at text or at special tokens.
+export function hasExample(id) {
+  return column.n_examples[id] > 0 || column.special_max[id] > 0;
+}
+
+// Returns whether a feature fires mostly at special tokens and template headers.
+export function isTemplate(id) {
+  return column.n_special[id] > Math.max(0, column.n_active[id]);
+}
+
+// Returns a feature's largest activation, at text or at special tokens; 0 if unknown.
+export function largest(id) {
+  return Math.max(column.max[id] || 0, column.special_max[id]);
+}
+
 const promised = new Map(); // pack id -> Promise of its content, least recently used first
 const ready = new Map(); // pack id -> its content, once decoded
 
@@ -49,9 +64,9 @@ export async function searchable(number) {
   const block = await (promised.get(id) ?? unpack(id, core.block_columns));
   const fires = Uint8Array.from(block.activation, (value) => Number(value !== 0));
   const ranked = RANKINGS.map((name) => block[name].slice());
-  const { count, sample_count, token, length } = block;
+  const { count, sample_count, special_count, token, length } = block;
   return {
-    counts: count.slice(), sampleCounts: sample_count.slice(),
+    counts: [count, sample_count, special_count].map((counts) => counts.slice()),
     token: token.slice(), length: length.slice(), fires, ranked,
   };
 }
@@ -82,6 +97,7 @@ async function decodeBlock(id) {
   block.first = Number(id.slice("block-".length)) * core.block;
   block.exampleStart = startsOf(block.count);
   block.sampleStart = startsOf(block.sample_count);
+  block.specialStart = startsOf(block.special_count);
   block.windowStart = startsOf(block.length);
   return block;
 }
@@ -97,6 +113,7 @@ function record(block, id) {
   const row = (values, n) => values.subarray(i * n, (i + 1) * n);
   const bins = Math.max(0, column.edges.length - 1);
   const nExamples = block.exampleStart[block.count.length];
+  const nSamples = block.sampleStart[block.count.length];
   const examples = [];
   for (let e = block.exampleStart[i]; e < block.exampleStart[i + 1]; e++) {
     examples.push({ ...windowOf(block, e, i), repeats: block.n_repeats[e], quantile: -1 });
@@ -105,12 +122,16 @@ function record(block, id) {
   for (let s = block.sampleStart[i]; s < block.sampleStart[i + 1]; s++) {
     samples.push({ ...windowOf(block, nExamples + s, i), repeats: -1, quantile: block.quantile[s] });
   }
+  const specials = [];
+  for (let s = block.specialStart[i]; s < block.specialStart[i + 1]; s++) {
+    specials.push({ ...windowOf(block, nExamples + nSamples + s, i), repeats: -1, quantile: -1 });
+  }
   const nSites = core.sites ? core.sites.length : 0;
   const shares = Float32Array.from(
     row(block.fingerprint, nSites), (part) => (part * block.fingerprint_max[i]) / FULL_SHARE,
   );
   return {
-    id, examples, samples, shares,
+    id, examples, samples, specials, shares,
     histogram: row(block.histogram, bins),
     byRole: core.n_by_role ? row(block.by_role, core.n_by_role.length) : [],
     byPosition: core.n_by_position ? row(block.by_position, core.n_by_position.length) : [],

@@ -1,5 +1,5 @@
 // Files to download: the table as CSV, figures as SVG, the map as PNG, labels as JSON.
-import { column, core } from "./data.js";
+import { column, core, hasExample } from "./data.js";
 import { isStarred, labelOf, noteOf } from "./annotations.js";
 import { density, mainRole, mainSite } from "./stats.js";
 
@@ -25,6 +25,7 @@ export function saveTable(ids) {
     note: (id) => cell(noteOf(id)),
     starred: (id) => (isStarred(id) ? 1 : 0),
     n_active: (id) => known(column.n_active[id]),
+    n_special: (id) => known(column.n_special[id]),
     density: (id) => known(density(id)),
     n_rollouts: (id) => known(column.n_rollouts[id]),
     max: (id) => real(column.max[id]),
@@ -40,7 +41,7 @@ export function saveTable(ids) {
     ...(column.direct_share && { direct_share: (id) => real(column.direct_share[id]) }),
     role: (id) => cell(mainRole(id)),
     site: (id) => cell(mainSite(id)),
-    token: (id) => cell(column.n_examples[id] ? core.token_texts[column.top_token[id]] : ""),
+    token: (id) => cell(hasExample(id) ? core.token_texts[column.top_token[id]] : ""),
   };
   const lines = [Object.keys(columns).join(",")];
   for (const id of ids) lines.push(Object.values(columns).map((write) => write(id)).join(","));

@@ -1,5 +1,5 @@
 // Examples and samples of one feature: tokens in their context, coloured by activation.
-import { column } from "./data.js";
+import { column, core, isTemplate, largest } from "./data.js";
 import { element, short, whole, writeToken } from "./format.js";
 
 export const LEVELS = 9; // of the heat ramp in colors.css, evenly spaced in lightness
@@ -10,10 +10,10 @@ const FIFTHS = ["weakest", "second weakest", "middle", "second strongest", "stro
 const wholeRollouts = new Set(column.kept_rollout);
 
 // Returns the largest size of an activation in the windows, and whether any is negative.
-export function scaleOf({ id, examples, samples }) {
-  let scale = Math.abs(column.max[id]) || 0;
+export function scaleOf({ id, examples, samples, specials }) {
+  let scale = Math.abs(largest(id)) || 0;
   let signed = false;
-  for (const { activations } of [...examples, ...samples]) {
+  for (const { activations } of [...examples, ...samples, ...specials]) {
     for (const value of activations) {
       if (Math.abs(value) > scale) scale = Math.abs(value);
       if (value < 0) signed = true;
@@ -26,7 +26,20 @@ export function drawExamples({ id, examples }, { scale, signed }) {
   const section = element("section", "examples");
   section.setAttribute("aria-label", "Strongest examples");
   section.append(element("h3", "", "Strongest examples"), drawLegend(scale, signed));
-  examples.forEach((example, i) => section.append(drawCard(example, i + 1, id, scale)));
+  examples.forEach((example, i) => section.append(drawCard(example, i + 1, id, scale, "example")));
+  return section;
+}
+
+export function drawSpecials({ id, specials }, { scale, signed }) {
+  const section = element("section", "examples");
+  section.dataset.testid = "at-special";
+  section.setAttribute("aria-label", "At special and template tokens");
+  const of = core.n_special > 0 ? ` ${whole(core.n_special)}` : "";
+  const note = `It fires at ${whole(column.n_special[id])} of the${of} special tokens and template ` +
+    "headers. These firings are in no other statistic or example, except by role.";
+  section.append(element("h3", "", "At special and template tokens"), element("p", "note", note));
+  if (isTemplate(id)) section.append(drawLegend(scale, signed));
+  specials.forEach((one, i) => section.append(drawCard(one, i + 1, id, scale, "special-example")));
   return section;
 }
 
@@ -44,7 +57,7 @@ export function drawSamples({ id, samples }, { scale }) {
       fifth = sample.quantile;
       section.append(element("h4", "", `${FIFTHS[fifth] ?? ""} fifth`));
     }
-    section.append(drawCard(sample, i + 1, id, scale));
+    section.append(drawCard(sample, i + 1, id, scale, "sample"));
   });
   return section;
 }
@@ -66,12 +79,11 @@ function drawLegend(scale, signed) {
   return legend;
 }
 
-function drawCard(example, rank, id, scale) {
+function drawCard(example, rank, id, scale, name) {
   const card = element("article", "card");
-  const name = example.quantile < 0 ? "example" : "sample";
   card.dataset.testid = name;
   const text = drawWindow(example, scale);
-  text.setAttribute("aria-label", `Tokens of ${name} ${rank}. Arrow keys move between them.`);
+  text.setAttribute("aria-label", `Tokens of ${name.replace("-", " ")} ${rank}. Arrow keys move between them.`);
   card.append(drawHead(example, rank, id, name), text);
   if (example.tokens.length > MAX_TOKENS) card.append(drawUnfold(text, example.tokens.length));
   return card;

@@ -1,5 +1,5 @@
 // The list of features: filtered, sorted, and drawn only where it is visible.
-import { column, core } from "./data.js";
+import { column, core, hasExample, isTemplate } from "./data.js";
 import { isStarred, labelOf } from "./annotations.js";
 import { element, percent, short, whole, writeToken } from "./format.js";
 
@@ -98,7 +98,7 @@ function row(at) {
   if (label) {
     token.classList.add("label");
     token.textContent = label;
-  } else if (column.n_examples[id]) {
+  } else if (hasExample(id)) {
     writeToken(token, column.top_token[id]);
   }
   const bar = element("span", "bar");
@@ -111,17 +111,20 @@ function row(at) {
 }
 
 function note(id) {
+  if (isTemplate(id)) return "template";
   const n = column.n_active[id];
   if (n === 0) return "dead";
   if (n > 0) return core.n_eligible ? percent(n / core.n_eligible) : whole(n);
   return column.n_examples[id] ? `max ${short(column.max[id])}` : "no example";
 }
 
-// Returns a bar length: 0 for a feature that never fires, 1 for one that fires at every token.
+// Returns a bar length: 0 for a feature that never fires, 1 for one that fires at every token; for
+// a template feature, at every special token.
 function logDensity(id) {
-  const n = column.n_active[id];
-  if (!(n > 0) || !(core.n_eligible > 1)) return 0;
-  return Math.max(0.02, Math.log(n) / Math.log(core.n_eligible));
+  const [n, total] = isTemplate(id)
+    ? [column.n_special[id], core.n_special] : [column.n_active[id], core.n_eligible];
+  if (!(n > 0) || !(total > 1)) return 0;
+  return Math.max(0.02, Math.log(n) / Math.log(total));
 }
 
 list.addEventListener("scroll", () => requestAnimationFrame(draw), { passive: true });

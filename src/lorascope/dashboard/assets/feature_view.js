@@ -1,11 +1,11 @@
 // The view of one feature: statistics, examples and figures.
-import { column, core } from "./data.js";
+import { column, core, isTemplate } from "./data.js";
 import { drawEffects } from "./effects.js";
-import { drawExamples, drawSamples, scaleOf } from "./examples.js";
+import { drawExamples, drawSamples, drawSpecials, scaleOf } from "./examples.js";
 import { drawDensities, drawFingerprint, drawHistogram, drawPositions, drawRoles } from "./figures.js";
 import { drawNeighbours, drawRankings } from "./related.js";
 import { drawStats } from "./stats.js";
-import { element } from "./format.js";
+import { element, whole } from "./format.js";
 
 // Returns the nodes that show a feature, and a function that draws the rest a moment later.
 export function drawFeature(record) {
@@ -13,9 +13,11 @@ export function drawFeature(record) {
   const main = element("div", "feature-main");
   const side = element("div", "feature-side");
   const scale = scaleOf(record);
+  const specials = record.specials.length ? [drawSpecials(record, scale)] : [];
+  if (isTemplate(id)) main.append(...specials);
   if (record.examples.length) {
     main.append(drawExamples(record, scale));
-  } else {
+  } else if (!specials.length) {
     const why = column.n_active[id] === 0
       ? `Feature ${id} is dead: it never fires on the tokens that were read.`
       : `This page has no example of feature ${id}.`;
@@ -26,10 +28,21 @@ export function drawFeature(record) {
   body.append(main, side);
   const later = () => {
     if (record.samples.length) main.append(drawSamples(record, scale));
+    if (!isTemplate(id)) main.append(...specials);
     side.append(...drawSide(record));
     if (!side.childElementCount) body.classList.add("alone");
   };
-  return { parts: [drawStats(id), body], later };
+  return { parts: [...(isTemplate(id) ? [drawBadge(id)] : []), drawStats(id), body], later };
+}
+
+function drawBadge(id) {
+  const node = element("p", "template-note");
+  node.dataset.testid = "template";
+  const n = column.n_special[id];
+  const all = n + Math.max(0, column.n_active[id]);
+  node.append(element("span", "badge", "template feature"),
+    `${whole(n)} of its ${whole(all)} firings are at special tokens and template headers.`);
+  return node;
 }
 
 export function drawMessage(text, testid = "message") {
@@ -43,7 +56,7 @@ function drawSide(record) {
   const parts = drawEffects(record);
   if (core.sites && record.shares.some((share) => share > 0)) parts.push(drawFingerprint(record));
   parts.push(...drawRankings(record));
-  if (fires && record.byRole.some((n) => n > 0)) parts.push(drawRoles(record));
+  if (record.byRole.some((n) => n > 0)) parts.push(drawRoles(record));
   if (fires && record.byPosition.some((n) => n > 0)) parts.push(drawPositions(record));
   parts.push(...drawNeighbours(record));
   if (fires && core.n_eligible > 0) parts.push(drawDensities(record));

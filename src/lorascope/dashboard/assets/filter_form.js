@@ -1,5 +1,5 @@
 // The search field and the filters of the list.
-import { column, core } from "./data.js";
+import { column, core, isTemplate } from "./data.js";
 import { choose, fromQuery, noFilters, toQuery } from "./filters.js";
 import { fill, listed } from "./feature_list.js";
 import { search, stopSearch } from "./search.js";
@@ -124,6 +124,7 @@ if (core.sites && column.main_site.length) {
 } else {
   hide("site");
 }
+if (!column.n_special.some((_, id) => isTemplate(id))) hide("template");
 if (!column.effect_kl) {
   for (const node of form.querySelectorAll('[data-need="effect"]')) node.remove();
 }

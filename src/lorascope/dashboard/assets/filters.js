@@ -1,11 +1,11 @@
 // Chooses which features are in the list, and their order.
-import { UNKNOWN, column, core } from "./data.js";
+import { UNKNOWN, column, core, hasExample, isTemplate } from "./data.js";
 import { isStarred, labelOf, noteOf } from "./annotations.js";
 import { density } from "./stats.js";
 
 // Name in the address -> the value without a filter. The controls of the form have these names.
 const NONE = {
-  q: "", in: "fires", sort: "id", full: false, dead: false, role: "", layer: "", projection: "",
+  q: "", in: "fires", sort: "id", full: false, dead: false, template: false, role: "", layer: "", projection: "",
   mark: "", dmin: "", dmax: "", amin: "", amax: "", nmin: "", smin: "", lasso: "",
 };
 const WIDTH = UNKNOWN - 1; // of the map
@@ -67,7 +67,8 @@ function testsOf(filters) {
   const tests = [];
   const n = column.n_examples;
   if (filters.full) tests.push((id) => n[id] > 0 && n[id] === core.top_k);
-  else if (!filters.dead) tests.push((id) => n[id] > 0);
+  else if (!filters.dead) tests.push(hasExample);
+  if (filters.template) tests.push(isTemplate);
   const ranges = [
     ["dmin", "dmax", (id) => 100 * density(id)], ["amin", "amax", (id) => column.max[id]],
     ["nmin", "", (id) => n[id]], ["smin", "", (id) => column.stability[id]],

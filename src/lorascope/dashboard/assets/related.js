@@ -1,5 +1,5 @@
 // What is related to a feature: tokens by four rankings, similar and co-firing features.
-import { column } from "./data.js";
+import { column, hasExample } from "./data.js";
 import { meter, panel } from "./figures.js";
 import { labelOf } from "./annotations.js";
 import { element, percent, short, writeToken } from "./format.js";
@@ -66,7 +66,7 @@ export function drawName(id) {
   const label = labelOf(id);
   if (label) return element("span", "name", label);
   const token = element("span", "ranked-token");
-  if (column.n_examples[id]) writeToken(token, column.top_token[id]);
+  if (hasExample(id)) writeToken(token, column.top_token[id]);
   return token;
 }
 

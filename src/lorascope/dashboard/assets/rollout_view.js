@@ -2,7 +2,7 @@
 import {
   colorByKl, drawContributions, drawKlLegend, drawLargestKl, isAttributed, klNotes,
 } from "./attribution.js";
-import { column, core, rolloutData } from "./data.js";
+import { column, core, largest, rolloutData } from "./data.js";
 import { LEVELS, drawToken, lineEnd } from "./examples.js";
 import { drawMessage } from "./feature_view.js";
 import { meter, panel } from "./figures.js";
@@ -127,7 +127,7 @@ function paint() {
     for (let c = data.codes[t]; c < data.codes[t + 1]; c++) {
       const i = colorOf.get(data.latent[c]);
       if (i === undefined) continue;
-      const share = data.value[c] / (column.max[data.latent[c]] || data.value[c]);
+      const share = data.value[c] / (largest(data.latent[c]) || data.value[c]);
       if (share > level) [best, level, value] = [i, Math.min(1, share), data.value[c]];
     }
     node.dataset.value = String(value);
@@ -202,7 +202,7 @@ function drawFiring(t) {
     button.addEventListener("click", () => {
       setPainted(on ? shown.painted.filter((other) => other !== id) : [...shown.painted, id]);
     });
-    item.append(link, meter(t < 0 ? value / pairs[0][1] : value / (column.max[id] || value)), button);
+    item.append(link, meter(t < 0 ? value / pairs[0][1] : value / (largest(id) || value)), button);
     list.append(item);
   }
   const n = whole(pairs.length);
@@ -225,7 +225,7 @@ function mostActive() {
   const { data } = shown;
   const sums = new Map();
   data.latent.forEach((id, c) => {
-    const share = data.value[c] / (column.max[id] || data.value[c]);
+    const share = data.value[c] / (largest(id) || data.value[c]);
     sums.set(id, (sums.get(id) ?? 0) + share);
   });
   return [...sums].sort((a, b) => b[1] - a[1]);

@@ -67,10 +67,10 @@ function marksOf(wanted) {
 }
 
 function searchBlock(part, first, wanted, marks, where, found) {
-  const { counts, sampleCounts, token, length, fires, ranked } = part;
+  const { counts, token, length, fires, ranked } = part;
   let window = 0;
   let at = 0;
-  for (const owners of [counts, sampleCounts]) {
+  for (const owners of counts) {
     owners.forEach((n, i) => {
       for (let k = 0; k < n; k++, window++) {
         const end = at + length[window];
@@ -82,7 +82,7 @@ function searchBlock(part, first, wanted, marks, where, found) {
     });
   }
   ranked.slice(0, where === "fires" ? 2 : 4).forEach((entries) => {
-    const each = entries.length / counts.length;
+    const each = entries.length / counts[0].length;
     entries.forEach((entry, i) => {
       if (entry && marks[entry - 1] & CONTAINS) found[first + Math.floor(i / each)] = 1;
     });

@@ -46,7 +46,9 @@ function rows(id) {
   const count = (name) => column[name][id] >= 0 && whole(column[name][id]);
   const share = density(id);
   return [
-    ["firings", "n_active", column.n_active[id], count("n_active"), "tokens at which it fires"],
+    ["firings", "n_active", column.n_active[id], count("n_active"), "ordinary tokens at which it fires"],
+    ["at special tokens", "n_special", column.n_special[id], count("n_special"),
+      "firings at special tokens and template headers"],
     ["density", "density", share, !Number.isNaN(share) && percent(share),
       `share of the ${whole(core.n_eligible || 0)} ordinary tokens`],
     ["rollouts", "n_rollouts", column.n_rollouts[id], count("n_rollouts"),
