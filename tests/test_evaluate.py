@@ -3,6 +3,7 @@
 0 is the base model and 1 the adapter, exactly, where the dictionary writes nothing or everything.
 """
 
+import itertools
 import json
 import logging
 
@@ -16,10 +17,14 @@ from transformers import AutoModelForCausalLM
 
 from lorascope.activations.store import ActivationStore
 from lorascope.causal import baselines
+from lorascope.causal.effect_options import EffectOptions
+from lorascope.causal.effects import kl_divergence
 from lorascope.causal.evaluate import EvaluateConfig, run
+from lorascope.causal.held_out import open_held_out
 from lorascope.causal.study import open_report
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.sae.metrics import evaluate
+from lorascope.subject.intervene import RowEditor
 from lorascope.texts.roles import ROLES
 
 
@@ -59,8 +64,13 @@ def report_of(subject_dirs, store, tmp_path):
 
 def test_a_dictionary_that_rebuilds_every_row_recovers_everything(store, report_of):
     found = report_of(each_column(store), by_site=True)["faithfulness"]
+    for name in ("sae", "sae closed"):
+        run_ = found["runs"][name]
+        for over in (run_, run_["generated"]):
+            assert over["recovered"] == pytest.approx(1, abs=ROUNDED)
+            assert over["conditional"] == pytest.approx(1, abs=ROUNDED)
+    assert found["closed_change"] < rounding(N_TERMS), "the passes settle at once"
     for over in (found["runs"]["sae"], found["runs"]["sae"]["generated"]):
-        assert over["recovered"] == over["conditional"] == pytest.approx(1, abs=ROUNDED)
         assert over["recovered_interval"] == pytest.approx([1, 1], abs=ROUNDED)
         assert over["ce_recovered"] == pytest.approx(1, abs=1e-4)
     for kind in ("roles", "layers", "projections"):
@@ -74,6 +84,7 @@ def test_with_all_features_removed_it_is_the_base_model_exactly(store, report_of
     found = report_of(each_column(store, threshold=1e9), by_site=True)["faithfulness"]
     runs = found["runs"]
     assert runs["sae"]["recovered"] == runs["base"]["recovered"] == 0.0
+    assert runs["sae closed"] == runs["sae"], "what it writes does not depend on what it reads"
     assert runs["constant"]["conditional"] == 0.0
     assert "zero" not in runs, "for plain LoRA it is the base model"
     assert runs["sae"]["kl"] == runs["base"]["kl"] > 0
@@ -139,6 +150,31 @@ def test_the_numbers_are_those_of_scaled_lora_weights_run_by_hand(subject_dirs, 
             ):
                 assert over["kl"] == pytest.approx(kl, rel=1e-3)
                 assert over["recovered"] == pytest.approx(share, abs=1e-3)
+
+
+@torch.inference_mode()
+def test_the_closed_loop_writes_what_it_makes_of_the_rows_of_the_pass_before(
+    subject_dirs, store, report_of
+):
+    found = report_of(half(store))["faithfulness"]
+    base, adapter = subject_dirs
+    options = EffectOptions(lora_path=str(adapter), base_model=str(base), data_dir=store.path)
+    total, n, step, size = 0.0, 0, 0.0, 0.0
+    subject = open_held_out(options, None).subject
+    with RowEditor(subject) as editor:
+        for start, stop in itertools.pairwise(store.rollout_start):
+            ids = torch.from_numpy(store.token_ids[start:stop].astype(np.int64))[None]
+            first = out = editor.run(ids)
+            for _ in range(found["closed_passes"]):
+                before = out.rows
+                out = editor.run(ids, lambda columns, _, rows=before / 2: rows[..., columns])
+            kl = kl_divergence(first.logits[0, :-1], out.logits[0, :-1])
+            total, n = total + float(kl.sum()), n + len(kl)
+            step += float((out.rows - before).square().sum())
+            size += float(before.square().sum())
+    assert found["runs"]["sae closed"]["kl"] == pytest.approx(total / n, rel=1e-3)
+    assert found["runs"]["sae closed"]["kl"] != found["runs"]["sae"]["kl"]
+    assert found["closed_change"] == pytest.approx((step / size) ** 0.5, rel=1e-3)
 
 
 @pytest.mark.slow

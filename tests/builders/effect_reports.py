@@ -44,6 +44,8 @@ def evaluation() -> dict[str, Any]:
             "n_tokens": 400,
             "n_generated": 200,
             "floor": {"null": 0.0, "rounding": 3e-12},
+            "closed_passes": 3,
+            "closed_change": 0.02,
             "runs": {
                 "sae": run(0.95) | {"generated": run(0.9)},
                 "constant": run(0.7) | {"generated": run(0.5)},

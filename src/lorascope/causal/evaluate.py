@@ -11,7 +11,8 @@
    of the rollout.
 4. `conditional` is the same with the constant row of each token as 0: what the SAE recovers of all
    that a constant does not.
-5. With `--by-site`, the same by layer and projection: then only the columns of that layer or
+5. In the closed loop, the SAE reads the rows of the run that it is part of (`splice`).
+6. With `--by-site`, the same by layer and projection: then only the columns of that layer or
    projection are reconstructed, and 0 is the run with these columns at zero.
 
 In: adapter, activation store, SAE. Out: a report (JSON) and its picture (.png); the table goes to
@@ -28,21 +29,17 @@ import torch
 from torch import Tensor
 
 from lorascope import runtime
-from lorascope.activations.batches import read_blocks, split_rows
+from lorascope.activations.batches import read_blocks
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.effect_options import EvaluateConfig
 from lorascope.causal.effects import (
     TokenRollouts,
-    Values,
     bootstrap_interval,
     complement,
     complement_interval,
-    kl_and_loss,
-    log_probabilities,
     ratio_of_sums,
-    select_measured,
 )
-from lorascope.causal.held_out import Batch, HeldOut, describe_run, open_held_out
+from lorascope.causal.held_out import HeldOut, describe_run, open_held_out
 from lorascope.causal.report_records import (
     EvaluationReport,
     Faithfulness,
@@ -60,8 +57,8 @@ from lorascope.texts.roles import ROLES
 
 if TYPE_CHECKING:
     from lorascope.causal.baselines import ConstantRows, Rebuild
+    from lorascope.causal.splice import Compared
     from lorascope.sae.model import SAE
-    from lorascope.subject.intervene import Edit, RowEditor
 
 _N_FITTED = 65_536  # training rows that baselines are fitted on
 _ABOVE_FLOOR = 10.0  # times the floor: a smaller effect has no meaningful share
@@ -88,7 +85,8 @@ def run(config: EvaluateConfig) -> Path:
         held_out = open_held_out(config, sae)
         narrow = sae.narrow(store)
         reconstruction = evaluate(sae, read_blocks(narrow, _rows_of(narrow, held_out.rollouts)))
-        rebuilds, constant = _fitted(sae, others, narrow, reconstruction["l0"], config.seed)
+        m = round(reconstruction["l0"])
+        rebuilds, constant = _fitted(sae, others, narrow, held_out.rollouts, m, config.seed)
         faithfulness = measure(
             held_out, sae, rebuilds, constant, by_site=config.by_site, seed=config.seed
         )
@@ -118,26 +116,26 @@ def _rows_of(store: ActivationStore, rollouts: npt.NDArray[np.int64]) -> npt.NDA
 
 
 def _fitted(
-    sae: "SAE", others: Mapping[str, "SAE"], store: ActivationStore, l0: float, seed: int
+    sae: "SAE",
+    others: Mapping[str, "SAE"],
+    store: ActivationStore,
+    measured: npt.NDArray[np.int64],
+    m: int,
+    seed: int,
 ) -> "tuple[dict[str, Rebuild], ConstantRows]":
     """Return what makes the rows to write, by name, and the constant rows.
 
-    The baselines are fitted on all rows of the rollouts that training did not hold out.
+    The baselines have `m` values a token. They are fitted on the rows of the rollouts that are not
+    measured, or on all rows if all are.
     """
     from lorascope.causal.baselines import ConstantRows, baselines
 
-    settings = sae.manifest["settings"]
-    training = np.arange(store.n_rows)
-    if {"holdout", "data_seed"} <= settings.keys():
-        seen, held = split_rows(
-            store, settings["holdout"], settings["data_seed"], settings.get("roles", ())
-        )
-        is_held = np.isin(store.rollout_of(training), store.rollout_of(held))
-        training = seen if is_held.all() else training[~is_held]
+    others_left = np.setdiff1d(np.arange(store.n_rollouts), measured)
+    training = _rows_of(store, others_left if len(others_left) else measured)
     training = training[:: -(-len(training) // _N_FITTED)]
     rows = torch.cat(list(read_blocks(store, training)))
     constant = ConstantRows(store, training, rows)
-    simple = baselines(sae, rows, constant.at(training), round(l0), seed)
+    simple = baselines(sae, rows, constant.at(training), m, seed)
     saes = {"sae": sae, **others}
     rebuilds = {name: lambda x, _, sae=sae: sae.decode(sae.encode(x)) for name, sae in saes.items()}
     return {**rebuilds, **simple}, constant
@@ -157,6 +155,7 @@ def measure(
 
     Each of `rebuilds` makes rows of the SAE's columns, on the CPU; two are `sae` and `constant`.
     """
+    from lorascope.causal.splice import PASSES, Compared, SplicedBatch
     from lorascope.subject.intervene import RowEditor
 
     subject = held_out.subject
@@ -168,52 +167,60 @@ def measure(
         and all(site.lora_kind == "lora" for site in layout.sites)
     )
     groups = _column_groups(layout) if by_site else {}
-    found: dict[Any, list[tuple[Values, Values]]] = {}
+    found: dict[Any, list[Compared]] = {}
     measured: list[npt.NDArray[np.int64]] = []
-    floor: dict[str, float] = {}
-    drift = 0.0
+    floor: Floor | None = None
+    drift, step, size = 0.0, 0.0, 0.0
     bar = runtime.progress(held_out.n_tokens, "evaluate", "tokens")
     with RowEditor(subject, seed=seed) as editor, bar:
         for batch in held_out.batches():
-            read, compare = _Comparison.of_batch(editor, batch)
-            drift = max(drift, held_out.require_rows(batch, read))
-            x = read[..., columns]
+            spliced = SplicedBatch(editor, batch, columns)
+            drift = max(drift, held_out.require_rows(batch, spliced.read))
+            x, zeros = spliced.x, torch.zeros_like(spliced.x)
             usual = constant.at(batch.rows.numpy().ravel())
-            written: dict[Any, Tensor] = {
-                name: rebuild(x.reshape(-1, x.shape[-1]).cpu(), usual).view(x.shape).to(x.device)
-                for name, rebuild in rebuilds.items()
-            }
-            zeros = torch.zeros_like(x)
+
+            def rebuilt(name: str, rows: Tensor, usual: Tensor = usual) -> Tensor:
+                flat = rows.reshape(-1, rows.shape[-1]).cpu()
+                return rebuilds[name](flat, usual).view(rows.shape).to(rows.device)
+
+            written: dict[Any, Tensor] = {name: rebuilt(name, x) for name in rebuilds}
             for (kind, name), group in groups.items():
                 inside = group.to(x.device)
                 written[kind, name, "sae"] = torch.where(inside, written["sae"], x)
                 written[kind, name, "zero"] = torch.where(inside, zeros, x)
             if not zero_is_base:
                 written["zero"] = zeros
-            if not floor:  # of the first batch only: it is a property of the arithmetic
-                rounded = x * (1 + torch.finfo(subject.dtype).eps)
-                floor = {
-                    name: float(compare.edited(_hold(read, columns, rows))[0].mean())
-                    for name, rows in (("null", x), ("rounding", rounded))
-                }
-            results: dict[Any, tuple[Values, Values]] = {
-                name: compare.edited(_hold(read, columns, rows)) for name, rows in written.items()
+            opened, closed, change = spliced.closed_loop(
+                lambda rows: rebuilt("sae", rows), written.pop("sae"), sae.scale.to(x.device)
+            )
+            step, size = step + change[0], size + change[1]
+            results: dict[Any, Compared] = {
+                "sae": opened,
+                "sae closed": closed,
+                **{name: spliced.written(rows) for name, rows in written.items()},
+                "base": spliced.base(),
+                "adapter": spliced.adapter(),
             }
-            results["base"] = compare.base()
-            results["adapter"] = compare.adapter()
             for name, values in results.items():
                 found.setdefault(name, []).append(values)
+            if floor is None:  # of the first batch only: it is a property of the arithmetic
+                rounded = x * (1 + torch.finfo(subject.dtype).eps)
+                floor = Floor(
+                    null=float(spliced.written(x).kl.mean()),
+                    rounding=float(spliced.written(rounded).kl.mean()),
+                )
             measured.append(batch.measured)
             bar.update(int(batch.own.sum()))
+    assert floor is not None
     shares = _Shares(
         held_out,
         np.concatenate(measured),
         {
-            name: (np.concatenate([kl for kl, _ in parts]), np.concatenate([ce for _, ce in parts]))
+            name: Compared(*(np.concatenate(column) for column in zip(*parts, strict=True)))
             for name, parts in found.items()
         },
         "base" if has_all_columns else "zero",
-        floor["rounding"],
+        floor.rounding,
         seed,
     )
     return Faithfulness(
@@ -221,7 +228,9 @@ def measure(
         n_rollouts=shares.tokens.n_rollouts,
         n_tokens=len(shares.role),
         n_generated=int(shares.generated.sum()),
-        floor=Floor(null=floor["null"], rounding=floor["rounding"]),
+        floor=floor,
+        closed_passes=PASSES,
+        closed_change=(step / size) ** 0.5 if size else 0.0,
         runs={name: shares.of_run(name) for name in found if isinstance(name, str)},
         roles={ROLES[number]: shares.of_role(number) for number in np.unique(shares.role).tolist()},
         **{
@@ -230,45 +239,6 @@ def measure(
         },
         rows_drift=drift,
     )
-
-
-class _Comparison:
-    """Runs one batch under edits and compares each run with the adapter's."""
-
-    def __init__(self, editor: "RowEditor", batch: Batch, reference: Tensor) -> None:
-        self.editor, self.batch = editor, batch
-        self.log_p = log_probabilities(reference)
-        self.targets = batch.targets[batch.mask].to(reference.device)
-
-    @classmethod
-    def of_batch(cls, editor: "RowEditor", batch: Batch) -> "tuple[Tensor, _Comparison]":
-        """Run the batch with the adapter; return its rows, and the comparison with that run."""
-        out = editor.run(batch.token_ids)
-        return out.rows, cls(editor, batch, select_measured(out.logits, batch.mask))
-
-    def edited(self, edit: "Edit") -> tuple[Values, Values]:
-        """Return KL to the adapter and CE of each measured token, in nats, of an edited run."""
-        return self._compare(self.editor.run(self.batch.token_ids, edit).logits)
-
-    def base(self) -> tuple[Values, Values]:
-        """Return the same of the base model."""
-        return self._compare(self.editor.base(self.batch.token_ids))
-
-    def adapter(self) -> tuple[Values, Values]:
-        """Return the same of the adapter."""
-        loss = -self.log_p.gather(-1, self.targets[:, None])[:, 0].cpu().numpy()
-        return np.zeros_like(loss), loss
-
-    def _compare(self, logits: Tensor) -> tuple[Values, Values]:
-        kl, ce = kl_and_loss(self.log_p, select_measured(logits, self.batch.mask), self.targets)
-        return kl.cpu().numpy(), ce.cpu().numpy()
-
-
-def _hold(read: Tensor, columns: npt.NDArray[np.int64], rows: Tensor) -> "Edit":
-    """Return the edit that writes `rows` in some columns, and what was read in the others."""
-    whole = read.clone()
-    whole[..., columns] = rows
-    return lambda here, _values: whole[..., here]
 
 
 def _column_groups(layout: SiteLayout) -> dict[tuple[str, str], Tensor]:
@@ -292,7 +262,7 @@ class _Shares:
         self,
         held_out: HeldOut,
         rows: npt.NDArray[np.int64],
-        values: Mapping[Any, tuple[Values, Values]],
+        values: "Mapping[Any, Compared]",
         zero: str,
         rounding: float,
         seed: int,
@@ -315,12 +285,12 @@ class _Shares:
         return RoleRecovered(
             **vars(self._recovered("sae", self.zero, where)),
             n_tokens=int(where.sum()),
-            kl_zero=float(self.values[self.zero][0][where].mean(dtype=np.float64)),
+            kl_zero=float(self.values[self.zero].kl[where].mean(dtype=np.float64)),
         )
 
     def of_group(self, kind: str, name: str) -> GroupRecovered:
-        """Return what the SAE recovers of the columns of one group."""
-        where = np.ones(len(self.role), bool)
+        """Return what the SAE recovers of the columns of one group: of generated tokens, if any."""
+        where = self.generated if self.generated.any() else ~self.generated
         share = self._recovered((kind, name, "sae"), (kind, name, "zero"), where)
         removed = self._recovered((kind, name, "zero"), self.zero, where).kl
         if removed <= _ABOVE_FLOOR * self.rounding:
@@ -329,7 +299,7 @@ class _Shares:
 
     def _over(self, run: str, where: npt.NDArray[np.bool_]) -> TokensRecovered:
         ce, best, worst = (
-            self.tokens.sums(self.values[name][1], where) for name in (run, "adapter", self.zero)
+            self.tokens.sums(self.values[name].ce, where) for name in (run, "adapter", self.zero)
         )
         conditional = self._recovered(run, "constant", where)
         return TokensRecovered(
@@ -342,7 +312,7 @@ class _Shares:
         )
 
     def _recovered(self, run: Any, reference: Any, where: npt.NDArray[np.bool_]) -> Recovered:
-        kl, below = (self.tokens.sums(self.values[name][0], where) for name in (run, reference))
+        kl, below = (self.tokens.sums(self.values[name].kl, where) for name in (run, reference))
         return Recovered(
             kl=float(kl.sum()) / int(where.sum()),
             recovered=complement(ratio_of_sums(kl, below)),
@@ -373,6 +343,10 @@ def table(report: EvaluationReport) -> str:
             for part in (run.generated, run)
         ]
         lines.append(f"{name:<20}|{'|'.join(cells)}")
+    lines.append(
+        f"closed loop: {found.closed_passes} passes, rows changed by {found.closed_change:.1%} in "
+        "the last one"
+    )
     titles = {
         "roles": "sae, by role",
         "layers": "sae, in one layer",

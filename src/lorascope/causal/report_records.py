@@ -86,7 +86,8 @@ class GroupRecovered(Recovered):
 class Faithfulness:
     """How much of the adapter's effect each run recovers, on held-out rollouts.
 
-    `layers` and `projections` are empty unless they were asked for.
+    `closed_change` is how much the rows changed in the last of `closed_passes` passes of the closed
+    loop, as a share of their norm. `layers` and `projections` are empty unless they were asked for.
     """
 
     zero_is: str
@@ -94,6 +95,8 @@ class Faithfulness:
     n_tokens: Count
     n_generated: Count
     floor: Floor
+    closed_passes: Count
+    closed_change: Amount
     runs: Mapping[str, RunRecovered]
     roles: Mapping[str, RoleRecovered]
     layers: Mapping[str, GroupRecovered]
