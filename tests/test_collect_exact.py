@@ -35,13 +35,13 @@ def cut_at(patch, n_rows):
     patch.setattr(spans, "_ROWS_PER_LATENT", 0)
 
 
-def context(store, row, reach=5):
+def context(store, row, reach=5, after=5):
     first, last = store.rollout_start[store.rollout_of(np.array([row]))[0] :][:2].tolist()
-    around = range(row - reach, row + reach + 1)
+    around = range(row - reach, row + after + 1)
     return tuple(int(store.token_ids[r]) if first <= r < last else None for r in around)
 
 
-def best_by_sorting(store, code, latent, k, per_rollout, collapse):
+def best_by_sorting(store, code, latent, k, per_rollout, collapse, after=5):
     """Return the rows of the examples by their definition, one firing at a time."""
     order = np.lexsort((np.arange(len(code)), -code[:, latent]))
     rows = [int(row) for row in order if code[row, latent] > 0]
@@ -49,12 +49,12 @@ def best_by_sorting(store, code, latent, k, per_rollout, collapse):
     able = []
     for row in rows:
         mine = taken.setdefault(int(store.rollout_of(np.array([row]))[0]), [])
-        words = context(store, row) if collapse else row
+        words = context(store, row, after=after) if collapse else row
         if words not in mine and (not per_rollout or len(mine) < per_rollout):
             mine.append(words)
             able.append((row, words))
     seen, best = set(), []
-    for row, words in able if per_rollout else [(r, context(store, r)) for r in rows]:
+    for row, words in able if per_rollout else [(r, context(store, r, after=after)) for r in rows]:
         if not collapse or words not in seen:
             seen.add(words)
             best.append(row)
@@ -82,7 +82,7 @@ def test_examples_are_those_of_the_definition(tmp_path, monkeypatch, per_rollout
     for latent in range(sae.d_sae):
         kinds = (per_rollout, same_context == "collapse")
         special = np.where(store.eligible[:, None], 0, code)
-        best = best_by_sorting(store, special, latent, accumulators.N_SPECIAL, *kinds)
+        best = best_by_sorting(store, special, latent, accumulators.N_SPECIAL, *kinds, after=0)
         assert [e.row for e in index[latent].at_special] == best
         n_special += len(best)
         best = best_by_sorting(store, code - special, latent, 7, *kinds)

@@ -53,7 +53,7 @@ def test_the_core_has_the_statistics_of_every_feature():
     assert column(core, "n_active") == [3, 0, 1, 2]
     np.testing.assert_array_equal(column(core, "max"), index.latent_max)
     top = [core["token_texts"][i] for i in column(core, "top_token")]
-    assert [top[0], top[2], top[3]] == ["😀", "\n", " the"]
+    assert [top[0], top[2], top[3]] == ["😀", "\n", "<|im_end|>"]
 
 
 def test_a_block_has_the_exact_values_of_the_index():

@@ -280,14 +280,14 @@ class Payload:
     def _top_tokens(self) -> npt.NDArray[np.int64]:
         """Return the token-table entry of each latent's strongest token, `(latent,)`; 0: none.
 
-        A special token only for a latent without another example.
+        It is a special token for template features and latents without another example.
         """
         index, top = self.index, np.zeros(len(self.index), dtype=np.int64)
         alive = np.flatnonzero(index.alive)
         before = len(index.example_value) + len(index.sample_value)
-        best = np.where(
-            index.n_examples > 0, index.example_offset[:-1], before + index.special_offset[:-1]
-        )[alive]
+        at_text = (index.n_examples > 0) & ~self._is_template
+        best = np.where(at_text, index.example_offset[:-1], before + index.special_offset[:-1])
+        best = best[alive]
         ids = index.window_token_id[index.window_offset[best] + index.window_target[best]]
         top[alive] = self._token_table.entries_of_ids(ids)
         for latent, e in zip(alive.tolist(), best.tolist(), strict=True):
@@ -302,6 +302,12 @@ class Payload:
         largest[fires] = index.special_value[index.special_offset[fires]]
         return largest
 
+    @property
+    def _is_template(self) -> npt.NDArray[np.bool_]:
+        """Latents with more than half of their firings at special tokens, `(latent,)`."""
+        more = self.index.latent_n_special > np.maximum(self.index.latent_n_active, 0)
+        return more & (np.diff(self.index.special_offset) > 0)
+
     def _main_role(self) -> npt.NDArray[np.int64]:
         """Return the role in which each latent is densest, `(latent,)`; 255: unknown.
 
@@ -313,8 +319,7 @@ class Payload:
             return np.full(len(counts), 255)
         share = np.where(np.array(totals) > 0, counts / np.maximum(totals, 1), 0)
         if "special" in roles:
-            is_template = self.index.latent_n_special > np.maximum(self.index.latent_n_active, 0)
-            share[:, roles.index("special")] = np.where(is_template, 2, 0)
+            share[:, roles.index("special")] = np.where(self._is_template, 2, 0)
         return np.where(share.max(axis=1) > 0, share.argmax(axis=1), 255)
 
     def _main_site(self) -> npt.NDArray[np.int64]:

@@ -226,12 +226,17 @@ def scan(
 ) -> Iterator[int]:
     """Read a span into an empty accumulator, and yield the number of rows after each batch.
 
-    With `collapse`, firings have equal contexts if the tokens within `reach` positions are equal.
+    With `collapse`, firings have equal contexts if the tokens within `reach` positions are equal;
+    firings at special tokens, if those up to `reach` positions before are, because what follows a
+    header is always different and cannot have caused the value.
     """
     lowest = lowest_threshold(sae)
     tenth, read, is_special = span.tenth, span.read, span.roles == SPECIAL
     eligible = read & ~is_special
-    contexts = span.context_hashes(reach) if collapse else None
+    contexts = None
+    if collapse:
+        contexts = span.context_hashes(reach, reach)
+        contexts[is_special] = span.context_hashes(reach, 0)[is_special]
     seen = np.zeros((1, sae.d_sae), bool)  # latents in the rollout that continues in a batch
     n_fired = np.zeros(span.n_rows)
     squares = np.zeros((2, span.n_rows))

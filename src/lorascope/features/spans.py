@@ -94,14 +94,14 @@ class Span:
         """Tenth of its rollout that each token is in, 0 to 9."""
         return self.position * N_TENTHS // self.lengths
 
-    def context_hashes(self, reach: int) -> npt.NDArray[np.uint64]:
-        """Return a hash of each token's context: the tokens up to `reach` positions away.
+    def context_hashes(self, before: int, after: int) -> npt.NDArray[np.uint64]:
+        """Return a hash of each token's context: itself, `before` tokens before and `after` after.
 
         Tokens of other rollouts are not part of it.
         """
         value = self.token_ids.astype(np.uint64) + np.uint64(1)
         out = np.zeros(self.n_rows, np.uint64)
-        for offset in range(-reach, reach + 1):
+        for offset in range(-before, after + 1):
             at = self.position + offset
             shifted = np.zeros_like(value)
             if offset < 0:
