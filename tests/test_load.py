@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 from functools import partial
 
 import pytest
@@ -13,6 +14,7 @@ from builders.subjects import (
     refused,
     rows_of,
     save_adapter,
+    save_gguf,
 )
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -239,3 +241,70 @@ def test_a_quantised_base_loads_as_transformers_loads_it_and_is_named(subject_di
     assert (subject.device, subject.dtype) == (CPU, torch.float32)
     torch.testing.assert_close(rows_of(subject), rows_of(load(adapter, base)), rtol=0.3, atol=0.1)
     assert not torch.equal(rows_of(subject), rows_of(load(adapter, base)))
+
+
+# GGUF bases
+
+
+@pytest.mark.needs("gguf")
+def test_a_gguf_base_gives_the_rows_of_the_same_weights_in_safetensors(subject_dirs, tmp_path):
+    base, adapter = subject_dirs
+    plain = load(adapter, base)
+    file = save_gguf(base, tmp_path / "tiny.gguf")
+    for given in (file, tmp_path):  # the file, or the folder that holds no other model
+        subject = load(adapter, given)
+        assert torch.equal(rows_of(subject), rows_of(plain))
+        assert torch.equal(logits_of(subject.model), logits_of(plain.model))
+        assert (subject.base.name, subject.quantized) == ("tiny.gguf", "gguf")
+        assert (subject.dtype, subject.max_length) == (torch.float32, plain.max_length)
+    text = "<|im_start|>user\nHow many?<|im_end|>\n"
+    assert subject.tokenizer.chat_template == plain.tokenizer.chat_template
+    assert subject.tokenizer.eos_token == plain.tokenizer.eos_token
+    assert subject.tokenizer.decode(subject.tokenizer.encode(text)) == text
+
+
+@pytest.mark.needs("gguf")
+def test_a_quantised_gguf_is_widened_before_the_adapter_goes_on(make_subject, tmp_path):
+    from gguf import GGMLQuantizationType
+
+    base, adapter = make_subject(hidden=32)
+    file = save_gguf(base, tmp_path / "q8.gguf", GGMLQuantizationType.Q8_0)
+    rows, plain = rows_of(load(adapter, file)), rows_of(load(adapter, base))
+    assert not torch.equal(rows, plain)
+    # Q8_0 rounds to 1/254 of the largest of 32 weights, which is some 3 standard deviations: each
+    # weight is wrong by 0.7 % of its deviation, and errors grow through two layers.
+    assert (rows - plain).norm() < 0.05 * plain.norm()
+
+
+@pytest.mark.needs("gguf")
+def test_one_bit_of_a_gguf_makes_another_base(subject_dirs, tmp_path):
+    adapter = inspect_adapter(str(subject_dirs[1]))
+    file = save_gguf(subject_dirs[0], tmp_path / "tiny.gguf")
+    before = find_base(adapter, str(file)).digest
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert find_base(adapter, str(file)).digest != before
+
+
+@pytest.mark.needs("gguf")
+def test_what_is_no_causal_model_in_gguf_is_named_in_one_line(subject_dirs, tmp_path):
+    base, adapter = subject_dirs
+    file = save_gguf(base, tmp_path / "tiny.gguf")
+    data = file.read_bytes()
+    for size in (20, 1000, len(data) // 2, len(data) - 1):
+        file.write_bytes(data[:size])
+        refused(adapter, file, "tiny.gguf", "damaged")
+    file.write_bytes(b"PK\3\4" + data[4:])
+    refused(adapter, file, "is not a GGUF file", "PK")
+    refused(adapter, tmp_path / "tinny.gguf", "does not exist", "did you mean tiny.gguf?")
+    file.write_bytes(data.replace(b"qwen2", b"clip2"))
+    refused(adapter, file, "clip2")
+    (tmp_path / "other.gguf").write_bytes(data)
+    refused(adapter, tmp_path, "2 GGUF files", "other.gguf", "--base-model")
+
+
+def test_a_gguf_base_without_its_package_says_what_to_install(subject_dirs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    refused(subject_dirs[1], tmp_path / "tiny.gguf", "needs the package gguf", "lorascope[gguf]")

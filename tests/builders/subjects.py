@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorascope.activations.capture import Capture
 from lorascope.errors import AdapterError
@@ -142,3 +142,43 @@ def map_of(**places: str) -> dict[str, str]:
     """Return a device map of the two-layer base, all on the CPU but for the given places."""
     parts = ["embed_tokens", "layers.0", "layers.1", "norm", "rotary_emb"]
     return {"lm_head": "cpu", **{f"model.{part}": places.get(part, "cpu") for part in parts}}
+
+
+def save_gguf(base: Path, file: Path, quantization: Any = None) -> Path:
+    """Write the tiny base as one GGUF file, named as llama.cpp names its parts."""
+    import gguf
+
+    config = json.loads((base / "config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    tokens = sorted(bpe["vocab"], key=bpe["vocab"].get)
+    tokens += [f"[unused{i}]" for i in range(len(tokens), config["vocab_size"])]
+    special = set(tokenizer.all_special_tokens)
+    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    writer = gguf.GGUFWriter(file, "qwen2")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([control if token in special else normal for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in bpe["merges"]])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_chat_template(tokenizer.chat_template)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config["num_hidden_layers"])
+    for name, tensor in load_file(base / "model.safetensors").items():
+        values = tensor.float().numpy()
+        kind = quantization if values.ndim == 2 else None
+        values = values if kind is None else gguf.quantize(values, kind)
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), values, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file

@@ -203,7 +203,7 @@ def _write_adapter(build: Build, subject: "Subject", sae: "SAE", fold: "Fold") -
         shutil.copyfile(source / name, out / name)
     named = subject.adapter.config.get("base_model_name_or_path")
     relative = source / str(named)
-    if named and not Path(str(named)).is_absolute() and relative.is_dir():
+    if named and not Path(str(named)).is_absolute() and relative.exists():
         named = Path(os.path.relpath(relative.resolve(), build.out.resolve())).as_posix()
     settings = {**subject.adapter.config, "base_model_name_or_path": named}
     write_text(out / CONFIG, json.dumps(settings, indent=2, sort_keys=True) + "\n")

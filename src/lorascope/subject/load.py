@@ -1,15 +1,19 @@
 """Load a base model with its PEFT LoRA adapter, and prove that it really loaded.
 
 1. `find_base` finds the base model's files, `load_tokenizer` the tokenizer that goes with them.
-2. `load_subject` loads the base from safetensors: no custom code, no tensor left random.
+2. `load_subject` loads the base from safetensors, or from a GGUF file, whose quantised weights it
+   widens: no custom code, no tensor left random.
 3. Embeddings are resized if the adapter was trained with a different number (`attach`).
 4. The adapter is attached and compared with its file, bit by bit (`attach`).
 5. Every module is set to eval mode, and the sites that can be read are found (`bottlenecks`).
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import logging
+import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from lorascope import runtime
+from lorascope.config import did_you_mean
 from lorascope.errors import AdapterError, ConfigError
 from lorascope.hub import find_folder, first_line
 from lorascope.sites import SiteLayout
@@ -52,16 +58,42 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+_LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    IndexError,
+    ImportError,
+    RuntimeError,
+    SafetensorError,
+    struct.error,
+)
+_GGUF_HINT = "; is it damaged, or no causal language model?"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Base:
-    """A base model's files; `name` is a hub id or a folder's last part, `digest` identifies it."""
+    """A base model's files; `name` is a hub id or a path's last part, `digest` identifies it.
+
+    `path` is the folder. `gguf` names the file in it that holds the whole model, if it is a GGUF.
+    """
 
     name: str
     path: Path
     digest: str
+    gguf: str | None = None
+
+    @property
+    def location(self) -> Path:
+        """The GGUF file, or the folder of safetensors."""
+        return self.path / (self.gguf or "")
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What transformers' `from_pretrained` needs to find model or tokenizer."""
+        named = {"gguf_file": self.gguf} if self.gguf else {}
+        return {"pretrained_model_name_or_path": str(self.path), **named}
 
 
 @dataclass(frozen=True)
@@ -112,7 +144,12 @@ def find_base(adapter: Adapter, base_model: str | None) -> Base:
             f"{adapter.path / CONFIG} names no base model; give one with --base-model"
         )
     relative = adapter.path / str(named)
-    source = str(relative.resolve()) if not base_model and relative.is_dir() else str(named)
+    source = str(relative.resolve()) if not base_model and relative.exists() else str(named)
+    gguf = _find_gguf(Path(source).expanduser())
+    if gguf is not None:
+        with gguf.open("rb") as file:  # it holds config and tokenizer too
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return Base(gguf.name, gguf.parent, digest, gguf.name)
     patterns = ["*.json", "*.safetensors", "*token*", "*.jinja", "merges.txt"]
     try:
         folder = find_folder(source, "base model", patterns)
@@ -123,14 +160,48 @@ def find_base(adapter: Adapter, base_model: str | None) -> Base:
     return Base(folder.name if Path(source).exists() else source, folder, _digest_base(folder))
 
 
+def _find_gguf(path: Path) -> Path | None:
+    """Return the GGUF file that a path names, or that is the only model in the folder it names."""
+    if path.is_dir() and not (path / "config.json").is_file():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) > 1:
+            raise AdapterError(
+                f"{path} holds {len(files)} GGUF files ({', '.join(f.name for f in files[:5])}); "
+                "give one of them with --base-model"
+            )
+        path = files[0] if files else path
+    if path.suffix != ".gguf":
+        return None
+    if not path.is_file():
+        near = [child.name for child in path.parent.glob("*.gguf")]
+        raise AdapterError(
+            f"base model {path} does not exist{did_you_mean(path.name, near)}; give its file with "
+            "--base-model"
+        )
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise AdapterError(f"base model {path} is not a GGUF file: it begins with {magic!r}")
+    try:
+        import gguf  # noqa: F401 (transformers' message for it would not name the extra)
+    except ImportError as error:
+        raise AdapterError(
+            f"base model {path} is a GGUF file, which needs the package gguf: "
+            "pip install 'lorascope[gguf]'"
+        ) from error
+    return path
+
+
 def load_tokenizer(adapter: Adapter, base: Base) -> Any:
     """Return the adapter's own tokenizer if its folder has one, else the base model's."""
     own = (adapter.path / "tokenizer_config.json").is_file()
-    source = str(adapter.path if own else base.path)
+    files = {"pretrained_model_name_or_path": str(adapter.path)} if own else base.source
+    source = adapter.path if own else base.location
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"no tokenizer in {source} ({first_line(error)})") from error
+        tokenizer = AutoTokenizer.from_pretrained(**files, use_fast=True, trust_remote_code=False)
+    except _LOAD_ERRORS as error:
+        reason = first_line(error) + _GGUF_HINT * (base.gguf is not None and not own)
+        raise AdapterError(f"no tokenizer in {source} ({reason})") from error
     if not getattr(tokenizer, "is_fast", False):
         raise AdapterError(
             f"the tokenizer of {source} is slow; lorascope needs a fast one for offsets"
@@ -156,7 +227,7 @@ def load_subject(
     dtype. Raises AdapterError if some of the adapter's LoRA cannot be read. With `skip_unhookable`,
     that LoRA stays active and is listed in `unhooked`.
     """
-    quantized = _quantization(base.path)
+    quantized = None if base.gguf else _quantization(base.path)
     if quantized and device_map is None:  # a quantised model cannot move after loading
         device_map = {"": str(device)}
     causal = _load_base(base, device, dtype, device_map)
@@ -199,7 +270,7 @@ def load_subject(
         mixes=mixes,
         unhooked=tuple(unhooked),
         unseen=unseen,
-        quantized=quantized,
+        quantized="gguf" if base.gguf else quantized,
     )
 
 
@@ -212,27 +283,35 @@ def _load_base(
     if (base.path / CONFIG).is_file():  # transformers would silently load that adapter too
         raise AdapterError(f"base model {base.path} is an adapter; give a full model")
     wanted = DTYPES.get(dtype, torch.float32 if device.type == "cpu" else "auto")
+    options: dict[str, Any] = {} if base.gguf else {"use_safetensors": True}
+    if base.gguf and hasattr(transformers, "GgufConfig"):  # packed weights cannot carry a LoRA
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    quiet: Any = contextlib.nullcontext()
     if not runtime.shows_bars():
         disable_progress_bar()
+        # The bar of widening a GGUF cannot be turned off.
+        quiet = contextlib.redirect_stderr(io.StringIO()) if base.gguf else quiet
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            base.path,
-            dtype=wanted,
-            device_map=device_map,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        with quiet:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                **base.source,
+                dtype=wanted,
+                device_map=device_map,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
+            )
+    except _LOAD_ERRORS as error:
         reason = first_line(error)
         if "trust_remote_code" in str(error):
             reason = "it needs custom code (auto_map), which lorascope does not run"
-        raise AdapterError(f"base model {base.path} cannot be loaded ({reason})") from error
+        reason += _GGUF_HINT * (base.gguf is not None)
+        raise AdapterError(f"base model {base.location} cannot be loaded ({reason})") from error
     model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
         raise AdapterError(
-            f"base model {base.path} lacks {len(missing)} tensors ({', '.join(missing[:5])}); "
+            f"base model {base.location} lacks {len(missing)} tensors ({', '.join(missing[:5])}); "
             "give a complete checkpoint"
         )
     return model

@@ -18,7 +18,8 @@ class AdapterOptions(Config):
     )
     base_model: str | None = option(
         None,
-        help="base model: a folder or a hub id; default: the one that the adapter names",
+        help="base model: a folder, a GGUF file or a hub id; default: the one that the adapter "
+        "names",
         identity=False,
         path=True,
     )
