@@ -17,11 +17,12 @@ from planted_rows import planted
 
 from lorascope.activations.shards import VOCABULARY, Vocabulary, write_shard
 from lorascope.activations.store import KIND, SCHEMA, ActivationStore
-from lorascope.artifact import MANIFEST, make_manifest, require_space, write_manifest
+from lorascope.artifact import MANIFEST, Manifest, write_manifest
 from lorascope.sae.model import SAE, load_sae
 from lorascope.sae.settings import TrainConfig
 from lorascope.sae.train import run as train
 from lorascope.sites import PROJECTIONS, Site, SiteLayout
+from lorascope.stage import require_space
 from lorascope.texts.roles import ROLES
 
 TRAINING = 400_000  # tokens
@@ -128,7 +129,7 @@ def _write(folder: Path, layout: SiteLayout, rollouts: Iterator[np.ndarray]) -> 
         shard()
     words = [f" w{i}".encode() for i in range(_WORDS)]
     Vocabulary.from_tokens(words, np.zeros(_WORDS, bool)).save(folder / VOCABULARY)
-    manifest = make_manifest(
-        KIND, SCHEMA, settings={}, parents={}, layout=layout.to_json(), content={}
+    manifest = Manifest(
+        kind=KIND, schema=SCHEMA, settings={}, parents={}, layout=layout, content={}
     )
     write_manifest(folder, manifest, [file.name for file in folder.glob("*.h5")])

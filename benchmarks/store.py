@@ -30,7 +30,7 @@ from lorascope.activations.batches import BatchPlan
 from lorascope.activations.shards import VOCABULARY, Rows, Vocabulary
 from lorascope.activations.shards import write_shard as write
 from lorascope.activations.store import KIND, SCHEMA, ActivationStore
-from lorascope.artifact import make_manifest, write_manifest
+from lorascope.artifact import Manifest, write_manifest
 from lorascope.sites import PROJECTIONS, Site, SiteLayout
 
 BATCH = 1024
@@ -48,8 +48,8 @@ def make(folder: Path, n_rows: int) -> ActivationStore:
         ids, roles = np.zeros(n, np.int32), np.zeros(n, np.uint8)
         write(folder / f"shard-{number:05d}.h5", block[:n], ids, roles, [n], [number])
     Vocabulary.from_tokens([b"x"], np.array([False])).save(folder / VOCABULARY)
-    manifest = make_manifest(
-        KIND, SCHEMA, settings={}, parents={}, layout=layout.to_json(), content={}
+    manifest = Manifest(
+        kind=KIND, schema=SCHEMA, settings={}, parents={}, layout=layout, content={}
     )
     write_manifest(folder, manifest, [file.name for file in folder.glob("*.h5")])
     return ActivationStore.open(folder)

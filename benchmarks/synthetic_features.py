@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lorascope.artifact import make_manifest
+from lorascope.artifact import Manifest
 from lorascope.features.arrays import KIND, SCHEMA, WINDOWS
 from lorascope.features.index import FeatureIndex
 from lorascope.sites import PROJECTIONS, Site, SiteLayout
@@ -153,12 +153,12 @@ def synthetic(
         "n_by_role": np.bincount(corpus.role, minlength=len(ROLES)).tolist(),
         "n_by_position": np.bincount(tenth[eligible], minlength=10).tolist(),
     }
-    manifest = make_manifest(
-        KIND,
-        SCHEMA,
+    manifest = Manifest(
+        kind=KIND,
+        schema=SCHEMA,
         settings={"top_k": n_examples, "context_window": context},
         parents={"sae": "5ae0" * 16, "activations": "ac70" * 16},
-        layout=layout.to_json(),
+        layout=layout,
         content=content,
     )
     return FeatureIndex.from_arrays(manifest, arrays)

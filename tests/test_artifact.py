@@ -5,31 +5,36 @@ from pathlib import Path
 
 import pytest
 
-from lorascope import artifact
-from lorascope.artifact import building, is_made, make_manifest, read_manifest, require_space
+from lorascope import artifact, stage
+from lorascope.artifact import Identity, read_manifest
 from lorascope.errors import ArtifactError
+from lorascope.sites import Site, SiteLayout
+from lorascope.stage import building, is_made, require_space
 
 SETTINGS, PARENTS = {"k": 1}, {"store": "abc"}
 
 
-def manifest(settings=SETTINGS, parents=PARENTS):
-    return make_manifest(
-        "sae",
-        1,
-        settings=settings,
-        parents=parents,
-        layout=None,
-        content={"n": 1},
-    )
+LAYOUT = SiteLayout(
+    (Site(layer=0, projection="up_proj", rank=1, module="layers.0.mlp.up_proj", b_norms=(0.5,)),),
+    "abc",
+)
+
+
+def identity(settings=SETTINGS, parents=PARENTS):
+    return Identity(kind="sae", schema=1, settings=settings, parents=parents)
+
+
+def manifest():
+    return identity().manifest(LAYOUT, {"n": 1})
 
 
 def make(out: Path, settings=SETTINGS, parents=PARENTS, overwrite=False):
-    identity = {"settings": settings, "parents": parents, "overwrite": overwrite}
-    if is_made(out, "sae", **identity):
+    named = identity(settings, parents)
+    if is_made(out, named, overwrite=overwrite):
         return False
-    with building(out, "sae", **identity) as build:
+    with building(out, named, overwrite=overwrite) as build:
         (build.path / "data").write_text("x")
-        build.publish_directory(manifest(settings, parents), ["data"])
+        build.publish_directory(named.manifest(None, {"n": 1}), ["data"])
     return True
 
 
@@ -47,7 +52,7 @@ def test_other_settings_or_parents_are_refused_by_name_unless_overwritten(tmp_pa
     with pytest.raises(ArtifactError, match="made from another store"):
         make(tmp_path / "a", parents={"store": "other"})
     assert make(tmp_path / "a", settings={"k": 2}, overwrite=True) is True
-    assert read_manifest(tmp_path / "a")["settings"] == {"k": 2}
+    assert read_manifest(tmp_path / "a").settings == {"k": 2}
 
 
 def test_what_another_made_is_never_overwritten_by_accident(tmp_path):
@@ -63,10 +68,9 @@ def test_a_folder_of_somebody_elses_is_never_replaced(tmp_path, overwrite):
     (tmp_path / "home" / "thesis.tex").write_text("precious")
     with pytest.raises(ArtifactError, match="lorascope did not make, and is never replaced"):
         make(tmp_path / "home", overwrite=overwrite)
-    identity = {"settings": SETTINGS, "parents": PARENTS, "overwrite": overwrite}
     with (
         pytest.raises(ArtifactError, match="never replaced"),
-        building(tmp_path / "home", "sae", **identity),
+        building(tmp_path / "home", identity(), overwrite=overwrite),
     ):
         pass
     assert (tmp_path / "home" / "thesis.tex").read_text() == "precious"
@@ -74,27 +78,26 @@ def test_a_folder_of_somebody_elses_is_never_replaced(tmp_path, overwrite):
 
 
 def test_unfinished_work_is_kept_for_the_same_settings_and_refused_for_others(tmp_path):
-    identity = {"settings": SETTINGS, "parents": PARENTS}
     with (
         pytest.raises(RuntimeError),
-        building(tmp_path / "a", "sae", **identity, overwrite=False) as build,
+        building(tmp_path / "a", identity(), overwrite=False) as build,
     ):
         (build.path / "piece").write_text("done")
         raise RuntimeError("killed")
-    with building(tmp_path / "a", "sae", **identity, overwrite=False) as build:
+    with building(tmp_path / "a", identity(), overwrite=False) as build:
         assert (build.path / "piece").read_text() == "done"
-    other = {"settings": {"k": 2}, "parents": PARENTS}
+    other = identity({"k": 2})
     with (
         pytest.raises(ArtifactError, match="unfinished work of other settings"),
-        building(tmp_path / "a", "sae", **other, overwrite=False),
+        building(tmp_path / "a", other, overwrite=False),
     ):
         pass
-    with building(tmp_path / "a", "sae", **other, overwrite=True) as build:
+    with building(tmp_path / "a", other, overwrite=True) as build:
         assert not (build.path / "piece").exists()
 
 
 def _hold(path, ready, leave):
-    with building(path, "sae", settings=SETTINGS, parents=PARENTS, overwrite=False):
+    with building(path, identity(), overwrite=False):
         ready.set()
         leave.wait(30)
 
@@ -113,11 +116,11 @@ def test_a_second_process_is_told_that_the_first_one_writes(tmp_path):
 
 
 def test_manifests_are_read_from_every_kind_of_file(tmp_path):
-    text = artifact.canonical(manifest())
+    text = artifact.canonical(manifest().to_json())
     (tmp_path / "a.h5").write_text(text + "\n")
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as file:
         file.writestr("archive/lorascope.json", text)
-    (tmp_path / "a.json").write_text(json.dumps({"metadata": {"lorascope": manifest()}}))
+    (tmp_path / "a.json").write_text(json.dumps({"metadata": {"lorascope": manifest().to_json()}}))
     (tmp_path / "a.html").write_bytes(
         b"<!doctype html>" + artifact.HTML_MARK + text.encode() + b" -->"
     )
@@ -130,6 +133,22 @@ def test_manifests_are_read_from_every_kind_of_file(tmp_path):
 def test_foreign_and_damaged_files_have_no_manifest(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     assert read_manifest(tmp_path / name) is None
+
+
+@pytest.mark.parametrize("key", ["kind", "schema", "version", "settings", "parents", "layout"])
+@pytest.mark.parametrize("value", [7.5, [], {"sites": 3}, {"a": 1}])
+def test_a_manifest_with_a_field_of_another_type_is_none(tmp_path, key, value):
+    if key == "settings" and isinstance(value, dict):
+        return  # settings may hold anything
+    damaged = {**manifest().to_json(), key: value}
+    (tmp_path / "a.json").write_text(json.dumps({"metadata": {"lorascope": damaged}}))
+    assert read_manifest(tmp_path / "a.json") is None
+
+
+def test_an_artifact_of_rows_without_a_layout_is_refused():
+    assert manifest().columns == LAYOUT
+    with pytest.raises(ArtifactError, match="has no layout"):
+        identity().manifest(None, {}).columns  # noqa: B018
 
 
 def test_a_newer_schema_is_refused(tmp_path):
@@ -151,7 +170,7 @@ def test_too_little_space_is_said_before_the_work(tmp_path):
 def test_a_single_file_replaces_the_old_one_at_once(tmp_path):
     out = tmp_path / "page.html"
     out.write_text("old")
-    with building(out, "page", settings={}, parents={}, overwrite=True) as build:
+    with building(out, identity(), overwrite=True) as build:
         (build.path / "new").write_text("new")
         assert out.read_text() == "old"
         build.publish_file("new")
@@ -161,17 +180,16 @@ def test_a_single_file_replaces_the_old_one_at_once(tmp_path):
 
 def test_what_a_kill_left_after_the_file_had_its_name_is_removed(tmp_path, monkeypatch):
     out = tmp_path / "page.html"
-    identity = {"settings": SETTINGS, "parents": PARENTS, "overwrite": False}
 
     def make_page():
-        if not is_made(out, "sae", **identity):
-            with building(out, "sae", **identity) as build:
-                text = f"{artifact.HTML_MARK.decode()}{artifact.canonical(manifest())} -->"
-                (build.path / "new").write_text(text)
+        if not is_made(out, identity(), overwrite=False):
+            with building(out, identity(), overwrite=False) as build:
+                text = artifact.canonical(manifest().to_json()).encode()
+                (build.path / "new").write_bytes(artifact.HTML_MARK + text + b" -->")
                 build.publish_file("new")
 
     with monkeypatch.context() as patch:
-        patch.setattr(artifact.shutil, "rmtree", lambda _: None)  # killed before it ran
+        patch.setattr(stage.shutil, "rmtree", lambda _: None)  # killed before it ran
         make_page()
     assert (tmp_path / "page.html.partial").is_dir()
     make_page()
@@ -185,4 +203,4 @@ def test_what_a_kill_left_half_written_is_not_published(tmp_path):
         half.write_bytes(b"half")
     assert make(tmp_path / "a") is True
     left = {path.name for path in (tmp_path / "a").rglob("*") if path.is_file()}
-    assert left == {"manifest.json", *read_manifest(tmp_path / "a")["files"]}
+    assert left == {"manifest.json", *read_manifest(tmp_path / "a").files}

@@ -178,7 +178,7 @@ def test_the_json_says_what_the_arrays_say(made, tmp_path):
     assert example["token"] == first.tokens[first.target]
     assert np.float32(example["activations"]).tolist() == list(first.activations)
     assert len(read_published(out)) == 24
-    assert read_manifest(out)["kind"] == "features"
+    assert read_manifest(out).kind == "features"
 
 
 def test_max_rollouts_reads_from_the_start(made):

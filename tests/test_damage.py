@@ -9,13 +9,14 @@ from builders.indexes import full_index
 from builders.saes import make_sae
 from builders.stores import write_published_store, write_store
 
-from lorascope.artifact import building, make_manifest, read_manifest
+from lorascope.artifact import Identity, read_manifest
 from lorascope.cli import verify
 from lorascope.dashboard.render import DashboardConfig
 from lorascope.dashboard.render import run as render
 from lorascope.features.export import ExportConfig
 from lorascope.features.export import run as export
 from lorascope.sites import PROJECTIONS
+from lorascope.stage import building
 
 _FILE = Path(__file__).parent.parent / "benchmarks" / "damage.py"
 N_CASES = 5
@@ -45,11 +46,11 @@ def make_page(folder):
 
 
 def make_edit(folder):
-    identity = {"settings": {}, "parents": {}}
-    manifest = make_manifest("edit", 1, **identity, layout=None, content={})
-    with building(folder / "edit", "edit", **identity, overwrite=False) as build:
+    identity = Identity(kind="edit", schema=1, settings={}, parents={})
+    with building(folder / "edit", identity, overwrite=False) as build:
         for name in ("report.json", "patch.safetensors"):
             (build.path / name).write_text(name * 20)
+        manifest = identity.manifest(None, {})
         return build.publish_directory(manifest, ["report.json", "patch.safetensors"])
 
 

@@ -118,12 +118,12 @@ def test_the_grid_of_sites_tells_shares_on_hover_and_arrow_keys(show: Any):
     index = full_index()
     latent = feature_with(index, lambda feature: len([*feature.fingerprint]) > 3)
     shares = index.latent_fingerprint[latent].astype(float)
-    site = index.manifest["layout"]["sites"][int(shares.argmax())]
+    site = index.manifest.columns.sites[int(shares.argmax())]
     shown = show(index, f"#/feature/{latent}")
-    assert f"{site['layer']}.{site['projection']}" in shown.text("fingerprint-most")
+    assert f"{site.layer}.{site.projection}" in shown.text("fingerprint-most")
     best = shown.part("fingerprint").locator("rect[tabindex='0']")
     best.hover()
-    place = f"layer {site['layer']}, {site['projection']}"
+    place = f"layer {site.layer}, {site.projection}"
     assert place in shown.text("tooltip")
     told = float(shown.text("tooltip").partition(": ")[2].split("\u00a0")[0])
     assert told == pytest.approx(100 * shares.max(), rel=0.01)

@@ -98,7 +98,7 @@ def test_each_filter_matches_the_index(show: Any):
     index = full_index()
     shown = show(index)
     shown.part("more-filters").click()
-    content, sites = index.content, index.manifest["layout"]["sites"]
+    content, sites = index.content, index.manifest.columns.sites
     density = 100 * (index.latent_n_active / content["n_eligible"])
     alive = index.alive
     by_role = index.latent_by_role / np.maximum(content["n_by_role"], 1)

@@ -23,6 +23,7 @@ from lorascope.dashboard.payload import Payload
 from lorascope.dashboard.render import DashboardConfig, page, run
 from lorascope.features.index import FeatureIndex
 from lorascope.features.published_json import write_published
+from lorascope.sites import SiteLayout
 from lorascope.texts.tokens import display_texts, pack_tokens, token_bytes
 
 if TYPE_CHECKING:
@@ -117,16 +118,17 @@ def hostile_index(n_features: int = 70) -> FeatureIndex:
         for key, value in index.content.items()
     }
     content["roles"] = HOSTILE[: len(content["roles"])]
-    layout = index.manifest["layout"]
-    sites = [{**site, "module": next(names), "projection": next(names)} for site in layout["sites"]]
-    manifest = {
-        **index.manifest,
-        "version": HOSTILE[0],
-        "content": content,
-        "layout": {"adapter": HOSTILE[1], "sites": sites},
-        "parents": dict.fromkeys(index.manifest["parents"], HOSTILE[0]),
-        "settings": {**index.manifest["settings"], HOSTILE[3]: HOSTILE[4]},
-    }
+    layout = index.manifest.layout
+    assert layout is not None
+    sites = [replace(site, module=next(names), projection=next(names)) for site in layout.sites]
+    manifest = replace(
+        index.manifest,
+        version=HOSTILE[0],
+        content=content,
+        layout=SiteLayout.from_sites(sites, HOSTILE[1]),
+        parents=dict.fromkeys(index.manifest.parents, HOSTILE[0]),
+        settings={**index.manifest.settings, HOSTILE[3]: HOSTILE[4]},
+    )
     return replace(index, manifest=manifest, token_offset=offset, token_data=data)
 
 
@@ -195,8 +197,8 @@ def test_the_manifest_of_a_hostile_page_is_read_back(tmp_path: Path):
     )
     manifest = read_manifest(run(config))
     assert manifest is not None
-    assert manifest["settings"]["title"] == "--><script>"
-    assert manifest["layout"] == index.manifest["layout"]
+    assert manifest.settings["title"] == "--><script>"
+    assert manifest.layout == index.manifest.layout
 
 
 @pytest.mark.parametrize("first", range(0, len(RAW), 9))

@@ -67,7 +67,7 @@ def test_the_page_shows_what_the_features_do(folder, store):
         assert report["metadata"]["lorascope"]["parents"]["sae"]
     manifest = read_manifest(folder / "dashboard.html")
     assert manifest is not None
-    assert sum(parent.startswith("effects ") for parent in manifest["parents"]) == 4
+    assert sum(parent.startswith("effects ") for parent in manifest.parents) == 4
     ablation = open_report(folder / "effects" / "ablation.json")
     measured = [one for one in ablation["features"] if one["kl"] > 0]
     assert len(measured) > 0.5 * store.d_in

@@ -88,7 +88,7 @@ def test_what_is_written_is_read_back_to_the_last_bit(tmp_path: Path):
     write_published(index, tmp_path / "features.json", index.manifest)
     again = read_published(tmp_path / "features.json")
     verify(again)
-    assert again.manifest["content"] == index.manifest["content"]
+    assert again.manifest.content == index.manifest.content
     for name in (
         *("latent_n_active", "latent_max", "latent_mean", "latent_std", "latent_n_rollouts"),
         *("latent_histogram", "latent_histogram_edges", "example_offset", "example_value"),
@@ -133,7 +133,7 @@ def test_a_file_of_another_tool_is_read_without_our_additions(tmp_path: Path):
     assert index[0].examples[0].activations.tolist() == [0.0, 2.0]
     assert index[0].stats.n_active is None
     assert index.content["top_k"] == 1
-    assert index.manifest["kind"] == "features"
+    assert index.manifest.kind == "features"
 
 
 def test_a_file_without_metadata_and_with_a_byte_order_mark_is_read(tmp_path: Path):

@@ -68,7 +68,7 @@ def test_a_published_file_gets_a_threshold_at_its_k_and_says_so(tmp_path, make_s
         n_terms=sae.d_in,
         scale=float(pre.abs().max()),
     )
-    assert sae.manifest["parents"] == {"activations": store.digest}
+    assert sae.manifest.parents == {"activations": store.digest}
     assert load_sae(sae.save(tmp_path / "with_threshold.pt")).digest == sae.digest
 
 
@@ -98,7 +98,7 @@ def test_numpy_scalars_beside_the_tensors_are_read_as_numbers(tmp_path, make_sto
     path = published(tmp_path / "sae.pt", config=config, final_metrics={"fvu": np.float64(0.25)})
     if version == 1:
         as_of_numpy_1(path)
-    found = load_sae(path, make_store()).manifest["content"]["config"]
+    found = load_sae(path, make_store()).manifest.content["config"]
     assert found == {"k": 4, "lr": 0.1, "rate": 0.5, "half": 2.0, "big": 2**63, "tied": True}
     assert [type(value) for value in found.values()] == [int, float, float, float, int, bool]
 
@@ -312,7 +312,7 @@ def test_a_folder_of_dictionary_learning_has_its_codes(tmp_path, make_store, nam
     )
     require_equal_codes(sae.encode_dense(rows), expected, margin)
     assert sae.architecture == architecture
-    assert sae.manifest["content"]["k"] == 5
+    assert sae.manifest.content["k"] == 5
     assert torch.equal(load_sae(folder / "ae.pt", store).b_enc, sae.b_enc)
 
 

@@ -57,7 +57,7 @@ def test_held_out_are_the_rollouts_that_the_training_reports_on(make_store, tmp_
     sae = load_sae(out, store)
     rollouts = held_out_rollouts(sae, store)
     assert 2 <= len(rollouts) <= 4
-    report = sae.manifest["content"]["report"]
+    report = sae.manifest.content["report"]
     assert report["n_rows"] == 40 * len(rollouts)
     assert report["text"]["n_rows"] == 39 * len(rollouts)
 

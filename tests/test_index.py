@@ -15,6 +15,7 @@ from lorascope.artifact import read_manifest
 from lorascope.errors import ArtifactError
 from lorascope.features.index import FeatureIndex
 from lorascope.features.invariants import verify
+from lorascope.sites import Site, SiteLayout
 
 ARRAYS = [field.name for field in fields(FeatureIndex) if field.name != "manifest"]
 
@@ -27,7 +28,7 @@ def test_what_is_saved_is_what_is_opened(tmp_path: Path):
         before, after = getattr(index, name), getattr(opened, name)
         assert after.dtype == before.dtype
         np.testing.assert_array_equal(after, before)
-    assert opened.manifest["content"] == index.manifest["content"]
+    assert opened.manifest.content == index.manifest.content
     assert read_manifest(tmp_path / "features.h5") == opened.manifest
     verify(opened)
 
@@ -51,9 +52,12 @@ def test_the_same_content_gives_the_same_bytes(tmp_path: Path):
 
 
 def test_a_manifest_longer_than_an_hdf5_attribute_may_be_is_kept(tmp_path: Path):
-    manifest = {**manifest_of(4), "layout": {"sites": ["x" * 100] * 2000}}
+    layout = SiteLayout(
+        tuple(Site(layer=i, projection="up_proj", rank=1, module="x" * 100) for i in range(2000))
+    )
+    manifest = replace(manifest_of(4), layout=layout)
     replace(small_index(), manifest=manifest).save(tmp_path / "features.h5")
-    assert FeatureIndex.open(tmp_path / "features.h5").manifest["layout"] == manifest["layout"]
+    assert FeatureIndex.open(tmp_path / "features.h5").manifest.layout == manifest.layout
 
 
 def test_an_index_without_a_single_latent_or_example_is_kept(tmp_path: Path):
@@ -272,7 +276,7 @@ def test_an_index_with_fewer_examples_keeps_the_strongest_and_what_is_known(tmp_
 
 
 def test_an_index_of_an_older_schema_is_answered_with_what_to_do(tmp_path: Path):
-    old = {**manifest_of(4), "schema": 3}
+    old = replace(manifest_of(4), schema=3)
     replace(small_index(), manifest=old).save(tmp_path / "features.h5")
     with pytest.raises(
         ArtifactError, match="schema 3 of features, this version reads 4: .*make it again"

@@ -5,15 +5,16 @@ import hashlib
 import json
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from builders.indexes import example, index_of, small_index
+from builders.indexes import example, index_of, manifest_of, small_index
 from builders.pages import block, column
 
-from lorascope.artifact import digest_file, digest_of, read_manifest
+from lorascope.artifact import digest_file, read_manifest
 from lorascope.dashboard.payload import (
     BLOCK,
     FULL_SCALE,
@@ -28,7 +29,7 @@ from lorascope.dashboard.payload import (
 from lorascope.dashboard.render import DashboardConfig, bundle, read_glossary, run
 from lorascope.errors import ArtifactError
 from lorascope.features.index import FeatureIndex
-from lorascope.features.published_json import write_published
+from lorascope.features.published_json import to_published
 
 
 def many_features(n: int) -> FeatureIndex:
@@ -171,11 +172,11 @@ def test_facts_describe_the_index_and_leave_out_what_is_unknown():
 
 def test_escaped_json_and_comments_contain_no_markup_and_mean_the_same():
     value = {"<!--": "--></script>&amp;--!>", "-": [-1, "---"]}
-    text = manifest_comment(value)
+    text = manifest_comment(replace(manifest_of(1), settings=value))
     assert not re.search("[<>&]|--", text)
     read = json.loads(text)
     assert read.pop("seal").startswith("lorascope-sha256:")
-    assert read == value
+    assert read["settings"] == value
     assert json.loads(escape_json(json.dumps(value))) == value
 
 
@@ -183,20 +184,22 @@ def test_the_page_carries_its_manifest_and_its_parent(tmp_path: Path):
     page = make(tmp_path, small_index(), title="--> <x-title>")
     manifest = read_manifest(page)
     assert manifest is not None
-    assert manifest["kind"] == "dashboard"
-    assert manifest["settings"] == {"title": "--> <x-title>", "max_examples": None}
+    assert manifest.kind == "dashboard"
+    assert manifest.settings == {"title": "--> <x-title>", "max_examples": None}
     features = read_manifest(tmp_path / "features.h5")
-    assert manifest["parents"] == {"features": digest_of(features)}
+    assert manifest.parents == {"features": features.digest}
     assert b"<x-title>" not in page.read_bytes()
 
 
 def test_a_json_without_a_manifest_is_identified_by_its_bytes(tmp_path: Path):
     index = small_index()
-    write_published(index, tmp_path / "f.json", {})
+    published = json.loads("".join(to_published(index, index.manifest)))
+    del published["metadata"]["lorascope"]
+    (tmp_path / "f.json").write_text(json.dumps(published))
     page = run(DashboardConfig(input=tmp_path / "f.json", output=tmp_path / "p.html"))
     manifest = read_manifest(page)
     assert manifest is not None
-    assert manifest["parents"] == {"features": digest_file(tmp_path / "f.json")}
+    assert manifest.parents == {"features": digest_file(tmp_path / "f.json")}
 
 
 def test_the_same_input_gives_the_same_page_and_is_not_made_twice(

@@ -129,7 +129,7 @@ def test_a_page_names_its_reports_and_is_made_again_with_others(index, tmp_path)
     first = page.read_bytes()
     manifest = read_manifest(page)
     assert manifest is not None
-    parents = manifest["parents"]
+    parents = manifest.parents
     assert {"effects ablation", "effects direct", "effects attribution"} < set(parents)
     assert run(DashboardConfig(**given, effects=paths)).read_bytes() == first
     with pytest.raises(ArtifactError, match="another"):
@@ -203,7 +203,7 @@ def test_a_report_of_another_sae_a_second_one_and_other_kinds_are_refused(index,
     other = small_index()
     strange = write(tmp_path / "other.json", "ablation", other, ablation(index))
     data = json.loads(strange.read_text())
-    assert data["metadata"]["lorascope"]["parents"] != index.manifest.get("parents")
+    assert data["metadata"]["lorascope"]["parents"] != index.manifest.parents
     with pytest.raises(ArtifactError, match="another SAE"):
         Reports.open([strange], index, source)
     one = write(tmp_path / "one.json", "direct", index, direct(index))
@@ -246,7 +246,7 @@ def test_tokens_of_another_tokenizer_are_refused(index, tmp_path):
 
 def test_an_index_that_names_no_store_takes_an_attribution(tmp_path):
     index = small_index()
-    assert "activations" not in index.manifest["parents"]
+    assert "activations" not in index.manifest.parents
     path = write(tmp_path / "attribution.json", "attribution", index, attribution(index))
     assert Reports.open([path], index, Path("features.h5")).about()
 

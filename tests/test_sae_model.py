@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -116,8 +117,8 @@ def test_headers_are_read_without_torch(tmp_path):
     sae = random_sae()
     for name in ("sae.pt", "sae"):
         manifest = read_manifest(sae.save(tmp_path / name))
-        assert manifest["kind"] == "sae"
-        assert {**manifest, "files": {}} == sae.manifest
+        assert manifest.kind == "sae"
+        assert replace(manifest, files={}) == sae.manifest
 
 
 def test_the_archive_has_the_keys_of_the_published_scripts(tmp_path):
@@ -153,11 +154,11 @@ def test_the_folder_is_a_jumprelu_of_saelens(tmp_path):
 def test_an_output_of_other_settings_is_not_overwritten_by_accident(tmp_path):
     sae = random_sae()
     sae.save(tmp_path / "sae.pt")
-    other = SAE(**{**vars(sae), "manifest": {**sae.manifest, "settings": {"k": 5.0}}}).sealed()
+    other = replace(sae, manifest=replace(sae.manifest, settings={"k": 5.0})).sealed()
     with pytest.raises(ArtifactError, match="k 4.0 there, 5.0 here"):
         other.save(tmp_path / "sae.pt")
     assert other.save(tmp_path / "sae.pt", overwrite=True)
-    assert load_sae(tmp_path / "sae.pt").manifest["settings"] == {"k": 5.0}
+    assert load_sae(tmp_path / "sae.pt").manifest.settings == {"k": 5.0}
 
 
 def test_an_sae_and_a_store_of_different_adapters_are_refused(tmp_path, make_store):
@@ -193,7 +194,7 @@ def test_a_damaged_weight_is_noticed(tmp_path):
 
 def test_a_file_of_a_newer_schema_asks_for_a_newer_version(tmp_path):
     sae = random_sae()
-    newer = SAE(**{**vars(sae), "manifest": {**sae.manifest, "schema": 2}})
+    newer = replace(sae, manifest=replace(sae.manifest, schema=2))
     with pytest.raises(ArtifactError, match="install a newer lorascope"):
         load_sae(newer.save(tmp_path / "sae.pt"))
 

@@ -9,7 +9,7 @@ from builders.stores import layout_of
 
 from lorascope.activations.shards import Vocabulary
 from lorascope.activations.store import ActivationStore
-from lorascope.artifact import make_manifest, write_manifest
+from lorascope.artifact import Manifest, write_manifest
 from lorascope.cli import verify
 from lorascope.errors import ArtifactError
 from lorascope.sites import PROJECTIONS
@@ -120,7 +120,7 @@ def test_a_folder_that_is_no_store_says_what_it_lacks(tmp_path):
         ActivationStore.open(tmp_path / "none")
     with pytest.raises(ArtifactError, match="neither manifest.json nor rollout_<i>.h5"):
         ActivationStore.open(tmp_path)
-    sae = make_manifest("sae", 1, settings={}, parents={}, layout=None, content={})
+    sae = Manifest(kind="sae", schema=1, settings={}, parents={}, layout=None, content={})
     write_manifest(tmp_path, sae, [])
     with pytest.raises(ArtifactError, match="holds sae, expected activations"):
         ActivationStore.open(tmp_path)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import pytest
 
-from lorascope.artifact import make_manifest
+from lorascope.artifact import Manifest
 from lorascope.causal.record_json import Range, from_json, to_json
 from lorascope.causal.study import open_report, seal
 from lorascope.errors import ArtifactError
@@ -15,8 +15,8 @@ from lorascope.errors import ArtifactError
 
 def test_a_changed_report_and_another_file_are_refused(tmp_path):
     report = {"faithfulness": {"kl": 0.25}}
-    manifest = make_manifest(
-        "evaluation", 1, settings={}, parents={}, layout=None, content={"sae_name": "s"}
+    manifest = Manifest(
+        kind="evaluation", schema=1, settings={}, parents={}, layout=None, content={"sae_name": "s"}
     )
     path = tmp_path / "report.json"
     path.write_text(seal(manifest, report))

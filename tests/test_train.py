@@ -44,7 +44,7 @@ def test_a_run_writes_an_sae_with_a_threshold_and_a_report(small_config, caplog)
     assert path == small_config.output
     sae = load_sae(path, ActivationStore.open(small_config.data_dir))
     assert (sae.d_in, sae.d_sae) == (14, 42)
-    report = sae.manifest["content"]["report"]
+    report = sae.manifest.content["report"]
     assert 0 < report["fvu"] < 1
     assert report["l0"] == pytest.approx(3, rel=0.2)
     assert report["train"]["l0"] == pytest.approx(3, rel=0.01)
@@ -54,7 +54,7 @@ def test_a_run_writes_an_sae_with_a_threshold_and_a_report(small_config, caplog)
     config = torch.load(path, weights_only=True)["config"]
     assert config["k"] == 3
     assert config["adapter_types"] == list(sae.layout.adapter_types)
-    json.dumps(read_manifest(path), allow_nan=False)
+    json.dumps(read_manifest(path).to_json(), allow_nan=False)
 
 
 @pytest.mark.parametrize("architecture", ["batchtopk", "topk", "jumprelu", "matryoshka"])
@@ -69,7 +69,7 @@ def test_the_threshold_gives_k_on_half_of_the_held_out_rollouts(small_config, ar
     calibrated = held_out[np.isin(rollouts, names[1::2])]
     l0 = sae.encode(torch.from_numpy(store.take(calibrated))).l0.float().mean()
     assert float(l0) == pytest.approx(3, abs=1.5 / len(calibrated))  # one firing more or less
-    report = sae.manifest["content"]["report"]
+    report = sae.manifest.content["report"]
     assert report["n_calibrated"] == len(calibrated)
     assert report["n_rows"] == len(held_out) - len(calibrated)
     assert sae.architecture == architecture
@@ -94,7 +94,7 @@ def test_saved_weights_reconstruct_raw_rows_as_training_did(
     store = ActivationStore.open(small_config.data_dir)
     raw = torch.from_numpy(store.rows(0, 400).astype(np.float64))
     w = {name: t.detach().double() for name, t in kept[-1].weights.tensors().items()}
-    scale = torch.tensor(sae.manifest["content"]["scale"], dtype=torch.float64)
+    scale = torch.tensor(sae.manifest.content["scale"], dtype=torch.float64)
     norm = w["W_dec"].norm(dim=1)
     pre = (raw * scale - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
     code = pre * (pre * norm > sae.threshold.double())
@@ -120,7 +120,7 @@ def test_a_finished_output_is_left_alone_and_other_settings_are_refused(small_co
     with pytest.raises(ArtifactError, match="k 3.0 there, 2.0 here"):
         run(replace(small_config, k=2))
     run(replace(small_config, k=2, overwrite=True))
-    assert load_sae(path).manifest["settings"]["k"] == 2.0
+    assert load_sae(path).manifest.settings["k"] == 2.0
 
 
 @pytest.mark.parametrize("at", [17, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 40))])
@@ -251,7 +251,7 @@ def test_a_name_without_pt_is_a_folder(small_config, tmp_path):
     names = {"cfg.json", "manifest.json", "sae_weights.safetensors"}
     assert {file.name for file in folder.iterdir()} == names
     manifest = read_manifest(folder)
-    assert manifest["files"]["cfg.json"]["sha256"] == digest_file(folder / "cfg.json")
+    assert manifest.files["cfg.json"]["sha256"] == digest_file(folder / "cfg.json")
     assert load_sae(folder).digest == load_sae(run(small_config)).digest
 
 
@@ -262,7 +262,7 @@ def test_constant_columns_are_listed_left_out_and_reconstructed(make_store, smal
     sae = load_sae(run(replace(small_config, data_dir=store.path)))
     names = [store.layout.column_names[i] for i in (2, 9)]
     assert f"2 of 14 columns are constant and are left out: {', '.join(names)}" in caplog.text
-    assert sae.manifest["content"]["left_out"] == names
+    assert sae.manifest.content["left_out"] == names
     x_hat = sae.decode(sae.encode(torch.tensor(store.rows(0, 50))))
     assert (x_hat[:, 2] == 0).all()
     assert (x_hat[:, 9] == 4).all()
@@ -273,12 +273,12 @@ def test_an_outlier_column_and_few_steps_still_train(make_store, small_config):
     rows[7] *= 1e4
     store = make_store(rows, n_rollouts=12, name="outlier")
     path = run(replace(small_config, data_dir=store.path, epochs=1, batch_size=1000))
-    assert np.isfinite(load_sae(path).manifest["content"]["report"]["fvu"])
+    assert np.isfinite(load_sae(path).manifest.content["report"]["fvu"])
 
 
 def test_a_fraction_of_a_latent_a_token_trains(small_config):
     sae = load_sae(run(replace(small_config, k=0.5)))
-    assert sae.manifest["content"]["report"]["train"]["l0"] == pytest.approx(0.5)
+    assert sae.manifest.content["report"]["train"]["l0"] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(

@@ -329,10 +329,10 @@ def assert_close(one: Path, other: Path) -> None:
     rows = torch.tensor(planted_rows(300, seed=5), dtype=torch.float32)
     codes = [sae.encode_dense(rows) > 0 for sae in (first, second)]
     assert (codes[0] != codes[1]).float().mean() < 1e-3
-    reports = [sae.manifest["content"]["report"] for sae in (first, second)]
+    reports = [sae.manifest.content["report"] for sae in (first, second)]
     for name in ("fvu", "l0", "cosine"):
         assert reports[0][name] == pytest.approx(reports[1][name], rel=1e-2)
-    assert first.manifest["settings"] == second.manifest["settings"]
+    assert first.manifest.settings == second.manifest.settings
 
 
 def test_under_torchrun_the_sae_is_that_of_one_process_up_to_rounding(config, straight, tmp_path):

@@ -105,12 +105,12 @@ def test_a_seed_of_many_has_the_weights_of_its_run_alone(config, tmp_path):
         first.tensors().values(), alone.tensors().values(), strict=True
     ))  # fmt: skip
     assert not torch.equal(first.W_dec, second.W_dec)
-    settings = dict(first.manifest["settings"])
+    settings = dict(first.manifest.settings)
     assert settings.pop("seeds") == [7, 8]
-    assert settings == alone.manifest["settings"]
-    named = dict(first.manifest["content"])
+    assert settings == alone.manifest.settings
+    named = dict(first.manifest.content)
     assert len(named.pop("stability")) == first.d_sae
-    assert named == alone.manifest["content"]
+    assert named == alone.manifest.content
     assert alone.stability is None
 
 
@@ -132,7 +132,7 @@ def test_the_table_has_the_report_of_every_sae(config, capsys, caplog):
     rows = json.loads(path.read_text())
     assert [row["sae"] for row in rows] == [out.name for out in outputs(many)]
     for row, member, out in zip(rows, many.sweep(), outputs(many), strict=True):
-        content = (read_manifest(out) or {})["content"]
+        content = read_manifest(out).content
         for name in ("fvu", "l0", "alive", "cosine"):
             assert row[name] == content["report"][name], name
         assert row["stability"] == np.median(content["stability"])

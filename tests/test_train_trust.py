@@ -45,7 +45,7 @@ def config(make_store, tmp_path):
 
 
 def report_of(path: Path) -> dict:
-    return (read_manifest(path) or {})["content"]["report"]
+    return read_manifest(path).content["report"]
 
 
 def break_off(config: TrainConfig, monkeypatch, at: int, saved: int) -> Path:
@@ -82,7 +82,7 @@ def test_the_log_has_every_point_once_also_after_a_resume(config, tmp_path, monk
     for line in read_training_log(resumed):
         del line["tokens_per_second"]  # unknown on the first line after a resume
         assert all(np.isfinite(value) for value in line.values())
-    log = (read_manifest(config.output) or {})["content"]["log"]
+    log = read_manifest(config.output).content["log"]
     assert [{k: v for k, v in line.items() if k != "tokens"} for line in expected] == log
 
 
@@ -147,8 +147,8 @@ def test_a_stream_trains_is_repeatable_and_part_of_the_identity(config, tmp_path
     assert digest_file(path) == digest_file(again)
     assert not torch.equal(load_sae(path).W_dec, load_sae(loaded).W_dec)
     manifest = read_manifest(path) or {}
-    assert manifest["content"]["steps"] == 25
-    assert manifest["settings"]["buffer_rows"] == 100
+    assert manifest.content["steps"] == 25
+    assert manifest.settings["buffer_rows"] == 100
     assert report_of(path)["fvu"] == pytest.approx(report_of(loaded)["fvu"], rel=0.4)
     for other in (None, 200):
         with pytest.raises(ArtifactError, match=f"buffer_rows 100 there, {other} here"):
@@ -263,12 +263,12 @@ def test_roles_restrict_the_rows_and_are_recorded(make_store, config):
         run(config)
     path = run(replace(config, roles=("answer",)))
     manifest = read_manifest(path) or {}
-    assert manifest["settings"]["roles"] == ["answer"]
-    assert manifest["content"]["roles"] == ["answer"]
+    assert manifest.settings["roles"] == ["answer"]
+    assert manifest.content["roles"] == ["answer"]
     n = int((store.roles == ROLES.index("answer")).sum())
     report = report_of(path)
     n_train = n - report["n_rows"] - report["n_calibrated"]
-    assert manifest["content"]["steps"] == 3 * n_train // 32
+    assert manifest.content["steps"] == 3 * n_train // 32
     with pytest.raises(ArtifactError, match=r"roles \['answer'\] there, \['system', "):
         run(config)
 
@@ -298,7 +298,7 @@ def test_l0_at_inference_is_that_of_training_after_ten_steps(make_store, config,
         )
     )
     manifest = read_manifest(path) or {}
-    assert manifest["content"]["steps"] <= 10
+    assert manifest.content["steps"] <= 10
     report = report_of(path)
     if architecture != "jumprelu":  # whose thresholds take longer to find k
         assert report["train"]["l0"] == pytest.approx(3, rel=1e-5)

@@ -391,12 +391,12 @@ def _summary_of(path: Path) -> dict[str, Any]:
     manifest = read_manifest(path)
     if manifest is None:
         raise ArtifactError(f"{path} {_FOREIGN}")
-    columns: dict[str, Any] = {"adapter": None, "sites": 0, "d_in": 0}
-    if manifest["layout"] is not None:
-        layout = SiteLayout.from_json(manifest["layout"])
-        columns = {"adapter": layout.adapter, "sites": len(layout.sites), "d_in": layout.d_in}
-    summary = {key: manifest[key] for key in ("kind", "schema", "version", "settings", "parents")}
-    return {**summary, "columns": columns, "content": manifest["content"]}
+    layout, data = manifest.layout or SiteLayout(()), manifest.to_json()
+    return {
+        **{key: data[key] for key in ("kind", "schema", "version", "settings", "parents")},
+        "columns": {"adapter": layout.adapter, "sites": len(layout.sites), "d_in": layout.d_in},
+        "content": data["content"],
+    }
 
 
 def verify(path: Path) -> list[str]:
@@ -408,7 +408,7 @@ def verify(path: Path) -> list[str]:
         return [_FOREIGN]
     if broken := check_files(path):
         return broken
-    kind = manifest["kind"]
+    kind = manifest.kind
     try:
         if kind == "activations":
             from lorascope.activations.store import check_contents

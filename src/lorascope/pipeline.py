@@ -9,6 +9,7 @@ running the same command again continues an interrupted run.
 import json
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -172,8 +173,10 @@ def _require_room(config: RunConfig) -> None:
 def _summarize(out: Path) -> dict[str, Any]:
     """Return the figures of a finished run, from the manifests of its artifacts."""
 
-    def content(name: str) -> dict[str, Any]:
-        return (read_manifest(out / name) or {})["content"]
+    def content(name: str) -> Mapping[str, Any]:
+        manifest = read_manifest(out / name)
+        assert manifest is not None, "its stage has finished"
+        return manifest.content
 
     store, sae, index = content("activations"), content("sae"), content("features.h5")
     return {

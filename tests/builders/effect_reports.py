@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from lorascope.artifact import make_manifest
+from lorascope.artifact import Manifest
 from lorascope.causal.report_records import REPORTS
 from lorascope.causal.study import seal
 from lorascope.features.index import FeatureIndex
@@ -16,11 +16,11 @@ HOSTILE = "</script><img src=x onerror=alert(1)>"
 
 def write(path: Path, kind: str, index: FeatureIndex, report: dict[str, Any]) -> Path:
     """Write a report with its checksum, as of the index's SAE and store."""
-    manifest = make_manifest(
-        kind,
-        next(record.schema for record in REPORTS if record.kind == kind),
+    manifest = Manifest(
+        kind=kind,
+        schema=next(record.schema for record in REPORTS if record.kind == kind),
         settings={},
-        parents=dict(index.manifest.get("parents") or {}),
+        parents=index.manifest.parents,
         layout=None,
         content={},
     )

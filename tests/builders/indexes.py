@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lorascope.artifact import make_manifest
+from lorascope.artifact import Manifest
 from lorascope.features.arrays import KIND, RANKINGS, SCHEMA
 from lorascope.features.index import Example, FeatureIndex
 
@@ -23,12 +23,12 @@ TOKENS = {
 }
 
 
-def manifest_of(n_features: int, **content: Any) -> dict[str, Any]:
+def manifest_of(n_features: int, **content: Any) -> Manifest:
     """A features manifest as collect makes it."""
     content = {"n_features": n_features, "n_eligible": 1000, "top_k": 3, **content}
-    return make_manifest(
-        KIND,
-        SCHEMA,
+    return Manifest(
+        kind=KIND,
+        schema=SCHEMA,
         settings={"top_k": 3},
         parents={"sae": "c0ffee" * 8},
         layout=None,

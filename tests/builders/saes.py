@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from builders.stores import layout_of
-from lorascope.artifact import make_manifest
+from lorascope.artifact import Manifest
 from lorascope.sae.model import SAE
 from lorascope.sae.objective import Weights
 from lorascope.sites import Site, SiteLayout
@@ -17,8 +17,8 @@ def make_sae(path, layout=None, d_sae=24, seed=0, threshold=1.0):
     W_dec = torch.nn.functional.normalize(
         torch.randn(d_sae, layout.d_in, generator=generator), dim=1
     )
-    manifest = make_manifest(
-        "sae", 1, settings={"seed": seed}, parents={}, layout=layout.to_json(), content={"k": 3.0}
+    manifest = Manifest(
+        kind="sae", schema=1, settings={"seed": seed}, parents={}, layout=layout, content={"k": 3.0}
     )
     sae = SAE(
         W_enc=W_dec.T.contiguous(),
@@ -53,12 +53,12 @@ def random_sae(d_in=14, d_sae=40, seed=0, layout=None, threshold=0.3) -> SAE:
         b_dec=torch.randn(d_in, generator=generator),
         threshold=torch.full((d_sae,), threshold),
         layout=layout,
-        manifest=make_manifest(
-            "sae",
-            1,
+        manifest=Manifest(
+            kind="sae",
+            schema=1,
             settings={"k": 4.0},
             parents={"activations": "d" * 64},
-            layout=layout.to_json(),
+            layout=layout,
             content={"k": 4.0, "config": {"k": 4, "seed": 7}},
         ),
     )

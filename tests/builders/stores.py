@@ -8,7 +8,7 @@ import numpy as np
 
 from lorascope.activations.shards import VOCABULARY, Vocabulary, write_shard
 from lorascope.activations.store import KIND, SCHEMA, ActivationStore
-from lorascope.artifact import make_manifest, write_manifest
+from lorascope.artifact import Manifest, write_manifest
 from lorascope.sites import PROJECTIONS, Site, SiteLayout
 from lorascope.texts.roles import ROLES
 
@@ -73,12 +73,12 @@ def write_store(
             [length] * n,
             list(range(first, first + n)),
         )
-    manifest = make_manifest(
-        KIND,
-        SCHEMA,
+    manifest = Manifest(
+        kind=KIND,
+        schema=SCHEMA,
         settings={},
         parents={},
-        layout=layout.to_json(),
+        layout=layout,
         content={"n_rows": len(rows)},
     )
     write_manifest(folder, manifest, [file.name for file in folder.glob("*.h5")])

@@ -10,7 +10,7 @@ from builders.subjects import N_TERMS
 from builders.tolerance import kl_rounding, rounding
 from lorascope.activations.generate import GenerateConfig, run
 from lorascope.activations.store import ActivationStore
-from lorascope.artifact import make_manifest
+from lorascope.artifact import Manifest
 from lorascope.sae.model import KIND, SAE, SCHEMA
 from lorascope.sites import SiteLayout
 
@@ -52,12 +52,12 @@ def dictionary(
         b_dec=torch.zeros(layout.d_in) if b_dec is None else b_dec,
         threshold=torch.full((d_sae,), threshold),
         layout=layout,
-        manifest=make_manifest(
-            KIND,
-            SCHEMA,
+        manifest=Manifest(
+            kind=KIND,
+            schema=SCHEMA,
             settings=settings or {},
             parents=parents or {},
-            layout=layout.to_json(),
+            layout=layout,
             content={"architecture": "batchtopk"},
         ),
     ).sealed()

@@ -32,20 +32,11 @@ from lorascope.activations.work_units import (
     fit_to_context,
     load_corpus,
 )
-from lorascope.artifact import (
-    Build,
-    building,
-    is_made,
-    join,
-    make_manifest,
-    replacing,
-    require_space,
-    unfinished,
-    write_text,
-)
+from lorascope.artifact import Identity, replacing, write_text
 from lorascope.config import option
 from lorascope.errors import LorascopeError
 from lorascope.sites import SiteLayout, parse_adapter_types
+from lorascope.stage import Build, Job, built, require_space, unfinished
 from lorascope.subject.adapter import inspect_adapter, ranks_by_projection
 from lorascope.subject.options import SubjectOptions
 from lorascope.texts.roles import ROLES
@@ -95,58 +86,43 @@ def run(config: GenerateConfig) -> Path:
         "base_model": base.digest,
         "dataset": digest_rollouts(rollouts),
     }
-    identity = {"settings": config.settings(), "parents": parents}
-    if is_made(out, KIND, **identity, overwrite=config.overwrite):
-        log.info("%s already exists with these settings", out)
-        return out
-    device = runtime.pick_device(config.device, config.num_gpus)
-    n_workers = 1 if config.device_map else runtime.n_workers(config.device, config.num_gpus)
-    if n_workers > 1:
-        runtime.launch(n_workers, "generate", config)
-        return out
-    subject = load_subject(
-        adapter,
-        base,
-        tokenizer,
-        device,
-        config.dtype,
-        gauge=config.gauge,
-        skip_unhookable=config.skip_unhookable,
-        device_map=config.device_map,
-    )
-    corpus = fit_to_context(rollouts, counts, config, subject.max_length)
-    layout, _ = subject.layout.select(
-        parse_adapter_types(config.adapter_types) or subject.layout.adapter_types
-    )
-    _require_space(config, layout, corpus, out)
-    log.info(
-        "%d rollouts, %d tokens, %d columns (%s) of %s on %s in %s",
-        len(corpus.rollouts),
-        corpus.n_tokens,
-        layout.d_in,
-        layout.initials,
-        adapter.name,
-        subject.device,
-        str(subject.dtype).removeprefix("torch."),
-    )
-    if runtime.process_rank() > 0:
-        build = join(out, KIND, **identity)
-        if build is not None:
-            _Shards(config, subject, corpus, build).make()
-        return out
-    with building(out, KIND, **identity, overwrite=config.overwrite) as build:
+    identity = Identity(kind=KIND, schema=SCHEMA, settings=config.settings(), parents=parents)
+
+    def make(build: Build) -> None:
+        subject = load_subject(
+            adapter,
+            base,
+            tokenizer,
+            runtime.pick_device(config.device, config.num_gpus),
+            config.dtype,
+            gauge=config.gauge,
+            skip_unhookable=config.skip_unhookable,
+            device_map=config.device_map,
+        )
+        corpus = fit_to_context(rollouts, counts, config, subject.max_length)
         shards = _Shards(config, subject, corpus, build)
+        _require_space(config, shards.layout, corpus, out)
+        log.info(
+            "%d rollouts, %d tokens, %d columns (%s) of %s on %s in %s",
+            len(corpus.rollouts),
+            corpus.n_tokens,
+            shards.layout.d_in,
+            shards.layout.initials,
+            adapter.name,
+            subject.device,
+            str(subject.dtype).removeprefix("torch."),
+        )
         shards.make()
+        if runtime.process_rank() > 0:
+            return
         _vocabulary(subject).save(build.path / VOCABULARY)
         _save_tokenizer(tokenizer, build.path / "tokenizer")
-        manifest = make_manifest(
-            KIND,
-            SCHEMA,
-            **identity,
-            layout=shards.layout.to_json(),
-            content=_content(config, subject, corpus, shards),
-        )
-        return build.publish_directory(manifest, _names_of_files(build.path))
+        manifest = identity.manifest(shards.layout, _content(config, subject, corpus, shards))
+        build.publish_directory(manifest, _names_of_files(build.path))
+
+    n_workers = 1 if config.device_map else runtime.n_workers(config.device, config.num_gpus)
+    job = Job(n_workers, "generate", config)
+    return built(out, identity, make, overwrite=config.overwrite, job=job)
 
 
 class _Shards:

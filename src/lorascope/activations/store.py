@@ -7,7 +7,7 @@ spawned, reads through a memory map. `vocabulary.h5` holds the bytes of every to
 `docs/formats.md` lists the guarantees.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from lorascope.activations.published import open_published
 from lorascope.activations.shards import VOCABULARY, Rows, Shard, Vocabulary, open_shard
-from lorascope.artifact import MANIFEST, digest_of, open_manifest
+from lorascope.artifact import MANIFEST, open_manifest
 from lorascope.errors import ArtifactError
 from lorascope.sites import PROJECTIONS, SiteLayout, join_initials
 from lorascope.texts.roles import ROLES, SPECIAL
@@ -37,7 +37,7 @@ class ActivationStore:
     path: Path
     layout: SiteLayout
     digest: str
-    content: dict[str, Any]
+    content: Mapping[str, Any]
     shards: tuple[Shard, ...] = field(repr=False)
     vocabulary: Vocabulary = field(repr=False)
     columns: npt.NDArray[np.int64] | None = None
@@ -56,13 +56,13 @@ class ActivationStore:
         if not (path / MANIFEST).exists() and path.is_dir():
             return cls(path, **open_published(path)._asdict())
         manifest = open_manifest(path, KIND, SCHEMA, oldest=SCHEMA)
-        layout = SiteLayout.from_json(manifest["layout"])
-        shards = sorted(item for item in manifest["files"].items() if item[0].startswith("shard-"))
+        layout = manifest.columns
+        shards = sorted(item for item in manifest.files.items() if item[0].startswith("shard-"))
         return cls(
             path=path,
             layout=layout,
-            digest=digest_of(manifest),
-            content=manifest["content"],
+            digest=manifest.digest,
+            content=manifest.content,
             shards=tuple(open_shard(path / name, info, layout.d_in) for name, info in shards),
             vocabulary=Vocabulary.load(path / VOCABULARY),
         )

@@ -75,7 +75,7 @@ def _chosen_rollouts(config: AttributeConfig, store: ActivationStore) -> list[in
     ids = config.rollouts
     if config.rollouts_of is not None:
         index = FeatureIndex.open(config.rollouts_of)
-        if (index.manifest.get("parents") or {}).get("activations") != store.digest:
+        if index.manifest.parents.get("activations") != store.digest:
             raise ArtifactError(
                 f"{config.rollouts_of} was made from another store than {config.data_dir}; give "
                 "its store with --data-dir"

@@ -23,13 +23,14 @@ import torch
 
 from lorascope import runtime
 from lorascope.activations.store import ActivationStore
-from lorascope.artifact import MANIFEST, Build, built, make_manifest, write_text
+from lorascope.artifact import MANIFEST, Identity, write_text
 from lorascope.causal.effect_options import EditConfig, require_features
 from lorascope.causal.effects import bootstrap_interval, kl_divergence, select_measured
 from lorascope.causal.held_out import SPECIAL, HeldOut, describe_run, open_held_out
 from lorascope.causal.record_json import to_json
 from lorascope.causal.report_records import EditedRun, EditReport
 from lorascope.causal.study import format_interval
+from lorascope.stage import Build, built
 
 if TYPE_CHECKING:
     from lorascope.causal.folding import Fold
@@ -53,10 +54,12 @@ def run(config: EditConfig) -> Path:
     store = ActivationStore.open(config.data_dir)
     sae = load_sae(config.sae, store)
     require_features(config.features, sae)
-    identity = {
-        "settings": config.settings(),
-        "parents": {"activations": store.digest, "sae": sae.digest},
-    }
+    identity = Identity(
+        kind=EditReport.kind,
+        schema=EditReport.schema,
+        settings=config.settings(),
+        parents={"activations": store.digest, "sae": sae.digest},
+    )
 
     def make(build: Build) -> None:
         held_out = open_held_out(config, sae)
@@ -73,17 +76,11 @@ def run(config: EditConfig) -> Path:
         write_text(
             build.path / REPORT, json.dumps(to_json(report), indent=1, allow_nan=False) + "\n"
         )
-        manifest = make_manifest(
-            EditReport.kind,
-            EditReport.schema,
-            **identity,
-            layout=held_out.subject.layout.to_json(),
-            content=describe_run(held_out, config.sae),
-        )
+        manifest = identity.manifest(held_out.subject.layout, describe_run(held_out, config.sae))
         build.publish_directory(manifest, [*names, REPORT])
         log.info("%s", table(report, config.output))
 
-    return built(config.output, EditReport.kind, make, **identity, overwrite=config.overwrite)
+    return built(config.output, identity, make, overwrite=config.overwrite)
 
 
 def _is_folded(config: EditConfig, fold: "Fold") -> bool:

@@ -5,12 +5,12 @@ are ignored and no date is written. An undefined value is labelled, never drawn 
 """
 
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorascope.artifact import replacing
+from lorascope.artifact import Manifest, replacing
 from lorascope.causal.report_records import (
     AblationReport,
     EvaluationReport,
@@ -20,6 +20,7 @@ from lorascope.causal.report_records import (
     TokensRecovered,
 )
 from lorascope.errors import ConfigError
+from lorascope.sites import Site
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,9 +79,9 @@ def _drawing(path: Path, size: tuple[float, float]) -> Generator["Figure"]:
             figure.savefig(temporary, format=path.suffix[1:], metadata=_NO_METADATA[path.suffix])
 
 
-def draw_evaluation(report: EvaluationReport, manifest: Mapping[str, Any], path: Path) -> Path:
+def draw_evaluation(report: EvaluationReport, manifest: Manifest, path: Path) -> Path:
     """Draw the share recovered by each run and role, and by layer and projection if measured."""
-    found, content = report.faithfulness, manifest["content"]
+    found, content = report.faithfulness, manifest.content
     runs = {name: run for name, run in found.runs.items() if name not in ("base", "adapter")}
     generated = {name: run.generated for name, run in runs.items() if run.generated is not None}
     panels = {
@@ -140,7 +141,7 @@ def _draw_shares(axes: "Axes", title: str, parts: Mapping[str, Recovered]) -> No
         axes.text(1.24, i, f"{part.recovered:.3f}", ha="right", va="center", color=_SOFT)
 
 
-def draw_ablation(report: AblationReport, manifest: Mapping[str, Any], path: Path) -> Path:
+def draw_ablation(report: AblationReport, manifest: Manifest, path: Path) -> Path:
     """Draw the cost of removing each layer as bars, and of each site as a map of the network.
 
     In the bars, ticks are the controls of the same norm and the dashed line is the rounding floor.
@@ -152,15 +153,15 @@ def draw_ablation(report: AblationReport, manifest: Mapping[str, Any], path: Pat
     with _drawing(path, (width, 4.2 + 0.2 * len(kinds))) as figure:
         _head(
             figure,
-            f"{_plain(manifest['content']['adapter_name'])}: what removing each part changes",
+            f"{_plain(manifest.content['adapter_name'])}: what removing each part changes",
             f"KL(adapter ‖ without) in nats a token; {report.n_rollouts} rollouts, "
             f"{report.n_tokens:,} tokens; without all {report.without_adapter.kl:.3g}; "
-            f"floor {floor:.1e} ({manifest['content']['compute_dtype']})",
+            f"floor {floor:.1e} ({manifest.content['compute_dtype']})",
         )
         heights = (2.2, 0.25 * len(kinds) + 0.5)
         grid = figure.add_gridspec(2, 2, height_ratios=heights, width_ratios=(40, 1))
         _draw_layers(figure.add_subplot(grid[0, 0]), layers, floor)
-        sites = manifest["layout"]["sites"]
+        sites = manifest.columns.sites
         axes, colors = figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
         _draw_sites(figure, axes, colors, sites, report)
     return path
@@ -185,14 +186,14 @@ def _draw_layers(axes: "Axes", layers: Mapping[str, PartRemoval], floor: float) 
 
 
 def _draw_sites(
-    figure: "Figure", axes: "Axes", colors: "Axes", sites: Any, report: AblationReport
+    figure: "Figure", axes: "Axes", colors: "Axes", sites: Sequence[Site], report: AblationReport
 ) -> None:
     import numpy as np
 
     kinds, layers = list(report.projections), list(report.layers)
     cells = np.full((len(kinds), len(layers)), np.nan)
     for site, part in zip(sites, report.sites.values(), strict=True):
-        row, column = kinds.index(site["projection"]), layers.index(str(site["layer"]))
+        row, column = kinds.index(site.projection), layers.index(str(site.layer))
         cells[row, column] = part.kl
         if part.kl <= _ABOVE_FLOOR * report.floor.rounding:
             axes.plot(column, row, marker="x", color=_SOFT, markersize=4)
@@ -212,7 +213,7 @@ def _layer_ticks(axes: "Axes", layers: "list[str]") -> None:
     axes.set_xticks(range(0, len(layers), step), names[::step])
 
 
-def draw_steering(report: SteeringReport, manifest: Mapping[str, Any], path: Path) -> Path:
+def draw_steering(report: SteeringReport, manifest: Manifest, path: Path) -> Path:
     """Draw the dose curves: how different, how unlikely and how repetitive the texts are."""
     named = _plain(", ".join(map(str, report.features)))
     panels = {
@@ -224,7 +225,7 @@ def draw_steering(report: SteeringReport, manifest: Mapping[str, Any], path: Pat
     with _drawing(path, (10, 3.4)) as figure:
         _head(
             figure,
-            f"{_plain(manifest['content']['adapter_name'])}: features {named}, {report.how}",
+            f"{_plain(manifest.content['adapter_name'])}: features {named}, {report.how}",
             f"{len(report.prompts)} prompts, changed at {report.where} tokens; 0 is no change; "
             "dashed: a random direction of the same norm instead; lines: 95 % intervals",
         )

@@ -151,17 +151,15 @@ def open_held_out(config: EffectOptions, sae: "SAE | None") -> HeldOut:
     from lorascope.subject.load import find_base, load_subject, load_tokenizer
 
     store = ActivationStore.open(config.data_dir)
-    manifest = (
-        read_manifest(config.data_dir) if (config.data_dir / "manifest.json").exists() else {}
-    )
-    if not manifest:
+    manifest = read_manifest(config.data_dir)
+    if manifest is None:
         raise ArtifactError(
             f"{config.data_dir} was made by the published scripts and has no token ids; make a "
             "store with lorascope generate"
         )
     adapter = inspect_adapter(config.lora_path, config.adapter_name)
     base = find_base(adapter, config.base_model)
-    if manifest["parents"].get("base_model") not in (None, base.digest):
+    if manifest.parents.get("base_model") not in (None, base.digest):
         raise ArtifactError(
             f"{config.data_dir} was made with another base model than {base.name}; name its base "
             "model with --base-model"
@@ -172,8 +170,8 @@ def open_held_out(config: EffectOptions, sae: "SAE | None") -> HeldOut:
         load_tokenizer(adapter, base),
         runtime.pick_device(config.device),
         config.dtype,
-        gauge=manifest["settings"].get("gauge", "auto"),
-        skip_unhookable=manifest["settings"].get("skip_unhookable", False),
+        gauge=manifest.settings.get("gauge", "auto"),
+        skip_unhookable=manifest.settings.get("skip_unhookable", False),
     )
     own_layout, _ = subject.layout.select(store.layout.adapter_types)
     store.layout.require_same(own_layout, str(config.data_dir), f"adapter {adapter.name}")
@@ -190,7 +188,7 @@ def held_out_rollouts(sae: "SAE", store: ActivationStore) -> npt.NDArray[np.int6
     They are the rollouts that training held out, without the half that set the threshold. If the
     SAE was trained on another store or by another tool, return all rollouts and log a warning.
     """
-    settings, parents = sae.manifest["settings"], sae.manifest["parents"]
+    settings, parents = sae.manifest.settings, sae.manifest.parents
     known = {"holdout", "data_seed"} <= settings.keys()
     if not known or parents.get("activations") != store.digest:
         log.warning(

@@ -21,10 +21,10 @@ from jaxtyping import Bool, Float, Float32, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lorascope.artifact import canonical
+from lorascope.artifact import Identity, canonical
 from lorascope.errors import ArtifactError
 from lorascope.sae.files import NAMES, checked
-from lorascope.sae.model import SAE
+from lorascope.sae.model import KIND, SAE, SCHEMA
 from lorascope.sites import SiteLayout
 from lorascope.subject.intervene import Edit, RowEditor
 
@@ -79,7 +79,8 @@ class Patch:
                 tensors = {name: file.get_tensor(name) for name in (*NAMES, "threshold")}
             tensors = checked(folder / PATCH, tensors, (*NAMES, "threshold"))
             layout = SiteLayout.from_json(metadata["layout"])
-            sae = SAE(**tensors, layout=layout, manifest={"content": {}})
+            identity = Identity(kind=KIND, schema=SCHEMA, settings={}, parents={})
+            sae = SAE(**tensors, layout=layout, manifest=identity.manifest(layout, {}))
             return cls(tuple(metadata["features"]), float(metadata["factor"]), sae)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ArtifactError(

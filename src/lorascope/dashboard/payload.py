@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lorascope.artifact import canonical, digest_of, with_seal
+from lorascope.artifact import Manifest, canonical
 from lorascope.dashboard.layout import layout
 from lorascope.dashboard.reports import SIDES, TEXT_COLUMNS, Reports
 from lorascope.dashboard.token_table import TokenTable
@@ -273,9 +273,8 @@ class Payload:
 
     def _labels_key(self) -> str:
         """Return what the page stores labels under: the SAE's digest, or else the index's."""
-        parents = self.index.manifest.get("parents") or {}
-        sae = parents.get("sae") if isinstance(parents, Mapping) else None
-        return sae if isinstance(sae, str) else digest_of(self.index.manifest)
+        manifest = self.index.manifest
+        return manifest.parents.get("sae") or manifest.digest
 
     def _top_tokens(self) -> npt.NDArray[np.int64]:
         """Return the token-table entry of each latent's strongest token, `(latent,)`; 0: none.
@@ -332,11 +331,10 @@ class Payload:
     @cached_property
     def _sites(self) -> list[list[Any]] | None:
         """Layer and projection of every site, if the manifest names them."""
-        named = self.index.manifest.get("layout")
-        sites = named.get("sites") if isinstance(named, Mapping) else None
-        if not isinstance(sites, list) or len(sites) != self.index.latent_fingerprint.shape[1]:
+        layout = self.index.manifest.layout
+        if layout is None or len(layout.sites) != self.index.latent_fingerprint.shape[1]:
             return None
-        return [[site["layer"], site["projection"]] for site in sites] or None
+        return [[site.layer, site.projection] for site in layout.sites] or None
 
     @cached_property
     def _columns(self) -> dict[str, str]:
@@ -422,9 +420,9 @@ def escape_json(text: str) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def manifest_comment(manifest: Mapping[str, Any]) -> str:
+def manifest_comment(manifest: Manifest) -> str:
     """Return a manifest as the text of an HTML comment, which is still JSON."""
-    return escape_json(json.dumps(with_seal(manifest))).replace("--", "-\\u002d")
+    return escape_json(json.dumps(manifest.to_sealed_json())).replace("--", "-\\u002d")
 
 
 def _count_type(counts: npt.NDArray[np.int64]) -> str:
@@ -446,13 +444,11 @@ def _totals(totals: Any, n: int) -> list[int] | None:
 def facts(index: FeatureIndex, recovered: Sequence[list[str]] = ()) -> list[list[str]]:
     """Return the header's facts as [label, value, definition]; unknown ones are left out."""
     manifest, content = index.manifest, index.content
-    settings = manifest.get("settings") or {}
-    parents = manifest.get("parents") or {}
-    layout = manifest.get("layout") or {}
+    layout = manifest.layout
     n_alive = int(np.count_nonzero(index.alive))
 
     def value_of(*keys: str) -> str | None:
-        values = (source.get(key) for key in keys for source in (content, settings))
+        values = (source.get(key) for key in keys for source in (content, manifest.settings))
         return next((_fact(value) for value in values if _fact(value)), None)
 
     def with_digest(name: str | None, digest: Any) -> str | None:
@@ -463,19 +459,19 @@ def facts(index: FeatureIndex, recovered: Sequence[list[str]] = ()) -> list[list
         value, of_text = value_of(key), value_of(f"{key}_text")
         return f"{value} ({of_text} at text)" if value and of_text else value
 
-    sites = layout.get("sites") or []
-    ranks = [site["rank"] for site in sites if isinstance(site, dict) and "rank" in site]
-    columns = f"{sum(ranks):,} at {len(ranks):,} sites" if ranks else None
+    columns = f"{layout.d_in:,} at {len(layout.sites):,} sites" if layout else None
     rows = [
         ["Model", value_of("base_model", "model"), "the subject model, without the adapter"],
         [
             "Adapter",
-            with_digest(value_of("adapter_name", "adapter", "lora_path"), layout.get("adapter")),
+            with_digest(
+                value_of("adapter_name", "adapter", "lora_path"), layout and layout.adapter
+            ),
             "the LoRA that is studied, and its digest",
         ],
         [
             "SAE",
-            with_digest(value_of("sae_name", "sae", "model_path"), parents.get("sae")),
+            with_digest(value_of("sae_name", "sae", "model_path"), manifest.parents.get("sae")),
             "the sparse autoencoder whose latents are the features, and its digest",
         ],
         ["Dataset", value_of("dataset", "corpus"), "the texts that were read"],
@@ -501,7 +497,7 @@ def facts(index: FeatureIndex, recovered: Sequence[list[str]] = ()) -> list[list
         ],
         ["L0", with_text("l0"), "average number of features that fire at a token"],
         *recovered,
-        ["lorascope", _fact(manifest.get("version")), "version that wrote the feature index"],
+        ["lorascope", _fact(manifest.version), "version that wrote the feature index"],
     ]
     return [[label, value, note] for label, value, note in rows if label and value and note]
 

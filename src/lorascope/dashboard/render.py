@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from lorascope.artifact import Build, built, digest_file, digest_of, make_manifest, read_manifest
+from lorascope.artifact import Identity, Manifest, digest_file, read_manifest
 from lorascope.config import Config, option
 from lorascope.dashboard.payload import Payload, manifest_comment
 from lorascope.dashboard.reports import Reports
@@ -31,6 +31,7 @@ from lorascope.dashboard.serve import PageServer, serve
 from lorascope.errors import ConfigError
 from lorascope.features.published_json import read_index
 from lorascope.runtime import progress
+from lorascope.stage import Build, built
 
 log = logging.getLogger(__name__)
 
@@ -93,20 +94,13 @@ def run(config: DashboardConfig) -> Path:
     index = read_index(source)
     source_manifest = read_manifest(source)
     parents = {
-        "features": digest_file(source) if source_manifest is None else digest_of(source_manifest)
+        "features": digest_file(source) if source_manifest is None else source_manifest.digest
     }
     reports = Reports.open(config.effects, index, source)
     parents |= reports.parents
-    settings = config.settings()
-    identity = {"settings": settings, "parents": parents, "overwrite": config.overwrite}
-    manifest = make_manifest(
-        KIND,
-        SCHEMA,
-        settings=settings,
-        parents=parents,
-        layout=index.manifest.get("layout"),
-        content={"n_features": len(index), "n_examples": len(index.example_value)},
-    )
+    identity = Identity(kind=KIND, schema=SCHEMA, settings=config.settings(), parents=parents)
+    content = {"n_features": len(index), "n_examples": len(index.example_value)}
+    manifest = identity.manifest(index.manifest.layout, content)
 
     def payload() -> Payload:
         kept = index if config.max_examples is None else index.limited(config.max_examples)
@@ -118,17 +112,17 @@ def run(config: DashboardConfig) -> Path:
                 file.write(piece)
         size = (build.path / _PAGE).stat().st_size
         build.publish_file(_PAGE)
-        log.info("%d features with %d examples: %.1f MB", *manifest["content"].values(), size / 1e6)
+        log.info("%d features with %d examples: %.1f MB", *content.values(), size / 1e6)
         if size > _LARGE:
             log.warning("%s is large; use fewer --max-examples, or --serve", output)
 
     if config.serve:
         serve(server_of(payload(), manifest, config.port or 0))
         return source
-    return built(output, KIND, make, **identity)
+    return built(output, identity, make, overwrite=config.overwrite)
 
 
-def server_of(payload: Payload, manifest: dict[str, object], port: int = 0) -> PageServer:
+def server_of(payload: Payload, manifest: Manifest, port: int = 0) -> PageServer:
     """Return a server for the page and the packs that it requests."""
 
     def pack(name: str) -> str | None:
@@ -153,7 +147,7 @@ def policy(*, served: bool = False) -> str:
     )
 
 
-def page(payload: Payload, manifest: dict[str, object], *, served: bool = False) -> Iterator[str]:
+def page(payload: Payload, manifest: Manifest, *, served: bool = False) -> Iterator[str]:
     """Yield the page in pieces, as ASCII. A `served` page contains only the first block."""
     slots = {
         "policy": policy(served=served),

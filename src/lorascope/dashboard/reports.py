@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lorascope.artifact import digest_of
+from lorascope.artifact import Manifest, digest_file
 from lorascope.causal.report_records import (
     AblationReport,
     AttributedRollout,
@@ -91,7 +91,7 @@ class Reports:
                     f"{source}"
                 )
             reports[report.kind] = report
-            parents[f"effects {report.kind}"] = digest_of(manifest)
+            parents[f"effects {report.kind}"] = digest_file(path)
         return cls(len(index), **reports, parents=parents)
 
     def facts(self) -> list[list[str]]:
@@ -272,18 +272,15 @@ def _attribution_mismatches(report: AttributionReport, index: FeatureIndex) -> I
         yield from _unknown_features([cause.feature for cause in causes], index)
 
 
-def _require_parents(
-    path: Path, manifest: Mapping[str, Any], index: FeatureIndex, source: Path
-) -> None:
+def _require_parents(path: Path, manifest: Manifest, index: FeatureIndex, source: Path) -> None:
     """Raise ArtifactError at a report of another SAE, or of another store that the index names."""
-    of_index, of_report = index.manifest.get("parents") or {}, manifest.get("parents")
-    of_report = of_report if isinstance(of_report, Mapping) else {}
+    of_index, of_report = index.manifest.parents, manifest.parents
     if of_report.get("sae") is None or of_index.get("sae") != of_report["sae"]:
         raise ArtifactError(
             f"{path} is of another SAE than {source}, so its features are others; make both from "
             "the same SAE"
         )
-    if manifest["kind"] != AttributionReport.kind or "activations" not in of_index:
+    if manifest.kind != AttributionReport.kind or "activations" not in of_index:
         return
     if of_index["activations"] != of_report.get("activations"):
         raise ArtifactError(

@@ -6,6 +6,7 @@ The array `latent_n_active` is the dataset `latent/n_active`, and so on. The hea
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy.typing as npt
 
 from lorascope import arrayfile
 from lorascope.arrayfile import Arrays
-from lorascope.artifact import open_manifest, seal_file, with_seal
+from lorascope.artifact import Manifest, open_manifest, seal_file
 from lorascope.errors import ArtifactError
 
 KIND = "features"
@@ -107,20 +108,18 @@ def complete_arrays(given: Mapping[str, npt.ArrayLike]) -> Arrays:
     return arrays
 
 
-def save_arrays(
-    path: Path, arrays: Mapping[str, npt.NDArray[Any]], manifest: Mapping[str, Any]
-) -> None:
+def save_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]], manifest: Manifest) -> None:
     """Write the file, with `files` of the manifest filled in."""
     plain = {
         dataset_name(name): np.ascontiguousarray(arrays[name], dtype)
         for name, (dtype, _) in FIELDS.items()
     }
     files = {name: {"sha256": checksum(array)} for name, array in plain.items()}
-    arrayfile.write_arrays(path, plain, with_seal({**manifest, "files": files}))
+    arrayfile.write_arrays(path, plain, replace(manifest, files=files).to_sealed_json())
     seal_file(path)
 
 
-def map_arrays(path: Path) -> tuple[dict[str, Any], Arrays]:
+def map_arrays(path: Path) -> tuple[Manifest, Arrays]:
     """Return the manifest and the arrays, mapped into memory; most are read when they are used.
 
     Raises ArtifactError if the file is not a feature index, has another schema, lacks an array, or

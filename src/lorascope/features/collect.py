@@ -22,7 +22,7 @@ import numpy as np
 
 from lorascope import runtime
 from lorascope.activations.store import ActivationStore, default_name
-from lorascope.artifact import Build, building, is_made, join, make_manifest, read_manifest
+from lorascope.artifact import Identity, read_manifest
 from lorascope.config import Config, option
 from lorascope.errors import ConfigError, DatasetError
 from lorascope.features.accumulators import (
@@ -36,7 +36,8 @@ from lorascope.features.index import FeatureIndex
 from lorascope.features.published_json import write_published
 from lorascope.features.spans import Span, cut_spans
 from lorascope.features.topk import Firings
-from lorascope.sites import SiteLayout, parse_adapter_types
+from lorascope.sites import parse_adapter_types
+from lorascope.stage import Build, Job, built
 from lorascope.texts.roles import ROLES, SPECIAL
 from lorascope.texts.tokens import pack_tokens
 
@@ -125,53 +126,43 @@ def run(config: CollectConfig) -> Path:
     sae = load_sae(config.sae, store)
     store = sae.narrow(store)
     out = config.output or Path(f"sae_features_data_{config.sae.stem}.json")
-    settings = config.settings()
     parents = {"activations": store.digest, "sae": sae.digest}
-    if is_made(out, KIND, settings=settings, parents=parents, overwrite=config.overwrite):
-        log.info("%s already exists with these settings", out)
-        return out
-    n_rollouts = min(config.max_rollouts or store.n_rollouts, store.n_rollouts)
-    n_rows = int(store.rollout_start[n_rollouts])
-    spans = cut_spans(store, n_rollouts, sae.d_sae, config.roles)
-    if not any(span.uncached().read.any() for span in spans):
-        raise DatasetError(
-            f"{data_dir} has no token to read: none of its {n_rows} tokens has the role "
-            f"{' or '.join(config.roles)}; read another store or give other --roles"
-        )
-    n_workers = runtime.n_workers(config.device, config.num_gpus)
-    if n_workers > 1:
-        runtime.launch(n_workers, "collect", config)
-        return out
-    log.info("%d tokens of %d rollouts, %d latents", n_rows, n_rollouts, sae.d_sae)
-    sae = sae.to(runtime.pick_device(config.device, config.num_gpus))
-    identity: dict[str, Any] = {"settings": settings, "parents": parents}
-    if runtime.process_rank() > 0:
-        if build := join(out, KIND, **identity):
-            _gather(build, spans, sae, config)
-        return out
-    with building(out, KIND, **identity, overwrite=config.overwrite) as build:
-        accumulator = _gather(build, spans, sae, config)
-        arrays = _arrays(store, spans, sae, accumulator, config)
-        content = _content(store, sae, accumulator, config)
-        manifest = make_manifest(
-            KIND, SCHEMA, **identity, layout=store.layout.to_json(), content=content
-        )
+    identity = Identity(kind=KIND, schema=SCHEMA, settings=config.settings(), parents=parents)
+
+    def make(build: Build) -> None:
+        n_rollouts = min(config.max_rollouts or store.n_rollouts, store.n_rollouts)
+        n_rows = int(store.rollout_start[n_rollouts])
+        spans = cut_spans(store, n_rollouts, sae.d_sae, config.roles)
+        if not any(span.uncached().read.any() for span in spans):
+            raise DatasetError(
+                f"{data_dir} has no token to read: none of its {n_rows} tokens has the role "
+                f"{' or '.join(config.roles)}; read another store or give other --roles"
+            )
+        log.info("%d tokens of %d rollouts, %d latents", n_rows, n_rollouts, sae.d_sae)
+        on_device = sae.to(runtime.pick_device(config.device, config.num_gpus))
+        accumulator = _gather(build, spans, on_device, config)
+        if runtime.process_rank() > 0:
+            return
+        arrays = _arrays(store, spans, on_device, accumulator, config)
+        manifest = identity.manifest(store.layout, _content(store, sae, accumulator, config))
         index = FeatureIndex.from_arrays(manifest, arrays)
         name = "features" + out.suffix
         if out.suffix == ".json":
-            write_published(index, build.path / name, index.manifest)
+            write_published(index, build.path / name, manifest)
         else:
             index.save(build.path / name)
         build.publish_file(name)
-    log.info("%d of %d features fire", content["n_alive"], sae.d_sae)
-    return out
+        log.info("%d of %d features fire", manifest.content["n_alive"], sae.d_sae)
+
+    job = Job(runtime.n_workers(config.device, config.num_gpus), "collect", config)
+    return built(out, identity, make, overwrite=config.overwrite, job=job)
 
 
 def _published_store(model_path: Path) -> Path:
     """Return the published name of the store that an SAE was trained on."""
     manifest = read_manifest(model_path)
     if manifest is not None:
-        types = SiteLayout.from_json(manifest["layout"]).adapter_types
+        types = manifest.columns.adapter_types
     else:
         _, marker, initials = model_path.stem.rpartition("adapters_")
         types = parse_adapter_types([initials if marker else "all"])
@@ -299,14 +290,14 @@ def _content(
     """Return what the manifest records about the result, in addition to the settings."""
     from lorascope.features.neighbours import effect_rows
 
-    report = sae.manifest["content"].get("report", {})
+    report = sae.manifest.content.get("report", {})
     n_active = accumulator.statistics.n_active
     n_special = accumulator.statistics.by_role[:, SPECIAL]
     known = ("adapter_name", "base_model", "dataset")
     return {
         **{key: store.content[key] for key in known if key in store.content},
         "sae_name": config.sae.name,
-        "sae_config": sae.manifest["content"].get("config", {}),
+        "sae_config": sae.manifest.content.get("config", {}),
         "adapter_types": list(store.layout.adapter_types),
         "fvu": report.get("fvu"),
         "l0": report.get("l0"),

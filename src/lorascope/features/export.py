@@ -8,17 +8,16 @@ The same index gives the same bytes.
 """
 
 import filecmp
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from lorascope.artifact import Build, building, built, digest_file, digest_of, read_manifest
+from lorascope.artifact import Identity, digest_file, read_manifest
 from lorascope.config import Config, option
 from lorascope.errors import ArtifactError, ConfigError
-from lorascope.features.arrays import KIND
 from lorascope.features.index import FeatureIndex
 from lorascope.features.published_json import read_index, write_published
+from lorascope.stage import Build, building, built
 
 _FORMULA = ("=", "+", "-", "@")  # a spreadsheet runs a text that starts with one of these
 
@@ -56,12 +55,13 @@ def run(config: ExportConfig) -> Path:
     index = read_index(source)
     if config.format == "json":
         return _export_json(index, source, out, overwrite=config.overwrite)
-    identity = {
-        "settings": config.settings(),
-        "parents": {"features": _digest(source)},
-        "overwrite": config.overwrite,
-    }
-    return _export_csv(index, out, identity)
+    identity = Identity(
+        kind="table",
+        schema=1,
+        settings=config.settings(),
+        parents={"features": _digest(source)},
+    )
+    return _export_csv(index, out, identity, overwrite=config.overwrite)
 
 
 def write_csv(index: FeatureIndex, path: Path) -> None:
@@ -81,29 +81,24 @@ def write_csv(index: FeatureIndex, path: Path) -> None:
 
 def _export_json(index: FeatureIndex, source: Path, out: Path, *, overwrite: bool) -> Path:
     """Write what `collect` would write to a `.json` output."""
-    manifest = {**index.manifest, "files": {}}
+    manifest = replace(index.manifest, files={})
     if read_manifest(source) is None:
-        manifest["parents"] = {"features": _digest(source)}
-    identity = {
-        "settings": manifest["settings"],
-        "parents": manifest["parents"],
-        "overwrite": overwrite,
-    }
+        manifest = replace(manifest, parents={"features": _digest(source)})
 
     def make(build: Build) -> None:
         write_published(index, build.path / "features.json", manifest)
         build.publish_file("features.json")
 
-    return built(out, KIND, make, **identity)
+    return built(out, manifest.identity, make, overwrite=overwrite)
 
 
-def _export_csv(index: FeatureIndex, out: Path, identity: Mapping[str, Any]) -> Path:
+def _export_csv(index: FeatureIndex, out: Path, identity: Identity, *, overwrite: bool) -> Path:
     """Write the table. A CSV has no manifest, so an existing file is compared byte by byte."""
-    with building(out, "table", **identity) as build:
+    with building(out, identity, overwrite=overwrite) as build:
         table = build.path / "features.csv"
         write_csv(index, table)
         is_same = out.is_file() and filecmp.cmp(table, out, shallow=False)
-        if (out.exists() or out.is_symlink()) and not is_same and not identity["overwrite"]:
+        if (out.exists() or out.is_symlink()) and not is_same and not overwrite:
             table.unlink()
             raise ArtifactError(
                 f"{out} exists with other contents; choose another --output, "
@@ -114,7 +109,7 @@ def _export_csv(index: FeatureIndex, out: Path, identity: Mapping[str, Any]) -> 
 
 def _digest(source: Path) -> str:
     manifest = read_manifest(source)
-    return digest_file(source) if manifest is None else digest_of(manifest)
+    return digest_file(source) if manifest is None else manifest.digest
 
 
 def _cell(text: str) -> str:

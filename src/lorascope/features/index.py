@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from lorascope.artifact import Manifest
 from lorascope.features.arrays import RANKINGS, WINDOWS, complete_arrays, map_arrays, save_arrays
 from lorascope.features.topk import rank_in_run
 from lorascope.texts.tokens import display_texts, pack_tokens
@@ -123,7 +124,7 @@ class FeatureIndex:
     in the first or last bin, so the bins add up to `n_active`.
     """
 
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     latent_n_active: npt.NDArray[np.int64]  # (latent,)
     latent_n_special: npt.NDArray[np.int64]  # firings at special tokens
     latent_max: npt.NDArray[np.float32]
@@ -186,16 +187,14 @@ class FeatureIndex:
     token_special: npt.NDArray[np.uint8]  # (vocabulary,), 1 for special tokens
 
     @classmethod
-    def from_arrays(
-        cls, manifest: Mapping[str, Any], arrays: Mapping[str, npt.ArrayLike]
-    ) -> "FeatureIndex":
+    def from_arrays(cls, manifest: Manifest, arrays: Mapping[str, npt.ArrayLike]) -> "FeatureIndex":
         """Make an index from arrays by field name; arrays that are not given are unknown."""
         return cls(manifest=manifest, **complete_arrays(arrays))
 
     @classmethod
     def from_examples(
         cls,
-        manifest: Mapping[str, Any],
+        manifest: Manifest,
         features: Sequence[Sequence[Example]],
         tokens: Mapping[int, bytes],
         *,
@@ -357,8 +356,7 @@ class FeatureIndex:
     @property
     def content(self) -> Mapping[str, Any]:
         """Contents of the manifest: `n_tokens`, `n_eligible`, `top_k`, `fvu`, ..."""
-        content = self.manifest.get("content")
-        return content if isinstance(content, Mapping) else {}
+        return self.manifest.content
 
     @cached_property
     def n_examples(self) -> npt.NDArray[np.int64]:
@@ -387,8 +385,8 @@ class FeatureIndex:
 
     @cached_property
     def _modules(self) -> tuple[str, ...]:
-        sites = (self.manifest.get("layout") or {}).get("sites") or []
-        return tuple(str(site.get("module")) for site in sites)
+        layout = self.manifest.layout
+        return () if layout is None else tuple(site.module for site in layout.sites)
 
     def ranked_tokens(self, latent: int, ranking: str) -> tuple[tuple[str, float], ...]:
         """Return the tokens of one of `RANKINGS` with their scores, best first."""

@@ -21,7 +21,7 @@ N_QUANTILES = 5
 
 def verify(index: FeatureIndex) -> None:
     """Raise ArtifactError that names the first fault of an index, if it has one."""
-    for name, said in index.manifest.get("files", {}).items():
+    for name, said in index.manifest.files.items():
         array = index.arrays.get(name.replace("/", "_", 1))
         if array is None or checksum(array) != said.get("sha256"):
             raise _damaged(f"{name} has other bytes than its checksum")

@@ -14,6 +14,7 @@ unknown; each text gets a negative token id.
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
@@ -21,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorascope import runtime
-from lorascope.artifact import check_seal, is_manifest, make_manifest, seal_file, with_seal
+from lorascope.artifact import Identity, Manifest, check_seal, seal_file
 from lorascope.errors import ArtifactError
 from lorascope.features.arrays import KIND, SCHEMA
 from lorascope.features.index import Example, FeatureIndex
@@ -42,12 +43,12 @@ _STATS = {  # key of `stats` -> field of the index
 }
 
 
-def to_published(index: FeatureIndex, manifest: Mapping[str, Any]) -> Iterator[str]:
+def to_published(index: FeatureIndex, manifest: Manifest) -> Iterator[str]:
     """Yield the JSON text in `len(index) + 2` pieces, one per feature, dead ones included."""
     content = index.content
     examples = index.n_examples
     metadata = {
-        "lorascope": with_seal(manifest),
+        "lorascope": manifest.to_sealed_json(),
         "n_features": len(index),
         "top_k": content.get("top_k", int(examples.max(initial=0))),
         **{key: content[key] for key in _METADATA if key in content},
@@ -61,7 +62,7 @@ def to_published(index: FeatureIndex, manifest: Mapping[str, Any]) -> Iterator[s
     yield "\n}}\n"
 
 
-def write_published(index: FeatureIndex, path: Path, manifest: Mapping[str, Any]) -> None:
+def write_published(index: FeatureIndex, path: Path, manifest: Manifest) -> None:
     """Write the published JSON, not atomically. The same index gives the same bytes."""
     with (
         path.open("w", encoding="utf-8", newline="\n") as file,
@@ -273,12 +274,12 @@ def _report_mismatch(path: Path, features: list[list[Example]]) -> None:
         )
 
 
-def _manifest(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    manifest = metadata.get("lorascope")
-    if isinstance(manifest, dict) and is_manifest(manifest):
-        return {**{key: manifest[key] for key in manifest if key != "seal"}, "files": {}}
-    content = {k: v for k, v in metadata.items() if isinstance(v, (str, int, float, bool))}
-    return make_manifest(KIND, SCHEMA, settings={}, parents={}, layout=None, content=content)
+def _manifest(metadata: Mapping[str, Any]) -> Manifest:
+    try:
+        return replace(Manifest.from_json(metadata.get("lorascope")), files={})
+    except ValueError:  # another tool's file
+        content = {k: v for k, v in metadata.items() if isinstance(v, (str, int, float, bool))}
+        return Identity(kind=KIND, schema=SCHEMA, settings={}, parents={}).manifest(None, content)
 
 
 def _latents(stats: list[Mapping[str, Any]], edges: Any) -> dict[str, npt.NDArray[Any]]:

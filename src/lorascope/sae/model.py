@@ -37,12 +37,9 @@ from lorascope.activations.batches import RowNumbers, read_blocks
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import (
     EMPTY_SEAL,
-    Build,
-    building,
+    Identity,
+    Manifest,
     canonical,
-    digest_of,
-    is_made,
-    make_manifest,
     open_manifest,
     read_manifest,
     write_text,
@@ -63,13 +60,13 @@ from lorascope.sae.files import (
 )
 from lorascope.sae.sparsity import SparseCode, calibrate_threshold
 from lorascope.sites import SiteLayout, parse_adapter_types
+from lorascope.stage import Build, built
 
 log = logging.getLogger(__name__)
 
 KIND = "sae"
 SCHEMA = 1
 CALIBRATION_ROWS = 131_072  # with these, the standard error of the mean L0 is far below 1 %
-_MANIFEST = {"schema": int, "settings": dict, "parents": dict, "layout": dict, "content": dict}
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ class SAE:
     b_dec: Float32[Tensor, "d_in"]
     threshold: Float32[Tensor, "latent"] | None
     layout: SiteLayout
-    manifest: dict[str, Any]
+    manifest: Manifest
 
     @property
     def d_in(self) -> int:
@@ -97,24 +94,24 @@ class SAE:
     @property
     def scale(self) -> Float32[Tensor, "d_in"]:
         """Factor by which training multiplied each column; 0 for columns that were left out."""
-        scale = self.manifest["content"].get("scale") or [1.0] * self.d_in
+        scale = self.manifest.content.get("scale") or [1.0] * self.d_in
         return torch.tensor(scale, dtype=torch.float32, device=self.b_dec.device)
 
     @property
     def architecture(self) -> str:
         """How the SAE was trained: `batchtopk`, `topk`, `jumprelu`, `matryoshka` or another."""
-        return str(self.manifest["content"].get("architecture", "batchtopk"))
+        return str(self.manifest.content.get("architecture", "batchtopk"))
 
     @property
     def stability(self) -> Float32[Tensor, "latent"] | None:
         """How well other seeds find each latent again; None if training did not measure it."""
-        values = self.manifest["content"].get("stability")
+        values = self.manifest.content.get("stability")
         return None if values is None else torch.tensor(values, dtype=torch.float32)
 
     @property
     def digest(self) -> str:
         """Digest of the whole SAE; the same in each of its file formats."""
-        return digest_of({**self.manifest, "files": {}})
+        return replace(self.manifest, files={}).digest
 
     def to(self, device: torch.device | str) -> "SAE":
         """Return the SAE on another device."""
@@ -249,19 +246,15 @@ class SAE:
         for name, tensor in self.tensors().items():
             hasher.update(f"{name} {tuple(tensor.shape)}\n".encode())
             hasher.update(tensor.contiguous().cpu().numpy().tobytes())
-        content = {**self.manifest["content"], **content, "weights_sha256": hasher.hexdigest()}
-        return replace(self, manifest={**self.manifest, "content": content})
+        content = {**self.manifest.content, **content, "weights_sha256": hasher.hexdigest()}
+        return replace(self, manifest=replace(self.manifest, content=content))
 
     def save(self, out: Path, *, overwrite: bool = False) -> Path:
         """Write the SAE as one file if the name ends in `.pt`, else as a folder."""
-        identity = {key: self.manifest[key] for key in ("settings", "parents")}
-        if is_made(out, KIND, **identity, overwrite=overwrite):
-            return out
-        with building(out, KIND, **identity, overwrite=overwrite) as build:
-            return self.publish(build)
+        return built(out, self.manifest.identity, self.publish, overwrite=overwrite)
 
     def publish(self, build: Build) -> Path:
-        """Write the SAE into a folder opened by `artifact.building`, and publish it."""
+        """Write the SAE into a folder opened by `stage.building`, and publish it."""
         self._require_threshold()
         if build.out.suffix == ".pt":
             (build.path / "sae.pt").write_bytes(self._archive())
@@ -285,7 +278,7 @@ class SAE:
         tensors = {name: tensor.contiguous().cpu() for name, tensor in self.tensors().items()}
         config = {"d_model": self.d_in, "dict_size": self.d_sae}
         data = {
-            "config": {**self.manifest["content"].get("config", {}), **config},
+            "config": {**self.manifest.content.get("config", {}), **config},
             "threshold": tensors.pop("threshold"),
             "model_state_dict": tensors,
         }
@@ -293,12 +286,12 @@ class SAE:
         torch.save(data, buffer)
         with zipfile.ZipFile(buffer, "a") as archive:
             entry = zipfile.ZipInfo("archive/lorascope.json", (1980, 1, 1, 0, 0, 0))
-            archive.writestr(entry, canonical({**self.manifest, "files": {}}))
+            archive.writestr(entry, canonical(replace(self.manifest, files={}).to_json()))
             archive.comment = EMPTY_SEAL  # in the entry, it would change the entry's checksum
         return buffer.getvalue()
 
     def _saelens_config(self) -> dict[str, Any]:
-        content = self.manifest["content"]
+        content = self.manifest.content
         return {
             "architecture": "jumprelu",
             "d_in": self.d_in,
@@ -310,7 +303,7 @@ class SAE:
             "reshape_activations": "none",
             "metadata": {
                 "sae_lens_version": "6.0.0",  # of the format; else SAELens assumes an older one
-                "lorascope_version": self.manifest["version"],
+                "lorascope_version": self.manifest.version,
                 "training_architecture": self.architecture,
                 "k": content.get("k"),
                 "columns": list(self.layout.column_names),
@@ -329,11 +322,6 @@ def load_sae(path: Path | str, store: ActivationStore | None = None) -> SAE:
     manifest = read_manifest(path)
     if manifest is None:
         return _with_columns(path, read_foreign(path), store)
-    damaged = [key for key, kind in _MANIFEST.items() if not isinstance(manifest.get(key), kind)]
-    if damaged and manifest["kind"] == KIND:
-        raise ArtifactError(
-            f"{path} has a damaged manifest ({damaged[0]}); train or download it again"
-        )
     manifest = open_manifest(path, KIND, SCHEMA)
     if path.is_dir():
         tensors: dict[str, Any] = {**read_safetensors(path / WEIGHTS)}
@@ -342,7 +330,7 @@ def load_sae(path: Path | str, store: ActivationStore | None = None) -> SAE:
         tensors = {**section(path, data, "model_state_dict"), "threshold": data.get("threshold")}
     sae = SAE(
         **checked(path, tensors, (*NAMES, "threshold")),
-        layout=SiteLayout.from_json(manifest["layout"]),
+        layout=manifest.columns,
         manifest=manifest,
     )
     if sae.layout.d_in != sae.d_in or sae.sealed().manifest != manifest:
@@ -382,14 +370,8 @@ def _with_columns(path: Path, foreign: ForeignSAE, store: ActivationStore | None
     k = content["k"]
     if not isinstance(k, int | float):
         del content["k"]
-    manifest = make_manifest(
-        KIND,
-        SCHEMA,
-        settings=config,
-        parents=parents,
-        layout=store.layout.to_json(),
-        content=content,
-    )
+    identity = Identity(kind=KIND, schema=SCHEMA, settings=config, parents=parents)
+    manifest = identity.manifest(store.layout, content)
     sae = SAE(**tensors, threshold=threshold, layout=store.layout, manifest=manifest).sealed()
     if threshold is not None:
         return sae

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from lorascope.activations.batches import BatchPlan, RowNumbers, halves, read_blocks
 from lorascope.activations.store import ActivationStore
-from lorascope.artifact import Build, make_manifest, read_manifest, write_text
+from lorascope.artifact import Identity, read_manifest, write_text
 from lorascope.runtime import process_rank
 from lorascope.sae.metrics import ColumnMoments, evaluate, stability
-from lorascope.sae.model import KIND, SAE, SCHEMA
+from lorascope.sae.model import SAE
 from lorascope.sae.settings import SweepMember, TrainConfig
 from lorascope.sae.trainer import Trainer
+from lorascope.stage import Build
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def publish(
     run: TrainingRun,
     out: Path,
     build: Build,
-    members: Mapping[Path, tuple[SweepMember, dict[str, Any]]],
+    members: Mapping[Path, tuple[SweepMember, Identity]],
     trainers: Mapping[Path, Trainer],
 ) -> None:
     """Fold, calibrate, evaluate and write one SAE of the run."""
@@ -79,9 +80,7 @@ def publish(
         **{name: tensor.cpu() for name, tensor in folded.items()},
         threshold=None if threshold is None else threshold.cpu(),
         layout=store.layout,
-        manifest=make_manifest(
-            KIND, SCHEMA, **identity, layout=store.layout.to_json(), content=content
-        ),
+        manifest=identity.manifest(store.layout, content),
     )
     to_calibrate, to_report = halves(store, run.held_out)
     sae = sae.calibrated(store, to_calibrate, member.k)
@@ -101,14 +100,16 @@ def sibling(out: Path, suffix: str) -> Path:
     return out.with_name(out.name.removesuffix(".pt") + suffix)
 
 
-def write_table(output: Path, members: Mapping[Path, tuple[SweepMember, dict[str, Any]]]) -> Path:
+def write_table(output: Path, members: Mapping[Path, tuple[SweepMember, Identity]]) -> Path:
     """Write and log one row for each SAE of a sweep, and return the table's path."""
     path = sibling(output, ".runs.json")
     if process_rank() > 0:
         return path  # rank 0 may still be publishing
     rows = []
     for out, (member, _) in members.items():
-        content = (read_manifest(out) or {})["content"]
+        manifest = read_manifest(out)
+        assert manifest is not None, "it was just published"
+        content = manifest.content
         report = content["report"]
         cosines = content.get("stability")
         rows.append(

@@ -21,24 +21,24 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from lorascope.activations.batches import BatchPlan, RowNumbers, batches_on, read_blocks, split_rows
 from lorascope.activations.store import ActivationStore
-from lorascope.artifact import Build, building, is_made
+from lorascope.artifact import Identity
 from lorascope.errors import ConfigError, Interrupted
 from lorascope.runtime import Team, join_team, pick_device, progress, stop_between_steps
 from lorascope.sae.metrics import ColumnMoments
-from lorascope.sae.model import KIND
+from lorascope.sae.model import KIND, SCHEMA
 from lorascope.sae.objective import column_scale, initial_weights
 from lorascope.sae.publish import TrainingRun, publish, sibling, write_table
 from lorascope.sae.settings import SweepMember, TrainConfig, parse_number
 from lorascope.sae.trainer import Trainer
 from lorascope.sae.training_log import TrainingLog
 from lorascope.sites import parse_adapter_types
+from lorascope.stage import Build, building, is_made
 
 log = logging.getLogger(__name__)
 
@@ -58,24 +58,26 @@ def run(config: TrainConfig) -> Path:
     store = store.select(types)
     config.require_enough_latents(store.d_in)
     output = config.output or Path(f"trained_sae_adapters_{store.layout.initials}.pt")
-    members: dict[Path, tuple[SweepMember, dict[str, Any]]] = {}
+    members: dict[Path, tuple[SweepMember, Identity]] = {}
     sweep = config.sweep()
     for member in sweep:
         seeds = [other.seed for other in sweep if other.without_seed == member.without_seed]
-        identity = {
-            "settings": {
+        identity = Identity(
+            kind=KIND,
+            schema=SCHEMA,
+            settings={
                 **config.settings(),
                 **member.settings(),
                 "adapter_types": list(types),
                 **({"seeds": seeds} if len(seeds) > 1 else {}),
             },
-            "parents": {"activations": store.digest},
-        }
+            parents={"activations": store.digest},
+        )
         members[member.path(output)] = member, identity
     unfinished = [
         out
         for out, (_, identity) in members.items()
-        if not is_made(out, KIND, **identity, overwrite=config.overwrite)
+        if not is_made(out, identity, overwrite=config.overwrite)
     ]
     if not unfinished:
         log.info("%s already exists with these settings", " and ".join(map(str, members)))
@@ -91,9 +93,7 @@ def run(config: TrainConfig) -> Path:
         needed = {out: pair for out, pair in members.items() if pair[0].without_seed in settings}
         with join_team(device) as ranks, ExitStack() as stack:
             builds = {
-                out: stack.enter_context(
-                    building(out, KIND, **identity, overwrite=config.overwrite)
-                )
+                out: stack.enter_context(building(out, identity, overwrite=config.overwrite))
                 for out, (_, identity) in members.items()
                 if ranks.rank == 0 and out in unfinished
             }
@@ -193,7 +193,7 @@ def _trainer(run: TrainingRun, member: SweepMember, ranks: Team) -> Trainer:
 
 def _train(
     run: TrainingRun,
-    members: Mapping[Path, tuple[SweepMember, dict[str, Any]]],
+    members: Mapping[Path, tuple[SweepMember, Identity]],
     builds: Mapping[Path, Build],
     ranks: Team,
 ) -> None:
