@@ -280,8 +280,8 @@ def _named(
             ids = torch.cat([ids, torch.tensor([[one.target]])], dim=1)  # as if it followed
             x, base = editor.run(ids).rows[0], editor.base(ids)
             targets = Targets.at("logprob", torch.tensor([ids.shape[1] - 1]), ids, base)
-            eligible = np.append(store.eligible[first : row + 1], False)
-            parts = RowDecomposition(sae, x, np.arange(store.d_in), eligible)
+            read = torch.arange(len(x)) <= row - first
+            parts = RowDecomposition(sae, x, np.arange(store.d_in), read)
             gradients = mean_gradients(editor, ids, x, targets, _STEPS)
             contributions = parts.firing_contributions(gradients)[0]
             sums = torch.zeros(sae.d_sae).index_add_(0, parts.latent, contributions)

@@ -172,7 +172,7 @@ def test_an_adapter_that_writes_nothing_has_exactly_no_effect_anywhere(
 
 
 @torch.inference_mode()
-def test_a_feature_is_taken_out_at_the_tokens_of_text_on_which_it_fires(dirs, store, tmp_path):
+def test_a_feature_is_taken_out_at_every_token_on_which_it_fires(dirs, store, tmp_path):
     """Latent 3 is the positive part of column 3; the other rows are held as they were."""
     found = ablated(dirs, store, tmp_path, each_column(store), features=(3,), greedy="none")
     (entry,) = found["features"]
@@ -185,7 +185,7 @@ def test_a_feature_is_taken_out_at_the_tokens_of_text_on_which_it_fires(dirs, st
             text = torch.from_numpy(store.eligible[first:last])
             out = editor.run(ids[None])
             rows = out.rows.clone()
-            fires = (rows[0, :, 3] > 0) & text
+            fires = rows[0, :, 3] > 0
             rows[0, fires, 3] = 0
             other = editor.run(ids[None], lambda columns, _, rows=rows: rows[..., columns]).logits
             kl = kl_divergence(out.logits[0, :-1], other[0, :-1])

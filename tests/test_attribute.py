@@ -128,7 +128,7 @@ def decompose(subject, editor, ids, kind, positions, sae=None):
             eye = torch.eye(rows.shape[1])
             both = torch.cat([eye, -eye])
             sae = dictionary(subject.layout, both.T.contiguous(), both)
-        everywhere = np.ones(len(rows), bool)
+        everywhere = torch.ones(len(rows), dtype=torch.bool)
         parts = RowDecomposition(sae, rows, np.arange(rows.shape[1]), everywhere)
     return targets, parts, rows
 

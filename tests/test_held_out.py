@@ -2,6 +2,7 @@
 
 import logging
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -115,6 +116,24 @@ def test_a_prediction_counts_under_the_role_of_the_token_that_is_predicted(subje
     roles = held_out.role_of(rows)
     assert np.array_equal(roles, held_out.store.roles[1:])  # special ones have that role here
     assert set(np.unique(roles)) >= {ROLES.index(name) for name in ("user", "think", "special")}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, ROLES),
+        ({"roles": list(ROLES)}, ROLES),
+        ({"roles": ["think", "special"]}, ("think", "special")),
+        ({"roles": []}, [role for role in ROLES if role != "special"]),  # of an older version
+    ],
+)
+def test_an_sae_reads_the_rows_that_it_was_trained_on(subject_dirs, texts_dir, settings, expected):
+    held_out = open_held_out(options(subject_dirs, texts_dir), None)
+    sae = each_column(held_out.store)
+    sae = replace(sae, manifest={**sae.manifest, "settings": settings})
+    store = held_out.store
+    read = [ROLES[role] in expected for role in store.roles]
+    assert held_out.is_read(sae, np.arange(store.n_rows)).tolist() == read
 
 
 @torch.inference_mode()

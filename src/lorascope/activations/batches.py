@@ -62,7 +62,7 @@ def split_rows(
     into the share `holdout` of the rows. If all rows are of one rollout, rows are split. Raises
     ConfigError for an unknown role, ArtifactError for fewer than two rows.
     """
-    rows = rows_with(store, roles)
+    rows = np.flatnonzero(has_role(store.roles, roles))
     if len(rows) < 2:
         counted = ", ".join(f"{role} {n}" for role, n in count_roles(store).items())
         raise ArtifactError(
@@ -77,14 +77,6 @@ def split_rows(
     n_held = int(np.searchsorted(np.cumsum(sizes[order]), holdout * len(rows), side="right"))
     held = np.isin(groups, names[order[: min(max(n_held, 1), len(names) - 1)]])
     return rows[~held], rows[held]
-
-
-def rows_with(store: ActivationStore, roles: Sequence[str]) -> RowNumbers:
-    """Return the numbers of the rows with one of some roles.
-
-    No role means all but special, as in the settings of SAEs that older versions trained.
-    """
-    return np.flatnonzero(has_role(store.roles, roles) if roles else store.eligible)
 
 
 def halves(store: ActivationStore, rows: RowNumbers) -> tuple[RowNumbers, RowNumbers]:

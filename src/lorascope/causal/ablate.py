@@ -226,8 +226,7 @@ class _Study:
                 rows = self.editor.run(batch.token_ids).rows
                 self.held_out.require_rows(batch, rows)
                 code = sae.encode_dense(rows[0][:, columns].cpu())
-                eligible = self.held_out.store.eligible[batch.rows[0].numpy()]
-                code *= torch.from_numpy(eligible)[:, None]
+                code *= self.held_out.is_read(sae, batch.rows[0].numpy())[:, None]
                 fired = np.flatnonzero((code > 0).any(0).numpy() & is_chosen)
                 n_fired += (code[batch.mask[0]] > 0).sum(0).numpy()
                 for total, decoder in zip(totals, (sae.W_dec, random), strict=True):

@@ -4,8 +4,8 @@
    KL and as the rise of the log-probability of the token that follows.
 2. For the tokens with the highest KL in each rollout, or those that you name: what each feature at
    each earlier token contributed to the prediction (`gradients`). The contributions of features,
-   of the SAE's bias, of what it leaves unexplained and of special tokens' rows add up to the effect
-   of the whole adapter; `completeness` says how far they miss it.
+   of the SAE's bias, of what it leaves unexplained and of rows that it does not read add up to the
+   effect of the whole adapter; `completeness` says how far they miss it.
 3. `removal` is the first-order effect of removing a feature: the gradient at the adapter's rows.
 4. In some rollouts every feature is really removed, and `agreement` compares both numbers with the
    real effect.
@@ -192,8 +192,8 @@ class _Study:
             )
             rows = out.rows[0]
             _, columns = self.held_out.subject.layout.select(self.sae.layout.adapter_types)
-            eligible = store.eligible[batch.rows[0].numpy()]
-            parts = RowDecomposition(self.sae, rows, columns, eligible)
+            read = self.held_out.is_read(self.sae, batch.rows[0].numpy())
+            parts = RowDecomposition(self.sae, rows, columns, read)
             removed = (
                 self._remove_each(ids, rows, columns, parts, targets, y) if is_checked else None
             )

@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lorascope.errors import NumberError
@@ -151,8 +151,8 @@ class RowDecomposition:
     """The rows of one rollout, split by the SAE, and the contribution of each part to a target.
 
     A firing is one latent at one token: `latent`, `position` and `value` have an entry for each.
-    `eligible` marks the tokens that the SAE reads; the rows of the others are not split and count
-    as `special`. Columns that the SAE does not read are `other_columns`.
+    `read` marks the tokens that the SAE reads; the rows of the others are not split and count as
+    `special`. Columns that the SAE does not read are `other_columns`.
     """
 
     def __init__(
@@ -160,19 +160,19 @@ class RowDecomposition:
         sae: SAE,
         rows: Float[Tensor, "seq d_in"],
         columns: npt.NDArray[np.int64],
-        eligible: npt.NDArray[np.bool_],
+        read: Bool[Tensor, "seq"],
     ) -> None:
         self.sae, self.rows = sae, rows
         self.columns = torch.from_numpy(columns)
-        self.eligible = torch.from_numpy(eligible)
-        read = self.eligible.nonzero()[:, 0]
+        self.read = read
+        at = read.nonzero()[:, 0]
         sae_rows = rows[:, self.columns].cpu()
-        code = sae.encode(sae_rows[read])
+        code = sae.encode(sae_rows[at])
         counts = code.offsets.diff()
-        self.position = read.repeat_interleave(counts)
+        self.position = at.repeat_interleave(counts)
         self.latent, self.value = code.latents, code.values
         self.unexplained = torch.zeros_like(sae_rows)
-        self.unexplained[read] = sae_rows[read] - sae.decode(code)
+        self.unexplained[at] = sae_rows[at] - sae.decode(code)
 
     @property
     def fired(self) -> Int[Tensor, "fired"]:
@@ -205,7 +205,7 @@ class RowDecomposition:
     ) -> dict[str, Tensor]:
         """Return the contributions of all parts that are no features, `(target,)` each, by name."""
         n = gradient.shape[1]
-        inside, read = gradient[:, :, self.columns].cpu(), self.eligible[:n]
+        inside, read = gradient[:, :, self.columns].cpu(), self.read[:n]
         by_token = (inside * self.rows[:n, self.columns].cpu()).sum(-1)
         return {
             "bias": (inside[:, read] @ self.sae.b_dec).sum(-1),

@@ -28,7 +28,7 @@ from lorascope.artifact import read_manifest
 from lorascope.causal.effect_options import EffectOptions
 from lorascope.errors import ArtifactError
 from lorascope.subject.adapter import inspect_adapter
-from lorascope.texts.roles import ROLES
+from lorascope.texts.roles import ROLES, has_role
 from lorascope.texts.rollouts import windows
 
 if TYPE_CHECKING:
@@ -113,6 +113,11 @@ class HeldOut:
     def role_of(self, measured: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
         """Return the role of the token that each measured row predicts."""
         return self.store.roles[measured + 1]
+
+    def is_read(self, sae: "SAE", rows: npt.NDArray[np.int64]) -> Bool[Tensor, "seq"]:
+        """Return which rows are of a role that the SAE was trained on; default: all."""
+        roles = sae.manifest["settings"].get("roles", ROLES)
+        return torch.from_numpy(has_role(self.store.roles[rows], roles))
 
     def require_rows(self, batch: Batch, rows: Float[Tensor, "batch seq d_in"]) -> float:
         """Return how far rows are from the store's, as a share of the stored rows' norm.

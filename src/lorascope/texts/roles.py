@@ -95,10 +95,13 @@ def token_roles(
 
 
 def has_role(roles: Roles, names: Sequence[str]) -> npt.NDArray[np.bool_]:
-    """Return which tokens have one of the named roles. Raises ConfigError for an unknown name."""
+    """Return which tokens have one of the named roles. Raises ConfigError for an unknown name.
+
+    No name means all but special, as in the settings of SAEs that older versions trained.
+    """
     for name in names:
         if name not in ROLES:
             raise ConfigError(
                 f"unknown role {name}, expected {', '.join(ROLES)}{did_you_mean(name, ROLES)}"
             )
-    return np.isin(roles, [ROLES.index(name) for name in names])
+    return np.isin(roles, [ROLES.index(name) for name in names]) if names else roles != SPECIAL

@@ -12,7 +12,7 @@ const N_LISTED = 10; // tokens in the list of a rollout
 const TARGETS = { kl: "KL(prediction \u2016 base)", logprob: "log p of this token",
   "logit-difference": "its logit minus the logit of the base's likeliest other token" };
 const OTHER_PARTS = { bias: "the SAE's bias", unexplained: "unexplained by the SAE",
-  special: "rows of special tokens", other_columns: "columns that the SAE does not read" };
+  special: "rows that the SAE does not read", other_columns: "columns that the SAE does not read" };
 
 // Returns whether the page has an attribution of this rollout.
 export function isAttributed(data) {
