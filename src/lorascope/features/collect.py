@@ -5,8 +5,8 @@
    work is kept. Any number of processes share the spans.
    Firings at special tokens and template headers are counted and kept apart from those at text.
 2. Merge the accumulators in the order of the spans.
-3. Add the windows of examples and samples (`examples`), the latents, tokens and sites near each
-   latent (`neighbours`), and some whole rollouts (`whole_rollouts`).
+3. Add the windows of examples and samples and some whole rollouts (`examples`), and the latents,
+   tokens and sites near each latent (`neighbours`).
 4. Write `features.h5`, or JSON of the published schema if the output ends in `.json`.
 
 In: activation store, SAE. Out: a feature index.
@@ -218,6 +218,7 @@ def _arrays(
     from lorascope.features.examples import (
         example_arrays,
         firing_arrays,
+        rollout_arrays,
         sample_arrays,
         window_arrays,
     )
@@ -228,7 +229,6 @@ def _arrays(
         nearest_rows,
         ranked_tokens,
     )
-    from lorascope.features.whole_rollouts import rollout_arrays
 
     statistics, reach = accumulator.statistics, min(CONTEXT_REACH, config.context_window)
     examples, special = accumulator.top.sorted(), accumulator.special.sorted()

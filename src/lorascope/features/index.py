@@ -171,7 +171,7 @@ class FeatureIndex:
     window_token_id: npt.NDArray[np.int32]  # (window_token,)
     window_activation: npt.NDArray[np.float32]
     text_rollout: npt.NDArray[np.int64]  # (text,), ids of the rollouts that are kept whole
-    text_why: npt.NDArray[np.uint8]  # bits, see `whole_rollouts`
+    text_why: npt.NDArray[np.uint8]  # bits, see `examples`
     text_l0: npt.NDArray[np.float32]
     text_fvu: npt.NDArray[np.float32]
     text_rarity: npt.NDArray[np.float32]
