@@ -34,7 +34,7 @@ from torch import Tensor
 
 from lorascope.artifact import MANIFEST
 from lorascope.errors import ArtifactError, NumberError
-from lorascope.hub import find_folder
+from lorascope.hub import find_folder, first_line
 
 log = logging.getLogger(__name__)
 
@@ -265,8 +265,7 @@ def read_pt(path: Path) -> dict[str, Any]:
             f"{path} is refused: it holds more than plain tensors and may run code when it is read"
         ) from error
     except _DAMAGED as error:
-        reason = str(error).partition("\n")[0]
-        raise ArtifactError(f"{path} is damaged or not a .pt file ({reason})") from error
+        raise ArtifactError(f"{path} is damaged or not a .pt file ({first_line(error)})") from error
     if not isinstance(data, dict):
         raise ArtifactError(f"{path} holds a {type(data).__name__}, expected an SAE")
     return data

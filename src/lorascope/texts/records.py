@@ -25,6 +25,7 @@ from typing import IO, Any
 
 from lorascope.config import did_you_mean
 from lorascope.errors import DatasetError
+from lorascope.hub import first_line
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +162,7 @@ def _file_rows(path: Path) -> Iterator[Row]:
             else:
                 yield from _lines(path, file, as_json=extension in (".jsonl", ".ndjson"))
     except (OSError, pa.ArrowException) as error:
-        raise DatasetError(f"{path} cannot be read ({_first_line(error)})") from error
+        raise DatasetError(f"{path} cannot be read ({first_line(error)})") from error
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -203,7 +204,7 @@ def _parsed(text: str) -> Record | str:
     except json.JSONDecodeError as error:
         return f"not JSON ({error.msg} at character {error.pos + 1})"
     except (ValueError, RecursionError) as error:  # a number is too long, or brackets are too deep
-        return f"not JSON ({_first_line(error)})"
+        return f"not JSON ({first_line(error)})"
 
 
 def _object(value: Any) -> Record | str:
@@ -226,7 +227,7 @@ def _json(path: Path, file: Iterable[bytes]) -> Iterator[Row]:
             return
         raise DatasetError(f"{path} is not JSON: {error}") from error
     except (ValueError, RecursionError) as error:
-        raise DatasetError(f"{path} is not JSON: {_first_line(error)}") from error
+        raise DatasetError(f"{path} is not JSON: {first_line(error)}") from error
     if isinstance(data, dict):
         lists = [value for value in data.values() if isinstance(value, list)]
         data = lists[0] if len(lists) == 1 else data
@@ -279,7 +280,7 @@ def _parquet(path: Path) -> Iterator[Row]:
     try:
         file = pq.ParquetFile(path)
     except (OSError, pa.ArrowException) as error:
-        raise DatasetError(f"{path} is not Parquet: {_first_line(error)}") from error
+        raise DatasetError(f"{path} is not Parquet: {first_line(error)}") from error
     with file:
         yield from _arrow_rows(file.iter_batches(batch_size=1024))
 
@@ -309,7 +310,7 @@ def _from_disk(path: Path, split: str) -> Iterator[Any]:
     try:
         data = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:
-        raise DatasetError(f"{path} cannot be loaded ({_first_line(error)})") from error
+        raise DatasetError(f"{path} cannot be loaded ({first_line(error)})") from error
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
             raise DatasetError(
@@ -328,7 +329,7 @@ def _from_hub(dataset: str, split: str) -> Iterator[Any]:
         data = datasets.load_dataset(name, *([config] if config else []), split=split)
     except Exception as error:  # a dozen types, which all mean that it is unavailable
         raise DatasetError(
-            f"hub dataset {dataset} cannot be loaded ({_first_line(error)}); check the name "
+            f"hub dataset {dataset} cannot be loaded ({first_line(error)}); check the name "
             "(org/name, or org/name:config), the network and your login, or give a local file"
             f"{_near(Path(dataset))}"
         ) from error
@@ -338,8 +339,3 @@ def _from_hub(dataset: str, split: str) -> Iterator[Any]:
 def _tables(data: Any) -> Iterator[Any]:
     """Yield Arrow tables: values as stored, so that no image is decoded."""
     return data.with_format("arrow").iter(batch_size=1024)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -22,6 +22,7 @@ from itertools import takewhile
 from typing import Any
 
 from lorascope.errors import DatasetError
+from lorascope.hub import first_line
 from lorascope.texts.conversations import (
     S1_THINK,
     Message,
@@ -144,8 +145,9 @@ class Renderer:
                 )
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise RecordError(f"the chat template rejects its messages ({reason})") from error
+            raise RecordError(
+                f"the chat template rejects its messages ({first_line(error)})"
+            ) from error
 
     def _uncached_split(self, marked_json: str) -> list[str]:
         """Return the template's own text and the numbers of the marks, alternating."""
