@@ -6,7 +6,7 @@ seen the rows of the other.
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,8 @@ def sibling(out: Path, suffix: str) -> Path:
 
 def write_table(output: Path, members: Mapping[Path, tuple[SweepMember, Identity]]) -> Path:
     """Write and log one row for each SAE of a sweep, and return the table's path."""
+    import pandas as pd
+
     path = sibling(output, ".runs.json")
     if process_rank() > 0:
         return path  # rank 0 may still be publishing
@@ -124,24 +126,10 @@ def write_table(output: Path, members: Mapping[Path, tuple[SweepMember, Identity
             }
         )
     write_text(path, json.dumps(rows, indent=1) + "\n")
-    log.info("held out:\n%s", _in_columns(rows))
+    table = pd.DataFrame(rows).dropna(axis="columns", how="all")
+    shown = table.to_string(index=False, na_rep="-", float_format="{:.4g}".format)
+    log.info("held out:\n%s", shown)
     return path
-
-
-def _in_columns(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows with the same keys as text in columns; numbers have four digits."""
-    cells = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in cells
-    )
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _published_config(
