@@ -16,6 +16,7 @@ from builders.records import s1_records
 from builders.saes import make_sae
 from builders.stores import write_store
 
+from lorascope.artifact import read_manifest
 from lorascope.cli import COMMANDS, call
 from lorascope.runtime import ProgressLog, progress
 
@@ -176,7 +177,27 @@ def test_info_reads_headers_without_torch(place):
             [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["columns"]["d_in"] == 14
+        assert "columns: 14 at 14 sites" in done.stdout
+        assert max(map(len, done.stdout.splitlines())) < 500
+
+
+def test_info_as_json_is_the_whole_manifest(place, capsys):
+    assert call(["info", "--json", str(place["store"])]) == 0
+    assert json.loads(capsys.readouterr().out) == read_manifest(place["store"]).to_json()
+
+
+def test_verify_takes_several_paths_and_the_folder_of_a_run(place, capsys):
+    run = place["store"].parent
+    paths = [place["store"], place["sae"]]
+    assert call(["verify", *map(str, paths)]) == 0
+    assert capsys.readouterr().out == "".join(f"{path}: ok\n" for path in paths)
+    shard = place["store"] / "shard-00000.h5"
+    shard.write_bytes(shard.read_bytes()[:-8])
+    assert call(["verify", str(run)]) == 1
+    shown = capsys.readouterr()
+    assert f"{place['sae']}: ok" in shown.out
+    assert "shard-00000.h5" in shown.err
+    assert call(["verify", str(place["data"]), str(place["sae"])]) == 1
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

@@ -17,15 +17,18 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lorascope import config, runtime
 from lorascope.completion import SHELLS, Flag, completion_script
 from lorascope.errors import ArtifactError, ConfigError, Interrupted, LorascopeError
 from lorascope.version import __version__
+
+if TYPE_CHECKING:
+    from lorascope.artifact import Manifest
 
 log = logging.getLogger("lorascope")
 
@@ -164,7 +167,7 @@ COMMANDS = {
 }
 _TOOLS = {
     "info": "describe an adapter or any file that lorascope made",
-    "verify": "check a file that lorascope made for damage; exit code 1 names what is broken",
+    "verify": "check files that lorascope made for damage; exit code 1 names what is broken",
     "completion": "print a completion script for bash, zsh or fish",
 }
 
@@ -327,34 +330,86 @@ def _tool_parser(name: str) -> argparse.ArgumentParser:
     path = "a store, an SAE, a feature index, a report or a page"
     if name == "info":
         path += "; or an adapter: a folder or a hub id"
-        parser.add_argument("--json", action="store_true", help="print an adapter as JSON")
+        parser.add_argument("--json", action="store_true", help="print everything, as JSON")
         parser.add_argument("--adapter-name", help="which adapter of a folder that holds several")
-    parser.add_argument("path", help=path)
+        parser.add_argument("path", help=path)
+    else:
+        parser.add_argument(
+            "path", nargs="+", help=f"{path}; or the folder of a run, for all of it"
+        )
     return parser
 
 
 def _show_info(arguments: list[str]) -> None:
     flags = _tool_parser("info").parse_args(arguments)
     path = Path(flags.path).expanduser()
-    if not _is_adapter(path):
-        _print(json.dumps(_summary_of(path), indent=1, ensure_ascii=False))
-        return
-    from lorascope.subject.adapter import inspect_adapter
-    from lorascope.subject.inventory import describe, to_json
+    if _is_adapter(path):
+        from lorascope.subject.adapter import inspect_adapter
+        from lorascope.subject.inventory import describe, to_json
 
-    adapter = inspect_adapter(flags.path, flags.adapter_name)
-    as_json = json.dumps(to_json(adapter), indent=1, ensure_ascii=False) if flags.json else ""
-    _print(as_json or describe(adapter))
+        adapter = inspect_adapter(flags.path, flags.adapter_name)
+        data, text = to_json(adapter), describe
+        _print(json.dumps(data, indent=1, ensure_ascii=False) if flags.json else text(adapter))
+        return
+    from lorascope.artifact import read_manifest
+
+    manifest = read_manifest(path)
+    if manifest is None:
+        raise ArtifactError(f"{path} {_FOREIGN}")
+    if flags.json:
+        _print(json.dumps(manifest.to_json(), indent=1, ensure_ascii=False))
+    else:
+        _print("\n".join(_summary(manifest)))
+
+
+def _summary(manifest: "Manifest") -> Iterator[str]:
+    """Yield what an artifact says of itself, a line for each part of its content."""
+    yield f"{manifest.kind}, schema {manifest.schema}, made by lorascope {manifest.version}"
+    if layout := manifest.layout:
+        yield f"columns: {layout.d_in} at {len(layout.sites)} sites ({layout.initials})"
+    for name, value in manifest.content.items():
+        if text := _short(value):
+            yield f"{name}: {text}"
+    yield f"settings: {_short(manifest.settings)}"
+    for name, digest in manifest.parents.items():
+        yield f"made from {name} {digest[:12]}"
+
+
+def _short(value: Any) -> str:
+    """Return a JSON value on one line: long lists by their length, nothing that is unknown."""
+    if isinstance(value, dict):
+        parts = {key: _short(part) for key, part in value.items() if not isinstance(part, dict)}
+        return ", ".join(f"{key} {text}" for key, text in parts.items() if text)
+    if isinstance(value, list):
+        is_long = len(value) > 8 or any(isinstance(part, dict | list) for part in value)
+        return f"({len(value)} values)" if is_long else " ".join(map(_short, value))
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = "" if value is None else str(value)
+    return "".join(sign if sign.isprintable() else "�" for sign in text)
 
 
 def _show_verify(arguments: list[str]) -> int:
-    path = Path(_tool_parser("verify").parse_args(arguments).path).expanduser()
-    problems = verify(path)
-    for problem in problems:
-        print(f"{path}: {problem}", file=sys.stderr)
-    if not problems:
-        _print(str(path))
-    return 1 if problems else 0
+    code = 0
+    for word in _tool_parser("verify").parse_args(arguments).path:
+        for path in _artifacts_in(Path(word).expanduser()):
+            problems = verify(path)
+            for problem in problems:
+                print(f"{path}: {problem}", file=sys.stderr)
+            if not problems:
+                _print(f"{path}: ok")
+            code = code or bool(problems)
+    return int(code)
+
+
+def _artifacts_in(path: Path) -> list[Path]:
+    """Return the path itself, or what lorascope made in the folder of a run."""
+    if not path.is_dir() or (path / "manifest.json").exists():
+        return [path]
+    from lorascope.artifact import read_manifest
+
+    found = [p for p in sorted([*path.iterdir(), *path.glob("effects/*")]) if read_manifest(p)]
+    return found or [path]
 
 
 def _show_completion(arguments: list[str]) -> None:
@@ -382,21 +437,6 @@ def _is_adapter(path: Path) -> bool:
         return not is_artifact and any(any(path.glob(file)) for file in files)
     is_file = path.exists() or path.suffix in (".h5", ".pt", ".json", ".html", ".safetensors")
     return not is_file and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)) is not None
-
-
-def _summary_of(path: Path) -> dict[str, Any]:
-    from lorascope.artifact import read_manifest
-    from lorascope.sites import SiteLayout
-
-    manifest = read_manifest(path)
-    if manifest is None:
-        raise ArtifactError(f"{path} {_FOREIGN}")
-    layout, data = manifest.layout or SiteLayout(()), manifest.to_json()
-    return {
-        **{key: data[key] for key in ("kind", "schema", "version", "settings", "parents")},
-        "columns": {"adapter": layout.adapter, "sites": len(layout.sites), "d_in": layout.d_in},
-        "content": data["content"],
-    }
 
 
 def verify(path: Path) -> list[str]:
