@@ -130,7 +130,7 @@ def test_a_prediction_counts_under_the_role_of_the_token_that_is_predicted(subje
 def test_an_sae_reads_the_rows_that_it_was_trained_on(subject_dirs, texts_dir, settings, expected):
     held_out = open_held_out(options(subject_dirs, texts_dir), None)
     sae = each_column(held_out.store)
-    sae = replace(sae, manifest={**sae.manifest, "settings": settings})
+    sae = replace(sae, manifest=replace(sae.manifest, settings=settings))
     store = held_out.store
     read = [ROLES[role] in expected for role in store.roles]
     assert held_out.is_read(sae, np.arange(store.n_rows)).tolist() == read

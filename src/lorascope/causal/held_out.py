@@ -116,7 +116,7 @@ class HeldOut:
 
     def is_read(self, sae: "SAE", rows: npt.NDArray[np.int64]) -> Bool[Tensor, "seq"]:
         """Return which rows are of a role that the SAE was trained on; default: all."""
-        roles = sae.manifest["settings"].get("roles", ROLES)
+        roles = sae.manifest.settings.get("roles", ROLES)
         return torch.from_numpy(has_role(self.store.roles[rows], roles))
 
     def require_rows(self, batch: Batch, rows: Float[Tensor, "batch seq d_in"]) -> float:
