@@ -21,8 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from lorascope import runtime
 from lorascope.activations import generate
-from lorascope.activations.generate import GenerateConfig
-from lorascope.activations.work_units import Corpus
+from lorascope.activations.generate import Corpus, GenerateConfig
 from lorascope.cli import call
 from lorascope.errors import ConfigError, WorkerError
 
