@@ -129,7 +129,8 @@ def hostile_index(n_features: int = 70) -> FeatureIndex:
         parents=dict.fromkeys(index.manifest.parents, HOSTILE[0]),
         settings={**index.manifest.settings, HOSTILE[3]: HOSTILE[4]},
     )
-    return replace(index, manifest=manifest, token_offset=offset, token_data=data)
+    arrays = {**index.arrays, "token_offset": offset, "token_data": data}
+    return replace(index, manifest=manifest, arrays=arrays)
 
 
 class Elements(HTMLParser):

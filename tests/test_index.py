@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from builders.indexes import TOKENS, example, index_of, manifest_of, small_index
 
 from lorascope.artifact import read_manifest
 from lorascope.errors import ArtifactError
+from lorascope.features.arrays import FIELDS
 from lorascope.features.index import FeatureIndex
 from lorascope.features.invariants import verify
 from lorascope.sites import Site, SiteLayout
 
-ARRAYS = [field.name for field in fields(FeatureIndex) if field.name != "manifest"]
+ARRAYS = list(FIELDS)
 
 
 def test_what_is_saved_is_what_is_opened(tmp_path: Path):
@@ -106,13 +107,13 @@ def changed(name: str, at: Any, value: Any) -> Callable[[FeatureIndex], FeatureI
     def change(index: FeatureIndex) -> FeatureIndex:
         array = getattr(index, name).copy()
         array[at] = value
-        return replace(index, **{name: array})
+        return replace(index, arrays={**index.arrays, name: array})
 
     return change
 
 
 def shortened(name: str) -> Callable[[FeatureIndex], FeatureIndex]:
-    return lambda index: replace(index, **{name: getattr(index, name)[:-1]})
+    return lambda index: replace(index, arrays={**index.arrays, name: getattr(index, name)[:-1]})
 
 
 DECIDING = {

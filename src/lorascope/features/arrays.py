@@ -26,22 +26,22 @@ SCHEMA = 4
 # `window` has the examples, then the samples, then the examples at special tokens.
 FIELDS: dict[str, tuple[str, str]] = {
     "latent_n_active": ("<i8", "latent"),
-    "latent_n_special": ("<i8", "latent"),
+    "latent_n_special": ("<i8", "latent"),  # firings at special tokens
     "latent_max": ("<f4", "latent"),
     "latent_mean": ("<f4", "latent"),
     "latent_std": ("<f4", "latent"),
     "latent_n_rollouts": ("<i8", "latent"),
-    "latent_by_role": ("<i8", "latent role"),
-    "latent_by_position": ("<i8", "latent tenth"),
+    "latent_by_role": ("<i8", "latent role"),  # firings; roles as in `content`
+    "latent_by_position": ("<i8", "latent tenth"),  # firings in each tenth of the rollouts
     "latent_histogram": ("<u4", "latent bin"),
-    "latent_histogram_edges": ("<f4", "edge"),
-    "latent_fingerprint": ("<f2", "latent site"),
+    "latent_histogram_edges": ("<f4", "edge"),  # one more than bins, or none
+    "latent_fingerprint": ("<f2", "latent site"),  # rows add up to 1
     "latent_stability": ("<f4", "latent"),
-    "near_decoder": ("<i4", "latent near"),
+    "near_decoder": ("<i4", "latent near"),  # nearest first, -1 if there are no more
     "near_cosine": ("<f4", "latent near"),
-    "near_cofiring": ("<i4", "latent cofiring"),
+    "near_cofiring": ("<i4", "latent cofiring"),  # likewise
     "near_jaccard": ("<f4", "latent cofiring"),
-    "ranked_mean_id": ("<i4", "latent mean"),
+    "ranked_mean_id": ("<i4", "latent mean"),  # best first, -1 if there are no more
     "ranked_mean_score": ("<f4", "latent mean"),
     "ranked_lift_id": ("<i4", "latent lift"),
     "ranked_lift_score": ("<f4", "latent lift"),
@@ -60,7 +60,7 @@ FIELDS: dict[str, tuple[str, str]] = {
     "sample_row": ("<i8", "sample"),
     "sample_rollout": ("<i8", "sample"),
     "sample_position": ("<i4", "sample"),
-    "sample_quantile": ("|i1", "sample"),
+    "sample_quantile": ("|i1", "sample"),  # 0 for the weakest fifth to 4
     "special_offset": ("<i8", "latent+1"),
     "special_value": ("<f4", "special"),
     "special_row": ("<i8", "special"),
@@ -70,8 +70,8 @@ FIELDS: dict[str, tuple[str, str]] = {
     "window_target": ("<i4", "window"),
     "window_token_id": ("<i4", "window_token"),
     "window_activation": ("<f4", "window_token"),
-    "text_rollout": ("<i8", "text"),
-    "text_why": ("|u1", "text"),
+    "text_rollout": ("<i8", "text"),  # ids of the rollouts that are kept whole
+    "text_why": ("|u1", "text"),  # bits, see `examples`
     "text_l0": ("<f4", "text"),
     "text_fvu": ("<f4", "text"),
     "text_rarity": ("<f4", "text"),
@@ -84,7 +84,7 @@ FIELDS: dict[str, tuple[str, str]] = {
     "token_id": ("<i4", "vocabulary"),
     "token_offset": ("<i8", "vocabulary+1"),
     "token_data": ("|u1", "byte"),
-    "token_special": ("|u1", "vocabulary"),
+    "token_special": ("|u1", "vocabulary"),  # 1 for special tokens
 }
 WINDOWS = ("example", "sample", "special")
 RANKINGS = ("mean", "lift", "before", "after")

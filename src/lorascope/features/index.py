@@ -10,7 +10,7 @@ import math
 import re
 from bisect import bisect_left
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from lorascope.arrayfile import Arrays
 from lorascope.artifact import Manifest
 from lorascope.features.arrays import RANKINGS, WINDOWS, complete_arrays, map_arrays, save_arrays
 from lorascope.features.topk import rank_in_run
@@ -107,9 +108,9 @@ class Feature:
     tokens: Mapping[str, tuple[tuple[str, float], ...]]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class FeatureIndex:
-    """The examples and statistics of all latents as arrays; `arrays.FIELDS` has their types.
+    """The examples and statistics of all latents as arrays; `arrays.FIELDS` has types and axes.
 
     Examples are sorted by latent, then descending value, then row. Latent i has the examples from
     `example_offset[i]` to `example_offset[i + 1]`; other offsets work in the same way. Samples are
@@ -125,71 +126,19 @@ class FeatureIndex:
     """
 
     manifest: Manifest
-    latent_n_active: npt.NDArray[np.int64]  # (latent,)
-    latent_n_special: npt.NDArray[np.int64]  # firings at special tokens
-    latent_max: npt.NDArray[np.float32]
-    latent_mean: npt.NDArray[np.float32]
-    latent_std: npt.NDArray[np.float32]
-    latent_n_rollouts: npt.NDArray[np.int64]
-    latent_by_role: npt.NDArray[np.int64]  # (latent, role), firings; roles as in `content`
-    latent_by_position: npt.NDArray[np.int64]  # (latent, tenth of the rollout), firings
-    latent_histogram: npt.NDArray[np.uint32]  # (latent, bin)
-    latent_histogram_edges: npt.NDArray[np.float32]  # (bin + 1,), or (0,) without bins
-    latent_fingerprint: npt.NDArray[np.float16]  # (latent, site), rows add up to 1
-    latent_stability: npt.NDArray[np.float32]  # (latent,)
-    near_decoder: npt.NDArray[np.int32]  # (latent, near), nearest first, -1 if there are no more
-    near_cosine: npt.NDArray[np.float32]
-    near_cofiring: npt.NDArray[np.int32]  # (latent, near), likewise
-    near_jaccard: npt.NDArray[np.float32]
-    ranked_mean_id: npt.NDArray[np.int32]  # (latent, rank), best first, -1 if there are no more
-    ranked_mean_score: npt.NDArray[np.float32]
-    ranked_lift_id: npt.NDArray[np.int32]
-    ranked_lift_score: npt.NDArray[np.float32]
-    ranked_before_id: npt.NDArray[np.int32]
-    ranked_before_score: npt.NDArray[np.float32]
-    ranked_after_id: npt.NDArray[np.int32]
-    ranked_after_score: npt.NDArray[np.float32]
-    example_offset: npt.NDArray[np.int64]  # (latent + 1,)
-    example_value: npt.NDArray[np.float32]  # (example,)
-    example_row: npt.NDArray[np.int64]
-    example_rollout: npt.NDArray[np.int64]
-    example_position: npt.NDArray[np.int32]
-    example_n_alike: npt.NDArray[np.int64]
-    sample_offset: npt.NDArray[np.int64]  # (latent + 1,)
-    sample_value: npt.NDArray[np.float32]  # (sample,)
-    sample_row: npt.NDArray[np.int64]
-    sample_rollout: npt.NDArray[np.int64]
-    sample_position: npt.NDArray[np.int32]
-    sample_quantile: npt.NDArray[np.int8]  # 0 for the weakest fifth to 4
-    special_offset: npt.NDArray[np.int64]  # (latent + 1,)
-    special_value: npt.NDArray[np.float32]  # (special,)
-    special_row: npt.NDArray[np.int64]
-    special_rollout: npt.NDArray[np.int64]
-    special_position: npt.NDArray[np.int32]
-    window_offset: npt.NDArray[np.int64]  # (example + sample + special + 1,)
-    window_target: npt.NDArray[np.int32]  # (example + sample + special,)
-    window_token_id: npt.NDArray[np.int32]  # (window_token,)
-    window_activation: npt.NDArray[np.float32]
-    text_rollout: npt.NDArray[np.int64]  # (text,), ids of the rollouts that are kept whole
-    text_why: npt.NDArray[np.uint8]  # bits, see `examples`
-    text_l0: npt.NDArray[np.float32]
-    text_fvu: npt.NDArray[np.float32]
-    text_rarity: npt.NDArray[np.float32]
-    text_offset: npt.NDArray[np.int64]  # (text + 1,)
-    text_token_id: npt.NDArray[np.int32]  # (text_token,)
-    text_role: npt.NDArray[np.uint8]
-    text_code_offset: npt.NDArray[np.int64]  # (text_token + 1,)
-    text_latent: npt.NDArray[np.int32]  # (fired,)
-    text_value: npt.NDArray[np.float32]
-    token_id: npt.NDArray[np.int32]  # (vocabulary,)
-    token_offset: npt.NDArray[np.int64]  # (vocabulary + 1,)
-    token_data: npt.NDArray[np.uint8]  # (byte,)
-    token_special: npt.NDArray[np.uint8]  # (vocabulary,), 1 for special tokens
+    arrays: Arrays  # by name, such as `latent_max`, which is also an attribute
+
+    def __getattr__(self, name: str) -> npt.NDArray[Any]:
+        """Return an array by its name."""
+        arrays = self.__dict__.get("arrays", {})
+        if name not in arrays:
+            raise AttributeError(f"a feature index has no {name}")
+        return arrays[name]
 
     @classmethod
     def from_arrays(cls, manifest: Manifest, arrays: Mapping[str, npt.ArrayLike]) -> "FeatureIndex":
         """Make an index from arrays by field name; arrays that are not given are unknown."""
-        return cls(manifest=manifest, **complete_arrays(arrays))
+        return cls(manifest, complete_arrays(arrays))
 
     @classmethod
     def from_examples(
@@ -258,17 +207,11 @@ class FeatureIndex:
 
         Raises ArtifactError if the file is not a feature index or lacks an array.
         """
-        manifest, arrays = map_arrays(Path(path))
-        return cls(manifest=manifest, **arrays)
+        return cls(*map_arrays(Path(path)))
 
     def save(self, path: Path) -> None:
         """Write `features.h5`; the same content gives the same bytes."""
         save_arrays(path, self.arrays, self.manifest)
-
-    @property
-    def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """All arrays by field name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)[1:]}
 
     def __len__(self) -> int:
         """Return the number of latents, dead ones included."""
@@ -486,14 +429,11 @@ class FeatureIndex:
         windows = np.concatenate(list(kept.values()))
         lengths = np.diff(self.window_offset)
         tokens = np.repeat(windows, lengths)
-        return replace(
-            self,
-            **arrays,
-            window_offset=np.concatenate([[0], np.cumsum(lengths[windows])]),
-            window_target=self.window_target[windows],
-            window_token_id=self.window_token_id[tokens],
-            window_activation=self.window_activation[tokens],
-        )
+        arrays["window_offset"] = np.concatenate([[0], np.cumsum(lengths[windows])])
+        arrays["window_target"] = self.window_target[windows]
+        arrays["window_token_id"] = self.window_token_id[tokens]
+        arrays["window_activation"] = self.window_activation[tokens]
+        return replace(self, arrays={**self.arrays, **arrays})
 
     def _latent_of(self, part: str) -> npt.NDArray[np.int64]:
         """Return the latent of each example in one of `WINDOWS`."""
