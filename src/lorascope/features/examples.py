@@ -13,7 +13,7 @@
    fewer); each spreads a total weight of 1 over its firings.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ import torch
 
 from lorascope import runtime
 from lorascope.activations.store import ActivationStore
+from lorascope.arrayfile import Arrays
 from lorascope.features.accumulators import Accumulator
 from lorascope.features.spans import Span
 from lorascope.features.topk import Firings, FiringSample, rank_in_run, row_hash
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 N_FIFTHS = 5
 _ROWS = 1 << 16  # rows whose values are computed at once
-Arrays = dict[str, npt.NDArray[Any]]
 
 
 def example_arrays(
