@@ -28,8 +28,8 @@ OPTION_GROUPS = {  # the groups of `--help` with the options of all commands, mo
     "temperature sample_seed".split(),
     "model": "lora_path base_model adapter_types adapter_name dtype gauge device_map "
     "skip_unhookable".split(),
-    "dictionary": "sae expansion_factor k batch_size epochs lr architecture normalize "
-    "warmup holdout dead_after auxk_alpha precision buffer_rows against".split(),
+    "dictionary": "sae expansion_factor k batch_size epochs lr architecture objective kl_passes "
+    "normalize warmup holdout dead_after auxk_alpha precision buffer_rows against".split(),
     "features": "features top_k context_window max_per_rollout same_context samples rollout_tokens "
     "evaluate_texts effect_texts by_site how factor doses where target tokens positions steps top "
     "check_rollouts greedy tolerance".split(),

@@ -1,141 +1,42 @@
-"""The subject with its adapter, and the rollouts that an SAE never saw, in batches to run.
+"""The subject with its adapter, and the rollouts that an SAE never saw.
 
-1. The SAE's manifest says which rollouts of the store its training held out and did not calibrate
-   on. For a store that it was not trained on, all rollouts are used.
-2. The subject is loaded in the store's gauge. Its adapter and base must be those of the store.
-3. Rollouts longer than the store's `longest` run in windows, as when their rows were captured.
-4. Position t predicts token t + 1 and counts under the role of that token. Special tokens and
-   template headers are reported apart, under the role `special`.
+The SAE's manifest says which rollouts of the store its training held out and did not calibrate on.
+For a store that it was not trained on, all rollouts are used. `activations/replay.py` runs them.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool
 from torch import Tensor
 
-from lorascope import runtime
 from lorascope.activations.batches import halves, split_rows
-from lorascope.activations.capture import plan_batches
+from lorascope.activations.replay import Batch, Replay, fitting_tokens, load_subject_of
 from lorascope.activations.store import ActivationStore
-from lorascope.artifact import read_manifest
 from lorascope.causal.effect_options import EffectOptions
-from lorascope.errors import ArtifactError
-from lorascope.subject.adapter import inspect_adapter
 from lorascope.texts.roles import ROLES, has_role
-from lorascope.texts.rollouts import windows
 
 if TYPE_CHECKING:
     from lorascope.sae.model import SAE
-    from lorascope.subject.load import Subject
+
+__all__ = ["SPECIAL", "Batch", "HeldOut", "describe_run", "held_out_rollouts", "open_held_out"]
 
 log = logging.getLogger(__name__)
 
 SPECIAL = ROLES.index("special")
-_BATCH_TOKENS = 2048
-_BATCH_LOGITS = 1 << 27  # 512 MB in float32; those of several runs are kept at once
-_BATCH_COST = 16  # tokens that take as long as the start of a batch
-_LARGEST_DRIFT = 0.05  # share of the rows' norm; computing in 16 bits causes about 0.01
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Rollouts of one forward pass, padded at their ends; every tensor is `(batch, seq)`.
-
-    `mask` marks the positions to measure, `targets` are the tokens that they predict, `own` marks
-    the positions that are not padding, `rows` are their row numbers (0 for padding).
-    """
-
-    token_ids: Int[Tensor, "batch seq"]
-    targets: Int[Tensor, "batch seq"]
-    mask: Bool[Tensor, "batch seq"]
-    own: Bool[Tensor, "batch seq"]
-    rows: Int[Tensor, "batch seq"]
-
-    @property
-    def measured(self) -> npt.NDArray[np.int64]:
-        """Row numbers of the measured positions, in the order of `effects.select_measured`."""
-        return self.rows[self.mask].numpy()
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """A subject, a store of its rows, and the rollouts of the store to run, by their index."""
-
-    subject: "Subject"
-    store: ActivationStore
-    rollouts: npt.NDArray[np.int64]
-    batch_tokens: int
-
-    @property
-    def n_tokens(self) -> int:
-        """Number of tokens of the rollouts."""
-        return int(np.diff(self.store.rollout_start)[self.rollouts].sum())
-
-    def batches(self, copies: int = 1) -> Iterator[Batch]:
-        """Yield the rollouts in batches, longest first, so small that `copies` of each fit."""
-        longest = self.store.content.get("longest") or self.subject.max_length
-        pieces = [
-            (int(rollout), *window)
-            for rollout in self.rollouts
-            for n in [int(np.diff(self.store.rollout_start[rollout : rollout + 2])[0])]
-            for window in windows(n, longest or n)
-        ]
-        lengths = [stop - start for _, start, stop, _ in pieces]
-        for indices in plan_batches(lengths, max(1, self.batch_tokens // copies), _BATCH_COST):
-            yield self._batch([pieces[i] for i in indices])
-
-    def _batch(self, pieces: Sequence[tuple[int, int, int, int]]) -> Batch:
-        longest = max(stop - start for _, start, stop, _ in pieces)
-        ids = np.zeros((4, len(pieces), longest), np.int64)
-        token_ids, targets, rows, flags = ids
-        for i, (rollout, start, stop, keep) in enumerate(pieces):
-            first, last = (int(row) for row in self.store.rollout_start[rollout : rollout + 2])
-            n = stop - start
-            here = np.arange(first + start, first + stop)
-            token_ids[i, :n], rows[i, :n] = self.store.token_ids[here], here
-            targets[i, :n] = self.store.token_ids[np.minimum(here + 1, last - 1)]
-            flags[i, :n] = 1 + ((here + 1 < last) & (here >= first + keep))
-        return Batch(
-            token_ids=torch.from_numpy(token_ids),
-            targets=torch.from_numpy(targets),
-            mask=torch.from_numpy(flags == 2),
-            own=torch.from_numpy(flags > 0),
-            rows=torch.from_numpy(rows),
-        )
-
-    def role_of(self, measured: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-        """Return the role of the token that each measured row predicts."""
-        return self.store.roles[measured + 1]
+class HeldOut(Replay):
+    """The rollouts to run are those that an SAE never saw."""
 
     def is_read(self, sae: "SAE", rows: npt.NDArray[np.int64]) -> Bool[Tensor, "seq"]:
         """Return which rows are of a role that the SAE was trained on; default: all."""
         roles = sae.manifest.settings.get("roles", ROLES)
         return torch.from_numpy(has_role(self.store.roles[rows], roles))
-
-    def require_rows(self, batch: Batch, rows: Float[Tensor, "batch seq d_in"]) -> float:
-        """Return how far rows are from the store's, as a share of the stored rows' norm.
-
-        Raises ArtifactError where the difference is larger than another dtype explains, so that the
-        store must have been made with another model.
-        """
-        read, row_numbers = rows[batch.own.to(rows.device)], batch.rows[batch.own].numpy()
-        _, columns = self.subject.layout.select(self.store.layout.adapter_types)
-        stored = torch.from_numpy(self.store.take(row_numbers).astype(np.float32)).to(read.device)
-        drift = float((read[:, columns] - stored).norm() / stored.norm().clamp(min=1e-30))
-        if drift > _LARGEST_DRIFT:
-            raise ArtifactError(
-                f"rows differ from those of {self.store.path} by {drift:.2g} of their norm, "
-                f"expected at most {_LARGEST_DRIFT}: the store was made with another model or "
-                "dtype; generate it again"
-            )
-        return drift
 
 
 def describe_run(held_out: HeldOut, sae: Path | None) -> dict[str, Any]:
@@ -153,38 +54,11 @@ def open_held_out(config: EffectOptions, sae: "SAE | None") -> HeldOut:
 
     Raises ArtifactError when adapter, base and store do not belong together.
     """
-    from lorascope.subject.load import find_base, load_subject, load_tokenizer
-
     store = ActivationStore.open(config.data_dir)
-    manifest = read_manifest(config.data_dir)
-    if manifest is None:
-        raise ArtifactError(
-            f"{config.data_dir} was made by the published scripts and has no token ids; make a "
-            "store with lorascope generate"
-        )
-    adapter = inspect_adapter(config.lora_path, config.adapter_name)
-    base = find_base(adapter, config.base_model)
-    if manifest.parents.get("base_model") not in (None, base.digest):
-        raise ArtifactError(
-            f"{config.data_dir} was made with another base model than {base.name}; name its base "
-            "model with --base-model"
-        )
-    subject = load_subject(
-        adapter,
-        base,
-        load_tokenizer(adapter, base),
-        runtime.pick_device(config.device),
-        config.dtype,
-        gauge=manifest.settings.get("gauge", "auto"),
-        skip_unhookable=manifest.settings.get("skip_unhookable", False),
-    )
-    own_layout, _ = subject.layout.select(store.layout.adapter_types)
-    store.layout.require_same(own_layout, str(config.data_dir), f"adapter {adapter.name}")
+    subject = load_subject_of(store, config, device=config.device, dtype=config.dtype)
     rollouts = np.arange(store.n_rollouts) if sae is None else held_out_rollouts(sae, store)
     rollouts = rollouts[: config.max_rollouts]
-    vocab = int(subject.causal.config.get_text_config().vocab_size)
-    batch_tokens = config.batch_tokens or max(1, min(_BATCH_TOKENS, _BATCH_LOGITS // vocab))
-    return HeldOut(subject, store, rollouts, batch_tokens)
+    return HeldOut(subject, store, rollouts, config.batch_tokens or fitting_tokens(subject))
 
 
 def held_out_rollouts(sae: "SAE", store: ActivationStore) -> npt.NDArray[np.int64]:

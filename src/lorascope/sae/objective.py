@@ -84,13 +84,18 @@ class Weights:
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss of one batch and its parts. Only `total` carries a gradient."""
+    """The loss of one batch and its parts. Only `total` and `x_hat` carry a gradient.
+
+    Only `objective` gives `x_hat`, the reconstruction. `kl` is of fine-tuning (`fine_tune.py`).
+    """
 
     total: Float[Tensor, ""]
     fvu: Float[Tensor, ""]
     auxk: Float[Tensor, ""]
     l0: Float[Tensor, ""]
     fired: Bool[Tensor, "latent"]
+    x_hat: Float[Tensor, "batch d_in"] | None = None
+    kl: Float[Tensor, ""] | None = None
 
 
 def initial_weights(
@@ -165,7 +170,16 @@ def objective(
         auxk=auxk.detach(),
         l0=fires.sum() / len(x),
         fired=fires.any(0),
+        x_hat=x - residual,
     )
+
+
+def aux_latents(d_in: int) -> int:
+    """Return how many dead latents aux-k uses in a row: about half the columns, a power of two.
+
+    Gao et al., appendix A.2.
+    """
+    return 2 ** round(math.log2(max(d_in / 2, 1)))
 
 
 def _auxk(weights: Weights, pre: Tensor, residual: Tensor, dead: Tensor, k_aux: int) -> Tensor:

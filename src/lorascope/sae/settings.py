@@ -16,6 +16,7 @@ from typing import Any, Literal
 from lorascope.config import Config, flag_of, option
 from lorascope.errors import ConfigError
 from lorascope.sites import parse_adapter_types
+from lorascope.subject.options import AdapterOptions
 from lorascope.texts.roles import ROLES
 
 Architecture = Literal["batchtopk", "topk", "jumprelu", "matryoshka"]
@@ -56,6 +57,14 @@ class TrainOptions(Config):
         help="what a column is divided by before training: its standard deviation (std) or nothing "
         "(none)",
     )
+    objective: Literal["mse", "kl"] = option(
+        "mse",
+        help="what training aims at: reconstruct the rows (mse), and then fine-tune on what the "
+        "reconstruction does to the model's output (kl), which needs the model",
+    )
+    kl_passes: float = option(
+        3.0, help="passes over the training rollouts in which to fine-tune with --objective kl"
+    )
     roles: tuple[str, ...] = option(
         ROLES, help="roles of the tokens to train on; special: special tokens, template headers"
     )
@@ -91,6 +100,8 @@ class TrainOptions(Config):
             self.require(name, least)
         for name in ("warmup", "dead_after", "auxk_alpha"):
             self.require(name, 0)
+        if not 0 < self.kl_passes < math.inf:
+            raise ConfigError(f"--kl-passes is {self.kl_passes:g}, expected a number above 0")
         if self.auxk_alpha == math.inf:
             raise ConfigError("--auxk-alpha is inf, expected a finite number")
         if round((k := min(self.values_of("k"))) * self.batch_size) < 1:
@@ -118,7 +129,7 @@ class TrainOptions(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(TrainOptions):
+class TrainConfig(TrainOptions, AdapterOptions):
     """Options of `train`."""
 
     data_dir: Path = option(
@@ -147,12 +158,19 @@ class TrainConfig(TrainOptions):
         """Raise ConfigError if a value is impossible whatever the store holds."""
         super().check()
         self.require("buffer_rows", 1)
+        if self.objective == "kl" and self.lora_path is None:
+            raise ConfigError(
+                "--objective kl runs the model: name its adapter with --lora-path, and the base "
+                "model with --base-model if the adapter does not"
+            )
         self.require("checkpoint_every", 0)
 
     def settings(self) -> dict[str, Any]:
         """Return the options that decide the SAE, without those of a sweep member."""
         types = list(parse_adapter_types(self.adapter_types))
         own = {"k", "expansion_factor", "lr", "seed"}
+        if self.objective == "mse":
+            own |= {"kl_passes"}  # decides nothing then
         shared = {name: value for name, value in super().settings().items() if name not in own}
         return shared | {"adapter_types": types, "data_seed": self.values_of("seed")[0]}
 
