@@ -10,6 +10,7 @@
 
 import contextlib
 import hashlib
+import importlib.util
 import io
 import json
 import logging
@@ -182,13 +183,11 @@ def _find_gguf(path: Path) -> Path | None:
         magic = file.read(4)
     if magic != b"GGUF":
         raise AdapterError(f"base model {path} is not a GGUF file: it begins with {magic!r}")
-    try:
-        import gguf  # noqa: F401 (transformers' message for it would not name the extra)
-    except ImportError as error:
+    if importlib.util.find_spec("gguf") is None:
         raise AdapterError(
             f"base model {path} is a GGUF file, which needs the package gguf: "
             "pip install 'lorascope[gguf]'"
-        ) from error
+        )
     return path
 
 
