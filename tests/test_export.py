@@ -184,6 +184,10 @@ def test_a_value_that_is_not_its_tokens_activation_is_reported(
         ({"features": {"0": {}}}, "feature 0 has no list of examples"),
         ({"features": {"0": {"examples": {}}}}, "feature 0 has no list of examples"),
         ({"features": {"0": {"examples": [1]}}}, "feature 0, example 0 is not an object"),
+        (
+            {"features": {"0": {"examples": [], "special_examples": 1}}},
+            "feature 0 has special_examples that are not a list",
+        ),
         (without("activation_value"), "example 0 has no activation_value"),
         (without("tokens"), "example 0 has no tokens"),
         (without("activations"), "example 0 has no activations"),
