@@ -162,7 +162,7 @@ class Elements(HTMLParser):
 
 
 def written(index: FeatureIndex, title: str = "T") -> str:
-    return "".join(page(Payload(index, title), dict(index.manifest)))
+    return "".join(page(Payload(index, title), index.manifest))
 
 
 def plain_index(tokens: dict[int, bytes], **content: Any) -> FeatureIndex:
