@@ -77,7 +77,9 @@ def run(config: RunConfig) -> Path:
         raise ArtifactError(f"{out} is a file, expected a folder; give another --output")
     _require_room(config)
     seconds: dict[str, float] = {}
-    for name, (stage, options) in _stages(config).items():
+    stages = _stages(config)
+    for number, (name, (stage, options)) in enumerate(stages.items(), 1):
+        log.info("stage %d of %d: %s", number, len(stages), name)
         begun = time.perf_counter()
         stage.run(options)
         seconds[name] = round(time.perf_counter() - begun, 2)

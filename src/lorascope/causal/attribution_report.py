@@ -251,7 +251,7 @@ def table(report: AttributionReport) -> str:
     for one, rollout in targets[:_N_SHOWN]:
         named = ", ".join(f"{c.feature} {c.contribution:+.3g}" for c in one.behind[:_N_NAMED])
         lines.append(
-            f"{rollout:>9}{one.token:>10}  {ascii(one.text)[:15]:<16}"
+            f"{rollout:>9}{one.token:>10}  {repr(one.text)[:15]:<16}"
             f"{one.adapter - one.base:>9.3g}  {named}"
         )
     return "\n".join(line.rstrip() for line in lines)

@@ -147,7 +147,7 @@ def table(report: DirectReport) -> str:
     ]
     for feature in direct[:_N_SHOWN]:
         tokens = [
-            f"{token.token!a} {token.z:+.1f}"
+            f"{token.token!r} {token.z:+.1f}"
             for side in (feature.promoted, feature.suppressed)
             for token in side[:_N_NAMED]
         ]

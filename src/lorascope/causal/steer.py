@@ -347,7 +347,7 @@ def table(report: SteeringReport) -> str:
     ]
     for arm in report.arms:
         value = format_number(None if arm.values is None else arm.values[0], ".3g")
-        text = ascii(arm.texts[0].text)[1:-1] if arm.texts else ""
+        text = repr(arm.texts[0].text)[1:-1] if arm.texts else ""
         lines.append(
             f"{arm.dose:>8g} {arm.kind if arm.kind == 'control' else '':<8}"
             f"{format_number(arm.kl, '.4g'):>10}{format_number(arm.surprise_adapter, '.4g'):>12}"
