@@ -94,14 +94,14 @@ def accuracies(run: Path, n: int) -> None:
     fitted = torch.from_numpy(store.take(np.arange(0, store.n_rows, 4)).astype(np.float32))
     mean = fitted.mean(0)  # the place of a token that is being written is not known
     m = round(sae.manifest.content["report"]["l0"])
-    simple = baselines(sae, fitted, mean.expand_as(fitted), m, seed=0)
+    simple = baselines(sae, fitted, mean.expand_as(fitted), seed=0)(m)
     arms: dict[str, Change | None] = {
         "base": without_adapter(),
         "adapter": None,
         "sae": spliced(lambda x: sae.decode(sae.encode(x))),
     }
     for name in ("columns", "pca", "constant"):
-        arms[name] = spliced(lambda x, how=simple[name]: how(x, mean.expand_as(x)))
+        arms[name] = spliced(lambda x, how=simple[name].rows: how(x, mean.expand_as(x)))
     problems = [make_problem("eval", i) for i in range(n)]
     found = solved(subject, problems, arms)
     print("| rows written | solved | 95 % |\n|---|---|---|")

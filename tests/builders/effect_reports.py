@@ -47,12 +47,15 @@ def evaluation() -> dict[str, Any]:
             "closed_passes": 3,
             "closed_change": 0.02,
             "runs": {
-                "sae": run(0.95) | {"generated": run(0.9)},
-                "constant": run(0.7) | {"generated": run(0.5)},
+                "sae": run(0.95) | {"generated": run(0.9), "l0": 3.0},
+                "constant": run(0.7) | {"generated": run(0.5), "l0": 0},
             },
             "roles": {},
             "layers": {},
             "projections": {},
+            "subsets": [],
+            "curve": {},
+            "seeds": [],
             "rows_drift": 0.0,
         },
     }

@@ -1,6 +1,6 @@
 """Simple reconstructions of rows with as many values a token as an SAE, for comparison with it.
 
-They are fitted on rows of the SAE's training rollouts, in the SAE's units (`s·x`). Each has the
+They are fitted on rows of rollouts that are not measured, in the SAE's units (`s·x`). Each has the
 *constant* row of a token and `m` values, where `m` is the SAE's L0, rounded, and at least 1.
 
 The constant row is the mean over the training rows of the same place. A special token's place is
@@ -16,7 +16,8 @@ third token of the header between a question and a thought. Other tokens of one 
 `random_decoder_rows` are the controls of single features.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,48 +25,116 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
+from lorascope.activations.batches import read_blocks
 from lorascope.activations.store import ActivationStore
 from lorascope.sae.model import SAE
 from lorascope.texts.roles import ROLES, SPECIAL
 
-Rebuild = Callable[[Tensor, Tensor], Tensor]
-"""`(rows, constant) -> rows`, all `(n, d_in)`, raw and in float32."""
+CURVES = ("sae", "columns", "pca")  # what is measured at several sparsities
+_N_FITTED = 65_536  # rows that baselines are fitted on
 _CHUNK = 1024  # rows at a time: m directions are copied for each
+_BLOCK = 8192  # rows whose products are summed at a time
 _RIDGE = 1e-6  # keeps the least squares solvable when two directions are almost equal
 _LONGEST_HEADER = 64  # special tokens in a row that have places of their own
 _FEWEST = 4  # training rows of a place; with fewer, it has the mean of its role
+
+
+class Rebuild(NamedTuple):
+    """A way to rebuild rows, and how many values a token it keeps.
+
+    `rows(x, constant)` takes and returns raw rows, `(n, d_in)` in float32 on the CPU.
+    """
+
+    rows: Callable[[Tensor, Tensor], Tensor]
+    l0: float
+
+
+def fit_rebuilds(
+    saes: Mapping[str, SAE],
+    store: ActivationStore,
+    measured: npt.NDArray[np.int64],
+    curve: Sequence[float],
+    seed: int,
+) -> "tuple[dict[Any, Rebuild], ConstantRows]":
+    """Return what makes the rows to write, and the constant rows.
+
+    A key is the name of a run, that of an SAE or of a baseline, or `("curve", method, i)` of point
+    i. Baselines have as many values a token as the SAE named `sae`. They are fitted on the rows of
+    the rollouts that are not `measured`, or on all rows if all are.
+    """
+    elsewhere = np.setdiff1d(np.arange(store.n_rollouts), measured)
+    training = rows_of(store, elsewhere if len(elsewhere) else measured)
+    training = training[:: -(-len(training) // _N_FITTED)]
+    rows = torch.cat(list(read_blocks(store, training)))
+    constant = ConstantRows(store, training, rows)
+    sae = saes["sae"]
+    of_size = baselines(sae, rows, constant.at(training), seed)
+
+    def by(one: SAE) -> Rebuild:
+        blocks = list(read_blocks(store, rows_of(store, measured)))
+        n_fired = sum(len(one.encode(x).latents) for x in blocks)
+        return Rebuild(lambda x, _: one.decode(one.encode(x)), n_fired / sum(map(len, blocks)))
+
+    found: dict[Any, Rebuild] = {name: by(one) for name, one in saes.items()}
+    found |= of_size(round(found["sae"].l0))
+    for i, k in enumerate(curve):
+        simple = of_size(round(k))
+        found["curve", "sae", i] = by(sae.calibrated(store, training, k))
+        found |= {("curve", name, i): simple[name] for name in CURVES[1:]}
+    return found, constant
+
+
+def rows_of(store: ActivationStore, rollouts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the numbers of all rows of some rollouts."""
+    row = np.arange(store.n_rows)
+    return row[np.isin(store.rollout_of(row), rollouts)]
 
 
 def baselines(
     sae: SAE,
     training: Float32[Tensor, "row d_in"],
     constant: Float32[Tensor, "row d_in"],
-    m: int,
     seed: int,
-) -> dict[str, Rebuild]:
-    """Return the reconstructions by name, fitted on training rows and their constant rows."""
+) -> Callable[[int], dict[str, Rebuild]]:
+    """Fit on training rows and their constant rows.
+
+    Return a function of `m` that returns the reconstructions by name.
+    """
     scale = sae.scale
     unscale = torch.where(scale > 0, 1 / scale, 0.0)  # an unused column keeps its constant
-    m = min(max(1, m), sae.d_in)
-    _, _, directions = torch.linalg.svd((training - constant) * scale, full_matrices=False)
-    first = directions[:m]
+    covariance = torch.zeros(sae.d_in, sae.d_in, dtype=torch.float64)
+    for x, usual in zip(training.split(_BLOCK), constant.split(_BLOCK), strict=True):
+        difference = ((x - usual) * scale).double()
+        covariance += difference.T @ difference
+    directions = torch.linalg.eigh(covariance).eigenvectors.T.flip(0).float()
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(sae.d_sae, sae.d_in, generator=generator)
     drawn = (drawn / drawn.norm(dim=1, keepdim=True)).to(training.device)
 
-    def pca(x: Tensor, constant: Tensor) -> Tensor:
-        return constant + ((x - constant) * scale) @ first.T @ first * unscale
+    def of_size(m: int) -> dict[str, Rebuild]:
+        m = min(max(1, m), sae.d_in)
+        first = directions[:m]
 
-    def columns(x: Tensor, constant: Tensor) -> Tensor:
-        far = (x - constant) * scale
-        kept = far.abs().topk(m, dim=1).indices
-        return constant + torch.zeros_like(far).scatter(1, kept, far.gather(1, kept)) * unscale
+        def pca(x: Tensor, constant: Tensor) -> Tensor:
+            return constant + ((x - constant) * scale) @ first.T @ first * unscale
 
-    def random(x: Tensor, constant: Tensor) -> Tensor:
-        parts = [_best_of(drawn, part, m) for part in ((x - constant) * scale).split(_CHUNK)]
-        return constant + torch.cat(parts) * unscale
+        def columns(x: Tensor, constant: Tensor) -> Tensor:
+            far = (x - constant) * scale
+            kept = far.abs().topk(m, dim=1).indices
+            return constant + torch.zeros_like(far).scatter(1, kept, far.gather(1, kept)) * unscale
 
-    return {"constant": lambda _, mean: mean, "pca": pca, "columns": columns, "random": random}
+        def random(x: Tensor, constant: Tensor) -> Tensor:
+            parts = [_best_of(drawn, part, m) for part in ((x - constant) * scale).split(_CHUNK)]
+            return constant + torch.cat(parts) * unscale
+
+        return {
+            "constant": Rebuild(lambda _, usual: usual, 0),
+            "pca": Rebuild(pca, m),
+            "columns": Rebuild(columns, m),
+            "random": Rebuild(random, m),
+        }
+
+    return of_size
 
 
 class ConstantRows:

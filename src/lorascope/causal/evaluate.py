@@ -12,13 +12,16 @@
 4. `conditional` is the same with the constant row of each token as 0: what the SAE recovers of all
    that a constant does not.
 5. In the closed loop, the SAE reads the rows of the run that it is part of (`splice`).
-6. With `--by-site`, the same by layer and projection: then only the columns of that layer or
-   projection are reconstructed, and 0 is the run with these columns at zero.
+6. With `--by-site` and `--subsets`, only the columns of a layer, a projection or a subset of the
+   sites are reconstructed, and 0 is the run with these columns at zero. The worst subset is
+   searched for by gradients (`splice`).
+7. With `--curve`, the same at other sparsities: the SAE with its threshold moved, columns and PCA.
 
 In: adapter, activation store, SAE. Out: a report (JSON) and its picture (.png); the table goes to
 stderr.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,24 +35,8 @@ from lorascope import runtime
 from lorascope.activations.batches import read_blocks
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.effect_options import EvaluateConfig
-from lorascope.causal.effects import (
-    TokenRollouts,
-    bootstrap_interval,
-    complement,
-    complement_interval,
-    ratio_of_sums,
-)
-from lorascope.causal.held_out import HeldOut, describe_run, open_held_out
-from lorascope.causal.report_records import (
-    EvaluationReport,
-    Faithfulness,
-    Floor,
-    GroupRecovered,
-    Recovered,
-    RoleRecovered,
-    RunRecovered,
-    TokensRecovered,
-)
+from lorascope.causal.held_out import HeldOut, describe_run, held_out_rollouts, open_held_out
+from lorascope.causal.report_records import EvaluationReport, Faithfulness, Floor, Recovered
 from lorascope.causal.study import Made, format_interval, format_number, report_at
 from lorascope.errors import ConfigError
 from lorascope.sites import SiteLayout
@@ -57,18 +44,18 @@ from lorascope.texts.roles import ROLES
 
 if TYPE_CHECKING:
     from lorascope.causal.baselines import ConstantRows, Rebuild
-    from lorascope.causal.splice import Compared
     from lorascope.sae.model import SAE
 
-_N_FITTED = 65_536  # training rows that baselines are fitted on
-_ABOVE_FLOOR = 10.0  # times the floor: a smaller effect has no meaningful share
 _GROUPS = ("layers", "projections")
-_GENERATED = tuple(ROLES.index(role) for role in ("think", "answer"))
+
+log = logging.getLogger(__name__)
 
 
 def run(config: EvaluateConfig) -> Path:
     """Write the report unless it is finished already, and return its file."""
+    from lorascope.causal.baselines import fit_rebuilds, rows_of
     from lorascope.causal.figures import draw_evaluation
+    from lorascope.causal.splice import subsets
     from lorascope.sae.metrics import evaluate
     from lorascope.sae.model import load_sae
 
@@ -84,11 +71,16 @@ def run(config: EvaluateConfig) -> Path:
             other.layout.require_same(sae.layout, name, config.sae.name)
         held_out = open_held_out(config, sae)
         narrow = sae.narrow(store)
-        reconstruction = evaluate(sae, read_blocks(narrow, _rows_of(narrow, held_out.rollouts)))
-        m = round(reconstruction["l0"])
-        rebuilds, constant = _fitted(sae, others, narrow, held_out.rollouts, m, config.seed)
+        rows = rows_of(narrow, held_out.rollouts)
+        reconstruction = evaluate(sae, read_blocks(narrow, rows))
+        _warn_of_seen_rollouts(others, store, held_out)
+        rebuilds, constant = fit_rebuilds(
+            {"sae": sae, **others}, narrow, held_out.rollouts, config.curve, config.seed
+        )
+        groups = _column_groups(sae.layout) if config.by_site else {}
+        groups |= subsets(held_out, sae, config.subsets, config.seed)
         faithfulness = measure(
-            held_out, sae, rebuilds, constant, by_site=config.by_site, seed=config.seed
+            held_out, sae, rebuilds, constant, groups, _of_other_seeds(sae, others), config.seed
         )
         report = EvaluationReport(reconstruction=reconstruction, faithfulness=faithfulness)
         return Made(report, sae.layout, describe_run(held_out, config.sae))
@@ -109,52 +101,54 @@ def run(config: EvaluateConfig) -> Path:
     )
 
 
-def _rows_of(store: ActivationStore, rollouts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return the numbers of all rows of some rollouts."""
-    row = np.arange(store.n_rows)
-    return row[np.isin(store.rollout_of(row), rollouts)]
+def _warn_of_seen_rollouts(
+    others: Mapping[str, "SAE"], store: ActivationStore, held_out: HeldOut
+) -> None:
+    """Warn of SAEs to compare with that were trained on rollouts that are measured."""
+    for name, other in others.items():
+        seen = np.setdiff1d(held_out.rollouts, held_out_rollouts(other, store))
+        if len(seen):
+            log.warning(
+                "%s did not hold out %d of the %d rollouts, so its shares may be too high; one "
+                "lorascope train with several --seed trains all on the same rollouts",
+                name,
+                len(seen),
+                len(held_out.rollouts),
+            )
 
 
-def _fitted(
-    sae: "SAE",
-    others: Mapping[str, "SAE"],
-    store: ActivationStore,
-    measured: npt.NDArray[np.int64],
-    m: int,
-    seed: int,
-) -> "tuple[dict[str, Rebuild], ConstantRows]":
-    """Return what makes the rows to write, by name, and the constant rows.
+def _of_other_seeds(sae: "SAE", others: Mapping[str, "SAE"]) -> tuple[str, ...]:
+    """Return the runs of SAEs that differ from the first in their seed only, with that one."""
 
-    The baselines have `m` values a token. They are fitted on the rows of the rollouts that are not
-    measured, or on all rows if all are.
-    """
-    from lorascope.causal.baselines import ConstantRows, baselines
+    def but_seed(one: "SAE") -> list[Any]:
+        settings = {key: value for key, value in one.manifest.settings.items() if key != "seed"}
+        return [settings, one.manifest.parents]
 
-    others_left = np.setdiff1d(np.arange(store.n_rollouts), measured)
-    training = _rows_of(store, others_left if len(others_left) else measured)
-    training = training[:: -(-len(training) // _N_FITTED)]
-    rows = torch.cat(list(read_blocks(store, training)))
-    constant = ConstantRows(store, training, rows)
-    simple = baselines(sae, rows, constant.at(training), m, seed)
-    saes = {"sae": sae, **others}
-    rebuilds = {name: lambda x, _, sae=sae: sae.decode(sae.encode(x)) for name, sae in saes.items()}
-    return {**rebuilds, **simple}, constant
+    alike = [
+        name
+        for name, other in others.items()
+        if "seed" in other.manifest.settings and but_seed(other) == but_seed(sae)
+    ]
+    return ("sae", *alike) if alike else ()
 
 
 @torch.inference_mode()
 def measure(
     held_out: HeldOut,
     sae: "SAE",
-    rebuilds: "Mapping[str, Rebuild]",
+    rebuilds: "Mapping[Any, Rebuild]",
     constant: "ConstantRows",
-    *,
-    by_site: bool = False,
-    seed: int = 0,
+    groups: Mapping[tuple[str, str], npt.NDArray[np.bool_]],
+    seeds: tuple[str, ...],
+    seed: int,
 ) -> Faithfulness:
     """Run the held-out rollouts with every reconstruction, and return the shares recovered.
 
-    Each of `rebuilds` makes rows of the SAE's columns, on the CPU; two are `sae` and `constant`.
+    `rebuilds` are those of `fit_rebuilds`. `groups` are masks of columns, `(d_in,)`, to rebuild
+    alone. `seeds` are the runs of SAEs that differ in their seed only.
     """
+    from lorascope.causal.baselines import CURVES
+    from lorascope.causal.shares import Shares
     from lorascope.causal.splice import PASSES, Compared, SplicedBatch
     from lorascope.subject.intervene import RowEditor
 
@@ -166,7 +160,6 @@ def measure(
         and not (subject.unseen or subject.unhooked)
         and all(site.lora_kind == "lora" for site in layout.sites)
     )
-    groups = _column_groups(layout) if by_site else {}
     found: dict[Any, list[Compared]] = {}
     measured: list[npt.NDArray[np.int64]] = []
     floor: Floor | None = None
@@ -179,13 +172,13 @@ def measure(
             x, zeros = spliced.x, torch.zeros_like(spliced.x)
             usual = constant.at(batch.rows.numpy().ravel())
 
-            def rebuilt(name: str, rows: Tensor, usual: Tensor = usual) -> Tensor:
+            def rebuilt(name: Any, rows: Tensor, usual: Tensor = usual) -> Tensor:
                 flat = rows.reshape(-1, rows.shape[-1]).cpu()
-                return rebuilds[name](flat, usual).view(rows.shape).to(rows.device)
+                return rebuilds[name].rows(flat, usual).view(rows.shape).to(rows.device)
 
-            written: dict[Any, Tensor] = {name: rebuilt(name, x) for name in rebuilds}
+            written: dict[Any, Tensor] = {key: rebuilt(key, x) for key in rebuilds}
             for (kind, name), group in groups.items():
-                inside = group.to(x.device)
+                inside = torch.from_numpy(group).to(x.device)
                 written[kind, name, "sae"] = torch.where(inside, written["sae"], x)
                 written[kind, name, "zero"] = torch.where(inside, zeros, x)
             if not zero_is_base:
@@ -212,7 +205,7 @@ def measure(
             measured.append(batch.measured)
             bar.update(int(batch.own.sum()))
     assert floor is not None
-    shares = _Shares(
+    shares = Shares(
         held_out,
         np.concatenate(measured),
         {
@@ -231,93 +224,49 @@ def measure(
         floor=floor,
         closed_passes=PASSES,
         closed_change=(step / size) ** 0.5 if size else 0.0,
-        runs={name: shares.of_run(name) for name in found if isinstance(name, str)},
+        runs={
+            name: shares.of_run(name, rebuilds[name].l0 if name in rebuilds else None)
+            for name in found
+            if isinstance(name, str)
+        },
         roles={ROLES[number]: shares.of_role(number) for number in np.unique(shares.role).tolist()},
         **{
             kind: {name: shares.of_group(kind, name) for k, name in groups if k == kind}
             for kind in _GROUPS
         },
+        subsets=tuple(
+            shares.of_subset(name, _sites_in(layout, mask))
+            for (kind, name), mask in groups.items()
+            if kind == "subsets"
+        ),
+        curve={
+            method: tuple(
+                shares.of_point(key, rebuild.l0)
+                for key, rebuild in rebuilds.items()
+                if key[:2] == ("curve", method)
+            )
+            for method in CURVES
+            if ("curve", method, 0) in rebuilds
+        },
+        seeds=seeds,
         rows_drift=drift,
     )
 
 
-def _column_groups(layout: SiteLayout) -> dict[tuple[str, str], Tensor]:
+def _column_groups(layout: SiteLayout) -> dict[tuple[str, str], npt.NDArray[np.bool_]]:
     """Return a mask of the columns, `(d_in,)`, of each layer and of each projection."""
     layer = np.repeat([site.layer for site in layout.sites], [s.rank for s in layout.sites])
     kind = np.repeat([site.projection for site in layout.sites], [s.rank for s in layout.sites])
     return {
-        **{("layers", str(n)): torch.from_numpy(layer == n) for n in np.unique(layer)},
-        **{("projections", n): torch.from_numpy(kind == n) for n in layout.adapter_types},
+        **{("layers", str(n)): layer == n for n in np.unique(layer)},
+        **{("projections", n): kind == n for n in layout.adapter_types},
     }
 
 
-class _Shares:
-    """Sums over tokens, as shares with intervals.
-
-    `values` has KL and CE of the measured `rows` for each run, in nats. A run is a name, or `(kind,
-    group, how)`; `zero` is the run of share 0.
-    """
-
-    def __init__(
-        self,
-        held_out: HeldOut,
-        rows: npt.NDArray[np.int64],
-        values: "Mapping[Any, Compared]",
-        zero: str,
-        rounding: float,
-        seed: int,
-    ) -> None:
-        _, rollout = np.unique(held_out.store.rollout_of(rows), return_inverse=True)
-        self.tokens = TokenRollouts(rollout, int(rollout.max(initial=-1)) + 1)
-        self.role = held_out.role_of(rows)
-        self.generated = np.isin(self.role, _GENERATED)
-        self.values, self.zero, self.rounding, self.seed = values, zero, rounding, seed
-
-    def of_run(self, run: str) -> RunRecovered:
-        """Return what a run recovers over all tokens, and over the generated ones."""
-        everything = np.ones(len(self.role), bool)
-        generated = self._over(run, self.generated) if self.generated.any() else None
-        return RunRecovered(**vars(self._over(run, everything)), generated=generated)
-
-    def of_role(self, number: int) -> RoleRecovered:
-        """Return what the SAE's run recovers over the tokens of one role."""
-        where = self.role == number
-        return RoleRecovered(
-            **vars(self._recovered("sae", self.zero, where)),
-            n_tokens=int(where.sum()),
-            kl_zero=float(self.values[self.zero].kl[where].mean(dtype=np.float64)),
-        )
-
-    def of_group(self, kind: str, name: str) -> GroupRecovered:
-        """Return what the SAE recovers of the columns of one group: of generated tokens, if any."""
-        where = self.generated if self.generated.any() else ~self.generated
-        share = self._recovered((kind, name, "sae"), (kind, name, "zero"), where)
-        removed = self._recovered((kind, name, "zero"), self.zero, where).kl
-        if removed <= _ABOVE_FLOOR * self.rounding:
-            share = Recovered(kl=share.kl, recovered=None, recovered_interval=None)
-        return GroupRecovered(**vars(share), kl_zero=removed)
-
-    def _over(self, run: str, where: npt.NDArray[np.bool_]) -> TokensRecovered:
-        ce, best, worst = (
-            self.tokens.sums(self.values[name].ce, where) for name in (run, "adapter", self.zero)
-        )
-        conditional = self._recovered(run, "constant", where)
-        return TokensRecovered(
-            **vars(self._recovered(run, self.zero, where)),
-            conditional=conditional.recovered,
-            conditional_interval=conditional.recovered_interval,
-            ce=float(ce.sum()) / int(where.sum()),
-            ce_recovered=ratio_of_sums(worst - ce, worst - best),
-            ce_recovered_interval=bootstrap_interval(worst - ce, worst - best, self.seed),
-        )
-
-    def _recovered(self, run: Any, reference: Any, where: npt.NDArray[np.bool_]) -> Recovered:
-        kl, below = (self.tokens.sums(self.values[name].kl, where) for name in (run, reference))
-        return Recovered(
-            kl=float(kl.sum()) / int(where.sum()),
-            recovered=complement(ratio_of_sums(kl, below)),
-            recovered_interval=complement_interval(bootstrap_interval(kl, below, self.seed)),
-        )
+def _sites_in(layout: SiteLayout, mask: npt.NDArray[np.bool_]) -> tuple[str, ...]:
+    """Return the names of the sites whose columns are in a mask."""
+    last = np.cumsum([site.rank for site in layout.sites]) - 1
+    return tuple(site.name for site, is_in in zip(layout.sites, mask[last], strict=True) if is_in)
 
 
 def table(report: EvaluationReport) -> str:
@@ -332,8 +281,8 @@ def table(report: EvaluationReport) -> str:
         f"recovered: 0 is {found.zero_is}, 1 the adapter; conditional: 0 is the constant row of "
         "each token. KL(adapter ‖ run) and CE in nats a token; floor: "
         f"{found.floor.null:.1e} (rows unchanged), {found.floor.rounding:.1e} (one rounding step)",
-        f"{'':<20}|{'generated tokens':^56}|{'all predicted tokens':^56}",
-        f"{'rows written':<20}" + 2 * f"|{_HEAD}{'conditional':>12}{'CE':>8} ",
+        f"{'':<28}|{'generated tokens':^56}|{'all predicted tokens':^56}",
+        f"{'rows written':<20}{'values':>7} " + 2 * f"|{_HEAD}{'conditional':>12}{'CE':>8} ",
     ]
     for name, run in found.runs.items():
         cells = [
@@ -342,29 +291,56 @@ def table(report: EvaluationReport) -> str:
             else f"{_recovered(part)}{_number(part.conditional):>12}{part.ce:>8.4f} "
             for part in (run.generated, run)
         ]
-        lines.append(f"{name:<20}|{'|'.join(cells)}")
+        lines.append(f"{name:<20}{format_number(run.l0, '.2f'):>7} |{'|'.join(cells)}")
     lines.append(
         f"closed loop: {found.closed_passes} passes, rows changed by {found.closed_change:.1%} in "
         "the last one"
     )
-    titles = {
-        "roles": "sae, by role",
-        "layers": "sae, in one layer",
-        "projections": "sae, in one projection",
+    if len(found.seeds) > 1:
+        runs = [found.runs[name].generated or found.runs[name] for name in found.seeds]
+        values = [run.recovered for run in runs if run.recovered is not None]
+        if values:
+            lines.append(
+                f"{len(values)} seeds: recovered {min(values):.4f} to {max(values):.4f} of the "
+                f"effect on {_over(found)}, standard deviation {np.std(values, ddof=1):.4f}"
+            )
+    groups: dict[str, Mapping[str, Any]] = {
+        "sae, by role": found.roles,
+        "sae, in one layer": found.layers,
+        "sae, in one projection": found.projections,
+        "sae, in some sites": {
+            f"{i}: {one.how}, {len(one.sites)} sites": one
+            for i, one in enumerate(sorted(found.subsets, key=lambda one: -one.kl), 1)
+        },
     }
-    for kind, title in titles.items():
-        if parts := getattr(found, kind):
+    for title, parts in groups.items():
+        if parts:
             lines.append(f"{title:<24}{_HEAD}{'KL at 0':>10}")
             lines += [
                 f"  {name:<22}{_recovered(part)}{part.kl_zero:>10.4f}"
                 for name, part in parts.items()
             ]
+    drawn = [one.recovered for one in found.subsets if one.how == "drawn"]
+    shares = [share for share in drawn if share is not None]
+    if shares:
+        lines.append(f"  drawn: mean {np.mean(shares):.4f}, worst {min(shares):.4f}")
+    for method, points in found.curve.items():
+        lines.append(f"{method + ', by values':<24}{_HEAD}{'all tokens':>12}")
+        lines += [
+            f"  {point.l0:<22.2f}{_recovered(point.generated or point)}"
+            f"{_number(point.recovered):>12}"
+            for point in points
+        ]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _over(found: Faithfulness) -> str:
+    return "generated tokens" if found.n_generated else "all predicted tokens"
 
 
 def headline(found: Faithfulness) -> str:
     """Return in one sentence how much is constant, and how much of the rest the SAE recovers."""
-    over = "generated tokens" if found.n_generated else "all predicted tokens"
+    over = _over(found)
     sae, constant = (run.generated or run for run in (found.runs["sae"], found.runs["constant"]))
     if constant.recovered is None or sae.recovered is None:
         return f"the adapter has no effect on {over}"

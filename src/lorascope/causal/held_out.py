@@ -38,6 +38,10 @@ class HeldOut(Replay):
         roles = sae.manifest.settings.get("roles", ROLES)
         return torch.from_numpy(has_role(self.store.roles[rows], roles))
 
+    def is_generated(self, measured: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Return which measured rows predict a token that the model writes: think or answer."""
+        return has_role(self.role_of(measured), ("think", "answer"))
+
 
 def describe_run(held_out: HeldOut, sae: Path | None) -> dict[str, Any]:
     """Return what a report's manifest says of the run: names, dtype and batch size."""

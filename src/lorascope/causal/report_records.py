@@ -61,9 +61,11 @@ class TokensRecovered(Recovered):
 class RunRecovered(TokensRecovered):
     """The same of one run over all predicted tokens, and over those that the model writes.
 
-    `generated` is None if no token has the role think or answer.
+    `generated` is None if no token has the role think or answer. `l0` is the number of values that
+    the written rows have a token; None for the closed loop, the adapter and the base.
     """
 
+    l0: Amount | None
     generated: TokensRecovered | None
 
 
@@ -83,11 +85,28 @@ class GroupRecovered(Recovered):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SubsetRecovered(GroupRecovered):
+    """The same in the columns of a subset of the sites, drawn at random or found as the worst."""
+
+    how: Literal["drawn", "worst"]
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvePoint(Recovered):
+    """The same of a method with `l0` values a token, and over the tokens that the model writes."""
+
+    l0: Amount
+    generated: Recovered | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Faithfulness:
     """How much of the adapter's effect each run recovers, on held-out rollouts.
 
     `closed_change` is how much the rows changed in the last of `closed_passes` passes of the closed
-    loop, as a share of their norm. `layers` and `projections` are empty unless they were asked for.
+    loop, as a share of their norm. `seeds` are the runs of SAEs that differ in their seed only.
+    `layers`, `projections`, `subsets` and `curve` are empty unless they were asked for.
     """
 
     zero_is: str
@@ -101,6 +120,9 @@ class Faithfulness:
     roles: Mapping[str, RoleRecovered]
     layers: Mapping[str, GroupRecovered]
     projections: Mapping[str, GroupRecovered]
+    subsets: tuple[SubsetRecovered, ...]
+    curve: Mapping[str, tuple[CurvePoint, ...]]
+    seeds: tuple[str, ...]
     rows_drift: Amount
 
 
