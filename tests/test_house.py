@@ -101,6 +101,7 @@ TOPICS = {
     "jobs",
     "kill",
     "planted",
+    "smollm2",
     "synthetic_features",
 }
 
