@@ -63,17 +63,16 @@ def run(config: DemoConfig) -> Path:
 def demo_run(problems: Path, config: DemoConfig) -> pipeline.RunConfig:
     """Return the config of the demo's run.
 
-    Expansion factor 4 and k 3 gave the features that match known classes of tokens best
-    (`examples/feature_meaning.py`, mean of four seeds), among factors 4 and 8 and k from 2 to 8.
+    With k 3, eight latents a column recover more of the generated tokens than four, and sixteen no
+    more than eight (`docs/training.md`).
     """
     return pipeline.RunConfig(
         lora_path=str(SUBJECT / "adapter"),
         base_model=str(SUBJECT / "base"),
         dataset=str(problems),
         num_examples=config.num_examples,
-        expansion_factor=4,
+        expansion_factor=8,
         k=3,
-        epochs=12,
         effect_texts=config.effect_texts,
         output=config.output,
         overwrite=config.overwrite,

@@ -5,9 +5,10 @@
    With all sites only, a site could learn to compensate for the error of another.
 3. Run the batch again with `x_hat` of the rows of step 1 at these sites, and `x` at the others.
 4. The loss is `KL(adapter || spliced) / KL_0 + 4 · objective / objective_0`: the mean over
-   predicted tokens, and the loss of training (`objective.py`) on the batch's rows, which keeps the
-   reconstruction, the L0 and the latents alive. The divisors are the values of the first batches
-   before the first step, so the terms start at 1 and 4 whatever the adapter.
+   generated tokens (think and answer; all tokens if there are none), and the loss of training
+   (`objective.py`) on the batch's rows, which keeps the reconstruction, the L0 and the latents
+   alive. The divisors are the values of the first batches before the first step, so the terms
+   start at 1 and 4 whatever the adapter.
 5. The trainer does the rest: Adam, unit decoder rows, log, checkpoint.
 
 Batches, their order and the choice of sites follow from the seed and the step alone, and the
@@ -26,12 +27,14 @@ from lorascope.activations.replay import Batch, Replay
 from lorascope.sae.objective import Loss, Weights, aux_latents, objective
 from lorascope.sae.sparsity import Rule
 from lorascope.subject.intervene import RowEditor
+from lorascope.texts.roles import ROLES
 
 log = logging.getLogger(__name__)
 
 LR = 5e-4  # peak; docs/training.md compares rates and weights
 BATCH_TOKENS = 1024
 _WEIGHT = 4.0  # of the loss of training
+_GENERATED = tuple(ROLES.index(role) for role in ("think", "answer"))
 _N_FIRST = 8  # batches whose losses divide the terms
 _LEAST = 1e-6  # least divisor: an exact SAE has nothing to learn, and rounding errors must not grow
 
@@ -78,7 +81,7 @@ class SplicedStep:
         with torch.no_grad():
             out = self.editor.run(batch.token_ids)
             self.replay.require_rows(batch, out.rows)
-            log_p = out.logits[batch.mask.to(out.logits.device)].float().log_softmax(-1)
+            log_p = out.logits[self._aimed_at(batch)].float().log_softmax(-1)
         self._read, self._step = (batch, out.rows, log_p), step
         return out.rows[batch.own.to(out.rows.device)][:, self._columns] * self.scale
 
@@ -132,8 +135,17 @@ class SplicedStep:
         whole = torch.zeros_like(rows)
         whole[own] = mixed
         out = self.editor.run(batch.token_ids, lambda here, _values: whole[..., here])
-        log_q = out.logits[batch.mask.to(out.logits.device)].float().log_softmax(-1)
+        log_q = out.logits[self._aimed_at(batch)].float().log_softmax(-1)
         return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+    def _aimed_at(self, batch: Batch) -> Bool[Tensor, "batch seq"]:
+        """Return the positions whose predictions count."""
+        mask = batch.mask.clone()
+        predicted = self.replay.role_of(batch.measured)
+        generated = torch.from_numpy(np.isin(predicted, _GENERATED))
+        if generated.any():
+            mask[batch.mask] = generated
+        return mask.to(self.replay.subject.device)
 
     def _spliced(self) -> Bool[Tensor, "d_in"]:
         """Return which columns are spliced in this step."""
