@@ -91,10 +91,10 @@ def test_broken_off_and_continued_it_gives_the_same_bytes_and_the_same_log(
             raise RuntimeError("power cut")
         return take(self, x)
 
-    monkeypatch.setattr(train.Trainer, "take", breaks)
+    monkeypatch.setattr(trainer.Trainer, "take", breaks)
     with pytest.raises(RuntimeError, match="power cut"):
         run(broken)
-    monkeypatch.setattr(train.Trainer, "take", take)
+    monkeypatch.setattr(trainer.Trainer, "take", take)
     assert digest_file(run(broken)) == digest_file(straight)
     logs = [
         path.with_suffix(".jsonl").read_text().splitlines() for path in (straight, broken.output)

@@ -103,6 +103,7 @@ class SplicedStep:
             auxk_alpha=self.auxk_alpha,
             by_row=by_row,
         )
+        assert rebuilt.x_hat is not None, "objective gives it"
         kl = self._kl(rebuilt.x_hat)
         total = kl / self.divisors[0] + _WEIGHT * rebuilt.total / self.divisors[1]
         for tensor in weights.tensors().values():
