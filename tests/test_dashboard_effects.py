@@ -35,12 +35,14 @@ def test_the_effect_of_removing_a_feature_is_shown_with_its_control(show: Any, i
         ("kl", "kl"),
         ("per-firing", "kl_each"),
         ("ce", "ce_rise"),
-        ("random", "kl_random"),
+        ("control", "kl_control"),
     ):
         assert number(shown, f"effect-{name}") == pytest.approx(one[key], rel=1e-6)
     assert number(shown, "stat-effect") == pytest.approx(one["kl"], rel=1e-6)
     assert "25" in shown.text("effect-at-firing")
     assert "held-out rollouts" in shown.text("effect")
+    said = shown.text("effect-verdict")
+    assert said.startswith("Specific: at each firing") and f"{len(index) - 3} features" in said
     dots = shown.part("effect").locator("circle")
     places = [float(dots.nth(i).get_attribute("cx")) for i in range(3)]
     assert places[1] < places[0] < places[2]  # the control is half as large, the adapter larger
@@ -52,6 +54,10 @@ def test_a_feature_without_a_measured_effect_says_why(show: Any, index, tmp_path
     shown = show(index, f"#/feature/{len(index) - 1}", effects=paths)
     shown.page.wait_for_selector("[data-testid=effect]")
     assert "Not measured" in shown.text("effect")
+    shown = show(index, "#/feature/4", effects=paths)
+    shown.page.wait_for_selector("[data-testid=effect]")
+    assert shown.text("effect-verdict").startswith("Not distinguishable")
+    assert "estimated from gradients" in shown.text("effect")
     shown = show(index, "#/feature/1", effects=paths)
     shown.page.wait_for_selector("[data-testid=direct]")
     assert "no direct effect" in shown.text("direct")
@@ -89,6 +95,8 @@ def test_the_list_sorts_by_effect_and_the_address_keeps_it(show: Any, index, tmp
     )
     listed = [feature for _, feature in sorted(rows)]
     assert listed[:5] == [one["feature"] for one in best]
+    shown = show(index, "#/feature/3?sort=specific", effects=paths)
+    assert int(shown.part("row").nth(0).get_attribute("data-feature")) == 3
     shown = show(index, "#/feature/0")
     assert shown.page.locator("#sort option[value=effect]").count() == 0
 
@@ -182,5 +190,6 @@ def test_the_saved_table_has_the_effects(show: Any, index, tmp_path):
     cells = dict(zip(names, lines[4].split(","), strict=False))
     one = ablation(index)["features"][3]
     assert float(cells["kl"]) == pytest.approx(one["kl"], rel=1e-6)
-    assert float(cells["kl_random"]) == pytest.approx(one["kl_random"], rel=1e-6)
+    assert float(cells["kl_control"]) == pytest.approx(one["kl_control"], rel=1e-6)
+    assert float(cells["pull"]) == pytest.approx(one["pull"], rel=1e-6)
     assert json.loads(cells["direct_share"]) == 0.625

@@ -43,7 +43,9 @@ def test_effects_of_features_are_the_reports_own_numbers(index, tmp_path):
         "effect_each": "kl_each",
         "effect_here": "share_here",
         "effect_ce": "ce_rise",
-        "effect_random": "kl_random",
+        "effect_control": "kl_control",
+        "effect_pull": "pull",
+        "effect_p": "p",
         "effect_fired": "n_fired",
     }
     for name, key in names.items():
@@ -54,8 +56,11 @@ def test_effects_of_features_are_the_reports_own_numbers(index, tmp_path):
         assert np.isnan(values[-2:]).all()  # not in the report
     low, high = column(core, "effect_low"), column(core, "effect_high")
     assert np.isnan([low[2], high[2]]).all() and low[0] < high[0]
+    low, high = column(core, "effect_excess_low"), column(core, "effect_excess_high")
+    assert np.isnan([low[1], high[1]]).all() and low[3] > 0 > low[0]
     assert core["effects"]["ablation"] == {
         "n_rollouts": 5, "n_tokens": 400, "whole": 0.3, "floor": 3e-12,
+        "n_judged": len(index) - 3,
     }  # fmt: skip
 
 

@@ -67,6 +67,8 @@ def ablation(index: FeatureIndex) -> dict[str, Any]:
     entries = []
     for latent in range(max(len(index) - 2, 0)):
         kl = 0.0 if latent == 1 else float(10 ** rng.uniform(-6, -2))
+        p = None if latent == 1 else 0.001 if latent == 3 else 0.4
+        verdict = {None: "too few firings", 0.001: "specific"}.get(p, "not distinguishable")
         entries.append(
             {
                 "feature": latent,
@@ -75,9 +77,14 @@ def ablation(index: FeatureIndex) -> dict[str, Any]:
                 "kl_interval": None if latent == 2 else [kl / 3, kl * 2],
                 "kl_each": None if latent == 1 else kl * 20,
                 "share_here": None if latent == 1 else 0.25,
-                "ce_rise": -kl / 7,
+                "ce_rise": None if latent == 4 else -kl / 7,  # not removed
                 "kl_special": kl,
-                "kl_random": kl / 2,
+                "kl_estimate": 0.9 * kl,
+                "kl_control": kl / 2,
+                "verdict": verdict,
+                "pull": None if p is None else 0.5,
+                "pull_excess": None if p is None else [0.2 if p < 0.05 else -0.3, 0.9 + latent],
+                "p": p,
             }
         )
     whole = {"kl": 0.3, "kl_interval": [0.2, 0.4], "ce_rise": 0.1, "kl_special": None}

@@ -5,9 +5,10 @@
 2. Controls: nothing removed; rows changed by one rounding step; and for each part, a random
    direction of the same norm added to what each of its sites writes.
 3. `--greedy` removes the parts of one kind step by step, each time the one that costs least.
-4. With an SAE, each feature is removed: `value · decoder row` is subtracted from the rows of the
-   text tokens on which it fires, all other rows are held. Control: a random direction of the same
-   norm in the SAE's units instead of the decoder row. Rollouts where it never fires are not run.
+4. With an SAE, the effect of removing each feature is estimated from gradients, and compared with
+   that of controls: is it *specific* (`specificity`)? The features of largest effect are really
+   removed: `value · decoder row` is subtracted from the rows of the tokens on which it fires, all
+   other rows are held. Rollouts where it never fires are not run.
 5. Each run is compared with the whole adapter in the same batch: KL(adapter ‖ without) in nats a
    token, float32, and the rise of the loss on the next token.
 
@@ -15,6 +16,7 @@ In: adapter, activation store, optionally an SAE. Out: a report (JSON) with its 
 .svg; the table goes to stderr.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +35,7 @@ from lorascope.causal.effects import (
     complement,
     complement_interval,
     kl_divergence,
+    rank_correlation,
     ratio_of_sums,
     select_measured,
 )
@@ -59,10 +62,12 @@ from lorascope.causal.study import Made, format_interval, format_number, report_
 from lorascope.errors import ArtifactError
 
 if TYPE_CHECKING:
+    from lorascope.causal.specificity import Judgement
     from lorascope.sae.model import SAE
     from lorascope.subject.intervene import RowEditor
 
 _N_SHOWN = 10  # features in the table
+_FEWEST_RANKED = 5  # removed features, for a rank correlation
 _KINDS = {"site": "sites", "projection": "projections", "layer": "layers", "block": "blocks"}
 
 
@@ -95,20 +100,32 @@ def run(config: AblateConfig) -> Path:
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure(held_out: HeldOut, config: AblateConfig, sae: "SAE | None" = None) -> AblationReport:
     """Return the report; without `sae` it has no features."""
+    from lorascope.causal.gradients import no_weight_gradients
     from lorascope.subject.intervene import RowEditor
 
     parts = adapter_parts(held_out.subject.layout)
-    with RowEditor(held_out.subject, seed=config.seed, fast=True) as editor:
+    with (
+        RowEditor(held_out.subject, seed=config.seed, fast=True) as editor,
+        no_weight_gradients(held_out.subject),
+    ):
         study = _Study(editor, held_out, config.seed)
         report = study.remove_parts(parts)
         if config.greedy != "none":
             of_kind = [part for part in parts if part.kind == config.greedy]
             report = replace(report, greedy=study.remove_greedily(of_kind))
         if sae is not None:
-            report = replace(report, features=study.remove_features(sae, config.features))
+            features = study.remove_features(sae, config.features, config.verify)
+            removed = [one for one in features if one.is_removed]
+            rank = None
+            if len(removed) >= _FEWEST_RANKED:
+                rank = rank_correlation(
+                    np.array([one.kl_estimate for one in removed]),
+                    np.array([one.kl for one in removed]),
+                )
+            report = replace(report, estimate_rank=rank, features=features)
     return report
 
 
@@ -212,56 +229,79 @@ class _Study:
                 bar.update(1)
         return TokenSums(*totals), null / self.n_tokens
 
-    def remove_features(self, sae: "SAE", chosen: Sequence[int]) -> tuple[FeatureRemoval, ...]:
-        """Return the removal of the chosen features, by number; default: all that fire."""
-        from lorascope.causal.baselines import random_decoder_rows
+    def remove_features(
+        self, sae: "SAE", chosen: Sequence[int], verify: int
+    ) -> tuple[FeatureRemoval, ...]:
+        """Return the chosen features, by number; default: all that fire, removed up to `verify`."""
+        from lorascope.causal.specificity import Specificity
 
-        _, columns = self.held_out.subject.layout.select(sae.layout.adapter_types)
-        random = random_decoder_rows(sae, self.seed)
-        totals = np.zeros((2, 4, sae.d_sae, len(self.counts)))  # feature or control, sum, latent
+        found = Specificity(self.editor, self.held_out, sae, self.seed, len(self.counts))
         n_fired = np.zeros(sae.d_sae, np.int64)
-        is_chosen = np.isin(np.arange(sae.d_sae), chosen) if chosen else np.ones(sae.d_sae, bool)
+        with runtime.progress(len(self.batches), "estimates", "rollouts") as bar:
+            for rollout, batch in zip(self.rollout, self.batches, strict=True):
+                code = found.add(int(rollout), batch)
+                n_fired += (code[batch.mask[0]] > 0).sum(0).numpy()
+                bar.update(1)
+        numbers = np.array(sorted(chosen) or np.flatnonzero(n_fired), np.int64)
+        estimates = found.kl[numbers].sum(1)
+        order = np.argsort(-estimates, kind="stable")
+        removed = numbers if chosen else np.sort(numbers[order[:verify]])
+        totals = np.zeros((4, sae.d_sae, len(self.counts)))
         with runtime.progress(len(self.batches), "features", "rollouts") as bar:
             for rollout, batch in zip(self.rollout, self.batches, strict=True):
                 rows = self.editor.run(batch.token_ids).rows
                 self.held_out.require_rows(batch, rows)
-                code = sae.encode_dense(rows[0][:, columns].cpu())
-                code *= self.held_out.is_read(sae, batch.rows[0].numpy())[:, None]
-                fired = np.flatnonzero((code > 0).any(0).numpy() & is_chosen)
-                n_fired += (code[batch.mask[0]] > 0).sum(0).numpy()
-                for total, decoder in zip(totals, (sae.W_dec, random), strict=True):
-                    changes = [
-                        _without(rows[0], columns, code[:, latent], decoder[latent])
-                        for latent in fired
-                    ]
-                    sums = run_held(self.editor, self.held_out, batch, rows[0], changes)
-                    for into, values in zip(total, vars(sums).values(), strict=True):
-                        into[fired, rollout] += values
+                code = found.code(batch, rows[0])
+                fired = removed[(code[:, removed] > 0).any(0).numpy()]
+                changes = [
+                    _without(rows[0], found.columns, code[:, latent], sae.W_dec[latent])
+                    for latent in fired
+                ]
+                sums = run_held(self.editor, self.held_out, batch, rows[0], changes)
+                totals[:, fired, rollout] += sums.stacked()
                 bar.update(1)
-        numbers = sorted(int(n) for n in (chosen or np.flatnonzero(n_fired)))
         return tuple(
-            self._feature_removal(latent, int(n_fired[latent]), totals[:, :, latent])
-            for latent in numbers
+            self._feature_removal(
+                latent,
+                int(n_fired[latent]),
+                totals[:, latent] if latent in removed else None,
+                found.kl[latent],
+                float(np.median(found.kl_controls[latent])) / self.n_tokens,
+                judgement,
+            )
+            for latent, judgement in zip(numbers.tolist(), found.judge(numbers), strict=True)
         )
 
     def _feature_removal(
-        self, latent: int, n_fired: int, sums: npt.NDArray[np.float64]
+        self,
+        latent: int,
+        n_fired: int,
+        sums: npt.NDArray[np.float64] | None,
+        estimates: npt.NDArray[np.float64],
+        control: float,
+        judgement: "Judgement",
     ) -> FeatureRemoval:
         """Return the entry of a feature; a feature that never fires was not run, its sums are zero.
 
-        `sums` are (feature or control, kl ce special here, rollout).
+        `sums` are (kl ce special here, rollout), None for a feature that was not removed.
         """
-        kl, ce, special, here = sums[0]
+        kl = estimates if sums is None else sums[0]
+        special = None if sums is None or not self.n_special else float(sums[2].sum())
         return FeatureRemoval(
             feature=latent,
             n_fired=n_fired,
             kl=float(kl.sum()) / self.n_tokens,
             kl_interval=bootstrap_interval(kl, self.counts, self.seed),
             kl_each=float(kl.sum()) / n_fired if n_fired else None,
-            share_here=ratio_of_sums(here, kl),
-            ce_rise=float(ce.sum()) / self.n_tokens,
-            kl_special=float(special.sum()) / self.n_special if self.n_special else None,
-            kl_random=float(sums[1, 0].sum()) / self.n_tokens,
+            share_here=None if sums is None else ratio_of_sums(sums[3], kl),
+            ce_rise=None if sums is None else float(sums[1].sum()) / self.n_tokens,
+            kl_special=None if special is None else special / self.n_special,
+            kl_estimate=float(estimates.sum()) / self.n_tokens,
+            kl_control=control,
+            verdict=judgement.verdict,
+            pull=judgement.pull,
+            pull_excess=judgement.interval,
+            p=judgement.p,
         )
 
 
@@ -298,16 +338,32 @@ def table(report: AblationReport) -> str:
         lines.append("removed one after the other: " + ", ".join(steps))
     features = sorted(report.features or (), key=lambda feature: -feature.kl)
     if features:
-        lines.append(f"{'without, features':<20}{numbers}{'here':>10}{'tokens':>16}")
+        lines.append(_summary_of(features, report.estimate_rank))
+        lines.append(
+            f"{'without, features':<20}{'KL':>11}  {'95 % interval':<21}{'control':>11}"
+            f"{'here':>8}{'tokens':>8}{'pull':>9}  verdict"
+        )
         lines += [
-            f"  {feature.feature:<18}{_numbers(feature)}"
-            f"{format_number(feature.share_here, '.3f'):>10}{feature.n_fired:>16,}"
-            for feature in features[:_N_SHOWN]
+            f"  {one.feature:<18}{one.kl:>11.3g}  {format_interval(one.kl_interval, '.3g'):<21}"
+            f"{one.kl_control:>11.3g}{format_number(one.share_here, '.3f'):>8}{one.n_fired:>8,}"
+            f"{format_number(one.pull, '.3f'):>9}  {one.verdict}"
+            for one in features[:_N_SHOWN]
         ]
         lines.append(f"  (the strongest of {len(features):,})")
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _numbers(removal: PartRemoval | FeatureRemoval) -> str:
+def _summary_of(features: Sequence[FeatureRemoval], rank: float | None) -> str:
+    """Return how many features have each verdict, and how well removals were estimated."""
+    verdicts = Counter(one.verdict for one in features)
+    removed = sum(one.is_removed for one in features)
+    estimated = "" if rank is None else f", which estimates rank with {rank:.2f} (Spearman)"
+    return (
+        f"features: {', '.join(f'{n:,} {verdict}' for verdict, n in verdicts.most_common())}; "
+        f"{removed:,} removed{estimated}"
+    )
+
+
+def _numbers(removal: PartRemoval) -> str:
     interval = format_interval(removal.kl_interval, ".3g")
     return f"{removal.kl:>11.3g}  {interval:<21}{removal.kl_random:>11.3g}"

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorascope.causal.effect_options import TargetKind
+from lorascope.causal.effects import correlation, rank_correlation
 from lorascope.causal.report_records import (
     Agreement,
     AttributedRollout,
@@ -187,7 +188,7 @@ def measure_agreement(attributions: Sequence[TokenAttribution]) -> Agreement | N
             if before.sum() < _N_TOP or not real[before].any():
                 continue
             estimate, real = estimate[before], real[before]
-            ranks.append(_correlation(_ranks(estimate), _ranks(real)))
+            ranks.append(rank_correlation(estimate, real))
             best = [set(np.argsort(-np.abs(v), kind="stable")[:_N_TOP]) for v in (estimate, real)]
             tops.append(len(best[0] & best[1]) / _N_TOP)
             pairs.append((estimate, real))
@@ -197,7 +198,7 @@ def measure_agreement(attributions: Sequence[TokenAttribution]) -> Agreement | N
         n_targets, n_pairs = len(pairs), len(estimate)
         agreements[name] = RemovalAgreement(
             rank=float(np.mean(ranks)),
-            pearson=_correlation(estimate, real),
+            pearson=correlation(estimate, real),
             top=float(np.mean(tops)),
         )
     return Agreement(n_targets=n_targets, n_pairs=n_pairs, **agreements)
@@ -260,20 +261,6 @@ def table(report: AttributionReport) -> str:
 def _shortest(values: npt.NDArray[np.float64]) -> tuple[float | None, ...]:
     """Return float32 numbers in their shortest form; None for tokens that are not predicted."""
     return tuple(None if np.isnan(x) else float(str(np.float32(x))) for x in values)
-
-
-def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return ranks from 0; equal values get their mean rank."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return (ends - (counts + 1) / 2)[inverse]
-
-
-def _correlation(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> float:
-    """Return Pearson's correlation; 0 if one of them is constant."""
-    x, y = x - x.mean(), y - y.mean()
-    size = float(np.sqrt((x**2).sum() * (y**2).sum()))
-    return float((x * y).sum()) / size if size else 0.0
 
 
 def _number(value: float | None) -> str:

@@ -142,6 +142,11 @@ class AblateConfig(SeededEffectOptions):
     features: tuple[int, ...] = option(
         (), help="numbers of the features to remove; default: all that fire"
     )
+    verify: int = option(
+        64,
+        help="features to really remove: those of largest estimated effect; the others keep their "
+        "estimate; those of --features are all removed",
+    )
     greedy: Literal["none", "projection", "layer", "site"] = option(
         "projection", help="kind of part to remove step by step; n parts take n²/2 runs"
     )
@@ -151,6 +156,7 @@ class AblateConfig(SeededEffectOptions):
         """Refuse impossible choices."""
         super().check()
         require_json_name(self.output)
+        self.require("verify", 0)
         if self.features and self.sae is None:
             raise ConfigError("--features are those of an SAE; name it with --sae")
         require_features(self.features)

@@ -149,3 +149,22 @@ def complement(share: float | None) -> float | None:
 def complement_interval(edges: Interval) -> Interval:
     """Return the interval of 1 − share."""
     return None if edges is None else (1 - edges[1], 1 - edges[0])
+
+
+def correlation(x: Sums, y: Sums) -> float:
+    """Return Pearson's correlation; 0 if one of them is constant."""
+    x, y = x - x.mean(), y - y.mean()
+    size = float(np.sqrt((x**2).sum() * (y**2).sum()))
+    return float((x * y).sum()) / size if size else 0.0
+
+
+def rank_correlation(x: Sums, y: Sums) -> float:
+    """Return Spearman's correlation; 0 if one of them is constant."""
+    return correlation(_ranks(x), _ranks(y))
+
+
+def _ranks(values: Sums) -> Sums:
+    """Return ranks from 0; equal values get their mean rank."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return (ends - (counts + 1) / 2)[inverse]

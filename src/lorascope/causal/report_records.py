@@ -163,11 +163,17 @@ class GreedyStep:
     ce_rise: float
 
 
+Verdict = Literal["specific", "not distinguishable", "too few firings"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class FeatureRemoval:
-    """The removal of one feature, and its control.
+    """The removal of one feature, its controls, and whether it differs from them.
 
-    `kl_each` is KL for each token on which it fires, `share_here` the share of KL at these tokens.
+    A feature that was not removed has the estimate as its KL, and no rise of the loss. `kl_each` is
+    KL for each token on which it fires, `share_here` the share of KL at these tokens, `kl_control`
+    the median estimate of the controls. `pull` is by how much log p of the token that the adapter
+    raises most falls at each firing, `p` and `pull_excess` compare it with the controls'.
     """
 
     feature: Count
@@ -176,16 +182,30 @@ class FeatureRemoval:
     kl_interval: AmountInterval
     kl_each: Amount | None
     share_here: Share | None
-    ce_rise: float
+    ce_rise: float | None
     kl_special: Amount | None
-    kl_random: Amount
+    kl_estimate: Amount
+    kl_control: Amount
+    verdict: Verdict
+    pull: float | None
+    pull_excess: Interval
+    p: Share | None
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether its KL is that of a real removal."""
+        return self.ce_rise is not None
 
 
 @dataclass(frozen=True, kw_only=True)
 class AblationReport(ReportRecord):
-    """What `ablate` measures; the optional parts are missing where they were not asked for."""
+    """What `ablate` measures; the optional parts are missing where they were not asked for.
+
+    `estimate_rank` is Spearman's correlation of estimated and real KL over removed features.
+    """
 
     kind = "ablation"
+    schema = 2
     n_rollouts: Count
     n_tokens: Count
     n_special: Count
@@ -196,6 +216,7 @@ class AblationReport(ReportRecord):
     layers: Mapping[str, PartRemoval]
     blocks: Mapping[str, PartRemoval] | None = None
     greedy: tuple[GreedyStep, ...] | None = None
+    estimate_rank: float | None = None
     features: tuple[FeatureRemoval, ...] | None = None
 
 

@@ -49,7 +49,9 @@ _EFFECTS = {  # column of the page -> field of `FeatureRemoval`
     "effect_each": "kl_each",
     "effect_here": "share_here",
     "effect_ce": "ce_rise",
-    "effect_random": "kl_random",
+    "effect_control": "kl_control",
+    "effect_pull": "pull",
+    "effect_p": "p",
     "effect_fired": "n_fired",
 }
 _MOST_TOKENS = 1000  # that the page shows on each side of a feature
@@ -127,6 +129,7 @@ class Reports:
                 "n_tokens": self.ablation.n_tokens,
                 "whole": self.ablation.without_adapter.kl,
                 "floor": self.ablation.floor.rounding,
+                "n_judged": sum(one.p is not None for one in self.ablation.features),
             }
         if self.direct is not None:
             facts["direct"] = {"n": self.direct.n_tokens}
@@ -146,13 +149,15 @@ class Reports:
             return {}
         removals = self.ablation.features
         latents = [removal.feature for removal in removals]
-        names = (*_EFFECTS, "effect_low", "effect_high")
+        intervals = {"effect_{}": "kl_interval", "effect_excess_{}": "pull_excess"}
+        names = [*_EFFECTS, *(name.format(end) for name in intervals for end in ("low", "high"))]
         columns = {name: np.full(self.n_features, np.nan, np.float32) for name in names}
         for name, key in _EFFECTS.items():
             columns[name][latents] = _floats([getattr(removal, key) for removal in removals])
-        edges = [removal.kl_interval or (None, None) for removal in removals]
-        columns["effect_low"][latents] = _floats([low for low, _ in edges])
-        columns["effect_high"][latents] = _floats([high for _, high in edges])
+        for name, key in intervals.items():
+            edges = [getattr(removal, key) or (None, None) for removal in removals]
+            columns[name.format("low")][latents] = _floats([low for low, _ in edges])
+            columns[name.format("high")][latents] = _floats([high for _, high in edges])
         return columns
 
     def shares(self) -> Arrays:

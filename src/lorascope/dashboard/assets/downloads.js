@@ -36,7 +36,10 @@ export function saveTable(ids) {
     ...(column.effect_kl && {
       kl: (id) => real(column.effect_kl[id]),
       kl_each: (id) => real(column.effect_each[id]),
-      kl_random: (id) => real(column.effect_random[id]),
+      kl_control: (id) => real(column.effect_control[id]),
+      pull: (id) => real(column.effect_pull[id]),
+      pull_excess_low: (id) => real(column.effect_excess_low[id]),
+      pull_excess_high: (id) => real(column.effect_excess_high[id]),
     }),
     ...(column.direct_share && { direct_share: (id) => real(column.direct_share[id]) }),
     role: (id) => cell(mainRole(id)),

@@ -32,8 +32,10 @@ function drawAblation(id) {
   }
   const value = (name) => column[`effect_${name}`][id];
   const rows = [["this feature", value("kl"), [value("low"), value("high")], "main"],
-    ["random direction", value("random"), [NaN, NaN], "other"],
+    ["other directions", value("control"), [NaN, NaN], "other"],
     ["whole adapter", all, [NaN, NaN], "soft"]];
+  const verdict = element("p", "figure-note", sayVerdict(value));
+  verdict.dataset.testid = "effect-verdict";
   const list = element("dl", "effect-facts");
   for (const [label, name, number, text, meaning] of factsOf(value)) {
     const line = element("div", "effect-fact");
@@ -43,9 +45,24 @@ function drawAblation(id) {
     line.append(element("dt", "", label), shown, element("dd", "effect-note", meaning));
     list.append(line);
   }
-  return panel(title, note, [drawKlAxis(id, rows, floor), list], {
+  return panel(title, note, [verdict, drawKlAxis(id, rows, floor), list], {
     testid: "effect", file: `feature-${id}-effect`,
   });
+}
+
+// Returns whether a feature's effect differs from other changes of the same size, in a sentence.
+function sayVerdict(value) {
+  if (Number.isNaN(value("p"))) {
+    return "Too few firings to say whether this effect is specific to the feature.";
+  }
+  const [low, high] = [value("excess_low"), value("excess_high")];
+  const edges = Number.isNaN(low) ? "" : `, which is ${signed(low)} to ${signed(high)} more than ` +
+    "changes of the same size in other directions give";
+  const pull = value("pull");
+  return `${low > 0 ? "Specific" : "Not distinguishable from other changes of the same size"}: at ` +
+    `each firing, removing it ${pull < 0 ? "raises" : "lowers"} log p of the token that the ` +
+    `adapter raises most by ${three(Math.abs(pull))} nats${edges} (95 %, corrected for ` +
+    `${whole(core.effects.ablation.n_judged)} features; first order).`;
 }
 
 // Returns [label, name, number, text for people, definition] of each number.
@@ -55,15 +72,16 @@ function factsOf(value) {
   const known = (number, write) => (Number.isNaN(number) ? "\u2013" : write(number));
   return [
     ["KL", "kl", value("kl"), three(value("kl")) + edges,
-      "average over all tokens, with a 95 % interval over rollouts"],
+      "average over all tokens, with a 95 % interval over rollouts" +
+      (Number.isNaN(value("ce")) ? "; estimated from gradients, because it was not removed" : "")],
     ["per firing", "per-firing", value("each"), known(value("each"), three),
       `total KL divided by the ${whole(value("fired"))} tokens at which it fires`],
     ["share at firing tokens", "at-firing", value("here"), known(value("here"), percent),
       "share of the KL at tokens where it fires; the rest comes later in the rollout"],
-    ["loss", "ce", value("ce"), signed(value("ce")),
+    ["loss", "ce", value("ce"), known(value("ce"), signed),
       "increase of \u2212log p of the actual next token, in nats per token"],
-    ["control", "random", value("random"), three(value("random")),
-      "KL of removing a random direction of the same norm instead"],
+    ["control", "control", value("control"), three(value("control")),
+      "estimated KL of other directions of the same norm at its tokens, median"],
   ];
 }
 

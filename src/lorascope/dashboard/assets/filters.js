@@ -20,6 +20,7 @@ const SORTS = {
   stable: (id) => -(Number.isNaN(column.stability[id]) ? LEAST : column.stability[id]),
   effect: (id) => -(column.effect_kl?.[id] >= 0 ? column.effect_kl[id] : LEAST),
   each: (id) => -(column.effect_each?.[id] >= 0 ? column.effect_each[id] : LEAST),
+  specific: (id) => -(column.effect_excess_low?.[id] > LEAST ? column.effect_excess_low[id] : LEAST),
   site: (id) => column.main_site[id],
   role: (id) => column.main_role[id],
 };
