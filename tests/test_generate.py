@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from lorascope.activations import generate
 from lorascope.activations.generate import GenerateConfig
+from lorascope.activations.replay import load_subject_of
 from lorascope.activations.store import ActivationStore, default_name
 from lorascope.cli import verify
 from lorascope.errors import ArtifactError, ConfigError, NumberError
@@ -253,3 +254,24 @@ def test_a_published_subset_is_named_as_published(config, tmp_path, monkeypatch,
     base, adapter = make_subject(targets=PROJECTIONS[:3])
     given = {"lora_path": str(adapter), "base_model": str(base), "num_examples": 1}
     assert generate.run(config(**given, output=None)).name == "activations"
+
+
+def test_a_base_with_other_weights_is_not_taken_for_the_one_of_the_store(
+    config, subject_dirs, tmp_path
+):
+    base = tmp_path / "base"
+    shutil.copytree(subject_dirs[0], base)
+    given = config(base_model=str(base), num_examples=3)
+    store = ActivationStore.open(generate.run(given))
+    tensors = load_file(base / "model.safetensors")
+    noise = torch.Generator().manual_seed(0)
+    changed = {
+        name: t + 0.03 * t.std() * torch.randn(t.shape, generator=noise)
+        for name, t in tensors.items()
+        if t.std() > 0
+    }
+    save_file(tensors | changed, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ArtifactError, match="base_weights"):
+        generate.run(given)
+    with pytest.raises(ArtifactError, match="or with other weights of it"):
+        load_subject_of(store, given, device="cpu", dtype="auto")

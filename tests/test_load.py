@@ -2,6 +2,7 @@ import json
 import shutil
 import sys
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -63,6 +64,70 @@ def test_every_module_is_in_eval_mode_although_the_adapter_has_dropout(subject_d
 def test_the_base_model_is_the_one_that_the_adapter_names_beside_itself(subject_dirs):
     base, adapter = subject_dirs
     assert find_base(inspect_adapter(str(adapter)), None).path == base.resolve()
+
+
+def test_other_weights_of_the_same_size_are_another_base(subject_dirs, tmp_path):
+    adapter = inspect_adapter(str(subject_dirs[1]))
+    copy = tmp_path / "copy"
+    shutil.copytree(subject_dirs[0], copy)
+    before = find_base(adapter, str(subject_dirs[0])).digest
+    assert find_base(adapter, str(copy)).digest == before
+    tensors = load_file(copy / "model.safetensors")
+    for name in tensors:  # any one of them
+        save_file(tensors | {name: tensors[name] + 0.01}, copy / "model.safetensors")
+        assert find_base(adapter, str(copy)).digest != before, name
+
+
+def test_the_digest_of_a_large_base_reads_a_small_part_of_it(subject_dirs, tmp_path, monkeypatch):
+    copy = tmp_path / "large"
+    shutil.copytree(subject_dirs[0], copy)
+    size = 60 * 10**9
+    header = b'{"w": {"dtype": "U8", "shape": [%d], "data_offsets": [0, %d]}}' % (size, size)
+    with (copy / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)  # a sparse file
+    digest, adapter = Mock(**{"hexdigest.return_value": "0"}), inspect_adapter(str(subject_dirs[1]))
+    monkeypatch.setattr("lorascope.artifact.hashlib", Mock(sha256=lambda _: digest))
+    find_base(adapter, str(copy))
+    read = [len(call.args[0]) for call in digest.update.call_args_list]
+    assert sum(read) < size / 1000
+    assert len(read) > size / 10**7  # and is spread over the file
+
+
+def test_a_damaged_base_is_one_line(subject_dirs, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(subject_dirs[0], copy)
+    for data in (b"version https://git-lfs.github.com/spec/v1\n", b"", bytes(16), b"\2" + bytes(7)):
+        (copy / "model.safetensors").write_bytes(data)
+        refused(subject_dirs[1], copy, "cannot be loaded", "model.safetensors is damaged")
+
+
+def test_the_revision_of_a_base_comes_from_the_adapter_or_from_its_flag(
+    broken, subject_dirs, monkeypatch
+):
+    asked = []
+
+    def download(name, *, allow_patterns, revision):
+        asked.append((name, revision))
+        return str(subject_dirs[0])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    folder, _ = broken(base_model_name_or_path="owner/base", revision="v1")
+    adapter = inspect_adapter(str(folder))
+    find_base(adapter, None)
+    find_base(adapter, "owner/base")
+    find_base(adapter, None, "v2")
+    find_base(adapter, "owner/other")  # v1 is a version of another repository
+    find_base(adapter, "owner/other", "v3")
+    assert asked == [
+        ("owner/base", "v1"),
+        ("owner/base", "v1"),
+        ("owner/base", "v2"),
+        ("owner/other", None),
+        ("owner/other", "v3"),
+    ]
+    with pytest.raises(AdapterError, match="has one version; give --base-revision with a hub id"):
+        find_base(adapter, str(subject_dirs[0]), "v1")
 
 
 def test_the_adapters_own_tokenizer_comes_first(broken):

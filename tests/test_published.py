@@ -53,6 +53,18 @@ def test_a_selection_and_rows_in_any_order_work_as_in_our_own_store(tmp_path):
     ]
 
 
+def test_other_values_or_tokens_of_the_same_size_are_another_capture(tmp_path):
+    folder = write_published_store(tmp_path / "a", PROJECTIONS)
+    digests = {ActivationStore.open(folder).digest}
+    with h5py.File(folder / "rollout_2.h5", "r+") as file:
+        file["activations"][...] *= 1.03
+    digests.add(ActivationStore.open(folder).digest)
+    tokens = folder / "rollout_tokens.json"
+    tokens.write_text(tokens.read_text().replace("w1", "w9"))
+    digests.add(ActivationStore.open(folder).digest)
+    assert len(digests) == 3
+
+
 def test_files_of_different_captures_are_refused(tmp_path):
     write_published_store(tmp_path / "a", PROJECTIONS[:3], lengths=((0, 4),))
     tokens = (tmp_path / "a" / "rollout_tokens.json").read_text()

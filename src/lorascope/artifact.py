@@ -20,7 +20,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
@@ -35,6 +35,8 @@ MANIFEST = "manifest.json"
 HTML_MARK = b"<!-- lorascope "
 SEAL = b"lorascope-sha256:"
 EMPTY_SEAL = SEAL + b"0" * 64
+BLOCK = 4096  # bytes that `digest_in_part` reads at a time
+_BLOCK_EVERY = 1 << 23
 _HUB_FILES = {"README.md", ".gitattributes"}  # that a model hub puts into every folder
 _LARGEST_MANIFEST = 1 << 26  # bytes
 _DAMAGED = (  # what reading a damaged file may raise
@@ -65,6 +67,24 @@ def digest_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_in_part(path: Path, parts: Sequence[tuple[int, int]] = ()) -> str:
+    """Return a digest of a file that is too large to read: of its size and of blocks of it.
+
+    Of each part `(begin, end)`, in bytes, or of the whole file if none is given, it reads the first
+    and the last block, and in between one for every 8 MiB.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for begin, end in parts or [(0, size)]:
+            last = max(end - BLOCK, begin)
+            n = 2 + (end - begin) // _BLOCK_EVERY
+            for start in sorted({begin + (last - begin) * i // (n - 1) for i in range(n)}):
+                file.seek(start)
+                digest.update(file.read(min(BLOCK, end - start)))
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ OPTION_GROUPS = {  # the groups of `--help` with the options of all commands, mo
     "data": "dataset input data_dir num_examples rollouts rollouts_of prompts num_prompts "
     "max_rollouts roles template split long_texts max_length duplicates sample max_new_tokens "
     "temperature sample_seed".split(),
-    "model": "lora_path base_model adapter_types adapter_name dtype gauge device_map "
+    "model": "lora_path base_model base_revision adapter_types adapter_name dtype gauge device_map "
     "skip_unhookable".split(),
     "dictionary": "sae expansion_factor k batch_size epochs lr architecture objective kl_passes "
     "normalize warmup holdout dead_after auxk_alpha precision buffer_rows against".split(),

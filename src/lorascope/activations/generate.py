@@ -101,14 +101,14 @@ def run(config: GenerateConfig) -> Path:
     from lorascope.subject.load import find_base, load_subject, load_tokenizer
 
     adapter = inspect_adapter(config.lora_path, config.adapter_name)
-    base = find_base(adapter, config.base_model)
+    base = find_base(adapter, config.base_model, config.base_revision)
     types = parse_adapter_types(config.adapter_types) or tuple(ranks_by_projection(adapter))
     out = config.output or Path(default_name(types))
     tokenizer = load_tokenizer(adapter, base)
     rollouts, counts = load_corpus(config, tokenizer)
     parents = {
         "adapter": adapter.digest,
-        "base_model": base.digest,
+        "base_weights": base.digest,
         "dataset": digest_rollouts(rollouts),
     }
     identity = Identity(kind=KIND, schema=SCHEMA, settings=config.settings(), parents=parents)
@@ -361,6 +361,7 @@ def _content(
         "quantized": subject.quantized,
         "adapter_name": subject.adapter.name,
         "base_model": subject.base.name,
+        "base_commit": subject.base.commit,
         "dataset": dataset.name if dataset.exists() else config.dataset,
         "rollouts_per_shard": ROLLOUTS_PER_SHARD,
         "dropped": corpus.counts,

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lorascope.activations.shards import Rows, Shard, Vocabulary
-from lorascope.artifact import digest_of
+from lorascope.artifact import digest_file, digest_in_part, digest_of
 from lorascope.errors import ArtifactError
 from lorascope.sites import PROJECTIONS, Site, SiteLayout
 from lorascope.texts.roles import ROLES
@@ -96,7 +96,9 @@ def open_published(path: Path) -> Published:
     ]
     return Published(
         layout=layout,
-        digest=digest_of([[file.name, file.stat().st_size] for _, file in files]),
+        digest=digest_of(
+            [digest_file(path / TOKENS), *([file.name, digest_in_part(file)] for _, file in files)]
+        ),
         content={"published": True, "n_rollouts": len(shards)},
         shards=tuple(shards),
         vocabulary=Vocabulary.from_tokens(

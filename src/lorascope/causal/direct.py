@@ -42,7 +42,7 @@ def run(config: DirectConfig) -> Path:
 
     sae = load_sae(config.sae)
     adapter = inspect_adapter(config.lora_path, config.adapter_name)
-    base = find_base(adapter, config.base_model)
+    base = find_base(adapter, config.base_model, config.base_revision)
 
     def make() -> Made:
         gauges = {site.gauge for site in sae.layout.sites}
@@ -64,7 +64,7 @@ def run(config: DirectConfig) -> Path:
         config.output,
         DirectReport,
         settings=config.settings(),
-        parents={"sae": sae.digest, "adapter": adapter.digest, "base_model": base.digest},
+        parents={"sae": sae.digest, "adapter": adapter.digest, "base_weights": base.digest},
         overwrite=config.overwrite,
         make=make,
         table=table,

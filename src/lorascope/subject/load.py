@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from lorascope import runtime
+from lorascope.artifact import BLOCK, digest_in_part
 from lorascope.config import did_you_mean
 from lorascope.errors import AdapterError, ConfigError
 from lorascope.hub import find_folder, first_line
@@ -91,6 +92,11 @@ class Base:
         return self.path / (self.gguf or "")
 
     @property
+    def commit(self) -> str | None:
+        """The commit on the hub, if the folder is in the hub's cache."""
+        return self.path.name if self.path.parent.name == "snapshots" else None
+
+    @property
     def source(self) -> dict[str, Any]:
         """What transformers' `from_pretrained` needs to find model or tokenizer."""
         named = {"gguf_file": self.gguf} if self.gguf else {}
@@ -137,15 +143,28 @@ class Subject:
         return getattr(self.causal.config, "max_position_embeddings", None)
 
 
-def find_base(adapter: Adapter, base_model: str | None) -> Base:
-    """Find the base model: the given one, else the one that the adapter names."""
-    named = base_model or adapter.config.get("base_model_name_or_path")
+def find_base(adapter: Adapter, base_model: str | None, revision: str | None = None) -> Base:
+    """Find the base model: the given one, else the one that the adapter names.
+
+    `revision` is a version of it on the hub: a branch, tag or commit. The adapter's config may name
+    one, which belongs to the base model that it names.
+    """
+    own = adapter.config.get("base_model_name_or_path")
+    named = base_model or own
     if not named:
         raise AdapterError(
             f"{adapter.path / CONFIG} names no base model; give one with --base-model"
         )
     relative = adapter.path / str(named)
     source = str(relative.resolve()) if not base_model and relative.exists() else str(named)
+    is_here = Path(source).expanduser().exists()
+    if revision and is_here:
+        raise AdapterError(
+            f"base model {source} is on this machine, where it has one version; give "
+            "--base-revision with a hub id"
+        )
+    if named == own and not is_here:
+        revision = revision or adapter.config.get("revision")
     gguf = _find_gguf(Path(source).expanduser())
     if gguf is not None:
         with gguf.open("rb") as file:  # it holds config and tokenizer too
@@ -153,12 +172,12 @@ def find_base(adapter: Adapter, base_model: str | None) -> Base:
         return Base(gguf.name, gguf.parent, digest, gguf.name)
     patterns = ["*.json", "*.safetensors", "*token*", "*.jinja", "merges.txt"]
     try:
-        folder = find_folder(source, "base model", patterns)
+        folder = find_folder(source, "base model", patterns, revision=revision)
     except AdapterError as error:
         raise AdapterError(f"{error}; --base-model names the base of {adapter.name}") from error
     if not (folder / "config.json").is_file():
         raise AdapterError(f"base model {source} has no config.json; give the folder of a model")
-    return Base(folder.name if Path(source).exists() else source, folder, _digest_base(folder))
+    return Base(folder.name if is_here else source, folder, _digest_base(folder))
 
 
 def _find_gguf(path: Path) -> Path | None:
@@ -373,8 +392,31 @@ def _quantization(folder: Path) -> str | None:
 
 
 def _digest_base(folder: Path) -> str:
-    """Return a digest of a base model's config and file sizes: its weights may be 60 GB."""
+    """Return a digest of a base model's config and of its weights, which may be 60 GB.
+
+    Of each shard it reads the header and some blocks of every tensor. A copy has the same digest,
+    wherever it comes from.
+    """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
+        digest.update(f"{file.name} {digest_in_part(file, _parts(file))}".encode())
     return digest.hexdigest()
+
+
+def _parts(file: Path) -> list[tuple[int, int]]:
+    """Return where the header and each tensor of a safetensors file are, in bytes."""
+    try:
+        with file.open("rb") as stream:
+            start = 8 + int.from_bytes(stream.read(8), "little")
+            if start > file.stat().st_size:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(stream.read(start - 8))
+        header.pop("__metadata__", None)
+        tensors = [(start + a, start + b) for a, b in (t["data_offsets"] for t in header.values())]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AdapterError(
+            f"base model {file.parent} cannot be loaded ({file.name} is damaged or not a "
+            f"safetensors file: {error})"
+        ) from error
+    headers = [(i, min(i + BLOCK, start)) for i in range(0, start, BLOCK)]
+    return [*headers, *sorted(tensors)]

@@ -23,6 +23,12 @@ class AdapterOptions(Config):
         identity=False,
         path=True,
     )
+    base_revision: str | None = option(
+        None,
+        help="branch, tag or commit of a base model on the hub; default: the one that the adapter "
+        "names",
+        identity=False,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
