@@ -1,4 +1,6 @@
+import copy
 import json
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -54,6 +56,14 @@ def test_half_precision_rows_are_computed_in_float32():
     code = sae.encode(rows)
     assert code.values.dtype == torch.float32
     assert torch.equal(code.to_dense(), sae.encode_dense(rows.float()))
+
+
+def test_an_sae_that_has_encoded_can_be_pickled_and_copied():
+    sae, rows = random_sae(), torch.randn(9, 14)
+    code = sae.encode_dense(rows)
+    for other in (pickle.loads(pickle.dumps(sae)), copy.deepcopy(sae)):
+        assert torch.equal(other.encode_dense(rows), code)
+        assert other.digest == sae.digest
 
 
 def test_no_rows_have_an_empty_code():

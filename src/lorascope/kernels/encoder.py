@@ -52,7 +52,6 @@ class Encoder:
     ) -> None:
         d_in, self.n_latents = W_enc.shape
         device = W_enc.device
-        self._ops = kernels.for_device(device)
         self._b_enc, self._threshold = b_enc, threshold
         size = W_enc.double().square().mean(1).sqrt()  # (d_in,)
         self._scale = torch.where(size > 0, torch.exp2(size.log2().round()), 0.0).float()
@@ -108,7 +107,7 @@ class Encoder:
         wide[:, d_in : d_in + 2] = 1
         wide[:, d_in + 2] = self._margin * x.norm(dim=1)
         out = wide.new_empty(len(x), self.n_latents)
-        self._ops.product(wide, self._rough_weight, out)
+        kernels.for_device(out.device).product(wide, self._rough_weight, out)
         if out.device.type == "cpu":  # the sign is the first bit, and integers compare faster
             integer = torch.int16 if out.dtype == torch.bfloat16 else torch.int32
             indices = cpu.nonzero_indices(out.view(integer) >= 0)
@@ -131,4 +130,5 @@ class Encoder:
         row_indices: Int64[Tensor, "pair"],
         latents: Int64[Tensor, "pair"],
     ) -> Float32[Tensor, "pair"]:
-        return self._ops.pair_dot(x, row_indices, self._weight, latents) + self._b_enc[latents]
+        ops = kernels.for_device(x.device)  # no attribute: a module cannot be pickled
+        return ops.pair_dot(x, row_indices, self._weight, latents) + self._b_enc[latents]
