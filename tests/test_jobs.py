@@ -222,6 +222,31 @@ def test_without_locks_the_units_are_dealt_out_by_rank(tmp_path, monkeypatch):  
     assert sorted(found) == list(range(7))
 
 
+def test_a_bad_environment_is_one_line(monkeypatch, capsys):
+    def call_with(words, **environment):
+        with monkeypatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            return call(words), capsys.readouterr().err
+
+    for name, value in (("RANK", ""), ("WORLD_SIZE", ""), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "")):
+        assert call_with(["--version"], **{name: value}) == (0, "")
+    for name, value in (("RANK", "x"), ("RANK", "-1"), ("WORLD_SIZE", "0"), ("WORLD_SIZE", "1.5")):
+        code, line = call_with(["--version"], **{name: value})
+        assert code == 2
+        assert f"{name} is '{value}'" in line
+        assert line.count("\n") == 1
+    for environment in ({}, {"RANK": "0"}, {"RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "y"}):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        with (
+            pytest.raises(ConfigError, match="cannot meet .*; start them with torchrun"),
+            runtime.join_team(torch.device("cpu")),
+        ):
+            pass
+
+
 def test_more_gpus_than_there_are_are_not_started(monkeypatch):
     assert runtime.n_workers("auto", 4) == 1
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -43,12 +43,23 @@ _POLL = 0.1  # seconds between checks for what other processes have finished
 
 def process_rank() -> int:
     """Return the rank of this process in its job, from torchrun's environment; 0 without one."""
-    return int(os.environ.get("RANK", "0"))
+    return _from_environment("RANK", 0)
 
 
 def world_size() -> int:
     """Return the number of processes in the job; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _from_environment("WORLD_SIZE", 1)
+
+
+def _from_environment(name: str, least: int) -> int:
+    """Return a number that torchrun sets; `least` if it is unset or empty."""
+    text = os.environ.get(name) or str(least)
+    if not text.isdecimal() or int(text) < least:
+        raise ConfigError(
+            f"the environment variable {name} is {text!r}, expected {least} or more; unset it, or "
+            "start the processes with torchrun"
+        )
+    return int(text)
 
 
 def prints_result() -> bool:
@@ -269,7 +280,13 @@ def join_team(device: "torch.device") -> Generator[Team]:
 
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except (ValueError, torch.distributed.DistError) as error:
+        raise ConfigError(
+            f"WORLD_SIZE is {world_size()}, but the processes cannot meet ({error}); start them "
+            "with torchrun, or unset WORLD_SIZE"
+        ) from error
     try:
         yield Team(world_size(), process_rank())
     finally:
@@ -290,7 +307,7 @@ def pick_device(requested: str = "auto", num_gpus: int | None = None) -> "torch.
         fallback = f"{n_gpus} GPU{'s' if n_gpus != 1 else ''}" if n_gpus else "the CPU"
         log.warning("asked for %d GPUs, the machine has %d: using %s", num_gpus, n_gpus, fallback)
     if n_gpus and world_size() > 1 and num_gpus != 0 and requested in ("auto", "cuda"):
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % n_gpus)
+        return torch.device("cuda", _from_environment("LOCAL_RANK", 0) % n_gpus)
     if requested != "auto":
         try:
             device = torch.device(requested)
