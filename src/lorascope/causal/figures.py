@@ -134,6 +134,9 @@ def _draw_curve(axes: "Axes", found: Faithfulness) -> None:
         share = (run.generated or run).recovered
         if (name == "sae" or name.startswith("against ")) and run.l0 and share is not None:
             axes.plot(run.l0, share, "o", color=_MAIN, markersize=4)
+    ticks = sorted({round(point.l0) or 1 for points in found.curve.values() for point in points})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xticks([], minor=True)
     axes.set_xlabel("values a token")
     axes.legend(frameon=False, loc="lower right")
 
