@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -95,6 +96,19 @@ def refused(adapter_dir: Path | str, base: Path | None, *words: str) -> str:
     for word in words:
         assert word in message
     return message
+
+
+def save_rotary(tokenizer_dir: Path, folder: Path, name: str = "Llama", **config: Any) -> Path:
+    """Save a tiny random base with these rotary settings and a tokenizer; return its folder."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 320}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512}
+    ends = {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
+    config = {**sizes, **heads, **ends, "initializer_range": 0.3, **config}
+    given = getattr(transformers, f"{name}Config")(**config)
+    AutoModelForCausalLM.from_config(given).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(folder)
+    return folder
 
 
 def save_adapter(

@@ -2,7 +2,7 @@
 
 1. `find_base` finds the base model's files, `load_tokenizer` the tokenizer that goes with them.
 2. `load_subject` loads the base from safetensors, or from a GGUF file, whose quantised weights it
-   widens: no custom code, no tensor left random.
+   widens: no custom code, no tensor left random, rotary positions as its config says (`rotary`).
 3. Embeddings are resized if the adapter was trained with a different number (`attach`).
 4. The adapter is attached and compared with its file, bit by bit (`attach`).
 5. Every module is set to eval mode, and the sites that can be read are found (`bottlenecks`).
@@ -44,6 +44,7 @@ from lorascope.subject.adapter import (
 )
 from lorascope.subject.attach import attach, resize_embeddings
 from lorascope.subject.bottlenecks import Bottleneck, find_bottlenecks, make_layout, probe
+from lorascope.subject.rotary import require_rotary
 
 __all__ = [
     "CONFIG",
@@ -332,6 +333,8 @@ def _load_base(
             f"base model {base.location} lacks {len(missing)} tensors ({', '.join(missing[:5])}); "
             "give a complete checkpoint"
         )
+    if not base.gguf:
+        require_rotary(model, base.path)
     return model
 
 

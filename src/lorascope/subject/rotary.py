@@ -1,0 +1,81 @@
+"""Rotary positions: check that the model has the frequencies of its config.
+
+A version of transformers that cannot read the settings of a newer one silently takes its defaults.
+So the frequencies of the built model are compared with theta and scaling in `config.json`.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from lorascope.errors import AdapterError
+
+_SAME_KIND = {"mrope": "default", "su": "longrope"}  # names that older configs use
+_SUFFIX = "inv_freq"
+
+
+def require_rotary(model: nn.Module, folder: Path) -> None:
+    """Raise AdapterError unless the model has each set of frequencies that its config states."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    text = config.get("text_config") or config
+    built = [(kind, value) for kind, value in _frequencies(model) if not value.is_meta]
+    for stated in _stated(text) if built else ():
+        if not any(_agree(stated, kind, frequencies) for kind, frequencies in built):
+            raise AdapterError(
+                f"base model {folder} was saved by transformers "
+                f"{config.get('transformers_version', 'of an unnamed version')} with the rotary "
+                f"settings {json.dumps(stated)[:200]}, which the installed transformers "
+                f"{transformers.__version__} does not apply: rows would be wrong; install "
+                "the version that saved it, or a newer one"
+            )
+
+
+def _stated(text: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the settings in a config, in the layout of transformers 5: several by layer type."""
+    parameters = text.get("rope_parameters")
+    if not isinstance(parameters, dict):
+        parameters = {"rope_theta": text.get("rope_theta"), **(text.get("rope_scaling") or {})}
+    nested = {name: value for name, value in parameters.items() if isinstance(value, dict)}
+    used = text.get("layer_types") or list(nested)
+    return [nested[name] for name in nested if name in used] if nested else [parameters]
+
+
+def _agree(stated: dict[str, Any], kind: str | None, built: Tensor) -> bool:
+    """Return whether frequencies are of the stated kind and follow from the stated theta.
+
+    For kinds with a formula of their own, only bounds or the kind itself are compared.
+    """
+    named = stated.get("rope_type") or stated.get("type") or "default"
+    named = _SAME_KIND.get(named, named)
+    if kind is not None and _SAME_KIND.get(kind, kind) != named:
+        return False
+    theta = stated.get("rope_theta")
+    factor = float(stated.get("factor") or 1)
+    if theta is None or "alpha" in stated:  # alpha is another rule for theta
+        return True
+    exponents = torch.arange(len(built), dtype=torch.float64) / len(built)
+    share = built.double().cpu().sort(descending=True).values * float(theta) ** exponents
+    low, high = {
+        "default": (1.0, 1.0),
+        "dynamic": (1.0, 1.0),  # up to the original context
+        "linear": (1 / factor, 1 / factor),
+        "llama3": (1 / factor, 1.0),
+        "yarn": (1 / factor, 1.0),
+    }.get(named, (0.0, float("inf")))
+    return bool((share > 0.99 * low).all() and (share < 1.01 * high).all())
+
+
+def _frequencies(model: nn.Module) -> Iterator[tuple[str | None, Tensor]]:
+    """Yield each set of frequencies: its kind, if its module names it, and its values."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for name, value in module.named_buffers(recurse=False):
+            prefix = name.removesuffix(_SUFFIX)
+            if name.endswith(_SUFFIX) and not prefix.endswith("original_"):
+                kind = kinds.get(prefix[:-1]) if isinstance(kinds, dict) else kinds
+                yield kind, value
