@@ -69,6 +69,12 @@ def test_a_key_of_another_command_is_passed_over(tmp_path):
     assert parse("--source", "x", files=[file]).top_k == 10
 
 
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
+    file = tmp_path / "lorascope.toml"
+    file.write_text("top_k = 3", encoding="utf-8-sig")
+    assert parse("--source", "x", files=[file]).top_k == 3
+
+
 @pytest.mark.parametrize("text", ["top_k = ", "\xff"])
 def test_a_file_that_is_not_toml_is_named(tmp_path, text):
     file = tmp_path / "lorascope.toml"

@@ -163,6 +163,13 @@ def test_what_is_no_lora_is_named(broken, subject_dirs, tmp_path):
     refused(adapter_dir, base, "is not JSON")
 
 
+def test_a_byte_order_mark_is_no_part_of_the_config(broken):
+    adapter_dir, base = broken()
+    text = (adapter_dir / CONFIG).read_text()
+    (adapter_dir / CONFIG).write_text(text, encoding="utf-8-sig")
+    assert load(adapter_dir, base).layout.d_in == 14
+
+
 def test_pickled_and_missing_weights_are_refused(broken):
     adapter_dir, base = broken()
     (adapter_dir / WEIGHTS).unlink()

@@ -191,7 +191,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def _from_toml(file: Path, config_class: type[Config]) -> dict[str, Any]:
     try:
-        data = tomllib.loads(file.read_text(encoding="utf-8"))
+        data = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror}; give a TOML file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

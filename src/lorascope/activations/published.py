@@ -164,7 +164,7 @@ def _header(file: Path, facts: dict[str, Any]) -> tuple[int, int, list[str]]:
 
 def _read_tokens(path: Path, lengths: dict[int, int]) -> dict[int, list[str]]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ArtifactError(f"cannot read {path}: {error}; it belongs to the capture") from error
     texts: dict[int, list[str]] = {}

@@ -282,7 +282,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file. Raises ArtifactError if there is none."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(
             f"{path} is damaged or not JSON ({error}); download it again"

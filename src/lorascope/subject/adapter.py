@@ -83,7 +83,7 @@ def inspect_adapter(lora_path: str | None, adapter_name: str | None = None) -> A
             f"{path} is not a PEFT adapter ({what}); give the folder that PEFT saved"
         )
     try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise AdapterError(f"{path / CONFIG} is not JSON: {error}") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
