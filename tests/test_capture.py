@@ -170,6 +170,23 @@ def test_a_value_that_float16_cannot_hold_is_named(subject):  # pitfall 16, B24
             capture.finish(pending)
 
 
+@pytest.mark.parametrize(
+    ("offset", "factor", "fits"),
+    [(0, 1, True), (0, 1e-8, False), (0, 1e-4, True), (1000, 1, False), (3, 1, True), (3, 0, True)],
+)
+def test_a_column_that_float16_makes_constant_is_named(subject, offset, factor, fits):
+    with RowReader(subject) as reader:
+        capture = capture_of(reader, store_dtype="float16")
+        pending = capture.run(texts([40, 60]))
+        for _, rows in pending.parts:
+            rows[:, 2] = offset + factor * rows[:, 2] / rows[:, 2].std()
+        if fits:
+            assert capture.finish(pending).dtype == np.float16
+        else:
+            with pytest.raises(NumberError, match=r"1 of 14 columns.*0.down_proj.*--store-dtype"):
+                capture.finish(pending)
+
+
 def test_dropout_that_stayed_on_is_found_by_running_twice(make_subject):  # pitfall 4, B49
     subject = load_dirs(make_subject(seed=1, dropout=0.5))
     subject.causal.model.layers[0].register_forward_pre_hook(

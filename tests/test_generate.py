@@ -256,6 +256,26 @@ def test_a_published_subset_is_named_as_published(config, tmp_path, monkeypatch,
     assert generate.run(config(**given, output=None)).name == "activations"
 
 
+def test_a_model_with_tiny_rows_is_refused_in_float16_and_right_in_float32(
+    config, subject_dirs, tmp_path
+):
+    base, adapter = subject_dirs
+    quiet = tmp_path / "quiet"
+    shutil.copytree(adapter, quiet)
+    factor = 2.0**-30  # A and B are the same model, to the bit
+    tensors = {
+        name: tensor * (factor if "lora_A" in name else 1 / factor)
+        for name, tensor in load_file(adapter / WEIGHTS).items()
+    }
+    save_file(tensors, quiet / WEIGHTS)
+    given = {"lora_path": str(quiet), "base_model": str(base), "num_examples": 6}
+    with pytest.raises(NumberError, match="float16 cannot hold 14 of 14 columns"):
+        generate.run(config(store_dtype="float16", output=tmp_path / "half", **given))
+    tiny = ActivationStore.open(generate.run(config(output=tmp_path / "tiny", **given)))
+    full = ActivationStore.open(generate.run(config(num_examples=6)))
+    np.testing.assert_array_equal(tiny.rows(0, tiny.n_rows) / factor, full.rows(0, full.n_rows))
+
+
 def test_a_base_with_other_weights_is_not_taken_for_the_one_of_the_store(
     config, subject_dirs, tmp_path
 ):

@@ -5,7 +5,7 @@
    cost: tokens computed, padding included, plus a fixed overhead for each batch.
 3. If a batch does not fit into memory, halve it, and halve `batch_tokens` from then on.
 4. Copy a batch's rows to the host while the next one computes. `finish` puts them in order and
-   checks that the stored dtype can hold them.
+   checks that the stored dtype can hold them: none overflows, no column becomes constant.
 """
 
 import logging
@@ -32,6 +32,8 @@ _CPU_TOKENS = 2048
 _PROBE_TOKENS = 1024
 _LARGEST = 1 << 16  # tokens in a batch; a GPU gains nothing from more
 _OVERHEAD = {"cpu": 16, "cuda": 512}  # cost of starting a batch, in tokens computed
+_MOST_ROUNDED = 1e-3  # of a column's variance; an FVU is not known to more
+_NOISE = 1e-5  # a column that varies less, relative to its size, is constant but for rounding
 _MOST_DRIFT = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
@@ -83,6 +85,9 @@ class Capture:
         self.columns = torch.from_numpy(columns).to(self.subject.device)
         self.names = [self.subject.layout.column_names[i] for i in columns]
         self.batch_tokens = batch_tokens or self._fitting_tokens()
+        # of each column, over the rows so far: sum, sum of squares, squared errors of rounding
+        self._sums = np.zeros((3, len(self.names)))
+        self._n_rows = 0
 
     def _fitting_tokens(self) -> int:
         """Return how many tokens of a batch fit into the device's free memory, with a reserve."""
@@ -153,8 +158,9 @@ class Capture:
     def finish(self, pending: Pending) -> Rows:
         """Return the rows of a work unit, in the order of its rollouts, in the stored dtype.
 
-        Raises NumberError with site, token and rollout if a value does not fit the stored dtype.
-        May run in a different thread than `run`.
+        Raises NumberError with site, token and rollout if a value does not fit the stored dtype,
+        or with the site if rounding removes what varies in a column. May run in a different thread
+        than `run`.
         """
         if pending.event is not None:
             pending.event.synchronize()
@@ -172,8 +178,33 @@ class Capture:
                     "use --store-dtype float32"
                 )
             first = int(ends[piece.index]) - len(rollout.token_ids) + piece.keep
-            out[first : first + len(rows)] = rows
+            stored = out[first : first + len(rows)]
+            stored[:] = rows
+            if out.dtype == np.float16:
+                exact = rows.astype(np.float64)
+                parts = exact, exact**2, (exact - stored) ** 2
+                self._sums += np.stack([part.sum(0) for part in parts])
+                self._n_rows += len(rows)
+        self._require_precision()
         return out
+
+    def _require_precision(self) -> None:
+        """Raise NumberError if float16 loses more than a little of what varies in a column.
+
+        It does where values are below its smallest number, 6e-8, or vary far less than their mean.
+        """
+        total, squares, rounded = self._sums
+        spread = np.maximum(squares - total**2 / max(self._n_rows, 1), 0)
+        lost = (rounded > _MOST_ROUNDED * spread) & (spread > _NOISE**2 * squares)
+        if lost.any():
+            column = int(lost.argmax())
+            raise NumberError(
+                f"float16 cannot hold {int(lost.sum())} of {len(lost)} columns: the values of "
+                f"{self.names[column]}, {np.sqrt(squares[column] / self._n_rows):.2g} on average, "
+                f"vary by {np.sqrt(spread[column] / self._n_rows):.2g} and lose "
+                f"{np.sqrt(rounded[column] / self._n_rows):.2g} by rounding; use "
+                "--store-dtype float32"
+            )
 
     def check(self, rollout: Rollout) -> float:
         """Check that rows are reproducible and correct; return the tokens per second.

@@ -56,7 +56,7 @@ class GenerateConfig(SubjectOptions):
         (), help="projections to store: names, initials, mlp, attention or all"
     )
     store_dtype: Literal["float16", "float32"] = option(
-        "float16", help="dtype of stored activations; a value that does not fit is an error"
+        "float16", help="dtype of stored activations; a column that does not fit is an error"
     )
     output: Path | None = option(
         None, help="folder to write; default: activations_all_adapters or similar", identity=False
