@@ -1,5 +1,8 @@
 """Rollouts that the model writes itself."""
 
+import math
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from builders.tolerance import assert_same_up_to_rounding
 from lorascope.activations import generate
 from lorascope.activations.generate import GenerateConfig
 from lorascope.activations.store import ActivationStore
+from lorascope.causal.effect_options import SteerConfig
 from lorascope.errors import ConfigError
 from lorascope.subject.sampling import sample_rollouts
 from lorascope.texts.roles import ROLES
@@ -107,6 +111,13 @@ def test_the_stage_stores_what_the_model_wrote(subject_dirs, dataset_file, tmp_p
     assert lengths.max() > 8
     roles = {ROLES[i] for i in np.unique(store.roles)}
     assert {"user", "special"} < roles
+
+
+@pytest.mark.parametrize("stage", [GenerateConfig, partial(SteerConfig, features=(0,))])
+def test_a_temperature_that_logits_cannot_be_divided_by_is_refused(stage):
+    for temperature in (1e-38, 1e-320, -1.0, math.inf, math.nan):
+        with pytest.raises(ConfigError, match="--temperature is .*, expected 0, .*or 0.001 or"):
+            stage(temperature=temperature)
 
 
 def test_more_texts_than_prompts_need_a_temperature(subject_dirs, dataset_file, tmp_path):

@@ -9,6 +9,7 @@ names the nearest known one.
 import argparse
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from lorascope.errors import ConfigError
 
 CONFIG_FILE = "lorascope.toml"
+_LEAST_TEMPERATURE = 1e-3  # two logits that differ by 0.1 then differ by 100: no draw sees less
 C = TypeVar("C", bound="Config")
 
 
@@ -104,6 +106,15 @@ class Config:
         if value is not None and not value >= at_least:
             flag = flag_of(name)
             raise ConfigError(f"{flag} is {value}, expected {at_least} or more{unit}")
+
+
+def require_temperature(temperature: float) -> None:
+    """Raise ConfigError unless a sampling temperature is 0, or large enough to divide logits by."""
+    if temperature != 0 and not _LEAST_TEMPERATURE <= temperature < math.inf:
+        raise ConfigError(
+            f"--temperature is {temperature:g}, expected 0, which takes the likeliest token, or "
+            f"{_LEAST_TEMPERATURE:g} or more"
+        )
 
 
 def flag_of(name: str) -> str:

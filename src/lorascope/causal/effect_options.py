@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lorascope.config import option
+from lorascope.config import option, require_temperature
 from lorascope.errors import ConfigError
 from lorascope.subject.options import AdapterOptions
 
@@ -264,13 +264,13 @@ class SteerConfig(SeededEffectOptions):
         super().check()
         for name in ("num_prompts", "samples", "max_new_tokens"):
             self.require(name, 1)
-        self.require("temperature", 0)
+        require_temperature(self.temperature)
         require_json_name(self.output)
         if not self.features:
             raise ConfigError("--features names no feature; give the numbers of those to steer")
         require_features(self.features)
-        if not self.doses or not all(map(math.isfinite, (*self.doses, self.temperature))):
-            raise ConfigError("--doses and --temperature must be finite numbers")
+        if not self.doses or not all(map(math.isfinite, self.doses)):
+            raise ConfigError("--doses must be finite numbers")
         if self.samples > 1 and not self.temperature:
             raise ConfigError("--samples above 1 are all the same at --temperature 0; raise it")
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from lorascope.config import Config, option
+from lorascope.config import Config, option, require_temperature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,5 +98,5 @@ class SubjectOptions(AdapterOptions):
         self.require("num_gpus", 0)
         self.require("sample", 1)
         self.require("max_new_tokens", 1)
-        self.require("temperature", 0)
+        require_temperature(self.temperature)
         self.require("sample_seed", 0)
