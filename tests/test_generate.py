@@ -256,6 +256,12 @@ def test_a_published_subset_is_named_as_published(config, tmp_path, monkeypatch,
     assert generate.run(config(**given, output=None)).name == "activations"
 
 
+def test_a_max_length_beyond_the_context_is_refused(config):
+    assert generate.run(config(num_examples=2, max_length=512)).exists()
+    with pytest.raises(ConfigError, match="--max-length is 513 tokens.*context of 512"):
+        generate.run(config(num_examples=2, max_length=513, overwrite=True))
+
+
 def test_a_model_with_tiny_rows_is_refused_in_float16_and_right_in_float32(
     config, subject_dirs, tmp_path
 ):

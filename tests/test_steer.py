@@ -8,7 +8,7 @@ from lorascope.activations.store import ActivationStore
 from lorascope.causal.steer import SteerConfig, count_repeats, run
 from lorascope.causal.study import open_report
 from lorascope.cli import call
-from lorascope.errors import ConfigError
+from lorascope.errors import ConfigError, DatasetError
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +105,14 @@ def test_the_same_command_gives_the_same_bytes_and_a_picture(steered):
     assert steered(temperature=1.0, samples=2).read_bytes() == first
     assert out.with_suffix(".png").read_bytes() == picture
     assert call(["verify", str(out)]) == 0
+
+
+def test_a_prompt_that_fills_the_context_is_one_line(steered, tmp_path):
+    """Learned positions end there, and others were trained no further."""
+    file = tmp_path / "long.txt"
+    file.write_text("word " * 900)
+    with pytest.raises(DatasetError, match=r"prompt 0 of .* no room in the model's context of 512"):
+        steered(prompts=str(file))
 
 
 def test_impossible_requests_are_one_line(steered, tmp_path):

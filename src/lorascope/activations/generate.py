@@ -185,6 +185,11 @@ def fit_to_context(
     Longer rollouts are cut, unless `long_texts` asks for windows.
     """
     longest = config.max_length or context
+    if context and longest and longest > context:
+        raise ConfigError(
+            f"--max-length is {longest} tokens, more than the model's context of {context}; "
+            "--long-texts window reads longer texts in parts"
+        )
     n_longer = sum(len(rollout.token_ids) > longest for rollout in rollouts) if longest else 0
     if n_longer and config.long_texts == "truncate":
         rollouts = [Rollout(r.id, r.token_ids[:longest], r.roles[:longest]) for r in rollouts]

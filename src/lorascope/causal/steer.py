@@ -38,7 +38,7 @@ from lorascope.causal.report_records import (
     SteeringReport,
 )
 from lorascope.causal.study import Made, format_number, report_at
-from lorascope.errors import ArtifactError
+from lorascope.errors import ArtifactError, DatasetError
 from lorascope.texts.roles import ROLES
 
 if TYPE_CHECKING:
@@ -165,6 +165,7 @@ def measure(held_out: HeldOut, sae: "SAE", config: SteerConfig) -> SteeringRepor
 
 def _prompts(held_out: HeldOut, config: SteerConfig) -> list[tuple[int | None, Tensor, Tensor]]:
     """Return each prompt's rollout (None: not of the store), token ids, and its mask of text."""
+    room = held_out.subject.max_length or 1 << 62
     if config.prompts is not None:
         from lorascope.texts.rollouts import load_prompts
 
@@ -176,6 +177,12 @@ def _prompts(held_out: HeldOut, config: SteerConfig) -> list[tuple[int | None, T
             tokenizer=held_out.subject.tokenizer,
         )
         special = ROLES.index("special")
+        for rollout in rollouts:
+            if (n := len(rollout.token_ids)) >= room:
+                raise DatasetError(
+                    f"prompt {rollout.id} of {config.prompts} has {n} tokens, which leaves no room "
+                    f"in the model's context of {room}; shorten it"
+                )
         return [
             (
                 None,
@@ -189,7 +196,7 @@ def _prompts(held_out: HeldOut, config: SteerConfig) -> list[tuple[int | None, T
         first, last = (int(row) for row in store.rollout_start[index : index + 2])
         by_assistant = np.isin(store.roles[first:last], _ASSISTANT)
         n = int(by_assistant.argmax()) if by_assistant.any() else (last - first) // 2
-        if not n:
+        if not 0 < n < room:
             continue
         ids = torch.from_numpy(store.token_ids[first : first + n].astype(np.int64))
         is_text = torch.from_numpy(np.array(store.eligible[first : first + n]))
@@ -198,8 +205,8 @@ def _prompts(held_out: HeldOut, config: SteerConfig) -> list[tuple[int | None, T
             break
     if not prompts:
         raise ArtifactError(
-            f"{store.path}: every held-out rollout begins with the assistant, so there is no "
-            "prompt to continue; give prompts with --prompts"
+            f"{store.path}: every held-out rollout begins with the assistant, or its prompt fills "
+            "the model's context; give prompts with --prompts"
         )
     return prompts
 
