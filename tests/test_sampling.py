@@ -1,20 +1,24 @@
 """Rollouts that the model writes itself."""
 
+import json
 import math
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from builders.subjects import N_TERMS, captured, load
+from builders.subjects import N_TERMS, captured, change_adapter, load
 from builders.tolerance import assert_same_up_to_rounding
 
 from lorascope.activations import generate
 from lorascope.activations.generate import GenerateConfig
 from lorascope.activations.store import ActivationStore
+from lorascope.causal.continuation import continue_prompt
 from lorascope.causal.effect_options import SteerConfig
 from lorascope.errors import ConfigError
-from lorascope.subject.sampling import sample_rollouts
+from lorascope.subject import sampling
+from lorascope.subject.intervene import RowEditor
+from lorascope.subject.sampling import draw, end_ids, sample_rollouts
 from lorascope.texts.roles import ROLES
 from lorascope.texts.rollouts import Rollout
 
@@ -94,6 +98,63 @@ def test_writing_ends_at_the_end_of_the_turn(subject, monkeypatch):
     assert write(subject, given)[0].token_ids[5:].tolist() == free[: stop + 1].tolist()
 
 
+def test_each_prompt_has_its_own_room(subject, monkeypatch, caplog):
+    monkeypatch.setattr(sampling, "end_ids", lambda subject: [])
+    lengths = [5] * 9 + [500, 512, 480] + [7] * 6  # the context has 512
+    written = write(subject, prompts(lengths), max_new_tokens=40)
+    new = [len(text.token_ids) - n for text, n in zip(written, lengths, strict=True)]
+    assert new == [40] * 9 + [12, 0, 32] + [40] * 6
+    assert "1 of 18 prompts fill the context of 512 tokens" in caplog.text
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nothing_in_the_generation_config_acts_but_ends_of_text(
+    subject_dirs, tmp_path, temperature
+):
+    hidden = {
+        "repetition_penalty": 3.0,
+        "num_beams": 2,
+        "num_return_sequences": 2,
+        "min_length": 30,
+        "no_repeat_ngram_size": 1,
+        "top_k": 1,
+        "do_sample": True,
+        "suppress_tokens": list(range(3, 300)),
+        "cache_implementation": "static",
+    }
+    texts = []
+    for more in ({}, hidden):
+        adapter, _ = change_adapter(subject_dirs, tmp_path)
+        base = tmp_path / "base"
+        (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7], **more}))
+        subject = load(adapter, base)
+        assert end_ids(subject) == [2, 7]
+        given = prompts([6, 4, 9])
+        plain = write(subject, given, temperature=temperature, seed=(3,))
+        texts.append([text.token_ids.tolist() for text in plain])
+        with RowEditor(subject) as editor:
+            ((steered,),) = continue_prompt(
+                editor,
+                torch.from_numpy(given[1].token_ids.astype(np.int64)),
+                torch.ones(4, dtype=torch.bool),
+                [None],
+                max_new_tokens=12,
+                temperature=temperature,
+                seed=(3, 1),
+            )
+        assert steered.token_ids.tolist() == texts[-1][1][4:]
+    assert texts[0] == texts[1]
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]])
+    n, temperature = 4000, 2.0
+    drawn = draw(logits.expand(n, -1), temperature, [(0, i) for i in range(n)])
+    share = torch.bincount(drawn, minlength=4) / n
+    likely = torch.softmax(logits[0] / temperature, -1)
+    assert ((share - likely).abs() <= 5 * (likely * (1 - likely) / n).sqrt()).all()
+
+
 def test_the_stage_stores_what_the_model_wrote(subject_dirs, dataset_file, tmp_path):
     config = GenerateConfig(
         lora_path=str(subject_dirs[1]),
@@ -107,6 +168,7 @@ def test_the_stage_stores_what_the_model_wrote(subject_dirs, dataset_file, tmp_p
     assert store.n_rollouts == 70
     assert len(store.shards) == 2
     assert store.content["n_rows"] == store.n_rows
+    assert store.content["end_ids"] == [2]
     lengths = np.diff(store.rollout_start)
     assert lengths.max() > 8
     roles = {ROLES[i] for i in np.unique(store.roles)}

@@ -354,6 +354,8 @@ def _content(
     config: GenerateConfig, subject: "Subject", corpus: Corpus, shards: _Shards
 ) -> dict[str, Any]:
     """Return what the manifest says about the store, besides its settings."""
+    from lorascope.subject.sampling import end_ids
+
     dataset = Path(config.dataset)
     return {
         "n_rows": shards.n_rows,
@@ -372,6 +374,7 @@ def _content(
         "dropped": corpus.counts,
         "longest": corpus.longest,
         "longer": {"n": corpus.n_longer, "how": config.long_texts},
+        "end_ids": end_ids(subject) if config.sample else None,
         "unhooked": list(subject.unhooked),
         "unseen": list(subject.unseen),
     }

@@ -7,9 +7,9 @@ takes two passes, each with its own cache:
    store would hold for this text.
 2. The *changed* pass reads the same token. Each `Change` computes from the clean rows what its
    sites write: something added to what a site reads (live), or given rows (held).
-3. The next token is drawn from the changed pass: the likeliest, or by the Gumbel-max trick
-   (Maddison et al. 2014) with noise that depends on seed, prompt, sample and position only. All
-   changes meet the same noise, so texts differ where the change matters and not by chance.
+3. The next token is drawn from the changed pass (`sampling.draw`): the likeliest, or with noise
+   that depends on seed, prompt, sample and position only. All changes meet the same noise, so texts
+   differ where the change matters and not by chance.
 
 All copies of a prompt have the same length, so nothing is padded.
 """
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lorascope.causal.effects import cross_entropy, kl_divergence
 from lorascope.subject.intervene import Edit, RowEditor
-from lorascope.subject.sampling import end_ids
+from lorascope.subject.sampling import draw, end_ids
 from lorascope.texts.tokens import special_ids
 
 
@@ -96,7 +96,7 @@ def continue_prompt(
         changed = editor.run(ids, edit, cache=caches[1])
         caches = [clean.cache, changed.cache]
         p, q = clean.logits[:, -1].float(), changed.logits[:, -1].float()
-        drawn = _draw(q, samples, temperature, [*seed, step]).cpu()
+        drawn = draw(q, temperature, [(*seed, step, i % samples) for i in range(copies)]).cpu()
         steps.append(
             _Step(
                 drawn,
@@ -151,20 +151,6 @@ def _combined_edit(
         return torch.where(is_held.to(values.device), here, values + here)
 
     return edit
-
-
-def _draw(logits: Tensor, samples: int, temperature: float, seed: Sequence[int]) -> Tensor:
-    """Return the next token of each copy; copies of the same sample share their noise."""
-    if not temperature:
-        return logits.argmax(-1)
-    noise = []
-    for sample in range(samples):
-        state = np.random.SeedSequence([*seed, sample]).generate_state(1)
-        generator = torch.Generator().manual_seed(int(state[0]))
-        uniform = torch.rand(logits.shape[1], generator=generator, dtype=torch.float64)
-        noise.append(-torch.log(-torch.log(uniform.clamp(min=1e-300))))
-    gumbel = torch.stack(noise).repeat(len(logits) // samples, 1).to(logits.device)
-    return (logits.double() / temperature + gumbel).argmax(-1)
 
 
 def _continuation(steps: Sequence[_Step], copy: int, ends: Tensor) -> Continuation:

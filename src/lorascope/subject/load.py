@@ -25,7 +25,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from lorascope import runtime
@@ -335,6 +335,9 @@ def _load_base(
         )
     if not base.gguf:
         require_rotary(model, base.path)
+    # The rest of generation_config.json, such as repetition_penalty, would act on sampled texts.
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    model.generation_config = GenerationConfig(eos_token_id=ends)
     return model
 
 

@@ -70,7 +70,11 @@ class SubjectOptions(AdapterOptions):
         None, help="rollouts that the model generates itself, from the records' prompts in turn"
     )
     max_new_tokens: int = option(512, help="longest continuation in tokens")
-    temperature: float = option(0.0, help="sampling temperature; 0 takes the likeliest token")
+    temperature: float = option(
+        0.0,
+        help="sampling temperature; 0 takes the likeliest token; of the base's "
+        "generation_config.json, only end-of-text tokens are used",
+    )
     sample_seed: int = option(0, help="seed of the sampling")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", help="dtype of the model; auto: float32 on the CPU, else the checkpoint's"

@@ -2,17 +2,31 @@
 
 A prompt is continued until the model ends its turn. Rows are then read in one pass over prompt and
 continuation, as for any rollout. They equal the rows during generation, up to rounding.
+
+1. Each text may grow by `max_new_tokens`, at most to the end of the model's context.
+2. Texts of similar length are extended together, left-padded, by as many tokens as all of them have
+   room for. Those that did not end are extended further, in another batch.
+3. `draw` chooses every token, here and in `steer`. Nothing in the base's `generation_config.json`
+   but the tokens that end a turn has an effect: `load` drops the rest.
 """
 
+import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import GenerationConfig
 
 from lorascope.subject.load import Subject
 from lorascope.texts.rollouts import Rollout, roles_of_generated
 
-_BATCH = 16  # prompts continued at a time
+log = logging.getLogger(__name__)
+
+_BATCH = 16  # texts extended at a time
 
 
 def sample_rollouts(
@@ -25,61 +39,105 @@ def sample_rollouts(
 ) -> list[Rollout]:
     """Return each prompt with its continuation, under the prompt's id.
 
-    `temperature` 0 takes the likeliest token. Random draws depend on `seed` and on all prompts of
-    the call: repeat them with the same list. The token that ends a turn is kept.
+    `temperature` 0 takes the likeliest token. Random draws depend on `seed` and on the prompt's
+    index. The token that ends a turn is kept.
     """
-    rollouts: list[Rollout] = []
-    seeds = np.random.SeedSequence(list(seed)).generate_state(len(prompts) // _BATCH + 1)
-    for group, first in enumerate(range(0, len(prompts), _BATCH)):
-        batch = prompts[first : first + _BATCH]
-        with torch.random.fork_rng():
-            torch.manual_seed(int(seeds[group]))
-            rollouts += _continue(subject, batch, max_new_tokens, temperature)
-    return rollouts
-
-
-def _continue(
-    subject: Subject, prompts: Sequence[Rollout], max_new_tokens: int, temperature: float
-) -> list[Rollout]:
-    ends = end_ids(subject)
-    pad = ends[0] if ends else 0
-    longest = max(len(prompt.token_ids) for prompt in prompts)
-    room = (subject.max_length or 1 << 62) - longest
-    ids = torch.full((len(prompts), longest), pad, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):
-        ids[i, longest - len(prompt.token_ids) :] = torch.from_numpy(
-            prompt.token_ids.astype(np.int64)
+    context, ends = subject.max_length or 1 << 62, end_ids(subject)
+    texts = [prompt.token_ids.astype(np.int64) for prompt in prompts]
+    limits = [min(len(text) + max_new_tokens, context) for text in texts]
+    pending = [i for i, text in enumerate(texts) if len(text) < limits[i]]
+    if len(pending) < len(texts):
+        log.warning(
+            "%d of %d prompts fill the context of %d tokens: nothing is written after them",
+            len(texts) - len(pending),
+            len(texts),
+            context,
         )
-        mask[i, longest - len(prompt.token_ids) :] = 1
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    while pending:
+        pending.sort(key=lambda i: -len(texts[i]))
+        batch, pending = pending[:_BATCH], pending[_BATCH:]
+        room = min(limits[i] - len(texts[i]) for i in batch)
+        seeds = [(*seed, i, len(texts[i]) - len(prompts[i].token_ids)) for i in batch]
+        written = _extend(subject, [texts[i] for i in batch], room, ends, temperature, seeds)
+        for i, new in zip(batch, written, strict=True):
+            texts[i] = np.concatenate([texts[i], new])
+            if new[-1] not in ends and len(texts[i]) < limits[i]:
+                pending.append(i)
+    return [_rollout(*pair, subject) for pair in zip(prompts, texts, strict=True)]
+
+
+def _extend(
+    subject: Subject,
+    texts: Sequence[npt.NDArray[np.int64]],
+    n_tokens: int,
+    ends: list[int],
+    temperature: float,
+    seeds: Sequence[tuple[int, ...]],
+) -> list[npt.NDArray[np.int64]]:
+    """Return what is written after each text: `n_tokens`, or fewer if it ends its turn.
+
+    The last number of a seed is the number of tokens that were drawn for the text before.
+    """
+    pad = ends[0] if ends else 0
+    longest = max(map(len, texts))
+    ids = torch.full((len(texts), longest), pad, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, text in enumerate(texts):
+        ids[i, longest - len(text) :] = torch.from_numpy(text)
+        mask[i, longest - len(text) :] = 1
+
+    def only_the_drawn(so_far: Tensor, logits: Tensor) -> Tensor:
+        step = so_far.shape[1] - longest
+        drawn = draw(logits, temperature, [(*first, n + step, 0) for *first, n in seeds])
+        return torch.full_like(logits, -torch.inf).scatter_(1, drawn[:, None], 0.0)
+
+    processors: Any = [only_the_drawn]
     with torch.inference_mode():
         out = subject.causal.generate(
             input_ids=ids.to(subject.device),
             attention_mask=mask.to(subject.device),
-            max_new_tokens=max(min(max_new_tokens, room), 1),
-            eos_token_id=ends or None,
-            pad_token_id=pad,
-            **(sampling if temperature > 0 else {"do_sample": False}),
+            generation_config=GenerationConfig(
+                max_new_tokens=n_tokens,
+                do_sample=False,
+                eos_token_id=ends or None,
+                pad_token_id=pad,
+            ),
+            logits_processor=processors,
         )
+    written = list(out[:, longest:].cpu().numpy())
+    stops = [np.flatnonzero(np.isin(new, ends)) for new in written]
     return [
-        _join(prompt, new, ends, subject)
-        for prompt, new in zip(prompts, out[:, longest:].cpu().numpy(), strict=True)
+        new[: stop[0] + 1] if len(stop) else new for new, stop in zip(written, stops, strict=True)
     ]
 
 
-def _join(
-    prompt: Rollout,
-    new: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]",
-    ends: list[int],
-    subject: Subject,
-) -> Rollout:
-    stops = np.flatnonzero(np.isin(new, ends))
-    new = new[: stops[0] + 1] if len(stops) else new
-    roles = roles_of_generated(prompt, new.astype(np.int32), subject.tokenizer)
+def draw(
+    logits: Float[Tensor, "batch vocab"], temperature: float, seeds: Sequence[tuple[int, ...]]
+) -> Int[Tensor, "batch"]:
+    """Return the next token of each text: the likeliest, or by the Gumbel-max trick.
+
+    The noise (Maddison et al. 2014) depends on a text's seed only; equal seeds have equal noise.
+    """
+    if not temperature:
+        return logits.argmax(-1)
+    noise = {}
+    for seed in set(seeds):
+        state = np.random.SeedSequence(seed).generate_state(1)
+        generator = torch.Generator().manual_seed(int(state[0]))
+        uniform = torch.rand(
+            logits.shape[1], generator=generator
+        )  # 6 times as fast as exponential_
+        noise[seed] = -(-uniform.clamp(min=1e-30).log()).log()
+    gumbel = torch.stack([noise[seed] for seed in seeds]).to(logits.device)
+    return (logits.double() / temperature + gumbel).argmax(-1)
+
+
+def _rollout(prompt: Rollout, text: npt.NDArray[np.int64], subject: Subject) -> Rollout:
+    new = text[len(prompt.token_ids) :].astype(np.int32)
+    roles = roles_of_generated(prompt, new, subject.tokenizer)
     return Rollout(
         prompt.id,
-        np.concatenate([prompt.token_ids, new.astype(np.int32)]),
+        np.concatenate([prompt.token_ids, new]),
         np.concatenate([prompt.roles, roles]),
     )
 
