@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -293,6 +294,23 @@ def test_a_full_disk_is_said_and_loses_nothing(
     monkeypatch.setattr(generate, "write_shard", real)
     assert call(words) == 0
     assert (out / "shard-00000.h5").stat().st_mtime_ns == stamp
+
+
+def test_out_of_memory_is_one_line(make_store, tmp_path, monkeypatch, capsys):
+    words = ["train", "--data-dir", str(make_store().path), "--output", str(tmp_path / "sae")]
+    words += ["--quiet", "--batch-size", "64"]
+    assert call([*words, "--expansion-factor", str(10**12)]) == 2  # petabytes
+    said = capsys.readouterr().err
+    assert "out of memory" in said
+    assert "lower --expansion-factor or --batch-size; finished work is kept" in said
+    assert said.count("\n") == 1
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), MemoryError()):
+        monkeypatch.setattr("lorascope.sae.train._prepare", Mock(side_effect=error))
+        assert call(words) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setattr("lorascope.sae.train._prepare", Mock(side_effect=RuntimeError("a bug")))
+    with pytest.raises(RuntimeError):
+        call(words)
 
 
 def test_a_run_that_goes_on_needs_space_for_the_rest_only(tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from lorascope import config, runtime
 from lorascope.completion import SHELLS, Flag, completion_script
 from lorascope.errors import ArtifactError, ConfigError, Interrupted, LorascopeError
+from lorascope.hub import first_line
 from lorascope.version import __version__
 
 if TYPE_CHECKING:
@@ -172,6 +173,8 @@ _TOOLS = {
 }
 
 
+# options that decide how much memory a command needs
+_MEMORY = ("expansion_factor", "batch_size", "batch_tokens", "max_length", "top_k", "top")
 _FOREIGN = "is no artifact of this version of lorascope, or its header is damaged"
 
 
@@ -212,6 +215,18 @@ def call(argv: Sequence[str]) -> int:
         where = f"{error.filename}: " if error.filename else ""  # h5py does not say it
         what = os.strerror(error.errno).lower()
         print(f"ArtifactError: {where}{what}; finished work is kept", file=sys.stderr)
+        return LorascopeError.exit_code
+    except (MemoryError, RuntimeError) as error:
+        if debug or not runtime.is_out_of_memory(error):
+            raise
+        stages = [COMMANDS[word] for word in arguments[:2] if word in COMMANDS]  # after --worker
+        names = {name for stage in stages for name in stage.config_class().names()}
+        flags = [config.flag_of(name) for name in _MEMORY if name in names]
+        print(
+            f"ConfigError: out of memory ({first_line(error)}); lower "
+            f"{' or '.join(flags) or 'the size of the input'}; finished work is kept",
+            file=sys.stderr,
+        )
         return LorascopeError.exit_code
 
 

@@ -333,6 +333,14 @@ def peak_memory(device: "torch.device") -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * n_bytes
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error means that RAM or a GPU's memory is full; torch has no one type."""
+    text = str(error).lower()
+    phrases = ("out of memory", "can't allocate memory", "not enough memory")
+    is_torch = isinstance(error, RuntimeError) and any(phrase in text for phrase in phrases)
+    return isinstance(error, MemoryError) or is_torch
+
+
 def shows_bars() -> bool:
     """Say whether progress bars are drawn: on a terminal, without `--quiet`, by rank 0."""
     return not _is_quiet() and sys.stderr.isatty()

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lorascope.activations.shards import Rows
 from lorascope.errors import ConfigError, NumberError
+from lorascope.runtime import is_out_of_memory
 from lorascope.subject.hooks import RowReader
 from lorascope.subject.load import Subject
 from lorascope.texts.rollouts import Rollout, windows
@@ -128,8 +129,8 @@ class Capture:
     ) -> list[tuple[Piece, Tensor]]:
         try:
             rows = self.reader.read(_padded(batch, rollouts))[..., self.columns]
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
                 raise
         else:
             return [
@@ -265,7 +266,3 @@ def _padded(batch: Sequence[Piece], rollouts: Sequence[Rollout]) -> Tensor:
         tokens = rollouts[piece.index].token_ids[piece.start : piece.stop]
         ids[i, : len(piece)] = torch.from_numpy(tokens.astype(np.int64))
     return ids
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
