@@ -21,6 +21,7 @@ from lorascope.sae import train, trainer
 from lorascope.sae.model import load_sae
 from lorascope.sae.settings import TrainConfig
 from lorascope.sae.train import run
+from lorascope.sae.training_log import read_training_log
 
 
 @pytest.fixture
@@ -55,6 +56,33 @@ def test_a_run_writes_an_sae_with_a_threshold_and_a_report(small_config, caplog)
     assert config["k"] == 3
     assert config["adapter_types"] == list(sae.layout.adapter_types)
     json.dumps(read_manifest(path).to_json(), allow_nan=False)
+
+
+def test_a_dictionary_that_learned_nothing_is_published_only_on_request(
+    small_config, tmp_path, monkeypatch
+):
+    bad = replace(small_config, lr=("1",))
+    for _ in range(2):  # the second time from the checkpoint
+        with pytest.raises(NumberError, match=r"not published: its FVU is .*--max-fvu inf") as said:
+            run(bad)
+    assert "\n" not in str(said.value)
+    assert not bad.output.exists()
+    assert read_training_log(tmp_path / "sae.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "take", lambda *_: pytest.fail("it was trained already"))
+        path = run(replace(bad, max_fvu=float("inf")))
+    assert read_manifest(path).content["report"]["fvu"] > 1
+    several = replace(small_config, lr=("1", "auto"), output=tmp_path / "several.pt")
+    with pytest.raises(NumberError, match="several_lr1.pt is not published"):
+        run(several)
+    assert [path.name for path in tmp_path.glob("several*.pt")] == ["several_lrauto.pt"]
+
+
+def test_a_constant_is_no_dictionary(small_config, monkeypatch):
+    """Without a latent that fires, the FVU is at least 1: no constant beats the rows' mean."""
+    monkeypatch.setattr("lorascope.sae.model.calibrate_threshold", lambda *_: float("inf"))
+    with pytest.raises(NumberError, match="FVU is 1.*, and 0 of 42 latents fire"):
+        run(small_config)
 
 
 @pytest.mark.parametrize("architecture", ["batchtopk", "topk", "jumprelu", "matryoshka"])
@@ -167,6 +195,7 @@ from pathlib import Path
 from lorascope.errors import Interrupted
 from lorascope.sae.settings import TrainConfig
 from lorascope.sae.train import run
+from lorascope.sae.training_log import read_training_log
 if __name__ == "__main__":
     config = TrainConfig(
         data_dir=Path(sys.argv[1]), output=Path(sys.argv[2]), expansion_factor=3, k=3,

@@ -18,6 +18,7 @@ from torch import Tensor
 from lorascope.activations.batches import BatchPlan, RowNumbers, halves, read_blocks
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import Identity, read_manifest, write_text
+from lorascope.errors import NumberError
 from lorascope.runtime import process_rank
 from lorascope.sae.metrics import ColumnMoments, evaluate, stability
 from lorascope.sae.model import SAE
@@ -49,7 +50,11 @@ def publish(
     trainers: Mapping[Path, Trainer],
     tuned: Mapping[Path, Trainer],
 ) -> None:
-    """Fold, calibrate, evaluate and write one SAE of the run."""
+    """Fold, calibrate, evaluate and write one SAE of the run.
+
+    Raises NumberError instead of writing it if its FVU is above `max_fvu`: so is that of an SAE
+    without a latent that fires, which reconstructs a constant.
+    """
     (member, identity), trainer, config = members[out], trainers[out], run.config
     store, device = run.plan.store, run.device
     folded = trainer.weights.folded(
@@ -94,6 +99,13 @@ def publish(
     report["train"] = tuned.get(out, trainer).means()
     report["n_calibrated"] = len(to_calibrate)
     _log_report(report, len(run.plan.rows), config, member)
+    if report["fvu"] is not None and not report["fvu"] <= config.max_fvu:
+        raise NumberError(
+            f"{out} is not published: its FVU is {report['fvu']:.3g} on held-out rows, more than "
+            f"--max-fvu {config.max_fvu:g}, and {report['alive']} of {sae.d_sae} latents fire; "
+            "lower --lr or train on more tokens, with --overwrite, or publish it as it is with "
+            "--max-fvu inf"
+        )
     sae = sae.sealed(report=report)
     sae.publish(build)
 

@@ -71,6 +71,12 @@ class TrainOptions(Config):
     holdout: float = option(0.1, help="share of the tokens held out for the report, by rollout")
     dead_after: int = option(100_000, help="tokens without firing after which a latent is dead")
     auxk_alpha: float = option(1 / 8, help="weight of the loss that revives dead latents")
+    max_fvu: float = option(
+        1.0,
+        help="largest FVU on held-out rows with which an SAE is published; above 1, the mean of "
+        "the rows explains more; inf publishes any",
+        identity=False,
+    )
     precision: Literal["float32", "bfloat16"] = option(
         "float32", help="dtype of the encoder's product; weights and sums are always float32"
     )
@@ -98,7 +104,7 @@ class TrainOptions(Config):
                 raise ConfigError(f"{flag_of(name)} is {value}, expected {least} or more")
         for name, least in (("batch_size", 2), ("epochs", 1)):
             self.require(name, least)
-        for name in ("warmup", "dead_after", "auxk_alpha"):
+        for name in ("warmup", "dead_after", "auxk_alpha", "max_fvu"):
             self.require(name, 0)
         if not 0 < self.kl_passes < math.inf:
             raise ConfigError(f"--kl-passes is {self.kl_passes:g}, expected a number above 0")

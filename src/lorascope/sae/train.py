@@ -30,7 +30,7 @@ import torch
 from lorascope.activations.batches import BatchPlan, RowNumbers, batches_on, read_blocks, split_rows
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import Identity
-from lorascope.errors import ConfigError, Interrupted
+from lorascope.errors import ConfigError, Interrupted, NumberError
 from lorascope.runtime import Team, join_team, pick_device, progress, stop_between_steps, world_size
 from lorascope.sae.metrics import ColumnMoments
 from lorascope.sae.model import KIND, SCHEMA
@@ -258,8 +258,14 @@ def _train(
         replay = _replay(run)
         for out, trainer in trainers.items():
             tuned[out] = _fine_tune(run, members[out][0], trainer, replay, builds.get(out))
+    errors: list[NumberError] = []
     for out, build in builds.items():
-        publish(run, out, build, members, trainers, tuned)
+        try:
+            publish(run, out, build, members, trainers, tuned)
+        except NumberError as error:
+            errors.append(error)  # the others of a sweep are published
+    if errors:
+        raise errors[0]
 
 
 def _replay(run: TrainingRun) -> "Replay":
