@@ -115,7 +115,7 @@ def test_without_a_model_or_with_another_one_it_is_refused(config, subject_dirs,
         replace(config, objective="kl", lora_path=None)
     base, adapter = subject_dirs
     other = replace(config, objective="kl", lora_path=str(adapter), base_model=str(base))
-    with pytest.raises(ArtifactError, match="adapter"):
+    with pytest.raises(ArtifactError, match="another base model than base"):
         run(other)
     monkeypatch.setattr(train, "world_size", lambda: 2)
     with pytest.raises(ConfigError, match="one process"):
