@@ -2,7 +2,8 @@
 
 1. Cut rollouts longer than the context into pieces (windows), each with the rows to keep.
 2. Sort pieces by length, and cut them into batches of at most `batch_tokens` tokens with the lowest
-   cost: tokens computed, padding included, plus a fixed overhead for each batch.
+   cost: tokens computed, padding included, plus a fixed overhead for each batch. Lengths that the
+   model reads with different rotary frequencies share no batch.
 3. If a batch does not fit into memory, halve it, and halve `batch_tokens` from then on.
 4. Copy a batch's rows to the host while the next one computes. `finish` puts them in order and
    checks that the stored dtype can hold them: none overflows, no column becomes constant.
@@ -10,7 +11,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,20 +110,26 @@ class Capture:
 
     def run(self, rollouts: Sequence[Rollout]) -> Pending:
         """Compute the rows of a work unit. Pass the result to `finish` to get them."""
-        pieces = [
-            Piece(index, *window)
-            for index, rollout in enumerate(rollouts)
-            for window in windows(len(rollout.token_ids), self.longest or len(rollout.token_ids))
-        ]
         parts: list[tuple[Piece, Tensor]] = []
-        overhead = _OVERHEAD.get(self.subject.device.type, _OVERHEAD["cuda"])
-        for batch in plan_batches([len(piece) for piece in pieces], self.batch_tokens, overhead):
-            parts += self._run_batch([pieces[i] for i in batch], rollouts)
+        for batch in self._batches(rollouts):
+            parts += self._run_batch(batch, rollouts)
         event = None
         if self.subject.device.type == "cuda":
             event = torch.cuda.Event()
             event.record()
         return Pending(rollouts, parts, event)
+
+    def _batches(self, rollouts: Sequence[Rollout]) -> list[list[Piece]]:
+        """Return the pieces of rollouts in batches, each the longest first."""
+        pieces = [
+            Piece(index, *window)
+            for index, rollout in enumerate(rollouts)
+            for window in windows(len(rollout.token_ids), self.longest or len(rollout.token_ids))
+        ]
+        overhead = _OVERHEAD.get(self.subject.device.type, _OVERHEAD["cuda"])
+        lengths = [len(piece) for piece in pieces]
+        planned = plan_batches(lengths, self.batch_tokens, overhead, self.subject.length_class)
+        return [[pieces[i] for i in batch] for batch in planned]
 
     def _run_batch(
         self, batch: list[Piece], rollouts: Sequence[Rollout]
@@ -236,20 +243,50 @@ class Capture:
             self.reader.__enter__()
         return ids.numel() / seconds
 
+    def check_neighbours(self, rollouts: Sequence[Rollout]) -> None:
+        """Check that rows do not depend on a longer text in the batch, or in the one before it.
 
-def plan_batches(lengths: Sequence[int], batch_tokens: int, overhead: int) -> list[list[int]]:
+        Runs two texts of different lengths that share a batch together, and the shorter one alone.
+        Raises NumberError if the rows differ by more than rounding.
+        """
+        batches = self._batches(rollouts)
+        widest = max(batches, key=lambda batch: len(batch[0]) - len(batch[-1]))
+        long, short = widest[0], widest[-1]
+        if len(long) == len(short):
+            return
+        alone = self.reader.read(_padded([short], rollouts))[0]
+        beside = self.reader.read(_padded([long, short], rollouts))[1, : len(short)]
+        after = self.reader.read(_padded([short], rollouts))[0]
+        drift = max(float((rows - alone).norm() / alone.norm()) for rows in (beside, after))
+        if drift > _MOST_DRIFT.get(self.subject.dtype, 0.1):
+            raise NumberError(
+                f"rows of a text of {len(short)} tokens change by {drift:.2g} of their norm next "
+                f"to one of {len(long)}, expected rounding only; lorascope reads causal models only"
+            )
+
+
+def plan_batches(
+    lengths: Sequence[int],
+    batch_tokens: int,
+    overhead: int,
+    length_class: Callable[[int], int] = lambda _: 0,
+) -> list[list[int]]:
     """Return batches of indices into `lengths`, longest first, with the lowest total cost.
 
     A batch of n rollouts costs n times the longest length, plus `overhead`. The product is at most
-    `batch_tokens`, unless the batch is a single rollout. Dynamic programming from the end finds the
-    exact optimum among cuts of the sorted lengths, in quadratic time.
+    `batch_tokens`, unless the batch is a single rollout. All of a batch are of one class. Dynamic
+    programming from the end finds the exact optimum among cuts of the sorted lengths, in quadratic
+    time.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     n = len(order)
-    best, step = [0] * (n + 1), [0] * n
+    best, step, stop = [0] * (n + 1), [0] * n, n
+    classes = [length_class(lengths[i]) for i in order]
     for first in range(n - 1, -1, -1):
         longest = lengths[order[first]]
-        fitting = max(1, min(batch_tokens // max(longest, 1), n - first))
+        if classes[first] != classes[stop - 1]:
+            stop = first + 1
+        fitting = max(1, min(batch_tokens // max(longest, 1), stop - first))
         best[first], step[first] = min(
             (longest * size + overhead + best[first + size], size) for size in range(1, fitting + 1)
         )

@@ -287,6 +287,7 @@ class _Shards:
             )
             middle = sorted(rollouts, key=lambda rollout: len(rollout.token_ids))
             rate = self._capture.check(middle[len(middle) // 2])
+            self._capture.check_neighbours(rollouts)
             self._announce(rate, expected)
         return self._capture
 

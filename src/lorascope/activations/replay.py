@@ -80,7 +80,8 @@ class Replay:
             for window in windows(n, longest or n)
         ]
         lengths = [stop - start for _, start, stop, _ in pieces]
-        for indices in plan_batches(lengths, max(1, self.batch_tokens // copies), _BATCH_COST):
+        size = max(1, self.batch_tokens // copies)
+        for indices in plan_batches(lengths, size, _BATCH_COST, self.subject.length_class):
             yield self._batch([pieces[i] for i in indices])
 
     def _batch(self, pieces: Sequence[tuple[int, int, int, int]]) -> Batch:

@@ -85,16 +85,22 @@ def continue_prompt(
     room = (subject.max_length or 1 << 62) - len(prompt)
     caches: list[Any] = [True, True]
     ids = prompt.expand(copies, -1)
+    n_read = 0
     text_mask = is_text.expand(copies, -1)
     active = torch.ones_like(text_mask)
     active[:, :-1] = everywhere
     steps: list[_Step] = []
     done = torch.zeros(copies, dtype=torch.bool)
     for step in range(max(0, min(max_new_tokens, room))):
-        clean = editor.run(ids, cache=caches[0])
-        edit = _combined_edit(changes, samples, clean.rows, text_mask, active)
-        changed = editor.run(ids, edit, cache=caches[1])
-        caches = [clean.cache, changed.cache]
+        n = ids.shape[1]
+        if n_read and subject.length_class(n) != subject.length_class(n_read):
+            caches, n_read = [True, True], 0  # the whole text now has other rotary frequencies
+        clean = editor.run(ids[:, n_read:], cache=caches[0])
+        edit = _combined_edit(
+            changes, samples, clean.rows, text_mask[:, n_read:], active[:, n_read:]
+        )
+        changed = editor.run(ids[:, n_read:], edit, cache=caches[1])
+        caches, n_read = [clean.cache, changed.cache], n
         p, q = clean.logits[:, -1].float(), changed.logits[:, -1].float()
         drawn = draw(q, temperature, [(*seed, step, i % samples) for i in range(copies)]).cpu()
         steps.append(
@@ -109,8 +115,10 @@ def continue_prompt(
         done |= torch.isin(drawn, ends)
         if done.all():
             break
-        ids = drawn[:, None]
-        text_mask, active = ~torch.isin(ids, special), torch.ones_like(ids, dtype=torch.bool)
+        new = drawn[:, None]
+        ids = torch.cat([ids, new], 1)
+        text_mask = torch.cat([text_mask, ~torch.isin(new, special)], 1)
+        active = torch.cat([active, torch.ones_like(new, dtype=torch.bool)], 1)
     return [
         [_continuation(steps, i * samples + sample, ends) for sample in range(samples)]
         for i in range(len(changes))

@@ -16,6 +16,7 @@ In: adapter, activation store, SAE, features. Out: a report (JSON) with the text
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -281,7 +282,14 @@ def _base_surprise(editor: "RowEditor", prompt: Tensor, text: Continuation) -> F
     """Return −log p of each written token under the base model, in nats."""
     written = torch.from_numpy(text.token_ids)
     whole = torch.cat([prompt, written])[None]
-    logits = editor.base(whole)[0, len(prompt) - 1 : -1]
+    read = range(len(prompt), whole.shape[1])  # tokens before each that was written
+    logits = torch.cat(
+        [
+            editor.base(whole[:, : lengths[-1]])[0, lengths[0] - 1 :]
+            for _, same in groupby(read, editor.subject.length_class)
+            for lengths in [list(same)]
+        ]
+    )
     return cross_entropy(logits, written.to(logits.device)).double().cpu().numpy()
 
 

@@ -44,7 +44,7 @@ from lorascope.subject.adapter import (
 )
 from lorascope.subject.attach import attach, resize_embeddings
 from lorascope.subject.bottlenecks import Bottleneck, find_bottlenecks, make_layout, probe
-from lorascope.subject.rotary import require_rotary
+from lorascope.subject.rotary import forget_lengths, length_class, require_rotary
 
 __all__ = [
     "CONFIG",
@@ -137,6 +137,11 @@ class Subject:
     def backbone(self) -> Callable[..., Any]:
         """The part to run: without the lm_head, unless the adapter is on it."""
         return _backbone(self.causal, self.sites)
+
+    @cached_property
+    def length_class(self) -> Callable[[int], int]:
+        """A function from a text's length to a number; only texts of one number share a batch."""
+        return length_class(self.causal)
 
     @property
     def max_length(self) -> int | None:
@@ -255,6 +260,7 @@ def load_subject(
     if device_map is None:
         model.to(device)
     model.eval()
+    forget_lengths(causal)
     training = [name for name, module in model.named_modules() if module.training]
     if training:
         raise AdapterError(

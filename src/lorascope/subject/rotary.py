@@ -1,11 +1,18 @@
-"""Rotary positions: check that the model has the frequencies of its config.
+"""Rotary positions: the frequencies that a config states, and those that follow a text's length.
 
-A version of transformers that cannot read the settings of a newer one silently takes its defaults.
-So the frequencies of the built model are compared with theta and scaling in `config.json`.
+1. `require_rotary` compares the built model's frequencies with theta and scaling in `config.json`:
+   transformers silently takes its defaults where a newer version saved the settings.
+2. Two kinds of scaling depend on a text's length `n`: LongRoPE has a second set of frequencies for
+   texts longer than the original context, and dynamic NTK has its own for each `n` above it.
+   `length_class` numbers the sets. All texts of a batch must be of one class, because transformers
+   takes the frequencies of the longest. The same holds for a cache: where the next token would
+   change the class, the text is read again from its start.
+3. Dynamic NTK in transformers also keeps the frequencies of an earlier, longer text.
+   `forget_lengths` resets them before each forward.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +30,7 @@ def require_rotary(model: nn.Module, folder: Path) -> None:
     """Raise AdapterError unless the model has each set of frequencies that its config states."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     text = config.get("text_config") or config
-    built = [(kind, value) for kind, value in _frequencies(model) if not value.is_meta]
+    built = [(kind, value) for *_, kind, value in _frequencies(model) if not value.is_meta]
     for stated in _stated(text) if built else ():
         if not any(_agree(stated, kind, frequencies) for kind, frequencies in built):
             raise AdapterError(
@@ -70,12 +77,55 @@ def _agree(stated: dict[str, Any], kind: str | None, built: Tensor) -> bool:
     return bool((share > 0.99 * low).all() and (share < 1.01 * high).all())
 
 
-def _frequencies(model: nn.Module) -> Iterator[tuple[str | None, Tensor]]:
-    """Yield each set of frequencies: its kind, if its module names it, and its values."""
+def _frequencies(model: nn.Module) -> Iterator[tuple[Any, str, str | None, Tensor]]:
+    """Yield each set of frequencies: its module, its name's prefix, its kind if named, values."""
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         for name, value in module.named_buffers(recurse=False):
             prefix = name.removesuffix(_SUFFIX)
             if name.endswith(_SUFFIX) and not prefix.endswith("original_"):
                 kind = kinds.get(prefix[:-1]) if isinstance(kinds, dict) else kinds
-                yield kind, value
+                yield module, prefix, kind, value
+
+
+def length_class(model: nn.Module) -> Callable[[int], int]:
+    """Return a function from a text's length to the number of its set of frequencies."""
+    switches, growing = set(), set()
+    for module, prefix, kind, _ in _frequencies(model):
+        if kind == "longrope":
+            switches.add(_original_context(module.config, prefix[:-1]))
+        elif kind is not None and "dynamic" in kind:
+            growing.add(int(module.original_max_seq_len))
+
+    def number(n: int) -> int:
+        if any(n > limit for limit in growing):
+            return n
+        return sum(n > limit for limit in switches)
+
+    return number
+
+
+def _original_context(config: Any, layer_type: str) -> int:
+    """Return the longest text that LongRoPE reads with its short factors."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    parameters = parameters.get(layer_type, parameters)
+    name = "original_max_position_embeddings"
+    found = parameters.get(name) or getattr(config, name, None) or config.max_position_embeddings
+    return int(found)
+
+
+def forget_lengths(model: nn.Module) -> None:
+    """Let each forward of a dynamic NTK begin with the original frequencies."""
+    for module, prefix, kind, _ in list(_frequencies(model)):
+        if kind is not None and "dynamic" in kind:
+            module.register_forward_pre_hook(_reset(prefix))
+
+
+def _reset(prefix: str) -> Callable[[Any, Any], None]:
+    def hook(module: Any, _args: Any) -> None:
+        device = getattr(module, f"{prefix}{_SUFFIX}").device
+        original = getattr(module, f"{prefix}original_{_SUFFIX}").to(device)
+        setattr(module, f"{prefix}{_SUFFIX}", original)
+        setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+
+    return hook

@@ -1,11 +1,13 @@
 """Let the adapted model generate the rollouts.
 
 A prompt is continued until the model ends its turn. Rows are then read in one pass over prompt and
-continuation, as for any rollout. They equal the rows during generation, up to rounding.
+continuation, as for any rollout. They equal the rows during generation, up to rounding, unless the
+text grew into another length class (`rotary`).
 
 1. Each text may grow by `max_new_tokens`, at most to the end of the model's context.
-2. Texts of similar length are extended together, left-padded, by as many tokens as all of them have
-   room for. Those that did not end are extended further, in another batch.
+2. Texts of similar length and one class are extended together, left-padded, by as many tokens as
+   all of them have room for in this class. Those that did not end are extended further, in another
+   batch. So each token is the one that a single pass over the text before it predicts.
 3. `draw` chooses every token, here and in `steer`. Nothing in the base's `generation_config.json`
    but the tokens that end a turn has an effect: `load` drops the rest.
 """
@@ -55,8 +57,10 @@ def sample_rollouts(
         )
     while pending:
         pending.sort(key=lambda i: -len(texts[i]))
-        batch, pending = pending[:_BATCH], pending[_BATCH:]
-        room = min(limits[i] - len(texts[i]) for i in batch)
+        first = subject.length_class(len(texts[pending[0]]))
+        batch = [i for i in pending if subject.length_class(len(texts[i])) == first][:_BATCH]
+        pending = [i for i in pending if i not in batch]
+        room = min(_room(len(texts[i]), limits[i], subject) for i in batch)
         seeds = [(*seed, i, len(texts[i]) - len(prompts[i].token_ids)) for i in batch]
         written = _extend(subject, [texts[i] for i in batch], room, ends, temperature, seeds)
         for i, new in zip(batch, written, strict=True):
@@ -64,6 +68,12 @@ def sample_rollouts(
             if new[-1] not in ends and len(texts[i]) < limits[i]:
                 pending.append(i)
     return [_rollout(*pair, subject) for pair in zip(prompts, texts, strict=True)]
+
+
+def _room(n: int, limit: int, subject: Subject) -> int:
+    """Return how many tokens a text of `n` may grow by until its class changes, or to `limit`."""
+    ends = (i for i in range(n + 1, limit) if subject.length_class(i) != subject.length_class(n))
+    return next(ends, limit) - n
 
 
 def _extend(
