@@ -142,6 +142,16 @@ def test_the_report_is_made_once_and_to_the_same_bytes(dirs, tmp_path, capsys):
     assert "direct.json" in capsys.readouterr().err
 
 
+def test_an_sae_of_a_base_with_other_weights_is_refused(dirs, tmp_path):
+    subject = load(dirs[1], dirs[0])
+    sae = of_columns(subject, ["0.down_proj"])
+    sae.sealed(base_weights=subject.base.digest).save(tmp_path / "sae")
+    assert run(options(dirs, tmp_path)).exists()
+    sae.sealed(base_weights="0" * 64).save(tmp_path / "sae", overwrite=True)
+    with pytest.raises(ArtifactError, match="sae was made with another base model than"):
+        run(options(dirs, tmp_path))
+
+
 def test_an_sae_of_another_adapter_and_impossible_options_are_refused(dirs, make_subject, tmp_path):
     base, adapter = make_subject(seed=1)
     of_columns(load(adapter, base), ["0.down_proj"]).save(tmp_path / "sae")

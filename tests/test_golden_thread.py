@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 from lorascope.activations import generate
 from lorascope.activations.generate import GenerateConfig
 from lorascope.activations.store import ActivationStore
+from lorascope.artifact import read_manifest
 from lorascope.dashboard import render
 from lorascope.dashboard.render import DashboardConfig
 from lorascope.demo.demo import SUBJECT
@@ -121,6 +122,8 @@ def test_one_number_is_the_same_from_the_weights_to_the_page(made):
     store, sae, index = ActivationStore.open(made[0]), load_sae(made[1]), FeatureIndex.open(made[2])
     feature = max((index[i] for i in range(len(index))), key=lambda f: f.stats.max or 0.0)
     example = feature.examples[0]
+    weights = read_manifest(made[0]).parents["base_weights"]
+    assert sae.manifest.content["base_weights"] == weights
 
     # 1. weights -> row: float16 keeps 11 bits, and float32 arithmetic some more error
     rollout = int(store.rollout_of(np.array([example.row]))[0])

@@ -5,7 +5,6 @@
 3. Position t predicts token t + 1 and counts under the role of that token.
 """
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,8 +26,6 @@ from lorascope.texts.rollouts import windows
 
 if TYPE_CHECKING:
     from lorascope.subject.load import Subject
-
-log = logging.getLogger(__name__)
 
 _BATCH_TOKENS = 2048
 _BATCH_LOGITS = 1 << 27  # 512 MB in float32; those of several runs are kept at once
@@ -143,18 +140,7 @@ def load_subject_of(
         )
     adapter = inspect_adapter(options.lora_path, options.adapter_name)
     base = find_base(adapter, options.base_model, options.base_revision)
-    weights = manifest.parents.get("base_weights")
-    if weights is None:
-        log.warning(
-            "%s does not say which weights its base model had: it is not compared with %s",
-            store.path,
-            base.name,
-        )
-    elif weights != base.digest:
-        raise ArtifactError(
-            f"{store.path} was made with another base model than {base.name}, or with other "
-            "weights of it; name its base model with --base-model and --base-revision"
-        )
+    base.require_same(manifest.parents.get("base_weights"), store.path)
     subject = load_subject(
         adapter,
         base,

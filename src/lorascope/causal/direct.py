@@ -44,6 +44,8 @@ def run(config: DirectConfig) -> Path:
     adapter = inspect_adapter(config.lora_path, config.adapter_name)
     base = find_base(adapter, config.base_model, config.base_revision)
 
+    base.require_same(sae.manifest.content.get("base_weights"), config.sae)
+
     def make() -> Made:
         gauges = {site.gauge for site in sae.layout.sites}
         subject = load_subject(

@@ -66,6 +66,7 @@ def publish(
         for path, (other, _) in members.items()
         if other.without_seed == member.without_seed and path != out
     ]
+    store_manifest = read_manifest(store.path)
     content = {
         "d_in": store.d_in,
         "d_sae": folded["W_enc"].shape[1],
@@ -77,6 +78,7 @@ def publish(
         "left_out": [store.layout.column_names[i] for i in np.flatnonzero(run.scale.numpy() == 0)],
         "steps": run.n_steps,
         "log": trainer.log,
+        "base_weights": store_manifest.parents.get("base_weights") if store_manifest else None,
         "config": _published_config(config, member, store, trainer),
     }
     if out in tuned:

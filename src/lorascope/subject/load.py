@@ -31,7 +31,7 @@ from transformers.utils.logging import disable_progress_bar
 from lorascope import runtime
 from lorascope.artifact import BLOCK, digest_in_part
 from lorascope.config import did_you_mean
-from lorascope.errors import AdapterError, ConfigError
+from lorascope.errors import AdapterError, ArtifactError, ConfigError
 from lorascope.hub import find_folder, first_line
 from lorascope.sites import SiteLayout
 from lorascope.subject.adapter import (
@@ -102,6 +102,20 @@ class Base:
         """What transformers' `from_pretrained` needs to find model or tokenizer."""
         named = {"gguf_file": self.gguf} if self.gguf else {}
         return {"pretrained_model_name_or_path": str(self.path), **named}
+
+    def require_same(self, digest: str | None, path: Path) -> None:
+        """Raise ArtifactError if `path` was made with a base of another digest, warn if of None."""
+        if digest is None:
+            log.warning(
+                "%s does not say which weights its base model had: it is not compared with %s",
+                path,
+                self.name,
+            )
+        elif digest != self.digest:
+            raise ArtifactError(
+                f"{path} was made with another base model than {self.name}, or with other weights "
+                "of it; name its base model with --base-model and --base-revision"
+            )
 
 
 @dataclass(frozen=True)
