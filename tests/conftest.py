@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,15 @@ if TYPE_CHECKING:
 # A busy machine is slow: that is no failure of a test.
 settings.register_profile("lorascope", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("lorascope")
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """Restore the level that a command line with --quiet sets, whatever the order of the tests."""
+    log = logging.getLogger("lorascope")
+    level = log.level
+    yield
+    log.setLevel(level)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -107,8 +107,8 @@ def test_each_filter_matches_the_index(show: Any):
     )
     role = content["roles"].index("think")
     site = index.latent_fingerprint.argmax(axis=1)
-    layer = np.array([s["layer"] for s in sites])[site]
-    projection = np.array([s["projection"] for s in sites])[site]
+    layer = np.array([s.layer for s in sites])[site]
+    projection = np.array([s.projection for s in sites])[site]
     middle = float(np.median(density[alive]))
     largest = float(np.median(index.latent_max[alive]))
     cases = {

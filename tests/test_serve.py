@@ -143,7 +143,10 @@ def test_the_served_page_shows_any_feature_and_rollout():
     last = int(np.flatnonzero(index.n_examples)[-1])
     complaints: list[str] = []
     requests: list[str] = []
-    with running(server_of(Payload(index, "T"), {})) as server, open_browser() as browser:
+    with (
+        running(server_of(Payload(index, "T"), index.manifest)) as server,
+        open_browser() as browser,
+    ):
         tab = browser.new_page()
         tab.on("console", lambda message: complaints.append(message.text))
         tab.on("pageerror", lambda error: complaints.append(str(error)))
@@ -170,7 +173,7 @@ def test_a_served_page_says_that_its_server_has_stopped():
     index = synthetic(300, 2, 2, n_texts=0, n_rollouts=20, n_layers=1, dead=0)
     with open_browser() as browser:
         tab = browser.new_page()
-        with running(server_of(Payload(index, "T"), {})) as server:
+        with running(server_of(Payload(index, "T"), index.manifest)) as server:
             tab.goto(server.address, wait_until="domcontentloaded")
             tab.wait_for_selector("html[data-ready=true]")
         tab.evaluate("location.hash = '#/feature/299'")
@@ -180,7 +183,7 @@ def test_a_served_page_says_that_its_server_has_stopped():
 
 def test_served_packs_are_those_of_the_file():
     payload = Payload(synthetic(130, 2, 2, n_texts=2, n_rollouts=20, n_layers=1), "T")
-    server = server_of(payload, {})
+    server = server_of(payload, payload.index.manifest)
     server.server_close()
     assert server.pack("block-2") == payload.block(2)
     assert server.pack("rollout-1") == payload.rollout(1)
