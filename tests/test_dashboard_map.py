@@ -124,13 +124,13 @@ def test_a_lasso_lists_the_features_inside_and_is_kept_in_the_address(show: Any)
     shown = show(full_index(), address.partition(".html")[2])
     assert shown.text("list-count").startswith(expected)
     shown.part("clear").click()
-    alive = int((full_index().n_examples > 0).sum())
+    alive = int(full_index().alive.sum())
     assert shown.text("list-count").startswith(f"{alive} features")
 
 
 def test_the_visible_features_become_the_list(show: Any):
     shown = open_map(show)
-    alive = int((full_index().n_examples > 0).sum())
+    alive = int(full_index().alive.sum())
     for _ in range(3):
         shown.part("zoom-in").click()
     shown.part("keep-visible").click()

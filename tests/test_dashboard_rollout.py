@@ -91,14 +91,14 @@ def test_features_are_highlighted_by_mouse_keyboard_and_address(show: Any):
     shown.page.wait_for_url("**paint=0")
     shown.part("paint-number").fill("3")
     shown.press("Enter")
-    assert classes() == ["paint-2", "paint-1", ""]
+    assert classes() == ["paint-1", "paint-1", ""]  # 0.5 of 2 is more than 0.25 of 1.75
     assert shown.part("painted").count() == 2
     shown.page.get_by_role("button", name="Stop highlighting feature 0").focus()
     shown.press("Enter")
-    assert classes() == ["heat-3", "", ""]
+    assert classes() == ["heat-2", "", ""]
     shown = show(small_index(), "#/rollout/7?token=1&paint=0,3,99999,x")
     shown.page.wait_for_selector(".selected")
-    assert classes() == ["paint-2", "paint-1", ""]
+    assert classes() == ["paint-1", "paint-1", ""]
     assert fired(shown) == [(0, 1.0)]
 
 

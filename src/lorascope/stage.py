@@ -67,7 +67,8 @@ def is_made(out: Path, identity: Identity, *, overwrite: bool) -> bool:
         names = [n for n, digest in identity.parents.items() if found.parents.get(n) != digest]
         what = f"exists and was made from another {' and '.join(names) or 'input'}"
     else:
-        _drop_remains(out, identity)
+        if runtime.process_rank() == 0:  # other ranks may come while rank 0 still publishes
+            _drop_remains(out, identity)
         return True
     raise ArtifactError(f"{out} {what}; give another output, or --overwrite to replace it")
 
@@ -141,7 +142,7 @@ class Build:
             _clear(self.out)
         (self.path / name).replace(self.out)
         sync(self.out.parent)
-        shutil.rmtree(self.path)
+        shutil.rmtree(self.path, ignore_errors=True)  # what stays, `is_made` drops
         return self.out
 
 
