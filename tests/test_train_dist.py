@@ -324,13 +324,22 @@ def straight(config):
 
 
 def assert_close(one: Path, other: Path) -> None:
-    """Compare two SAEs up to rounding: weights, what fires, and the report."""
+    """Compare two SAEs up to rounding and the order of latents: weights, what fires, the report.
+
+    Latents that begin with the same weights may change places: rounding decides which of them is
+    revived first.
+    """
     first, second = load_sae(one), load_sae(other)
+    directions = [torch.nn.functional.normalize(sae.W_dec, dim=1) for sae in (first, second)]
+    order = (directions[0] @ directions[1].T).argmax(1)
+    assert sorted(order.tolist()) == list(range(first.d_sae))
     for name, tensor in first.tensors().items():
-        far = (tensor - second.tensors()[name]).abs().max()
-        assert far <= 1e-3 * tensor.abs().max(), name
+        matched = second.tensors()[name]
+        if name != "b_dec":
+            matched = matched[:, order] if name == "W_enc" else matched[order]
+        assert (tensor - matched).abs().max() <= 1e-3 * tensor.abs().max(), name
     rows = torch.tensor(planted_rows(300, seed=5), dtype=torch.float32)
-    codes = [sae.encode_dense(rows) > 0 for sae in (first, second)]
+    codes = [first.encode_dense(rows) > 0, second.encode_dense(rows)[:, order] > 0]
     assert (codes[0] != codes[1]).float().mean() < 1e-3
     reports = [sae.manifest.content["report"] for sae in (first, second)]
     for name in ("fvu", "l0", "cosine"):
