@@ -6,7 +6,6 @@ problem is solved when the number after the last answer marker is right.
 """
 
 import json
-import math
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -81,11 +80,3 @@ def solved(
                 is_right[name].append(answer_of(text) == problem.answer)
             bar.update(1)
     return is_right
-
-
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of the share `right / n` (Wilson 1927)."""
-    z, share = 1.96, right / n
-    centre = share + z * z / (2 * n)
-    spread = z * math.sqrt(share * (1 - share) / n + (z / n) ** 2 / 4)
-    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)

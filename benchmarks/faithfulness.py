@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accuracy import solved, spliced, wilson, without_adapter
+from accuracy import solved, spliced, without_adapter
 
 from lorascope.activations.generate import GenerateConfig
 from lorascope.activations.generate import run as generate
@@ -36,6 +36,7 @@ from lorascope.subject.load import find_base, inspect_adapter, load_subject, loa
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from demo_problems import make_problem, write_jsonl
+from intervals import wilson
 
 SETTINGS = ((4, 1.0), (4, 2.0), (4, 4.0), (4, 8.0), (4, 16.0), (1, 4.0), (16, 4.0))
 SUBJECT_OF: dict[str, Any] = {

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from demo_problems import KINDS, Problem, answer_of, make_problem
+from intervals import wilson
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm
@@ -465,14 +466,6 @@ def evaluate(output: Path, full: Any, scale: Scale) -> dict[str, Any]:
         "parameters": parameters,
         "examples": examples,
     }
-
-
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of the share `right / n` (Wilson 1927)."""
-    z, share = 1.96, right / n
-    centre = share + z * z / (2 * n)
-    spread = z * math.sqrt(share * (1 - share) / n + (z / n) ** 2 / 4)
-    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
 
 
 def card(measured: dict[str, Any]) -> str:

@@ -16,7 +16,6 @@
 import argparse
 import contextlib
 import json
-import math
 import random
 import re
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from intervals import wilson
 from peft import (
     LoraConfig,
     PeftModel,
@@ -243,14 +243,6 @@ def measure(base: Any, tokenizer: Tok, work: Path, output: Path, n: int) -> dict
         "adapter": done["adapter", 0],
     }
     return table
-
-
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of the share `right / n` (Wilson 1927)."""
-    z, share = 1.96, right / n
-    centre = share + z * z / (2 * n)
-    spread = z * math.sqrt(share * (1 - share) / n + (z / n) ** 2 / 4)
-    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
 
 
 def card(measured: dict[str, Any]) -> str:

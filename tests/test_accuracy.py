@@ -8,6 +8,7 @@ import pytest
 import torch
 from builders.subjects import load
 from demo_problems import answer_of, make_problem
+from intervals import wilson
 
 from lorascope.demo.demo import SUBJECT
 
@@ -60,6 +61,6 @@ def test_arms_that_change_nothing_solve_what_the_adapter_solves_by_itself(subjec
 
 
 def test_wilsons_interval_is_that_of_the_book():
-    low, high = accuracy.wilson(8, 10)
+    low, high = wilson(8, 10)
     assert (low, high) == (pytest.approx(0.4902, abs=1e-3), pytest.approx(0.9433, abs=1e-3))
-    assert accuracy.wilson(0, 10)[0] == pytest.approx(0, abs=1e-9)
+    assert wilson(0, 10)[0] == pytest.approx(0, abs=1e-9)
