@@ -47,7 +47,8 @@ class RunConfig(CollectOptions, TrainOptions, SubjectOptions):
     effect_texts: int = option(
         0,
         help="held-out texts on which to measure what each feature does, and whole texts of the "
-        "page whose tokens to explain; 0: none. The model runs once for each feature of each text",
+        "page whose tokens to explain; 0: none. On each text the model runs three times for each "
+        "adapted module, and about a hundred times more",
     )
     output: Path = option(Path("lorascope-output"), help="folder to write", identity=False)
     device: str = option("auto", help="auto, cpu, cuda or cuda:N", identity=False)
