@@ -30,7 +30,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from lorascope import artifact, cli
+from lorascope import artifact, cli, inspection
 from lorascope.errors import LorascopeError
 
 _MINUTE = 60
@@ -282,7 +282,7 @@ def count(job: tuple[str, Path, Path, list[int]]) -> str:
     kind, source, store, seeds = job
     is_ours = artifact.read_manifest(source) is not None
     if is_ours:
-        assert cli.verify(source) == [], f"{kind} is whole, but verify says otherwise"
+        assert inspection.verify(source) == [], f"{kind} is whole, but verify says otherwise"
     with tempfile.TemporaryDirectory() as scratch:
         seen = [check(source, store, Path(scratch), seed) for seed in seeds]
     found = str(sum(one["found"] for one in seen)) if is_ours else "-"

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 import lorascope
 from lorascope import GenerateConfig
 from lorascope.activations.store import ActivationStore
-from lorascope.cli import verify
+from lorascope.inspection import verify
 
 SUBJECT = Path(lorascope.__file__).parent / "demo" / "subject"
 TURNS = (

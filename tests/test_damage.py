@@ -10,11 +10,11 @@ from builders.saes import make_sae
 from builders.stores import write_published_store, write_store
 
 from lorascope.artifact import Identity, read_manifest
-from lorascope.cli import verify
 from lorascope.dashboard.render import DashboardConfig
 from lorascope.dashboard.render import run as render
 from lorascope.features.export import ExportConfig
 from lorascope.features.export import run as export
+from lorascope.inspection import verify
 from lorascope.sites import PROJECTIONS
 from lorascope.stage import building
 

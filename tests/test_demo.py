@@ -14,13 +14,14 @@ from demo_problems import CLASSES, make_problem
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import read_manifest
 from lorascope.causal.study import open_report
-from lorascope.cli import call, verify
+from lorascope.cli import call
 from lorascope.demo import demo
 from lorascope.demo.demo import DemoConfig
 from lorascope.features import collect
 from lorascope.features.collect import CollectConfig
 from lorascope.features.index import FeatureIndex
 from lorascope.features.invariants import verify as verify_index
+from lorascope.inspection import verify
 from lorascope.sae.model import load_sae
 
 _EXAMPLE = Path(__file__).parent.parent / "examples" / "feature_meaning.py"

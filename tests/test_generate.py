@@ -13,8 +13,8 @@ from lorascope.activations import generate
 from lorascope.activations.generate import GenerateConfig
 from lorascope.activations.replay import load_subject_of
 from lorascope.activations.store import ActivationStore, default_name
-from lorascope.cli import verify
 from lorascope.errors import ArtifactError, ConfigError, NumberError
+from lorascope.inspection import verify
 from lorascope.sites import PROJECTIONS
 from lorascope.subject.load import (
     WEIGHTS,

@@ -12,7 +12,7 @@ from lorascope.cli import COMMANDS
 ROOT = Path(lorascope.__file__).parent
 ORDER = (
     "version errors sites config arrayfile artifact hub runtime stage kernels texts subject "
-    "activations sae features causal dashboard pipeline demo completion cli __main__"
+    "activations sae features causal dashboard pipeline demo inspection completion cli __main__"
 ).split()
 
 

@@ -10,8 +10,8 @@ from builders.stores import layout_of
 from lorascope.activations.shards import Vocabulary
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import Manifest, write_manifest
-from lorascope.cli import verify
 from lorascope.errors import ArtifactError
+from lorascope.inspection import verify
 from lorascope.sites import PROJECTIONS
 
 

@@ -14,22 +14,21 @@ import importlib.util
 import json
 import logging
 import os
-import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from lorascope import config, runtime
 from lorascope.completion import SHELLS, Flag, completion_script
-from lorascope.errors import ArtifactError, ConfigError, Interrupted, LorascopeError
+from lorascope.errors import ConfigError, Interrupted, LorascopeError
 from lorascope.hub import first_line
 from lorascope.version import __version__
 
 if TYPE_CHECKING:
-    from lorascope.artifact import Manifest
+    pass
 
 log = logging.getLogger("lorascope")
 
@@ -175,7 +174,6 @@ _TOOLS = {
 
 # options that decide how much memory a command needs
 _MEMORY = ("expansion_factor", "batch_size", "batch_tokens", "max_length", "top_k", "top")
-_FOREIGN = "is no artifact of this version of lorascope, or its header is damaged"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -356,58 +354,18 @@ def _tool_parser(name: str) -> argparse.ArgumentParser:
 
 
 def _show_info(arguments: list[str]) -> None:
+    from lorascope.inspection import describe
+
     flags = _tool_parser("info").parse_args(arguments)
-    path = Path(flags.path).expanduser()
-    if _is_adapter(path):
-        from lorascope.subject.adapter import inspect_adapter
-        from lorascope.subject.inventory import describe, to_json
-
-        adapter = inspect_adapter(flags.path, flags.adapter_name)
-        data, text = to_json(adapter), describe
-        _print(json.dumps(data, indent=1, ensure_ascii=False) if flags.json else text(adapter))
-        return
-    from lorascope.artifact import read_manifest
-
-    manifest = read_manifest(path)
-    if manifest is None:
-        raise ArtifactError(f"{path} {_FOREIGN}")
-    if flags.json:
-        _print(json.dumps(manifest.to_json(), indent=1, ensure_ascii=False))
-    else:
-        _print("\n".join(_summary(manifest)))
-
-
-def _summary(manifest: "Manifest") -> Iterator[str]:
-    """Yield what an artifact says of itself, a line for each part of its content."""
-    yield f"{manifest.kind}, schema {manifest.schema}, made by lorascope {manifest.version}"
-    if layout := manifest.layout:
-        yield f"columns: {layout.d_in} at {len(layout.sites)} sites ({layout.initials})"
-    for name, value in manifest.content.items():
-        if text := _short(value):
-            yield f"{name}: {text}"
-    yield f"settings: {_short(manifest.settings)}"
-    for name, digest in manifest.parents.items():
-        yield f"made from {name} {digest[:12]}"
-
-
-def _short(value: Any) -> str:
-    """Return a JSON value on one line: long lists by their length, nothing that is unknown."""
-    if isinstance(value, dict):
-        parts = {key: _short(part) for key, part in value.items() if not isinstance(part, dict)}
-        return ", ".join(f"{key} {text}" for key, text in parts.items() if text)
-    if isinstance(value, list):
-        is_long = len(value) > 8 or any(isinstance(part, dict | list) for part in value)
-        return f"({len(value)} values)" if is_long else " ".join(map(_short, value))
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    text = "" if value is None else str(value)
-    return "".join(sign if sign.isprintable() else "�" for sign in text)
+    _print(describe(flags.path, flags.adapter_name, as_json=flags.json))
 
 
 def _show_verify(arguments: list[str]) -> int:
+    from lorascope.inspection import artifacts_in, verify
+
     code = 0
     for word in _tool_parser("verify").parse_args(arguments).path:
-        for path in _artifacts_in(Path(word).expanduser()):
+        for path in artifacts_in(Path(word).expanduser()):
             problems = verify(path)
             for problem in problems:
                 print(f"{path}: {problem}", file=sys.stderr)
@@ -415,16 +373,6 @@ def _show_verify(arguments: list[str]) -> int:
                 _print(f"{path}: ok")
             code = code or bool(problems)
     return int(code)
-
-
-def _artifacts_in(path: Path) -> list[Path]:
-    """Return the path itself, or what lorascope made in the folder of a run."""
-    if not path.is_dir() or (path / "manifest.json").exists():
-        return [path]
-    from lorascope.artifact import read_manifest
-
-    found = [p for p in sorted([*path.iterdir(), *path.glob("effects/*")]) if read_manifest(p)]
-    return found or [path]
 
 
 def _show_completion(arguments: list[str]) -> None:
@@ -442,53 +390,3 @@ def _show_completion(arguments: list[str]) -> None:
         ]
     helps = {name: command.help for name, command in COMMANDS.items()} | _TOOLS
     _print(completion_script(shell, helps, flags).rstrip())
-
-
-def _is_adapter(path: Path) -> bool:
-    """Say whether a path is an adapter: a folder with its files, or a hub id."""
-    if path.is_dir():
-        files = ("adapter_config.json", "*/adapter_config.json", "adapter_model.*")
-        is_artifact = (path / "manifest.json").exists()
-        return not is_artifact and any(any(path.glob(file)) for file in files)
-    is_file = path.exists() or path.suffix in (".h5", ".pt", ".json", ".html", ".safetensors")
-    return not is_file and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)) is not None
-
-
-def verify(path: Path) -> list[str]:
-    """Return what is broken in an artifact, a line each: first its bytes, then what they mean."""
-    from lorascope.artifact import check_files, read_manifest
-
-    manifest = read_manifest(path)
-    if manifest is None:
-        return [_FOREIGN]
-    if broken := check_files(path):
-        return broken
-    kind = manifest.kind
-    try:
-        if kind == "activations":
-            from lorascope.activations.store import check_contents
-
-            return check_contents(path)
-        if kind == "features" and path.suffix == ".h5":
-            from lorascope.features import invariants
-            from lorascope.features.index import FeatureIndex
-
-            invariants.verify(FeatureIndex.open(path))
-        elif kind == "features":
-            from lorascope.features.published_json import read_published
-
-            read_published(path)
-        elif kind == "sae":
-            from lorascope.sae.model import load_sae
-
-            load_sae(path)
-        elif kind in ("evaluation", "ablation", "attribution", "direct", "steering"):
-            from lorascope.causal.report_records import REPORTS
-            from lorascope.causal.study import read_report
-
-            read_report(path, REPORTS)
-    except LorascopeError as error:
-        return [str(error)]
-    except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
-        return [f"holds values that do not fit each other ({type(error).__name__}: {error})"]
-    return []

@@ -1,0 +1,121 @@
+"""Describe adapters and the files that lorascope made, and check the files for damage.
+
+Descriptions come from headers alone and need no torch. A check reads every byte first, then what
+they mean.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lorascope.artifact import Manifest, check_files, read_manifest
+from lorascope.errors import ArtifactError, LorascopeError
+
+_FOREIGN = "is no artifact of this version of lorascope, or its header is damaged"
+
+
+def describe(name: str, adapter_name: str | None = None, *, as_json: bool = False) -> str:
+    """Return what a file, a folder or an adapter holds: short lines, or everything as JSON.
+
+    `name` is a path, or the hub id of an adapter; `adapter_name` is one of several in its folder.
+    """
+    path = Path(name).expanduser()
+    if _is_adapter(path):
+        from lorascope.subject import inventory
+        from lorascope.subject.adapter import inspect_adapter
+
+        adapter = inspect_adapter(name, adapter_name)
+        if as_json:
+            return json.dumps(inventory.to_json(adapter), indent=1, ensure_ascii=False)
+        return inventory.describe(adapter)
+    manifest = read_manifest(path)
+    if manifest is None:
+        raise ArtifactError(f"{path} {_FOREIGN}")
+    if as_json:
+        return json.dumps(manifest.to_json(), indent=1, ensure_ascii=False)
+    return "\n".join(_summary(manifest))
+
+
+def _is_adapter(path: Path) -> bool:
+    """Say whether a path is an adapter: a folder with its files, or a hub id."""
+    if path.is_dir():
+        files = ("adapter_config.json", "*/adapter_config.json", "adapter_model.*")
+        is_artifact = (path / "manifest.json").exists()
+        return not is_artifact and any(any(path.glob(file)) for file in files)
+    is_file = path.exists() or path.suffix in (".h5", ".pt", ".json", ".html", ".safetensors")
+    return not is_file and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)) is not None
+
+
+def _summary(manifest: Manifest) -> Iterator[str]:
+    """Yield what an artifact says of itself, a line for each part of its content."""
+    yield f"{manifest.kind}, schema {manifest.schema}, made by lorascope {manifest.version}"
+    if layout := manifest.layout:
+        yield f"columns: {layout.d_in} at {len(layout.sites)} sites ({layout.initials})"
+    for name, value in manifest.content.items():
+        if text := _short(value):
+            yield f"{name}: {text}"
+    yield f"settings: {_short(manifest.settings)}"
+    for name, digest in manifest.parents.items():
+        yield f"made from {name} {digest[:12]}"
+
+
+def _short(value: Any) -> str:
+    """Return a JSON value on one line: long lists by their length, nothing that is unknown."""
+    if isinstance(value, dict):
+        parts = {key: _short(part) for key, part in value.items() if not isinstance(part, dict)}
+        return ", ".join(f"{key} {text}" for key, text in parts.items() if text)
+    if isinstance(value, list):
+        is_long = len(value) > 8 or any(isinstance(part, dict | list) for part in value)
+        return f"({len(value)} values)" if is_long else " ".join(map(_short, value))
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = "" if value is None else str(value)
+    return "".join(sign if sign.isprintable() else "�" for sign in text)
+
+
+def artifacts_in(path: Path) -> list[Path]:
+    """Return the path itself, or what lorascope made in the folder of a run."""
+    if not path.is_dir() or (path / "manifest.json").exists():
+        return [path]
+    found = [p for p in sorted([*path.iterdir(), *path.glob("effects/*")]) if read_manifest(p)]
+    return found or [path]
+
+
+def verify(path: Path) -> list[str]:
+    """Return what is broken in an artifact, a line each: first its bytes, then what they mean."""
+    manifest = read_manifest(path)
+    if manifest is None:
+        return [_FOREIGN]
+    if broken := check_files(path):
+        return broken
+    kind = manifest.kind
+    try:
+        if kind == "activations":
+            from lorascope.activations.store import check_contents
+
+            return check_contents(path)
+        if kind == "features" and path.suffix == ".h5":
+            from lorascope.features import invariants
+            from lorascope.features.index import FeatureIndex
+
+            invariants.verify(FeatureIndex.open(path))
+        elif kind == "features":
+            from lorascope.features.published_json import read_published
+
+            read_published(path)
+        elif kind == "sae":
+            from lorascope.sae.model import load_sae
+
+            load_sae(path)
+        elif kind in ("evaluation", "ablation", "attribution", "direct", "steering"):
+            from lorascope.causal.report_records import REPORTS
+            from lorascope.causal.study import read_report
+
+            read_report(path, REPORTS)
+    except LorascopeError as error:
+        return [str(error)]
+    except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+        return [f"holds values that do not fit each other ({type(error).__name__}: {error})"]
+    return []

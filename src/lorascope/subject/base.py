@@ -1,0 +1,162 @@
+"""Find a base model's files, and tell them apart from those of other weights.
+
+A base is a folder of safetensors, a GGUF file, or a repository on the hub, of which the files are
+downloaded. Two bases are the same if config and weights are; of large files, blocks are compared.
+"""
+
+import hashlib
+import importlib.util
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorascope.artifact import BLOCK, digest_in_part
+from lorascope.config import did_you_mean
+from lorascope.errors import AdapterError, ArtifactError
+from lorascope.hub import find_folder
+from lorascope.subject.adapter import CONFIG, Adapter
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model's files; `name` is a hub id or a path's last part, `digest` identifies it.
+
+    `path` is the folder. `gguf` names the file in it that holds the whole model, if it is a GGUF.
+    """
+
+    name: str
+    path: Path
+    digest: str
+    gguf: str | None = None
+
+    @property
+    def location(self) -> Path:
+        """The GGUF file, or the folder of safetensors."""
+        return self.path / (self.gguf or "")
+
+    @property
+    def commit(self) -> str | None:
+        """The commit on the hub, if the folder is in the hub's cache."""
+        return self.path.name if self.path.parent.name == "snapshots" else None
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What transformers' `from_pretrained` needs to find model or tokenizer."""
+        named = {"gguf_file": self.gguf} if self.gguf else {}
+        return {"pretrained_model_name_or_path": str(self.path), **named}
+
+    def require_same(self, digest: str | None, path: Path) -> None:
+        """Raise ArtifactError if `path` was made with a base of another digest, warn if of None."""
+        if digest is None:
+            log.warning(
+                "%s does not say which weights its base model had: it is not compared with %s",
+                path,
+                self.name,
+            )
+        elif digest != self.digest:
+            raise ArtifactError(
+                f"{path} was made with another base model than {self.name}, or with other weights "
+                "of it; name its base model with --base-model and --base-revision"
+            )
+
+
+def find_base(adapter: Adapter, base_model: str | None, revision: str | None = None) -> Base:
+    """Find the base model: the given one, else the one that the adapter names.
+
+    `revision` is a version of it on the hub: a branch, tag or commit. The adapter's config may name
+    one, which belongs to the base model that it names.
+    """
+    own = adapter.config.get("base_model_name_or_path")
+    named = base_model or own
+    if not named:
+        raise AdapterError(
+            f"{adapter.path / CONFIG} names no base model; give one with --base-model"
+        )
+    relative = adapter.path / str(named)
+    source = str(relative.resolve()) if not base_model and relative.exists() else str(named)
+    is_here = Path(source).expanduser().exists()
+    if revision and is_here:
+        raise AdapterError(
+            f"base model {source} is on this machine, where it has one version; give "
+            "--base-revision with a hub id"
+        )
+    if named == own and not is_here:
+        revision = revision or adapter.config.get("revision")
+    gguf = _find_gguf(Path(source).expanduser())
+    if gguf is not None:
+        with gguf.open("rb") as file:  # it holds config and tokenizer too
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return Base(gguf.name, gguf.parent, digest, gguf.name)
+    patterns = ["*.json", "*.safetensors", "*token*", "*.jinja", "merges.txt"]
+    try:
+        folder = find_folder(source, "base model", patterns, revision=revision)
+    except AdapterError as error:
+        raise AdapterError(f"{error}; --base-model names the base of {adapter.name}") from error
+    if not (folder / "config.json").is_file():
+        raise AdapterError(f"base model {source} has no config.json; give the folder of a model")
+    return Base(folder.name if is_here else source, folder, _digest_base(folder))
+
+
+def _find_gguf(path: Path) -> Path | None:
+    """Return the GGUF file that a path names, or that is the only model in the folder it names."""
+    if path.is_dir() and not (path / "config.json").is_file():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) > 1:
+            raise AdapterError(
+                f"{path} holds {len(files)} GGUF files ({', '.join(f.name for f in files[:5])}); "
+                "give one of them with --base-model"
+            )
+        path = files[0] if files else path
+    if path.suffix != ".gguf":
+        return None
+    if not path.is_file():
+        near = [child.name for child in path.parent.glob("*.gguf")]
+        raise AdapterError(
+            f"base model {path} does not exist{did_you_mean(path.name, near)}; give its file with "
+            "--base-model"
+        )
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise AdapterError(f"base model {path} is not a GGUF file: it begins with {magic!r}")
+    if importlib.util.find_spec("gguf") is None:
+        raise AdapterError(
+            f"base model {path} is a GGUF file, which needs the package gguf: "
+            "pip install 'lorascope[gguf]'"
+        )
+    return path
+
+
+def _digest_base(folder: Path) -> str:
+    """Return a digest of a base model's config and of its weights, which may be 60 GB.
+
+    Of each shard it reads the header and some blocks of every tensor. A copy has the same digest,
+    wherever it comes from.
+    """
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{file.name} {digest_in_part(file, _parts(file))}".encode())
+    return digest.hexdigest()
+
+
+def _parts(file: Path) -> list[tuple[int, int]]:
+    """Return where the header and each tensor of a safetensors file are, in bytes."""
+    try:
+        with file.open("rb") as stream:
+            start = 8 + int.from_bytes(stream.read(8), "little")
+            if start > file.stat().st_size:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(stream.read(start - 8))
+        header.pop("__metadata__", None)
+        tensors = [(start + a, start + b) for a, b in (t["data_offsets"] for t in header.values())]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AdapterError(
+            f"base model {file.parent} cannot be loaded ({file.name} is damaged or not a "
+            f"safetensors file: {error})"
+        ) from error
+    headers = [(i, min(i + BLOCK, start)) for i in range(0, start, BLOCK)]
+    return [*headers, *sorted(tensors)]
