@@ -189,7 +189,7 @@ def test_what_a_kill_left_after_the_file_had_its_name_is_removed(tmp_path, monke
                 build.publish_file("new")
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage.shutil, "rmtree", lambda _: None)  # killed before it ran
+        patch.setattr(stage.shutil, "rmtree", lambda *_, **__: None)  # killed before it ran
         make_page()
     assert (tmp_path / "page.html.partial").is_dir()
     make_page()
