@@ -218,3 +218,12 @@ def test_encoding_imports_no_training():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_sae_without_positive_thresholds_is_not_moved_to_another_sparsity(make_store):
+    store = make_store()
+    sae = random_sae()
+    threshold = sae.threshold.clone()
+    threshold[3] = 0.0
+    with pytest.raises(ArtifactError, match=f"1 of {sae.d_sae} latents have no threshold above 0"):
+        replace(sae, threshold=threshold).calibrated(store, np.arange(5), 2.0)

@@ -224,9 +224,15 @@ class SAE:
         """Return the SAE with the threshold at which `k` latents per row fire on average.
 
         The mean is taken over `rows`, or over `CALIBRATION_ROWS` evenly spread ones of them.
-        Learned thresholds of latents keep their ratios.
+        Learned thresholds of latents keep their ratios. Raises ArtifactError if one of them is not
+        above 0, as in an SAE of another library with plain ReLU: it has no ratio.
         """
         ratios = torch.ones_like(self.b_enc) if self.threshold is None else self.threshold
+        if not (ratios > 0).all():
+            raise ArtifactError(
+                f"{int((ratios <= 0).sum())} of {self.d_sae} latents have no threshold above 0, so "
+                "the SAE cannot be moved to another sparsity; leave out --curve"
+            )
         if len(rows) > CALIBRATION_ROWS:
             rows = rows[np.linspace(0, len(rows) - 1, CALIBRATION_ROWS).astype(np.int64)]
 
