@@ -218,15 +218,17 @@ class _Study:
         """Return sums `(n_changes, n_rollouts)`, and the KL a token that the batch alone causes."""
         totals = np.zeros((4, len(changes), len(self.counts)))
         null = 0.0
-        with runtime.progress(len(self.batches), label, "rollouts") as bar:
+        n_runs = len(self.batches) * len(changes)
+        with runtime.progress(n_runs, label, "runs") as bar:
             for rollout, batch in zip(self.rollout, self.batches, strict=True):
-                sums, reference = run_live(self.editor, self.held_out, batch, changes)
+                sums, reference = run_live(
+                    self.editor, self.held_out, batch, changes, on_done=bar.update
+                )
                 for total, values in zip(totals, vars(sums).values(), strict=True):
                     total[:, rollout] += values
                 alone = select_measured(self.editor.run(batch.token_ids).logits, batch.mask)
                 usual = torch.from_numpy(self.held_out.role_of(batch.measured) != SPECIAL)
                 null += float(kl_divergence(alone, reference).double().cpu()[usual].sum())
-                bar.update(1)
         return TokenSums(*totals), null / self.n_tokens
 
     def remove_features(

@@ -13,7 +13,7 @@
    the loss on the next token, and KL at marked tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -126,10 +126,12 @@ def run_live(
     changes: Sequence[LiveChange],
     *,
     skip_layers: bool = True,
+    on_done: Callable[[int], object] | None = None,
 ) -> tuple[TokenSums, Tensor]:
     """Return the sums of live changes to one rollout, and the reference logits `(token, vocab)`.
 
     Without `skip_layers` every copy is computed from its first layer: the plain reference.
+    `on_done` is told how many changes each batch has run.
     """
     unchanged = LiveChange(torch.ones_like(changes[0].keep), torch.zeros_like(changes[0].push))
     removed = LiveChange(0 * unchanged.keep, unchanged.push)
@@ -151,8 +153,10 @@ def run_live(
             above = lowest, layers[[0, *(starts[i][1] for i in chunk)], lowest - 1]
         logits = _run_live(editor, batch, [unchanged, *(changes[i] for i in chunk)], above).logits
         if lowest and not _same(logits[:1], ends[0].logits):
-            return run_live(editor, held_out, batch, changes, skip_layers=False)
+            return run_live(editor, held_out, batch, changes, skip_layers=False, on_done=on_done)
         sums[:, chunk] = _compare(logits, held_out, batch, [None] * len(chunk)).stacked()
+        if on_done is not None:
+            on_done(len(chunk))
         if not first:
             reference = select_measured(logits[:1], batch.mask)
     return TokenSums(*sums), reference
