@@ -75,7 +75,7 @@ function factsOf(value) {
       "average over all tokens, with a 95 % interval over rollouts" +
       (Number.isNaN(value("ce")) ? "; estimated from gradients, because it was not removed" : "")],
     ["per firing", "per-firing", value("each"), known(value("each"), three),
-      `total KL divided by the ${whole(value("fired"))} tokens at which it fires`],
+      `total KL divided by the number of tokens at which it fires, ${whole(value("fired"))}`],
     ["share at firing tokens", "at-firing", value("here"), known(value("here"), percent),
       "share of the KL at tokens where it fires; the rest comes later in the rollout"],
     ["loss", "ce", value("ce"), known(value("ce"), signed),
