@@ -73,6 +73,15 @@ def test_parquet_and_a_saved_data_set_give_the_same_records(tmp_path):
         usable(tmp_path / "two", split="dev")
 
 
+def test_fields_that_arrow_adds_are_no_fields(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"text": "a", "tools": [{"x": 1}]}, {"tools": [{"y": [{"z": 2}]}]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert usable(tmp_path / "a.parquet") == list(enumerate(rows))
+
+
 def test_text_in_parquet_that_is_not_utf8_breaks_its_own_row_only(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq

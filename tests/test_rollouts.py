@@ -177,10 +177,17 @@ def test_when_more_than_half_is_broken_the_dataset_is_refused(tokenizer, load): 
     with pytest.raises(DatasetError) as caught:
         load(tokenizer, *records)
     message = str(caught.value)
-    assert "3 of 5 records cannot be used, the first at line 2: field text is None" in message
+    assert "3 of 5 records cannot be used, the first at line 2: all its fields are" in message
     assert "fields found: text" in message
     with pytest.raises(DatasetError, match="lacks the s1 fields"):
         load(tokenizer, {"text": "a"}, template="s1")
+
+
+def test_columns_that_are_not_read_are_named(tokenizer, load, caplog):
+    with caplog.at_level(logging.INFO):
+        load(tokenizer, {"text": "a", "id": 1}, {"text": "b", "rejected": "c", "tag": ""})
+    (message,) = caplog.messages
+    assert "not read, with their number of records: id (1), rejected (1); --columns" in message
 
 
 def test_empty_records_are_counted_and_too_many_are_no_text(tokenizer, load):  # pitfall B18

@@ -1,10 +1,11 @@
+import json
 import re
 
 import pytest
 from builders.records import CHAT_TEMPLATE, s1_records
 
-from lorascope.errors import DatasetError
-from lorascope.texts.conversations import detect_form
+from lorascope.errors import ConfigError, DatasetError
+from lorascope.texts.conversations import detect_form, parse_columns
 from lorascope.texts.records import RecordError
 from lorascope.texts.roles import role_spans
 from lorascope.texts.templates import Renderer
@@ -81,6 +82,12 @@ def chat(*turns):
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
+CHAT = chat(("user", "One?"), ("assistant", "Two."))
+ALPACA = {"instruction": "One?", "output": "Two."}
+ADD = {"name": "add", "parameters": {"type": "object", "properties": {"x": {"type": "number"}}}}
+TOOLS = [{"type": "function", "function": ADD}]
+
+
 def reference_s1(example, tokenizer):
     """`process_cot_example` of simplescaling/s1's data/tokenization.py, for a trace in one text."""
     answer = example["deepseek_attempt"]
@@ -125,6 +132,14 @@ def test_older_s1_records_hold_the_trace_in_pieces(tokenizer):
         {"instruction": "One?", "output": "Two.", "input": " "},
         {"problem": "One?", "solution": "Two.", "answer": 2},
         {"query": "One?", "response": "Two."},
+        {"question": "One?", "response": "Two.", "system_prompt": ""},  # OpenOrca
+        {"instruction": "One?", "context": "", "response": "Two.", "category": "qa"},  # Dolly
+        {"prompt": "One?", "chosen": "Two.", "rejected": "Three."},
+        {"prompt": "One?", "chosen": CHAT["messages"], "rejected": []},  # UltraFeedback
+        {"prompt": CHAT["messages"][:1], "chosen": CHAT["messages"][1:], "rejected": []},  # TRL
+        {"chosen": CHAT["messages"], "rejected": CHAT["messages"][:1]},
+        {"conversations": [{"from": "human", "value": "One?"}],
+         "chosen": {"from": "gpt", "value": "Two."}, "rejected": {"from": "gpt", "value": "3"}},
         chat(("user", "One?"), ("assistant", "Two.")),
         {"messages": [
             {"role": "user", "content": [
@@ -146,9 +161,107 @@ def test_every_way_to_write_a_question_and_its_answer_is_the_same_chat(tokenizer
     assert rendered.text.endswith("<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_an_alpaca_input_follows_its_instruction(tokenizer):
-    record = {"instruction": "Add.", "input": "1, 2", "output": "3"}
-    assert roles_in(tokenizer, record)[0][1:] == [("user", "Add.\n\n1, 2"), ("answer", "3")]
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"instruction": "Add.", "input": "1, 2", "output": "3"},  # Alpaca
+        {"instruction": "Add.", "context": "1, 2", "response": "3"},  # Dolly
+    ],
+)
+def test_what_an_instruction_is_about_follows_it(tokenizer, record):
+    spans, rendered = roles_in(tokenizer, record)
+    assert spans[1:] == [("user", "Add.\n\n1, 2"), ("answer", "3")]
+    assert rendered.unread == set()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {**CHAT, "system": "Be brief."},
+        {**ALPACA, "system": "Be brief."},
+        {"question": "One?", "response": "Two.", "system_prompt": "Be brief.", "id": "flan.1"},
+        {"conversations": [{"from": "human", "value": "One?"}, {"from": "gpt", "value": "Two."}],
+         "system": "Be brief."},
+        {**s1_records(1)[0], "system": "Be brief."},
+    ],
+)  # fmt: skip
+def test_a_system_prompt_in_a_field_of_its_own_is_read(tokenizer, record):
+    spans, rendered = roles_in(tokenizer, record)
+    assert spans[0] == ("system", "Be brief.")
+    assert "You help." not in rendered.text
+    assert roles_in(tokenizer, record, prompts=True)[0][0] == ("system", "Be brief.")
+    turns = [("system", "Be brief."), ("user", "One?"), ("assistant", "Two.")]
+    if "id" not in record and "question" not in record:
+        assert rendered.text == roles_in(tokenizer, chat(*turns))[1].text
+    twice = {**chat(*turns), "system": "Be long."}
+    assert roles_in(tokenizer, twice)[1].unread == {"system"}
+
+
+def test_earlier_turns_in_a_field_of_their_own_come_first(tokenizer):
+    record = {**ALPACA, "history": [["A?", "B."], ["C?", "D."]], "system": "S."}
+    turns = [("system", "S."), ("user", "A?"), ("assistant", "B."), ("user", "C?")]
+    turns += [("assistant", "D."), ("user", "One?"), ("assistant", "Two.")]
+    assert roles_in(tokenizer, record) == roles_in(tokenizer, chat(*turns))
+    assert roles_in(tokenizer, record, prompts=True)[0][-1] == ("user", "One?")
+
+
+# As Qwen writes them: behind the system prompt.
+WITH_TOOLS = (
+    "<|im_start|>system\n{% if messages[0].role == 'system' %}{{ messages[0].content }}"
+    "{% set messages = messages[1:] %}{% else %}You help.{% endif %}"
+    "{% if tools %}\n\n# Tools\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}{% endif %}"
+    "<|im_end|>\n{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("tools", [TOOLS, [ADD], json.dumps([ADD])])
+@pytest.mark.parametrize("system", ["", "S."])
+def test_tools_are_rendered_as_what_the_system_says(tokenizer, tools, system):
+    tokenizer.chat_template = WITH_TOOLS
+    record = {**CHAT, "tools": tools, "system": system}
+    spans, rendered = roles_in(tokenizer, record)
+    messages = [{"role": "system", "content": system}] * bool(system) + CHAT["messages"]
+    assert rendered.text == tokenizer.apply_chat_template(messages, tools=TOOLS, tokenize=False)
+    *by_system, question, answer = spans
+    assert {role for role, _ in by_system} == {"system"}
+    words = " ".join(text for _, text in by_system).split()
+    assert words == f"{system or 'You help.'} # Tools {json.dumps(TOOLS[0])}".split()
+    assert (question, answer) == (("user", "One?"), ("answer", "Two."))
+    assert (rendered.n_left_out, rendered.n_unknown) == (0, 0)
+
+
+def test_tools_that_the_template_ignores_are_counted(tokenizer):
+    _, rendered = roles_in(tokenizer, {**CHAT, "tools": TOOLS})
+    assert (rendered.n_left_out, rendered.n_unknown) == (1, 0)
+    assert roles_in(tokenizer, {**CHAT, "tools": "[]"})[1].n_left_out == 0
+
+
+def test_a_template_for_images_gets_its_text_in_parts(tokenizer):
+    whole = tokenizer.chat_template
+    expected = roles_in(tokenizer, CHAT)
+    parts = "{% for p in m.content if p.type == 'text' %}{{ p.text }}{% endfor %}"
+    tokenizer.chat_template = whole.replace("{{ m['content'] }}", parts)
+    assert roles_in(tokenizer, CHAT) == expected
+
+
+def test_columns_say_where_the_fields_are_and_what_is_not_read_is_named(tokenizer):
+    record = {"text": "no", "body": "B.", "q": "One?", "a": "Two.", "empty": ""}
+    for columns, spans, unread in (
+        (["text=body"], [("text", "B.")], {"text", "q", "a"}),
+        (["question=q", "answer=a"],
+         [("system", "You help."), ("user", "One?"), ("answer", "Two.")], {"text", "body"}),
+    ):  # fmt: skip
+        rendered = Renderer(tokenizer, "auto", columns=parse_columns(columns)).render(record)
+        found = [(role, rendered.text[start:stop]) for start, stop, role in rendered.spans]
+        assert (found, rendered.unread) == (spans, unread)
+    assert roles_in(tokenizer, {**CHAT, "id": 3, "images": []})[1].unread == {"id"}
+
+
+@pytest.mark.parametrize("column", ["body", "txt=body", "text=", "text=a text=b"])
+def test_columns_of_another_form_are_one_line(column):
+    with pytest.raises(ConfigError, match="expected FIELD=COLUMN"):
+        parse_columns(column.split())
 
 
 def test_chat_messages_keep_the_roles_of_all_turns(tokenizer):
@@ -324,7 +437,7 @@ def test_an_empty_part_makes_an_empty_text(tokenizer):
 
 
 def test_fields_that_fit_no_template_are_listed():  # pitfall B19
-    with pytest.raises(RecordError, match=r"it has the fields body, title; expected text, mess"):
+    with pytest.raises(RecordError, match=r"fields body, title; .*such as --columns text=title"):
         detect_form({"title": "a", "body": "b"})
 
 
@@ -332,10 +445,10 @@ def test_fields_that_fit_no_template_are_listed():  # pitfall B19
     ("record", "template", "message"),
     [
         ({"text": 3}, "text", "field text is int, expected text"),
-        ({"text": None}, "auto", "field text is NoneType, expected text"),
-        ({"body": "x"}, "text", "field text is missing; it has body"),
+        ({"text": None}, "auto", "all its fields are empty"),
+        ({"body": "x"}, "text", "field text is missing; it has body; --columns text=COLUMN"),
         ({"question": "x"}, "s1", "lacks the s1 fields .*; it has question"),
-        ({**s1_records(1)[0], "question": None}, "s1", "field question is NoneType"),
+        ({**s1_records(1)[0], "question": None}, "s1", "lacks the s1 fields .*; it has deepseek_a"),
         ({"question": "x", "thinking_trajectories": [1], "attempt": "y"}, "s1", "is list"),
         ({"messages": "x"}, "chat", "field messages is str, expected a list of messages"),
         ({"text": "x"}, "chat", "neither messages nor question"),
@@ -346,6 +459,11 @@ def test_fields_that_fit_no_template_are_listed():  # pitfall B19
         (chat(("user", [{"type": "image"}])), "auto", "a part of type image, expected text"),
         ({"conversations": [{"from": "x", "value": "y"}]}, "auto", "is from 'x', expected human"),
         ({"text": "a\ud800b"}, "auto", "lone surrogate"),
+        ({**CHAT, "tools": "[{"}, "auto", "field tools is not JSON"),
+        ({**CHAT, "tools": "3"}, "auto", "field tools is int, expected a list of objects"),
+        ({**CHAT, "tools": ["add"]}, "auto", "field tools is list, expected a list of objects"),
+        ({**ALPACA, "history": "Hi"}, "auto", "field history is str, expected a list of pairs"),
+        ({**ALPACA, "history": [["Hi"]]}, "auto", r"history\[0\] is no pair of texts"),
         ({"question": "a\ud800b", "answer": "x"}, "auto", "lone surrogate"),
     ],
 )
@@ -369,7 +487,9 @@ def test_a_template_that_shows_nothing_of_the_messages_breaks_their_record(token
 
 def test_a_tokenizer_without_a_chat_template_is_told_of(tokenizer):  # pitfall B15
     tokenizer.chat_template = None
-    with pytest.raises(DatasetError, match=r"no chat template.*--template text") as caught:
+    with pytest.raises(DatasetError, match=r"no chat template.*--columns text=COLUMN") as caught:
         roles_in(tokenizer, s1_records(1)[0], "s1")
     assert not isinstance(caught.value, RecordError)
     assert roles_in(tokenizer, {"text": "a b"})[0] == [("text", "a b")]
+    for record in (CHAT, ALPACA, s1_records(1)[0]):  # messages, and the same as a text
+        assert roles_in(tokenizer, {**record, "text": "a b"})[0] == [("text", "a b")]

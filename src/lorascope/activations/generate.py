@@ -161,6 +161,7 @@ def load_corpus(config: SubjectOptions, tokenizer: Any) -> tuple[list[Rollout], 
         "split": config.split,
         "limit": config.num_examples,
         "template": config.template,
+        "columns": config.columns,
         "tokenizer": tokenizer,
     }
     if config.sample is None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lorascope.config import Config, option, require_temperature
+from lorascope.texts.conversations import parse_columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,12 @@ class SubjectOptions(AdapterOptions):
     template: Literal["auto", "s1", "chat", "text"] = option(
         "auto", help="how a record becomes a rollout; auto decides by its fields"
     )
+    columns: tuple[str, ...] = option(
+        (),
+        help="columns to read, as FIELD=COLUMN, such as text=body or question=q answer=a; "
+        "default: the fields of docs/texts.md under their own names",
+        identity=False,
+    )
     duplicates: Literal["drop", "keep"] = option(
         "drop", help="what to do with a rollout whose tokens equal those of an earlier one"
     )
@@ -96,6 +103,7 @@ class SubjectOptions(AdapterOptions):
     def check(self) -> None:
         """Raise ConfigError if a number is out of range."""
         super().check()
+        parse_columns(self.columns)
         self.require("num_examples", 1)
         self.require("max_length", 2, unit=" tokens")
         self.require("batch_tokens", 1)

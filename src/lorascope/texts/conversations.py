@@ -1,7 +1,8 @@
 """Read what a record says: its form, its plain text or its messages.
 
 1. `detect_form` decides by the record's fields: s1, chat or text.
-2. `read_messages` returns the messages of an s1 or chat record, whatever its fields are called.
+2. `read_messages` returns the messages of an s1 or chat record, whatever its fields are called, and
+   `read_tools` the tools that they may call.
 3. `field_spans` says which role speaks where in each field of a message.
 
 The s1 form is the training format of s1 models (simplescaling/s1, `data/tokenization.py`): the
@@ -9,9 +10,12 @@ tokenizer's chat template around the question, then `<|im_start|>think` and `<|i
 inside the assistant's turn. The answer begins with `Answer: ` unless it contains `Answer:` already.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
+from lorascope.config import did_you_mean
+from lorascope.errors import ConfigError
 from lorascope.texts.records import Record, RecordError
 from lorascope.texts.roles import ROLE_OF_SPEAKER, TURN_TAG, Span, role_spans, stripped_span
 
@@ -24,14 +28,24 @@ _S1_FIELDS = (
 )
 _PAIR_FIELDS = (
     ("question", "answer"),
+    ("question", "response"),
     ("prompt", "completion"),
     ("prompt", "response"),
     ("instruction", "output"),
+    ("instruction", "response"),
     ("problem", "solution"),
     ("query", "response"),
+    ("input", "output"),
+    *((question, "chosen") for question in ("prompt", "question", "instruction", "input")),
 )
-_TEXT_FIELDS = ("text", "content")
+_TEXT_FIELDS = ("text", "content", "chosen")  # `chosen` of the form of Anthropic's HH is one text
 _TURN_FIELDS = ("messages", "conversations")
+_CONTEXT_FIELDS = ("input", "context")  # of Alpaca and of Dolly: what the question is about
+_SYSTEM_FIELDS = ("system", "system_prompt")
+FIELDS = {  # all that are read
+    *_TEXT_FIELDS, *_TURN_FIELDS, *_CONTEXT_FIELDS, *_SYSTEM_FIELDS, "history", "tools",
+    *(name for names in (*_S1_FIELDS, *_PAIR_FIELDS) for name in names),
+}  # fmt: skip
 _SHAREGPT_ROLES = {  # by the values of ShareGPT's field `from`
     "human": "user",
     "gpt": "assistant",
@@ -43,7 +57,22 @@ _SHAREGPT_ROLES = {  # by the values of ShareGPT's field `from`
     "observation": "tool",
     "function_response": "tool",
 }
+_TURNS = ("user", "assistant")
 _CHAT_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def parse_columns(columns: Sequence[str]) -> dict[str, str]:
+    """Return the column of each field from `FIELD=COLUMN`. Raises ConfigError for other words."""
+    names: dict[str, str] = {}
+    for word in columns:
+        name, sign, column = word.partition("=")
+        if not sign or not column or name not in FIELDS or name in names:
+            raise ConfigError(
+                f"--columns has {word!r}, expected FIELD=COLUMN with each field once; fields are "
+                f"{', '.join(sorted(FIELDS))}{did_you_mean(name, FIELDS - names.keys())}"
+            )
+        names[name] = column
+    return names
 
 
 def detect_form(record: Record, *, prompts: bool = False) -> str:
@@ -56,16 +85,27 @@ def detect_form(record: Record, *, prompts: bool = False) -> str:
         return "s1"
     if any(name in fields for name in _TURN_FIELDS) or _find_pair(record, prompts=prompts):
         return "chat"
-    if any(name in fields for name in _TEXT_FIELDS):
+    if "chosen" in fields and isinstance(record["chosen"], list):
+        return "chat"
+    if has_text(record):
         return "text"
+    if not record:
+        raise RecordError("all its fields are empty")
+    example = next((name for name, value in record.items() if isinstance(value, str)), "COLUMN")
     raise RecordError(
         f"it has the fields {_fields(record)}; expected text, messages, question + answer or "
-        f"another pair, or {' + '.join(_S1_FIELDS[0])}"
+        f"another pair, or {' + '.join(_S1_FIELDS[0])}; name others with --columns, such as "
+        f"--columns text={example}"
     )
 
 
+def has_text(record: Record) -> bool:
+    """Return whether a record has a field of plain text."""
+    return any(name in record for name in _TEXT_FIELDS)
+
+
 def plain_text(record: Record) -> str:
-    """Return the plain text of a record, from `text` or `content`."""
+    """Return the plain text of a record."""
     return _string(record, next((name for name in _TEXT_FIELDS if name in record), _TEXT_FIELDS[0]))
 
 
@@ -75,25 +115,59 @@ def read_messages(record: Record, form: str, *, prompts: bool = False) -> list[M
     With `prompts`, the messages end before the assistant's last turn. The list is empty if the
     record's fields are blank. Raises RecordError when fields are missing or of a wrong type.
     """
+    turns = next((name for name in _TURN_FIELDS if name in record), None)
+    pair = _find_pair(record, prompts=prompts)
     if form == "s1":
-        return _s1_messages(record, prompts=prompts)
-    name = next((name for name in _TURN_FIELDS if name in record), None)
-    if name is not None:
-        messages = _messages(record[name], name)
-    else:
-        pair = _find_pair(record, prompts=prompts)
-        if pair is None:
-            raise RecordError(
-                f"it has neither messages nor question + answer; it has {_fields(record)}"
-            )
+        messages = _s1_messages(record, prompts=prompts)
+    elif turns is not None:
+        messages = _messages(record[turns], turns)
+        if (
+            "chosen" in record
+            and messages
+            and ROLE_OF_SPEAKER.get(messages[-1]["role"]) != "answer"
+        ):
+            messages += _reply(record, "chosen")
+    elif pair is not None:
         messages = _pair_messages(record, pair, prompts=prompts)
+    elif "chosen" in record:
+        turns = "chosen"
+        messages = _messages(record[turns], turns)
+    else:
+        raise RecordError(
+            f"it has neither messages nor question + answer; it has {_fields(record)}; name "
+            "others with --columns question=COLUMN answer=COLUMN"
+        )
     if prompts:
         while messages and ROLE_OF_SPEAKER.get(messages[-1]["role"]) == "answer":
             messages.pop()
-        if not messages and name is not None and record[name]:
+        if not messages and turns is not None and record[turns]:
             raise RecordError("no message comes before the assistant's turn")
-    has_content = any("tool_calls" in m or m["content"].strip() for m in messages)
-    return messages if has_content else []
+    if not any("tool_calls" in m or m["content"].strip() for m in messages):
+        return []
+    if ROLE_OF_SPEAKER.get(messages[0]["role"]) != "system":
+        messages = [*_system_message(record), *messages]
+    return messages
+
+
+def read_tools(record: Record) -> list[Any]:
+    """Return the tools that a record offers to the assistant, as chat templates expect them.
+
+    LLaMA-Factory writes them as the JSON of a list of functions.
+    """
+    tools = record.get("tools") or []
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise RecordError(f"field tools is not JSON: {error}") from error
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RecordError(f"field tools is {type(tools).__name__}, expected a list of objects")
+    return [
+        {"type": "function", "function": tool}
+        if "name" in tool and "function" not in tool
+        else tool
+        for tool in tools
+    ]
 
 
 def _fields(record: Record) -> str:
@@ -106,7 +180,17 @@ def _string(record: Record, name: str) -> str:
         return value
     if name in record:
         raise RecordError(f"field {name} is {type(value).__name__}, expected text")
-    raise RecordError(f"field {name} is missing; it has {_fields(record)}")
+    raise RecordError(
+        f"field {name} is missing; it has {_fields(record)}; --columns {name}=COLUMN names another"
+    )
+
+
+def _system_message(record: Record) -> list[Message]:
+    """Return the system message that a record keeps in a field of its own, if it has one."""
+    for name in _SYSTEM_FIELDS:
+        if name in record and isinstance(record[name], str) and record[name].strip():
+            return [{"role": "system", "content": record[name]}]
+    return []
 
 
 def _find_pair(record: Record, *, prompts: bool) -> tuple[str, str] | None:
@@ -127,9 +211,9 @@ def _s1_messages(record: Record, *, prompts: bool) -> list[Message]:
     messages: list[Message] = [{"role": "user", "content": question}]
     if not prompts:
         trace = record[names[1]]
-        if isinstance(trace, list) and all(isinstance(piece, str) for piece in trace):
-            record = {**record, names[1]: "\n".join(trace)}
-        thinking, attempt = (_string(record, name) for name in names[1:])
+        pieces = isinstance(trace, list) and all(isinstance(piece, str) for piece in trace)
+        thinking = "\n".join(trace) if pieces else _string(record, names[1])
+        attempt = _string(record, names[2])
         if not thinking.strip() or not attempt.strip():
             return []
         answer = attempt if "Answer:" in attempt else "Answer: " + attempt
@@ -141,15 +225,50 @@ def _s1_messages(record: Record, *, prompts: bool) -> list[Message]:
 def _pair_messages(record: Record, pair: tuple[str, str], *, prompts: bool) -> list[Message]:
     if isinstance(record[pair[0]], list):  # TRL's format: both are lists of messages
         messages = _messages(record[pair[0]], pair[0])
-        return messages if prompts else messages + _messages(record[pair[1]], pair[1])
+        if not prompts:
+            reply = _reply(record, pair[1])
+            messages = reply if _repeats_prompt(reply) else messages + reply
+        return messages
     question = _string(record, pair[0])
-    context = record.get("input") if pair[0] == "instruction" else None
-    if isinstance(context, str) and context.strip():
-        question = f"{question}\n\n{context}"
-    messages: list[Message] = [{"role": "user", "content": question}]
+    for name in _CONTEXT_FIELDS if pair[0] in ("instruction", "question") else ():
+        context = record.get(name)
+        if isinstance(context, str) and context.strip():
+            question = f"{question}\n\n{context}"
+            break
+    messages = [*_history(record), {"role": "user", "content": question}]
     if not prompts:
-        messages.append({"role": "assistant", "content": _string(record, pair[1])})
+        reply = _reply(record, pair[1])
+        if _repeats_prompt(reply):
+            return reply
+        messages += reply
     return messages if all(message["content"].strip() for message in messages) else []
+
+
+def _reply(record: Record, name: str) -> list[Message]:
+    """Return the assistant's reply in a field: a text, a message or a list of messages."""
+    value = record[name]
+    if isinstance(value, dict | list):
+        return _messages(value if isinstance(value, list) else [value], name)
+    return [{"role": "assistant", "content": _string(record, name)}]
+
+
+def _repeats_prompt(reply: list[Message]) -> bool:
+    """Return whether a reply is the whole conversation, as `chosen` often is."""
+    return any(message["role"] == "user" for message in reply)
+
+
+def _history(record: Record) -> list[Message]:
+    """Return the earlier turns that Alpaca records keep apart, as pairs of question and answer."""
+    history, messages = record.get("history", []), []
+    if not isinstance(history, list):
+        raise RecordError(f"field history is {type(history).__name__}, expected a list of pairs")
+    for i, turn in enumerate(history):
+        if not isinstance(turn, list) or list(map(type, turn)) != [str, str]:
+            raise RecordError(f"history[{i}] is no pair of texts, expected question and answer")
+        messages += [
+            {"role": role, "content": text} for role, text in zip(_TURNS, turn, strict=True)
+        ]
+    return messages
 
 
 def _messages(value: Any, name: str) -> list[Message]:

@@ -17,7 +17,7 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -41,6 +41,38 @@ _NOT_UTF8 = "not UTF-8"
 
 class RecordError(DatasetError):
     """One record cannot be used; the run continues without it."""
+
+
+class Fields(dict[str, Any]):
+    """The fields of a record that have a value, and the names of those that are read.
+
+    `columns` says for each field in which column it is; without it, all columns are fields.
+    """
+
+    def __init__(self, record: Record, columns: Mapping[str, str]) -> None:
+        names = columns or {name: name for name in record}
+        super().__init__(
+            {
+                field: record[column]
+                for field, column in names.items()
+                if record.get(column) is not None
+            }
+        )
+        self._filled = {name for name, value in record.items() if value not in (None, "", [], {})}
+        self._names = names
+
+    def __getitem__(self, name: str) -> Any:
+        self._filled.discard(self._names[name])
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a field, which counts as read, or `default`."""
+        return self[name] if name in self else default  # noqa: SIM401 (it is this method)
+
+    @property
+    def unread(self) -> set[str]:
+        """The names of the columns that were not read, although they say something."""
+        return self._filled
 
 
 @dataclass(frozen=True)
@@ -296,7 +328,14 @@ def _arrow_rows(batches: Iterator[Any]) -> Iterator[Row]:
                 yield from _arrow_rows(batch.slice(i, 1) for i in range(len(batch)))
             continue
         for row in rows:
-            yield None, row
+            yield None, _without_none(row)
+
+
+def _without_none(value: Any) -> Any:
+    """Return a value without the empty fields that Arrow adds where other rows have them."""
+    if isinstance(value, dict):
+        return {name: _without_none(part) for name, part in value.items() if part is not None}
+    return list(map(_without_none, value)) if isinstance(value, list) else value
 
 
 def _from_disk(path: Path, split: str) -> Iterator[Any]:

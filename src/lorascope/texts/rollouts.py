@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from lorascope import runtime
 from lorascope.errors import DatasetError
+from lorascope.texts.conversations import parse_columns
 from lorascope.texts.records import Record, RecordError, Records, read_records
 from lorascope.texts.roles import SPECIAL, Roles, role_spans, token_roles
 from lorascope.texts.templates import Rendered, Renderer
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 
 _CHUNK = 256  # texts tokenised in one call, by the tokenizer's own threads
 _N_NAMED = 5  # duplicates that the log names
+_N_COLUMNS = 20  # columns that the log names
 
 TokenIds = npt.NDArray[np.int32]
 
@@ -50,6 +52,7 @@ def load_rollouts(
     split: str,
     limit: int | None,
     template: str,
+    columns: Sequence[str] = (),
     duplicates: Literal["drop", "keep"],
     tokenizer: Any,
 ) -> tuple[list[Rollout], dict[str, int]]:
@@ -58,14 +61,22 @@ def load_rollouts(
     The counts are records left out as `empty`, `broken` or `duplicate` (same token ids as an
     earlier record). If there are any, they also include message parts whose roles are unknown
     because the template rewrites them (`unknown_roles`), and parts that the template omits
-    (`left_out_by_template`). Raises DatasetError when fewer than half of the records are usable.
+    (`left_out_by_template`). Columns that become no text are named in the log.
+    Raises DatasetError when fewer than half of the records are usable.
     """
     records = read_records(dataset, split, limit)
-    return _load(records, Renderer(tokenizer, template), drop=duplicates == "drop")
+    renderer = Renderer(tokenizer, template, columns=parse_columns(columns))
+    return _load(records, renderer, drop=duplicates == "drop")
 
 
 def load_prompts(
-    *, dataset: str, split: str, limit: int | None, template: str, tokenizer: Any
+    *,
+    dataset: str,
+    split: str,
+    limit: int | None,
+    template: str,
+    columns: Sequence[str] = (),
+    tokenizer: Any,
 ) -> tuple[list[Rollout], dict[str, int]]:
     """Return one prompt per record for the model to continue, and counts as `load_rollouts` does.
 
@@ -73,7 +84,8 @@ def load_prompts(
     plain text is used whole. Duplicate prompts are kept.
     """
     records = read_records(dataset, split, limit)
-    return _load(records, Renderer(tokenizer, template, prompts=True), drop=False)
+    renderer = Renderer(tokenizer, template, prompts=True, columns=parse_columns(columns))
+    return _load(records, renderer, drop=False)
 
 
 def tokenize(texts: Sequence[Rendered], tokenizer: Any) -> list[tuple[TokenIds, Roles]]:
@@ -155,6 +167,7 @@ def _load(
 ) -> tuple[list[Rollout], dict[str, int]]:
     rollouts: list[Rollout] = []
     broken, forms, counts = dict(records.broken), Counter[str](), Counter[str]()
+    unread = Counter[str]()
     seen: set[bytes] = set()
     repeated: list[int] = []
     with runtime.progress(len(records.usable), "tokenize", "records") as bar:
@@ -164,6 +177,7 @@ def _load(
             texts = tokenize(list(rendered.values()), renderer.tokenizer)
             for (number, text), (token_ids, roles) in zip(rendered.items(), texts, strict=True):
                 forms[text.form] += 1
+                unread.update(map(str, text.unread))
                 if not len(token_ids):
                     counts["empty"] += 1
                     continue
@@ -179,6 +193,15 @@ def _load(
     records.report(broken)
     counts.update(broken=len(broken), duplicate=len(repeated), empty=0)
     _report(records, counts, forms, repeated)
+    if unread:
+        named = ", ".join(f"{name} ({n})" for name, n in sorted(unread.items())[:_N_COLUMNS])
+        log.info(
+            "columns of %s that are not read, with their number of records: %s%s; --columns "
+            "chooses what is read",
+            records.name,
+            named,
+            ", ..." if len(unread) > _N_COLUMNS else "",
+        )
     if not rollouts:
         raise DatasetError(
             f"dataset {records.name} has no usable record among {len(records)}: "
@@ -237,8 +260,8 @@ def _report(
         )
     if counts["left_out_by_template"]:
         log.warning(
-            "the chat template omits %d message parts, such as thinking in earlier turns; the "
-            "model does not read them",
+            "the chat template omits %d message parts, such as thinking in earlier turns or tools; "
+            "the model does not read them",
             counts["left_out_by_template"],
         )
 

@@ -15,8 +15,8 @@ What the template itself adds is in no span, except its own system prompt.
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import takewhile
 from typing import Any
@@ -29,11 +29,13 @@ from lorascope.texts.conversations import (
     cut_at_reply,
     detect_form,
     field_spans,
+    has_text,
     plain_text,
     read_messages,
+    read_tools,
 )
-from lorascope.texts.records import Record, RecordError
-from lorascope.texts.roles import ROLE_OF_SPEAKER, TURN_TAG, Span, role_spans
+from lorascope.texts.records import Fields, Record, RecordError
+from lorascope.texts.roles import ROLE_OF_SPEAKER, TURN_TAG, Span, role_spans, stripped_span
 from lorascope.texts.tokens import special_ids
 
 # Templates that write today's date would give a different text every day. 26 July 2024 is the
@@ -48,7 +50,8 @@ class Rendered:
     """A text as the model reads it, and its role spans. `text` is empty if the record is blank.
 
     A `plain` text still needs the special tokens that the tokenizer adds around any text.
-    `n_unknown` counts message parts that the template rewrites, `n_left_out` those that it omits.
+    `n_unknown` counts message parts that the template rewrites, `n_left_out` those that it omits;
+    `unread` names the record's columns that do not become text.
     """
 
     form: str
@@ -57,6 +60,7 @@ class Rendered:
     plain: bool = False
     n_unknown: int = 0
     n_left_out: int = 0
+    unread: Set[str] = frozenset()
 
 
 @dataclass
@@ -69,10 +73,22 @@ class _Marked:
 
 
 class Renderer:
-    """Renders records; with `prompts`, only up to where the assistant's last turn begins."""
+    """Renders records; with `prompts`, only up to where the assistant's last turn begins.
 
-    def __init__(self, tokenizer: Any, template: str, *, prompts: bool = False) -> None:
+    `columns` says in which column of a record each field is (`parse_columns`).
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str,
+        *,
+        prompts: bool = False,
+        columns: Mapping[str, str] | None = None,
+    ) -> None:
         self.tokenizer, self.template, self.prompts = tokenizer, template, prompts
+        self.columns = columns or {}
+        self._takes_parts = False  # whether the template wants content as a list of parts
         self._added = set(tokenizer.get_added_vocab())
         names = tokenizer.convert_ids_to_tokens(special_ids(tokenizer))
         longest_first = sorted(set(names), key=len, reverse=True)
@@ -82,21 +98,25 @@ class Renderer:
 
     def render(self, record: Record) -> Rendered:
         """Return the text of a record. Raises RecordError when it cannot be rendered."""
+        record = Fields(record, self.columns)
         form = self.template
         if form == "auto":
             form = detect_form(record, prompts=self.prompts)
+            if self.tokenizer.chat_template is None and has_text(record):
+                form = "text"
         if form == "text":
             rendered = self._render_text(plain_text(record))
         else:
             messages = read_messages(record, form, prompts=self.prompts)
-            rendered = self._render_chat(messages, form) if messages else Rendered(form)
+            tools = read_tools(record)
+            rendered = self._render_chat(messages, tools, form) if messages else Rendered(form)
         try:
             rendered.text.encode()
         except UnicodeEncodeError as error:
             raise RecordError(
                 "it contains a lone surrogate (half a character), or is not UTF-8"
             ) from error
-        return rendered
+        return replace(rendered, unread=record.unread)
 
     def _render_text(self, text: str) -> Rendered:
         """Return a text with turn headers as it is, and any other text as plain text."""
@@ -107,31 +127,48 @@ class Renderer:
         text = cut_at_reply(text) if self.prompts else text
         return Rendered("text", text, role_spans(text, "text"))
 
-    def _render_chat(self, messages: list[Message], form: str) -> Rendered:
-        text = self._apply(messages)
+    def _render_chat(self, messages: list[Message], tools: list[Any], form: str) -> Rendered:
+        text = self._apply(messages, tools)
         marked = _mark(messages)
-        pieces = self._split_at_marks(json.dumps(marked.messages, default=str))
+        pieces = self._split_at_marks(json.dumps([marked.messages, tools], default=str))
+        without = pieces
+        if tools:
+            without = self._split_at_marks(json.dumps([marked.messages, []], default=str))
         spans, n_left_out = _fill_marks(pieces, marked, text)
         n_unknown = len(marked.n_before_call)
         if spans is None:
             spans, n_unknown = _search_parts(text, marked)
             n_left_out = 0
-        if not spans:  # a template for images may expect lists of parts, and ignore plain strings
+            n_unknown += pieces != without
+        elif pieces[1::2] == without[1::2]:
+            spans = sorted(spans + _tool_spans(pieces, without, marked, text))
+        else:
+            n_unknown += 1
+        if not spans and not self._takes_parts:  # a template for images may ignore plain strings
+            self._takes_parts = True
+            return self._render_chat(messages, tools, form)
+        if not spans:
             raise RecordError("the chat template omits everything that its messages say")
+        n_left_out += bool(tools) and pieces == without
         if marked.parts and marked.parts[0][1] != "system":
             spans = self._template_system(text[: spans[0][0]]) + spans
         end = S1_THINK if form == "s1" and self.prompts else ""
         return Rendered(form, text + end, spans, False, n_unknown, n_left_out)
 
-    def _apply(self, messages: list[Message]) -> str:
+    def _apply(self, messages: list[Message], tools: list[Any]) -> str:
         """Return the messages rendered with the chat template, at a fixed date."""
         import jinja2
 
         if self.tokenizer.chat_template is None:
             raise DatasetError(
-                "the tokenizer has no chat template, which messages need; use --template text and "
-                "records with a text field"
+                "the tokenizer has no chat template, which messages need; give records with a text "
+                "field, or name one with --columns text=COLUMN"
             )
+        if self._takes_parts:
+            messages = [
+                {**m, "content": [{"type": "text", "text": m["content"]}]} if "content" in m else m
+                for m in messages
+            ]
         template = str(self.tokenizer.get_chat_template())
         if "strftime_now" in template:
             template = _fixed_date() + template
@@ -139,6 +176,7 @@ class Renderer:
             return str(
                 self.tokenizer.apply_chat_template(
                     messages,
+                    tools=tools or None,
                     chat_template=template,
                     tokenize=False,
                     add_generation_prompt=self.prompts,
@@ -151,7 +189,7 @@ class Renderer:
 
     def _uncached_split(self, marked_json: str) -> list[str]:
         """Return the template's own text and the numbers of the marks, alternating."""
-        return re.split("\x02([0-9]+)\x03", self._apply(json.loads(marked_json)))
+        return re.split("\x02([0-9]+)\x03", self._apply(*json.loads(marked_json)))
 
     def _find_template_system(self, prefix: str) -> list[Span]:
         """Find the system prompt that the template itself puts before the first message.
@@ -162,12 +200,10 @@ class Renderer:
         turns = ("user", "assistant", "user")
         try:
             chat = _mark([{"role": turn, "content": "x"} for turn in turns])
-            between = self._split_at_marks(json.dumps(chat.messages))[4]
+            between = self._split_at_marks(json.dumps([chat.messages, []]))[4]
         except (RecordError, IndexError):  # the template takes one question only, or writes nothing
             between = ""
-        backwards = zip(reversed(prefix), reversed(between), strict=False)
-        n_header = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], backwards))
-        end = len(prefix) - n_header
+        end = len(prefix) - _n_common(reversed(prefix), reversed(between))
         spans: list[Span] = []
         start = 0
         for token, next_start in [*(m.span() for m in self._special.finditer(prefix)), (end, end)]:
@@ -225,6 +261,32 @@ def _fill_marks(pieces: list[str], marked: _Marked, text: str) -> tuple[list[Spa
         stop = min((start for i, (start, _) in edges.items() if i >= n_before), default=len(text))
         spans.append((start, stop, "text"))
     return sorted(spans), len(marked.parts) - len(edges)
+
+
+def _tool_spans(pieces: list[str], without: list[str], marked: _Marked, text: str) -> list[Span]:
+    """Return the spans of what the template says about tools: the text that tools add.
+
+    What comes before the first part is found with the template's system prompt.
+    """
+    spans: list[Span] = []
+    position = 0
+    for i, (piece, plain) in enumerate(zip(pieces, without, strict=True)):
+        if i % 2:
+            position += len(marked.parts[int(piece)][0])
+            continue
+        if piece != plain and (i or marked.parts[0][1] == "system"):
+            before = _n_common(piece, plain)
+            after = _n_common(reversed(piece[before:]), reversed(plain[before:]))
+            stop = position + len(piece) - after
+            spans += stripped_span(text, position + before, stop, "system")
+        position += len(piece)
+    return spans
+
+
+def _n_common(first: Iterable[str], second: Iterable[str]) -> int:
+    """Return how many characters two texts begin with in common."""
+    pairs = zip(first, second, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _search_parts(text: str, marked: _Marked) -> tuple[list[Span], int]:
