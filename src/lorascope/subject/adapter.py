@@ -45,6 +45,21 @@ _LORA_KINDS: dict[str, tuple[str, str | None]] = {
     "monteclora_config": ("monteclora", "its A is used outside of any module"),
     "kasa_config": ("kasa", "it scales between A and B, and truncates the base"),
 }
+# Kinds of models that lorascope does not study, by the task that PEFT writes into the config, by
+# the class of the base, and by the paths of adapted modules.
+_OTHER_TASKS = {
+    "SEQ_CLS": "sequence classification",
+    "TOKEN_CLS": "token classification",
+    "QUESTION_ANS": "extractive question answering",
+    "SEQ_2_SEQ_LM": "a sequence-to-sequence model",
+}
+_OTHER_CLASSES = re.compile(
+    r"For(?:\w*Classification|QuestionAnswering|MaskedLM|CTC|SpeechSeq2Seq|\w*Detection)$"
+    r"|^(?:Whisper|Wav2Vec2|Hubert|T5|MT5|UMT5|Bart|MBart|Pegasus|Marian|UNet)"
+)
+_DIFFUSION = re.compile(r"(?:^|\.)(?:to_[qkv]|to_out|unet|transformer_blocks)(?:\.|$)")
+_ENCODER = re.compile(r"^(?!.*vision)(?:.*\.)?encoder\.(?:layers?|block)\.\d")
+_DECODER = re.compile(r"(?:^|\.)decoder\.(?:layers?|block)\.\d")
 # What torch.compile, FSDP and activation checkpointing add to tensor names.
 WRAPPERS = re.compile(
     r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
@@ -200,6 +215,23 @@ def unsupported_reason(config: dict[str, Any]) -> str | None:
         if why and config.get(key)
     ]
     return reasons[0] if reasons else None
+
+
+def other_purpose(adapter: Adapter) -> str | None:
+    """Return what an adapter was made for, if that is no causal language model, by its files."""
+    task, mapping = adapter.config.get("task_type"), adapter.config.get("auto_mapping")
+    if task in _OTHER_TASKS:
+        return f"{_OTHER_TASKS[task]} (task_type {task})"
+    base_class = str(mapping.get("base_model_class")) if isinstance(mapping, dict) else ""
+    if _OTHER_CLASSES.search(base_class):
+        return base_class
+    modules = list(lora_tensors(adapter.shapes))
+    if any(map(_DIFFUSION.search, modules)):
+        return "a diffusion model"
+    encodes = [bool(_ENCODER.match(module)) for module in modules]
+    if any(encodes) and any(map(_DECODER.search, modules)):
+        return "a sequence-to-sequence model"
+    return "an encoder" if modules and all(encodes) else None
 
 
 def changes_outside_lora(adapter: Adapter) -> tuple[str, ...]:

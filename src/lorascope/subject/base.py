@@ -16,7 +16,7 @@ from lorascope.artifact import BLOCK, digest_in_part
 from lorascope.config import did_you_mean
 from lorascope.errors import AdapterError, ArtifactError
 from lorascope.hub import find_folder
-from lorascope.subject.adapter import CONFIG, Adapter
+from lorascope.subject.adapter import CONFIG, Adapter, other_purpose
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,41 @@ class Base:
         named = {"gguf_file": self.gguf} if self.gguf else {}
         return {"pretrained_model_name_or_path": str(self.path), **named}
 
+    def model_class(self) -> Any:
+        """Return transformers' class for it: a causal language model, or one that sees images too.
+
+        Raises AdapterError if it is neither.
+        """
+        import transformers
+        from transformers.models.auto import modeling_auto as auto
+
+        causal, seeing = auto.AutoModelForCausalLM, auto.AutoModelForImageTextToText
+        if self.gguf:
+            return causal
+        try:
+            config: Any = transformers.AutoConfig.from_pretrained(
+                str(self.path), trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError, TypeError, ImportError):
+            return causal  # it says what is wrong
+        name = config.model_type
+        decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+        has_encoder = getattr(config, "is_encoder_decoder", False)
+        kind = "a sequence-to-sequence model" if has_encoder else None
+        if kind is None and name in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes:
+            kind = "an encoder"
+        if kind is None and name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            return causal
+        if kind is None and name in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+            return seeing
+        if kind is None and hasattr(config, "auto_map"):
+            return causal
+        raise AdapterError(
+            f"base model {self.location} is {kind or 'a ' + name} "
+            f"({', '.join(config.architectures or [name])}); lorascope studies causal language "
+            "models"
+        )
+
     def require_same(self, digest: str | None, path: Path) -> None:
         """Raise ArtifactError if `path` was made with a base of another digest, warn if of None."""
         if digest is None:
@@ -70,6 +105,11 @@ def find_base(adapter: Adapter, base_model: str | None, revision: str | None = N
     `revision` is a version of it on the hub: a branch, tag or commit. The adapter's config may name
     one, which belongs to the base model that it names.
     """
+    if purpose := other_purpose(adapter):
+        raise AdapterError(
+            f"adapter {adapter.name} was made for {purpose}; lorascope studies causal language "
+            "models"
+        )
     own = adapter.config.get("base_model_name_or_path")
     named = base_model or own
     if not named:
@@ -98,7 +138,9 @@ def find_base(adapter: Adapter, base_model: str | None, revision: str | None = N
         raise AdapterError(f"{error}; --base-model names the base of {adapter.name}") from error
     if not (folder / "config.json").is_file():
         raise AdapterError(f"base model {source} has no config.json; give the folder of a model")
-    return Base(folder.name if is_here else source, folder, _digest_base(folder))
+    base = Base(folder.name if is_here else source, folder, _digest_base(folder))
+    base.model_class()  # raises before texts are read and weights are loaded
+    return base
 
 
 def _find_gguf(path: Path) -> Path | None:

@@ -2,8 +2,10 @@
 
 1. Look at every LoRA layer. It has no rows if its `A` is not multiplied with each token's input:
    LoRA on embeddings, parameters, routed experts, convolutions.
-2. Run the others once, on three tokens. A layer that is never called, or not called for exactly
-   these tokens, has no rows either. Only a forward shows that; the module's class does not.
+2. Run the others on three tokens. A layer that is never called, or not called for exactly these
+   tokens, has no rows either. Only a forward shows that; the module's class does not. In a second
+   run with another last token, the rows of the others must be the same: else the model is not
+   causal, as an encoder or a prefix language model.
 3. The remaining layers are the sites. Each gets its name, its scale and its gauge.
 
 **The gauge** is the one factorisation of a LoRA's update that is well defined.
@@ -27,10 +29,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lorascope.errors import AdapterError, ConfigError
+from lorascope.hub import first_line
 from lorascope.sites import Site, SiteLayout, name_modules
 from lorascope.subject.adapter import Adapter, is_routed, lora_kind, lora_tensors
 
@@ -76,20 +79,52 @@ def find_bottlenecks(causal: nn.Module, name: str) -> tuple[list[Bottleneck], di
 def probe(
     bottlenecks: Sequence[Bottleneck], run: Callable[..., Any], device: torch.device
 ) -> dict[str, str]:
-    """Run the model once on three tokens; return why layers gave no row per token, by path."""
-    shapes: dict[str, list[tuple[int, ...]]] = {layer.path: [] for layer in bottlenecks}
+    """Run the model on three tokens; return why layers gave no row per token, by path.
 
-    def record_shape(path: str) -> Callable[..., None]:
-        return lambda _module, _args, output: shapes[path].append(tuple(output.shape))
+    Raises AdapterError if the model cannot read text alone, or if later tokens change rows.
+    """
+    rows, others = ({layer.path: [] for layer in bottlenecks} for _ in range(2))
+    ids = torch.arange(_N_PROBED, device=device)[None]
+    _record(bottlenecks, run, ids, rows)
+    reasons = {path: reason for path, calls in rows.items() if (reason := _no_row_reason(calls))}
+    _record(bottlenecks, run, torch.cat([ids[:, :-1], ids[:, -1:] + 1], dim=1), others)
+    for path in rows.keys() - reasons.keys():
+        before, after = (
+            calls[path][0].reshape(_N_PROBED, -1)[:-1].double() for calls in (rows, others)
+        )
+        change = float((before - after).norm() / before.norm().clamp(min=1e-30))
+        # A router may group the other tokens in another way, which changes rounding.
+        if change > math.sqrt(torch.finfo(rows[path][0].dtype).eps):
+            raise AdapterError(
+                f"rows of a token change with later tokens (at {path}, by {change:.2g} of their "
+                "norm): this is no causal language model, and a token has no row of its own"
+            )
+    return reasons
 
-    handles = [layer.read.register_forward_hook(record_shape(layer.path)) for layer in bottlenecks]
+
+def _record(
+    bottlenecks: Sequence[Bottleneck],
+    run: Callable[..., Any],
+    ids: Int[Tensor, "1 tok"],
+    rows: dict[str, list[Tensor]],
+) -> None:
+    """Run the model on a text, and add what each layer gave at each of its calls."""
+
+    def keep(path: str) -> Callable[..., None]:
+        return lambda _module, _args, output: rows[path].append(output)
+
+    handles = [layer.read.register_forward_hook(keep(layer.path)) for layer in bottlenecks]
     try:
         with torch.inference_mode():
-            run(input_ids=torch.arange(_N_PROBED, device=device)[None], use_cache=False)
+            run(input_ids=ids, use_cache=False)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise AdapterError(
+            f"this model cannot read text alone ({first_line(error)}); lorascope studies causal "
+            "language models"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
-    return {path: reason for path, calls in shapes.items() if (reason := _no_row_reason(calls))}
 
 
 def make_layout(
@@ -149,11 +184,11 @@ def _unwrapped(path: str) -> str:
     return path
 
 
-def _no_row_reason(calls: list[tuple[int, ...]]) -> str | None:
+def _no_row_reason(calls: list[Tensor]) -> str | None:
     if len(calls) != 1:
         return f"called {len(calls)} times in a forward" if calls else "never called"
     # A layer may see the batch flattened: (tokens, rank) holds the same rows as (1, tokens, rank).
-    n_seen = math.prod(calls[0][:-1])
+    n_seen = math.prod(calls[0].shape[:-1])
     return None if n_seen == _N_PROBED else f"called for {n_seen} of {_N_PROBED} tokens"
 
 

@@ -19,6 +19,7 @@ from lorascope.subject.adapter import (
     changes_outside_lora,
     lora_kind,
     lora_tensors,
+    other_purpose,
     scale_of,
     unreadable_reason,
     unsupported_reason,
@@ -105,12 +106,15 @@ def inventory(adapter: Adapter) -> Inventory:
                 lora_kind=lora_kind(adapter.config),
             )
         )
+    refused, purpose = unsupported_reason(adapter.config), other_purpose(adapter)
+    if purpose:
+        refused = f"it was made for {purpose}, and lorascope studies causal language models"
     sites.sort(key=lambda s: Site(layer=s.layer, projection=s.projection, module=s.module).order)
     return Inventory(
         sites=tuple(sites),
         unreadable=tuple(unreadable),
         unseen=changes_outside_lora(adapter),
-        refused=unsupported_reason(adapter.config),
+        refused=refused,
     )
 
 

@@ -23,7 +23,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from lorascope import runtime
@@ -114,7 +114,7 @@ class Subject:
     @property
     def max_length(self) -> int | None:
         """The model's context in tokens, or None if its config does not say."""
-        return getattr(self.causal.config, "max_position_embeddings", None)
+        return getattr(self.causal.config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_tokenizer(adapter: Adapter, base: Base) -> Any:
@@ -219,7 +219,7 @@ def _load_base(
         quiet = contextlib.redirect_stderr(io.StringIO()) if base.gguf else quiet
     try:
         with quiet:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = base.model_class().from_pretrained(
                 **base.source,
                 dtype=wanted,
                 device_map=device_map,
