@@ -108,12 +108,31 @@ def half(store):
     return dictionary(store.layout, sae.W_enc, sae.W_dec / 2)
 
 
+def check_shifts(shifts, model, bare, store):
+    """The probabilities of examples are those of the two models; shares are of all KL."""
+    assert 0 < sum(one["share"] for one in shifts) <= 1 + 1e-6
+    assert [one["share"] for one in shifts] == sorted((s["share"] for s in shifts), reverse=True)
+    for one in shifts[:5]:
+        row = one["example"]["row"]
+        rollout = int(store.rollout_of(np.array([row]))[0])
+        first = int(store.rollout_start[rollout])
+        assert one["example"]["position"] == row - first
+        assert one["role"] == ROLES[store.roles[row + 1]]
+        ids = torch.from_numpy(store.token_ids[first : row + 1].astype(np.int64))[None]
+        for side, network in (("p_adapter", model), ("p_base", bare)):
+            p = logits_of(network, ids)[0, -1].double().softmax(-1)[one["token_id"]]
+            assert one["example"][side] == pytest.approx(float(p), rel=1e-3, abs=1e-6)
+        rises = one["example"]["p_adapter"] > one["example"]["p_base"]
+        assert one["side"] == ("rises" if rises else "falls")
+
+
 @torch.inference_mode()
 def test_the_numbers_are_those_of_scaled_lora_weights_run_by_hand(subject_dirs, store, report_of):
     """Writing half of each row that the adapter has is no model's weights; text by text it is
     the base with `scale·B·h/2` added, computed here by hooks on whole layers."""
     base_dir, adapter_dir = subject_dirs
-    found = report_of(half(store))["faithfulness"]
+    report = report_of(half(store))
+    found = report["faithfulness"]
     model = reference(adapter_dir, base_dir)
     bare = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32).eval()
     sites = store.layout.sites
@@ -142,6 +161,7 @@ def test_the_numbers_are_those_of_scaled_lora_weights_run_by_hand(subject_dirs, 
             totals[name] += [kl.sum(), kl[written].sum()]
         n += [len(written), written.sum()]
     assert [found["n_tokens"], found["n_generated"]] == n.tolist()
+    check_shifts(report["shifts"], model, bare, store)
     expected = {name: total / n for name, total in totals.items()}
     for name, run_ in found["runs"].items():
         if name in totals:
@@ -407,7 +427,9 @@ def test_an_adapter_that_does_nothing_has_no_share_to_recover(subject_dirs, data
             device="cpu",
         )
     )
-    found = open_report(out)["faithfulness"]
+    report = open_report(out)
+    assert "shifts" not in report
+    found = report["faithfulness"]
     for run_ in found["runs"].values():
         assert run_["kl"] == 0.0
         assert run_["recovered"] is None

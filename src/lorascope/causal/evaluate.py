@@ -16,6 +16,7 @@
    sites are reconstructed, and 0 is the run with these columns at zero. The worst subset is
    searched for by gradients (`splice`).
 7. With `--curve`, the same at other sparsities: the SAE with its threshold moved, columns and PCA.
+8. The tokens whose probability the adapter moves most are named, and where (`shifts`).
 
 In: adapter, activation store, SAE. Out: a report (JSON) and its picture (.png); the table goes to
 stderr.
@@ -36,7 +37,13 @@ from lorascope.activations.batches import read_blocks
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.effect_options import EvaluateConfig
 from lorascope.causal.held_out import HeldOut, describe_run, held_out_rollouts, open_held_out
-from lorascope.causal.report_records import EvaluationReport, Faithfulness, Floor, Recovered
+from lorascope.causal.report_records import (
+    EvaluationReport,
+    Faithfulness,
+    Floor,
+    Recovered,
+    TokenShift,
+)
 from lorascope.causal.study import Made, format_interval, format_number, report_at
 from lorascope.errors import ConfigError
 from lorascope.sites import SiteLayout
@@ -79,10 +86,12 @@ def run(config: EvaluateConfig) -> Path:
         )
         groups = _column_groups(sae.layout) if config.by_site else {}
         groups |= subsets(held_out, sae, config.subsets, config.seed)
-        faithfulness = measure(
+        faithfulness, shifts = measure(
             held_out, sae, rebuilds, constant, groups, _of_other_seeds(sae, others), config.seed
         )
-        report = EvaluationReport(reconstruction=reconstruction, faithfulness=faithfulness)
+        report = EvaluationReport(
+            reconstruction=reconstruction, faithfulness=faithfulness, shifts=shifts
+        )
         return Made(report, sae.layout, describe_run(held_out, config.sae))
 
     return report_at(
@@ -141,14 +150,18 @@ def measure(
     groups: Mapping[tuple[str, str], npt.NDArray[np.bool_]],
     seeds: tuple[str, ...],
     seed: int,
-) -> Faithfulness:
-    """Run the held-out rollouts with every reconstruction, and return the shares recovered.
+) -> tuple[Faithfulness, tuple[TokenShift, ...]]:
+    """Run the held-out rollouts with every reconstruction.
+
+    Return the shares recovered, and the tokens whose probability the adapter moves most.
 
     `rebuilds` are those of `fit_rebuilds`. `groups` are masks of columns, `(d_in,)`, to rebuild
     alone. `seeds` are the runs of SAEs that differ in their seed only.
     """
     from lorascope.causal.baselines import CURVES
+    from lorascope.causal.effects import log_probabilities
     from lorascope.causal.shares import Shares
+    from lorascope.causal.shifts import ShiftTally
     from lorascope.causal.splice import PASSES, Compared, SplicedBatch
     from lorascope.subject.intervene import RowEditor
 
@@ -162,6 +175,7 @@ def measure(
     )
     found: dict[Any, list[Compared]] = {}
     measured: list[npt.NDArray[np.int64]] = []
+    shifts = ShiftTally()
     floor: Floor | None = None
     drift, step, size = 0.0, 0.0, 0.0
     bar = runtime.progress(held_out.n_tokens, "evaluate", "tokens")
@@ -187,11 +201,13 @@ def measure(
                 lambda rows: rebuilt("sae", rows), written.pop("sae"), sae.scale.to(x.device)
             )
             step, size = step + change[0], size + change[1]
+            base, predicted = spliced.base(), held_out.role_of(batch.measured)
+            shifts.add(spliced.log_p, log_probabilities(base), batch.measured, predicted)
             results: dict[Any, Compared] = {
                 "sae": opened,
                 "sae closed": closed,
                 **{name: spliced.written(rows) for name, rows in written.items()},
-                "base": spliced.base(),
+                "base": spliced.compared(base),
                 "adapter": spliced.adapter(),
             }
             for name, values in results.items():
@@ -216,7 +232,7 @@ def measure(
         floor.rounding,
         seed,
     )
-    return Faithfulness(
+    faithfulness = Faithfulness(
         zero_is="the base model" if has_all_columns else "the SAE's columns at zero",
         n_rollouts=shares.tokens.n_rollouts,
         n_tokens=len(shares.role),
@@ -251,6 +267,7 @@ def measure(
         seeds=seeds,
         rows_drift=drift,
     )
+    return faithfulness, shifts.strongest(held_out)
 
 
 def _column_groups(layout: SiteLayout) -> dict[tuple[str, str], npt.NDArray[np.bool_]]:

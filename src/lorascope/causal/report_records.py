@@ -127,13 +127,54 @@ class Faithfulness:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShiftExample:
+    """The prediction at `row` in which a token's probability moves most.
+
+    `position` is that of the row in its rollout, `before` is the text up to it, `actual` the token
+    that follows in the rollout.
+    """
+
+    row: Count
+    rollout: int
+    position: Count
+    before: str
+    actual: str
+    p_base: Share
+    p_adapter: Share
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenShift:
+    """How the adapter moves the probability of one token where tokens of one role are predicted.
+
+    `share` is the part of all KL(adapter ‖ base) that this token's rise or fall makes, `n_main` in
+    how many predictions it makes more than half of all rises or falls. `p_base` and `p_adapter` are
+    its mean probabilities, weighted by KL.
+    """
+
+    token_id: TokenId
+    token: str
+    side: Literal["rises", "falls"]
+    role: str
+    share: Share
+    n_main: Count
+    p_base: Share
+    p_adapter: Share
+    example: ShiftExample
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationReport(ReportRecord):
-    """What `evaluate` measures. `reconstruction` has the metrics of `sae.metrics.evaluate`."""
+    """What `evaluate` measures. `reconstruction` has the metrics of `sae.metrics.evaluate`.
+
+    `shifts` are the tokens whose probability the adapter moves most, strongest first.
+    """
 
     kind = "evaluation"
     schema = 2
     reconstruction: Mapping[str, Any]
     faithfulness: Faithfulness
+    shifts: tuple[TokenShift, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

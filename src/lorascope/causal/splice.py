@@ -68,9 +68,14 @@ class SplicedBatch:
         loss = -self.log_p.gather(-1, self._targets[:, None])[:, 0].cpu().numpy()
         return Compared(np.zeros_like(loss), loss)
 
-    def base(self) -> Compared:
-        """Return what the base model gives."""
-        return self._compared(self._editor.base(self._batch.token_ids))
+    def base(self) -> Float[Tensor, "token vocab"]:
+        """Return the logits of the base model."""
+        return select_measured(self._editor.base(self._batch.token_ids), self._batch.mask)
+
+    def compared(self, logits: Float[Tensor, "token vocab"]) -> Compared:
+        """Return what the logits of a run give."""
+        kl, ce = kl_and_loss(self.log_p, logits, self._targets)
+        return Compared(kl.cpu().numpy(), ce.cpu().numpy())
 
     def written(self, rows: Float[Tensor, "batch seq d_in"]) -> Compared:
         """Return what a run gives in which `rows` are written."""
@@ -107,8 +112,7 @@ class SplicedBatch:
         return out.logits, out.rows[..., self._columns]
 
     def _compared(self, logits: Tensor) -> Compared:
-        kl, ce = kl_and_loss(self.log_p, select_measured(logits, self._batch.mask), self._targets)
-        return Compared(kl.cpu().numpy(), ce.cpu().numpy())
+        return self.compared(select_measured(logits, self._batch.mask))
 
 
 def subsets(
