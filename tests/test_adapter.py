@@ -19,6 +19,7 @@ from lorascope.subject.adapter import (
     is_routed,
     lora_kind,
     lora_tensors,
+    ranks_by_projection,
     scale_of,
     unsupported_reason,
 )
@@ -179,6 +180,16 @@ def test_what_has_no_row_per_token_is_listed_with_its_reason(tmp_path):
     assert "parameter" in reasons["mlp.experts"]
     assert "embedding" in reasons["embed"]
     assert "convolution" in reasons["conv"]
+
+
+def test_modules_that_are_called_as_initials_are_keep_their_names(tmp_path):
+    paths = ["mlp.gate", "mlp.gate_proj", "self_attn.q", "self_attn.q_proj", "mlp.w-1"]
+    tensors = {}
+    for i, path in enumerate(paths, 1):
+        tensors |= pair(f"0.{path}", rank=i)
+    adapter = inspect_adapter(str(write_adapter(tmp_path, tensors)))
+    expected = {"gate_proj": 2, "q_proj": 4, "gate": 1, "q": 3, "w-1": 5}
+    assert list(ranks_by_projection(adapter).items()) == list(expected.items())
 
 
 def test_one_of_several_experts_is_not_a_shared_expert():

@@ -9,6 +9,7 @@ from lorascope.sites import (
     PROJECTIONS,
     Site,
     SiteLayout,
+    in_column_order,
     join_initials,
     name_modules,
     parse_adapter_types,
@@ -90,12 +91,36 @@ def test_adapter_types_are_read_from_names_initials_and_groups(given_names, expe
     assert parse_adapter_types(given_names) == expected
 
 
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("gate", ("gate",)),
+        ("g", ("gate_proj",)),
+        ("gate_proj", ("gate_proj",)),
+        ("q", ("q",)),
+        ("w-1", ("w-1",)),
+        ("up,q", ("up_proj", "q")),
+        ("mlp", PROJECTIONS[:3]),
+        ("all", ("gate_proj", "gate", "q", "w-1")),
+    ],
+)
+def test_names_of_the_model_come_before_initials(word, expected):
+    assert parse_adapter_types([word], ["gate_proj", "gate", "q", "w-1"]) == expected
+
+
 OTHERS = ("c_attn", "attn.c_proj", "mlp.c_proj", "qkv_proj", "query_key_value", "lm_head")
+INITIALS = ("g", "gate", "up", "down", "q", "k", "v", "o", "mlp")
 
 
-@given(st.sets(st.sampled_from(PROJECTIONS + OTHERS), min_size=1))
+@given(st.sets(st.sampled_from(PROJECTIONS + OTHERS + INITIALS), min_size=1))
 def test_initials_name_the_same_projections_when_read_back(types):
-    assert set(parse_adapter_types([join_initials(parse_adapter_types(sorted(types)))])) == types
+    joined = join_initials(in_column_order(types))
+    assert set(parse_adapter_types([joined], types)) == types
+
+
+def test_every_set_of_projections_has_initials_of_its_own():
+    names = [(), ("q",), ("q_proj",), ("q", "q_proj"), ("gate",), ("gate_proj",)]
+    assert len({join_initials(in_column_order(types)) for types in names}) == len(names) - 1
 
 
 def test_a_damaged_layout_is_one_line():

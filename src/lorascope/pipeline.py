@@ -168,7 +168,7 @@ def _require_room(config: RunConfig) -> None:
     from lorascope.subject.adapter import inspect_adapter, ranks_by_projection
 
     ranks = ranks_by_projection(inspect_adapter(config.lora_path, config.adapter_name))
-    types = parse_adapter_types(config.adapter_types) or tuple(ranks)
+    types = parse_adapter_types(config.adapter_types, ranks) or tuple(ranks)
     if d_in := sum(ranks.get(name, 0) for name in types):
         config.require_enough_latents(d_in)
 

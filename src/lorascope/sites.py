@@ -25,7 +25,7 @@ import numpy.typing as npt
 from lorascope.errors import ArtifactError, ConfigError
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj", "q_proj", "k_proj", "v_proj", "o_proj")
-_GROUPS = {"all": PROJECTIONS, "mlp": PROJECTIONS[:3], "attention": PROJECTIONS[3:]}
+_GROUPS = {"mlp": PROJECTIONS[:3], "attention": PROJECTIONS[3:]}
 _INITIALS = {name: name[0] for name in PROJECTIONS}
 
 
@@ -120,9 +120,7 @@ class SiteLayout:
     @cached_property
     def adapter_types(self) -> tuple[str, ...]:
         """The projections in the layout, in column order."""
-        found = {site.projection for site in self.sites}
-        known = [name for name in PROJECTIONS if name in found]
-        return tuple(known + sorted(found - set(PROJECTIONS)))
+        return in_column_order(site.projection for site in self.sites)
 
     @cached_property
     def initials(self) -> str:
@@ -249,27 +247,54 @@ def _below_layer(path: str) -> tuple[int, list[str]]:
 
 
 def join_initials(adapter_types: Sequence[str]) -> str:
-    """Return the initials of projections as in published file names: `g-u-d-q-k-v-o`."""
-    return "-".join(_INITIALS.get(name, name) for name in adapter_types)
+    """Return the initials of projections as in published file names: `g-u-d-q-k-v-o`.
+
+    A module called `q` keeps its name, and then `q_proj` does too.
+    """
+    return "-".join(
+        name if _INITIALS.get(name) in adapter_types else _INITIALS.get(name, name)
+        for name in adapter_types
+    )
 
 
-def parse_adapter_types(names: Sequence[str]) -> tuple[str, ...]:
-    """Return projections in column order from names, initials or groups.
+def parse_adapter_types(names: Sequence[str], available: Iterable[str] = ()) -> tuple[str, ...]:
+    """Return projections in column order from what a user wrote.
 
-    Accepts `gate_proj`, `gate`, `g`, lists joined by `-` or commas, and the groups `all`, `mlp`
-    and `attention`. Any other name is kept, because adapters of other architectures have other
+    `available` are the projections of the adapter, whose names come first: `gate` is a module of
+    that name if there is one, else `gate_proj`. Otherwise accepts `gate_proj`, `gate`, `g`, lists
+    joined by `-` or commas, and the groups `mlp`, `attention` and `all`, which is all that are
+    available. Any other name is kept, because adapters of other architectures have other
     projections (`c_attn`, `mlp.c_proj`); `SiteLayout.select` refuses those that do not exist.
     """
+    available = tuple(available)
+    groups = {**_GROUPS, "all": available or PROJECTIONS}
     of_initial = {initial: name for name, initial in _INITIALS.items()}
     chosen: list[str] = []
-    for word in (piece.strip() for name in names for piece in re.split("[,-]", name)):
-        if word in _GROUPS:
-            chosen.extend(_GROUPS[word])
+    for word in _words(names, available):
+        if word in available:
+            chosen.append(word)
+        elif word in groups:
+            chosen.extend(groups[word])
         elif word in of_initial:
             chosen.append(of_initial[word])
         elif f"{word}_proj" in PROJECTIONS:
             chosen.append(f"{word}_proj")
         elif word:
             chosen.append(word)
-    known = [name for name in PROJECTIONS if name in chosen]
-    return tuple(known + sorted(set(chosen) - set(PROJECTIONS)))
+    return in_column_order(chosen)
+
+
+def in_column_order(projections: Iterable[str]) -> tuple[str, ...]:
+    """Return different projections in the order that their columns have within a layer."""
+    found = set(projections)
+    known = [name for name in PROJECTIONS if name in found]
+    return tuple(known + sorted(found - set(PROJECTIONS)))
+
+
+def _words(names: Sequence[str], available: Sequence[str]) -> list[str]:
+    """Split at commas and `-` what is not the name of a projection itself."""
+    return [
+        piece.strip()
+        for name in names
+        for piece in ([name] if name in available else re.split("[,-]", name))
+    ]

@@ -102,7 +102,8 @@ def run(config: GenerateConfig) -> Path:
 
     adapter = inspect_adapter(config.lora_path, config.adapter_name)
     base = find_base(adapter, config.base_model, config.base_revision)
-    types = parse_adapter_types(config.adapter_types) or tuple(ranks_by_projection(adapter))
+    available = ranks_by_projection(adapter)
+    types = parse_adapter_types(config.adapter_types, available) or tuple(available)
     out = config.output or Path(default_name(types))
     tokenizer = load_tokenizer(adapter, base)
     rollouts, counts = load_corpus(config, tokenizer)
@@ -222,7 +223,8 @@ class _Shards:
         self, config: GenerateConfig, subject: "Subject", corpus: Corpus, build: Build
     ) -> None:
         self.config, self.subject, self.corpus, self.build = config, subject, corpus, build
-        types = parse_adapter_types(config.adapter_types) or subject.layout.adapter_types
+        available = subject.layout.adapter_types
+        types = parse_adapter_types(config.adapter_types, available) or available
         self.layout, self.columns = subject.layout.select(types)
         self.paths = [build.path / f"shard-{i:05d}.h5" for i in range(corpus.n_work_units)]
         self.n_rows = 0  # rows in finished shards

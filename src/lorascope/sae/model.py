@@ -365,7 +365,8 @@ def _with_columns(path: Path, foreign: ForeignSAE, store: ActivationStore | None
     parents = {} if threshold is not None else {"activations": store.digest}
     types = config.get("adapter_types") or []
     if types := parse_adapter_types(
-        [str(t) for t in (types if isinstance(types, list) else [types])]
+        [str(t) for t in (types if isinstance(types, list) else [types])],
+        store.layout.adapter_types,
     ):
         store = store.select(types)
     if store.d_in != len(tensors["b_dec"]):

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 from lorascope.config import Config, flag_of, option
 from lorascope.errors import ConfigError
-from lorascope.sites import parse_adapter_types
 from lorascope.subject.options import AdapterOptions
 from lorascope.texts.roles import ROLES
 
@@ -172,13 +171,15 @@ class TrainConfig(TrainOptions, AdapterOptions):
         self.require("checkpoint_every", 0)
 
     def settings(self) -> dict[str, Any]:
-        """Return the options that decide the SAE, without those of a sweep member."""
-        types = list(parse_adapter_types(self.adapter_types))
-        own = {"k", "expansion_factor", "lr", "seed"}
+        """Return the options that decide the SAE, without projections and those of a sweep member.
+
+        Which projections a spelling means is known with the store only.
+        """
+        own = {"k", "expansion_factor", "lr", "seed", "adapter_types"}
         if self.objective == "mse":
             own |= {"kl_passes"}  # decides nothing then
         shared = {name: value for name, value in super().settings().items() if name not in own}
-        return shared | {"adapter_types": types, "data_seed": self.values_of("seed")[0]}
+        return shared | {"data_seed": self.values_of("seed")[0]}
 
     def sweep(self) -> list["SweepMember"]:
         """Return the SAEs that this run trains."""

@@ -60,7 +60,8 @@ def run(config: TrainConfig) -> Path:
     For a sweep, return the path of its table, a JSON file.
     """
     store = ActivationStore.open(config.data_dir)
-    types = parse_adapter_types(config.adapter_types) or store.layout.adapter_types
+    available = store.layout.adapter_types
+    types = parse_adapter_types(config.adapter_types, available) or available
     store = store.select(types)
     config.require_enough_latents(store.d_in)
     if config.objective == "kl" and world_size() > 1:

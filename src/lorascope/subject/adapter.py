@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from lorascope.errors import AdapterError
 from lorascope.hub import find_folder
-from lorascope.sites import name_modules, parse_adapter_types
+from lorascope.sites import in_column_order, name_modules
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ def ranks_by_projection(adapter: Adapter) -> dict[str, int]:
             projection = names[module][1]
             rank = adapter.shapes[parts["lora_A"]][0]
             ranks[projection] = ranks.get(projection, 0) + rank
-    return {name: ranks[name] for name in parse_adapter_types(sorted(ranks))}
+    return {name: ranks[name] for name in in_column_order(ranks)}
 
 
 def scale_of(config: dict[str, Any], module: str) -> float:
