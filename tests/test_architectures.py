@@ -76,6 +76,7 @@ CASES = [
     ),
     case("Olmo2", [*LLAMA, "lm_head"], r=1, layers_to_transform=[1]),
     case("Mamba", ["in_proj", "x_proj"], config={"state_size": 4}, r=1),
+    case("xLSTM", ["q", "k", "v"], config={"num_heads": 4, "qk_dim_factor": 1.0}, r=1),
     case("Qwen3Moe", ["q_proj", "o_proj"], config=EXPERTS, r=2),
     case(
         "Qwen2Moe",

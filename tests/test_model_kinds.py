@@ -20,6 +20,7 @@ from lorascope.subject.adapter import CONFIG, WEIGHTS, inspect_adapter, other_pu
 from lorascope.subject.inventory import describe
 from lorascope.subject.load import find_base, load_subject, load_tokenizer
 from lorascope.subject.sampling import sample_rollouts
+from lorascope.subject.unembedding import Unembedding
 from lorascope.texts.rollouts import Rollout
 
 TEXT = {
@@ -135,6 +136,16 @@ def test_the_text_model_of_a_model_that_sees_images_is_studied_alone(name, seein
         logits = adapted(input_ids=torch.from_numpy(written[1].token_ids[None]).long()).logits[0]
     n = len(written[1].token_ids)
     assert written[1].token_ids[3:].tolist() == logits[2 : n - 1].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("name", ["Gemma3", "Qwen2_5_VL"])
+def test_the_final_norm_is_found_wherever_it_is(name, seeing):
+    subject = load(*seeing(name, SEEING[name])[:2])
+    norm = subject.causal.model.language_model.norm
+    with torch.no_grad():
+        norm.weight.copy_(torch.arange(16) / 8)
+    gain = 1 + norm.weight if name == "Gemma3" else norm.weight
+    torch.testing.assert_close(Unembedding(subject).gain, gain.detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_generate_reads_texts_with_a_model_that_sees_images(seeing, tmp_path, dataset_file):

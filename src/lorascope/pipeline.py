@@ -3,14 +3,15 @@
 In: adapter, base model, dataset. Out: a folder with `activations/`, `sae/`, `evaluation.json`,
 `features.h5`, `dashboard.html` and `summary.json`. With `--effect-texts` it also has `effects/`,
 the reports of what the features do, and the page shows them. Finished stages are skipped, so
-running the same command again continues an interrupted run.
+running the same command again continues an interrupted run. A report that cannot be made is named
+in the log and in `summary.json`, and the page is made without it.
 """
 
 import json
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,14 +23,17 @@ from lorascope.artifact import read_manifest, write_text
 from lorascope.config import Config, flag_of, option
 from lorascope.dashboard import render
 from lorascope.dashboard.render import DashboardConfig
-from lorascope.errors import ArtifactError, ConfigError
+from lorascope.errors import ArtifactError, ConfigError, LorascopeError
 from lorascope.features import collect
 from lorascope.features.collect import CollectConfig, CollectOptions
+from lorascope.hub import first_line
 from lorascope.sae.settings import TrainConfig, TrainOptions
 from lorascope.sites import parse_adapter_types
 from lorascope.subject.options import SubjectOptions
 
 log = logging.getLogger(__name__)
+
+_OPTIONAL = ("evaluate", "direct", "ablate", "attribute")  # stages that make a report for the page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +83,30 @@ def run(config: RunConfig) -> Path:
     _require_room(config)
     seconds: dict[str, float] = {}
     stages = _stages(config)
+    failed: dict[str, Exception] = {}
     for number, (name, (stage, options)) in enumerate(stages.items(), 1):
         log.info("stage %d of %d: %s", number, len(stages), name)
         begun = time.perf_counter()
-        stage.run(options)
+        try:
+            stage.run(options if name != "dashboard" else _with_reports(options, stages, failed))
+        except ArtifactError:
+            raise  # a file that is in the way
+        except Exception as error:
+            if name not in _OPTIONAL:
+                raise
+            failed[name] = error
+            log.error("%s failed: %s; the page is made without it", name, first_line(error))
         seconds[name] = round(time.perf_counter() - begun, 2)
-    summary = {**_summarize(out), "seconds": seconds}
+    summary = {
+        **_summarize(out),
+        "failed": {name: first_line(error) for name, error in failed.items()},
+        "seconds": seconds,
+    }
     write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     log.info("\n%s", _table(summary))
+    for error in failed.values():
+        if not isinstance(error, LorascopeError):
+            raise error  # a bug
     return out / "dashboard.html"
 
 
@@ -109,18 +129,16 @@ def _stages(config: RunConfig) -> dict[str, tuple[ModuleType, Config]]:
             ),
         ),
     }
-    reports: tuple[Path, ...] = ()
     if config.evaluate_texts:
         from lorascope.causal import evaluate
 
-        reports += (out / "evaluation.json",)
         stages["evaluate"] = (
             evaluate,
             evaluate.EvaluateConfig.from_shared(
                 config,
                 data_dir=store,
                 sae=sae,
-                output=reports[0],
+                output=out / "evaluation.json",
                 max_rollouts=config.evaluate_texts,
                 batch_tokens=None,
                 seed=0,
@@ -129,10 +147,7 @@ def _stages(config: RunConfig) -> dict[str, tuple[ModuleType, Config]]:
     if config.effect_texts:
         from lorascope.causal import ablate, attribute, direct
 
-        to_direct, to_ablation, to_attribution = effects = tuple(
-            out / "effects" / f"{name}.json" for name in ("direct", "ablation", "attribution")
-        )
-        reports += effects
+        effects = out / "effects"
         texts: dict[str, Any] = {
             "data_dir": store,
             "sae": sae,
@@ -141,26 +156,42 @@ def _stages(config: RunConfig) -> dict[str, tuple[ModuleType, Config]]:
         }
         stages["direct"] = (
             direct,
-            direct.DirectConfig.from_shared(config, sae=sae, output=to_direct),
+            direct.DirectConfig.from_shared(config, sae=sae, output=effects / "direct.json"),
         )
         stages["ablate"] = (
             ablate,
             ablate.AblateConfig.from_shared(
-                config, output=to_ablation, greedy="none", seed=0, **texts
+                config, output=effects / "ablation.json", greedy="none", seed=0, **texts
             ),
         )
         stages["attribute"] = (
             attribute,
             attribute.AttributeConfig.from_shared(
-                config, output=to_attribution, rollouts_of=index, check_rollouts=1, **texts
+                config,
+                output=effects / "attribution.json",
+                rollouts_of=index,
+                check_rollouts=1,
+                **texts,
             ),
         )
     page = out / "dashboard.html"
+    own = read_manifest(page) if page.is_file() else None
+    replaceable = config.overwrite or (own is not None and own.kind == render.KIND)
     stages["dashboard"] = (
         render,
-        DashboardConfig.from_shared(config, input=index, output=page, effects=reports),
+        DashboardConfig.from_shared(config, input=index, output=page, overwrite=replaceable),
     )
     return stages
+
+
+def _with_reports(
+    options: Config,
+    stages: Mapping[str, tuple[ModuleType, Config]],
+    failed: Collection[str],
+) -> Config:
+    """Return the options of the page with the reports that were made."""
+    made = [stages[name][1] for name in _OPTIONAL if name in stages and name not in failed]
+    return replace(options, effects=tuple(report.output for report in made))
 
 
 def _require_room(config: RunConfig) -> None:
@@ -222,7 +253,10 @@ def _table(summary: dict[str, Any]) -> str:
         "FVU (held out)": f"{summary['fvu']:.4f}",
         "L0 (held out)": f"{summary['l0']:.2f}",
         **{name: f"{value:.1%}" for name, value in recovered.items() if value is not None},
-        **{f"{name}, seconds": f"{value:.1f}" for name, value in summary["seconds"].items()},
+        **{
+            f"{name}, seconds": "failed" if name in summary["failed"] else f"{value:.1f}"
+            for name, value in summary["seconds"].items()
+        },
         "page": f"{summary['page_bytes'] / 1e6:.1f} MB",
     }
     return "\n".join(f"  {name:<20} {value:>16}" for name, value in rows.items())

@@ -9,7 +9,8 @@
    a token's score `z` is how many standard deviations over the vocabulary its logit is above the
    mean (the "logit lens" of a direction: nostalgebraist 2020; Bloom and Lin 2024).
 
-In: adapter, base model, SAE. Out: a report (JSON); the table goes to stderr. No forward pass.
+In: adapter, base model, SAE. Out: a report (JSON); the table goes to stderr. The model runs on two
+tokens only, which shows where its final norm is.
 """
 
 from pathlib import Path

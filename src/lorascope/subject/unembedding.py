@@ -6,6 +6,7 @@ models put a norm between such a module and the stream (Gemma 2, OLMo 2). There 
 directly, because the norm divides by the norm of the whole output.
 """
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ _LAST_PROJECTIONS = (
     "w2",
     "dense",
 )
-_FINAL_NORMS = ("norm", "norm_f", "final_layernorm", "final_layer_norm", "ln_f", "final_norm")
+_POST_NORM = re.compile(r"post_(feed_?forward|mlp|ffn?|ffw)_?(layer_?)?norm")
 
 
 @dataclass(frozen=True)
@@ -78,39 +79,36 @@ def _writes_directly(subject: Subject, module: str, width: int) -> bool:
     if not numbers:
         return False
     layer = subject.causal.get_submodule(".".join(parts[: numbers[0] + 1]))
-    return not hasattr(layer, "post_feedforward_layernorm")
+    return not any(_POST_NORM.match(name) for name, _ in layer.named_children())
 
 
 class Unembedding:
     """The linear part of final norm and unembedding: maps residual directions to `logits`.
 
-    The norm's gain is measured by running it on vectors of +1 and -1, so its class and the way it
-    stores its weight do not matter. Raises AdapterError if the model has no final norm or no
-    unembedding under the usual names.
+    The norm is the module whose output the unembedding reads, whatever its name. Its gain is
+    measured by running it on vectors of +1 and -1, so its class and the way it stores its weight do
+    not matter. Raises AdapterError if the model has no unembedding, or none that reads a norm.
     """
 
     def __init__(self, subject: Subject) -> None:
-        causal = subject.causal
-        head, backbone = causal.get_output_embeddings(), getattr(causal, causal.base_model_prefix)
-        norms = [getattr(backbone, name) for name in _FINAL_NORMS if hasattr(backbone, name)]
-        norms = [norm for norm in norms if isinstance(norm, nn.Module)]
-        if head is None or len(norms) != 1:
-            what = "no unembedding" if head is None else "no final norm under a usual name"
-            raise AdapterError(
-                f"{type(causal).__name__} has {what}, so direct effects cannot be computed; skip "
-                "lorascope direct (in run: leave out --effect-texts)"
-            )
+        head = subject.causal.get_output_embeddings()
+        if head is None:
+            raise _no_read_out(subject, "no unembedding")
+        norm, like = _final_norm(subject, head)
         head = getattr(head, "base_layer", head)  # the adapter may sit on it
         self.weight = head.weight.detach()
-        norm, width = norms[0], self.weight.shape[1]
-        like = next(norm.parameters(), self.weight)
-        signs = torch.ones(width, dtype=like.dtype, device=like.device)
+        self.width = len(like)
+        signs = torch.ones_like(like)
         signs[1::2] = -1  # mean 0, mean square 1: LayerNorm and RMSNorm divide by 1
         with torch.no_grad():
-            self.gain = (signs * (norm(signs) - norm(-signs)) / 2).float().cpu()
+            plus = norm(signs)
+            self.gain = (signs * (plus - norm(-signs)) / 2).float().cpu()
             even = norm(2 * signs.abs()) - norm(-2 * signs.abs())
-        self.subtracts_mean = bool(even.abs().max() < 1e-3 * self.gain.abs().max())  # a LayerNorm
-        self.width = width
+            change = norm(2 * signs) - plus
+        largest = self.gain.abs().max()
+        if change.abs().max() > 0.1 * largest:
+            raise _no_read_out(subject, "no norm before its unembedding")
+        self.subtracts_mean = bool(even.abs().max() < 1e-3 * largest)  # a LayerNorm
 
     def logits(
         self, directions: Float[Tensor, "n_directions d_model"]
@@ -120,3 +118,38 @@ class Unembedding:
             directions = directions - directions.mean(-1, keepdim=True)
         scaled = (directions * self.gain).to(self.weight.device, self.weight.dtype)
         return (scaled @ self.weight.T).float().cpu()
+
+
+@torch.inference_mode()
+def _final_norm(subject: Subject, head: nn.Module) -> tuple[nn.Module, Tensor]:
+    """Run two tokens; return the first module that returns what `head` reads, and one such vector.
+
+    A dropout after the norm returns the same values in eval mode, but later.
+    """
+    returned: list[tuple[nn.Module, Tensor]] = []
+    read: list[Tensor] = []
+    leaves = [m for m in subject.causal.modules() if m is not head and not list(m.children())]
+
+    def keep(module: nn.Module, _args: object, output: object) -> None:
+        if isinstance(output, Tensor):
+            returned.append((module, output))
+
+    handles = [leaf.register_forward_hook(keep) for leaf in leaves]
+    handles.append(head.register_forward_pre_hook(lambda _, args: read.append(args[0])))
+    try:
+        subject.causal(input_ids=torch.arange(2, device=subject.device)[None], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for module, output in returned:
+        for stream in read:
+            if output.shape == stream.shape and torch.equal(output, stream):
+                return module, output[0, -1]
+    raise _no_read_out(subject, "no norm before its unembedding")
+
+
+def _no_read_out(subject: Subject, what: str) -> AdapterError:
+    return AdapterError(
+        f"{type(subject.causal).__name__} has {what}, so direct effects cannot be computed; skip "
+        "lorascope direct"
+    )

@@ -1,0 +1,72 @@
+"""`lorascope run` says first what does not fit, and makes the page without what fails."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from lorascope.artifact import read_manifest
+from lorascope.causal import direct
+from lorascope.errors import AdapterError, ArtifactError
+from lorascope.pipeline import RunConfig, run
+
+
+@pytest.fixture(scope="module")
+def small_run(subject_dirs, dataset_file, tmp_path_factory):
+    """A run on a tiny model that is made up to its page, without effects."""
+    base, adapter = subject_dirs
+    config = RunConfig(
+        lora_path=str(adapter),
+        base_model=str(base),
+        dataset=str(dataset_file),
+        num_examples=20,
+        k=4,
+        expansion_factor=4,
+        epochs=1,
+        evaluate_texts=0,
+        output=tmp_path_factory.mktemp("run") / "out",
+        device="cpu",
+    )
+    run(config)
+    return config
+
+
+def reports_of(page):
+    """The names of the reports that a page was made from."""
+    manifest = read_manifest(page)
+    assert manifest is not None
+    return manifest.parents.keys() - {"features"}
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"), [(AdapterError("no norm"), None), (KeyError("a bug"), KeyError)]
+)
+def test_a_report_that_fails_is_named_and_the_page_is_made(
+    error, raised, small_run, monkeypatch, caplog
+):
+    def fail(_config):
+        raise error
+
+    config = replace(small_run, effect_texts=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(direct, "run", fail)
+        if raised is None:
+            page = run(config)
+        else:
+            with pytest.raises(raised):
+                run(config)
+            page = config.output / "dashboard.html"
+    assert f"direct failed: {error}; the page is made without it" in caplog.text
+    summary = json.loads((config.output / "summary.json").read_text())
+    assert summary["failed"] == {"direct": str(error)}
+    without = reports_of(page)
+    assert len(without) == 2
+    run(config)  # and when it can be made, the page has it
+    assert len(reports_of(page)) == 3
+    assert reports_of(page) > without
+
+
+def test_a_report_of_other_settings_in_the_way_is_an_error(small_run):
+    run(replace(small_run, effect_texts=2))
+    with pytest.raises(ArtifactError, match=r"ablation\.json exists with other settings"):
+        run(replace(small_run, effect_texts=3))
