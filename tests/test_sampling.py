@@ -18,7 +18,8 @@ from lorascope.causal.effect_options import SteerConfig
 from lorascope.errors import ConfigError
 from lorascope.subject import sampling
 from lorascope.subject.intervene import RowEditor
-from lorascope.subject.sampling import draw, end_ids, sample_rollouts
+from lorascope.subject.load import find_base, inspect_adapter
+from lorascope.subject.sampling import draw, end_ids, log_ignored_settings, sample_rollouts
 from lorascope.texts.roles import ROLES
 from lorascope.texts.rollouts import Rollout
 
@@ -144,6 +145,19 @@ def test_nothing_in_the_generation_config_acts_but_ends_of_text(
             )
         assert steered.token_ids.tolist() == texts[-1][1][4:]
     assert texts[0] == texts[1]
+
+
+def test_settings_that_have_no_effect_are_named_in_one_line(subject_dirs, tmp_path, caplog):
+    change_adapter(subject_dirs, tmp_path)
+    base = find_base(inspect_adapter(str(tmp_path / "adapter")), str(tmp_path / "base"))
+    file = tmp_path / "base" / "generation_config.json"
+    caplog.set_level("INFO")
+    acts = {"repetition_penalty": 1.05, "do_sample": True, "top_k": None}
+    for given in ({"eos_token_id": 2}, acts):
+        file.write_text(json.dumps({"transformers_version": "4.56", "bos_token_id": 1, **given}))
+        log_ignored_settings(base)
+    (line,) = caplog.messages
+    assert "of base: repetition_penalty 1.05, do_sample true; only" in line
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely():

@@ -1,9 +1,14 @@
 """Find folders on this machine or on the Hugging Face hub."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from lorascope.config import did_you_mean
 from lorascope.errors import AdapterError, LorascopeError
+
+_LFS = b"version https://git-lfs"
+_LARGEST_POINTER = 1024  # bytes
 
 
 def find_folder(
@@ -17,11 +22,22 @@ def find_folder(
     """Return a local folder, or else the local copy of the hub repository of that name.
 
     `patterns` names the files to download, `revision` a branch, tag or commit. Raises `error_type`
-    if a path does not exist (a path never becomes a hub request) or the download fails.
+    if a path does not exist (a path never becomes a hub request), is none of the folders that hold
+    files, or the download fails.
     """
     path = Path(name).expanduser()
     if path.is_dir():
+        require_content(path, error_type)
+        if (path / "snapshots").is_dir() or any(path.glob("models--*")):
+            found = sorted(path.glob("snapshots/*")) or sorted(path.glob("models--*/snapshots/*"))
+            example = f", such as {found[-1]}" if found else ""
+            raise error_type(
+                f"{what} folder {path} is a cache of the hub; give a hub id, or the folder of one "
+                f"snapshot{example}"
+            )
         return path
+    if path.is_file():
+        raise error_type(f"{what} {path} is a file; give its folder {path.parent}")
     is_path = name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") != 1
     if is_path or path.exists():
         raise error_type(f"{what} folder {name} does not exist{_similar(path)}")
@@ -34,6 +50,29 @@ def find_folder(
             f"{what} {name} is not a folder here and cannot be downloaded from the hub "
             f"({_reason(error)}); check the name, the network and your login"
         ) from error
+
+
+def require_content(path: Path, error_type: type[LorascopeError]) -> None:
+    """Raise `error_type` if a file, or one in a folder, is a Git LFS pointer to its content."""
+    for file in path.iterdir() if path.is_dir() else [path]:
+        if file.is_file() and file.stat().st_size < _LARGEST_POINTER:
+            with file.open("rb") as stream:
+                if stream.read(len(_LFS)) == _LFS:
+                    raise error_type(
+                        f"{file} is a Git LFS pointer, not the file itself; run git lfs pull in "
+                        f"{file.parent}"
+                    )
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of an adapter or a base model, or raise AdapterError."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{file} is not JSON: {first_line(error)}") from error
+    if not isinstance(data, dict):
+        raise AdapterError(f"{file} holds {type(data).__name__}, expected a JSON object")
+    return data
 
 
 def _reason(error: Exception) -> str:

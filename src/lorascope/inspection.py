@@ -12,6 +12,7 @@ from typing import Any
 
 from lorascope.artifact import Manifest, check_files, read_manifest
 from lorascope.errors import ArtifactError, LorascopeError
+from lorascope.hub import find_folder, require_content
 
 _FOREIGN = "is no artifact of this version of lorascope, or its header is damaged"
 
@@ -32,10 +33,23 @@ def describe(name: str, adapter_name: str | None = None, *, as_json: bool = Fals
         return inventory.describe(adapter)
     manifest = read_manifest(path)
     if manifest is None:
-        raise ArtifactError(f"{path} {_FOREIGN}")
+        raise ArtifactError(f"{path} {_why_foreign(path)}")
     if as_json:
         return json.dumps(manifest.to_json(), indent=1, ensure_ascii=False)
     return "\n".join(_summary(manifest))
+
+
+def _why_foreign(path: Path) -> str:
+    """Return what a path is that is no artifact, as far as it can be told."""
+    if path.is_dir():
+        find_folder(str(path), "adapter", [])  # raises for a cache of the hub
+    elif path.exists():
+        require_content(path, ArtifactError)
+        if (path.parent / "adapter_config.json").is_file():
+            return f"is a file of an adapter; give its folder {path.parent}"
+    if (path / "config.json").is_file():
+        return "holds a full model; give the folder of an adapter, or what lorascope made"
+    return _FOREIGN
 
 
 def _is_adapter(path: Path) -> bool:
@@ -87,7 +101,7 @@ def verify(path: Path) -> list[str]:
     """Return what is broken in an artifact, a line each: first its bytes, then what they mean."""
     manifest = read_manifest(path)
     if manifest is None:
-        return [_FOREIGN]
+        return [_why_foreign(path)]
     if broken := check_files(path):
         return broken
     kind = manifest.kind

@@ -125,6 +125,10 @@ def run(config: GenerateConfig) -> Path:
             skip_unhookable=config.skip_unhookable,
             device_map=config.device_map,
         )
+        if config.sample is not None:
+            from lorascope.subject.sampling import log_ignored_settings
+
+            log_ignored_settings(base)
         corpus = fit_to_context(rollouts, counts, config, subject.max_length)
         shards = _Shards(config, subject, corpus, build)
         _require_space(config, shards.layout, corpus, out)

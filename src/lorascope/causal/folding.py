@@ -22,13 +22,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from jaxtyping import Float64
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.patch import Patch
 from lorascope.sites import SiteLayout
-from lorascope.subject.adapter import WEIGHTS, Adapter, lora_tensors
+from lorascope.subject.adapter import Adapter, lora_tensors
 from lorascope.subject.bottlenecks import unmix
 
 _BLOCK = 8192
@@ -100,7 +100,7 @@ def write_folded(
 
     `mixes` are the gauges by module; None is the raw gauge.
     """
-    tensors = load_file(adapter.path / WEIGHTS)
+    tensors = adapter.tensors()
     names = lora_tensors(tensors)
     for i, change in fold.changes.items():
         module = layout.sites[i].module

@@ -111,7 +111,9 @@ def measure(held_out: HeldOut, sae: "SAE", config: SteerConfig) -> SteeringRepor
     """Let the subject continue the prompts under every condition, and return the report."""
     from lorascope.causal.patch import select_latents
     from lorascope.subject.intervene import RowEditor
+    from lorascope.subject.sampling import log_ignored_settings
 
+    log_ignored_settings(held_out.subject.base)
     prompts, selected = _prompts(held_out, config), select_latents(sae, config.features)
     largest = _largest_values(selected, held_out.store, config.features)
     _, columns = held_out.subject.layout.select(sae.layout.adapter_types)

@@ -1,34 +1,41 @@
 """Read an adapter's files: its JSON config, and the header and values of its safetensors file.
 
-Nothing here needs torch, PEFT or the base model. `inspect_adapter` rejects files that hold no LoRA,
-empty tensors or a pickle. The other functions answer questions about the files in one place: which
+Nothing here needs PEFT or the base model, nor torch, unless the weights are a pickle. Pickles and
+MLX adapters are converted in memory (`adapter_files`). `inspect_adapter` rejects files that hold no
+LoRA or empty tensors. The other functions answer questions about the files in one place: which
 tensors belong to which module, which of them give no row per token, what `scale` is, what else an
 adapter changes.
 """
 
 import hashlib
-import json
 import logging
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
+from typing import TYPE_CHECKING, Any
 
 from lorascope.errors import AdapterError
-from lorascope.hub import find_folder
+from lorascope.hub import find_folder, read_json_object, require_content
 from lorascope.sites import in_column_order, name_modules
+from lorascope.subject.adapter_files import (
+    MLX,
+    PICKLE,
+    READABLE,
+    WEIGHTS,
+    TensorFile,
+    from_mlx,
+    is_mlx,
+    unpickle,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
 CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-READABLE = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _HOW = (
     "no adapter given: pass --lora-path FOLDER_OR_HUB_ID, or set lora_path = ... in "
     "lorascope.toml (examples/lorascope.toml names the shipped demo adapter)"
@@ -40,6 +47,7 @@ _LORA_KINDS: dict[str, tuple[str, str | None]] = {
     "use_bdlora": ("bdlora", None),
     "velora_config": ("velora", None),
     "alora_invocation_tokens": ("alora", "its A reads only the tokens after the invocation"),
+    "enable_lora": ("merged", "its B is a grouped convolution, as PEFT 0.2 wrote it"),
     "use_qalora": ("qalora", "its A reads pooled inputs, outside of any module"),
     "arrow_config": ("arrow", "it routes every token between several adapters"),
     "monteclora_config": ("monteclora", "its A is used outside of any module"),
@@ -75,13 +83,29 @@ _ROUTED = re.compile(r"(?:^|[._])(?<!shared_)experts?\.\d+(?:\.|$)")
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as read from its files: `shapes` by tensor name, `digest` over both files."""
+    """An adapter as read from its files: `shapes` by tensor name, `digest` over both files.
+
+    `converted` is a safetensors file in memory, if the adapter's own file is another one.
+    """
 
     path: Path
     name: str
     config: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
     digest: str
+    converted: bytes | None = field(default=None, repr=False)
+
+    def open(self) -> "TensorFile":
+        """Return the tensors to read one by one."""
+        return TensorFile(self.path / WEIGHTS if self.converted is None else self.converted)
+
+    def tensors(self) -> "dict[str, Tensor]":
+        """Return all tensors, on the CPU."""
+        import safetensors.torch
+
+        if self.converted is None:
+            return safetensors.torch.load_file(self.path / WEIGHTS)
+        return safetensors.torch.load(self.converted)
 
 
 def inspect_adapter(lora_path: str | None, adapter_name: str | None = None) -> Adapter:
@@ -92,39 +116,49 @@ def inspect_adapter(lora_path: str | None, adapter_name: str | None = None) -> A
     if not lora_path:
         raise AdapterError(_HOW)
     path, name = _find_adapter(lora_path, adapter_name)
+    require_content(path, AdapterError)
     if not (path / CONFIG).is_file():
         what = "it holds a full model" if (path / "config.json").exists() else "it has no " + CONFIG
         raise AdapterError(
             f"{path} is not a PEFT adapter ({what}); give the folder that PEFT saved"
         )
-    try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise AdapterError(f"{path / CONFIG} is not JSON: {error}") from error
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind != "LORA":
+    config, file, converted = read_json_object(path / CONFIG), path / WEIGHTS, None
+    if is_mlx(config):
+        file = path / MLX
+        config, converted = from_mlx(config, file)
+    if (kind := config.get("peft_type")) != "LORA":
         raise AdapterError(f"{path} is an adapter of type {kind}, expected LORA")
-    if not (path / WEIGHTS).is_file():
-        pickled = (path / "adapter_model.bin").exists()
-        what = "only a pickled adapter_model.bin, which can run code" if pickled else "no weights"
-        raise AdapterError(f"{path} holds {what}; save the adapter as {WEIGHTS}")
-    shapes, dtypes = _read_header(path / WEIGHTS)
+    if not file.is_file():
+        file = path / PICKLE
+        if not file.is_file():
+            raise AdapterError(f"{path} holds no weights; save the adapter as {WEIGHTS}")
+        converted = unpickle(file)
+    held = TensorFile(file if converted is None else converted)
+    shapes, dtypes = held.shapes, held.dtypes
     empty = [name for name, shape in shapes.items() if 0 in shape]
     if empty:
         raise AdapterError(
-            f"{path / WEIGHTS} holds empty tensors ({empty[0]}): it was saved from sharded "
+            f"{file} holds empty tensors ({empty[0]}): it was saved from sharded "
             "weights; gather them before saving"
         )
     modules = lora_tensors(shapes)
     if not any({"lora_A", "lora_embedding_A"} & parts.keys() for parts in modules.values()):
-        raise AdapterError(f"{path / WEIGHTS} holds no lora_A tensor: it is not a LoRA adapter")
+        raise AdapterError(f"{file} holds no lora_A tensor: it is not a LoRA adapter")
+    for parts in modules.values():
+        a, b = (shapes.get(parts.get(part, ""), ()) for part in ("lora_A", "lora_B"))
+        if len(a) == len(b) == 2 and a[0] != b[1] and not config.get("use_bdlora"):
+            raise AdapterError(
+                f"{file} holds {parts['lora_A']} of shape {a} and {parts['lora_B']} of shape {b}, "
+                "expected the same rank in both; is it damaged?"
+            )
     for tensor in (tensor for parts in modules.values() for tensor in parts.values()):
         if dtypes[tensor] not in READABLE:
             raise AdapterError(
-                f"{tensor} of {path / WEIGHTS} is of type {dtypes[tensor]}, expected one of "
+                f"{tensor} of {file} is of type {dtypes[tensor]}, expected one of "
                 f"{', '.join(READABLE)}; save the adapter in one of these"
             )
-    return Adapter(path, name, config, shapes, _digest(path))
+    digest = _digest(file, path / CONFIG)
+    return Adapter(path, name, config, shapes, digest, converted)
 
 
 def lora_tensors(names: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -170,7 +204,7 @@ def unreadable_reason(adapter: Adapter, module: str, parts: dict[str, str]) -> s
         or ("" in holders and not is_listed)
     ):
         return "LoRA on a parameter (target_parameters): its A is folded into the weight"
-    if len(adapter.shapes[parts["lora_A"]]) != 2:
+    if any(len(adapter.shapes[parts[part]]) != 2 for part in ("lora_A", "lora_B") if part in parts):
         return "LoRA on a convolution"
     return None
 
@@ -271,31 +305,19 @@ def _trained_module(path: str, saved: list[str]) -> str | None:
     return next((module for module in above if module.endswith(tuple(saved))), None)
 
 
-class TensorFile:
-    """Reads a safetensors file tensor by tensor, without torch: NumPy has no bfloat16."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            self._header: dict[str, Any] = json.loads(stream.read(length))
-        self._start = 8 + length
-
-    def read(self, name: str) -> npt.NDArray[np.float64]:
-        """Return a tensor in float64, which represents every value of the file exactly."""
-        entry = self._header[name]
-        begin, end = entry["data_offsets"]
-        with self.file.open("rb") as stream:
-            stream.seek(self._start + begin)
-            flat = np.frombuffer(stream.read(end - begin), READABLE[entry["dtype"]])
-        if entry["dtype"] == "BF16":  # the upper half of a float32
-            flat = (flat.astype(np.uint32) << 16).view(np.float32)
-        return flat.astype(np.float64).reshape(entry["shape"])
-
-
 def _find_adapter(lora_path: str, adapter_name: str | None) -> tuple[Path, str]:
     """Return the folder with the adapter's files, and the adapter's display name."""
-    patterns = [CONFIG, WEIGHTS, f"*/{CONFIG}", "*token*", "*.jinja", "vocab*", "merges.txt"]
+    patterns = [
+        CONFIG,
+        WEIGHTS,
+        PICKLE,
+        MLX,
+        f"*/{CONFIG}",
+        "*token*",
+        "*.jinja",
+        "vocab*",
+        "merges.txt",
+    ]
     path = find_folder(lora_path, "adapter", patterns)
     chosen = _choose(path, adapter_name)
     if not chosen:
@@ -328,22 +350,11 @@ def _choose(path: Path, adapter_name: str | None) -> str:
     return "" if own or not names else names[0]
 
 
-def _read_header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Return shapes and dtypes by tensor name. Raises AdapterError if the file is damaged."""
-    try:
-        with safe_open(file, framework="np") as tensors:
-            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
-            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-            return shapes, {name: str(part.get_dtype()) for name, part in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{file} is damaged or not a safetensors file ({error})") from error
-
-
-def _digest(path: Path) -> str:
-    """Return the SHA-256 of the weights followed by the config."""
+def _digest(*files: Path) -> str:
+    """Return the SHA-256 of files one after another: the weights, then the config."""
     digest = hashlib.sha256()
-    for file in (WEIGHTS, CONFIG):
-        with (path / file).open("rb") as stream:
+    for file in files:
+        with file.open("rb") as stream:
             while block := stream.read(1 << 24):
                 digest.update(block)
     return digest.hexdigest()

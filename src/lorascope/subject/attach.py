@@ -31,14 +31,12 @@ import peft
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.integrations import dequantize_module_weight
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lorascope.errors import AdapterError
 from lorascope.hub import first_line
 from lorascope.subject.adapter import (
     CONFIG,
-    WEIGHTS,
     WRAPPERS,
     Adapter,
     base_path,
@@ -67,7 +65,7 @@ def attach(base: nn.Module, adapter: Adapter, base_name: str) -> PeftModel:
     _warn_if_base_changes(base, adapter)
     model = _add_lora_modules(base, config, adapter, base_name)
     _move_lora_out_of_offload(model, adapter)
-    tensors = _match_tensors(model, load_file(adapter.path / WEIGHTS), adapter, base_name)
+    tensors = _match_tensors(model, adapter.tensors(), adapter, base_name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         set_peft_model_state_dict(model, dict(tensors))

@@ -15,7 +15,7 @@ from typing import Any
 from lorascope.artifact import BLOCK, digest_in_part
 from lorascope.config import did_you_mean
 from lorascope.errors import AdapterError, ArtifactError
-from lorascope.hub import find_folder
+from lorascope.hub import find_folder, require_content
 from lorascope.subject.adapter import CONFIG, Adapter, other_purpose
 
 log = logging.getLogger(__name__)
@@ -161,6 +161,7 @@ def _find_gguf(path: Path) -> Path | None:
             f"base model {path} does not exist{did_you_mean(path.name, near)}; give its file with "
             "--base-model"
         )
+    require_content(path, AdapterError)
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":

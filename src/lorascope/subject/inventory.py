@@ -13,9 +13,7 @@ import numpy.typing as npt
 
 from lorascope.sites import Site, name_modules
 from lorascope.subject.adapter import (
-    WEIGHTS,
     Adapter,
-    TensorFile,
     changes_outside_lora,
     lora_kind,
     lora_tensors,
@@ -74,7 +72,7 @@ def inventory(adapter: Adapter) -> Inventory:
     """Read every LoRA matrix of an adapter's file, without torch and without the base model."""
     modules = lora_tensors(adapter.shapes)
     names = name_modules(modules)
-    file = TensorFile(adapter.path / WEIGHTS)
+    file = adapter.open()
     sites: list[SiteSize] = []
     unreadable: list[tuple[str, str]] = []
     for module, parts in sorted(modules.items()):

@@ -9,8 +9,8 @@
 """
 
 import contextlib
+import importlib.util
 import io
-import json
 import logging
 import struct
 from collections.abc import Callable, Iterable
@@ -28,7 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from lorascope import runtime
 from lorascope.errors import AdapterError, ConfigError
-from lorascope.hub import first_line
+from lorascope.hub import first_line, read_json_object
 from lorascope.sites import SiteLayout
 from lorascope.subject.adapter import (
     CONFIG,
@@ -68,6 +68,8 @@ _LOAD_ERRORS = (
     SafetensorError,
     struct.error,
 )
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab*", "tekken.json")
+_OWN_HINT = "; without tokenizer_config.json there, the base model's tokenizer is used"
 _GGUF_HINT = "; is it damaged, or no causal language model?"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -126,7 +128,18 @@ def load_tokenizer(adapter: Adapter, base: Base) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(**files, use_fast=True, trust_remote_code=False)
     except _LOAD_ERRORS as error:
         reason = first_line(error) + _GGUF_HINT * (base.gguf is not None and not own)
+        alone = (source / "tokenizer.model").is_file() and not (source / "tokenizer.json").is_file()
+        if alone and importlib.util.find_spec("sentencepiece") is None:
+            reason = (
+                "it has a tokenizer.model alone, which needs the packages sentencepiece and "
+                "protobuf; install them, or add a tokenizer.json"
+            )
+        elif source.is_dir() and not any(any(source.glob(name)) for name in _VOCABULARIES):
+            reason = "its vocabulary, such as tokenizer.json, is missing" + _OWN_HINT * own
         raise AdapterError(f"no tokenizer in {source} ({reason})") from error
+    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
+        reason = "its vocabulary, such as tokenizer.json, is missing" + _OWN_HINT * own
+        raise AdapterError(f"no tokenizer in {source} ({reason})")
     if not getattr(tokenizer, "is_fast", False):
         raise AdapterError(
             f"the tokenizer of {source} is slow; lorascope needs a fast one for offsets"
@@ -292,10 +305,7 @@ def _device_of_inputs(embeddings: nn.Module) -> torch.device:
 
 def _quantization(folder: Path) -> str | None:
     """Return the quantisation method in a base model's config, or None."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterError(f"{folder / 'config.json'} is not JSON: {error}") from error
+    config = read_json_object(folder / "config.json")
     nested = [config, *(value for value in config.values() if isinstance(value, dict))]
     for part in nested:
         quantization = part.get("quantization_config")

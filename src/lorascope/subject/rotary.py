@@ -21,6 +21,7 @@ import transformers
 from torch import Tensor, nn
 
 from lorascope.errors import AdapterError
+from lorascope.hub import read_json_object
 
 _SAME_KIND = {"mrope": "default", "su": "longrope"}  # names that older configs use
 _SUFFIX = "inv_freq"
@@ -28,7 +29,7 @@ _SUFFIX = "inv_freq"
 
 def require_rotary(model: nn.Module, folder: Path) -> None:
     """Raise AdapterError unless the model has each set of frequencies that its config states."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json_object(folder / "config.json")
     text = config.get("text_config") or config
     built = [(kind, value) for *_, kind, value in _frequencies(model) if not value.is_meta]
     for stated in _stated(text) if built else ():

@@ -9,9 +9,11 @@ text grew into another length class (`rotary`).
    all of them have room for in this class. Those that did not end are extended further, in another
    batch. So each token is the one that a single pass over the text before it predicts.
 3. `draw` chooses every token, here and in `steer`. Nothing in the base's `generation_config.json`
-   but the tokens that end a turn has an effect: `load` drops the rest.
+   but the tokens that end a turn has an effect: `load` drops the rest, and
+   `log_ignored_settings` names it.
 """
 
+import json
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -23,12 +25,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GenerationConfig
 
-from lorascope.subject.load import Subject
+from lorascope.hub import read_json_object
+from lorascope.subject.load import Base, Subject
 from lorascope.texts.rollouts import Rollout, roles_of_generated
 
 log = logging.getLogger(__name__)
 
 _BATCH = 16  # texts extended at a time
+_NOT_IGNORED = {  # in generation_config.json: used, or without an effect on texts
+    *(f"{kind}_token_id" for kind in ("bos", "eos", "pad", "decoder_start")),
+    "transformers_version",
+    "use_cache",
+}
 
 
 def sample_rollouts(
@@ -150,6 +158,24 @@ def _rollout(prompt: Rollout, text: npt.NDArray[np.int64], subject: Subject) -> 
         np.concatenate([prompt.token_ids, new]),
         np.concatenate([prompt.roles, roles]),
     )
+
+
+def log_ignored_settings(base: Base) -> None:
+    """Log in one line what a base's `generation_config.json` sets that has no effect here."""
+    file = base.path / "generation_config.json"
+    settings = read_json_object(file) if file.is_file() else {}
+    ignored = {
+        name: value
+        for name, value in settings.items()
+        if name not in _NOT_IGNORED and not name.startswith("_") and value not in (None, False)
+    }
+    if ignored:
+        log.info(
+            "ignored in generation_config.json of %s: %s; only its end-of-text tokens and "
+            "--temperature act on what is sampled",
+            base.name,
+            ", ".join(f"{name} {json.dumps(value)}" for name, value in ignored.items()),
+        )
 
 
 def end_ids(subject: Subject) -> list[int]:

@@ -25,7 +25,7 @@ from typing import IO, Any
 
 from lorascope.config import did_you_mean
 from lorascope.errors import DatasetError
-from lorascope.hub import first_line
+from lorascope.hub import first_line, require_content
 
 log = logging.getLogger(__name__)
 
@@ -175,6 +175,7 @@ def _file_rows(path: Path) -> Iterator[Row]:
 
     if not path.exists():
         raise DatasetError(f"dataset {path} does not exist{_near(path)}")
+    require_content(path, DatasetError)
     extension = _extension(path)
     compressed = path.suffix.lower() in _COMPRESSIONS
     if extension not in _EXTENSIONS or (compressed and extension == ".parquet"):
@@ -341,6 +342,7 @@ def _without_none(value: Any) -> Any:
 def _from_disk(path: Path, split: str) -> Iterator[Any]:
     import datasets
 
+    require_content(path, DatasetError)
     if not any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
         raise DatasetError(
             f"{path} is not a folder of datasets.save_to_disk; give one of those, or a "
