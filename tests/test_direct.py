@@ -9,10 +9,10 @@ from builders.subjects import IDS, N_TERMS, load, save_adapter
 from builders.tolerance import assert_same_up_to_rounding
 
 from lorascope.causal.direct import DirectConfig, measure, run
-from lorascope.causal.record_json import to_json
 from lorascope.causal.study import open_report
 from lorascope.cli import call
 from lorascope.errors import ArtifactError, ConfigError
+from lorascope.record_json import to_json
 from lorascope.subject.intervene import RowEditor
 from lorascope.subject.unembedding import residual_writes
 

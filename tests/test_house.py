@@ -11,8 +11,9 @@ from lorascope.cli import COMMANDS
 
 ROOT = Path(lorascope.__file__).parent
 ORDER = (
-    "version errors sites config arrayfile artifact hub runtime stage kernels texts subject "
-    "activations sae features causal dashboard pipeline demo inspection completion cli __main__"
+    "version errors sites config arrayfile artifact record_json hub runtime stage kernels texts "
+    "subject activations sae features causal labels dashboard pipeline demo inspection completion "
+    "cli __main__"
 ).split()
 
 
@@ -178,6 +179,7 @@ def test_the_public_names_are_these():
         "EvaluateConfig",
         "FeatureIndex",
         "GenerateConfig",
+        "LabelConfig",
         "LorascopeError",
         "Patch",
         "RunConfig",
@@ -192,6 +194,7 @@ def test_the_public_names_are_these():
         "edit",
         "evaluate",
         "generate",
+        "label",
         "load_sae",
         "render",
         "run",

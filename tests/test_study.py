@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 import pytest
 
 from lorascope.artifact import Manifest
-from lorascope.causal.record_json import Range, from_json, to_json
 from lorascope.causal.study import open_report, seal
 from lorascope.errors import ArtifactError
+from lorascope.record_json import Range, from_json, to_json
 
 
 def test_a_changed_report_and_another_file_are_refused(tmp_path):

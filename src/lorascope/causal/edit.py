@@ -27,9 +27,9 @@ from lorascope.artifact import MANIFEST, Identity, write_text
 from lorascope.causal.effect_options import EditConfig, require_features
 from lorascope.causal.effects import bootstrap_interval, kl_divergence, select_measured
 from lorascope.causal.held_out import SPECIAL, HeldOut, describe_run, open_held_out
-from lorascope.causal.record_json import to_json
 from lorascope.causal.report_records import EditedRun, EditReport
 from lorascope.causal.study import format_interval
+from lorascope.record_json import to_json
 from lorascope.stage import Build, built
 
 if TYPE_CHECKING:

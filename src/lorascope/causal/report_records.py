@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from lorascope.causal.record_json import Range
+from lorascope.record_json import Range
 
 Count = Annotated[int, Range(0)]
 Amount = Annotated[float, Range(0)]  # a KL, a loss or a size

@@ -19,9 +19,9 @@ from lorascope.artifact import (
     sealed,
     write_text,
 )
-from lorascope.causal.record_json import from_json, to_json
 from lorascope.causal.report_records import ReportRecord
 from lorascope.errors import ArtifactError
+from lorascope.record_json import from_json, to_json
 from lorascope.sites import SiteLayout
 from lorascope.stage import Build, built
 
