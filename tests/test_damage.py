@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from builders.effect_reports import ablation, write
 from builders.indexes import full_index
+from builders.labels import label_of, save_labels
 from builders.saes import make_sae
 from builders.stores import write_published_store, write_store
 
@@ -68,6 +69,7 @@ KINDS = {
     "report": lambda folder: write(
         folder / "ablation.json", "ablation", full_index(), ablation(full_index())
     ),
+    "labels": lambda folder: save_labels(make_index(folder), {0: label_of("a"), 2: label_of("b")}),
     "edit": make_edit,
     "page": make_page,
     "published store": lambda folder: write_published_store(folder / "store", PROJECTIONS[:3]),

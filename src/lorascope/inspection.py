@@ -119,6 +119,10 @@ def verify(path: Path) -> list[str]:
             from lorascope.features.published_json import read_published
 
             read_published(path)
+        elif kind == "labels":
+            from lorascope.features.label_file import read_labels
+
+            read_labels(path)
         elif kind == "sae":
             from lorascope.sae.model import load_sae
 

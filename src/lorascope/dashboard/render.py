@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from lorascope.artifact import Identity, Manifest, digest_file, read_manifest
+from lorascope.artifact import Identity, Manifest
 from lorascope.config import Config, option
 from lorascope.dashboard.payload import Payload, manifest_comment
 from lorascope.dashboard.reports import Reports
 from lorascope.dashboard.serve import PageServer, serve
 from lorascope.errors import ConfigError
-from lorascope.features.published_json import read_index
+from lorascope.features.published_json import digest_of_index, read_index
 from lorascope.runtime import progress
 from lorascope.stage import Build, built
 
@@ -92,10 +92,7 @@ def run(config: DashboardConfig) -> Path:
     """
     source, output = config.input.expanduser(), config.output.expanduser()
     index = read_index(source)
-    source_manifest = read_manifest(source)
-    parents = {
-        "features": digest_file(source) if source_manifest is None else source_manifest.digest
-    }
+    parents = {"features": digest_of_index(source)}
     reports = Reports.open(config.effects, index, source)
     parents |= reports.parents
     identity = Identity(kind=KIND, schema=SCHEMA, settings=config.settings(), parents=parents)

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from lorascope.artifact import Identity, digest_file, read_manifest
+from lorascope.artifact import Identity, read_manifest
 from lorascope.config import Config, option
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.features.index import FeatureIndex
-from lorascope.features.published_json import read_index, write_published
+from lorascope.features.published_json import digest_of_index, read_index, write_published
 from lorascope.stage import Build, building, built
 
 _FORMULA = ("=", "+", "-", "@")  # a spreadsheet runs a text that starts with one of these
@@ -59,7 +59,7 @@ def run(config: ExportConfig) -> Path:
         kind="table",
         schema=1,
         settings=config.settings(),
-        parents={"features": _digest(source)},
+        parents={"features": digest_of_index(source)},
     )
     return _export_csv(index, out, identity, overwrite=config.overwrite)
 
@@ -80,10 +80,13 @@ def write_csv(index: FeatureIndex, path: Path) -> None:
 
 
 def _export_json(index: FeatureIndex, source: Path, out: Path, *, overwrite: bool) -> Path:
-    """Write what `collect` would write to a `.json` output."""
+    """Write what `collect` would write to a `.json` output, and the labels if there are any."""
     manifest = replace(index.manifest, files={})
     if read_manifest(source) is None:
-        manifest = replace(manifest, parents={"features": _digest(source)})
+        manifest = replace(manifest, parents={"features": digest_of_index(source)})
+    if index.labels is not None:
+        parents = {**manifest.parents, "labels": index.labels.manifest.digest}
+        manifest = replace(manifest, parents=parents)
 
     def make(build: Build) -> None:
         write_published(index, build.path / "features.json", manifest)
@@ -105,11 +108,6 @@ def _export_csv(index: FeatureIndex, out: Path, identity: Identity, *, overwrite
                 "or pass --overwrite to replace it"
             )
         return build.publish_file(table.name)
-
-
-def _digest(source: Path) -> str:
-    manifest = read_manifest(source)
-    return digest_file(source) if manifest is None else manifest.digest
 
 
 def _cell(text: str) -> str:

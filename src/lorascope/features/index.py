@@ -22,6 +22,7 @@ import numpy.typing as npt
 from lorascope.arrayfile import Arrays
 from lorascope.artifact import Manifest
 from lorascope.features.arrays import RANKINGS, WINDOWS, complete_arrays, map_arrays, save_arrays
+from lorascope.features.label_file import Label, Labels, labels_beside
 from lorascope.features.topk import rank_in_run
 from lorascope.texts.tokens import display_texts, pack_tokens
 
@@ -94,7 +95,8 @@ class Feature:
     share of the effect. `similar` has the latents with the nearest decoder rows and their cosines,
     `cofiring` those that fire on the same tokens and their Jaccard indices. `tokens` has the
     rankings `mean` (mean value on the token), `lift` (how many times more often than elsewhere it
-    fires on the token), `before` and `after` (share of the firings next to the token).
+    fires on the token), `before` and `after` (share of the firings next to the token). `label` is
+    None if the feature has none.
     """
 
     latent: int
@@ -106,6 +108,7 @@ class Feature:
     similar: tuple[tuple[int, float], ...]
     cofiring: tuple[tuple[int, float], ...]
     tokens: Mapping[str, tuple[tuple[str, float], ...]]
+    label: Label | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,11 +125,13 @@ class FeatureIndex:
     `text_*` are the rollouts that are kept whole, with the code of every token.
     The vocabulary has the tokens that occur in the index: `token_id` ascending, `token_data` their
     raw bytes (a token may be part of a character). A firing outside `latent_histogram_edges` counts
-    in the first or last bin, so the bins add up to `n_active`.
+    in the first or last bin, so the bins add up to `n_active`. `labels` are those of the file
+    `labels.json` next to the index, if it is there.
     """
 
     manifest: Manifest
     arrays: Arrays  # by name, such as `latent_max`, which is also an attribute
+    labels: Labels | None = None
 
     def __getattr__(self, name: str) -> npt.NDArray[Any]:
         """Return an array by its name."""
@@ -205,9 +210,11 @@ class FeatureIndex:
     def open(cls, path: Path | str) -> "FeatureIndex":
         """Map a `features.h5` into memory; arrays are read when they are used.
 
-        Raises ArtifactError if the file is not a feature index or lacks an array.
+        Labels next to it are read too. Raises ArtifactError if the file is not a feature index or
+        lacks an array, and if its labels are damaged.
         """
-        return cls(*map_arrays(Path(path)))
+        manifest, arrays = map_arrays(Path(path))
+        return cls(manifest, arrays, labels_beside(Path(path), manifest.digest))
 
     def save(self, path: Path) -> None:
         """Write `features.h5`; the same content gives the same bytes."""
@@ -232,7 +239,12 @@ class FeatureIndex:
             similar=_pairs(self.near_decoder[latent], self.near_cosine[latent]),
             cofiring=_pairs(self.near_cofiring[latent], self.near_jaccard[latent]),
             tokens={name: self.ranked_tokens(latent, name) for name in RANKINGS},
+            label=self.label(latent),
         )
+
+    def label(self, latent: int) -> Label | None:
+        """Return the label of a latent, or None."""
+        return None if self.labels is None else self.labels.features.get(latent)
 
     def examples(self, latent: int) -> tuple[Example, ...]:
         """Return the strongest examples of a latent, strongest first."""
@@ -342,10 +354,11 @@ class FeatureIndex:
         )
 
     def search(self, text: str) -> list[int]:
-        """Return the latents with a window that contains `text`, ignoring case.
+        """Return the latents with a label or a window that contains `text`, ignoring case.
 
-        Sorted by the largest value on a token of the match, so latents that fire only around the
-        text come last. Ties go to the lower latent. An empty text returns every latent.
+        Labels come first, windows are sorted by the largest value on a token of the match, so
+        latents that fire only around the text come last. Ties go to the lower latent. An empty text
+        returns every latent.
         """
         wanted = text.lower().encode("utf-8", "surrogatepass")
         if not wanted:
@@ -369,6 +382,9 @@ class FeatureIndex:
             latent = int(latents[window])
             value = float(self.window_activation[first : last + 1].max())
             best[latent] = max(best.get(latent, 0.0), value)
+        for latent, label in ({} if self.labels is None else self.labels.features).items():
+            if text.lower() in f"{label.name}\n{label.sentence}".lower():
+                best[latent] = math.inf
         return sorted(best, key=lambda latent: (-best[latent], latent))
 
     def table(self) -> "pd.DataFrame":
@@ -402,6 +418,16 @@ class FeatureIndex:
             strongest = self.latent_fingerprint.argmax(1)
             columns["site"] = np.array(self._modules)[strongest]
             columns["site_share"] = self.latent_fingerprint.max(1).astype(np.float32)
+        if self.labels is not None:
+            labels = [self.label(latent) for latent in range(len(self))]
+            for name, key in (
+                ("label", "name"),
+                ("label_kind", "kind"),
+                ("label_author", "author"),
+            ):
+                columns[name] = ["" if label is None else getattr(label, key) for label in labels]
+            scores = [None if label is None else label.balanced_accuracy for label in labels]
+            columns["label_score"] = np.array(scores, float)
         for ranking in ("mean", "lift"):
             tokens = [self.ranked_tokens(latent, ranking) for latent in range(len(self))]
             columns[f"tokens_{ranking}"] = [" | ".join(text for text, _ in row) for row in tokens]

@@ -3,8 +3,8 @@
 `metadata` has n_features, top_k and, if lorascope wrote the file, the manifest under `lorascope`.
 `features` maps each latent's number to its `examples` (activation_value, rollout_idx, token_idx,
 token, tokens, target_position, activations) and its `stats` (n_examples, max_activation).
-lorascope adds n_alike to the examples, more statistics, and `special_examples` with the examples at
-special tokens; the rest of an index is not in the JSON.
+lorascope adds n_alike to the examples, more statistics, `special_examples` with the examples at
+special tokens, and the `label` of a feature that has one; the rest of an index is not in the JSON.
 Numbers are float32 values written in full, so reading them gives the same bits.
 
 What a file does not contain is unknown in the index, not zero. Rows and token ids are always
@@ -22,10 +22,19 @@ import numpy as np
 import numpy.typing as npt
 
 from lorascope import runtime
-from lorascope.artifact import Identity, Manifest, check_seal, seal_file
+from lorascope.artifact import (
+    Identity,
+    Manifest,
+    check_seal,
+    digest_file,
+    read_manifest,
+    seal_file,
+)
 from lorascope.errors import ArtifactError
 from lorascope.features.arrays import KIND, SCHEMA
 from lorascope.features.index import Example, FeatureIndex
+from lorascope.features.label_file import labels_beside
+from lorascope.record_json import to_json
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +100,7 @@ def _published_feature(index: FeatureIndex, latent: int) -> dict[str, Any]:
         "examples": [_published_example(example) for example in index.examples(latent)],
         **({"special_examples": list(map(_published_example, at_special))} if at_special else {}),
         "stats": {key: value for key, value in stats.items() if value is not None},
+        **({} if (label := index.label(latent)) is None else {"label": to_json(label)}),
     }
 
 
@@ -119,18 +129,26 @@ def _json_text(value: Any) -> str:
 
 
 def read_index(source: Path) -> FeatureIndex:
-    """Return the index of a `features.h5` or a features JSON, chosen by the file's suffix.
+    """Return the index of a `features.h5` or a features JSON, with the labels next to it.
 
-    Raises ArtifactError if it is neither, or if a `features.h5` is not as it was written.
+    The file's suffix says which it is. Raises ArtifactError if it is neither, or if a `features.h5`
+    is not as it was written.
     """
     if source.is_dir():
         raise ArtifactError(f"{source} is a folder, expected a features.h5 or a features JSON")
     if source.suffix != ".h5":
-        return read_published(source)
+        index = read_published(source)
+        return replace(index, labels=labels_beside(source, digest_of_index(source)))
     index = FeatureIndex.open(source)
     if damage := check_seal(source):
         raise ArtifactError(f"{source} is damaged ({damage}); run collect again")
     return index
+
+
+def digest_of_index(source: Path) -> str:
+    """Return what other artifacts name an index by: of a file of other tools, its SHA-256."""
+    manifest = read_manifest(source)
+    return digest_file(source) if manifest is None else manifest.digest
 
 
 def read_published(path: Path) -> FeatureIndex:

@@ -1,0 +1,153 @@
+"""The labels of features: `labels.json`, which stands beside `features.h5`.
+
+`metadata.lorascope` is the manifest, `features` maps each latent's number to its label. The index
+whose features they are is a parent.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+from lorascope.artifact import Manifest, check_seal, open_manifest, read_manifest, sealed
+from lorascope.errors import ArtifactError
+from lorascope.record_json import Range, from_json, to_json
+
+log = logging.getLogger(__name__)
+
+KIND = "labels"
+SCHEMA = 1
+FILE = "labels.json"
+Kind = Literal["token", "context", "position", "output", "unclear"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+BY_HAND, BY_RULE = "person", "rule"
+
+Share = Annotated[float, Range(0, 1)]
+Count = Annotated[int, Range(0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RulePart:
+    """One condition of a rule: a clue by name, or a stream and values of which it has one."""
+
+    of: str
+    values: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """The tokens that the feature promotes, and how well they tell where it fires.
+
+    `share` is the share of its effect that goes to the output directly. `balanced_accuracy` is of
+    the guess that it fires where one of these tokens comes next, over all tokens of the corpus.
+    """
+
+    tokens: tuple[str, ...]
+    share: Share
+    balanced_accuracy: Share | None
+    interval: tuple[Share, Share] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Label:
+    """What a feature is, in words, and how well these words tell where it fires.
+
+    `author` is `rule`, `person` or the name of a model. All scores are of held-out rollouts and of
+    what the author wrote; None where they are undefined or nobody measured them. `same_token` and
+    `near` are the balanced accuracies against hard cases alone: the same tokens where the feature
+    does not fire, and tokens at which its neighbours fire. `shuffled` is the mean balanced accuracy
+    of other features' rules on this feature. `n_fired` counts its firings there.
+    """
+
+    name: str
+    sentence: str
+    kind: Kind
+    category: str
+    author: str
+    balanced_accuracy: Share | None
+    interval: tuple[Share, Share] | None
+    precision: Share | None
+    recall: Share | None
+    same_token: Share | None
+    near: Share | None
+    shuffled: Share | None
+    n_fired: Count
+    rule: tuple[tuple[RulePart, ...], ...]
+    output: Output | None = None
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels by latent, and the manifest of their file."""
+
+    features: Mapping[int, Label]
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class _File:
+    features: Mapping[str, Label]
+
+
+def write_labels(path: Path, features: Mapping[int, Label], manifest: Manifest) -> None:
+    """Write the file, sealed, not atomically."""
+    data = {
+        "metadata": {"lorascope": manifest.to_sealed_json()},
+        "features": {str(latent): to_json(features[latent]) for latent in sorted(features)},
+    }
+    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    path.write_text(sealed(text), encoding="utf-8")
+
+
+def read_labels(path: Path) -> Labels:
+    """Return the labels in a file.
+
+    Raises ArtifactError if it is not one of labels, was changed, or holds what no label may.
+    """
+    manifest = open_manifest(path, KIND, SCHEMA)
+    if damage := check_seal(path):
+        raise ArtifactError(f"{path} is damaged ({damage}); run lorascope label again")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data.pop("metadata", None)
+    features = from_json(_File, data, str(path)).features
+    n_features = manifest.content.get("n_features")
+    for key, label in features.items():
+        if not (key.isascii() and key.isdecimal() and isinstance(n_features, int)):
+            raise _damaged(path, f"names a feature {key[:40]!r}, which is not a number")
+        if str(int(key)) != key or int(key) >= n_features:
+            raise _damaged(path, f"has a label of feature {key} of {n_features}")
+        if fault := next(_faults(label), None):
+            raise _damaged(path, f"has a label of feature {key} {fault}")
+    return Labels({int(key): label for key, label in features.items()}, manifest)
+
+
+def labels_beside(source: Path, digest: str) -> Labels | None:
+    """Return the labels next to an index, if they are of the index with this digest."""
+    path = source.with_name(FILE)
+    manifest = read_manifest(path) if path.is_file() else None
+    if manifest is None or manifest.kind != KIND:
+        return None
+    if manifest.parents.get("features") != digest:
+        log.warning("%s has labels of another index than %s: they are not shown", path, source)
+        return None
+    return read_labels(path)
+
+
+def _faults(label: Label) -> Iterator[str]:
+    if not label.name or len(label.name.splitlines()) > 1:
+        yield "whose name is not one line"
+    for what in (label, label.output):
+        if what is None:
+            continue
+        if (what.interval is None) != (what.balanced_accuracy is None):
+            yield "with a score that lacks its interval, or an interval without a score"
+        elif what.interval is not None and what.balanced_accuracy is not None:
+            low, high = what.interval
+            if not low <= what.balanced_accuracy <= high:
+                yield "whose score is outside its interval"
+
+
+def _damaged(path: Path, fault: str) -> ArtifactError:
+    return ArtifactError(f"{path} {fault}; run lorascope label again")
