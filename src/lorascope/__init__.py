@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from lorascope.features.collect import CollectConfig
     from lorascope.features.collect import run as collect
     from lorascope.features.index import FeatureIndex
+    from lorascope.labels.label import LabelConfig
+    from lorascope.labels.label import run as label
     from lorascope.pipeline import RunConfig, run
     from lorascope.sae.model import SAE, load_sae
     from lorascope.sae.settings import TrainConfig
@@ -50,6 +52,7 @@ __all__ = [
     "EvaluateConfig",
     "FeatureIndex",
     "GenerateConfig",
+    "LabelConfig",
     "LorascopeError",
     "Patch",
     "RunConfig",
@@ -63,6 +66,7 @@ __all__ = [
     "edit",
     "evaluate",
     "generate",
+    "label",
     "load_sae",
     "render",
     "run",
@@ -82,6 +86,7 @@ _HOMES = {
     "EvaluateConfig": "causal.evaluate.EvaluateConfig",
     "FeatureIndex": "features.index.FeatureIndex",
     "GenerateConfig": "activations.generate.GenerateConfig",
+    "LabelConfig": "labels.label.LabelConfig",
     "LorascopeError": "errors.LorascopeError",
     "Patch": "causal.patch.Patch",
     "RunConfig": "pipeline.RunConfig",
@@ -96,6 +101,7 @@ _HOMES = {
     "evaluate": "causal.evaluate.run",
     "render": "dashboard.render.run",
     "generate": "activations.generate.run",
+    "label": "labels.label.run",
     "load_sae": "sae.model.load_sae",
     "run": "pipeline.run",
     "steer": "causal.steer.run",

@@ -105,6 +105,13 @@ COMMANDS = {
         "find the strongest examples of every feature",
         "lorascope collect --sae trained_sae_adapters_g-u-d-q-k-v-o.pt --top-k 10",
     ),
+    "label": Command(
+        "one stage at a time",
+        "lorascope.labels.label",
+        "lorascope.labels.label.LabelConfig",
+        "say in words what each feature responds to, and score these labels",
+        "lorascope label --input out/features.h5",
+    ),
     "dashboard": Command(
         "one stage at a time",
         "lorascope.dashboard.render",

@@ -1,0 +1,245 @@
+"""`lorascope label` on a store whose features are known: the words, the scores, the file."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from builders.effect_reports import write
+from builders.stores import layout_of, write_store
+
+from lorascope.artifact import Manifest
+from lorascope.causal.report_records import DirectEffect, DirectReport, ScoredToken
+from lorascope.cli import call
+from lorascope.errors import ArtifactError, ConfigError, DatasetError
+from lorascope.features import collect, export
+from lorascope.features.collect import CollectConfig
+from lorascope.features.export import ExportConfig
+from lorascope.features.index import FeatureIndex
+from lorascope.features.label_file import read_labels
+from lorascope.inspection import verify
+from lorascope.labels.label import LabelConfig, run
+from lorascope.record_json import to_json
+from lorascope.sae.model import SAE
+
+WAIT, AFTER_WAIT, SPECIAL, RANDOM, DEAD = range(5)  # what the latents fire on
+D_SAE = 6  # the last one fires before "the", which only the output knows
+N_ROLLOUTS, LENGTH = 60, 50
+THE, WAITS = 1, (5, 6)  # token ids of `write_store`
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder as `run` leaves it, with a column for each latent."""
+    folder = tmp_path_factory.mktemp("run")
+    rng = np.random.default_rng(0)
+    n = N_ROLLOUTS * LENGTH
+    ids = rng.integers(1, 8, n)
+    begins = np.arange(n) % LENGTH == 0
+    waits = np.isin(ids, WAITS) & ~begins
+    rows = np.zeros((n, 14), np.float32)
+    rows[:, WAIT] = waits
+    rows[:, AFTER_WAIT] = np.concatenate([[False], waits[:-1]]) & ~begins
+    rows[:, SPECIAL] = begins
+    rows[:, RANDOM] = rng.random(n) < 0.05
+    rows[:, D_SAE - 1] = np.append((ids == THE)[1:] & ~begins[1:], False)
+    write_store(folder / "activations", 2 * rows, n_rollouts=N_ROLLOUTS, token_ids=ids)
+    weights = torch.eye(14)[:D_SAE]
+    SAE(
+        W_enc=weights.T.contiguous(),
+        b_enc=torch.zeros(D_SAE),
+        W_dec=weights,
+        b_dec=torch.zeros(14),
+        threshold=torch.ones(D_SAE),
+        layout=layout_of(),
+        manifest=Manifest(
+            kind="sae", schema=1, settings={}, parents={}, layout=layout_of(), content={}
+        ),
+    ).sealed().save(folder / "sae")
+    config = CollectConfig(
+        sae=folder / "sae", data_dir=folder / "activations", output=folder / "features.h5"
+    )
+    collect.run(config)
+    return folder
+
+
+@pytest.fixture
+def label(made, tmp_path):
+    def label(**given):
+        values = {"input": made / "features.h5", "output": tmp_path / "labels.json", **given}
+        return read_labels(run(LabelConfig(**values)))
+
+    return label
+
+
+def promotes(token_id, z=9.0, share=0.8):
+    """A report of `direct` in which every latent promotes one token."""
+    token = ScoredToken(token_id=token_id, token=" é", z=z)
+    effects = tuple(
+        DirectEffect(feature=i, share=share, promoted=(token,), suppressed=()) for i in range(D_SAE)
+    )
+    report = DirectReport(
+        unit="standard deviations",
+        n_tokens=1,
+        writers=(),
+        indirect=(),
+        vocabulary={str(token_id): " é".encode().hex()},
+        features=effects,
+    )
+    return to_json(report)
+
+
+def test_known_features_get_their_words_and_scores(label):
+    labels = label().features
+    assert sorted(labels) == [WAIT, AFTER_WAIT, SPECIAL, RANDOM, D_SAE - 1]  # none for the dead
+    assert labels[WAIT].name == '"wait"'
+    assert labels[WAIT].sentence == 'Fires on the token "wait".'
+    assert labels[WAIT].kind == "token"
+    assert labels[AFTER_WAIT].sentence == 'Fires on a token right after "wait".'
+    assert labels[AFTER_WAIT].kind == "context"
+    assert labels[SPECIAL].kind == "position"
+    assert labels[SPECIAL].category == "template"
+    for latent in (WAIT, AFTER_WAIT, SPECIAL):
+        assert labels[latent].balanced_accuracy == labels[latent].precision == 1
+        assert labels[latent].author == "rule"
+        assert labels[latent].interval is not None
+        assert 0.8 < labels[latent].interval[0] < 1
+    assert labels[RANDOM].kind == "unclear"
+    assert labels[RANDOM].name.startswith("unclear")
+    shuffled = [found.shuffled for found in labels.values() if found.shuffled is not None]
+    assert 0.4 < np.mean(shuffled) < 0.6
+
+
+def test_scores_are_of_rollouts_that_did_not_choose(label, made):
+    labels = label()
+    content = labels.manifest.content
+    assert content["n_rollouts_choosing"] == content["n_rollouts_scoring"] == N_ROLLOUTS / 2
+    index = FeatureIndex.open(made / "features.h5")
+    n_wait = labels.features[WAIT].n_fired
+    assert 0.4 < n_wait / index[WAIT].stats.n_active < 0.6
+    assert content["n_labels"] == 5
+    assert content["n_by_kind"]["unclear"] == 2
+    assert content["chance"] == 0.5
+
+
+def test_what_a_feature_promotes_describes_it_where_no_rule_does(label, made, tmp_path):
+    index = FeatureIndex.open(made / "features.h5")
+    path = write(tmp_path / "direct.json", "direct", index, promotes(THE))
+    labels = label(effects=(path,)).features
+    before_the = labels[D_SAE - 1]
+    assert before_the.kind == "output"
+    assert before_the.name == 'before " é"'
+    assert before_the.balanced_accuracy == before_the.output.balanced_accuracy > 0.9
+    assert labels[WAIT].kind == "token"  # the rule is better
+    assert labels[WAIT].sentence == 'Fires on the token "wait". Promotes " é".'
+    weak = write(tmp_path / "weak.json", "direct", index, promotes(THE, z=1.0))
+    assert label(effects=(weak,), output=tmp_path / "b.json").features[WAIT].output is None
+
+
+def test_labels_by_hand_win_and_have_no_scores(label, made, tmp_path):
+    path = tmp_path / "mine.json"
+    entries = {
+        str(WAIT): {"label": " stop\nand think </script>", "note": "sees it before checks"},
+        str(RANDOM): {"label": "noise", "note": "", "star": True},
+        str(AFTER_WAIT): {"label": "", "note": "only a note"},
+        str(DEAD): {"label": "never"},
+    }
+    sae = FeatureIndex.open(made / "features.h5").manifest.parents["sae"]
+    data = {"format": "lorascope labels 1", "sae": sae, "features": entries}
+    path.write_text(json.dumps(data))
+    labels = label(by_hand=path)
+    mine = labels.features[WAIT]
+    assert mine.name == "stop\\nand think </script>"
+    assert mine.sentence == "sees it before checks"
+    assert (mine.author, mine.kind) == ("person", "token")
+    assert mine.balanced_accuracy is mine.interval is mine.recall is None
+    assert labels.features[RANDOM].sentence == "noise"
+    assert labels.features[AFTER_WAIT].author == "rule"
+    assert labels.features[DEAD].name == "never"
+    assert labels.manifest.content["n_by_hand"] == 3
+    for change, fault in (
+        ({"sae": "0" * 64}, "of another SAE"),
+        ({"format": "labels"}, "no labels by hand"),
+        ({"features": {"999": {"label": "x"}}}, f"feature 999, the SAE has {D_SAE}"),
+        ({"features": []}, "no labels by hand"),
+    ):
+        path.write_text(json.dumps({**data, **change}))
+        with pytest.raises(ArtifactError, match=fault):
+            label(by_hand=path, output=tmp_path / "other.json")
+
+
+def test_the_same_command_gives_the_same_bytes_and_other_settings_are_refused(made, tmp_path):
+    paths = [
+        run(LabelConfig(input=made / "features.h5", output=tmp_path / name))
+        for name in ("a.json", "b.json")
+    ]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert verify(paths[0]) == []
+    before = paths[0].stat().st_mtime_ns
+    run(LabelConfig(input=made / "features.h5", output=paths[0]))
+    assert paths[0].stat().st_mtime_ns == before
+    with pytest.raises(ArtifactError, match="label_tokens 300000 there, 2000 here"):
+        run(LabelConfig(input=made / "features.h5", output=paths[0], label_tokens=2000))
+
+
+def test_the_command_leaves_labels_that_index_and_exports_read(made, tmp_path, capsys):
+    index = tmp_path / "features.h5"
+    index.write_bytes((made / "features.h5").read_bytes())
+    places = ["--data-dir", str(made / "activations"), "--sae", str(made / "sae")]
+    assert call(["label", "--input", str(index), *places]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.strip() == str(tmp_path / "labels.json")
+    assert "shuffled labels" in captured.err
+    found = FeatureIndex.open(index)[WAIT].label
+    assert found is not None
+    assert found.name == '"wait"'
+    to_json, to_csv = tmp_path / "out.json", tmp_path / "out.csv"
+    export.run(ExportConfig(input=index, output=to_json))
+    data = json.loads(to_json.read_text())
+    assert data["features"][str(WAIT)]["label"]["name"] == '"wait"'
+    assert "label" not in data["features"][str(DEAD)]
+    assert "labels" in data["metadata"]["lorascope"]["parents"]
+    export.run(ExportConfig(input=index, output=to_csv, format="csv"))
+    assert "Fires" not in to_csv.read_text()
+    assert '""wait""' in to_csv.read_text()
+    again = LabelConfig(
+        input=to_json,
+        output=tmp_path / "again.json",
+        data_dir=made / "activations",
+        sae=made / "sae",
+    )
+    assert read_labels(run(again)).features[WAIT].name == '"wait"'
+
+
+def test_the_halves_read_the_roles_and_rollouts_of_the_index(made, tmp_path):
+    index = tmp_path / "features.h5"
+    places = {"data_dir": made / "activations", "sae": made / "sae"}
+    collect.run(CollectConfig(**places, output=index, roles=("think",), max_rollouts=20))
+    labels = read_labels(run(LabelConfig(input=index, **places)))
+    assert SPECIAL not in labels.features
+    content = labels.manifest.content
+    assert content["n_tokens_choosing"] + content["n_tokens_scoring"] == 20 * (LENGTH - 1)
+    few = LabelConfig(input=index, output=tmp_path / "few.json", label_tokens=100, **places)
+    assert read_labels(run(few)).manifest.content["n_rollouts_scoring"] == 1
+
+
+def test_inputs_that_do_not_belong_together_are_refused_in_one_line(made, label, tmp_path):
+    other = write_store(tmp_path / "other", n_rollouts=2)
+    with pytest.raises(ArtifactError, match="made from another one: activations"):
+        label(data_dir=other.path)
+    with pytest.raises(ConfigError, match="expected a .json file"):
+        LabelConfig(input=made / "features.h5", output=tmp_path / "labels.txt")
+    foreign = tmp_path / "foreign.json"
+    foreign.write_text('{"features": {"0": {"examples": []}}}')
+    with pytest.raises(ArtifactError, match="does not say activations"):
+        label(input=foreign, data_dir=made / "activations", sae=made / "sae")
+    lonely = CollectConfig(
+        sae=made / "sae",
+        data_dir=made / "activations",
+        output=tmp_path / "one.h5",
+        max_rollouts=1,
+    )
+    collect.run(lonely)
+    places = {"data_dir": made / "activations", "sae": made / "sae"}
+    with pytest.raises(DatasetError, match="one rollout: labels need two"):
+        label(input=tmp_path / "one.h5", **places)

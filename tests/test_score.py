@@ -1,0 +1,101 @@
+"""Scores of labels: known values, and intervals that hold what they promise."""
+
+import numpy as np
+import pytest
+
+from lorascope.labels.clues import Corpus
+from lorascope.labels.score import against, against_same_token, score
+
+
+def corpus_of(rollout, token=None):
+    token = np.zeros(len(rollout), np.int32) if token is None else token
+    return Corpus(np.zeros((len(rollout), 0), np.uint8), token[None], ["", "a", "b"], rollout)
+
+
+def wilson(k, n, n_effective):
+    p, z = k / n, 1.959963984540054
+    centre = (p + z * z / (2 * n_effective)) / (1 + z * z / n_effective)
+    half = z / (1 + z * z / n_effective)
+    half *= np.sqrt(p * (1 - p) / n_effective + z * z / (4 * n_effective**2))
+    return centre - half, centre + half
+
+
+def test_scores_are_those_of_counting():
+    rollout = np.repeat(np.arange(10), 10)
+    covered = np.zeros(100, bool)
+    covered[:8] = covered[50:55] = True  # 8 hits of 10 firings, 5 wrong of 90 others
+    found = score(corpus_of(rollout), covered, np.arange(10))
+    assert found.recall == 0.8
+    assert found.precision == 8 / 13
+    assert found.balanced_accuracy == pytest.approx((0.8 + 85 / 90) / 2)
+    assert found.n_fired == 10
+
+
+def test_intervals_are_wilsons_and_combine_in_squares():
+    """With one token a rollout nothing is clustered: n - 1 tokens count, as in a variance."""
+    n = 200
+    fires = np.arange(n) < 100
+    covered = np.zeros(n, bool)
+    covered[:80] = covered[100:110] = True
+    found = score(corpus_of(np.arange(n)), covered, np.flatnonzero(fires))
+    low, high = wilson(80, 100, 99)
+    low_other, high_other = wilson(90, 100, 99)
+    middle = (0.8 + 0.9) / 2
+    expected = (
+        middle - np.hypot(0.8 - low, 0.9 - low_other) / 2,
+        middle + np.hypot(high - 0.8, high_other - 0.9) / 2,
+    )
+    assert found.interval == pytest.approx(expected)
+
+
+def test_tokens_that_always_agree_within_a_rollout_count_once():
+    rng = np.random.default_rng(0)
+    fires, covered = rng.random(300) < 0.5, rng.random(300) < 0.5
+    once = score(corpus_of(np.arange(300)), covered, np.flatnonzero(fires))
+    each = np.repeat(np.arange(300), 7)
+    again = score(corpus_of(each), covered[each], np.flatnonzero(fires[each]))
+    assert once.interval == pytest.approx(again.interval)
+
+
+def test_the_interval_contains_the_truth_as_often_as_it_says():
+    """Rollouts have their own recall and specificity, so tokens of one are alike."""
+    rng = np.random.default_rng(3)
+    n_rollouts, length, n_hits, n_draws = 40, 30, 0, 400
+    rollout = np.repeat(np.arange(n_rollouts), length)
+    fires = np.tile(np.arange(length) < 5, n_rollouts)
+    for _ in range(n_draws):
+        recall = rng.beta(6, 2, n_rollouts)[rollout]  # mean 3/4
+        wrong = rng.beta(2, 6, n_rollouts)[rollout]  # mean 1/4
+        covered = rng.random(len(rollout)) < np.where(fires, recall, wrong)
+        interval = score(corpus_of(rollout), covered, np.flatnonzero(fires)).interval
+        assert interval is not None
+        n_hits += interval[0] <= 0.75 <= interval[1]
+    assert 0.92 <= n_hits / n_draws <= 0.98  # 95 %, within three standard errors
+
+
+def test_no_share_is_certain_and_what_cannot_be_measured_is_none():
+    corpus = corpus_of(np.arange(20))
+    perfect = score(corpus, np.arange(20) < 4, np.arange(4))
+    assert perfect.balanced_accuracy == 1
+    assert perfect.interval is not None
+    assert perfect.interval[0] < 0.9  # four rollouts say little
+    for firings in (np.arange(0), np.arange(20)):
+        assert score(corpus, np.ones(20, bool), firings).balanced_accuracy is None
+    assert score(corpus, np.zeros(20, bool), np.arange(4)).precision is None
+
+
+def test_a_rule_that_names_the_token_alone_is_at_chance_among_its_occurrences():
+    token = np.tile(np.array([1, 2], np.int32), 100)
+    corpus = corpus_of(np.arange(200) // 10, token)
+    firings = np.flatnonzero(token == 1)[::2]  # every second "a"
+    assert against_same_token(corpus, token == 1, firings) == 0.5
+    exact = np.zeros(200, bool)
+    exact[firings] = True
+    assert against_same_token(corpus, exact, firings) == 1
+    assert against_same_token(corpus, exact, np.flatnonzero(token == 1)) is None
+
+
+def test_neighbours_count_only_where_the_feature_itself_is_silent():
+    covered = np.arange(100) < 20
+    assert against(covered, np.arange(10), np.arange(0, 30)) == (1 + 0.5) / 2
+    assert against(covered, np.arange(10), np.arange(12)) is None  # two are left
