@@ -192,7 +192,7 @@ def show(tab: "Shown", tmp_path: Path) -> Iterator[Any]:
 
     def start(
         source: Any,
-        address: str = "",
+        address: str = "#/feature",
         *,
         scheme: Any = "light",
         width: int = 1200,

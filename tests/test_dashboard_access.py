@@ -62,6 +62,9 @@ def violations(page: "Page") -> list[str]:
 
 # View -> page, address, and what is pressed there.
 VIEWS = {
+    "overview": ("effects", "", ()),
+    "overview without reports": ("full", "#/overview", ()),
+    "overview of nothing": ("empty", "", ()),
     "feature": ("full", "#/feature/1", ()),
     "feature with a note": ("full", "#/feature/1", ("note-button", "star")),
     "filters": ("full", "#/feature/1?q=a&dmin=0.0001", ("more-filters",)),

@@ -87,7 +87,7 @@ def show(tab: Visit, tmp_path: Path) -> Iterator[Any]:
     """Open the page of an index; finally require a clean console and no requests."""
     output = tmp_path / "page.html"
 
-    def start(source: FeatureIndex | Path, address: str = "", title: str = "T") -> Visit:
+    def start(source: FeatureIndex | Path, address: str = "#/feature", title: str = "T") -> Visit:
         if isinstance(source, FeatureIndex):
             source.save(tmp_path / "features.h5")
             source = tmp_path / "features.h5"

@@ -119,6 +119,13 @@ COMMANDS = {
         "write the features as one self-contained HTML page",
         "lorascope dashboard --input features.h5 --output page.html",
     ),
+    "report": Command(
+        "one stage at a time",
+        "lorascope.dashboard.report",
+        "lorascope.dashboard.report.ReportConfig",
+        "say what the adapter learned, as text to send and as JSON",
+        "lorascope report --input lorascope-output",
+    ),
     "export": Command(
         "one stage at a time",
         "lorascope.features.export",

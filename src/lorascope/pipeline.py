@@ -1,10 +1,8 @@
 """Run every stage on an adapter and a dataset, into one folder.
 
 In: adapter, base model, dataset. Out: a folder with `activations/`, `sae/`, `evaluation.json`,
-`features.h5`, `dashboard.html` and `summary.json`. With `--effect-texts` it also has `effects/`,
-the reports of what the features do, and the page shows them. Finished stages are skipped, so
-running the same command again continues an interrupted run. A report that cannot be made is named
-in the log and in `summary.json`, and the page is made without it.
+from lorascope.dashboard.report import ReportConfig
+from lorascope.errors import ArtifactError, ConfigError, LorascopeError
 """
 
 import json
@@ -21,8 +19,10 @@ from lorascope.activations import generate
 from lorascope.activations.generate import GenerateConfig
 from lorascope.artifact import read_manifest, write_text
 from lorascope.config import Config, flag_of, option
-from lorascope.dashboard import render
+from lorascope.dashboard import render, report
+from lorascope.dashboard.overview import Overview
 from lorascope.dashboard.render import DashboardConfig
+from lorascope.dashboard.report import ReportConfig
 from lorascope.errors import ArtifactError, ConfigError, LorascopeError
 from lorascope.features import collect
 from lorascope.features.collect import CollectConfig, CollectOptions
@@ -174,14 +174,26 @@ def _stages(config: RunConfig) -> dict[str, tuple[ModuleType, Config]]:
                 **texts,
             ),
         )
-    page = out / "dashboard.html"
-    own = read_manifest(page) if page.is_file() else None
-    replaceable = config.overwrite or (own is not None and own.kind == render.KIND)
+    page, text = out / "dashboard.html", out / "report.json"
     stages["dashboard"] = (
         render,
-        DashboardConfig.from_shared(config, input=index, output=page, overwrite=replaceable),
+        DashboardConfig.from_shared(
+            config, input=index, output=page, overwrite=config.overwrite or _is_own(page)
+        ),
+    )
+    stages["report"] = (
+        report,
+        ReportConfig.from_shared(
+            config, input=out, output=text, overwrite=config.overwrite or _is_own(text)
+        ),
     )
     return stages
+
+
+def _is_own(path: Path) -> bool:
+    """Return whether a file is a page or a report of an earlier run, which may be replaced."""
+    own = read_manifest(path) if path.is_file() else None
+    return own is not None and own.kind in (render.KIND, Overview.kind)
 
 
 def _with_reports(

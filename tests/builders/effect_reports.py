@@ -28,11 +28,43 @@ def write(path: Path, kind: str, index: FeatureIndex, report: dict[str, Any]) ->
     return path
 
 
-def evaluation() -> dict[str, Any]:
-    """An SAE that recovers 0.9 of generated tokens, where a constant recovers 0.5."""
+def shift(
+    token: str, side: str, role: str, share: float, p_base: float, p_adapter: float
+) -> dict[str, Any]:
+    """A token whose probability the adapter moves."""
+    return {
+        "token_id": 1,
+        "token": token,
+        "side": side,
+        "role": role,
+        "share": share,
+        "n_main": 3,
+        "p_base": p_base,
+        "p_adapter": p_adapter,
+        "example": {
+            "row": 5,
+            "rollout": 0,
+            "position": 5,
+            "before": f"before {HOSTILE}\n",
+            "actual": token,
+            "p_base": p_base,
+            "p_adapter": p_adapter,
+        },
+    }
 
-    def run(share: float) -> dict[str, Any]:
-        kl = {"kl": 1 - share, "recovered": share, "recovered_interval": [share - 0.1, share]}
+
+def evaluation() -> dict[str, Any]:
+    """An SAE that recovers 0.9 of generated tokens, where a constant recovers 0.5.
+
+    Three quarters of the effect are at special tokens.
+    """
+
+    def share(recovered: float) -> dict[str, Any]:
+        interval = [recovered - 0.1, recovered]
+        return {"kl": 1 - recovered, "recovered": recovered, "recovered_interval": interval}
+
+    def run(recovered: float) -> dict[str, Any]:
+        kl = share(recovered)
         rest = {"conditional": None, "conditional_interval": None, "ce": 1.0}
         return kl | rest | {"ce_recovered": None, "ce_recovered_interval": None}
 
@@ -49,8 +81,12 @@ def evaluation() -> dict[str, Any]:
             "runs": {
                 "sae": run(0.95) | {"generated": run(0.9), "l0": 3.0},
                 "constant": run(0.7) | {"generated": run(0.5), "l0": 0},
+                "base": run(0.0) | {"generated": run(0.0), "l0": None},
             },
-            "roles": {},
+            "roles": {
+                "special": share(0.95) | {"n_tokens": 100, "kl_zero": 3.0},
+                "think": share(0.9) | {"n_tokens": 200, "kl_zero": 0.5},
+            },
             "layers": {},
             "projections": {},
             "subsets": [],
@@ -58,6 +94,11 @@ def evaluation() -> dict[str, Any]:
             "seeds": [],
             "rows_drift": 0.0,
         },
+        "shifts": [
+            shift("<think>", "rises", "special", 0.5, 0.001, 0.999),
+            shift(HOSTILE, "falls", "special", 0.2, 0.75, 0.25),
+            shift("\n", "rises", "think", 0.1, 0.1, 0.6),
+        ],
     }
 
 

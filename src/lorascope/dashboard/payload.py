@@ -32,10 +32,12 @@ import numpy.typing as npt
 
 from lorascope.artifact import Manifest, canonical
 from lorascope.dashboard.layout import layout
+from lorascope.dashboard.overview import overview_of
 from lorascope.dashboard.reports import SIDES, TEXT_COLUMNS, Reports
 from lorascope.dashboard.token_table import TokenTable
 from lorascope.features.arrays import RANKINGS, WINDOWS
 from lorascope.features.index import FeatureIndex
+from lorascope.record_json import to_json
 
 BLOCK = 64
 UNKNOWN = 65535  # a site that is not known, a latent that is not on the map
@@ -172,6 +174,7 @@ class Payload:
                 for name, (dtype, values) in columns.items()
             },
             "effects": self.reports.about(),
+            "overview": to_json(overview_of(index, self.reports)),
             "token_texts": table.texts,
             "token_bytes": table.bytes,
         }

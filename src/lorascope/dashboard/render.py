@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 KIND = "dashboard"
 SCHEMA = 1
-STYLES = ("colors.css", "page.css", "feature.css", "views.css")
+STYLES = ("colors.css", "page.css", "feature.css", "overview.css", "views.css")
 _PAGE = "page.html"
 _LARGE = 20_000_000  # bytes; a larger page is hard to share
 _IMPORT = re.compile(r'^import (\{[^}]*\}) from "\./([a-z_]+)\.js";$', re.MULTILINE)

@@ -1,4 +1,4 @@
-// Decides what is shown, and moves between features, rollouts and the map.
+// Decides what is shown, and moves between the overview, features, rollouts and the map.
 import { editLabel, editNote, showAnnotations, toggleStar } from "./annotation_form.js";
 import { onAnnotations } from "./annotations.js";
 import { column, core, feature, featureNow, hasExample, prefetch } from "./data.js";
@@ -9,6 +9,7 @@ import { clearFilters, filters, onList, query, refill, setFilters } from "./filt
 import { element, whole } from "./format.js";
 import { openHelp, setKeys } from "./keys.js";
 import { hasMap, mapImage, onOpen, showMap } from "./map.js";
+import { drawOverview } from "./overview.js";
 import { firstRollout, markRollout, nRollouts } from "./rollout_list.js";
 import { showNoRollout, showRollout } from "./rollout_view.js";
 import { address, amend, onRoute, push } from "./route.js";
@@ -97,6 +98,11 @@ function showView(name) {
 async function showAddress() {
   const { view: target, name, query: asked } = address();
   hideTooltip();
+  if (target === "overview") {
+    if (!isListed) setFilters("");
+    isListed = true;
+    return openOverview();
+  }
   if (target === "rollout" && nRollouts) {
     if (!isListed) setFilters("");
     isListed = true;
@@ -147,6 +153,14 @@ async function openRollout(name, asked) {
   return undefined;
 }
 
+function openOverview() {
+  latest++;
+  showView("overview");
+  setTitle("What the adapter learned");
+  count.textContent = "";
+  drawOverview(byId("overview"));
+}
+
 function openMap() {
   latest++;
   showView("map");
@@ -184,7 +198,7 @@ function glide(id) {
 
 function step(by) {
   if (view === "rollout") return stepRollout(by);
-  if (view === "map") return undefined;
+  if (view === "map" || view === "overview") return undefined;
   const order = listed();
   const at = listIndex(current);
   if (at >= 0) {
@@ -257,6 +271,7 @@ setKeys([
   ["ArrowRight", "\u2192", "next feature or rollout", () => step(1)],
   ["/", "/", "search", focusOn("query")],
   ["g", "G", "go to a feature by its number", focusOn("number")],
+  ["o", "O", "overview", () => location.assign("#/overview")],
   ["f", "F", "features", () => location.assign("#/feature")],
   ["m", "M", "map", () => hasMap && location.assign("#/map")],
   ["t", "T", "rollouts", () => nRollouts && location.assign("#/rollout")],
@@ -278,6 +293,7 @@ onAnnotations((id) => {
   if (id < 0 || filters().mark) refill(id < 0);
 });
 watchTokens(featureView);
+watchTokens(byId("overview"));
 previous.addEventListener("click", () => step(-1));
 next.addEventListener("click", () => step(1));
 byId("help-button").addEventListener("click", openHelp);

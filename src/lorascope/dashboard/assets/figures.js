@@ -136,16 +136,33 @@ export function meter(share) {
   return bar;
 }
 
-// Draws the share of a feature's write at each site: layers across, projections down.
+// Draws the share of a feature's write at each site.
 export function drawFingerprint({ id, shares }) {
-  const layers = [...new Set(core.sites.map(([layer]) => layer))].sort((a, b) => a - b);
-  const projections = [...new Set(core.sites.map(([, projection]) => projection))];
+  const names = core.sites.map(([layer, projection]) =>
+    (layer < 0 ? projection : `${layer}.${projection}`));
+  const tips = Array.from(shares, (share) => `${percent(share)} of its write`);
+  const label = `Share of the write of feature ${id} at each layer and projection`;
+  const grid = drawSiteGrid(core.sites, shares, tips, label);
+  const order = Array.from(shares.keys()).sort((a, b) => shares[b] - shares[a]).slice(0, 3);
+  const largest = order.filter((site) => shares[site] > 0)
+    .map((site) => `${names[site]} ${percent(shares[site])}`);
+  const most = element("p", "figure-note", largest.length ? `Largest: ${largest.join(", ")}` : "None");
+  most.dataset.testid = "fingerprint-most";
+  const note = "Share of its write at each layer (across) and projection (down).";
+  return panel("Where it acts", note, [grid, most], {
+    testid: "fingerprint", file: `feature-${id}-sites`,
+  });
+}
+
+// Draws a value for each site, [layer, projection]: layers across, projections down.
+export function drawSiteGrid(sites, values, tips, label) {
+  const layers = [...new Set(sites.map(([layer]) => layer))].sort((a, b) => a - b);
+  const projections = [...new Set(sites.map(([, projection]) => projection))];
   const [left, cell] = [46, 274 / layers.length];
   const tall = Math.max(13, Math.min(17, cell));
   const height = tall * projections.length;
   const grid = svg("svg", {
-    viewBox: `0 0 ${WIDTH} ${height + 16}`, role: "group",
-    "aria-label": `Share of the write of feature ${id} at each layer and projection`,
+    viewBox: `0 0 ${WIDTH} ${height + 16}`, role: "group", "aria-label": label,
   });
   grid.dataset.walk = "";
   grid.append(svg("rect", { x: left, y: 0, width: 274, height, class: "grid-back" }));
@@ -159,31 +176,21 @@ export function drawFingerprint({ id, shares }) {
     const at = { x: left + (i + 0.5) * cell, y: height + 12, class: "tick middle" };
     grid.append(svg("text", at, layer < 0 ? "\u2013" : String(layer)));
   });
-  const top = shares.reduce((a, b) => Math.max(a, b), 0);
-  const best = shares.indexOf(top);
-  core.sites.forEach(([layer, projection], site) => {
-    if (!(shares[site] > 0)) return;
-    const level = Math.max(1, Math.ceil((LEVELS * shares[site]) / top));
+  const top = values.reduce((a, b) => Math.max(a, b), 0);
+  const best = values.indexOf(top);
+  sites.forEach(([layer, projection], site) => {
+    if (!(values[site] > 0)) return;
+    const level = Math.max(1, Math.ceil((LEVELS * values[site]) / top));
     const name = layer < 0 ? projection : `layer ${layer}, ${projection}`;
     const rect = svg("rect", {
       x: left + layers.indexOf(layer) * cell, y: projections.indexOf(projection) * tall,
       width: Math.max(0.5, cell - 0.6), height: tall - 0.8, class: `cell-${level}`,
       tabindex: site === best ? 0 : -1,
     });
-    rect.dataset.tip = `${name}: ${percent(shares[site])} of its write`;
+    rect.dataset.tip = `${name}: ${tips[site]}`;
     grid.append(rect);
   });
-  const order = Array.from(shares.keys()).sort((a, b) => shares[b] - shares[a]).slice(0, 3);
-  const names = order.filter((site) => shares[site] > 0).map((site) => {
-    const [layer, projection] = core.sites[site];
-    return `${layer < 0 ? "" : `${layer}.`}${projection} ${percent(shares[site])}`;
-  });
-  const most = element("p", "figure-note", names.length ? `Largest: ${names.join(", ")}` : "None");
-  most.dataset.testid = "fingerprint-most";
-  const note = "Share of its write at each layer (across) and projection (down).";
-  return panel("Where it acts", note, [grid, most], {
-    testid: "fingerprint", file: `feature-${id}-sites`,
-  });
+  return grid;
 }
 
 function drawBars(bars, ticks, label) {

@@ -25,6 +25,11 @@ export function writeToken(node, entry) {
   if (column.token_flags[entry] & SPECIAL) node.classList.add("special");
   if (column.token_flags[entry] & PARTIAL) node.classList.add("partial");
   if (text.length < whole.length) node.classList.add("cut");
+  writeText(node, text);
+}
+
+// Fills `node` with a text in which invisible characters are marked; its textContent is the text.
+export function writeText(node, text) {
   if (ONLY_JOINERS.test(text)) {
     node.append(mark(text));
     return;

@@ -1,4 +1,5 @@
-// The address: #/feature/123, #/rollout/5 or #/map, each with filters or highlights after "?".
+// The address: #/overview, #/feature/123, #/rollout/5 or #/map, the last three with filters or
+// highlights after "?".
 const written = new Set(); // addresses set by this page, whose events are ignored
 let timer = 0;
 let follow = () => {};
@@ -6,8 +7,8 @@ let follow = () => {};
 // Returns { view, name, query } of the address. `name` and `query` are undefined if not given.
 // Addresses of older pages say "text" for "rollout".
 export function address() {
-  const link = /^#\/(feature|rollout|text|map)(?:\/([^?]*))?(?:\?(.*))?$/.exec(location.hash);
-  if (!link) return { view: "feature", name: undefined, query: undefined };
+  const link = /^#\/(overview|feature|rollout|text|map)(?:\/([^?]*))?(?:\?(.*))?$/.exec(location.hash);
+  if (!link) return { view: "overview", name: undefined, query: undefined };
   const view = link[1] === "text" ? "rollout" : link[1];
   return { view, name: link[2] === undefined ? undefined : decode(link[2]), query: link[3] };
 }

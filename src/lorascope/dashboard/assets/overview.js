@@ -1,0 +1,253 @@
+// The first view: what the adapter learned, from dashboard/overview.py, with links to the evidence.
+import { core } from "./data.js";
+import { drawSiteGrid, meter, panel, svg } from "./figures.js";
+import { element, percent, short, whole, writeText } from "./format.js";
+
+const [WIDTH, GAUGE] = [320, 26]; // of a gauge, in SVG units
+const N_SHOWN = 8; // entries of a list before "show all"
+const SIDES = { rises: ["\u25b2", "more likely"], falls: ["\u25bc", "less likely"] };
+const ROLES = {
+  special: "special tokens and template headers", think: "think segments", answer: "answers",
+  user: "users' messages", system: "system prompts", text: "plain text",
+};
+
+// Fills the view, once.
+export function drawOverview(area) {
+  if (area.childElementCount) return;
+  const { headline, shifts, gauges, facts, features, groups, places, gaps } = core.overview;
+  const lead = element("section", "lead");
+  lead.dataset.testid = "headline";
+  headline.forEach((text, i) => lead.append(element("p", i ? "lead-text" : "lead-subject", text)));
+  const [first, rest] = [element("div", "overview-columns"), element("div", "overview-columns small")];
+  if (shifts.length) first.append(drawShifts(shifts));
+  first.append(drawFeatures(features));
+  if (gauges.length) rest.append(drawGauges(gauges));
+  if (groups.length) rest.append(drawGroups(groups));
+  if (places.length) rest.append(drawPlaces(places));
+  rest.append(drawFacts(facts));
+  if (gaps.length) rest.append(drawGaps(gaps));
+  area.append(lead, first, rest);
+}
+
+function drawShifts(shifts) {
+  const body = [];
+  const items = [];
+  for (const role of new Set(shifts.map((shift) => shift.role))) {
+    const share = core.overview.roles.find((one) => one.role === role)?.share ?? NaN;
+    const head = element("h4", "", `At ${ROLES[role] ?? role}`);
+    if (Number.isFinite(share)) head.append(element("span", "role-share", percent2(share)));
+    const list = element("ol", "shifts");
+    const own = shifts.filter((shift) => shift.role === role).map(drawShift);
+    list.append(...own);
+    items.push([head, own]);
+    body.push(head, list);
+  }
+  const note = "Share of all that the adapter changes in predictions (KL(adapter \u2016 base)) that " +
+    "the rise or fall of one token makes; below it, where it changes most, and the token's " +
+    "probability in the base model and with the adapter.";
+  let left = N_SHOWN;
+  for (const [head, own] of items) {
+    head.hidden = left <= 0;
+    for (const item of own) item.hidden = left-- <= 0;
+  }
+  if (left < 0) body.push(showAll([...items.flat(2)], shifts.length));
+  return panel("What it does to predictions", note, body, { testid: "shifts" });
+}
+
+// Returns a button that shows hidden nodes.
+function showAll(nodes, n) {
+  const more = element("button", "small", `Show all ${n}`);
+  more.type = "button";
+  more.addEventListener("click", () => {
+    for (const node of nodes) node.hidden = false;
+    more.remove();
+  });
+  return more;
+}
+
+function drawShift({ token, side, share, example }) {
+  const item = element("li", `shift ${side}`);
+  const [arrow, words] = SIDES[side];
+  const sign = element("span", "shift-side", arrow);
+  sign.title = words;
+  sign.setAttribute("aria-label", words);
+  sign.setAttribute("role", "img");
+  const number = element("span", "meter-value", percent2(share));
+  number.dataset.value = String(share);
+  const context = element("div", "shift-example");
+  const before = element("span", "run", "");
+  writeText(before, tail(example.before, 34));
+  const marked = element("span", "run shift-token");
+  writeText(marked, token);
+  const change = `${probability(example.p_base)} \u2192 ${probability(example.p_adapter)}`;
+  context.append(element("span", "shift-p", change), before, marked);
+  item.append(sign, chip(token), meter(share / core.overview.shifts[0].share), number, context);
+  return item;
+}
+
+function drawGauges(gauges) {
+  const body = gauges.map((gauge, i) => {
+    const drawing = svg("svg", {
+      viewBox: `0 0 ${WIDTH} ${GAUGE}`, role: "group",
+      "aria-label": `Share of the effect on ${gauge.over} that the features stand for`,
+    });
+    drawing.dataset.walk = "";
+    const [left, right] = [4, WIDTH - 4];
+    const at = (share) => left + (right - left) * Math.max(0, Math.min(1, share));
+    drawing.append(svg("rect", { x: left, y: 8, width: right - left, height: 10, class: "grid-back" }));
+    const bar = { x: left, y: 8, width: Math.max(1, at(gauge.recovered) - left), height: 10 };
+    const fill = svg("rect", { ...bar, class: "bar-fig", tabindex: i ? -1 : 0 });
+    const [low, high] = gauge.interval ?? [NaN, NaN];
+    const edges = gauge.interval ? ` (95 %: ${percent2(low)} to ${percent2(high)})` : "";
+    fill.dataset.tip = `features: ${percent2(gauge.recovered)}${edges}`;
+    drawing.append(fill);
+    if (gauge.interval) {
+      drawing.append(svg("line", { x1: at(low), x2: at(high), y1: 13, y2: 13, class: "spread" }));
+    }
+    for (const [name, share] of Object.entries(gauge.baselines)) {
+      const tick = svg("line", { x1: at(share), x2: at(share), y1: 3, y2: 23, class: "baseline" });
+      tick.dataset.tip = `${name}: ${percent2(share)}`;
+      tick.setAttribute("tabindex", "-1");
+      drawing.append(tick);
+    }
+    const head = element("h4", "", `On ${gauge.over}`);
+    head.append(element("span", "role-share", percent2(gauge.recovered)));
+    const names = Object.entries(gauge.baselines).sort(([, a], [, b]) => a - b);
+    const list = element("p", "baselines");
+    for (const [name, value] of names) list.append(element("span", "", `${name} ${percent2(value)}`));
+    return [head, drawing, list];
+  });
+  const note = "Share of the adapter's effect that stays when its rows are replaced by what the " +
+    "features say. Ticks: what simpler accounts of the same size reach.";
+  return panel("How far the features stand for it", note, body.flat(), { testid: "gauges" });
+}
+
+function drawFeatures(features) {
+  const list = element("ol", "top-features");
+  features.forEach((one, i) => {
+    const item = element("li", "top-feature");
+    item.hidden = i >= N_SHOWN;
+    const link = element("a", "top-link");
+    link.href = `#/feature/${one.feature}`;
+    link.append(element("span", "row-id", `${one.feature}`), nameOf(one));
+    const share = one.effect ?? NaN;
+    const bar = Number.isFinite(share) ? meter(share / largestEffect(features)) : element("span");
+    const number = element("span", "meter-value", Number.isFinite(share) ? percent2(share) : "");
+    const where = [ROLES[one.role] ?? one.role, one.site].filter(Boolean).join(" \u00b7 ");
+    const line = element("span", "top-where", where);
+    if (one.verdict) line.append(badge(one.verdict));
+    const example = element("div", "shift-example");
+    const [before, token, after] = ["before", "token", "after"].map((key) => {
+      const part = element("span", key === "token" ? "run shift-token" : "run");
+      writeText(part, one[key]);
+      return part;
+    });
+    example.append(before, token, after);
+    item.append(link, bar, number, line, example);
+    list.append(item);
+  });
+  const parts = [list];
+  if (features.length > N_SHOWN) parts.push(showAll([...list.children], features.length));
+  const isEffect = features.some((one) => one.effect !== null);
+  const note = isEffect
+    ? "Features whose removal changes predictions most, as a share of what removing the whole " +
+      "adapter changes. Those come first whose effect no other change of the same size has. Shares " +
+      "of several features do not add up."
+    : "Features with most activation. What removing them does was not measured.";
+  return panel("What it learned", note, parts, { testid: "top-features" });
+}
+
+function nameOf(one) {
+  return chip(one.token);
+}
+
+function largestEffect(features) {
+  return Math.max(...features.map((one) => one.effect ?? 0)) || 1;
+}
+
+function badge(verdict) {
+  return element("span", `chip verdict-${verdict.split(" ")[0]}`, verdict);
+}
+
+function drawGroups(groups) {
+  const table = element("div", "meter-rows");
+  for (const group of groups) {
+    const row = element("div", "group-row");
+    const name = element("span", "meter-name", group.name);
+    const links = element("span", "group-links");
+    links.append(`${whole(group.n_features)} features: `);
+    for (const id of group.features) {
+      const link = element("a", "", String(id));
+      link.href = `#/feature/${id}`;
+      links.append(link, " ");
+    }
+    row.append(name, meter(group.share / groups[0].share),
+      element("span", "meter-value", percent2(group.share)), links);
+    table.append(row);
+  }
+  const note = `Features by where they fire, with their part of the sum of all (${
+    core.overview.ranked_by}).`;
+  return panel("Groups of features", note, table, { testid: "groups" });
+}
+
+function drawPlaces(places) {
+  const values = places.map((place) => place.kl);
+  const tips = places.map(({ kl, kl_random: random }) =>
+    `${short(kl)} nats a token without it; without a random direction there: ${short(random)}`);
+  const sites = places.map(({ layer, projection }) => [layer, projection]);
+  const grid = drawSiteGrid(sites, values, tips, "KL after each adapted module is switched off");
+  const above = places.filter(({ kl, kl_random: random }) => kl > random).length;
+  const floor = core.overview.floor;
+  const text = `${above} of ${places.length} modules have a larger effect than a random direction ` +
+    `of the same norm there. Numerical noise: ${floor === null ? "\u2013" : short(floor)}.`;
+  const note = "KL(adapter \u2016 adapter without this module), by layer (across) and projection " +
+    "(down).";
+  return panel("Where it lives", note, [grid, element("p", "figure-note", text)], {
+    testid: "places", file: "modules",
+  });
+}
+
+function drawFacts(facts) {
+  const list = element("dl", "effect-facts");
+  for (const { name, value, meaning } of facts) {
+    const line = element("div", "effect-fact");
+    line.append(element("dt", "", name), element("dd", "", value),
+      element("dd", "effect-note", meaning));
+    list.append(line);
+  }
+  return panel("How sure this is", "", list, { testid: "sureness" });
+}
+
+function drawGaps(gaps) {
+  const list = element("ul", "gaps");
+  for (const { what, command } of gaps) {
+    const item = element("li", "", `${what}: `);
+    item.append(element("code", "", command));
+    list.append(item);
+  }
+  return panel("Not measured", "Each command fills a gap; make the page again with its report.",
+    list, { testid: "gaps" });
+}
+
+function chip(token) {
+  const node = element("span", "token-chip run");
+  writeText(node, token);
+  return node;
+}
+
+// Returns a share as a percentage with two digits, or three close to all of it.
+function percent2(share) {
+  const value = 100 * share;
+  if (value >= 99.5 && value < 100) return `${Math.floor(10 * value) / 10}\u00a0%`;
+  return `${value >= 9.95 ? Math.round(value) : Number(value.toPrecision(2))}\u00a0%`;
+}
+
+function probability(p) {
+  return p >= 0.001 ? percent(Number(p.toPrecision(2))) : "<\u00a00.1\u00a0%";
+}
+
+// Returns the last characters of a text, whole code points.
+function tail(text, n) {
+  const characters = Array.from(text);
+  return characters.length > n ? `\u2026${characters.slice(-n).join("")}` : text;
+}

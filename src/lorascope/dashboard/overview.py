@@ -1,0 +1,519 @@
+"""Say on one screen what an adapter learned: an `Overview` of an index and its reports.
+
+Every statement is made from measured numbers, and what was not measured is a gap with the command
+that fills it:
+
+1. *What it does*: KL(adapter ‖ base), divided among roles and among the tokens that rise and fall
+   (`evaluate`).
+2. *How far to believe the features*: the share of that effect which the SAE recovers, between those
+   of baselines, and the share that a constant row has (`evaluate`).
+3. *What it learned*: features by the effect of removing them, and groups of features (`ablate`).
+   Without it, features by their share of all activation.
+4. *Where it lives*: KL after each adapted module is switched off (`ablate`).
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lorascope.causal.report_records import (
+    AblationReport,
+    EvaluationReport,
+    Interval,
+    Removal,
+    ReportRecord,
+    TokenShift,
+)
+from lorascope.dashboard.reports import Reports
+from lorascope.features.index import FeatureIndex
+
+N_FEATURES = 24
+N_SHIFTS = 16
+N_GROUPS = 12
+N_NAMED = 4  # tokens in the headline
+_MIN_NAMED = 0.02  # share of all change from which a token is named there
+_MIN_ROLE = 0.02
+_CONTEXT = 8  # tokens on each side of an example
+_BASELINES = {"pca": "PCA", "columns": "columns", "constant": "constant row"}
+_ROLE_TEXT = {
+    "special": "at special tokens and template headers",
+    "think": "in think segments",
+    "answer": "in answers",
+    "user": "in users' messages",
+    "system": "in system prompts",
+    "text": "in plain text",
+}
+_VERDICTS = ("specific", "not distinguishable", "too few firings")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleShare:
+    """The share of KL(adapter ‖ base) where tokens of one role are predicted, and their number."""
+
+    role: str
+    share: float
+    n_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gauge:
+    """The share of the adapter's effect that the features recover, over tokens of one kind."""
+
+    over: str
+    recovered: float
+    interval: Interval
+    conditional: float | None
+    baselines: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopFeature:
+    """A feature of the overview.
+
+    `effect` is KL after its removal as a share of KL after removal of the adapter, over all
+    predictions, `effect_text` over those of tokens of text. None: not measured. `before`, `token`
+    and `after` are its strongest example.
+    """
+
+    feature: int
+    role: str
+    site: str
+    density: float | None
+    effect: float | None
+    effect_text: float | None
+    verdict: str | None
+    before: str
+    token: str
+    after: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Features that live in one place; `share` is their part of the sum of all effects."""
+
+    name: str
+    share: float
+    n_features: int
+    features: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """One adapted module: KL after it is switched off, and after a random direction is."""
+
+    layer: int
+    projection: str
+    kl: float
+    kl_random: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fact:
+    """A number with its meaning."""
+
+    name: str
+    value: str
+    meaning: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """What was not measured, and the command that measures it."""
+
+    what: str
+    command: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overview(ReportRecord):
+    """What an adapter learned, as far as it was measured.
+
+    `shifts` and `roles` are empty and `kl` None without an evaluation, `places` without an
+    ablation. `ranked_by` says what the order of `features` and the shares of `groups` mean.
+    """
+
+    kind = "overview"
+    headline: tuple[str, ...]
+    kl: float | None
+    roles: tuple[RoleShare, ...]
+    shifts: tuple[TokenShift, ...]
+    gauges: tuple[Gauge, ...]
+    ranked_by: str
+    groups: tuple[Group, ...]
+    features: tuple[TopFeature, ...]
+    floor: float | None
+    places: tuple[Place, ...]
+    facts: tuple[Fact, ...]
+    gaps: tuple[Gap, ...]
+
+
+def overview_of(index: FeatureIndex, reports: Reports) -> Overview:
+    """Return the overview of an index and the reports about it."""
+    evaluation, ablation = reports.evaluation, reports.ablation
+    roles, kl = _roles(evaluation)
+    shifts = () if evaluation is None else evaluation.shifts[:N_SHIFTS]
+    gauges = _gauges(evaluation)
+    effects = _Effects.of_report(ablation, len(index))
+    weights = effects.total if effects else _activation_shares(index)
+    features = _features(index, effects, weights)
+    return Overview(
+        headline=tuple(_headline(index, kl, roles, shifts, gauges)),
+        kl=kl,
+        roles=roles,
+        shifts=shifts,
+        gauges=gauges,
+        ranked_by="effect of removal" if effects else "share of all activation",
+        groups=_groups(index, weights),
+        features=features,
+        floor=None if ablation is None else ablation.floor.rounding,
+        places=_places(index, ablation),
+        facts=tuple(_facts(index, evaluation, ablation)),
+        gaps=tuple(_gaps(reports)),
+    )
+
+
+def visible(token: str) -> str:
+    """Return a token in quotes, with line ends and other invisible characters shown."""
+    shown = "".join(
+        {"\n": "⏎", "\t": "⇥", "\r": "␍"}.get(c, c if c.isprintable() else f"\\u{ord(c):04x}")
+        for c in token
+    )
+    return f"“{shown}”"
+
+
+def percent(share: float) -> str:
+    """Return a share as a percentage of two or three digits that never rounds up to all."""
+    value = 100 * share
+    if 99.5 <= value < 100:
+        return f"{math.floor(10 * value) / 10:.1f}\u00a0%"
+    return f"{value:.0f}\u00a0%" if value >= 9.95 else f"{value:.1f}\u00a0%"
+
+
+def _headline(
+    index: FeatureIndex,
+    kl: float | None,
+    roles: Sequence[RoleShare],
+    shifts: Sequence[TokenShift],
+    gauges: Sequence[Gauge],
+) -> Iterable[str]:
+    """Yield the sentences of the headline."""
+    yield _subject(index)
+    if kl is None:
+        yield "What it does to the model's predictions was not measured."
+    elif kl == 0:
+        yield (
+            "It changes nothing: on the texts that were measured, the model predicts the same with "
+            "and without it."
+        )
+        return
+    else:
+        yield _main_effect(roles, shifts)
+    if gauges:
+        yield _trust(gauges)
+
+
+def _trust(gauges: Sequence[Gauge]) -> str:
+    """Return how much of the effect the features stand for."""
+    parts, constant = [], []
+    for gauge in gauges:
+        interval = ""
+        if gauge.interval is not None and not parts:
+            low, high = (percent(max(0.0, edge)) for edge in gauge.interval)
+            interval = f" ({low} to {high})"
+        parts.append(
+            f"{percent(max(0.0, gauge.recovered))}{interval} of its effect on {gauge.over}"
+        )
+        constant += [
+            percent(max(0.0, share))
+            for name, share in gauge.baselines.items()
+            if name == _BASELINES["constant"]
+        ]
+    rest = f"; one constant row for each kind of token, for {' and '.join(constant)}"
+    return f"The features stand for {' and '.join(parts)}{rest if constant else ''}."
+
+
+def _subject(index: FeatureIndex) -> str:
+    """Return what kind of adapter it is, of which model."""
+    layout, content = index.manifest.layout, index.content
+    model = content.get("base_model") or content.get("model")
+    of_model = f" of {model}" if isinstance(model, str) and model else ""
+    if layout is None or not layout.sites:
+        return f"A LoRA{of_model}, {len(index)} features."
+    ranks = sorted({site.rank for site in layout.sites})
+    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    layers = {site.layer for site in layout.sites}
+    kinds = {site.projection for site in layout.sites}
+    return (
+        f"A LoRA of {rank} on {_count(len(kinds), 'projection')} of "
+        f"{_count(len(layers), 'layer')}{of_model}: {layout.d_in:,} numbers a token, "
+        f"{int(index.alive.sum()):,} features."
+    )
+
+
+def _count(n: int, word: str) -> str:
+    return f"{n:,} {word}{'' if n == 1 else 's'}"
+
+
+def _main_effect(roles: Sequence[RoleShare], shifts: Sequence[TokenShift]) -> str:
+    """Return where most of the change is, with the tokens that it consists of."""
+    main, *others = [role for role in roles if role.share >= _MIN_ROLE]
+    named = []
+    for side, change in (("rises", "more likely"), ("falls", "less likely")):
+        tokens = [s for s in shifts if (s.role, s.side) == (main.role, side)]
+        tokens = [s for s in tokens if s.share >= _MIN_NAMED][:N_NAMED]
+        if tokens:
+            listed = ", ".join(f"{visible(s.token)} ({percent(s.share)})" for s in tokens)
+            named.append(f"{listed} {change}")
+    what = f", where it makes {' and '.join(named)}" if named else ""
+    first = f"{percent(main.share)} of its effect on predictions is {_where(main.role)}{what}."
+    rest = [f"{percent(role.share)} is {_where(role.role)}" for role in others[:3]]
+    return " ".join([first, *([f"Another {', '.join(rest)}."] if rest else [])])
+
+
+def _where(role: str) -> str:
+    return _ROLE_TEXT.get(role, f"in {role}")
+
+
+def _roles(evaluation: EvaluationReport | None) -> tuple[tuple[RoleShare, ...], float | None]:
+    """Return the shares of the roles, largest first, and KL(adapter ‖ base) in nats a token."""
+    if evaluation is None:
+        return (), None
+    found = evaluation.faithfulness
+    sums = {name: role.kl_zero * role.n_tokens for name, role in found.roles.items()}
+    total = sum(sums.values())
+    kl = found.runs["base"].kl if "base" in found.runs else total / max(found.n_tokens, 1)
+    if kl <= 10 * found.floor.rounding:
+        return (), 0.0
+    shares = [
+        RoleShare(role=name, share=sums[name] / total, n_tokens=role.n_tokens)
+        for name, role in found.roles.items()
+        if total > 0
+    ]
+    return tuple(sorted(shares, key=lambda one: -one.share)), kl
+
+
+def _gauges(evaluation: EvaluationReport | None) -> tuple[Gauge, ...]:
+    """Return how much of the effect is recovered: on text that the model writes, and in all."""
+    if evaluation is None:
+        return ()
+    found = evaluation.faithfulness
+    gauges = []
+    for over, of_generated in (("text that the model writes", True), ("all predictions", False)):
+        runs = {name: run.generated if of_generated else run for name, run in found.runs.items()}
+        sae = runs.get("sae")
+        if sae is None or sae.recovered is None:
+            continue
+        gauges.append(
+            Gauge(
+                over=over,
+                recovered=sae.recovered,
+                interval=sae.recovered_interval,
+                conditional=sae.conditional,
+                baselines={
+                    text: run.recovered
+                    for name, text in _BASELINES.items()
+                    if (run := runs.get(name)) is not None and run.recovered is not None
+                },
+            )
+        )
+    return tuple(gauges)
+
+
+@dataclass(frozen=True)
+class _Effects:
+    """Effects of removal as shares of the adapter's, `(latent,)`; NaN: not measured."""
+
+    total: npt.NDArray[np.float64]
+    text: npt.NDArray[np.float64]
+    verdict: Mapping[int, str]
+
+    @classmethod
+    def of_report(cls, ablation: AblationReport | None, n: int) -> "_Effects | None":
+        if ablation is None or not ablation.features:
+            return None
+        n_special, n_tokens = ablation.n_special, ablation.n_tokens
+
+        def nats(removal: Any, *, special: bool) -> float:
+            at_special = (removal.kl_special or 0.0) * n_special if special else 0.0
+            return removal.kl * n_tokens + at_special
+
+        whole: Removal = ablation.without_adapter
+        all_nats, text_nats = nats(whole, special=True), nats(whole, special=False)
+        total, text = np.full(n, np.nan), np.full(n, np.nan)
+        for one in ablation.features:
+            total[one.feature] = nats(one, special=True) / all_nats if all_nats else np.nan
+            text[one.feature] = nats(one, special=False) / text_nats if text_nats else np.nan
+        return cls(total, text, {one.feature: one.verdict for one in ablation.features})
+
+
+def _activation_shares(index: FeatureIndex) -> npt.NDArray[np.float64]:
+    """Return each latent's part of all activation at tokens of text, `(latent,)`."""
+    sums = np.where(index.latent_n_active > 0, index.latent_n_active, 0) * np.nan_to_num(
+        index.latent_mean.astype(np.float64)
+    )
+    return sums / max(float(sums.sum()), 1e-30)
+
+
+def _features(
+    index: FeatureIndex, effects: _Effects | None, weights: npt.NDArray[np.float64]
+) -> tuple[TopFeature, ...]:
+    """Return the features of largest weight; those whose effect is specific come first."""
+    verdicts = effects.verdict if effects else {}
+
+    def order(latent: int) -> tuple[bool, float]:
+        return verdicts.get(latent) != _VERDICTS[0], -float(np.nan_to_num(weights[latent]))
+
+    alive = [i for i in np.flatnonzero(index.alive).tolist() if np.nan_to_num(weights[i]) > 0]
+    return tuple(_feature(index, i, effects) for i in sorted(alive, key=order)[:N_FEATURES])
+
+
+def _feature(index: FeatureIndex, latent: int, effects: _Effects | None) -> TopFeature:
+    stats = index.stats(latent)
+    examples = () if stats.is_template else index.examples(latent)
+    example = next(iter(examples or index.at_special(latent) or index.examples(latent)))
+    first, target = max(0, example.target - _CONTEXT), example.target
+    total, text = (effects.total[latent], effects.text[latent]) if effects else (math.nan, math.nan)
+    return TopFeature(
+        feature=latent,
+        role=_main_role(index, latent),
+        site=_main_site(index, latent),
+        density=stats.density,
+        effect=None if math.isnan(total) else float(total),
+        effect_text=None if math.isnan(text) else float(text),
+        verdict=effects.verdict.get(latent) if effects else None,
+        before="".join(example.tokens[first:target]),
+        token=example.tokens[target],
+        after="".join(example.tokens[target + 1 : target + 1 + _CONTEXT]),
+    )
+
+
+def _main_role(index: FeatureIndex, latent: int) -> str:
+    """Return the role in which a latent is densest; "" if it is unknown."""
+    stats = index.stats(latent)
+    if stats.is_template:
+        return "special"
+    by_role = {role: share for role, share in stats.by_role.items() if role != "special"}
+    return max(by_role, key=lambda role: by_role[role]) if any(by_role.values()) else ""
+
+
+def _main_site(index: FeatureIndex, latent: int) -> str:
+    """Return the site with most of what a latent writes; "" if it is unknown."""
+    layout, share = index.manifest.layout, index.latent_fingerprint[latent]
+    if layout is None or len(share) != len(layout.sites) or not np.nan_to_num(share).any():
+        return ""
+    return layout.sites[int(np.nan_to_num(share).argmax())].name
+
+
+def _groups(index: FeatureIndex, weights: npt.NDArray[np.float64]) -> tuple[Group, ...]:
+    """Return groups of features by the place in the text where they fire, largest share first."""
+    members: dict[str, list[int]] = {}
+    for latent in np.flatnonzero(index.alive).tolist():
+        role = _main_role(index, latent)
+        members.setdefault(_where(role) if role else "elsewhere", []).append(latent)
+    known = np.nan_to_num(weights)
+    total = max(float(known.sum()), 1e-30)
+    groups = [
+        Group(
+            name=name,
+            share=float(known[latents].sum()) / total,
+            n_features=len(latents),
+            features=tuple(sorted(latents, key=lambda i: -float(known[i]))[:N_NAMED]),
+        )
+        for name, latents in members.items()
+    ]
+    return tuple(sorted(groups, key=lambda group: -group.share)[:N_GROUPS])
+
+
+def _places(index: FeatureIndex, ablation: AblationReport | None) -> tuple[Place, ...]:
+    if ablation is None or index.manifest.layout is None:
+        return ()
+    return tuple(
+        Place(
+            layer=site.layer,
+            projection=site.projection,
+            kl=ablation.sites[site.name].kl,
+            kl_random=ablation.sites[site.name].kl_random,
+        )
+        for site in index.manifest.layout.sites
+        if site.name in ablation.sites
+    )
+
+
+def _facts(
+    index: FeatureIndex, evaluation: EvaluationReport | None, ablation: AblationReport | None
+) -> Iterable[Fact]:
+    """Yield how sure the rest is."""
+    content, n = index.content, len(index)
+    n_dead = n - int(index.alive.sum())
+    for key, name, meaning in (
+        ("fvu", "FVU", "share of the rows' variance that the SAE leaves unexplained, held out"),
+        ("l0", "L0", "features that fire at a token, on average"),
+    ):
+        if isinstance(content.get(key), float):
+            yield Fact(name=name, value=f"{content[key]:.3g}", meaning=meaning)
+    yield Fact(
+        name="Dead features", value=f"{n_dead:,} of {n:,}", meaning="features that never fire"
+    )
+    if isinstance(content.get("n_tokens"), int):
+        yield Fact(
+            name="Texts",
+            value=f"{content.get('n_rollouts', 0):,} rollouts, {content['n_tokens']:,} tokens",
+            meaning="what the examples and the statistics are from",
+        )
+    if evaluation is not None:
+        found = evaluation.faithfulness
+        yield Fact(
+            name="Predictions",
+            value=f"{found.n_tokens:,} of {found.n_rollouts:,} held-out rollouts",
+            meaning="what the effect and the recovered shares are measured on",
+        )
+        seeds = [found.runs[name].recovered for name in found.seeds]
+        shares = [share for share in seeds if share is not None]
+        if len(shares) > 1:
+            yield Fact(
+                name="Other seeds",
+                value=f"{min(shares):.3f} to {max(shares):.3f}",
+                meaning=f"recovered of all predictions, in {len(shares)} seeds",
+            )
+    if ablation is not None and ablation.features:
+        counts = [sum(one.verdict == verdict for one in ablation.features) for verdict in _VERDICTS]
+        yield Fact(
+            name="Removals",
+            value=f"{counts[0]:,} specific, {counts[1]:,} not distinguishable, "
+            f"{counts[2]:,} fire too rarely",
+            meaning=f"effects of features against controls of the same size, on "
+            f"{ablation.n_rollouts:,} rollouts",
+        )
+
+
+def _gaps(reports: Reports) -> Iterable[Gap]:
+    """Yield what was not measured."""
+    files = "--data-dir STORE --sae SAE --lora-path ADAPTER"
+    if reports.evaluation is None:
+        yield Gap(
+            what="what the adapter changes, and how much of it the features stand for",
+            command=f"lorascope evaluate {files}",
+        )
+    elif not reports.evaluation.shifts and reports.evaluation.faithfulness.runs["sae"].recovered:
+        yield Gap(
+            what="which tokens the adapter makes more and less likely: the report is of an older "
+            "version",
+            command=f"lorascope evaluate {files} --overwrite",
+        )
+    if reports.ablation is None or not reports.ablation.features:
+        yield Gap(
+            what="what each feature and each module does", command=f"lorascope ablate {files}"
+        )
+    if reports.direct is None:
+        yield Gap(
+            what="the tokens that each feature promotes",
+            command="lorascope direct --sae SAE --lora-path ADAPTER",
+        )
+    if reports.attribution is None:
+        yield Gap(
+            what="the features behind single predictions", command=f"lorascope attribute {files}"
+        )

@@ -1,0 +1,177 @@
+"""Write what an adapter learned as a report to send: the page's overview as text.
+
+In: the folder of a run, with `features.h5` and the reports that are there. Out: `report.json`, the
+`Overview` for programs, and `report.md` next to it for people. Both say what was not measured and
+which command measures it. No model runs.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorascope.artifact import digest_file
+from lorascope.causal.study import Made, report_at
+from lorascope.config import Config, option
+from lorascope.dashboard.overview import Overview, overview_of, percent, visible
+from lorascope.dashboard.reports import Reports
+from lorascope.errors import ArtifactError
+from lorascope.features.published_json import read_index
+
+REPORTS = (
+    "evaluation.json",
+    "effects/direct.json",
+    "effects/ablation.json",
+    "effects/attribution.json",
+)
+_MARKDOWN = re.compile(r"[\\`*_\[\]<>#|~$&@!]|:(?=//)|(?<=www)\.")  # signs; begins of links
+_ARROWS = {"rises": "▲", "falls": "▼"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig(Config):
+    """Options of `lorascope report`."""
+
+    input: Path = option(help="folder of a run, or its features.h5", identity=False)
+    output: Path | None = option(
+        None, help="JSON file to write; default: report.json in that folder", identity=False
+    )
+    overwrite: bool = option(False, help="replace an output of another input", identity=False)
+
+
+def run(config: ReportConfig) -> Path:
+    """Write the report unless it is finished already, and return `report.json`.
+
+    Raises ArtifactError if the folder has no feature index, or if a report belongs to another.
+    """
+    given = config.input.expanduser()
+    folder, source = (given, given / "features.h5") if given.is_dir() else (given.parent, given)
+    if not source.exists():
+        raise ArtifactError(
+            f"{folder} has no features.h5; give the folder of a run, or a feature index"
+        )
+    index = read_index(source)
+    found = [folder / name for name in REPORTS if (folder / name).exists()]
+    reports = Reports.open(found, index, source)
+    out = config.output or folder / "report.json"
+
+    def make() -> Made:
+        layout = index.manifest.layout
+        assert layout is not None, "an index of lorascope has one"
+        return Made(overview_of(index, reports), layout, {"n_features": len(index)})
+
+    return report_at(
+        out,
+        Overview,
+        settings=config.settings(),
+        parents={"features": digest_file(source), **reports.parents},
+        overwrite=config.overwrite,
+        make=make,
+        table=lambda overview: "\n".join(overview.headline),
+        draw=lambda overview, _: out.with_suffix(".md").write_text(
+            markdown(overview), encoding="utf-8"
+        ),
+    )
+
+
+def markdown(overview: Overview) -> str:
+    """Return the report as Markdown, in which text of the corpus is escaped."""
+    subject, *sentences = overview.headline
+    lines = ["# What the adapter learned", "", plain(subject), ""]
+    for sentence in sentences:
+        lines += [f"**{plain(sentence)}**", ""]
+    if overview.shifts:
+        lines += ["## What it does to predictions", ""]
+        lines += table(
+            ("where", "token", "", "share", "base → adapter", "example"),
+            (
+                (
+                    shift.role,
+                    visible(shift.token),
+                    _ARROWS[shift.side],
+                    percent(shift.share),
+                    f"{percent(shift.example.p_base)} → {percent(shift.example.p_adapter)}",
+                    f"{visible(shift.example.before[-40:])} → {visible(shift.token)}",
+                )
+                for shift in overview.shifts
+            ),
+        )
+        lines += [
+            "Share: part of KL(adapter ‖ base) that the rise (▲) or fall (▼) of the token makes.",
+            "",
+        ]
+    if overview.gauges:
+        lines += ["## How far the features stand for it", ""]
+        names = sorted({name for gauge in overview.gauges for name in gauge.baselines})
+        lines += table(
+            ("effect on", "features", "95 % interval", *names),
+            (
+                (
+                    gauge.over,
+                    percent(gauge.recovered),
+                    "—"
+                    if gauge.interval is None
+                    else " to ".join(percent(edge) for edge in gauge.interval),
+                    *(
+                        percent(gauge.baselines[name]) if name in gauge.baselines else "—"
+                        for name in names
+                    ),
+                )
+                for gauge in overview.gauges
+            ),
+        )
+    lines += ["## What it learned", "", f"Features by {overview.ranked_by}.", ""]
+    lines += table(
+        ("feature", "fires", "site", "effect", "verdict", "strongest example"),
+        (
+            (
+                str(one.feature),
+                one.role,
+                one.site,
+                "—" if one.effect is None else percent(one.effect),
+                one.verdict or "—",
+                f"{visible(one.before)} {visible(one.token)} {visible(one.after)}",
+            )
+            for one in overview.features
+        ),
+    )
+    lines += ["## Groups of features", ""]
+    lines += table(
+        ("group", "share", "features", "the largest"),
+        (
+            (one.name, percent(one.share), f"{one.n_features:,}", ", ".join(map(str, one.features)))
+            for one in overview.groups
+        ),
+    )
+    if overview.places:
+        lines += ["## Where it lives", "", "KL in nats a token after the module is off.", ""]
+        layers = sorted({place.layer for place in overview.places})
+        kinds = list(dict.fromkeys(place.projection for place in overview.places))
+        kl = {(place.projection, place.layer): place.kl for place in overview.places}
+        lines += table(
+            ("projection", *(str(layer) for layer in layers)),
+            (
+                (
+                    kind,
+                    *(f"{kl[kind, i]:.2g}" if (kind, i) in kl else "—" for i in layers),
+                )
+                for kind in kinds
+            ),
+        )
+    lines += ["## How sure this is", ""]
+    lines += table(("", "", ""), ((fact.name, fact.value, fact.meaning) for fact in overview.facts))
+    if overview.gaps:
+        lines += ["## Not measured", ""]
+        lines += [f"- {plain(gap.what)}: `{gap.command}`" for gap in overview.gaps] + [""]
+    return "\n".join(lines)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table, with an empty line after it."""
+    lines = [head, ["---"] * len(head), *([plain(cell) for cell in row] for row in rows)]
+    return [f"| {' | '.join(cells)} |" for cells in lines] + [""]
+
+
+def plain(text: str) -> str:
+    """Return text on one line that Markdown shows as it is."""
+    return _MARKDOWN.sub(r"\\\g<0>", " ".join(text.split("\n")))
