@@ -203,7 +203,7 @@ def _with_reports(
 ) -> Config:
     """Return the options of the page with the reports that were made."""
     made = [stages[name][1] for name in _OPTIONAL if name in stages and name not in failed]
-    return replace(options, effects=tuple(report.output for report in made))
+    return replace(options, effects=tuple(vars(one)["output"] for one in made))
 
 
 def _require_room(config: RunConfig) -> None:
