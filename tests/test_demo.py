@@ -22,6 +22,9 @@ from lorascope.features.collect import CollectConfig
 from lorascope.features.index import FeatureIndex
 from lorascope.features.invariants import verify as verify_index
 from lorascope.inspection import verify
+from lorascope.labels.clues import CLUES, STREAMS, read_clues
+from lorascope.labels.rules import Condition, covers
+from lorascope.labels.wording import visible
 from lorascope.sae.model import load_sae
 
 _EXAMPLE = Path(__file__).parent.parent / "examples" / "feature_meaning.py"
@@ -73,6 +76,52 @@ def test_the_page_shows_what_the_features_do(folder, store):
     measured = [one for one in ablation["features"] if one["kl"] > 0]
     assert len(measured) > 0.5 * store.d_in
     assert ablation["floor"]["rounding"] < min(one["kl"] for one in measured)
+
+
+def test_labels_tell_where_features_fire_on_rollouts_that_did_not_choose_them(folder):
+    content = FeatureIndex.open(folder / "features.h5").labels.manifest.content
+    assert content["n_labels"] >= content["n_features"] * 0.9
+    assert content["share_above_0.85"] >= 0.7
+    assert content["balanced_accuracy"] >= 0.8
+    assert 0.47 < content["shuffled"] < 0.53  # chance is 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("name", {"anna", "ben", "carla", "chloé", "david", "emma", "felix", "grace", "hugo"}),
+        ("operator", {"+", "−", "×", "÷", "plus", "minus", "times"}),
+        ("check", {"check", "wait", "verify", "right", "hmm", "✓"}),
+        ("answer_marker", {"answer", "final", "swer", ":"}),
+    ],
+)
+def test_rules_of_features_name_what_the_generator_says_they_are(
+    folder, store, labels, name, words
+):
+    """The rule of a class's best feature fits the class as well as the feature itself does."""
+    index = FeatureIndex.open(folder / "features.h5")
+    best = meaning.score_latents(load_sae(folder / "sae", store), store, labels)[name]
+    label = index[int(best.candidate.removeprefix("latent "))].label
+    said = {value for term in label.rule for part in term for value in part.values}
+    assert said & words
+    rollout = store.rollout_of(np.arange(store.n_rows))
+    spelling = {i: store.vocabulary[i] for i in np.unique(store.token_ids).tolist()}
+    corpus = read_clues(store.token_ids, store.roles, rollout, spelling)
+    rule = tuple(tuple(condition(part, corpus.texts) for part in term) for term in label.rule)
+    held_out = store.eligible & (rollout % 2 == 1)  # as in `score_latents`
+    covered = covers(corpus, rule)[held_out]
+    truth = labels[name][held_out]
+    f1 = 2 * (covered & truth).sum() / (covered.sum() + truth.sum())
+    assert f1 > 0.9 * best.f1
+
+
+def condition(part, texts):
+    """The condition of a rule that `labels.json` writes as this part."""
+    clues, streams = ([one.name for one in of] for of in (CLUES, STREAMS))
+    if not part.values:
+        return Condition(clue=clues.index(part.of))
+    values = tuple(i for i, text in enumerate(texts) if visible(text) in part.values)
+    return Condition(stream=streams.index(part.of), values=values)
 
 
 def test_the_same_command_again_changes_no_byte(folder, capsys):

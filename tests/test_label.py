@@ -1,6 +1,7 @@
 """`lorascope label` on a store whose features are known: the words, the scores, the file."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -70,6 +71,14 @@ def label(made, tmp_path):
         return read_labels(run(LabelConfig(**values)))
 
     return label
+
+
+def beside(made, tmp_path, by_hand):
+    """A copy of the run with labels by hand next to the index."""
+    folder = tmp_path / "copy"
+    shutil.copytree(made, folder)
+    shutil.copy(by_hand, folder / "hand-labels.json")
+    return folder / "features.h5"
 
 
 def promotes(token_id, z=9.0, share=0.8):
@@ -157,6 +166,8 @@ def test_labels_by_hand_win_and_have_no_scores(label, made, tmp_path):
     assert labels.features[AFTER_WAIT].author == "rule"
     assert labels.features[DEAD].name == "never"
     assert labels.manifest.content["n_by_hand"] == 3
+    found = label(input=beside(made, tmp_path, path), output=None)
+    assert mine == found.features[WAIT]  # found by its name
     for change, fault in (
         ({"sae": "0" * 64}, "of another SAE"),
         ({"format": "labels"}, "no labels by hand"),

@@ -8,6 +8,7 @@ import pytest
 from lorascope.artifact import read_manifest
 from lorascope.causal import direct
 from lorascope.errors import AdapterError, ArtifactError
+from lorascope.features.index import FeatureIndex
 from lorascope.pipeline import RunConfig, run
 
 
@@ -35,7 +36,7 @@ def reports_of(page):
     """The names of the reports that a page was made from."""
     manifest = read_manifest(page)
     assert manifest is not None
-    return manifest.parents.keys() - {"features"}
+    return manifest.parents.keys() - {"features", "labels"}
 
 
 @pytest.mark.parametrize(
@@ -64,6 +65,23 @@ def test_a_report_that_fails_is_named_and_the_page_is_made(
     run(config)  # and when it can be made, the page has it
     assert len(reports_of(page)) == 3
     assert reports_of(page) > without
+
+
+def test_labels_are_made_once_and_again_when_what_they_say_changes(small_run):
+    labels = small_run.output / "labels.json"
+    run(small_run)
+    before = labels.stat().st_mtime_ns
+    run(small_run)
+    assert labels.stat().st_mtime_ns == before
+    summary = json.loads((small_run.output / "summary.json").read_text())
+    assert 0.3 < summary["label_score_shuffled"] < 0.7
+    sae = read_manifest(small_run.output / "features.h5").parents["sae"]
+    mine = {"format": "lorascope labels 1", "sae": sae, "features": {"0": {"label": "by hand"}}}
+    (small_run.output / "hand-labels.json").write_text(json.dumps(mine))
+    page = run(small_run)
+    index = FeatureIndex.open(small_run.output / "features.h5")
+    assert index[0].label.name == "by hand"
+    assert read_manifest(page).parents["labels"] == index.labels.manifest.digest
 
 
 def test_a_report_of_other_settings_in_the_way_is_an_error(small_run):

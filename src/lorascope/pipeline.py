@@ -1,8 +1,11 @@
 """Run every stage on an adapter and a dataset, into one folder.
 
 In: adapter, base model, dataset. Out: a folder with `activations/`, `sae/`, `evaluation.json`,
-from lorascope.dashboard.report import ReportConfig
-from lorascope.errors import ArtifactError, ConfigError, LorascopeError
+`features.h5`, `labels.json`, `dashboard.html`, `report.json` and `report.md`, and `summary.json`.
+With `--effect-texts` it also has `effects/`, the reports of what the features do, and the page
+shows them. Finished stages are skipped, so running the same command again continues an interrupted
+run. A report that cannot be made is named in the log and in `summary.json`, and the page is made
+without it. Labels are remade if the index or the reports change.
 """
 
 import json
@@ -26,7 +29,10 @@ from lorascope.dashboard.report import ReportConfig
 from lorascope.errors import ArtifactError, ConfigError, LorascopeError
 from lorascope.features import collect
 from lorascope.features.collect import CollectConfig, CollectOptions
+from lorascope.features.label_file import FILE as LABELS
 from lorascope.hub import first_line
+from lorascope.labels import label
+from lorascope.labels.label import LabelConfig, LabelOptions
 from lorascope.sae.settings import TrainConfig, TrainOptions
 from lorascope.sites import parse_adapter_types
 from lorascope.subject.options import SubjectOptions
@@ -37,7 +43,7 @@ _OPTIONAL = ("evaluate", "direct", "ablate", "attribute")  # stages that make a 
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(CollectOptions, TrainOptions, SubjectOptions):
+class RunConfig(LabelOptions, CollectOptions, TrainOptions, SubjectOptions):
     """Options of `run`: those of the stages, and the folder."""
 
     adapter_types: tuple[str, ...] = option(
@@ -88,7 +94,7 @@ def run(config: RunConfig) -> Path:
         log.info("stage %d of %d: %s", number, len(stages), name)
         begun = time.perf_counter()
         try:
-            stage.run(options if name != "dashboard" else _with_reports(options, stages, failed))
+            stage.run(_completed(options, stages, failed))
         except ArtifactError:
             raise  # a file that is in the way
         except Exception as error:
@@ -174,6 +180,10 @@ def _stages(config: RunConfig) -> dict[str, tuple[ModuleType, Config]]:
                 **texts,
             ),
         )
+    stages["label"] = (
+        label,
+        LabelConfig.from_shared(config, input=index, data_dir=store, sae=sae, output=out / LABELS),
+    )
     page, text = out / "dashboard.html", out / "report.json"
     stages["dashboard"] = (
         render,
@@ -196,14 +206,21 @@ def _is_own(path: Path) -> bool:
     return own is not None and own.kind in (render.KIND, Overview.kind)
 
 
-def _with_reports(
+def _completed(
     options: Config,
-    stages: Mapping[str, tuple[ModuleType, Config]],
+    stages: Mapping[str, tuple[ModuleType, Any]],
     failed: Collection[str],
 ) -> Config:
-    """Return the options of the page with the reports that were made."""
-    made = [stages[name][1] for name in _OPTIONAL if name in stages and name not in failed]
-    return replace(options, effects=tuple(vars(one)["output"] for one in made))
+    """Return the options of a stage with what is known once the stages before it have run."""
+    if isinstance(options, LabelConfig) and options.output is not None:
+        own = read_manifest(options.output) if options.output.is_file() else None
+        if own is not None and own.kind == label.KIND:
+            is_old = own.parents != label.identity_of(options).parents
+            return replace(options, overwrite=options.overwrite or is_old)
+    if isinstance(options, DashboardConfig):
+        made = [stages[name][1] for name in _OPTIONAL if name in stages and name not in failed]
+        return replace(options, effects=tuple(one.output for one in made))
+    return options
 
 
 def _require_room(config: RunConfig) -> None:
@@ -225,6 +242,7 @@ def _summarize(out: Path) -> dict[str, Any]:
         return manifest.content
 
     store, sae, index = content("activations"), content("sae"), content("features.h5")
+    labels = content(LABELS)
     return {
         "rollouts": store["n_rollouts"],
         "tokens": store["n_rows"],
@@ -234,6 +252,9 @@ def _summarize(out: Path) -> dict[str, Any]:
         "fvu": sae["report"]["fvu"],
         "l0": sae["report"]["l0"],
         **_recovered(out / "evaluation.json"),
+        "label_score": labels["balanced_accuracy"],
+        "label_score_shuffled": labels["shuffled"],
+        "labels_unclear": labels["n_by_kind"]["unclear"],
         "page": "dashboard.html",
         "page_bytes": (out / "dashboard.html").stat().st_size,
     }
@@ -265,6 +286,9 @@ def _table(summary: dict[str, Any]) -> str:
         "FVU (held out)": f"{summary['fvu']:.4f}",
         "L0 (held out)": f"{summary['l0']:.2f}",
         **{name: f"{value:.1%}" for name, value in recovered.items() if value is not None},
+        "labels, score": f"{summary['label_score'] or 0.5:.3f}",
+        "of shuffled labels": f"{summary['label_score_shuffled'] or 0.5:.3f}",
+        "unclear labels": f"{summary['labels_unclear']:,}",
         **{
             f"{name}, seconds": "failed" if name in summary["failed"] else f"{value:.1f}"
             for name, value in summary["seconds"].items()

@@ -93,6 +93,8 @@ def run(config: DashboardConfig) -> Path:
     source, output = config.input.expanduser(), config.output.expanduser()
     index = read_index(source)
     parents = {"features": digest_of_index(source)}
+    if index.labels is not None:
+        parents["labels"] = index.labels.manifest.digest
     reports = Reports.open(config.effects, index, source)
     parents |= reports.parents
     identity = Identity(kind=KIND, schema=SCHEMA, settings=config.settings(), parents=parents)

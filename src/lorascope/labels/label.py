@@ -64,6 +64,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CLEAR = 0.7  # lower bound of the balanced accuracy of a clear label
+BY_HAND_FILE = "hand-labels.json"  # what the page exports
 _BY_HAND_FORMAT = "lorascope labels 1"
 _LONGEST = {"label": 200, "note": 20_000}  # characters of a label by hand
 _ROWS = 1 << 14  # rows encoded at once
@@ -114,7 +115,10 @@ class LabelConfig(LabelOptions):
         (), help="report of direct; default: effects/direct.json beside the index", identity=False
     )
     by_hand: Path | None = option(
-        None, help="labels that the page exported; they replace others", identity=False
+        None,
+        help="labels that the page exported; they replace others; default: hand-labels.json beside "
+        "the index",
+        identity=False,
     )
     output: Path | None = option(
         None, help="JSON file to write; default: labels.json beside the index", identity=False
@@ -141,21 +145,19 @@ def run(config: LabelConfig) -> Path:
     from lorascope.sae.model import load_sae
 
     source = config.input.expanduser()
-    folder = source.parent
     index = read_index(source)
-    store = ActivationStore.open(config.data_dir or folder / "activations")
-    sae = load_sae(config.sae or folder / "sae", store)
+    store = ActivationStore.open(config.data_dir or source.parent / "activations")
+    sae = load_sae(config.sae or source.parent / "sae", store)
     store = sae.narrow(store)
     _require_parents(index, source, store, sae)
-    direct, direct_path = _read_direct(config.effects, folder, sae)
-    parents = {
-        "features": digest_of_index(source),
-        **({"direct": digest_file(direct_path)} if direct_path else {}),
-        **({"by_hand": digest_file(config.by_hand)} if config.by_hand else {}),
-    }
-    identity = Identity(kind=KIND, schema=SCHEMA, settings=config.settings(), parents=parents)
-    out = config.output or folder / FILE
-    by_hand = read_by_hand(config.by_hand, sae.digest, len(index)) if config.by_hand else {}
+    inputs = _inputs(config)
+    direct = None if (path := inputs.get("direct")) is None else _read_direct(path, sae)
+    by_hand = (
+        {}
+        if (path := inputs.get("by_hand")) is None
+        else read_by_hand(path, sae.digest, len(index))
+    )
+    out, identity = config.output or source.with_name(FILE), identity_of(config)
 
     def make(build: Build) -> None:
         on_device = sae.to(runtime.pick_device(config.device))
@@ -169,6 +171,27 @@ def run(config: LabelConfig) -> Path:
         log.info("\n%s", table(content))
 
     return built(out, identity, make, overwrite=config.overwrite)
+
+
+def identity_of(config: LabelConfig) -> Identity:
+    """Return what decides the labels. Raises ArtifactError if a file is missing."""
+    digests = {name: digest_file(path) for name, path in _inputs(config).items()}
+    parents = {"features": digest_of_index(config.input.expanduser()), **digests}
+    return Identity(kind=KIND, schema=SCHEMA, settings=config.settings(), parents=parents)
+
+
+def _inputs(config: LabelConfig) -> dict[str, Path]:
+    """Return the report of `direct` and the labels by hand: those given, or those found."""
+    folder = config.input.expanduser().parent
+    if len(config.effects) > 1:
+        raise ConfigError(f"--effects has {len(config.effects)} reports, expected one of direct")
+    given = {"direct": next(iter(config.effects), None), "by_hand": config.by_hand}
+    beside = {"direct": folder / "effects" / "direct.json", "by_hand": folder / BY_HAND_FILE}
+    for path in given.values():
+        if path is not None and not path.is_file():
+            raise ArtifactError(f"{path} does not exist; give a file, or leave out the option")
+    found = {name: path or beside[name] for name, path in given.items()}
+    return {name: path for name, path in found.items() if path.is_file()}
 
 
 class Half(NamedTuple):
@@ -506,25 +529,15 @@ def _require_parents(index: FeatureIndex, source: Path, store: ActivationStore, 
             )
 
 
-def _read_direct(
-    given: Sequence[Path], folder: Path, sae: "SAE"
-) -> "tuple[DirectReport | None, Path | None]":
-    """Return the report of `direct`, and its file, or None if there is none."""
+def _read_direct(path: Path, sae: "SAE") -> "DirectReport":
+    """Return a report of `direct`. Raises ArtifactError if it is of another SAE."""
     from lorascope.causal.report_records import DirectReport
     from lorascope.causal.study import read_report
 
-    beside = folder / "effects" / "direct.json"
-    paths = [*given] or [path for path in [beside] if path.is_file()]
-    if len(paths) > 1:
-        raise ConfigError(f"--effects has {len(paths)} reports, expected one of direct")
-    for path in paths:
-        report, manifest = read_report(path, (DirectReport,))
-        if manifest.parents.get("sae") == sae.digest and len(report.features) == sae.d_sae:
-            return report, path
-        if given:
-            raise ArtifactError(f"{path} is of another SAE; make the report again with this one")
-        log.warning("%s is of another SAE: it is not used", path)
-    return None, None
+    report, manifest = read_report(path, (DirectReport,))
+    if manifest.parents.get("sae") != sae.digest or len(report.features) != sae.d_sae:
+        raise ArtifactError(f"{path} is of another SAE; make the report again with this one")
+    return report
 
 
 def _edges(interval: tuple[float, float] | None) -> tuple[float, float] | None:

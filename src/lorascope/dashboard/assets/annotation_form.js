@@ -70,7 +70,7 @@ noteButton.addEventListener("click", () => {
   else openNote(false);
 });
 byId("export-labels").addEventListener("click", () => {
-  saveFile("labels.json", exportAnnotations(), "application/json");
+  saveFile("hand-labels.json", exportAnnotations(), "application/json");
   showStatus(`Exported labels, notes and stars for ${features(nAnnotations())}.`);
 });
 byId("import-labels").addEventListener("click", () => byId("labels-file").click());
