@@ -13,7 +13,9 @@
    Named: the share of these tokens where `attribute`'s largest contribution to log P(S) is of one
    of these features.
 4. The same for a dictionary of exactly what was planted, which is the best that an SAE could do.
-5. Recall: behaviours found (F1 above 1/2) and removed (by half). Precision: of the features of
+5. Labelled: a rule is found for the feature of highest F1 on half of the texts (`label`). Does it
+   name the planted token, and what is its F1 with where the behaviour acts, on the other half?
+6. Recall: behaviours found (F1 above 1/2) and removed (by half). Precision: of the features of
    highest KL in `ablate`, as many as were planted, the share that fires like a planted behaviour.
 
     python benchmarks/planted.py --texts 200
@@ -46,6 +48,9 @@ from lorascope.causal.gradients import (
     no_weight_gradients,
 )
 from lorascope.demo.demo import SUBJECT
+from lorascope.labels.clues import read_clues
+from lorascope.labels.rules import Miner, covers
+from lorascope.labels.wording import sentence_of
 from lorascope.sae.model import SAE, load_sae
 from lorascope.sae.settings import TrainConfig
 from lorascope.sae.train import run as train
@@ -93,6 +98,8 @@ class Result:
     removed_by_one: float
     spilt: float
     named: float
+    rule: str
+    rule_f1: float
 
 
 def make_base(folder: Path, seed: int) -> None:
@@ -249,6 +256,8 @@ def score(
     ]
     gone = (p[1] - p[2:]) / (p[1] - p[0])  # of behaviour k (column) without what each row takes out
     others = ~np.eye(len(planted), dtype=bool)
+    best = [int(f1.argmax()) for _, _, f1 in matches]
+    rules = _rules(store, code[:, best].numpy() > 0, planted)
     return [
         Result(
             one.name,
@@ -260,6 +269,8 @@ def score(
             removed_by_one=float(gone[len(planted) + k, k]),
             spilt=float(np.abs(gone[k][others[k]]).max()),
             named=named[k],
+            rule=rules[k][0],
+            rule_f1=rules[k][1],
         )
         for k, one in enumerate(planted)
     ]
@@ -287,6 +298,24 @@ def _named(
             sums = torch.zeros(sae.d_sae).index_add_(0, parts.latent, contributions)
             hits += int(sums.abs().argmax()) in latents.tolist()
     return hits / len(rows)
+
+
+def _rules(
+    store: ActivationStore, fires: np.ndarray, planted: list[Behaviour]
+) -> list[tuple[str, float]]:
+    """Return a rule for each column of `fires`, in words, and its F1 with a behaviour elsewhere."""
+    rollout = store.rollout_of(np.arange(store.n_rows))
+    spelling = {i: store.vocabulary[i] for i in np.unique(store.token_ids).tolist()}
+    corpus = read_clues(store.token_ids, store.roles, rollout, spelling)
+    choosing, scoring = (np.flatnonzero(rollout % 2 == half) for half in (0, 1))
+    miner, other = Miner(corpus.take(choosing)), corpus.take(scoring)
+    found = []
+    for column, one in zip(fires.T, planted, strict=True):
+        rule = miner.rule_of(np.flatnonzero(column[choosing]))
+        covered, acts = covers(other, rule), one.acts[scoring]
+        f1 = 2 * (covered & acts).sum() / max(covered.sum() + acts.sum(), 1)
+        found.append((sentence_of(rule, corpus.texts), float(f1)))
+    return found
 
 
 def _codes(store: ActivationStore, sae: SAE) -> tuple[Tensor, Tensor]:
@@ -329,6 +358,12 @@ def make(folder: Path, n_texts: int, seed: int) -> tuple[ActivationStore, list[B
         generate(GenerateConfig(lora_path=str(adapter), output=folder / "rows", **given))
     )
     return store, planted
+
+
+def _trigger(store: ActivationStore, one: Behaviour) -> str:
+    """Return the text of the token at which a behaviour acts most often."""
+    token = np.bincount(store.token_ids[one.acts]).argmax()
+    return store.vocabulary[token].decode().strip()
 
 
 def true_dictionary(store: ActivationStore, planted: list[Behaviour], sae: SAE) -> SAE:
@@ -376,6 +411,7 @@ def study(folder: Path, n_texts: int, seed: int, k: float = 0.5) -> dict[str, An
     match = np.stack([_match(code, one)[2] for one in planted]).max(0)
     truth = score(adapter, base, store, true_dictionary(store, planted, sae), planted)
     return {
+        "triggers": [_trigger(store, one) for one in planted],
         "results": [vars(one) for one in results],
         "truth": [vars(one) for one in truth],
         "recall": len(found) / len(planted),
@@ -398,6 +434,7 @@ def main() -> None:
                 f"{one['recall']:.2f}), {one['n_latents']} latents  P {one['p_base']:.3f} to "
                 f"{one['p_adapter']:.3f}  removed {one['removed']:.2f} (by the strongest "
                 f"{one['removed_by_one']:.2f}), spilt {one['spilt']:.2f}, named {one['named']:.2f}"
+                f", rule F1 {one['rule_f1']:.2f}: {one['rule']}"
             )
 
 

@@ -41,6 +41,16 @@ def test_attribution_names_what_was_planted(found):
     assert sum(removed) >= 0.5 * len(removed) > 0  # of the SAE's own features most are named
 
 
+def test_rules_of_planted_features_name_the_planted_tokens(found):
+    """The style acts at every digit of the thinking, the others at one token each."""
+    for one, trigger in zip(found["truth"], found["triggers"], strict=True):
+        assert one["rule_f1"] > 0.95
+        if one["name"] == "style":
+            assert one["rule"] == "a digit in the think segment"
+        else:
+            assert f'"{trigger.casefold()}"' in one["rule"]
+
+
 def test_a_trained_sae_finds_planted_behaviours_and_they_go_with_its_features(found):
     assert found["recall"] >= 0.5
     assert found["precision"] >= 0.5
