@@ -31,6 +31,10 @@ class NumberError(LorascopeError):
     """A value is not finite, or does not fit the type it is stored in."""
 
 
+class ServerError(LorascopeError):
+    """A language model's server cannot be reached, or does not answer as expected."""
+
+
 class WorkerError(LorascopeError):
     """A process of a job failed. It has printed why, and the others were stopped."""
 

@@ -1,0 +1,268 @@
+"""Ask a language model for JSON answers, over any server with the OpenAI protocol.
+
+1. A question is a system message, a user message and a JSON schema of the answer. Its digest, with
+   the model's name, is the key of the cache.
+2. Answers that the cache has are not asked again. The others go to the server from several threads.
+   The `openai` client waits and tries again after time-outs, 429 and 5xx.
+3. The schema goes along as `response_format`. Servers that refuse this get the question alone, and
+   the first JSON object of the text counts. `<think>` segments are dropped.
+4. An answer that is cut off or does not have the schema is asked for once more, with the reason.
+   After that the question has no answer.
+5. Each answer is appended to the cache at once. A run that was killed continues from there, and a
+   repeated run asks nothing.
+
+Nothing is sent anywhere but to the URL that the user named: redirects are not followed.
+"""
+
+import json
+import logging
+import os
+import re
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from lorascope import runtime
+from lorascope.artifact import digest_of
+from lorascope.errors import ConfigError, ServerError
+
+if TYPE_CHECKING:
+    import openai
+    from openai.types.chat import ChatCompletionMessageParam
+
+log = logging.getLogger(__name__)
+
+_CHARACTERS_PER_TOKEN = 3.5  # of English text with punctuation, for estimates only
+_THINK = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
+_MOST_SHOWN = 200  # characters of a server's message
+
+
+class Question(NamedTuple):
+    """What a model is asked. `schema` describes the JSON object of the answer."""
+
+    system: str
+    user: str
+    schema: dict[str, Any]
+    max_tokens: int
+
+    def messages(self) -> list[dict[str, str]]:
+        """Return the messages in the form of the protocol."""
+        return [
+            {"role": "system", "content": self.system},
+            {"role": "user", "content": self.user},
+        ]
+
+    def n_tokens(self) -> int:
+        """Return an estimate of the prompt's tokens."""
+        return int(len(self.system + self.user) / _CHARACTERS_PER_TOKEN)
+
+
+class Usage(NamedTuple):
+    """What was asked of the server in this run: cached answers cost nothing."""
+
+    n_requests: int
+    n_cached: int
+    n_without_answer: int
+    prompt_tokens: int
+    answer_tokens: int
+
+
+Reader = Callable[[Any], Any]  # from an answer's JSON to a value; ValueError: not the schema
+
+
+@dataclass
+class Chat:
+    """A model on a server. `cache` is a file of JSON lines, made if it is absent."""
+
+    base_url: str
+    model: str
+    cache: Path
+    n_parallel: int = 8
+    timeout: float = 120.0
+    max_retries: int = 6
+    _answers: dict[str, str] = field(default_factory=dict, repr=False)
+    _is_plain: bool = False  # the server refuses `response_format`
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _n_requests: int = 0
+    _n_cached: int = 0
+    _n_without_answer: int = 0
+    _prompt_tokens: int = 0
+    _answer_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        """Read the cache. A line that a kill left torn is skipped."""
+        self.cache.parent.mkdir(parents=True, exist_ok=True)
+        if self.cache.exists():
+            for line in self.cache.read_bytes().split(b"\n"):
+                try:
+                    entry = json.loads(line)
+                    self._answers[entry["question"]] = str(entry["answer"])
+                except (ValueError, TypeError, KeyError):
+                    continue
+
+    @property
+    def usage(self) -> Usage:
+        """What this object asked so far."""
+        return Usage(
+            self._n_requests,
+            self._n_cached,
+            self._n_without_answer,
+            self._prompt_tokens,
+            self._answer_tokens,
+        )
+
+    def is_answered(self, question: Question) -> bool:
+        """Return whether the cache answers a question."""
+        return self._digest(question) in self._answers
+
+    def ask(self, questions: Sequence[Question], read: Reader, label: str) -> list[Any]:
+        """Return for each question what `read` makes of its answer, or None without a valid one.
+
+        Raises ServerError if the server cannot be reached or refuses. Answers so far are kept.
+        """
+        client = self._client()
+        left = iter(range(len(questions)))  # a C iterator: `next` is safe from several threads
+        stopped = threading.Event()
+        done: SimpleQueue[tuple[int, Any, Exception | None]] = SimpleQueue()
+
+        def work() -> None:
+            while not stopped.is_set() and (index := next(left, None)) is not None:
+                try:
+                    done.put((index, self._ask(client, questions[index], read), None))
+                except Exception as error:  # raised again by the caller's thread
+                    stopped.set()
+                    done.put((index, None, error))
+
+        # Daemons: an interrupted command does not wait for the answers that are still due.
+        for _ in range(min(self.n_parallel, len(questions))):
+            threading.Thread(target=work, daemon=True).start()
+        answers: list[Any] = [None] * len(questions)
+        try:
+            with runtime.progress(len(questions), label, "questions") as bar:
+                for _ in questions:
+                    index, answers[index], error = done.get()
+                    if error is not None:
+                        raise error
+                    bar.update(1)
+        finally:
+            stopped.set()
+            client.close()
+        return answers
+
+    def _client(self) -> "openai.OpenAI":
+        try:
+            import openai
+        except ImportError as error:
+            raise ConfigError(
+                "labels by a language model need the openai package; pip install 'lorascope[label]'"
+            ) from error
+        try:
+            return openai.OpenAI(
+                base_url=self.base_url,
+                api_key=os.environ.get("OPENAI_API_KEY") or "none",
+                timeout=self.timeout,
+                max_retries=self.max_retries,
+                http_client=openai.DefaultHttpxClient(follow_redirects=False),
+            )
+        except Exception as error:  # the address is the user's, and each HTTP library words this
+            raise ConfigError(
+                f"--llm-base-url is {self.base_url!a}, expected an address such as "
+                f"http://localhost:8000/v1 ({error})"
+            ) from error
+
+    def _ask(self, client: "openai.OpenAI", question: Question, read: Reader) -> Any:
+        messages, max_tokens = question.messages(), question.max_tokens
+        fault = ""
+        for attempt in range(2):
+            digest = self._digest(question, attempt)
+            text = self._answers.get(digest)
+            if text is not None:
+                with self._lock:
+                    self._n_cached += 1
+            else:
+                text = self._request(client, messages, question.schema, max_tokens)
+                self._keep(digest, text)
+            try:
+                return read(_json_object(text))
+            except ValueError as error:
+                fault = str(error)
+            messages = [
+                *question.messages(),
+                {"role": "assistant", "content": text[:2000]},
+                {"role": "user", "content": f"Not valid: {fault}. Answer with the JSON alone."},
+            ]
+            max_tokens *= 2
+        with self._lock:
+            self._n_without_answer += 1
+        log.debug("%s gave no valid answer (%s)", self.model, fault)
+        return None
+
+    def _request(
+        self,
+        client: "openai.OpenAI",
+        messages: list[dict[str, str]],
+        schema: dict[str, Any],
+        max_tokens: int,
+    ) -> str:
+        import openai
+
+        form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+        while True:
+            is_plain = self._is_plain
+            options: dict[str, Any] = {} if is_plain else {"response_format": form}
+            try:
+                reply = client.chat.completions.create(
+                    model=self.model,
+                    messages=cast("list[ChatCompletionMessageParam]", messages),
+                    max_tokens=max_tokens,
+                    temperature=0,
+                    **options,
+                )
+                break
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                if is_plain:
+                    raise self._refused(error) from error
+                log.info("%s takes no JSON schema; asking without", self.base_url)
+                self._is_plain = True
+            except openai.APIError as error:
+                raise self._refused(error) from error
+        with self._lock:
+            self._n_requests += 1
+            if reply.usage is not None:
+                self._prompt_tokens += reply.usage.prompt_tokens or 0
+                self._answer_tokens += reply.usage.completion_tokens or 0
+        return (reply.choices[0].message.content or "") if reply.choices else ""
+
+    def _refused(self, error: "openai.APIError") -> ServerError:
+        said = " ".join(str(error).split())[:_MOST_SHOWN]
+        return ServerError(
+            f"{self.base_url} does not answer as {self.model} ({type(error).__name__}: {said!a}); "
+            f"{len(self._answers)} answers are kept in {self.cache}; run the command again to "
+            "continue"
+        )
+
+    def _digest(self, question: Question, attempt: int = 0) -> str:
+        return digest_of([self.model, *question, attempt])
+
+    def _keep(self, digest: str, text: str) -> None:
+        line = json.dumps({"question": digest, "answer": text}).encode() + b"\n"
+        with self._lock:
+            self._answers[digest] = text
+            with self.cache.open("ab") as file:
+                file.write(b"\n" + line)  # the first ends what a kill may have left torn
+
+
+def _json_object(text: str) -> Any:
+    """Return the first JSON object in a text. Raises ValueError if there is none."""
+    text = _THINK.sub("", text)
+    decoder = json.JSONDecoder()
+    at = text.find("{")
+    while at >= 0:
+        try:
+            return decoder.raw_decode(text, at)[0]
+        except (ValueError, RecursionError):
+            at = text.find("{", at + 1)
+    raise ValueError("it has no complete JSON object")
