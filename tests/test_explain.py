@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorascope.features.index import FeatureIndex
+from lorascope.features.label_file import KINDS
 from lorascope.labels.chat import Chat
 from lorascope.labels.explain import (
-    KINDS,
     Excerpts,
     HeldOutTexts,
     explain,

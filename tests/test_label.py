@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from builders.chat_server import chat_server
 from builders.effect_reports import write
 from builders.stores import layout_of, write_store
 
@@ -254,3 +255,59 @@ def test_inputs_that_do_not_belong_together_are_refused_in_one_line(made, label,
     places = {"data_dir": made / "activations", "sae": made / "sae"}
     with pytest.raises(DatasetError, match="one rollout: labels need two"):
         label(input=tmp_path / "one.h5", **places)
+
+
+@pytest.mark.needs("openai")
+def test_a_models_label_replaces_an_unclear_rule_but_no_clear_one_that_its_judge_refutes(
+    made, label, tmp_path, caplog
+):
+    def server_says(body, _):
+        data = json.loads(body["messages"][1]["content"])
+        if "strongest" in data:
+            return json.dumps({"name": "anything", "sentence": "Fires.", "kind": "context"})
+        return json.dumps({"fires": [True] * len(data["excerpts"])})
+
+    rules = label().features
+    assert rules[RANDOM].kind == "unclear"
+    with chat_server(server_says) as server:
+        given = {"llm_model": "a", "judge_model": "b", "llm_base_url": server.url}
+        found = label(output=tmp_path / "by-model.json", **given).features
+        n_asked = len(server.requests)
+        assert {body["model"] for body in server.requests} == {"a", "b"}
+        again = label(output=tmp_path / "by-model.json", overwrite=True, **given).features
+        assert len(server.requests) == n_asked, "answers are kept beside the labels"
+    assert again == found
+    assert found[WAIT] == rules[WAIT]
+    assert found[RANDOM].name == "unclear: anything"
+    assert (found[RANDOM].author, found[RANDOM].judge) == ("a", "b")
+    assert found[RANDOM].balanced_accuracy == 0.5
+    assert "grades its own" not in caplog.text
+
+
+@pytest.mark.needs("openai")
+def test_a_model_that_the_judge_confirms_replaces_the_rule(label, tmp_path, caplog):
+    def marked(text):
+        return text.split("«")[1].split("»")[0].split("|")[0].strip().lower()
+
+    def server_says(body, _):
+        data = json.loads(body["messages"][1]["content"])
+        if "strongest" in data:
+            word = marked(data["strongest"][0])
+            return json.dumps({"name": f"it is {word}", "sentence": word, "kind": "token"})
+        return json.dumps({"fires": [marked(t) == data["description"] for t in data["excerpts"]]})
+
+    with chat_server(server_says) as server:
+        given = {"llm_model": "a", "llm_base_url": server.url}
+        found = label(output=tmp_path / "by-model.json", **given).features[WAIT]
+    assert (found.name, found.author, found.judge) == ("it is wait", "a", "a")
+    assert found.balanced_accuracy is not None and found.balanced_accuracy >= 0.9
+    assert found.rule, "the rule stays beside it"
+    assert "grades its own labels" in caplog.text
+
+
+def test_a_model_without_a_server_is_refused(label, monkeypatch):
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    with pytest.raises(ConfigError, match="--llm-base-url"):
+        label(llm_model="a")
+    with pytest.raises(ConfigError, match="need --llm-model"):
+        label(judge_model="a")

@@ -35,6 +35,7 @@ OPTION_GROUPS = {  # the groups of `--help` with the options of all commands, mo
     "features": "features top_k context_window max_per_rollout same_context samples rollout_tokens "
     "evaluate_texts effect_texts label_tokens verify by_site subsets curve how factor doses where "
     "target tokens positions steps top check_rollouts greedy tolerance".split(),
+    "language model": "llm_model llm_base_url judge_model llm_parallel".split(),
     "output": "output overwrite format store_dtype title effects by_hand max_examples open serve "
     "port".split(),
     "run": "device num_gpus batch_tokens seed resume checkpoint_every".split(),

@@ -58,7 +58,9 @@ class Label:
     what the author wrote; None where they are undefined or nobody measured them. `same_token` and
     `near` are the balanced accuracies against hard cases alone: the same tokens where the feature
     does not fire, and tokens at which its neighbours fire. `shuffled` is the mean balanced accuracy
-    of other features' rules on this feature. `n_fired` counts its firings there.
+    of other features' rules on this feature. `n_fired` counts its firings there. A model's label is
+    scored by another model, `judge`, on excerpts that are half firings; `picked_output` says
+    whether it found the promoted tokens among those of other features.
     """
 
     name: str
@@ -76,6 +78,8 @@ class Label:
     n_fired: Count
     rule: tuple[tuple[RulePart, ...], ...]
     output: Output | None = None
+    judge: str | None = None
+    picked_output: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,14 @@ class Usage(NamedTuple):
     prompt_tokens: int
     answer_tokens: int
 
+    def describe(self, model: str) -> str:
+        """Return the usage as a line to read."""
+        return (
+            f"{model}: {self.n_requests:,} requests, {self.n_cached:,} answers from the cache, "
+            f"{self.n_without_answer:,} questions without a valid answer; {self.prompt_tokens:,} "
+            f"tokens read, {self.answer_tokens:,} written"
+        )
+
 
 Reader = Callable[[Any], Any]  # from an answer's JSON to a value; ValueError: not the schema
 

@@ -17,6 +17,7 @@ answer only the fields of its schema are used, without control characters and cu
 """
 
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -27,10 +28,13 @@ import numpy as np
 import numpy.typing as npt
 
 from lorascope.features.index import Example, FeatureIndex
+from lorascope.features.label_file import KINDS, Kind, Label
 from lorascope.labels.chat import Chat, Question
 from lorascope.texts.tokens import display_texts
 
-KINDS = ("token", "context", "position/template", "output", "unclear")
+log = logging.getLogger(__name__)
+
+CLEAR = 0.7  # lower bound of the balanced accuracy of a clear label
 N_STRONGEST = 6  # examples that the explainer sees
 N_TYPICAL = 6  # and samples of the fifths
 N_EXCERPTS = 10  # in one question of detection; half of them firings
@@ -53,8 +57,8 @@ _EXPLAIN = (
     "Find what the marked tokens have in common that unmarked tokens lack. Answer with JSON: "
     '{"name": at most 6 words, "sentence": one plain sentence that lets a reader predict at which '
     'tokens it fires, "kind": "token" (fires on certain tokens), "context" (on a meaning or a '
-    'syntax that needs the context), "position/template" (on a place in the text), "output" (best '
-    'described by what it makes likely) or "unclear"}'
+    'syntax that needs the context), "position" (on a place in the text or in its template), '
+    '"output" (best described by what it makes likely) or "unclear"}'
 )
 _DETECT = (
     "A feature of a language model is described in `description`. Each text in `excerpts` has one "
@@ -74,7 +78,7 @@ class Explanation(NamedTuple):
 
     name: str
     sentence: str
-    kind: str
+    kind: Kind
 
 
 class Detection(NamedTuple):
@@ -120,11 +124,15 @@ def explain(
 ) -> dict[int, Explained]:
     """Return the labels of the latents for which the explainer gave a valid answer.
 
+    Latents without an example in its half of the rollouts are not asked about.
+
     `written` has the tokens that features promote and suppress, best first.
     """
     corpus = HeldOutTexts(index)
     excerpts = {latent: corpus.excerpts(latent, seed) for latent in latents}
+    latents = [latent for latent in latents if excerpts[latent].strongest]
     questions = [explain_question(excerpts[i], *written.get(i, ((), ()))) for i in latents]
+    _estimate(questions, excerpts, explainer, judge)
     answers = explainer.ask(questions, read_explanation, "explain")
     said = {i: one for i, one in zip(latents, answers, strict=True) if one is not None}
     of_other = dict(zip(said, [*list(said)[1:], *list(said)[:1]], strict=True))
@@ -165,6 +173,68 @@ def explain(
         )
         for latent, explanation in said.items()
     }
+
+
+def _estimate(
+    questions: Sequence[Question],
+    excerpts: Mapping[int, Excerpts],
+    explainer: Chat,
+    judge: Chat,
+) -> None:
+    """Log how many tokens the answers will take at most."""
+    asked = [question for question in questions if not explainer.is_answered(question)]
+    tests = [
+        detect_question("x" * _MOST_SENTENCE, [text for text, _ in draw])
+        for one in excerpts.values()
+        for draw in (*one.draws, *one.draws[:1])  # and one with another feature's description
+    ]
+    for chat, some in ((explainer, asked), (judge, tests)):
+        log.info(
+            "%s: up to %d questions, about %s tokens to read and %s to write",
+            chat.model,
+            len(some),
+            f"{sum(question.n_tokens() for question in some):,}",
+            f"{sum(question.max_tokens for question in some):,}",
+        )
+
+
+def with_model(
+    labels: Mapping[int, Label], said: Mapping[int, Explained], author: str, judge: str
+) -> dict[int, Label]:
+    """Return the labels, with those of a model where they are better founded than the rule.
+
+    A label is founded if the interval of its balanced accuracy begins at `CLEAR` or above. The
+    model's label stays away only where the rule's is founded and its own is not.
+    """
+    merged = dict(labels)
+    for latent, one in said.items():
+        rule, found = labels[latent], one.detection
+        is_clear = found is not None and found.interval[0] >= CLEAR
+        if rule.kind != "unclear" and not is_clear:
+            continue
+        unclear = "" if is_clear else "unclear: "
+        merged[latent] = Label(
+            name=unclear + one.explanation.name,
+            sentence=one.explanation.sentence,
+            kind=one.explanation.kind if is_clear else "unclear",
+            category=rule.category,
+            author=author,
+            balanced_accuracy=None if found is None else round(found.balanced_accuracy, 4),
+            interval=None
+            if found is None
+            else (round(max(0.0, found.interval[0]), 4), round(min(1.0, found.interval[1]), 4)),
+            precision=None,
+            recall=None if found is None else round(found.recall, 4),
+            same_token=None,
+            near=None,
+            shuffled=None if one.shuffled is None else round(one.shuffled.balanced_accuracy, 4),
+            n_fired=0 if found is None else found.n_firing,
+            rule=rule.rule,
+            output=rule.output,
+            judge=judge,
+            picked_output=one.picked_output,
+        )
+    return merged
 
 
 def _grouped(
@@ -301,9 +371,9 @@ class HeldOutTexts:
         self._index = index
         lengths = np.diff(index.text_offset)
         held_out = np.repeat([is_held_out(i) for i in index.text_rollout.tolist()], lengths)
-        special = {i for i, at in zip(index.token_id, index.token_special, strict=True) if at}
-        is_text = ~np.isin(index.text_token_id, list(special))
-        self._usable = held_out.astype(bool) & is_text  # (text_token,)
+        self._held_out = held_out.astype(bool)  # (text_token,)
+        special = index.token_id[index.token_special != 0]
+        self._is_special = np.isin(index.text_token_id, special)
         self._text_of = np.repeat(np.arange(len(lengths)), lengths)
         n_fired = np.diff(index.text_code_offset)
         order = np.argsort(index.text_latent, kind="stable")
@@ -316,11 +386,15 @@ class HeldOutTexts:
         """Return the excerpts of a latent; draws are empty if too few rollouts are held out."""
         feature = self._index[latent]
         rng = np.random.default_rng((seed, latent))
-        seen = [e for e in feature.examples if not is_held_out(e.rollout)]
-        typical = [e for e in feature.samples if not is_held_out(e.rollout)]
+        strongest, samples = feature.examples, feature.samples
+        if feature.stats.is_template:
+            strongest, samples = feature.at_special, ()
+        seen = [e for e in strongest if not is_held_out(e.rollout)]
+        typical = [e for e in samples if not is_held_out(e.rollout)]
         step = max(1, len(typical) // N_TYPICAL)
-        firing = [e for e in (*feature.samples, *feature.examples) if is_held_out(e.rollout)]
-        silent = self._silent(latent, (*feature.examples, *feature.samples), rng)
+        firing = [e for e in (*samples, *strongest) if is_held_out(e.rollout)]
+        usable = self._held_out & (feature.stats.is_template | ~self._is_special)
+        silent = self._silent(latent, (*strongest, *samples), usable, rng)
         n = N_EXCERPTS // 2
         draws = []
         for draw in range(N_DRAWS):
@@ -345,10 +419,14 @@ class HeldOutTexts:
         return self._token_of_firing[slice(*self._firing_offset[latent : latent + 2].tolist())]
 
     def _silent(
-        self, latent: int, firing: Sequence[Example], rng: np.random.Generator
+        self,
+        latent: int,
+        firing: Sequence[Example],
+        usable: npt.NDArray[np.bool_],
+        rng: np.random.Generator,
     ) -> list[int]:
-        """Return silent tokens: near misses first, each kind in turn, in random order."""
-        index, usable = self._index, self._usable.copy()
+        """Return silent ones of the usable tokens: near misses first, each kind in turn."""
+        index = self._index
         usable[self._fires(latent)] = False
         ids = {int(e.token_ids[e.target]) for e in firing}
         near = [int(i) for i in index.near_decoder[latent, :3].tolist() if i >= 0]

@@ -7,14 +7,17 @@
    rules of other features, scored in the same way, show what a wrong label gets.
 4. With a report of `direct`, the tokens that a feature promotes describe its output. They are
    scored by how well the next token tells where the feature fires.
-5. A label is unclear if the interval of its balanced accuracy begins below 0.7. Labels by hand
-   replace others.
+5. A label is unclear if the interval of its balanced accuracy begins below 0.7.
+6. With `--llm-model`, a language model says what it sees, and a judge tests it (`explain`). Its
+   label replaces the rule unless only the rule is clear. Labels by hand replace others.
 
-In: feature index, activation store, SAE. Out: `labels.json`. No forward pass, no network.
+In: feature index, activation store, SAE. Out: `labels.json`. No forward pass, and no network unless
+you name a server. `labels.answers.jsonl` beside it keeps the server's answers.
 """
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,7 +45,9 @@ from lorascope.features.label_file import (
     write_labels,
 )
 from lorascope.features.published_json import digest_of_index, read_index
+from lorascope.labels.chat import Chat
 from lorascope.labels.clues import CLUES, Corpus, Ints, read_clues
+from lorascope.labels.explain import CLEAR, explain, with_model
 from lorascope.labels.rules import Miner, Rule, covers
 from lorascope.labels.score import Score, against, against_same_token, score
 from lorascope.labels.wording import (
@@ -63,7 +68,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CLEAR = 0.7  # lower bound of the balanced accuracy of a clear label
 BY_HAND_FILE = "hand-labels.json"  # what the page exports
 _BY_HAND_FORMAT = "lorascope labels 1"
 _LONGEST = {"label": 200, "note": 20_000}  # characters of a label by hand
@@ -120,6 +124,21 @@ class LabelConfig(LabelOptions):
         "the index",
         identity=False,
     )
+    llm_base_url: str | None = option(
+        None,
+        help="server with the OpenAI protocol, such as http://localhost:8000/v1; default: "
+        "OPENAI_BASE_URL. The key is OPENAI_API_KEY",
+        identity=False,
+    )
+    llm_model: str | None = option(
+        None, help="model on the server that describes features; default: rules alone"
+    )
+    judge_model: str | None = option(
+        None,
+        help="model on the server that tests the descriptions; default: --llm-model, which then "
+        "grades itself",
+    )
+    llm_parallel: int = option(8, help="questions to ask at the same time", identity=False)
     output: Path | None = option(
         None, help="JSON file to write; default: labels.json beside the index", identity=False
     )
@@ -129,8 +148,11 @@ class LabelConfig(LabelOptions):
     def check(self) -> None:
         """Check the output's suffix."""
         super().check()
+        self.require("llm_parallel", 1)
         if self.output is not None and self.output.suffix != ".json":
             raise ConfigError(f"--output is {self.output}, expected a .json file")
+        if self.llm_model is None and (self.llm_base_url or self.judge_model):
+            raise ConfigError("--llm-base-url and --judge-model need --llm-model; add it")
 
 
 class HandLabel(NamedTuple):
@@ -163,6 +185,8 @@ def run(config: LabelConfig) -> Path:
         on_device = sae.to(runtime.pick_device(config.device))
         halves = read_halves(store, on_device, index, config.label_tokens)
         labels = label_features(halves, index, direct)
+        if config.llm_model is not None:
+            labels = ask_model(labels, index, direct, config, out.with_suffix(".answers.jsonl"))
         write_by_hand(labels, by_hand)
         content = {"n_features": len(index), **halves.sizes(), **summarize(labels)}
         manifest = identity.manifest(None, content)
@@ -192,6 +216,44 @@ def _inputs(config: LabelConfig) -> dict[str, Path]:
             raise ArtifactError(f"{path} does not exist; give a file, or leave out the option")
     found = {name: path or beside[name] for name, path in given.items()}
     return {name: path for name, path in found.items() if path.is_file()}
+
+
+def ask_model(
+    labels: Mapping[int, Label],
+    index: FeatureIndex,
+    direct: "DirectReport | None",
+    config: LabelConfig,
+    cache: Path,
+) -> dict[int, Label]:
+    """Return the labels with those of the model that `config` names. `cache` keeps its answers."""
+    url = config.llm_base_url or os.environ.get("OPENAI_BASE_URL")
+    if not url or config.llm_model is None:
+        raise ConfigError(
+            "--llm-model needs a server; give --llm-base-url, such as http://localhost:8000/v1"
+        )
+    explainer = Chat(url, config.llm_model, cache, config.llm_parallel)
+    judge = explainer
+    if config.judge_model not in (None, config.llm_model):
+        judge = Chat(url, config.judge_model, cache, config.llm_parallel)
+    else:
+        log.warning("%s grades its own labels; give another --judge-model", config.llm_model)
+    written = {} if direct is None else _written(direct)
+    said = explain(index, explainer, judge, sorted(labels), written)
+    for chat in {id(chat): chat for chat in (explainer, judge)}.values():
+        log.info("%s", chat.usage.describe(chat.model))
+    return with_model(labels, said, explainer.model, judge.model)
+
+
+def _written(direct: "DirectReport") -> dict[int, tuple[list[str], list[str]]]:
+    """Return the tokens that features promote and suppress, where their effect is direct."""
+    return {
+        effect.feature: (
+            [token.token for token in effect.promoted],
+            [token.token for token in effect.suppressed],
+        )
+        for effect in direct.features
+        if effect.share >= _LEAST_SHARE
+    }
 
 
 class Half(NamedTuple):
