@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from builders.effect_reports import HOSTILE, evaluation, write, write_all
 from builders.indexes import full_index, index_of
+from builders.labels import label_of, save_labels
 
 from lorascope.artifact import check_seal
 from lorascope.causal.study import read_report
@@ -47,7 +48,7 @@ def test_the_headline_says_where_the_effect_is_and_what_it_consists_of(tmp_path:
     assert "90\u00a0% (80\u00a0% to 90\u00a0%)" in trust
     assert "95\u00a0% of its effect on all predictions" in trust
     assert "50\u00a0% and 70\u00a0%" in trust
-    assert found.gaps == ()
+    assert [gap.command.split()[1] for gap in found.gaps] == ["label"]
 
 
 def test_roles_share_the_effect(tmp_path: Path) -> None:
@@ -92,6 +93,7 @@ def test_what_was_not_measured_is_a_gap_with_its_command(tmp_path: Path) -> None
         "ablate",
         "direct",
         "attribute",
+        "label",
     }
     assert found.features, "features are ranked by activation"
     assert {one.effect for one in found.features} == {None}
@@ -179,7 +181,7 @@ def test_the_page_opens_on_the_overview(show: Any, tmp_path: Path) -> None:
 def test_the_page_says_what_was_not_measured(show: Any) -> None:
     visit: Shown = show(full_index(), "#/overview")
     assert "was not measured" in visit.text("headline")
-    assert visit.part("gaps").locator("code").count() == 4
+    assert visit.part("gaps").locator("code").count() == 5
     assert visit.part("shifts").count() == 0
 
 
@@ -192,3 +194,19 @@ def test_the_overview_of_the_page_is_that_of_the_report(tmp_path: Path) -> None:
     core = json.loads(Payload(index, "T", given).core())
     expected = json.loads(json.dumps(to_json(overview_of(index, given))))
     assert core["overview"] == expected
+
+
+def test_labels_name_features_and_groups(tmp_path: Path) -> None:
+    index = full_index()
+    index.save(tmp_path / "features.h5")
+    latents = [i for i in range(len(index)) if index.alive[i]]
+    named = {i: label_of(f"name {i}", category="number") for i in latents[:-1]}
+    save_labels(tmp_path / "features.h5", named | {latents[-1]: label_of("other")})
+    out = run(ReportConfig(input=tmp_path))
+    found, manifest = read_report(out, (Overview,))
+    assert all(one.name == f"name {one.feature}" for one in found.features if one.feature in named)
+    kinds = {"numbers", "words", "at"}
+    assert {group.name.split()[0] for group in found.groups} <= kinds
+    assert "label" not in {gap.command.split()[1] for gap in found.gaps}
+    assert "labels" in manifest.parents
+    assert f"name {found.features[0].feature}" in (tmp_path / "report.md").read_text("utf-8")

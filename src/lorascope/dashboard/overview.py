@@ -47,6 +47,17 @@ _ROLE_TEXT = {
     "system": "in system prompts",
     "text": "in plain text",
 }
+_KIND_TEXT = {  # by the category of a label
+    "number": "numbers",
+    "operator": "operators",
+    "punctuation": "punctuation",
+    "line break": "line breaks",
+    "symbol": "symbols",
+    "name": "names",
+    "word": "words",
+    "template": "template tokens",
+    "mixed": "tokens of several kinds",
+}
 _VERDICTS = ("specific", "not distinguishable", "too few firings")
 
 
@@ -74,12 +85,13 @@ class Gauge:
 class TopFeature:
     """A feature of the overview.
 
-    `effect` is KL after its removal as a share of KL after removal of the adapter, over all
-    predictions, `effect_text` over those of tokens of text. None: not measured. `before`, `token`
-    and `after` are its strongest example.
+    `name` is its label, "" without one. `effect` is KL after its removal as a share of KL after
+    removal of the adapter, over all predictions, `effect_text` over those of tokens of text. None:
+    not measured. `before`, `token` and `after` are its strongest example.
     """
 
     feature: int
+    name: str
     role: str
     site: str
     density: float | None
@@ -172,7 +184,7 @@ def overview_of(index: FeatureIndex, reports: Reports) -> Overview:
         floor=None if ablation is None else ablation.floor.rounding,
         places=_places(index, ablation),
         facts=tuple(_facts(index, evaluation, ablation)),
-        gaps=tuple(_gaps(reports)),
+        gaps=tuple(_gaps(index, reports)),
     )
 
 
@@ -377,8 +389,10 @@ def _feature(index: FeatureIndex, latent: int, effects: _Effects | None) -> TopF
     example = next(iter(examples or index.at_special(latent) or index.examples(latent)))
     first, target = max(0, example.target - _CONTEXT), example.target
     total, text = (effects.total[latent], effects.text[latent]) if effects else (math.nan, math.nan)
+    label = index.label(latent)
     return TopFeature(
         feature=latent,
+        name="" if label is None else label.name,
         role=_main_role(index, latent),
         site=_main_site(index, latent),
         density=stats.density,
@@ -409,11 +423,17 @@ def _main_site(index: FeatureIndex, latent: int) -> str:
 
 
 def _groups(index: FeatureIndex, weights: npt.NDArray[np.float64]) -> tuple[Group, ...]:
-    """Return groups of features by the place in the text where they fire, largest share first."""
+    """Return groups of features, largest share first.
+
+    A group is a kind of token, if labels say it, in the place of the text where the features fire.
+    """
     members: dict[str, list[int]] = {}
     for latent in np.flatnonzero(index.alive).tolist():
-        role = _main_role(index, latent)
-        members.setdefault(_where(role) if role else "elsewhere", []).append(latent)
+        role, label = _main_role(index, latent), index.label(latent)
+        where = _where(role) if role else "elsewhere"
+        if label is not None and role != "special":
+            where = f"{_KIND_TEXT.get(label.category, label.category)} {where}"
+        members.setdefault(where, []).append(latent)
     known = np.nan_to_num(weights)
     total = max(float(known.sum()), 1e-30)
     groups = [
@@ -464,6 +484,16 @@ def _facts(
             value=f"{content.get('n_rollouts', 0):,} rollouts, {content['n_tokens']:,} tokens",
             meaning="what the examples and the statistics are from",
         )
+    if index.labels is not None:
+        said = index.labels.manifest.content
+        if isinstance(said.get("balanced_accuracy"), float):
+            yield Fact(
+                name="Labels",
+                value=f"balanced accuracy {said['balanced_accuracy']:.2f}, wrong labels "
+                f"{said.get('shuffled') or 0.5:.2f}",
+                meaning="how well labels tell, on texts that chose none of them, where features "
+                "fire; 0.5 is chance",
+            )
     if evaluation is not None:
         found = evaluation.faithfulness
         yield Fact(
@@ -490,7 +520,7 @@ def _facts(
         )
 
 
-def _gaps(reports: Reports) -> Iterable[Gap]:
+def _gaps(index: FeatureIndex, reports: Reports) -> Iterable[Gap]:
     """Yield what was not measured."""
     files = "--data-dir STORE --sae SAE --lora-path ADAPTER"
     if reports.evaluation is None:
@@ -507,6 +537,10 @@ def _gaps(reports: Reports) -> Iterable[Gap]:
     if reports.ablation is None or not reports.ablation.features:
         yield Gap(
             what="what each feature and each module does", command=f"lorascope ablate {files}"
+        )
+    if index.labels is None:
+        yield Gap(
+            what="what each feature is, in words", command="lorascope label --input features.h5"
         )
     if reports.direct is None:
         yield Gap(

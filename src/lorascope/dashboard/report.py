@@ -53,6 +53,7 @@ def run(config: ReportConfig) -> Path:
     index = read_index(source)
     found = [folder / name for name in REPORTS if (folder / name).exists()]
     reports = Reports.open(found, index, source)
+    labels = {} if index.labels is None else {"labels": index.labels.manifest.digest}
     out = config.output or folder / "report.json"
 
     def make() -> Made:
@@ -64,7 +65,7 @@ def run(config: ReportConfig) -> Path:
         out,
         Overview,
         settings=config.settings(),
-        parents={"features": digest_file(source), **reports.parents},
+        parents={"features": digest_file(source), **labels, **reports.parents},
         overwrite=config.overwrite,
         make=make,
         table=lambda overview: "\n".join(overview.headline),
@@ -122,10 +123,11 @@ def markdown(overview: Overview) -> str:
         )
     lines += ["## What it learned", "", f"Features by {overview.ranked_by}.", ""]
     lines += table(
-        ("feature", "fires", "site", "effect", "verdict", "strongest example"),
+        ("feature", "label", "fires", "site", "effect", "verdict", "strongest example"),
         (
             (
                 str(one.feature),
+                one.name or "—",
                 one.role,
                 one.site,
                 "—" if one.effect is None else percent(one.effect),
