@@ -73,6 +73,7 @@ def refused(place, capsys, line, *words):
         ("train --k many", ["--k is 'many', expected number"]),
         ("train --config none.toml", ["cannot read none.toml"]),
         ("dashboard", ["--input is missing"]),
+        ("info a\x1b[2Jb", ["a�[2Jb does not exist"]),
         ("info none", ["none does not exist"]),
         ("info {data}", ["problems.jsonl is no artifact"]),
         ("generate", ["no adapter given", "--lora-path", "lorascope.toml"]),

@@ -97,6 +97,7 @@ TOPICS = {
     "architectures",
     "damage",
     "docs",
+    "fuzz",
     "golden_thread",
     "house",
     "jobs",

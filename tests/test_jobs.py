@@ -237,6 +237,7 @@ def test_a_bad_environment_is_one_line(monkeypatch, capsys):
         assert code == 2
         assert f"{name} is '{value}'" in line
         assert line.count("\n") == 1
+    assert call_with(["--version"], RANK="1")[0] == 2  # it would wait for rank 0
     for environment in ({}, {"RANK": "0"}, {"RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "y"}):
         monkeypatch.setenv("WORLD_SIZE", "2")
         for name, value in environment.items():

@@ -16,6 +16,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,6 +191,11 @@ _TOOLS = {
 _MEMORY = ("expansion_factor", "batch_size", "batch_tokens", "max_length", "top_k", "top")
 
 
+# errors of the file system that a user can mend: no room, no right, a path that cannot be
+_OF_THE_USER = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+_OF_THE_USER += (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+
+
 class _Parser(argparse.ArgumentParser):
     """An argparse parser with one-line errors."""
 
@@ -216,20 +222,28 @@ def call(argv: Sequence[str]) -> int:
     except LorascopeError as error:
         if debug:
             raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{type(error).__name__}: {_one_line(str(error))}", file=sys.stderr)
         return error.exit_code
     except Interrupted as stop:
         print("interrupted: finished work is kept; run again to continue", file=sys.stderr)
         return stop.exit_code
     except OSError as error:
-        if debug or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+        if debug or error.errno not in _OF_THE_USER:
             raise
         where = f"{error.filename}: " if error.filename else ""  # h5py does not say it
-        what = os.strerror(error.errno).lower()
+        what = os.strerror(error.errno or 0).lower()
         print(f"ArtifactError: {where}{what}; finished work is kept", file=sys.stderr)
         return LorascopeError.exit_code
-    except (MemoryError, RuntimeError) as error:
-        if debug or not runtime.is_out_of_memory(error):
+    except Exception as error:
+        if not debug and _fails_at_import(error):
+            print(
+                f"ConfigError: a library cannot be imported ({_one_line(str(error))[:200]}); an "
+                "environment variable that it reads may be wrong, or its installation damaged",
+                file=sys.stderr,
+            )
+            return LorascopeError.exit_code
+        is_memory = isinstance(error, MemoryError | RuntimeError)
+        if debug or not is_memory or not runtime.is_out_of_memory(error):
             raise
         stages = [COMMANDS[word] for word in arguments[:2] if word in COMMANDS]  # after --worker
         names = {name for stage in stages for name in stage.config_class().names()}
@@ -252,10 +266,27 @@ def _set_up_logging(argv: Sequence[str]) -> None:
     log.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
 
 
+def _fails_at_import(error: BaseException) -> bool:
+    """Return whether an error is that of a library while Python imports it."""
+    package = Path(__file__).parent
+    at_import = {
+        Path(frame.filename).is_relative_to(package)
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.name == "<module>"
+    }
+    return False in at_import
+
+
+def _one_line(text: str) -> str:
+    """Return a message on one line, whatever names it repeats, and without control characters."""
+    return "".join(sign if sign.isprintable() else "�" for sign in " ".join(text.splitlines()))
+
+
 def _print(text: str) -> None:
     """Print to stdout; when its reader is gone (`| head`), exit as if SIGPIPE had ended us."""
     try:
-        print(text, flush=True)
+        # a path may have bytes that are no text
+        print(text.encode(errors="backslashreplace").decode(), flush=True)
     except BrokenPipeError:
         # Python flushes stdout once more at exit, and would complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

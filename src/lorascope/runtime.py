@@ -43,7 +43,13 @@ _POLL = 0.1  # seconds between checks for what other processes have finished
 
 def process_rank() -> int:
     """Return the rank of this process in its job, from torchrun's environment; 0 without one."""
-    return _from_environment("RANK", 0)
+    rank, world = _from_environment("RANK", 0), world_size()
+    if rank >= world:  # it would wait for the others for ever
+        raise ConfigError(
+            f"the environment variable RANK is {rank}, expected less than WORLD_SIZE, which is "
+            f"{world}; unset it, or start the processes with torchrun"
+        )
+    return rank
 
 
 def world_size() -> int:

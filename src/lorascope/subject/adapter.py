@@ -8,6 +8,7 @@ adapter changes.
 """
 
 import hashlib
+import json
 import logging
 import math
 import re
@@ -68,6 +69,14 @@ _OTHER_CLASSES = re.compile(
 _DIFFUSION = re.compile(r"(?:^|\.)(?:to_[qkv]|to_out|unet|transformer_blocks)(?:\.|$)")
 _ENCODER = re.compile(r"^(?!.*vision)(?:.*\.)?encoder\.(?:layers?|block)\.\d")
 _DECODER = re.compile(r"(?:^|\.)decoder\.(?:layers?|block)\.\d")
+# The types of what is read from a config here. PEFT checks the rest.
+_VALUES: dict[str, tuple[tuple[type, ...], str]] = {
+    **dict.fromkeys(("base_model_name_or_path", "revision", "task_type"), ((str,), "a text")),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern", "use_bdlora"), ((dict,), "an object")),
+    **dict.fromkeys(("target_parameters", "modules_to_save"), ((list,), "a list")),
+    "target_modules": ((str, list), "a text or a list"),
+    "trainable_token_indices": ((list, dict), "a list or an object"),
+}
 # What torch.compile, FSDP and activation checkpointing add to tensor names.
 WRAPPERS = re.compile(
     r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
@@ -133,6 +142,7 @@ def inspect_adapter(lora_path: str | None, adapter_name: str | None = None) -> A
         if not file.is_file():
             raise AdapterError(f"{path} holds no weights; save the adapter as {WEIGHTS}")
         converted = unpickle(file)
+    _check_values(path / CONFIG, config)
     held = TensorFile(file if converted is None else converted)
     shapes, dtypes = held.shapes, held.dtypes
     empty = [name for name, shape in shapes.items() if 0 in shape]
@@ -159,6 +169,31 @@ def inspect_adapter(lora_path: str | None, adapter_name: str | None = None) -> A
             )
     digest = _digest(file, path / CONFIG)
     return Adapter(path, name, config, shapes, digest, converted)
+
+
+def _check_values(file: Path, config: dict[str, Any]) -> None:
+    """Raise AdapterError unless the values that are read here are of their types."""
+    for name, (kinds, expected) in _VALUES.items():
+        value = config.get(name)
+        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+            raise AdapterError(f"{file}: {name} is {json.dumps(value)[:80]}, expected {expected}")
+    ranks = {"r": config.get("r", 8), **(config.get("rank_pattern") or {})}
+    for name, rank in ranks.items():
+        if type(rank) is not int or rank < 1:
+            raise AdapterError(f"{file}: the rank of {name} is {rank}, expected 1 or more")
+    alphas = {"lora_alpha": config.get("lora_alpha", 8), **(config.get("alpha_pattern") or {})}
+    for name, alpha in alphas.items():
+        if type(alpha) not in (int, float) or not math.isfinite(alpha):
+            raise AdapterError(f"{file}: alpha of {name} is {alpha}, expected a number")
+    trained = config.get("trainable_token_indices") or []
+    for tokens in trained.values() if isinstance(trained, dict) else [trained]:
+        if not isinstance(tokens, list) or any(type(i) is not int or i < 0 for i in tokens):
+            raise AdapterError(f"{file}: trainable_token_indices has {tokens}, expected token ids")
+    for pattern in [*ranks, *alphas]:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise AdapterError(f"{file}: {pattern!r} is no pattern of names ({error})") from error
 
 
 def lora_tensors(names: Iterable[str]) -> dict[str, dict[str, str]]:

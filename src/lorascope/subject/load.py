@@ -12,7 +12,6 @@ import contextlib
 import importlib.util
 import io
 import logging
-import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +20,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
@@ -58,16 +56,6 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-_LOAD_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    IndexError,
-    ImportError,
-    RuntimeError,
-    SafetensorError,
-    struct.error,
-)
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab*", "tekken.json")
 _OWN_HINT = "; without tokenizer_config.json there, the base model's tokenizer is used"
 _GGUF_HINT = "; is it damaged, or no causal language model?"
@@ -126,7 +114,8 @@ def load_tokenizer(adapter: Adapter, base: Base) -> Any:
     source = adapter.path if own else base.location
     try:
         tokenizer = AutoTokenizer.from_pretrained(**files, use_fast=True, trust_remote_code=False)
-    except _LOAD_ERRORS as error:
+        tokenizer("a b")  # some settings are wrong only now
+    except Exception as error:  # transformers raises anything at files of any content
         reason = first_line(error) + _GGUF_HINT * (base.gguf is not None and not own)
         alone = (source / "tokenizer.model").is_file() and not (source / "tokenizer.json").is_file()
         if alone and importlib.util.find_spec("sentencepiece") is None:
@@ -240,7 +229,7 @@ def _load_base(
                 output_loading_info=True,
                 **options,
             )
-    except _LOAD_ERRORS as error:
+    except Exception as error:  # transformers raises anything at files of any content
         reason = first_line(error)
         if "trust_remote_code" in str(error):
             reason = "it needs custom code (auto_map), which lorascope does not run"

@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GenerationConfig
 
+from lorascope.errors import AdapterError
 from lorascope.hub import read_json_object
 from lorascope.subject.load import Base, Subject
 from lorascope.texts.rollouts import Rollout, roles_of_generated
@@ -96,7 +97,7 @@ def _extend(
 
     The last number of a seed is the number of tokens that were drawn for the text before.
     """
-    pad = ends[0] if ends else 0
+    pad = 0  # no text sees it
     longest = max(map(len, texts))
     ids = torch.full((len(texts), longest), pad, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -183,4 +184,10 @@ def end_ids(subject: Subject) -> list[int]:
     configured = getattr(subject.causal.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
     ids = [*ids, subject.tokenizer.eos_token_id]
-    return sorted({int(token_id) for token_id in ids if token_id is not None})
+    ids = [token_id for token_id in ids if token_id is not None]
+    if any(type(token_id) is not int or token_id < 0 for token_id in ids):
+        raise AdapterError(
+            f"eos_token_id of {subject.base.name} is {configured}, expected token ids; correct its "
+            "generation_config.json"
+        )
+    return sorted(set(ids))

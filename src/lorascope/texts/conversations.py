@@ -284,7 +284,7 @@ def _message(value: Any, where: str) -> Message:
     message = {key: item for key, item in value.items() if item is not None}
     if "from" in message:
         speaker = message.pop("from")
-        message["role"] = _SHAREGPT_ROLES.get(speaker, speaker)
+        message["role"] = _SHAREGPT_ROLES.get(str(speaker), speaker)
         message["content"] = message.pop("value", None)
         if message["role"] not in _CHAT_ROLES:
             raise RecordError(f"{where} is from {speaker!r}, expected human, gpt or system")
