@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 
+from lorascope import runtime
+from lorascope.activations import generate
 from lorascope.artifact import read_manifest
 from lorascope.causal import direct
-from lorascope.errors import AdapterError, ArtifactError
+from lorascope.errors import AdapterError, ArtifactError, ConfigError, Interrupted
 from lorascope.features.index import FeatureIndex
 from lorascope.pipeline import RunConfig, run
 
@@ -82,6 +84,35 @@ def test_labels_are_made_once_and_again_when_what_they_say_changes(small_run):
     index = FeatureIndex.open(small_run.output / "features.h5")
     assert index[0].label.name == "by hand"
     assert read_manifest(page).parents["labels"] == index.labels.manifest.digest
+
+
+def test_a_dictionary_that_cannot_fit_is_refused_before_the_first_stage(
+    small_run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(runtime, "free_memory", lambda _device: 1 << 20)
+    config = replace(small_run, output=tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"training 56 latents on 14 columns needs .* 0\.0 GB"):
+        run(config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_estimate_of_every_stage_comes_before_the_first(
+    small_run, tmp_path, monkeypatch, caplog
+):
+    caplog.set_level("INFO", logger="lorascope")
+    monkeypatch.setattr(runtime, "measure_speed", lambda _device: 1e9)
+    monkeypatch.setattr(generate, "load_corpus", lambda *_: ([], {}))  # which makes no store
+
+    def stop(*_args, **_kwargs):
+        raise Interrupted(15)
+
+    monkeypatch.setattr(generate, "built", stop)
+    with pytest.raises(Interrupted):
+        run(replace(small_run, output=tmp_path / "out", evaluate_texts=5, sample=10))
+    # 10 texts of 512 tokens
+    (line,) = [line for line in caplog.messages if "for 5,120 tokens" in line]
+    assert "14 columns and 56 latents on cpu (1 GFLOP/s)" in line
+    assert all(f"{stage} 0." in line for stage in ("generate", "train", "collect", "evaluate"))
 
 
 def test_a_report_of_other_settings_in_the_way_is_an_error(small_run):

@@ -348,6 +348,31 @@ def test_a_value_that_is_not_finite_is_refused_before_training(make_store, small
     assert not list(small_config.output.parent.glob("*.partial"))
 
 
+@pytest.mark.parametrize(
+    ("d_in", "k", "factor"),
+    [(1, 1, 16), (4, 1, 16), (24, 3, 16), (448, 50, 16), (3584, 50, 4), (14336, 50, 1)],
+)
+def test_the_defaults_follow_the_columns(d_in, k, factor):
+    chosen = TrainConfig().for_columns(d_in)
+    assert (chosen.values_of("k"), chosen.values_of("expansion_factor")) == ((k,), (factor,))
+    assert chosen.training_bytes(d_in) < 12e9
+    given = TrainConfig(k=(2, 3), expansion_factor=5).for_columns(d_in)
+    assert (given.values_of("k"), given.values_of("expansion_factor")) == ((2, 3), (5,))
+
+
+def test_memory_that_is_not_there_is_one_line_that_says_what_to_lower(caplog):
+    config = TrainConfig(expansion_factor=16).for_columns(14336)
+    with pytest.raises(ConfigError, match=r"229,376 latents .* lower --expansion-factor to 2, or"):
+        config.require_memory(14336, 24 << 30)
+    with pytest.raises(ConfigError, match=r"free; keep fewer columns with --adapter-types"):
+        config.require_memory(14336, 5 << 30)
+    config.require_memory(14336, None)
+    config.require_memory(14336, 1 << 40)
+    assert not caplog.messages
+    config.require_memory(14336, round(0.9 * config.training_bytes(14336)))  # it may still fit
+    assert "229,376 latents" in caplog.text
+
+
 def test_settings_name_what_decides_the_result_in_one_spelling(small_config):
     settings = TrainConfig(lr="2e-3").settings()
     assert settings == TrainConfig(lr="0.002").settings()

@@ -13,9 +13,10 @@ import logging
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorascope import runtime
 from lorascope.activations import generate
@@ -35,7 +36,13 @@ from lorascope.labels import label
 from lorascope.labels.label import LabelConfig, LabelOptions
 from lorascope.sae.settings import TrainConfig, TrainOptions
 from lorascope.sites import parse_adapter_types
+from lorascope.subject.adapter import inspect_adapter, ranks_by_projection
 from lorascope.subject.options import SubjectOptions
+
+if TYPE_CHECKING:
+    import torch
+
+    from lorascope.subject.base import Base
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +93,8 @@ def run(config: RunConfig) -> Path:
     out = config.output
     if out.exists() and not out.is_dir():
         raise ArtifactError(f"{out} is a file, expected a folder; give another --output")
-    _require_room(config)
+    device = runtime.pick_device(config.device)
+    d_in = _check_columns(config, device)
     seconds: dict[str, float] = {}
     stages = _stages(config)
     failed: dict[str, Exception] = {}
@@ -94,7 +102,10 @@ def run(config: RunConfig) -> Path:
         log.info("stage %d of %d: %s", number, len(stages), name)
         begun = time.perf_counter()
         try:
-            stage.run(_completed(options, stages, failed))
+            if name == "generate" and d_in:
+                generate.run(options, partial(_log_estimate, config, device, d_in))
+            else:
+                stage.run(_completed(options, stages, failed))
         except ArtifactError:
             raise  # a file that is in the way
         except Exception as error:
@@ -223,14 +234,65 @@ def _completed(
     return options
 
 
-def _require_room(config: RunConfig) -> None:
-    """Raise ConfigError, before any work is done, if k is more than the number of latents."""
-    from lorascope.subject.adapter import inspect_adapter, ranks_by_projection
+def _check_columns(config: RunConfig, device: "torch.device") -> int:
+    """Return the number of columns of the run.
 
+    Raises ConfigError, before any work is done, if training has too many latents or too few.
+    """
     ranks = ranks_by_projection(inspect_adapter(config.lora_path, config.adapter_name))
     types = parse_adapter_types(config.adapter_types, ranks) or tuple(ranks)
     if d_in := sum(ranks.get(name, 0) for name in types):
-        config.require_enough_latents(d_in)
+        config.for_columns(d_in).require_memory(d_in, runtime.free_memory(device))
+    return d_in
+
+
+def _log_estimate(
+    config: RunConfig, device: "torch.device", d_in: int, base: "Base", n_tokens: int
+) -> None:
+    """Log about how much memory and time the stages will take, and warn if the model is too large.
+
+    Time is that of the large products, at a speed that is measured now; small models, whose time is
+    spent elsewhere, take longer.
+    """
+    from lorascope.sae.train import auto_epochs
+
+    options = config.for_columns(d_in)
+    n_latents = max(options.values_of("expansion_factor")) * d_in
+    is_wide = config.dtype == "float32" or (config.dtype == "auto" and device.type == "cpu")
+    model, sae = base.n_parameters * (4 if is_wide else 2), 2 * 4 * d_in * n_latents
+    speed = runtime.measure_speed(device)
+    reading, encoding = 2 * base.n_parameters / speed, 2 * d_in * n_latents / speed  # of a token
+    text = n_tokens / (config.sample or config.num_examples or 1)
+    trained = n_tokens * (config.epochs or auto_epochs(n_tokens))
+    effects = (3 * d_in + 100) * config.effect_texts
+    rows = {
+        "generate": (model, reading * n_tokens),
+        "train": (options.training_bytes(d_in), 4 * encoding * trained),
+        "collect": (2 * sae + 30_000 * n_latents, 2 * encoding * n_tokens),
+        "evaluate": (model + sae, 10 * reading * text * config.evaluate_texts),
+        "effects": (model + sae, reading * text * effects),
+    }
+    free = runtime.free_memory(device)
+    log.info(
+        "about %s, for %s tokens, %s columns and %s latents on %s (%.0f GFLOP/s)%s",
+        ", ".join(
+            f"{name} {max(seconds / 60, 0.1):.1f} min and {n_bytes / 1e9:.1f} GB"
+            for name, (n_bytes, seconds) in rows.items()
+            if seconds
+        ),
+        f"{n_tokens:,}",
+        f"{d_in:,}",
+        f"{n_latents:,}",
+        device,
+        speed / 1e9,
+        "" if free is None else f"; {free / 1e9:.1f} GB of memory are free",
+    )
+    if free is not None and model > free and config.device_map is None:
+        log.warning(
+            "the model needs about %.1f GB: use --dtype bfloat16, a smaller base, or --device-map "
+            "auto, which spreads it",
+            model / 1e9,
+        )
 
 
 def _summarize(out: Path) -> dict[str, Any]:

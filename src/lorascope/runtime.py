@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import resource
 import signal
@@ -337,6 +338,46 @@ def peak_memory(device: "torch.device") -> int:
         return torch.cuda.max_memory_allocated(device)
     n_bytes = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * n_bytes
+
+
+def free_memory(device: "torch.device") -> int | None:
+    """Return how many bytes this process can still take: of its GPU, else of RAM. None: unknown."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        free = _field(Path("/proc/meminfo"), "MemAvailable:") << 10
+    except (OSError, ValueError):
+        return None
+    try:  # the limit of a container, whose cached files can go
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text(encoding="ascii"))
+        return min(free, max(limit - _field(group / "memory.stat", "anon"), 0))
+    except (OSError, ValueError):
+        return free  # there is none
+
+
+def _field(file: Path, name: str) -> int:
+    """Return the number after a name in a file of names and numbers, a pair on a line."""
+    words = file.read_text(encoding="ascii").split()
+    return int(words[words.index(name) + 1])
+
+
+def measure_speed(device: "torch.device") -> float:
+    """Return how many multiplications and additions a second a large product makes."""
+    import torch
+
+    n = 1024 if device.type == "cpu" else 8192
+    a = torch.ones(n, n, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
+    a = a.to(device)
+    out, best = a @ a, math.inf
+    for _ in range(3):
+        begun = time.perf_counter()
+        torch.mm(a, a, out=out)
+        out[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - begun)
+    return 2 * n**3 / best
 
 
 def is_out_of_memory(error: BaseException) -> bool:

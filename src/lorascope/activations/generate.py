@@ -15,7 +15,7 @@ In: adapter, base model, dataset. Out: an activation store (a folder).
 import hashlib
 import json
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ from lorascope.texts.tokens import special_ids, token_bytes
 
 if TYPE_CHECKING:
     from lorascope.activations.capture import Capture, Pending
-    from lorascope.subject.load import Subject
+    from lorascope.subject.load import Base, Subject
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +96,11 @@ class Corpus:
         return self.rollouts[first : first + ROLLOUTS_PER_SHARD]
 
 
-def run(config: GenerateConfig) -> Path:
-    """Make an activation store, unless it is finished already, and return its folder."""
+def run(config: GenerateConfig, plan: "Callable[[Base, int], None] | None" = None) -> Path:
+    """Make an activation store, unless it is finished already, and return its folder.
+
+    `plan` gets the base and the number of tokens before any model is loaded, and may raise.
+    """
     from lorascope.subject.load import find_base, load_subject, load_tokenizer
 
     adapter = inspect_adapter(config.lora_path, config.adapter_name)
@@ -107,6 +110,8 @@ def run(config: GenerateConfig) -> Path:
     out = config.output or Path(default_name(types))
     tokenizer = load_tokenizer(adapter, base)
     rollouts, counts = load_corpus(config, tokenizer)
+    if plan is not None:
+        plan(base, _n_expected(config, sum(len(rollout.token_ids) for rollout in rollouts)))
     parents = {
         "adapter": adapter.digest,
         "base_weights": base.digest,
@@ -239,7 +244,7 @@ class _Shards:
         """Make shards until all exist, whichever process made them."""
         from lorascope.subject.hooks import RowReader
 
-        expected = _n_expected(self.config, self.corpus)
+        expected = _n_expected(self.config, self.corpus.n_tokens)
         bar = runtime.progress(expected, "generate", "tokens")
 
         def count(work_unit: int) -> None:
@@ -345,16 +350,16 @@ def _errors_with_rank(work_unit: int) -> Generator[None]:
         raise
 
 
-def _n_expected(config: GenerateConfig, corpus: Corpus) -> int:
+def _n_expected(config: GenerateConfig, n_tokens: int) -> int:
     """Return the number of rows to expect: at most, if the model generates the rollouts."""
-    return corpus.n_tokens + (config.sample or 0) * config.max_new_tokens
+    return n_tokens + (config.sample or 0) * config.max_new_tokens
 
 
 def _require_space(config: GenerateConfig, layout: SiteLayout, corpus: Corpus, out: Path) -> None:
     """Raise ArtifactError unless the missing shards fit on the disk."""
     row = layout.d_in * np.dtype(config.store_dtype).itemsize + 9
     existing = sum(shard.stat().st_size for shard in unfinished(out).glob("shard-*.h5"))
-    needed = int(_n_expected(config, corpus) * row * 1.05) + (1 << 24)
+    needed = int(_n_expected(config, corpus.n_tokens) * row * 1.05) + (1 << 24)
     require_space(out.parent, max(needed - existing, 0))
 
 

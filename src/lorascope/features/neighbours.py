@@ -54,10 +54,10 @@ def effect_rows(sae: "SAE") -> tuple[torch.Tensor, str]:
 
 def fingerprint(rows: torch.Tensor, layout: SiteLayout) -> npt.NDArray[np.float16]:
     """Return the share of each decoder row's squared norm at each site, `(latent, site)`."""
-    squares = rows.double().square()
     owner = torch.repeat_interleave(torch.tensor([site.rank for site in layout.sites]))
-    share = squares.new_zeros(len(rows), len(layout.sites))
-    share.index_add_(1, owner.to(rows.device), squares)
+    share = torch.zeros(len(rows), len(layout.sites), dtype=torch.float64, device=rows.device)
+    for part, block in zip(share.split(_BLOCK), rows.split(_BLOCK), strict=True):
+        part.index_add_(1, owner.to(rows.device), block.double().square())
     share /= share.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     return share.cpu().numpy().astype(np.float16)
 

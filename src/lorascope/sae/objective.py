@@ -67,19 +67,24 @@ class Weights:
         `scale` multiplies raw columns. A column with scale 0 is left out, and reconstructed as its
         `mean`. A latent's value becomes its score. A learned threshold is folded the same way.
         """
-        named = {name: tensor.double() for name, tensor in self.tensors().items()}
-        W_enc, b_enc, W_dec, b_dec = (named[n] for n in ("W_enc", "b_enc", "W_dec", "b_dec"))
-        norm = W_dec.norm(dim=1)
+        b_dec = self.b_dec.double()
         inverse = torch.where(scale > 0, 1 / scale, 0.0)
+        # One matrix at a time: in float64 each is as large as both are in float32.
+        matrix = self.W_dec.double()
+        norm = matrix.norm(dim=1)
+        matrix /= norm.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        W_dec = matrix.mul_(inverse).float()
+        matrix = self.W_enc.double()
+        b_enc = (self.b_enc.double() - b_dec @ matrix) * norm
         raw = {
-            "W_enc": scale[:, None] * W_enc * norm,
-            "b_enc": (b_enc - b_dec @ W_enc) * norm,
-            "W_dec": W_dec / norm.clamp(min=torch.finfo(torch.float32).tiny)[:, None] * inverse,
-            "b_dec": torch.where(scale > 0, b_dec * inverse, mean),
+            "W_enc": matrix.mul_(scale[:, None]).mul_(norm).float().contiguous(),
+            "b_enc": b_enc.float(),
+            "W_dec": W_dec,
+            "b_dec": torch.where(scale > 0, b_dec * inverse, mean).float(),
         }
         if self.log_threshold is not None:
-            raw["threshold"] = named["log_threshold"].exp() * norm
-        return {name: tensor.float().contiguous() for name, tensor in raw.items()}
+            raw["threshold"] = (self.log_threshold.double().exp() * norm).float()
+        return raw
 
 
 @dataclass(frozen=True)

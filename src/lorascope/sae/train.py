@@ -31,7 +31,15 @@ from lorascope.activations.batches import BatchPlan, RowNumbers, batches_on, rea
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import Identity
 from lorascope.errors import ConfigError, Interrupted, NumberError
-from lorascope.runtime import Team, join_team, pick_device, progress, stop_between_steps, world_size
+from lorascope.runtime import (
+    Team,
+    free_memory,
+    join_team,
+    pick_device,
+    progress,
+    stop_between_steps,
+    world_size,
+)
 from lorascope.sae.metrics import ColumnMoments
 from lorascope.sae.model import KIND, SCHEMA
 from lorascope.sae.objective import column_scale, initial_weights
@@ -63,7 +71,7 @@ def run(config: TrainConfig) -> Path:
     available = store.layout.adapter_types
     types = parse_adapter_types(config.adapter_types, available) or available
     store = store.select(types)
-    config.require_enough_latents(store.d_in)
+    config = config.for_columns(store.d_in)
     if config.objective == "kl" and world_size() > 1:
         raise ConfigError(
             "--objective kl runs in one process; train under torchrun with --objective mse"
@@ -99,6 +107,7 @@ def run(config: TrainConfig) -> Path:
             store, rows, config.batch_size, data_seed, buffer_rows=config.buffer_rows
         )
         device = _supported(pick_device(config.device))
+        config.require_memory(store.d_in, free_memory(device))
         # a finished SAE is trained again if another seed needs its decoder for the stability
         settings = {members[out][0].without_seed for out in unfinished}
         needed = {out: pair for out, pair in members.items() if pair[0].without_seed in settings}
@@ -133,7 +142,7 @@ def _prepare(
 ) -> TrainingRun:
     """Measure the columns and choose their scale."""
     store, n_train = plan.store, len(plan.rows)
-    epochs = config.epochs or min(max(_AUTO_TOKENS // n_train, 1), _AUTO_EPOCHS)
+    epochs = config.epochs or auto_epochs(n_train)
     log.info(
         "%s: %d tokens to train on, %d held out, %d of other roles left out; %d columns (%s)",
         store.path,
@@ -254,6 +263,8 @@ def _train(
             if stopping:
                 raise Interrupted(stop[0] if stop else 15)
     save()
+    for trainer in trainers.values():
+        trainer.release()
     tuned: dict[Path, Trainer] = {}
     if config.objective == "kl":
         replay = _replay(run)
@@ -348,6 +359,11 @@ def _log(trainer: Trainer, training_log: TrainingLog, batch_size: int) -> None:
     if trainer.log and trainer.log[-1]["step"] == trainer.step:
         values = {name: value for name, value in trainer.log[-1].items() if name != "step"}
         training_log.write(trainer.step, trainer.step * batch_size, values)
+
+
+def auto_epochs(n_tokens: int) -> int:
+    """Return how many passes over the tokens reach four million tokens, at most 20."""
+    return min(max(_AUTO_TOKENS // n_tokens, 1), _AUTO_EPOCHS)
 
 
 def auto_lr(d_in: int, n_steps: int) -> float:

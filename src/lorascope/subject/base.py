@@ -8,9 +8,12 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
 
 from lorascope.artifact import BLOCK, digest_in_part
 from lorascope.config import did_you_mean
@@ -48,6 +51,18 @@ class Base:
         """What transformers' `from_pretrained` needs to find model or tokenizer."""
         named = {"gguf_file": self.gguf} if self.gguf else {}
         return {"pretrained_model_name_or_path": str(self.path), **named}
+
+    @property
+    def n_parameters(self) -> int:
+        """How many parameters its files hold; for a GGUF file, its number of bytes."""
+        if self.gguf:
+            return self.location.stat().st_size
+        n = 0
+        for path in self.path.glob("model*.safetensors"):
+            with safe_open(path, framework="np") as file:
+                shapes = (file.get_slice(name).get_shape() for name in file.keys())  # noqa: SIM118
+                n += sum(map(math.prod, shapes))
+        return n
 
     def model_class(self) -> Any:
         """Return transformers' class for it: a causal language model, or one that sees images too.
