@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import partial
 
 import peft
@@ -15,6 +16,8 @@ from builders.subjects import (
 from builders.tolerance import assert_same_up_to_rounding
 from transformers import AutoModelForCausalLM
 
+from lorascope.subject.adapter import inspect_adapter
+from lorascope.subject.attach import fit_prefix
 from lorascope.subject.inventory import inventory
 
 
@@ -48,6 +51,51 @@ def test_damage_to_the_names_is_repaired_and_said(damage, said, broken, subject_
     assert said in caplog.text
     assert "renamed 28 tensors" in caplog.text
     assert torch.equal(rows_of(subject), rows_of(load(subject_dirs[1], base)))
+
+
+@pytest.mark.parametrize(
+    ("start", "targets"),
+    [
+        ("", None),
+        ("model.language_model.", r"(?!vision).*layers\.\d+\..*_proj"),
+        ("language_model.model.", None),
+    ],
+)
+def test_names_that_one_prefix_mends_are_read_and_said(
+    start, targets, tmp_path, make_subject, caplog
+):
+    caplog.set_level("INFO")
+    patterns = {"rank_pattern": {"q_proj": 1}, "alpha_pattern": {"model.layers.1.mlp.up_proj": 3}}
+    dirs = make_subject(r=2, **patterns)
+    config = {"alpha_pattern": {f"{start}layers.1.mlp.up_proj": 3}}
+    if targets:
+        config["target_modules"] = targets
+    adapter_dir, base = change_adapter(
+        dirs,
+        tmp_path,
+        lambda t: {name.replace(".model.layers", f".{start}layers"): v for name, v in t.items()},
+        **config,
+    )
+    subject, original = load(adapter_dir, base), load(dirs[1], base)
+    assert f"was trained on {start}layers: read as model.layers" in caplog.text
+    assert torch.equal(rows_of(subject), rows_of(original))
+    assert torch.equal(logits_of(subject.model), logits_of(original.model))
+    scales = [{s.name: s.scale for s in one.layout.sites} for one in (subject, original)]
+    assert scales[0] == scales[1]
+
+
+def test_a_prefix_counts_only_if_it_is_the_only_one_and_every_shape_fits(
+    make_subject, subject_dirs
+):
+    adapter = inspect_adapter(str(subject_dirs[1]))
+    shapes = {name.replace(".model.layers", ".layers"): s for name, s in adapter.shapes.items()}
+    bare = replace(adapter, shapes=shapes)
+    model = AutoModelForCausalLM.from_pretrained(subject_dirs[0])
+    wider = AutoModelForCausalLM.from_pretrained(make_subject(hidden=32)[0])
+    assert fit_prefix(model, adapter) is adapter
+    assert fit_prefix(wider, bare) is bare
+    two = torch.nn.ModuleDict({"one": model.model, "two": type(model.model)(model.config)})
+    assert fit_prefix(two, bare) is bare
 
 
 def test_a_repair_that_leaves_a_tensor_over_is_no_repair(broken):
@@ -107,7 +155,7 @@ def test_missing_and_extra_tensors_are_counted_and_named(broken):
 def test_renamed_tensors_are_an_error_not_a_random_adapter(broken):
     adapter_dir, base = broken(
         tensors=lambda t: {
-            k.replace("base_model.model.", "base_model.model.wrapped."): v for k, v in t.items()
+            k.replace(".self_attn.", ".attn.").replace(".mlp.", ".ffn."): v for k, v in t.items()
         }
     )
     refused(adapter_dir, base, "lacks 28 tensors", "wrapper's prefix")

@@ -9,7 +9,7 @@ import transformers
 from builders.subjects import CPU, IDS, N_TERMS, captured, rows_of
 from builders.tolerance import assert_same_up_to_rounding
 from peft import LoraConfig, get_peft_model
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
 from lorascope.activations.generate import GenerateConfig
@@ -136,6 +136,21 @@ def test_the_text_model_of_a_model_that_sees_images_is_studied_alone(name, seein
         logits = adapted(input_ids=torch.from_numpy(written[1].token_ids[None]).long()).logits[0]
     n = len(written[1].token_ids)
     assert written[1].token_ids[3:].tolist() == logits[2 : n - 1].argmax(-1).tolist()
+
+
+def test_an_adapter_of_the_text_model_alone_is_read_on_the_model_that_sees_images(seeing, caplog):
+    caplog.set_level("INFO")
+    adapter_dir, base, _ = seeing("Llava", SEEING["Llava"])
+    rows = rows_of(load(adapter_dir, base))
+    tensors = load_file(adapter_dir / WEIGHTS)
+    renamed = {name.replace("model.language_model.", "model."): t for name, t in tensors.items()}
+    save_file(renamed, adapter_dir / WEIGHTS)
+    config = json.loads((adapter_dir / CONFIG).read_text())
+    (adapter_dir / CONFIG).write_text(
+        json.dumps({**config, "target_modules": ["q_proj", "up_proj"]})
+    )
+    assert (rows_of(load(adapter_dir, base)) == rows).all()
+    assert "was trained on model.layers: read as model.language_model.layers" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["Gemma3", "Qwen2_5_VL"])

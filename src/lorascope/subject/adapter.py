@@ -264,8 +264,8 @@ def ranks_by_projection(adapter: Adapter) -> dict[str, int]:
 
 def scale_of(config: dict[str, Any], module: str) -> float:
     """Return the factor of `B(A(x))` in a module: alpha / r, or alpha / sqrt(r) for rsLoRA."""
-    rank = _by_pattern(config.get("rank_pattern"), module, config.get("r", 8))
-    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    rank = by_pattern(config.get("rank_pattern"), module, config.get("r", 8))
+    alpha = by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -395,7 +395,7 @@ def _digest(*files: Path) -> str:
     return digest.hexdigest()
 
 
-def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+def by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
     """Return the value of the first pattern that matches the module's path, or `default`.
 
     The rule is PEFT's: a pattern is a regular expression that must match the path from its start,

@@ -7,8 +7,8 @@
    log it. A repair counts only if the repaired names are exactly the needed ones.
 4. After loading, every tensor must equal the file's, bit by bit, in the dtype that the model keeps.
 
-`resize_embeddings` comes before. An adapter trained with added tokens has a tokenizer with more
-tokens than the base has embeddings, and may hold the trained embeddings itself:
+`fit_prefix` comes before, and then `resize_embeddings`. An adapter trained with added tokens has a
+tokenizer with more tokens than the base has embeddings, and may hold the trained embeddings itself:
 
 1. If the adapter's file holds embeddings, or LoRA on them, their number decides, up or down.
 2. Otherwise the adapter's tokenizer and trained tokens decide, upwards only: a base may have more
@@ -31,6 +31,7 @@ import peft
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.integrations import dequantize_module_weight
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from lorascope.errors import AdapterError
@@ -40,6 +41,7 @@ from lorascope.subject.adapter import (
     WRAPPERS,
     Adapter,
     base_path,
+    by_pattern,
     lora_kind,
     lora_tensors,
     unsupported_reason,
@@ -50,6 +52,7 @@ log = logging.getLogger(__name__)
 # Initialisations that move a part of the base weights into A and B.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _PREFIX = "base_model.model."
+_IN_LAYERS = re.compile(r"((?:.*?\.)??)(\w+)\.\d+\.")
 _PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 
@@ -72,6 +75,66 @@ def attach(base: nn.Module, adapter: Adapter, base_name: str) -> PeftModel:
     _require_equal(model, tensors, adapter)
     _fix_dora_norms(model)
     return model
+
+
+def fit_prefix(base: nn.Module, adapter: Adapter) -> Adapter:
+    """Return the adapter under the base's names, if these differ from its own by one prefix.
+
+    Examples are adapters of `model.language_model.layers` (a model that also sees images) or of
+    `layers` (a bare backbone) on `model.layers`. PEFT would leave them at their random start.
+    Returns the adapter as it is if its names fit, or if not exactly one prefix gives modules of
+    the base with fitting shapes.
+    """
+    parts, modules = lora_tensors(adapter.shapes), dict(base.named_modules())
+    starts = {match.groups() for path in parts if (match := _IN_LAYERS.match(path))}
+    is_whole = adapter.config.get("target_parameters") or adapter.config.get("use_bdlora")
+    if len(starts) != 1 or is_whole or all(path in modules for path in parts):
+        return adapter
+    ((old, layers),) = starts
+
+    def renamed(path: str, new: str) -> str:
+        return new + path.removeprefix(old) if path.startswith(old) else path
+
+    candidates = [
+        path.removesuffix(layers) for path in modules if f".{path}".endswith(f".{layers}")
+    ]
+    fitting = [
+        new
+        for new in candidates
+        if all(_fits(modules.get(renamed(path, new)), adapter, parts[path]) for path in parts)
+    ]
+    if len(fitting) != 1:
+        return adapter
+    (new,) = fitting
+    log.info("%s was trained on %s: read as %s", adapter.name, old + layers, new + layers)
+    names = {name: _PREFIX + renamed(base_path(name), new) for name in adapter.shapes}
+    config = dict(adapter.config)
+    for key in ("rank_pattern", "alpha_pattern"):
+        if patterns := config.get(key):
+            default = config.get("r" if key == "rank_pattern" else "lora_alpha", 8)
+            values = {path: by_pattern(patterns, path, default) for path in parts}
+            config[key] = {re.escape(renamed(path, new)): value for path, value in values.items()}
+    config["target_modules"] = sorted(renamed(path, new) for path in parts)
+    for key in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+        config.pop(key, None)
+    return dataclasses.replace(
+        adapter,
+        config=config,
+        shapes={names[name]: shape for name, shape in adapter.shapes.items()},
+        converted=save({names[name]: tensor for name, tensor in adapter.tensors().items()}),
+    )
+
+
+def _fits(module: nn.Module | None, adapter: Adapter, parts: dict[str, str]) -> bool:
+    """Return whether a module of the base has the shape of a LoRA."""
+    if module is None or "lora_A" not in parts or "lora_B" not in parts:
+        return module is not None
+    a, b = adapter.shapes[parts["lora_A"]], adapter.shapes[parts["lora_B"]]
+    sizes = [getattr(module, f"{side}_features", None) for side in ("in", "out")]
+    if None in sizes:
+        weight = getattr(module, "weight", None)
+        sizes = list(weight.shape) if isinstance(weight, Tensor) else []
+    return len(a) != 2 or sorted(sizes) == sorted((a[1], b[0]))
 
 
 def _peft_config(adapter: Adapter) -> LoraConfig:

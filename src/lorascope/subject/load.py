@@ -36,7 +36,7 @@ from lorascope.subject.adapter import (
     inspect_adapter,
     lora_kind,
 )
-from lorascope.subject.attach import attach, resize_embeddings
+from lorascope.subject.attach import attach, fit_prefix, resize_embeddings
 from lorascope.subject.base import Base, find_base
 from lorascope.subject.bottlenecks import Bottleneck, find_bottlenecks, make_layout, probe
 from lorascope.subject.rotary import forget_lengths, length_class, require_rotary
@@ -158,6 +158,7 @@ def load_subject(
     if quantized and device_map is None:  # a quantised model cannot move after loading
         device_map = {"": str(device)}
     causal = _load_base(base, device, dtype, device_map)
+    adapter = fit_prefix(causal, adapter)
     resize_embeddings(causal, adapter, tokenizer)
     model = attach(causal, adapter, base.name)
     if device_map is None:
