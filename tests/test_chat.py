@@ -1,13 +1,20 @@
 """Questions to a language model's server: retries, fallbacks, the cache, and hostile servers."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from builders.chat_server import Reply, chat_server
 
+from lorascope.demo.demo import SUBJECT
 from lorascope.errors import ConfigError, ServerError
 from lorascope.labels.chat import Chat, Question
 
@@ -184,3 +191,41 @@ def test_the_cache_is_plain_json_lines(cache: Path) -> None:
         chat(server.url, cache).ask([question("?")], read, "test")
     lines = [json.loads(line) for line in cache.read_text().split("\n") if line]
     assert [line["answer"] for line in lines] == ['{"n": 1}']
+
+
+@pytest.fixture
+def transformers_serve(tmp_path: Path) -> Iterator[str]:
+    """The address of `transformers serve`, which loads the model that a request names."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = Path(sys.executable).with_name("transformers")
+    words = [program, "serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    with (tmp_path / "serve.log").open("wb") as log:
+        server = subprocess.Popen(
+            words, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        )
+    try:
+        for _ in range(600):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert server.poll() is None, (tmp_path / "serve.log").read_text()
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+@pytest.mark.slow
+@pytest.mark.needs("fastapi")
+@pytest.mark.needs("uvicorn")
+def test_a_real_server_answers(transformers_serve: str, cache: Path) -> None:
+    """The demo's base model writes no JSON, which is no answer, and no error."""
+    client = Chat(transformers_serve, str(SUBJECT / "base"), cache, n_parallel=1, timeout=300.0)
+    assert client.ask([question("How many?")], read, "test") == [None]
+    assert client.usage.n_requests == 2
+    assert client.usage.prompt_tokens > 10 and client.usage.answer_tokens > 0
+    again = Chat("http://127.0.0.1:9/v1", client.model, cache)
+    assert again.ask([question("How many?")], read, "test") == [None], "from the cache"
