@@ -220,3 +220,14 @@ def test_every_number_of_the_tour_is_what_the_pipeline_makes(made):
     assert store.rows(0, store.n_rows).shape == (3821, 56)
     assert sae.W_enc.shape == (56, 224)
     assert 5 <= int((code > 0).sum()) <= 7
+
+
+def test_the_path_of_a_token_is_short_and_its_files_exist():
+    table = TOUR.read_text(encoding="utf-8").split("## The whole path")[1]
+    rows = re.findall(r"^\| `(\w+)/` \| (.*) \|$", table, re.MULTILINE)
+    files = [f"{folder}/{name}" for folder, names in rows for name in re.findall(r"`(.*?)`", names)]
+    package = Path(train.__file__).parents[1]
+    assert [file for file in files if not (package / file).exists()] == []
+    assert 20 < len(files) <= 30
+    named = set(re.findall(r"\*\*where\*\* `(.*?)`", TOUR.read_text(encoding="utf-8")))
+    assert named <= set(files)
