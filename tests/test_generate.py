@@ -1,18 +1,21 @@
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from builders.records import s1_records
-from builders.subjects import N_TERMS
+from builders.subjects import N_TERMS, change_adapter, load, reference
 from builders.tolerance import assert_same_up_to_rounding
 from safetensors.torch import load_file, save_file
 
 from lorascope.activations import generate
+from lorascope.activations.capture import compare_likelihood
 from lorascope.activations.generate import GenerateConfig
 from lorascope.activations.replay import load_subject_of
 from lorascope.activations.store import ActivationStore, default_name
+from lorascope.artifact import read_manifest
 from lorascope.errors import ArtifactError, ConfigError, NumberError
 from lorascope.inspection import verify
 from lorascope.sites import PROJECTIONS
@@ -23,6 +26,8 @@ from lorascope.subject.load import (
     load_subject,
     load_tokenizer,
 )
+from lorascope.texts.roles import ROLES
+from lorascope.texts.rollouts import Rollout
 
 
 @pytest.fixture
@@ -301,3 +306,51 @@ def test_a_base_with_other_weights_is_not_taken_for_the_one_of_the_store(
         generate.run(given)
     with pytest.raises(ArtifactError, match="or with other weights of it"):
         load_subject_of(store, given, device="cpu", dtype="auto")
+
+
+def test_the_base_is_named_in_log_and_store_and_another_one_is_warned_of(
+    config, subject_dirs, tmp_path, caplog
+):
+    adapter, base = tmp_path / "adapter", tmp_path / "llama"
+    shutil.copytree(subject_dirs[1], adapter)
+    shutil.copytree(subject_dirs[0], base)
+    data = json.loads((adapter / "adapter_config.json").read_text())
+    data["base_model_name_or_path"] = "/elsewhere/qwen"
+    (adapter / "adapter_config.json").write_text(json.dumps(data))
+    with caplog.at_level("INFO"):
+        path = generate.run(config(lora_path=str(adapter), base_model=str(base), num_examples=2))
+    assert "names the base model /elsewhere/qwen, and is studied on llama" in caplog.text
+    assert "of adapter, base llama, on cpu" in caplog.text
+    manifest = read_manifest(path)
+    assert manifest is not None
+    assert manifest.content["base_model"] == "llama (the adapter names qwen)"
+
+
+def test_an_adapter_that_makes_its_texts_less_likely_is_warned_of(subject_dirs, tmp_path, caplog):
+    # To first order, a small step and the opposite one change the likelihood by opposite amounts.
+    ids = np.arange(3, 60, dtype=np.int32)
+    texts = [Rollout(0, ids, np.full(len(ids), ROLES.index("text"), np.uint8))]
+    warned, losses = [], []
+    for sign in (1, -1):
+        adapter, base = change_adapter(
+            subject_dirs,
+            tmp_path / str(sign),
+            lambda t, sign=sign: {n: sign * v if "lora_B" in n else v for n, v in t.items()},
+            lora_alpha=0.1,
+        )
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            compare_likelihood(load(adapter, base), texts)
+        warned.append("makes these texts less likely" in caplog.text)
+        model, input_ids = reference(adapter, base), torch.from_numpy(ids[None]).long()
+        with torch.no_grad():
+            losses.append([float(model(input_ids, labels=input_ids).loss)])
+            with model.disable_adapter():
+                losses[-1].append(float(model(input_ids, labels=input_ids).loss))
+        pattern = r"(\S+) nats a token with the adapter, (\S+) without; KL"
+        said = re.search(pattern, caplog.text)
+        assert said is not None
+        assert [float(word) for word in said.groups()] == pytest.approx(losses[-1], abs=2e-3)
+    assert min(abs(own - base) for own, base in losses) > 1e-4  # far above rounding
+    assert sorted(warned) == [False, True]
+    assert warned == [own > base for own, base in losses]

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lorascope.errors import AdapterError
+from lorascope.subject.base import other_base as other_base_of
 from lorascope.subject.load import CONFIG, WEIGHTS, find_base, inspect_adapter, load_tokenizer
 
 
@@ -92,6 +93,34 @@ def test_the_digest_of_a_large_base_reads_a_small_part_of_it(subject_dirs, tmp_p
     read = [len(call.args[0]) for call in digest.update.call_args_list]
     assert sum(read) < size / 1000
     assert len(read) > size / 10**7  # and is spread over the file
+
+
+@pytest.mark.parametrize(
+    ("named", "folder", "is_other"),
+    [
+        ("../base", "base", False),
+        ("../base", "copy", False),
+        ("../base", "other", True),
+        ("owner/Base", "base", False),
+        ("owner/base-instruct", "base", True),
+        ("owner/base", "models--owner--Base/snapshots/0a1b", False),
+        ("/elsewhere/base", "models--owner--other/snapshots/0a1b", True),
+        (None, "other", False),
+    ],
+)
+def test_a_base_that_is_not_the_one_that_the_adapter_names_is_told_apart(
+    named, folder, is_other, subject_dirs, tmp_path
+):
+    shutil.copytree(subject_dirs[0], tmp_path / "base")
+    shutil.copytree(subject_dirs[1], tmp_path / "adapter")
+    given = tmp_path / folder
+    if folder != "base":
+        shutil.copytree(subject_dirs[0], given)
+        if folder == "other":
+            (given / "config.json").write_text((given / "config.json").read_text() + "\n")
+    adapter = inspect_adapter(str(tmp_path / "adapter"))
+    adapter.config["base_model_name_or_path"] = named
+    assert other_base_of(adapter, find_base(adapter, str(given))) == (named if is_other else None)
 
 
 def test_a_damaged_base_is_one_line(subject_dirs, tmp_path):

@@ -10,15 +10,16 @@
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lorascope.activations.shards import Rows
@@ -26,6 +27,7 @@ from lorascope.errors import ConfigError, NumberError
 from lorascope.runtime import is_out_of_memory
 from lorascope.subject.hooks import RowReader
 from lorascope.subject.load import Subject
+from lorascope.texts.roles import ROLES
 from lorascope.texts.rollouts import Rollout, windows
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,7 @@ _LARGEST = 1 << 16  # tokens in a batch; a GPU gains nothing from more
 _OVERHEAD = {"cpu": 16, "cuda": 512}  # cost of starting a batch, in tokens computed
 _MOST_ROUNDED = 1e-3  # of a column's variance; an FVU is not known to more
 _NOISE = 1e-5  # a column that varies less, relative to its size, is constant but for rounding
+_LIKELIHOOD_TEXTS, _LIKELIHOOD_TOKENS = 8, 256
 _MOST_DRIFT = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
@@ -263,6 +266,58 @@ class Capture:
                 f"rows of a text of {len(short)} tokens change by {drift:.2g} of their norm next "
                 f"to one of {len(long)}, expected rounding only; lorascope reads causal models only"
             )
+
+
+@torch.inference_mode()
+def compare_likelihood(subject: Subject, rollouts: Sequence[Rollout]) -> None:
+    """Log how likely some texts are with the adapter and without; warn if it makes them less so.
+
+    An adapter that was trained on another base, or on a base into which another adapter was merged,
+    fits by its shapes, and does that. Reads the beginnings of a few short texts.
+    """
+    told = [ROLES.index(role) for role in ("think", "answer", "text")]
+    masks = [np.isin(rollout.roles[1:_LIKELIHOOD_TOKENS], told) for rollout in rollouts]
+    order = sorted(range(len(rollouts)), key=lambda i: (len(rollouts[i].token_ids), i))
+    measured: list[tuple[float, float, float]] = []  # nats with, nats without, KL
+    for i in [i for i in order if masks[i].any()][:_LIKELIHOOD_TEXTS]:
+        ids = torch.from_numpy(rollouts[i].token_ids[:_LIKELIHOOD_TOKENS].astype(np.int64))[None]
+        ids, mask = ids.to(subject.device), torch.from_numpy(masks[i])
+        with_adapter = _log_probabilities(subject, ids, mask)
+        with cast(Any, subject.model).disable_adapter():
+            without = _log_probabilities(subject, ids, mask)
+        target = ids[0, 1:].to(with_adapter.device)[mask.to(with_adapter.device), None]
+        losses = (-float(own.gather(1, target).mean()) for own in (with_adapter, without))
+        kl = (with_adapter.exp() * (with_adapter - without)).nan_to_num(0.0).sum(1).mean()
+        measured.append((*losses, float(kl)))
+    if not measured:
+        return
+    values = np.array(measured)
+    own, base, kl = values.mean(0)
+    lost = values[:, 0] - values[:, 1]
+    log.info(
+        "%d texts: %.3f nats a token with the adapter, %.3f without; KL(adapter ‖ base) %.3g",
+        len(values),
+        own,
+        base,
+        kl,
+    )
+    if lost.mean() > 2 * lost.std() / math.sqrt(len(lost)):
+        log.warning(
+            "%s makes these texts less likely (%.3f nats a token, %.3f without it): check that %s "
+            "is the base that it was trained on, and that such texts were too",
+            subject.adapter.name,
+            own,
+            base,
+            subject.base.name,
+        )
+
+
+def _log_probabilities(
+    subject: Subject, ids: Int[Tensor, "1 tok"], mask: Bool[Tensor, "rest"]
+) -> Float[Tensor, "told vocab"]:
+    """Return the log-probabilities after the tokens before those of `mask`."""
+    logits = subject.model(input_ids=ids, use_cache=False).logits[0, :-1]
+    return logits[mask.to(logits.device)].float().log_softmax(-1)
 
 
 def plan_batches(

@@ -101,10 +101,19 @@ def run(config: GenerateConfig, plan: "Callable[[Base, int], None] | None" = Non
 
     `plan` gets the base and the number of tokens before any model is loaded, and may raise.
     """
-    from lorascope.subject.load import find_base, load_subject, load_tokenizer
+    from lorascope.subject.base import find_base, other_base
+    from lorascope.subject.load import load_subject, load_tokenizer
 
     adapter = inspect_adapter(config.lora_path, config.adapter_name)
     base = find_base(adapter, config.base_model, config.base_revision)
+    if named := other_base(adapter, base):
+        log.warning(
+            "%s names the base model %s, and is studied on %s: rows are right only if these are "
+            "the same weights",
+            adapter.name,
+            named,
+            base.name,
+        )
     available = ranks_by_projection(adapter)
     types = parse_adapter_types(config.adapter_types, available) or tuple(available)
     out = config.output or Path(default_name(types))
@@ -135,15 +144,20 @@ def run(config: GenerateConfig, plan: "Callable[[Base, int], None] | None" = Non
 
             log_ignored_settings(base)
         corpus = fit_to_context(rollouts, counts, config, subject.max_length)
+        if config.sample is None and runtime.process_rank() == 0:
+            from lorascope.activations.capture import compare_likelihood
+
+            compare_likelihood(subject, corpus.rollouts)
         shards = _Shards(config, subject, corpus, build)
         _require_space(config, shards.layout, corpus, out)
         log.info(
-            "%d rollouts, %d tokens, %d columns (%s) of %s on %s in %s",
+            "%d rollouts, %d tokens, %d columns (%s) of %s, base %s, on %s in %s",
             len(corpus.rollouts),
             corpus.n_tokens,
             shards.layout.d_in,
             shards.layout.initials,
             adapter.name,
+            base.name,
             subject.device,
             str(subject.dtype).removeprefix("torch."),
         )
@@ -367,8 +381,12 @@ def _content(
     config: GenerateConfig, subject: "Subject", corpus: Corpus, shards: _Shards
 ) -> dict[str, Any]:
     """Return what the manifest says about the store, besides its settings."""
+    from lorascope.subject.base import other_base
     from lorascope.subject.sampling import end_ids
 
+    named = other_base(subject.adapter, subject.base)
+    if named and Path(named).is_absolute():  # of the machine that trained it
+        named = Path(named).name
     dataset = Path(config.dataset)
     return {
         "n_rows": shards.n_rows,
@@ -380,7 +398,7 @@ def _content(
         "compute_dtype": str(subject.dtype).removeprefix("torch."),
         "quantized": subject.quantized,
         "adapter_name": subject.adapter.name,
-        "base_model": subject.base.name,
+        "base_model": subject.base.name + (f" (the adapter names {named})" if named else ""),
         "base_commit": subject.base.commit,
         "dataset": dataset.name if dataset.exists() else config.dataset,
         "rollouts_per_shard": ROLLOUTS_PER_SHARD,

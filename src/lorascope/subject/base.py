@@ -158,6 +158,27 @@ def find_base(adapter: Adapter, base_model: str | None, revision: str | None = N
     return base
 
 
+def other_base(adapter: Adapter, base: Base) -> str | None:
+    """Return the base that an adapter names, if it seems to be another one than `base`.
+
+    A base at the place that it names is compared by its weights, any other by the last part of its
+    name: a folder, a hub id, or the beginning of a GGUF file's name.
+    """
+    own = adapter.config.get("base_model_name_or_path")
+    if not own or own == base.name:
+        return None
+    for path in (adapter.path / str(own), Path(str(own)).expanduser()):
+        if path.exists() and path.resolve() == base.location.resolve():
+            return None
+        if (path / "config.json").is_file():
+            return None if _digest_base(path) == base.digest else str(own)
+    wanted = Path(str(own)).name.casefold()
+    parts = {part.casefold().rpartition("--")[2] for part in (*base.path.parts, base.name)}
+    parts |= {part.rpartition("/")[2] for part in parts}
+    is_same = wanted in parts or (base.gguf or "").casefold().startswith(wanted)
+    return None if is_same else str(own)
+
+
 def _find_gguf(path: Path) -> Path | None:
     """Return the GGUF file that a path names, or that is the only model in the folder it names."""
     if path.is_dir() and not (path / "config.json").is_file():
