@@ -75,10 +75,7 @@ function drawShift({ token, side, share, example }) {
   const number = element("span", "meter-value", percent2(share));
   number.dataset.value = String(share);
   const context = element("div", "shift-example");
-  const before = element("span", "run", "");
-  writeText(before, tail(example.before, 34));
-  const marked = element("span", "run shift-token");
-  writeText(marked, token);
+  const [before, marked] = contextOf(tail(example.before, 60), token);
   const change = `${probability(example.p_base)} \u2192 ${probability(example.p_adapter)}`;
   context.append(element("span", "shift-p", change), before, marked);
   item.append(sign, chip(token), meter(share / core.overview.shifts[0].share), number, context);
@@ -137,12 +134,7 @@ function drawFeatures(features) {
     const line = element("span", "top-where", where);
     if (one.verdict) line.append(badge(one.verdict));
     const example = element("div", "shift-example");
-    const [before, token, after] = ["before", "token", "after"].map((key) => {
-      const part = element("span", key === "token" ? "run shift-token" : "run");
-      writeText(part, one[key]);
-      return part;
-    });
-    example.append(before, token, after);
+    example.append(...contextOf(one.before, one.token), lineOf(one.after, " shift-after"));
     item.append(link, bar, number, line, example);
     list.append(item);
   });
@@ -233,6 +225,20 @@ function chip(token) {
   const node = element("span", "token-chip run");
   writeText(node, token);
   return node;
+}
+
+// Returns a token and what is before it. A narrow line cuts the beginning, not the token.
+function contextOf(before, token) {
+  const left = element("span", "shift-before");
+  left.append(lineOf(before));
+  return [left, lineOf(token, " shift-token")];
+}
+
+// Returns a text on one line.
+function lineOf(text, kind = "") {
+  const line = element("span", `run${kind}`);
+  writeText(line, text.replaceAll("\n", "\u21b5"));
+  return line;
 }
 
 // Returns a share as a percentage with two digits, or three close to all of it.
