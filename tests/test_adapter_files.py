@@ -9,9 +9,11 @@ from builders.subjects import IDS, load, refused, rows_of
 from builders.tolerance import assert_same_up_to_rounding
 from safetensors.torch import load_file, save_file
 
+from lorascope.artifact import open_manifest
 from lorascope.cli import call
 from lorascope.errors import AdapterError, ArtifactError, DatasetError
 from lorascope.inspection import describe, verify
+from lorascope.sae.model import load_sae
 from lorascope.subject.adapter import CONFIG, WEIGHTS, inspect_adapter
 from lorascope.subject.inventory import describe as describe_adapter
 from lorascope.subject.inventory import inventory
@@ -166,12 +168,18 @@ def test_a_git_lfs_pointer_of_a_dataset_is_named(tmp_path, name):
         read_records(str(given), "train", None)
 
 
-def test_info_and_verify_name_a_pointer(tmp_path):
-    file = tmp_path / "features.h5"
+@pytest.mark.parametrize(
+    "name", ["features.h5", "sae.pt", "features.json", "page.html", "sae/cfg.json"]
+)
+def test_a_git_lfs_pointer_of_an_artifact_is_named(tmp_path, name):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
     file.write_bytes(POINTER)
-    for look in (describe, verify):
+    path = file.parent if "/" in name else file
+    looks = [verify, lambda path: describe(str(path)), lambda path: open_manifest(path, "sae", 1)]
+    for look in [*looks, load_sae]:
         with pytest.raises(ArtifactError, match="is a Git LFS pointer"):
-            look(file if look is verify else str(file))  # type: ignore[operator]  # paths differ
+            look(path)
 
 
 def test_a_file_in_place_of_its_folder_is_told(folders):

@@ -27,7 +27,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lorascope.arrayfile import read_header
-from lorascope.errors import ArtifactError
+from lorascope.errors import ArtifactError, LorascopeError
 from lorascope.sites import SiteLayout
 from lorascope.version import __version__
 
@@ -37,6 +37,8 @@ SEAL = b"lorascope-sha256:"
 EMPTY_SEAL = SEAL + b"0" * 64
 BLOCK = 4096  # bytes that `digest_in_part` reads at a time
 _BLOCK_EVERY = 1 << 23
+_LFS = b"version https://git-lfs"
+_LARGEST_POINTER = 1024  # bytes
 _HUB_FILES = {"README.md", ".gitattributes"}  # that a model hub puts into every folder
 _LARGEST_MANIFEST = 1 << 26  # bytes
 _DAMAGED = (  # what reading a damaged file may raise
@@ -266,7 +268,7 @@ def check_files(path: Path) -> list[str]:
 def read_manifest(path: Path) -> Manifest | None:
     """Return an artifact's manifest from its header, or None when lorascope did not make it.
 
-    Raises ArtifactError when the path does not exist.
+    Raises ArtifactError when the path does not exist, or is a Git LFS pointer.
     """
     if not path.exists():
         raise ArtifactError(
@@ -275,7 +277,20 @@ def read_manifest(path: Path) -> Manifest | None:
     try:
         return Manifest.from_json(_manifest_of(path))
     except _DAMAGED:
+        require_content(path)
         return None
+
+
+def require_content(path: Path, error_type: type[LorascopeError] = ArtifactError) -> None:
+    """Raise `error_type` if a file, or one in a folder, is a Git LFS pointer to its content."""
+    for file in path.iterdir() if path.is_dir() else [path]:
+        if file.is_file() and file.stat().st_size < _LARGEST_POINTER:
+            with file.open("rb") as stream:
+                if stream.read(len(_LFS)) == _LFS:
+                    raise error_type(
+                        f"{file} is a Git LFS pointer, not the file itself; run git lfs pull in "
+                        f"{file.parent}"
+                    )
 
 
 def _manifest_of(path: Path) -> Any:

@@ -4,11 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lorascope.artifact import require_content
 from lorascope.config import did_you_mean
 from lorascope.errors import AdapterError, LorascopeError
-
-_LFS = b"version https://git-lfs"
-_LARGEST_POINTER = 1024  # bytes
 
 
 def find_folder(
@@ -50,18 +48,6 @@ def find_folder(
             f"{what} {name} is not a folder here and cannot be downloaded from the hub "
             f"({_reason(error)}); check the name, the network and your login"
         ) from error
-
-
-def require_content(path: Path, error_type: type[LorascopeError]) -> None:
-    """Raise `error_type` if a file, or one in a folder, is a Git LFS pointer to its content."""
-    for file in path.iterdir() if path.is_dir() else [path]:
-        if file.is_file() and file.stat().st_size < _LARGEST_POINTER:
-            with file.open("rb") as stream:
-                if stream.read(len(_LFS)) == _LFS:
-                    raise error_type(
-                        f"{file} is a Git LFS pointer, not the file itself; run git lfs pull in "
-                        f"{file.parent}"
-                    )
 
 
 def read_json_object(file: Path) -> dict[str, Any]:

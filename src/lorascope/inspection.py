@@ -12,7 +12,7 @@ from typing import Any
 
 from lorascope.artifact import Manifest, check_files, read_manifest
 from lorascope.errors import ArtifactError, LorascopeError
-from lorascope.hub import find_folder, require_content
+from lorascope.hub import find_folder
 
 _FOREIGN = "is no artifact of this version of lorascope, or its header is damaged"
 
@@ -43,10 +43,8 @@ def _why_foreign(path: Path) -> str:
     """Return what a path is that is no artifact, as far as it can be told."""
     if path.is_dir():
         find_folder(str(path), "adapter", [])  # raises for a cache of the hub
-    elif path.exists():
-        require_content(path, ArtifactError)
-        if (path.parent / "adapter_config.json").is_file():
-            return f"is a file of an adapter; give its folder {path.parent}"
+    elif (path.parent / "adapter_config.json").is_file():
+        return f"is a file of an adapter; give its folder {path.parent}"
     if (path / "config.json").is_file():
         return "holds a full model; give the folder of an adapter, or what lorascope made"
     return _FOREIGN

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorascope.artifact import require_content
 from lorascope.errors import AdapterError
-from lorascope.hub import find_folder, read_json_object, require_content
+from lorascope.hub import find_folder, read_json_object
 from lorascope.sites import in_column_order, name_modules
 from lorascope.subject.adapter_files import (
     MLX,

@@ -15,10 +15,10 @@ from typing import Any
 
 from safetensors import safe_open
 
-from lorascope.artifact import BLOCK, digest_in_part
+from lorascope.artifact import BLOCK, digest_in_part, require_content
 from lorascope.config import did_you_mean
 from lorascope.errors import AdapterError, ArtifactError
-from lorascope.hub import find_folder, require_content
+from lorascope.hub import find_folder
 from lorascope.subject.adapter import CONFIG, Adapter, other_purpose
 
 log = logging.getLogger(__name__)

@@ -23,9 +23,10 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+from lorascope.artifact import require_content
 from lorascope.config import did_you_mean
 from lorascope.errors import DatasetError
-from lorascope.hub import first_line, require_content
+from lorascope.hub import first_line
 
 log = logging.getLogger(__name__)
 
