@@ -458,6 +458,7 @@ def test_small_pages_open_at_any_address(show: Any, kind: str, word: str):
         visit.page.goto(visit.page.url.partition("#")[0] + "#/feature/8")
         assert "There is no feature 8" in (visit.part("message").text_content() or "")
     if kind == "no features" and not word:
+        visit.page.goto(visit.page.url.partition("#")[0] + "#/feature")
         assert "no features" in (visit.part("message").text_content() or "")
 
 

@@ -22,7 +22,8 @@ number).
 import base64
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -37,7 +38,9 @@ from lorascope.dashboard.reports import SIDES, TEXT_COLUMNS, Reports
 from lorascope.dashboard.token_table import TokenTable
 from lorascope.features.arrays import RANKINGS, WINDOWS
 from lorascope.features.index import FeatureIndex
+from lorascope.features.label_file import KINDS, Label
 from lorascope.record_json import to_json
+from lorascope.texts.tokens import pack_tokens
 
 BLOCK = 64
 UNKNOWN = 65535  # a site that is not known, a latent that is not on the map
@@ -77,6 +80,8 @@ _COLUMNS = {
     **dict.fromkeys(RANKINGS, "<u4"),
     **dict.fromkeys((f"{name}_score" for name in RANKINGS), "<b2"),
 }
+_LABEL_COLUMNS = {"sentence": "|u1", "sentence_length": "<u4"}  # UTF-8, feature after feature
+_LABEL_SCORES = ("balanced_accuracy", "precision", "recall", "same_token", "near", "shuffled")
 _ROLLOUT_COLUMNS = {
     "token": "<u4",
     "role": "|u1",
@@ -141,6 +146,7 @@ class Payload:
             "kept_fvu": ("<f4", index.text_fvu),
             "kept_rarity": ("<f4", index.text_rarity),
             "kept_length": ("<u4", np.diff(index.text_offset)),
+            **self._label_columns(),
             **{
                 name: ("<f4", values)
                 for name, values in (self.reports.effects() | self.reports.shares()).items()
@@ -150,6 +156,7 @@ class Payload:
             "title": self.title,
             "facts": facts(index, self.reports.facts()),
             "labels_key": self._labels_key(),
+            "labels": self._label_names(),
             "n_features": len(index),
             "n_eligible": content.get("n_eligible"),
             "n_special": content.get("n_special"),
@@ -245,6 +252,13 @@ class Payload:
             ids = getattr(index, f"ranked_{name}_id")[latents]
             values[name] = np.where(ids == -1, 0, self._token_table.entries_of_ids(ids) + 1)
             values[f"{name}_score"] = getattr(index, f"ranked_{name}_score")[latents]
+        if index.labels is not None:
+            texts = [
+                b"" if (label := index.label(latent)) is None else label.sentence.encode()
+                for latent in range(latents.start, latents.stop)
+            ]
+            offset, values["sentence"] = pack_tokens(texts)
+            values["sentence_length"] = np.diff(offset)
         for side, (ids, scores) in self._direct_tokens.items():
             values[side] = np.where(
                 ids[latents] == -1, 0, self._token_table.entries_of_ids(ids[latents]) + 1
@@ -278,6 +292,51 @@ class Payload:
         """Return what the page stores labels under: the SAE's digest, or else the index's."""
         manifest = self.index.manifest
         return manifest.parents.get("sae") or manifest.digest
+
+    def _label_names(self) -> dict[str, Any] | None:
+        """Return the names of all features, "" for none, and what the numbers of columns stand for.
+
+        None if the index has no labels.
+        """
+        if self.index.labels is None:
+            return None
+        labels = self._labels
+        return {
+            "names": ["" if label is None else label.name for label in labels],
+            "kinds": list(KINDS),
+            "categories": _distinct(label.category for label in labels if label),
+            "authors": _distinct(label.author for label in labels if label),
+            "judges": _distinct(label.judge or "" for label in labels if label),
+        }
+
+    def _label_columns(self) -> dict[str, tuple[str, npt.NDArray[Any]]]:
+        """Return the columns of labels: numbers of kind (from 1; 0: no label), and scores."""
+        names = self._label_names()
+        if names is None:
+            return {}
+        columns: dict[str, tuple[str, npt.NDArray[Any]]] = {}
+        for key, values, first in (
+            ("kind", names["kinds"], 1),
+            ("category", names["categories"], 0),
+            ("author", names["authors"], 0),
+            ("judge", names["judges"], 0),
+        ):
+            number = {value: first + i for i, value in enumerate(values)}
+            of_label = [
+                0 if label is None else number[getattr(label, key) or ""] for label in self._labels
+            ]
+            columns[f"label_{key}"] = ("<u2", np.array(of_label))
+        for key in _LABEL_SCORES:
+            scores = [None if label is None else getattr(label, key) for label in self._labels]
+            columns[f"label_{key}"] = ("<f4", np.array(scores, float))
+        edges = [(label.interval if label else None) or (None, None) for label in self._labels]
+        for i, key in enumerate(("low", "high")):
+            columns[f"label_{key}"] = ("<f4", np.array([edge[i] for edge in edges], float))
+        return columns
+
+    @cached_property
+    def _labels(self) -> list[Label | None]:
+        return [self.index.label(latent) for latent in range(len(self.index))]
 
     def _top_tokens(self) -> npt.NDArray[np.int64]:
         """Return the token-table entry of each latent's strongest token, `(latent,)`; 0: none.
@@ -347,6 +406,7 @@ class Payload:
             **dict.fromkeys(("token", *RANKINGS, *self._direct_tokens), self._token_type),
             **dict.fromkeys(("similar", "cofiring"), self._latent_type),
             **dict.fromkeys((f"{side}_score" for side in self._direct_tokens), "<b2"),
+            **({} if self.index.labels is None else _LABEL_COLUMNS),
         }
 
     @cached_property
@@ -374,6 +434,11 @@ class Payload:
     @cached_property
     def _token_table(self) -> TokenTable:
         return TokenTable.from_index(self.index, self.reports.vocabulary)
+
+
+def _distinct(values: Iterable[str]) -> list[str]:
+    """Return the different values, the most frequent first."""
+    return [value for value, _ in Counter(values).most_common()]
 
 
 def pack(values: Mapping[str, npt.NDArray[Any]], types: Mapping[str, str]) -> str:

@@ -19,7 +19,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -28,7 +28,8 @@ from lorascope.config import Config, option
 from lorascope.dashboard.payload import Payload, manifest_comment
 from lorascope.dashboard.reports import Reports
 from lorascope.dashboard.serve import PageServer, serve
-from lorascope.errors import ConfigError
+from lorascope.errors import ArtifactError, ConfigError
+from lorascope.features.label_file import read_labels
 from lorascope.features.published_json import digest_of_index, read_index
 from lorascope.runtime import progress
 from lorascope.stage import Build, built
@@ -57,6 +58,9 @@ class DashboardConfig(Config):
         (),
         help="reports of evaluate, ablate, direct and attribute to show with the features",
         identity=False,
+    )
+    labels: Path | None = option(
+        None, help="labels of the features; default: labels.json next to the input", identity=False
     )
     title: str = option("LoRA features", help="heading of the page")
     max_examples: int | None = option(
@@ -93,6 +97,13 @@ def run(config: DashboardConfig) -> Path:
     source, output = config.input.expanduser(), config.output.expanduser()
     index = read_index(source)
     parents = {"features": digest_of_index(source)}
+    if config.labels is not None:
+        labels = read_labels(config.labels)
+        if labels.manifest.parents.get("features") != parents["features"]:
+            raise ArtifactError(
+                f"{config.labels} has labels of another index than {source}; give its own labels"
+            )
+        index = replace(index, labels=labels)
     if index.labels is not None:
         parents["labels"] = index.labels.manifest.digest
     reports = Reports.open(config.effects, index, source)

@@ -8,6 +8,7 @@ import { drawFeature, drawMessage } from "./feature_view.js";
 import { clearFilters, filters, onList, query, refill, setFilters } from "./filter_form.js";
 import { element, whole } from "./format.js";
 import { openHelp, setKeys } from "./keys.js";
+import { nameOf } from "./labels.js";
 import { hasMap, mapImage, onOpen, showMap } from "./map.js";
 import { drawOverview } from "./overview.js";
 import { firstRollout, markRollout, nRollouts } from "./rollout_list.js";
@@ -29,7 +30,7 @@ let latest = 0; // number of the latest request; answers to earlier ones are dro
 async function show(id) {
   hideTooltip();
   current = id;
-  setTitle(`Feature ${id}`, `feature ${id}`);
+  setFeatureTitle(id);
   number.value = id;
   select(id);
   drawPosition();
@@ -69,8 +70,14 @@ function showMessage(title, message) {
   delete featureView.dataset.feature;
 }
 
+function setFeatureTitle(id) {
+  const name = nameOf(id);
+  setTitle(name ? `Feature ${id}: ${name}` : `Feature ${id}`, `feature ${id}`);
+}
+
 function setTitle(title, short = "") {
   heading.textContent = title;
+  heading.classList.toggle("named", title.length > 24);
   document.title = short ? `${core.title}: ${short}` : core.title;
 }
 
@@ -290,6 +297,7 @@ onList(onRelisted);
 onRoute(showAddress);
 onAnnotations((id) => {
   redraw();
+  if (view === "feature" && current >= 0) setFeatureTitle(current);
   if (id < 0 || filters().mark) refill(id < 0);
 });
 watchTokens(featureView);

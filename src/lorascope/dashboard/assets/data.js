@@ -68,6 +68,7 @@ export async function searchable(number) {
   return {
     counts: [count, sample_count, special_count].map((counts) => counts.slice()),
     token: token.slice(), length: length.slice(), fires, ranked,
+    sentences: Array.from(count, (_, i) => sentenceOf(block, i).toLowerCase()),
   };
 }
 
@@ -131,7 +132,7 @@ function record(block, id) {
     row(block.fingerprint, nSites), (part) => (part * block.fingerprint_max[i]) / FULL_SHARE,
   );
   return {
-    id, examples, samples, specials, shares,
+    id, examples, samples, specials, shares, sentence: sentenceOf(block, i),
     histogram: row(block.histogram, bins),
     byRole: core.n_by_role ? row(block.by_role, core.n_by_role.length) : [],
     byPosition: core.n_by_position ? row(block.by_position, core.n_by_position.length) : [],
@@ -146,6 +147,14 @@ function record(block, id) {
     promoted: directEffects(block, "promoted", i),
     suppressed: directEffects(block, "suppressed", i),
   };
+}
+
+// Returns the sentence of the label of feature number `i` of a block; "" if it has none.
+function sentenceOf(block, i) {
+  if (!block.sentence) return "";
+  block.sentenceStart ??= startsOf(block.sentence_length);
+  const [from, to] = [block.sentenceStart[i], block.sentenceStart[i + 1]];
+  return new TextDecoder().decode(block.sentence.subarray(from, to));
 }
 
 function directEffects(block, side, i) {

@@ -1,6 +1,7 @@
 // Files to download: the table as CSV, figures as SVG, the map as PNG, labels as JSON.
 import { column, core, hasExample } from "./data.js";
 import { isStarred, labelOf, noteOf } from "./annotations.js";
+import { authorOf, categoryOf, givenName, hasLabels, kindOf, labelScore } from "./labels.js";
 import { density, mainRole, mainSite } from "./stats.js";
 
 const PAINT = ["fill", "stroke", "font-size", "font-family", "text-anchor", "opacity"];
@@ -42,6 +43,15 @@ export function saveTable(ids) {
       pull_excess_high: (id) => real(column.effect_excess_high[id]),
     }),
     ...(column.direct_share && { direct_share: (id) => real(column.direct_share[id]) }),
+    ...(hasLabels && {
+      name: (id) => cell(givenName(id)),
+      kind: kindOf,
+      category: categoryOf,
+      author: (id) => cell(authorOf(id)),
+      score: (id) => real(labelScore(id)),
+      score_low: (id) => real(labelScore(id, "low")),
+      score_high: (id) => real(labelScore(id, "high")),
+    }),
     role: (id) => cell(mainRole(id)),
     site: (id) => cell(mainSite(id)),
     token: (id) => cell(hasExample(id) ? core.token_texts[column.top_token[id]] : ""),

@@ -1,6 +1,7 @@
 // The list of features: filtered, sorted, and drawn only where it is visible.
 import { column, core, hasExample, isTemplate } from "./data.js";
 import { isStarred, labelOf } from "./annotations.js";
+import { kindOf, nameOf, scoreText } from "./labels.js";
 import { element, percent, short, whole, writeToken } from "./format.js";
 
 const ROW = 46; // pixels; page.css has the same height
@@ -94,10 +95,12 @@ function row(at) {
   node.setAttribute("aria-posinset", at + 1);
   node.style.top = `${at * ROW}px`;
   const token = element("span", "row-token");
-  const label = labelOf(id);
-  if (label) {
+  const name = nameOf(id);
+  if (name) {
     token.classList.add("label");
-    token.textContent = label;
+    if (!labelOf(id)) token.classList.add(kindOf(id) === "unclear" ? "unclear" : "given");
+    token.textContent = name;
+    token.title = name;
   } else if (hasExample(id)) {
     writeToken(token, column.top_token[id]);
   }
@@ -110,7 +113,9 @@ function row(at) {
   return node;
 }
 
+// Returns the score of the page's label, or else how often the feature fires; the bar shows that too.
 function note(id) {
+  if (!labelOf(id) && scoreText(id)) return scoreText(id);
   if (isTemplate(id)) return "template";
   const n = column.n_active[id];
   if (n === 0) return "dead";

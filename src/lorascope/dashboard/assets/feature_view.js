@@ -3,6 +3,7 @@ import { column, core, isTemplate } from "./data.js";
 import { drawEffects } from "./effects.js";
 import { drawExamples, drawSamples, drawSpecials, scaleOf } from "./examples.js";
 import { drawDensities, drawFingerprint, drawHistogram, drawPositions, drawRoles } from "./figures.js";
+import { drawLabel } from "./labels.js";
 import { drawNeighbours, drawRankings } from "./related.js";
 import { drawStats } from "./stats.js";
 import { element, whole } from "./format.js";
@@ -32,7 +33,8 @@ export function drawFeature(record) {
     side.append(...drawSide(record));
     if (!side.childElementCount) body.classList.add("alone");
   };
-  return { parts: [...(isTemplate(id) ? [drawBadge(id)] : []), drawStats(id), body], later };
+  const badges = isTemplate(id) ? [drawBadge(id)] : [];
+  return { parts: [...drawLabel(record), ...badges, drawStats(id), body], later };
 }
 
 function drawBadge(id) {

@@ -2,6 +2,7 @@
 import { column, core, isTemplate } from "./data.js";
 import { choose, fromQuery, noFilters, toQuery } from "./filters.js";
 import { fill, listed } from "./feature_list.js";
+import { hasLabels } from "./labels.js";
 import { search, stopSearch } from "./search.js";
 import { element, whole } from "./format.js";
 
@@ -96,7 +97,7 @@ function show(share, moves) {
 
 function nMore(now) {
   const names = ["dmin", "dmax", "amin", "amax", "nmin", "smin", "role", "layer", "projection",
-    "mark", "lasso"];
+    "mark", "lasso", "kind", "category", "lmin"];
   return names.filter((name) => now[name]).length;
 }
 
@@ -125,6 +126,13 @@ if (core.sites && column.main_site.length) {
   hide("site");
 }
 if (!column.n_special.some((_, id) => isTemplate(id))) hide("template");
+if (hasLabels) {
+  addOptions("kind", [...core.labels.kinds, "none"]);
+  addOptions("category", core.labels.categories);
+} else {
+  for (const node of form.querySelectorAll('option[data-need="label"]')) node.remove();
+  for (const node of document.querySelectorAll('[data-need="label"]')) node.hidden = true;
+}
 if (!column.effect_kl) {
   for (const node of form.querySelectorAll('[data-need="effect"]')) node.remove();
 }

@@ -1,12 +1,14 @@
 // Chooses which features are in the list, and their order.
 import { UNKNOWN, column, core, hasExample, isTemplate } from "./data.js";
 import { isStarred, labelOf, noteOf } from "./annotations.js";
+import { categoryOf, kindOf, labelScore, nameOf } from "./labels.js";
 import { density } from "./stats.js";
 
 // Name in the address -> the value without a filter. The controls of the form have these names.
 const NONE = {
   q: "", in: "fires", sort: "id", full: false, dead: false, template: false, role: "", layer: "", projection: "",
   mark: "", dmin: "", dmax: "", amin: "", amax: "", nmin: "", smin: "", lasso: "",
+  kind: "", category: "", lmin: "",
 };
 const WIDTH = UNKNOWN - 1; // of the map
 const GRID = 999; // a lasso's corners are rounded to this many steps across the map
@@ -23,6 +25,8 @@ const SORTS = {
   specific: (id) => -(column.effect_excess_low?.[id] > LEAST ? column.effect_excess_low[id] : LEAST),
   site: (id) => column.main_site[id],
   role: (id) => column.main_role[id],
+  score: (id) => -(Number.isNaN(labelScore(id)) ? LEAST : labelScore(id)),
+  category: (id) => (kindOf(id) ? column.label_category[id] : UNKNOWN),
 };
 
 export function noFilters() {
@@ -59,7 +63,7 @@ export function choose(filters, found = null) {
   if (key) ids.sort((a, b) => key(a) - key(b) || a - b);
   else if (filters.sort === "label") {
     ids.sort((a, b) => (labelOf(b) !== "") - (labelOf(a) !== "") ||
-      labelOf(a).localeCompare(labelOf(b)) || a - b);
+      (nameOf(b) !== "") - (nameOf(a) !== "") || nameOf(a).localeCompare(nameOf(b)) || a - b);
   }
   return Uint32Array.from(ids);
 }
@@ -73,6 +77,7 @@ function testsOf(filters) {
   const ranges = [
     ["dmin", "dmax", (id) => 100 * density(id)], ["amin", "amax", (id) => column.max[id]],
     ["nmin", "", (id) => n[id]], ["smin", "", (id) => column.stability[id]],
+    ["lmin", "", (id) => labelScore(id)],
   ];
   for (const [low, high, value] of ranges) {
     const from = bound(filters[low]);
@@ -81,6 +86,8 @@ function testsOf(filters) {
     if (to !== undefined) tests.push((id) => value(id) <= to);
   }
   if (filters.role) tests.push((id) => core.roles[column.main_role[id]] === filters.role);
+  if (filters.kind) tests.push((id) => (kindOf(id) || "none") === filters.kind);
+  if (filters.category) tests.push((id) => categoryOf(id) === filters.category);
   const site = (id) => core.sites?.[column.main_site[id]];
   if (filters.layer) tests.push((id) => String(site(id)?.[0]) === filters.layer);
   if (filters.projection) tests.push((id) => site(id)?.[1] === filters.projection);

@@ -4,6 +4,7 @@ import { toLasso } from "./filters.js";
 import { setLasso } from "./filter_form.js";
 import { listIndex } from "./feature_list.js";
 import { labelOf } from "./annotations.js";
+import { categoryOf, hasLabels, nameOf } from "./labels.js";
 import { drawName } from "./related.js";
 import { density, mainRole, mainSite } from "./stats.js";
 import { element, percent, short } from "./format.js";
@@ -79,8 +80,8 @@ const densityLevel = (id) => {
 // Returns the ways to colour dots: name -> [categories or null, colour number of a feature].
 function colorings() {
   const choices = { density: [null, densityLevel] };
-  const byName = (names, nameOf) => [
-    names, (id) => Math.min(KINDS, names.indexOf(nameOf(id)) + 1),
+  const byName = (names, valueOf) => [
+    names, (id) => Math.min(KINDS, names.indexOf(valueOf(id)) + 1),
   ];
   const roles = core.roles.filter((_, i) => core.n_by_role?.[i] > 0);
   if (roles.length) choices.role = byName(roles, mainRole);
@@ -88,6 +89,7 @@ function colorings() {
     const projections = [...new Set(core.sites.map(([, projection]) => projection))];
     choices.projection = byName(projections, (id) => core.sites[column.main_site[id]]?.[1]);
   }
+  if (hasLabels) choices.category = byName(core.labels.categories, categoryOf);
   return choices;
 }
 const COLORINGS = colorings();
@@ -201,7 +203,7 @@ function hover(id, x, y) {
       Number.isNaN(column.max[id]) ? "" : `max ${short(column.max[id])}`].filter(Boolean);
     const lines = [head, drawName(id), element("span", "tip-note", notes.join(" \u00b7 "))];
     showTooltipAt(box.left + x, box.top + y, lines);
-    canvas.setAttribute("aria-label", `Map of features. Feature ${id} ${labelOf(id)}. ` +
+    canvas.setAttribute("aria-label", `Map of features. Feature ${id} ${nameOf(id)}. ` +
       "Enter opens it, arrow keys move, plus and minus zoom.");
   }
   showMap();

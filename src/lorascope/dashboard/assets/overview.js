@@ -2,6 +2,7 @@
 import { core } from "./data.js";
 import { drawSiteGrid, meter, panel, svg } from "./figures.js";
 import { element, percent, short, whole, writeText } from "./format.js";
+import { nameOf } from "./labels.js";
 
 const [WIDTH, GAUGE] = [320, 26]; // of a gauge, in SVG units
 const N_SHOWN = 8; // entries of a list before "show all"
@@ -126,7 +127,7 @@ function drawFeatures(features) {
     item.hidden = i >= N_SHOWN;
     const link = element("a", "top-link");
     link.href = `#/feature/${one.feature}`;
-    link.append(element("span", "row-id", `${one.feature}`), nameOf(one));
+    link.append(element("span", "row-id", `${one.feature}`), titleOf(one));
     const share = one.effect ?? NaN;
     const bar = Number.isFinite(share) ? meter(share / largestEffect(features)) : element("span");
     const number = element("span", "meter-value", Number.isFinite(share) ? percent2(share) : "");
@@ -149,8 +150,9 @@ function drawFeatures(features) {
   return panel("What it learned", note, parts, { testid: "top-features" });
 }
 
-function nameOf(one) {
-  return chip(one.token);
+function titleOf(one) {
+  const name = nameOf(one.feature);
+  return name ? element("span", "name", name) : chip(one.token);
 }
 
 function largestEffect(features) {

@@ -1,7 +1,7 @@
 // What is related to a feature: tokens by four rankings, similar and co-firing features.
 import { column, hasExample } from "./data.js";
 import { meter, panel } from "./figures.js";
-import { labelOf } from "./annotations.js";
+import { nameOf } from "./labels.js";
 import { element, percent, short, writeToken } from "./format.js";
 
 const RANKED = [
@@ -63,8 +63,8 @@ export function drawLink(id) {
 
 // Returns a feature's label, or its strongest token.
 export function drawName(id) {
-  const label = labelOf(id);
-  if (label) return element("span", "name", label);
+  const name = nameOf(id);
+  if (name) return element("span", "name", name);
   const token = element("span", "ranked-token");
   if (hasExample(id)) writeToken(token, column.top_token[id]);
   return token;

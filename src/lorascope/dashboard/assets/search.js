@@ -6,6 +6,7 @@
 // Tokens stay in memory (4 bytes each), so that the next letter needs no decoding.
 import { core, searchable } from "./data.js";
 import { labelOf, noteOf } from "./annotations.js";
+import { givenName } from "./labels.js";
 
 const CONTAINS = 1;
 const BEGINS = 2;
@@ -23,8 +24,10 @@ export async function search(query, where, report) {
   const found = new Uint8Array(core.n_features);
   const number = /^#?\d{1,15}$/.test(wanted.trim()) ? Number(wanted.trim().replace("#", "")) : -1;
   for (let id = 0; id < core.n_features; id++) {
-    const own = labelOf(id) || noteOf(id) ? `${labelOf(id)}\n${noteOf(id)}`.toLowerCase() : "";
-    if (id === number || (own && own.includes(wanted))) found[id] = 1;
+    const words = [labelOf(id), noteOf(id), givenName(id)].filter(Boolean);
+    if (id === number || (words.length && words.join("\n").toLowerCase().includes(wanted))) {
+      found[id] = 1;
+    }
   }
   const marks = marksOf(wanted);
   const n = Math.ceil(core.n_features / core.block);
@@ -67,7 +70,10 @@ function marksOf(wanted) {
 }
 
 function searchBlock(part, first, wanted, marks, where, found) {
-  const { counts, token, length, fires, ranked } = part;
+  const { counts, token, length, fires, ranked, sentences } = part;
+  sentences.forEach((text, i) => {
+    if (text.includes(wanted)) found[first + i] = 1;
+  });
   let window = 0;
   let at = 0;
   for (const owners of counts) {

@@ -1,0 +1,98 @@
+// Labels that come with the page (labels.json): each feature in words, and what its label scores.
+import { labelOf } from "./annotations.js";
+import { column, core } from "./data.js";
+import { element, percent } from "./format.js";
+
+export const hasLabels = core.labels !== null;
+
+// Returns the name of a feature: the user's label, or else the page's; "" if it has neither.
+export function nameOf(id) {
+  return labelOf(id) || givenName(id);
+}
+
+// Returns the page's label of a feature, "" if it has none.
+export function givenName(id) {
+  return core.labels?.names[id] ?? "";
+}
+
+// Returns what the label looks at, "" without a label.
+export function kindOf(id) {
+  return hasLabels && column.label_kind[id] ? core.labels.kinds[column.label_kind[id] - 1] : "";
+}
+
+export function categoryOf(id) {
+  return hasLabels && column.label_kind[id] ? core.labels.categories[column.label_category[id]] : "";
+}
+
+export function authorOf(id) {
+  return hasLabels && column.label_kind[id] ? core.labels.authors[column.label_author[id]] : "";
+}
+
+// Returns a score of a label, NaN if it has none.
+export function labelScore(id, name = "balanced_accuracy") {
+  return hasLabels ? column[`label_${name}`][id] : NaN;
+}
+
+// Returns the score of a label as text, "" if it has none.
+export function scoreText(id) {
+  const score = labelScore(id);
+  return Number.isNaN(score) ? "" : score.toFixed(2);
+}
+
+// Returns the nodes that show a feature's label: its sentence, its score and why to believe it.
+export function drawLabel(record) {
+  if (!hasLabels) return [];
+  const { id } = record;
+  const node = element("section", "label-card");
+  node.dataset.testid = "label-card";
+  if (!givenName(id)) {
+    node.append(element("p", "label-score", "This feature has no label in the page."));
+    return [node];
+  }
+  const sentence = element("p", "label-sentence", record.sentence);
+  sentence.dataset.testid = "label-sentence";
+  const score = element("p", "label-score");
+  score.dataset.testid = "label-score";
+  if (kindOf(id) === "unclear") score.append(element("span", "badge", "unclear"));
+  score.append(summary(id));
+  node.append(sentence, score);
+  const facts = WHY.filter(([, name]) => !Number.isNaN(labelScore(id, name)));
+  if (facts.length) node.append(drawWhy(id, facts));
+  return [node];
+}
+
+function summary(id) {
+  if (authorOf(id) === "person") return "Written by a person. Nobody measured how well it fits.";
+  const judge = core.labels.judges[column.label_judge[id]];
+  const tested = judge && (judge === authorOf(id) ? ", tested by itself" : `, tested by ${judge}`);
+  const author = authorOf(id) === "rule" ? "A rule" : `Written by ${authorOf(id)}${tested}`;
+  if (Number.isNaN(labelScore(id))) return `${author}. It does not fire on the held-out texts.`;
+  const [low, high] = [labelScore(id, "low"), labelScore(id, "high")].map((edge) => edge.toFixed(2));
+  const wrong = labelScore(id, "shuffled");
+  const control = Number.isNaN(wrong) ? "" : `, labels of other features ${wrong.toFixed(2)}`;
+  return `${author}. Balanced accuracy ${scoreText(id)} (${low} to ${high}) on held-out texts; ` +
+    `chance is 0.50${control}.`;
+}
+
+const WHY = [
+  ["recall", "recall", "share of its firings that the label covers"],
+  ["precision", "precision", "share of the covered tokens at which it fires"],
+  ["same token", "same_token", "balanced accuracy among tokens of the same text; 50 % is chance"],
+  ["neighbours", "near",
+    "balanced accuracy among tokens at which similar features fire; 50 % is chance"],
+];
+
+function drawWhy(id, facts) {
+  const why = element("details", "label-why");
+  why.append(element("summary", "", `Why (${kindOf(id)}, ${categoryOf(id)})`));
+  const list = element("dl", "effect-facts");
+  for (const [label, name, note] of facts) {
+    const fact = element("div", "effect-fact");
+    const value = element("dd", "", percent(labelScore(id, name)));
+    value.dataset.testid = `label-${name}`;
+    fact.append(element("dt", "", label), value, element("dd", "effect-note", note));
+    list.append(fact);
+  }
+  why.append(list);
+  return why;
+}
