@@ -383,7 +383,7 @@ def true_dictionary(store: ActivationStore, planted: list[Behaviour], sae: SAE) 
     )
 
 
-def study(folder: Path, n_texts: int, seed: int, k: float = 0.5) -> dict[str, Any]:
+def study(folder: Path, n_texts: int, seed: int, k: float = 0.2) -> dict[str, Any]:
     """Plant, run everything in `folder`, and return the results with precision and recall."""
     store, planted = make(folder, n_texts, seed)
     base, adapter = folder / "base", folder / "adapter"

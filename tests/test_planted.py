@@ -16,7 +16,7 @@ def found(tmp_path_factory):
     module = importlib.util.module_from_spec(spec)
     sys.modules["planted"] = module
     spec.loader.exec_module(module)
-    return module.study(tmp_path_factory.mktemp("planted"), n_texts=25, seed=0)
+    return module.study(tmp_path_factory.mktemp("planted"), n_texts=100, seed=0)
 
 
 def test_the_adapter_does_what_was_planted_and_the_base_does_not(found):
@@ -52,8 +52,8 @@ def test_rules_of_planted_features_name_the_planted_tokens(found):
 
 
 def test_a_trained_sae_finds_planted_behaviours_and_they_go_with_its_features(found):
-    assert found["recall"] >= 0.5
-    assert found["precision"] >= 0.5
+    assert found["recall"] >= 0.8
+    assert found["precision"] >= 0.8
     for one in found["results"]:
         if one["f1"] > 0.9:
             assert one["removed"] > 0.5
