@@ -97,6 +97,7 @@ TOPICS = {
     "architectures",
     "damage",
     "docs",
+    "file_systems",
     "fuzz",
     "golden_thread",
     "house",

@@ -13,10 +13,12 @@ Other programs read the same file as ordinary HDF5. The same arrays give the sam
 
 import json
 import math
+import mmap
 import re
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,14 +43,33 @@ def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]], header: Any
     block = 512
     while block < len(_header_line(header, plain, {})) + _DIGITS * len(plain):
         block *= 2
-    with h5py.File(
-        path, "w", userblock_size=block, alignment_threshold=1, alignment_interval=64
-    ) as file:
-        for name, array in plain.items():
-            file.create_dataset(name, data=array, track_times=False)
-        offsets = {name: file[name].id.get_offset() for name in plain if plain[name].size}
+    with _Unfailing(path, "w+") as raw:
+        with h5py.File(
+            raw, "w", userblock_size=block, alignment_threshold=1, alignment_interval=64
+        ) as file:
+            for name, array in plain.items():
+                file.create_dataset(name, data=array, track_times=False)
+            offsets = {name: file[name].id.get_offset() for name in plain if plain[name].size}
+        if raw.failure:
+            raise raw.failure
     with path.open("r+b") as file:
         file.write(_header_line(header, plain, offsets))
+
+
+class _Unfailing(FileIO):
+    """A file that keeps the error of a write for later: libhdf5 can crash on a full disk."""
+
+    failure: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        """Write all bytes, or none after a failure, and say that all are written."""
+        rest = memoryview(data)
+        try:
+            while rest and not self.failure:
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self.failure = OSError(error.errno, error.strerror, self.name)
+        return len(memoryview(data))
 
 
 def _header_line(header: Any, arrays: Arrays, offsets: Mapping[str, int]) -> bytes:
@@ -79,6 +100,11 @@ def read_header(path: Path) -> dict[str, Any] | None:
     return header if isinstance(header, dict) else None
 
 
+def mapped(file: IO[bytes]) -> mmap.mmap:
+    """Map a file into memory to read it. Private, because some file systems share no maps."""
+    return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+
+
 def map_arrays(path: Path) -> tuple[dict[str, Any], Arrays]:
     """Return the header and every array, mapped into memory: nothing is read before it is used.
 
@@ -95,7 +121,8 @@ def map_arrays(path: Path) -> tuple[dict[str, Any], Arrays]:
             f"{path} is damaged, or an older lorascope made it: it begins with no table of arrays; "
             "make it again"
         )
-    mapped = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
+    with path.open("rb") as file:
+        data = np.frombuffer(mapped(file), np.uint8)
     arrays: Arrays = {}
     for name, entry in table.items():
         if (span := _span(entry, size)) is None:
@@ -104,7 +131,7 @@ def map_arrays(path: Path) -> tuple[dict[str, Any], Arrays]:
                 f"its {size} bytes; make it again"
             )
         dtype, shape, start, stop = span
-        arrays[name] = mapped[start:stop].view(dtype).reshape(shape)
+        arrays[name] = data[start:stop].view(dtype).reshape(shape)
     return header, arrays
 
 

@@ -13,20 +13,22 @@ the file with these digits as zeros. `check_files` finds every changed, missing 
 `stage` has how an artifact is made.
 """
 
+import errno
 import hashlib
 import json
-import mmap
 import os
+import re
 import struct
 import zipfile
 import zlib
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from mmap import mmap
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lorascope.arrayfile import read_header
+from lorascope.arrayfile import mapped, read_header
 from lorascope.errors import ArtifactError, LorascopeError
 from lorascope.sites import SiteLayout
 from lorascope.version import __version__
@@ -41,6 +43,7 @@ _LFS = b"version https://git-lfs"
 _LARGEST_POINTER = 1024  # bytes
 _HUB_FILES = {"README.md", ".gitattributes"}  # that a model hub puts into every folder
 _LARGEST_MANIFEST = 1 << 26  # bytes
+_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # that fsync gives where there is none
 _DAMAGED = (  # what reading a damaged file may raise
     OSError,
     ValueError,
@@ -172,11 +175,13 @@ def seal_file(path: Path) -> None:
     with path.open("r+b") as file:
         if path.stat().st_size == 0:
             return
-        with mmap.mmap(file.fileno(), 0) as data:
+        with mapped(file) as data:
             start = _find_seal(data)
             if start is None or data[start : start + 64] != b"0" * 64:
                 return
-            data[start : start + 64] = _digest_with_empty_seal(data, start)
+            digits = _digest_with_empty_seal(data, start)
+        file.seek(start)
+        file.write(digits)
 
 
 def sealed(text: str) -> str:
@@ -191,7 +196,7 @@ def sealed(text: str) -> str:
 def check_seal(path: Path) -> str | None:
     """Return how a sealed file was changed, or None when it is as it was written."""
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with path.open("rb") as file, mapped(file) as data:
             start = _find_seal(data)
             if start is None:
                 return f"{path.name} has no seal: it is damaged, or an older lorascope made it"
@@ -202,7 +207,7 @@ def check_seal(path: Path) -> str | None:
     return None
 
 
-def _find_seal(data: mmap.mmap | bytes) -> int | None:
+def _find_seal(data: mmap | bytes) -> int | None:
     """Return where the digits of the seal begin: at the very end, or else the first ones."""
     last = max(len(data) - len(EMPTY_SEAL), 0)
     found = last if data[last:].startswith(SEAL) else data.find(SEAL)
@@ -210,7 +215,7 @@ def _find_seal(data: mmap.mmap | bytes) -> int | None:
     return start if found >= 0 and start + 64 <= len(data) else None
 
 
-def _digest_with_empty_seal(data: mmap.mmap | bytes, start: int) -> bytes:
+def _digest_with_empty_seal(data: mmap | bytes, start: int) -> bytes:
     hasher = hashlib.sha256()
     with memoryview(data) as view, view[:start] as before, view[start + 64 :] as after:
         hasher.update(before)
@@ -346,17 +351,34 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Generator[Path]:
-    """Yield the name to write a file under; it is then synced and takes the name `path`."""
+    """Yield the name to write a file under; it is then synced and takes the name `path`.
+
+    An error of the system that safetensors gives another type to is raised as an OSError.
+    """
     sibling = path.with_name(path.name + ".tmp")
-    yield sibling
+    try:
+        yield sibling
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if isinstance(error, OSError) or number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(path)) from error
     sync(sibling)
     sibling.replace(path)
 
 
 def sync(path: Path) -> None:
-    """Wait until the file or folder is on the disk."""
+    """Wait until the file or folder is on the disk.
+
+    Some file systems cannot sync a folder (SMB, some of FUSE): there a power cut may undo the last
+    rename, and nothing can be done about it.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
     finally:
         os.close(handle)

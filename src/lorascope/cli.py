@@ -194,6 +194,7 @@ _MEMORY = ("expansion_factor", "batch_size", "batch_tokens", "max_length", "top_
 # errors of the file system that a user can mend: no room, no right, a path that cannot be
 _OF_THE_USER = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 _OF_THE_USER += (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+_OF_THE_USER += (errno.EFBIG, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOLCK)  # of disks
 
 
 class _Parser(argparse.ArgumentParser):

@@ -39,6 +39,7 @@ WORKER = "--worker"  # lorascope --worker COMMAND JSON is one process of a job
 _JOB = "lorascope-"  # the ids of jobs that `launch` started begin with this
 _LINE_EVERY = 10.0  # seconds between lines of progress where stderr is no terminal
 _MARKS = 7  # lines of progress that a rate is measured over
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system without any
 _POLL = 0.1  # seconds between checks for what other processes have finished
 
 
@@ -200,7 +201,7 @@ def _lock(file: IO[str], work_unit: int) -> bool:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, work_unit)
     except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        if error.errno in NO_LOCKS:
             return work_unit % world_size() == process_rank()
         return False
     return True

@@ -20,7 +20,7 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from lorascope import runtime
 from lorascope.artifact import (
@@ -79,11 +79,8 @@ def _drop_remains(out: Path, identity: Identity) -> None:
     if not path.is_dir() or _recorded(path) not in (None, _record(identity)):
         return
     with (path / _LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return  # another process is just about to
-        shutil.rmtree(path)
+        if _take(lock):  # else another process is just about to, or nobody can tell
+            shutil.rmtree(path)
 
 
 def unfinished(out: Path) -> Path:
@@ -163,12 +160,14 @@ def building(out: Path, identity: Identity, *, overwrite: bool) -> Generator[Bui
             f"cannot write {path}: {error.strerror}; choose another output"
         ) from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if (taken := _take(lock)) is False:
             raise ArtifactError(
                 f"another process is writing {out}; wait for it, or give another output"
-            ) from error
+            )
+        if taken is None:
+            log.warning(
+                "the file system of %s has no locks: start no other command with this output", out
+            )
         if _recorded(path) not in (None, record):
             if not overwrite:
                 raise ArtifactError(
@@ -185,6 +184,19 @@ def building(out: Path, identity: Identity, *, overwrite: bool) -> Generator[Bui
             if path.is_dir() and {child.name for child in path.iterdir()} <= {_LOCK, _SETTINGS}:
                 shutil.rmtree(path)  # nothing was finished, so nothing is left behind
             raise
+
+
+def _take(lock: IO[str]) -> bool | None:
+    """Lock a file; say False if another process has it, None if the file system has no locks."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in runtime.NO_LOCKS:
+            raise
+        return None
+    return True
 
 
 def built(

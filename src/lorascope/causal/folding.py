@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorascope.activations.store import ActivationStore
+from lorascope.artifact import replacing
 from lorascope.causal.patch import Patch
 from lorascope.sites import SiteLayout
 from lorascope.subject.adapter import Adapter, lora_tensors
@@ -112,7 +113,8 @@ def write_folded(
             whole = unmix(exact) @ whole @ exact
         b = tensors[name]
         tensors[name] = (b.double() @ whole).to(b.dtype).contiguous()
-    save_file(tensors, out, metadata={"format": "pt"})
+    with replacing(out) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
 
 
 def _touched(patch: Patch) -> list[tuple[int, Any]]:

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Float32, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lorascope.artifact import Identity, canonical
+from lorascope.artifact import Identity, canonical, replacing
 from lorascope.errors import ArtifactError
 from lorascope.sae.files import NAMES, checked
 from lorascope.sae.model import KIND, SAE, SCHEMA
@@ -96,7 +96,9 @@ class Patch:
             "factor": self.factor,
             "layout": self.layout.to_json(),
         }
-        safetensors.torch.save_file(tensors, path, metadata={"lorascope": canonical(metadata)})
+        with replacing(path) as temporary:
+            text = {"lorascope": canonical(metadata)}
+            safetensors.torch.save_file(tensors, temporary, metadata=text)
 
     def change(
         self, rows: Float[Tensor, "*batch d_in"], is_edited: Bool[Tensor, "*batch"]
