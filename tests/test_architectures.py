@@ -13,7 +13,7 @@ import transformers
 from builders.subjects import N_TERMS
 from builders.tolerance import assert_same_up_to_rounding
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lorascope.errors import AdapterError
 from lorascope.subject.adapter import WEIGHTS, inspect_adapter, ranks_by_projection
@@ -239,6 +239,37 @@ def test_lora_on_fused_experts_is_refused_by_name_or_left_active_and_unread(made
     assert not torch.allclose(changed, without)  # they were active
 
 
+@pytest.mark.parametrize("version", ["0.18.1", ""])
+def test_fused_experts_of_peft_before_0_19_are_read_in_their_own_layout(version, tmp_path):
+    # The widths of gate_up_proj are equal here, so shapes do not tell the layouts apart.
+    made = next(made for made in CASES if made.name == "Qwen3Moe")
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    base, folder = save_subject(made, tmp_path, target_parameters=parameters, lora_dropout=0.0)
+    tensors = load_file(folder / WEIGHTS)
+    generator = torch.Generator().manual_seed(0)
+    expected: dict[str, torch.Tensor] = {}
+    for name in [name for name in tensors if ".experts." in name and "lora_A" in name]:
+        is_up = "base_layer" in name  # PEFT wraps the parameters one in the other
+        d_1, d_2 = (16, 16) if is_up else (16, 8)
+        a = torch.randn(4 * 2, d_1, generator=generator)
+        b = torch.randn(d_2, 2 * 4, generator=generator)
+        tensors[name], tensors[name.replace("lora_A", "lora_B")] = a, b
+        delta = torch.einsum("ore,eri->eio", b.reshape(d_2, 2, 4), a.reshape(4, 2, d_1))
+        expected[name.removesuffix(".lora_A.weight")] = 8 * delta
+    save_file(tensors, folder / WEIGHTS)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "peft_version": version}))
+    if not version:
+        with pytest.raises(AdapterError, match=r"fused experts.*add its peft_version"):
+            load(base, folder, skip_unhookable=True)
+        return
+    subject = load(base, folder, skip_unhookable=True)
+    assert len(expected) == N_EXPERT_PLACES
+    for path, delta in expected.items():
+        layer: Any = subject.model.get_submodule(path)
+        torch.testing.assert_close(layer.get_delta_weight("default"), delta)
+
+
 def test_lora_on_a_module_whose_weight_is_used_without_calling_it_is_found_by_running_it(tmp_path):
     # pitfall 26: nothing but a forward tells it
     mamba = next(made for made in CASES if made.name == "Mamba")
@@ -264,8 +295,6 @@ def test_an_adapter_of_separate_experts_is_fused_by_peft_and_its_attention_is_re
                 key = f"{place}.{name}_proj"
                 tensors[f"{key}.lora_A.weight"] = torch.randn(2, d_x, generator=generator)
                 tensors[f"{key}.lora_B.weight"] = torch.randn(d_y, 2, generator=generator)
-    from safetensors.torch import save_file
-
     save_file(tensors, adapter / WEIGHTS)
     config = json.loads((adapter / "adapter_config.json").read_text())
     config["target_modules"] = [*made.targets, "gate_proj", "up_proj", "down_proj"]

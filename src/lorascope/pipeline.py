@@ -102,7 +102,7 @@ def run(config: RunConfig) -> Path:
         log.info("stage %d of %d: %s", number, len(stages), name)
         begun = time.perf_counter()
         try:
-            if name == "generate" and d_in:
+            if isinstance(options, GenerateConfig) and d_in:
                 generate.run(options, partial(_log_estimate, config, device, d_in))
             else:
                 stage.run(_completed(options, stages, failed))

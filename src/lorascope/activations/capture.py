@@ -286,9 +286,9 @@ def compare_likelihood(subject: Subject, rollouts: Sequence[Rollout]) -> None:
         with cast(Any, subject.model).disable_adapter():
             without = _log_probabilities(subject, ids, mask)
         target = ids[0, 1:].to(with_adapter.device)[mask.to(with_adapter.device), None]
-        losses = (-float(own.gather(1, target).mean()) for own in (with_adapter, without))
+        own, base = (-float(one.gather(1, target).mean()) for one in (with_adapter, without))
         kl = (with_adapter.exp() * (with_adapter - without)).nan_to_num(0.0).sum(1).mean()
-        measured.append((*losses, float(kl)))
+        measured.append((own, base, float(kl)))
     if not measured:
         return
     values = np.array(measured)

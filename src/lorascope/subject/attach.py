@@ -130,7 +130,7 @@ def _fits(module: nn.Module | None, adapter: Adapter, parts: dict[str, str]) -> 
     if module is None or "lora_A" not in parts or "lora_B" not in parts:
         return module is not None
     a, b = adapter.shapes[parts["lora_A"]], adapter.shapes[parts["lora_B"]]
-    sizes = [getattr(module, f"{side}_features", None) for side in ("in", "out")]
+    sizes: list[Any] = [getattr(module, f"{side}_features", None) for side in ("in", "out")]
     if None in sizes:
         weight = getattr(module, "weight", None)
         sizes = list(weight.shape) if isinstance(weight, Tensor) else []
@@ -244,6 +244,7 @@ def _match_tensors(
     if repairs:
         log.info("renamed %d tensors of %s %s", len(names), adapter.name, ", ".join(repairs))
     renamed = {names[name]: tensor for name, tensor in tensors.items()}
+    renamed = _in_current_layout(model, renamed, adapter)
     wrong = sorted(name for name in renamed if tuple(renamed[name].shape) != allowed[name])
     if wrong:
         name = wrong[0]
@@ -253,6 +254,44 @@ def _match_tensors(
             f"({len(wrong)} such tensors)"
         )
     return renamed
+
+
+def _in_current_layout(
+    model: PeftModel, tensors: dict[str, Tensor], adapter: Adapter
+) -> dict[str, Tensor]:
+    """Return the tensors with LoRA on fused experts as PEFT keeps it since 0.19.
+
+    Before, `A` had the width of the parameter's second axis and `B` that of the third; now `B` and
+    `A` do. Where both are as wide, only the version tells, and PEFT would load the transpose.
+    """
+    made_with = str(adapter.config.get("peft_version") or "")
+    version = tuple(int(number) for number in re.findall(r"\d+", made_with)[:2])
+    tensors, layers = dict(tensors), dict[str, Any](model.named_modules())
+    for path, layer in layers.items():
+        to_a, to_b = (f"{path}.lora_{part}.weight" for part in "AB")
+        if getattr(layer, "num_experts", 1) == 1 or not {to_a, to_b} <= tensors.keys():
+            continue
+        if getattr(layer.get_base_layer(), "is_transposed", False):
+            continue  # its layout never changed
+        a, b, n = tensors[to_a], tensors[to_b], layer.num_experts
+        widths, is_old = (layer.in_features, layer.out_features), version < (0, 19)
+        what = f"{path} of {adapter.name} has LoRA on fused experts, whose layout PEFT 0.19 changed"
+        if widths[0] != widths[1]:
+            is_old = (a.shape[1], b.shape[0]) == widths[::-1]
+        elif not version:
+            raise AdapterError(
+                f"{what}; {CONFIG} does not say which PEFT made it: add its peft_version"
+            )
+        elif version >= (0, 19) and not hasattr(layer, "_did_swap_in_out_features"):
+            raise AdapterError(
+                f"{what}: PEFT {made_with} made it, {peft.__version__} is installed; install a "
+                "newer PEFT"
+            )
+        if is_old and hasattr(layer, "_did_swap_in_out_features"):
+            log.info("%s: turned LoRA on fused experts into the layout since PEFT 0.19", path)
+            tensors[to_a] = b.reshape(len(b), -1, n).permute(2, 1, 0).flatten(0, 1).contiguous()
+            tensors[to_b] = a.reshape(n, -1, a.shape[1]).permute(2, 1, 0).flatten(1).contiguous()
+    return tensors
 
 
 def _fuse_experts(model: PeftModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
