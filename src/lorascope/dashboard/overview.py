@@ -33,7 +33,7 @@ from lorascope.features.index import FeatureIndex
 
 N_FEATURES = 24
 N_SHIFTS = 16
-N_GROUPS = 12
+N_GROUPS = 8
 N_NAMED = 4  # tokens in the headline
 _MIN_NAMED = 0.02  # share of all change from which a token is named there
 _MIN_ROLE = 0.02
