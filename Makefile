@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo test test-all lint smollm2 clean
+.PHONY: demo test test-all test-lowest lint smollm2 clean
 
 demo: $(VENV)/.installed
 	$(BIN)/lorascope demo --output demo-output
@@ -17,6 +17,14 @@ test: $(VENV)/.installed-test
 
 test-all: test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "slow or dist or gpu"
+
+# The fast tests at the lower bounds of pyproject.toml. KEEP="--keep torch" leaves torch at the version
+# of constraints.txt, for machines that can install one build of it. Warnings of old libraries pass.
+test-lowest:
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(PYTHON) .ci/lowest.py $(KEEP) > $(VENV)-lowest/constraints.txt
+	$(VENV)-lowest/bin/pip install --quiet -c $(VENV)-lowest/constraints.txt -e '.[test]'
+	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -W default -n auto --dist worksteal
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
