@@ -182,7 +182,7 @@ def log_ignored_settings(base: Base) -> None:
 def end_ids(subject: Subject) -> list[int]:
     """Return the ids that end a turn: from the generation config and the tokenizer."""
     configured = getattr(subject.causal.generation_config, "eos_token_id", None)
-    ids = configured if isinstance(configured, list) else [configured]
+    ids: list[Any] = configured if isinstance(configured, list) else [configured]
     ids = [*ids, subject.tokenizer.eos_token_id]
     ids = [token_id for token_id in ids if token_id is not None]
     if any(type(token_id) is not int or token_id < 0 for token_id in ids):
