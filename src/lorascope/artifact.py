@@ -351,21 +351,25 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Generator[Path]:
-    """Yield the name to write a file under; it is then synced and takes the name `path`.
-
-    An error of the system that safetensors gives another type to is raised as an OSError.
-    """
+    """Yield the name to write a file under; it is then synced and takes the name `path`."""
     sibling = path.with_name(path.name + ".tmp")
-    try:
+    with errors_of_the_system(path):
         yield sibling
+    sync(sibling)
+    sibling.replace(path)
+
+
+@contextmanager
+def errors_of_the_system(path: Path) -> Generator[None]:
+    """Raise as an OSError what libraries in Rust raise as other types: a full disk, for example."""
+    try:
+        yield
     except Exception as error:
         number = re.search(r"\(os error (\d+)\)", str(error))
         if isinstance(error, OSError) or number is None:
             raise
         code = int(number[1])
         raise OSError(code, os.strerror(code), str(path)) from error
-    sync(sibling)
-    sibling.replace(path)
 
 
 def sync(path: Path) -> None:

@@ -27,7 +27,7 @@ import numpy as np
 from lorascope import runtime
 from lorascope.activations.shards import VOCABULARY, Vocabulary, count_rows, write_shard
 from lorascope.activations.store import KIND, SCHEMA, default_name
-from lorascope.artifact import Identity, replacing, write_text
+from lorascope.artifact import Identity, errors_of_the_system, replacing, write_text
 from lorascope.config import option
 from lorascope.errors import ConfigError, LorascopeError
 from lorascope.sites import SiteLayout, parse_adapter_types
@@ -420,7 +420,8 @@ def _vocabulary(subject: "Subject") -> Vocabulary:
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Save the tokenizer's files without what transformers adds about this machine's cache."""
-    tokenizer.save_pretrained(folder)
+    with errors_of_the_system(folder):
+        tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     options = json.loads(file.read_text(encoding="utf-8"))
     for key in ("local_files_only", "is_local", "name_or_path"):

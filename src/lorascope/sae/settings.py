@@ -28,6 +28,7 @@ Architecture = Literal["batchtopk", "topk", "jumprelu", "matryoshka"]
 _MOST_PER_COLUMN, _MOST_LATENTS = 16, 16_384
 _COLUMNS_PER_FIRING, _MOST_FIRING = 8, 50
 _SEEDS = 2**63  # torch's generators accept smaller seeds only
+_FIXED_BYTES = 1 << 28  # that training takes whatever the size of the dictionary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,19 +166,16 @@ class TrainOptions(Config):
         n_seeds, n_other = len(self.values_of("seed")), len(self.values_of("k"))
         n_saes = n_seeds * n_other * len(self.values_of("lr"))
         n_latents = n_saes * d_in * sum(self.values_of("expansion_factor"))
-        return 4 * n_latents * (12 * d_in + 4 * self.batch_size) + (1 << 28)
+        return 4 * n_latents * (12 * d_in + 4 * self.batch_size) + _FIXED_BYTES
 
     def require_memory(self, d_in: int, free: int | None) -> None:
         """Raise ConfigError if training surely needs more than `free` bytes, warn if it may."""
         needed = self.training_bytes(d_in)
         if free is None or needed <= free:
             return
-        largest = max(self.values_of("expansion_factor"))
-        smaller = [
-            replace(self, expansion_factor=factor).training_bytes(d_in)
-            for factor in range(1, largest)
-        ]
-        fitting = sum(size <= free for size in smaller)
+        factors = self.values_of("expansion_factor")
+        largest = max(factors)
+        fitting = max(0, free - _FIXED_BYTES) * sum(factors) // (needed - _FIXED_BYTES)
         how = f"lower --expansion-factor to {fitting}, or " if fitting else ""
         text = (
             f"training {largest * d_in:,} latents on {d_in:,} columns needs about "
