@@ -263,3 +263,25 @@ def test_the_fast_forward_has_the_gradients_of_pefts(subject):
                 (rows[fast],) = torch.autograd.grad(loss, leaf)
     assert rows[True].abs().max() > 0
     assert_same_up_to_rounding(rows[True], rows[False], n_terms=10 * N_TERMS)
+
+
+@torch.inference_mode()
+def test_layers_that_run_again_for_the_backward_pass_give_the_same_gradients(subject):
+    """Also where several gradients are taken of one run, and another run lies between."""
+    found = {}
+    with torch.inference_mode(False), RowEditor(subject, fast=True) as editor:
+        values = editor.run(BATCH).rows.detach()
+        for lean in (False, True):
+            with torch.enable_grad():
+                leaf = values.clone().requires_grad_()
+                logits = editor.run(BATCH, held=leaf, lean=lean).logits.log_softmax(-1)
+                with torch.no_grad():
+                    editor.run(BATCH[:1], nothing)
+                found[lean] = torch.stack(
+                    [
+                        torch.autograd.grad(logits[..., token].sum(), leaf, retain_graph=True)[0]
+                        for token in (7, 200)
+                    ]
+                )
+    assert found[True].abs().max() > 0
+    assert_same_up_to_rounding(found[True], found[False], n_terms=10 * N_TERMS)

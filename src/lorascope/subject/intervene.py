@@ -9,9 +9,9 @@ open:
    `back = unmix(mix)`. A row of zeros then writes exactly nothing.
 3. The rest of the network continues from the new `h`: later sites read the effect of the edit.
 
-This runs PEFT's own forward, because that is the model that users run. With `fast`, plain LoRA
-layers run `out = base(x) + r'·(scale·B·back)ᵀ` in one pass instead, and held rows are written
-without computing `A·x` at all; the results differ by rounding only. If a site does not run exactly
+By default this runs PEFT's own forward. With `fast`, plain LoRA layers run
+`out = base(x) + r'·(scale·B·back)ᵀ` in one pass instead, and held rows are written without
+computing `A·x` at all; the results differ by rounding only. If a site does not run exactly
 once for every token, that is an error and never a run without its edit: torch silently skips hooks
 on a module that was compiled before.
 """
@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -77,7 +78,8 @@ class RowEditor:
         self._shape: tuple[int, ...] = ()
         self._edit: Edit | None = None
         self._push: Tensor | None = None
-        self._held: Tensor | None = None
+        self._held: tuple[Tensor, ...] | None = None  # per site
+        self._lean = False
         self._kept: list[Tensor] | None = None
         self._above: tuple[int, Tensor] | None = None
         takes = inspect.signature(subject.causal.forward).parameters
@@ -126,6 +128,7 @@ class RowEditor:
         logits_at: Int[Tensor, "kept"] | None = None,
         keep_layers: bool = False,
         above: tuple[int, Float[Tensor, "batch seq d"]] | None = None,
+        lean: bool = False,
     ) -> Outcome:
         """Run one batch of rollouts with the adapter on and its rows changed by `edit`.
 
@@ -133,7 +136,9 @@ class RowEditor:
         `logits_at` are the positions whose logits to return; default: all.
 
         `above` (fast only) is a decoder layer and its input: those below do not run, and the
-        outcome has no rows of theirs. `keep_layers` keeps the outputs that such inputs are.
+        outcome has no rows of theirs. `keep_layers` keeps the outputs that such inputs are. `lean`
+        (fast only) keeps no more of each decoder layer than its input for the backward pass, which
+        runs the layer again.
 
         Rollouts begin at position 0; a shorter one may be padded on the right with any token.
         `push` is a control: it adds a random direction, the same for every token, to what site i
@@ -144,8 +149,10 @@ class RowEditor:
         assert edit is None or held is None
         self._read = [[] for _ in self.subject.sites]
         self._edit, self._push, self._shape = edit, push, tuple(token_ids.shape)
+        self._lean = lean and torch.is_grad_enabled()
         if held is not None:
-            self._held = held.to(self.subject.device, torch.float32)
+            held = held.to(self.subject.device, torch.float32)
+            self._held = held.split([site.rank for site in self.subject.layout.sites], dim=-1)
             self._edit = lambda columns, _: held[..., columns]
         given: dict[str, Any] = {} if cache in (None, True) else {"past_key_values": cache}
         self._kept, self._above = [] if keep_layers else None, above
@@ -163,12 +170,23 @@ class RowEditor:
             return Outcome(logits, rows, out.get("past_key_values"), self._kept or [])
         finally:
             self._read = self._edit = self._push = self._held = self._kept = self._above = None
+            self._lean = False
 
     def base(self, token_ids: Int[Tensor, "batch seq"]) -> Tensor:
         """Run one batch of rollouts without the adapter; return the logits."""
         with adapter_off(self.subject):
             out = self.subject.causal(input_ids=token_ids.to(self.subject.device), use_cache=False)
         return out.logits
+
+    @contextmanager
+    def _again(self, state: tuple[Any, ...]) -> Generator[None]:
+        """Run a part of an earlier run, for its backward pass, as it ran then."""
+        self._read = [[] for _ in self.subject.sites]
+        self._edit, self._push, self._held, self._shape = state
+        try:
+            yield
+        finally:
+            self._read = self._edit = self._push = self._held = None
 
     def _fast_forward(self, index: int, layer: Any) -> Callable[..., Tensor]:
         """Return the forward of a plain layer: read, edit and write its row in few passes."""
@@ -186,7 +204,7 @@ class RowEditor:
             self._require_tokens(index, x.numel() // x.shape[-1])
             out = layer.base_layer(x, *args, **kwargs)
             if self._held is not None:
-                values = self._held[..., columns].to(x.device)
+                values = self._held[index].to(x.device)
                 self._read[index].append(values)
             else:
                 values = nn.functional.linear(x.to(read.dtype), read).float()
@@ -201,6 +219,8 @@ class RowEditor:
                     written = self._pushed(index, written, direction)
                 return (out + written.view_as(out)).to(out.dtype)
             flat = out.view(-1, out.shape[-1])
+            if torch.is_grad_enabled():  # the gradient of an in-place sum would copy the output
+                return torch.addmm(flat, left, write).view_as(out)
             if len(write) == 1:
                 flat.addcmul_(left, write)  # twice as fast as a product with one column
             else:
@@ -216,12 +236,25 @@ class RowEditor:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self._above is not None and index < self._above[0]:
                 return self._above[1]
+            if self._lean:
+                return self._checkpointed(own, *args, **kwargs)
             out = own(*args, **kwargs)
             if self._kept is not None and isinstance(out, Tensor):
                 self._kept.append(out)
             return out
 
         return forward
+
+    def _checkpointed(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        state = self._edit, self._push, self._held, self._shape
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._read is not None:
+                return own(*args, **kwargs)
+            with self._again(state):
+                return own(*args, **kwargs)
+
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     def _at_read(self, index: int) -> Callable[..., Tensor | None]:
         mix, back = self.subject.mixes[index], self._backs[index]
@@ -309,14 +342,16 @@ def adapter_off(subject: Subject) -> Generator[None]:
     """Turn the adapter off in this block: LoRA, DoRA and trained modules.
 
     PEFT marks the adapter's weights as trainable when it turns it on again; this restores their
-    `requires_grad`.
+    `requires_grad`. Its own `disable_adapter` first looks up the state of all layers, which takes
+    longer than a short text.
     """
     model: Any = subject.model
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.base_model.disable_adapter_layers()
     try:
-        with model.disable_adapter():
-            yield
+        yield
     finally:
+        model.base_model.enable_adapter_layers()
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 
