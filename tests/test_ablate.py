@@ -228,10 +228,9 @@ def test_what_is_shared_between_runs_changes_numbers_by_rounding_only(dirs, stor
             n = len(rows)
             held = []
             for first in (0, n // 2, n - 1, 1, n - 2):
-                changed, where = rows.clone(), torch.zeros(n, dtype=torch.bool)
-                changed[first:, first % store.d_in] = 0
-                where[first] = True
-                held.append(HeldChange(changed, where))
+                added = torch.zeros(n - first, store.d_in)
+                added[:, first % store.d_in] = -rows[first:, first % store.d_in]
+                held.append(HeldChange(torch.arange(first, n), added))
             fast, plain = (
                 run_held(editor, held_out, batch, rows, held, share_prefix=share)
                 for share in (True, False)

@@ -1,6 +1,7 @@
 """Contributions of features to predictions: against theory, and against real removals."""
 
 import json
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from lorascope.causal.gradients import (
     Targets,
     mean_gradients,
     no_weight_gradients,
+    path_gradients,
 )
 from lorascope.causal.study import open_report
 from lorascope.cli import call
@@ -197,6 +199,45 @@ def test_a_gradient_at_the_adapters_rows_is_the_slope_of_the_prediction(dirs):
                 moved.append(float(targets.values(logits[0, targets.positions - 1])))
             slope = (moved[0] - moved[1]) / 0.04
             assert float(gradient[place, column]) == pytest.approx(slope, rel=0.02, abs=2e-4)
+
+
+def test_gradients_are_the_same_however_points_and_targets_are_grouped(dirs):
+    subject = load(dirs[1], dirs[0])
+    ids = IDS
+    with RowEditor(subject, fast=True) as editor, no_weight_gradients(subject):
+        with torch.no_grad():
+            rows, base = editor.run(ids).rows[0], editor.base(ids)
+        n = ids.shape[1]
+        targets = Targets.at("kl", torch.arange(1, n), ids, base)
+        whole = path_gradients(editor, ids, rows, targets, 5, 100 * n)
+        for kept_tokens in (2 * n, n, 1):  # several points share a batch; one; layers run again
+            parts = path_gradients(editor, ids, rows, targets, 5, kept_tokens)
+            assert_same_up_to_rounding(parts, whole, n_terms=100 * N_TERMS)
+        for group in targets.groups():
+            parts = path_gradients(editor, ids, rows, group, 5, n)
+            at = [int((targets.positions == p).nonzero()) for p in group.positions]
+            before = parts.shape[2]
+            expected = whole[:, at, :before]
+            assert_same_up_to_rounding(parts, expected, n_terms=100 * N_TERMS)
+            assert not whole[:, at, before:].any()
+
+
+def test_groups_hold_each_target_once_and_cost_least():
+    positions = torch.tensor([3, 90, 4, 50, 88, 2, 100])
+    targets = Targets("logprob", positions, positions, torch.zeros(7, 2))
+
+    def cost(groups):
+        return sum((1 + len(group)) * max(group) for group in groups)
+
+    found = [group.positions.tolist() for group in targets.groups()]
+    assert sorted(p for group in found for p in group) == sorted(positions.tolist())
+    last = sorted(positions.tolist(), reverse=True)
+    ways = [
+        [last[i:j] for i, j in pairwise([0, *cuts, len(last)])]
+        for n in range(len(last))
+        for cuts in combinations(range(1, len(last)), n)
+    ]
+    assert cost(found) == min(map(cost, ways))
 
 
 def test_only_tokens_before_a_target_contribute_to_it(dirs):

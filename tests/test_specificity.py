@@ -12,7 +12,7 @@ from lorascope.activations.store import ActivationStore
 from lorascope.causal import specificity
 from lorascope.causal.gradients import no_weight_gradients
 from lorascope.causal.held_out import SPECIAL, HeldOut
-from lorascope.causal.removals import HeldChange, run_held
+from lorascope.causal.removals import run_held
 from lorascope.causal.specificity import Specificity, judge
 from lorascope.subject.intervene import RowEditor
 
@@ -60,10 +60,7 @@ def test_estimates_of_small_removals_are_the_real_kl(held_out, monkeypatch):
         for batch in held_out.batches(copies=2048):
             rows = editor.run(batch.token_ids).rows[0]
             code = found.code(batch, rows)
-            changes = [
-                HeldChange(rows - code[:, [i]] * sae.W_dec[i], code[:, i] > 0)
-                for i in range(sae.d_sae)
-            ]
+            changes = [found.removal(code, i) for i in range(sae.d_sae)]
             real += run_held(editor, held_out, batch, rows, changes).kl
     estimate = found.kl.sum(1)
     strong = real > 1e-8  # the others are near the rounding error of the real runs

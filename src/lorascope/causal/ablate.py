@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from lorascope import runtime
 from lorascope.activations.store import ActivationStore
@@ -41,7 +40,6 @@ from lorascope.causal.effects import (
 )
 from lorascope.causal.held_out import SPECIAL, HeldOut, describe_run, open_held_out
 from lorascope.causal.removals import (
-    HeldChange,
     LiveChange,
     Part,
     TokenSums,
@@ -255,10 +253,7 @@ class _Study:
                 self.held_out.require_rows(batch, rows)
                 code = found.code(batch, rows[0])
                 fired = removed[(code[:, removed] > 0).any(0).numpy()]
-                changes = [
-                    _without(rows[0], found.columns, code[:, latent], sae.W_dec[latent])
-                    for latent in fired
-                ]
+                changes = [found.removal(code, latent) for latent in fired.tolist()]
                 sums = run_held(self.editor, self.held_out, batch, rows[0], changes)
                 totals[:, fired, rollout] += sums.stacked()
                 bar.update(1)
@@ -305,15 +300,6 @@ class _Study:
             pull_excess=judgement.interval,
             p=judgement.p,
         )
-
-
-def _without(
-    rows: Tensor, columns: npt.NDArray[np.int64], values: Tensor, direction: Tensor
-) -> HeldChange:
-    """Return the change that subtracts `value · direction` from the row of each token."""
-    changed = rows.clone()
-    changed[:, columns] -= (values[:, None] * direction).to(rows.device)
-    return HeldChange(changed, values > 0)
 
 
 def table(report: AblationReport) -> str:

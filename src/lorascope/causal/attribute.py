@@ -38,9 +38,6 @@ if TYPE_CHECKING:
     from lorascope.sae.model import SAE
     from lorascope.subject.intervene import RowEditor
 
-_TARGETS = 4  # with one forward pass up to the last of them: more run more tokens after the others
-_MOST_COPIES = 16  # of a rollout in one batch: each keeps its activations for the backward pass
-
 
 def run(config: AttributeConfig) -> Path:
     """Write the report unless it is finished already, and return its file."""
@@ -179,7 +176,12 @@ class _Study:
 
     def _explain(self, rollout: int, batch: Batch, positions: Tensor, is_checked: bool) -> None:
         """Add the attributions of the tokens at `positions` of the batch's rollout or window."""
-        from lorascope.causal.gradients import RowDecomposition, Targets, mean_gradients
+        from lorascope.causal.gradients import (
+            RowDecomposition,
+            Targets,
+            fitting_graph,
+            path_gradients,
+        )
 
         ids, store = batch.token_ids, self.held_out.store
         with torch.no_grad():
@@ -198,10 +200,11 @@ class _Study:
                 self._remove_each(ids, rows, columns, parts, targets, y) if is_checked else None
             )
         first = int(batch.rows[0, 0]) - self.start[rollout]  # position of the window
-        n_copies = self._n_copies(ids)
-        for group in targets.split(_TARGETS):
-            along = mean_gradients(self.editor, ids, rows, group, self.config.steps, n_copies)
-            at_end = mean_gradients(self.editor, ids, rows, group, 0)
+        kept_tokens = fitting_graph(self.held_out.subject)
+        for group in targets.groups():
+            along, at_end = path_gradients(
+                self.editor, ids, rows, group, self.config.steps, kept_tokens
+            )
             contributions = parts.firing_contributions(along)
             removals = parts.firing_contributions(at_end)
             others, by_row = parts.other_contributions(along), parts.row_contributions(along)
@@ -225,10 +228,6 @@ class _Study:
                     )
                 )
 
-    def _n_copies(self, ids: Tensor) -> int:
-        """Return how many copies of a rollout fit in one batch, at least one."""
-        return max(1, min(_MOST_COPIES, self.held_out.batch_tokens // ids.shape[1]))
-
     def _remove_each(
         self,
         ids: Tensor,
@@ -239,16 +238,30 @@ class _Study:
         y: Tensor,
     ) -> Tensor:
         """Return how much of `y` is lost when each latent is removed, `(fired, target)`."""
-        lost = []
-        for latents in parts.fired.split(self._n_copies(ids)):
-            changed = rows.expand(len(latents), -1, -1).clone()
-            for i, latent in enumerate(latents):
-                firings = parts.latent == latent
-                written = parts.value[firings, None] * self.sae.W_dec[latent]
-                positions = parts.position[firings][:, None]
-                changed[i, positions, torch.from_numpy(columns)] -= written.to(rows.device)
-            logits = self.editor.run(
-                ids.expand(len(latents), -1), held=changed, logits_at=targets.positions - 1
-            ).logits
-            lost.append(y - targets.values(logits).cpu())
-        return torch.cat(lost) if lost else torch.zeros(0, len(targets))
+        from lorascope.causal.removals import HeldChange, held_runs, n_changed_copies
+
+        n, order = int(targets.positions.max()), targets.positions.argsort()
+        sorted_targets, changes, numbers = targets.take(order), [], []
+        for number, latent in enumerate(parts.fired):
+            firings = (parts.latent == latent) & (parts.position < n)
+            if firings.any():  # else nothing before a target changes
+                added = torch.zeros(int(firings.sum()), rows.shape[1])
+                added[:, columns] = -parts.value[firings, None] * self.sae.W_dec[latent]
+                changes.append(HeldChange(parts.position[firings], added))
+                numbers.append(number)
+        lost = torch.zeros(len(parts.fired), len(targets))
+        at = sorted_targets.positions - 1
+        runs = held_runs(
+            self.editor,
+            ids[:, :n],
+            rows[:n],
+            changes,
+            lambda n_tokens: n_changed_copies(self.held_out, n_tokens),
+            logits_at=at,
+        )
+        for chunk, start, logits in runs:
+            after = (at >= start).nonzero()[:, 0]
+            values = sorted_targets.take(after).values(logits).cpu()
+            here = order[after].cpu()
+            lost[torch.tensor(numbers)[chunk][:, None], here] = y[here] - values
+        return lost

@@ -4,7 +4,7 @@ The rows of a rollout are held (written as given), so that a prediction `y` is a
 `y(x)` is the adapter's, `y(0)` the base model's.
 
 1. `Targets` are the predictions of some tokens, each as one number.
-2. `mean_gradients` returns `G = ∫ ∇y(a·x) da` over `a` from 0 to 1: the gradient averaged along the
+2. `path_gradients` returns `G = ∫ ∇y(a·x) da` over `a` from 0 to 1: the gradient averaged along the
    straight line from no adapter to the adapter (integrated gradients: Sundararajan et al. 2017,
    section 3), by Gauss-Legendre quadrature. Then `Σ x·G = y(x) − y(0)` (their proposition 1), up to
    the error of the quadrature. With `steps` 0 it is the gradient at the adapter's own rows, which
@@ -12,12 +12,15 @@ The rows of a rollout are held (written as given), so that a prediction `y` is a
 3. `RowDecomposition` splits `x·G`: a row is `Σ value · decoder row + bias + unexplained`, so the
    contribution of a feature at a token is `value · (decoder row · G)`.
 
-One backward pass for each target gives all features at all tokens, at all points of a batch.
+One backward pass for each target gives all features at all tokens, at all points of a batch. Where
+the activations of one text are more than fit, the backward pass computes them again, layer by
+layer.
 """
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -33,6 +36,8 @@ from lorascope.subject.load import Subject
 
 Kind = Literal["kl", "logprob", "logit-difference"]
 _CHUNK = 1 << 18  # products of a decoder row and a gradient at a time
+_GRAPH_BYTES = (1 << 28, 1 << 33)  # of activations for a backward pass, on the CPU and on a GPU
+_KEPT_WIDTHS = 36  # of the residual stream that a layer keeps of each token; MLPs are 3 wide
 
 
 @dataclass(frozen=True)
@@ -65,11 +70,24 @@ class Targets:
     def __len__(self) -> int:
         return len(self.positions)
 
-    def split(self, size: int) -> Iterator["Targets"]:
-        """Yield groups of at most `size`, later tokens first."""
+    def groups(self) -> Iterator["Targets"]:
+        """Yield groups for `path_gradients`, later tokens first.
+
+        A group costs a forward pass, and a backward pass for each target, over the tokens up to its
+        last target. The groups are those of least cost.
+        """
         order = self.positions.argsort(descending=True, stable=True)
-        for group in order.split(size):
-            yield self.take(group)
+        last = self.positions[order].tolist()
+        costs, begins = [0], [0]  # of the first i targets; where the last group of these begins
+        for i in range(1, len(last) + 1):
+            cost, begin = min((costs[j] + (1 + i - j) * last[j], j) for j in range(i))
+            costs.append(cost)
+            begins.append(begin)
+        ends = [len(last)] if last else []
+        while ends and ends[-1]:
+            ends.append(begins[ends[-1]])
+        for end, begin in reversed(list(pairwise(ends))):
+            yield self.take(order[begin:end])
 
     def take(self, indices: Int[Tensor, "index"]) -> "Targets":
         """Return the targets with these indices."""
@@ -118,31 +136,59 @@ def mean_gradients(
     rows: Float[Tensor, "seq d_in"],
     targets: Targets,
     steps: int,
-    n_copies: int = 1,
 ) -> Float[Tensor, "target before d_in"]:
     """Return the gradient of each target with respect to the rows, averaged over `steps` points.
 
-    The `before` tokens are those before the last target. At most `n_copies` points share a batch:
-    one forward pass for them and all targets, and one backward pass for each target.
+    The `before` tokens are those before the last target.
+    """
+    n = token_ids.shape[1]
+    return path_gradients(editor, token_ids, rows, targets, steps, n)[0 if steps else 1]
+
+
+def path_gradients(
+    editor: RowEditor,
+    token_ids: Int[Tensor, "1 seq"],
+    rows: Float[Tensor, "seq d_in"],
+    targets: Targets,
+    steps: int,
+    kept_tokens: int,
+) -> Float[Tensor, "2 target before d_in"]:
+    """Return `mean_gradients` of `steps` points, and the gradients at the adapter's own rows.
+
+    As many points share a batch as keep the activations of at most `kept_tokens` tokens: one
+    forward pass for them and all targets, and one backward pass for each target. If a single point
+    has more tokens, its activations are computed again in the backward passes.
     """
     n, n_targets = int(targets.positions.max()), len(targets)
-    mean = torch.zeros(n_targets, n, rows.shape[1], device=rows.device)
-    for nodes in torch.tensor(_nodes(steps), device=rows.device).split(n_copies):
-        points, weights = nodes.T
+    nodes = torch.tensor([*_nodes(steps), (1.0, 0.0)], device=rows.device)
+    found = torch.zeros(2, n_targets, n, rows.shape[1], device=rows.device)
+    for part in nodes.tensor_split(-(-len(nodes) // max(1, kept_tokens // n))):
+        points, weights = part.T
         with torch.enable_grad():
             leaf = (points[:, None, None] * rows[:n]).requires_grad_()
             ids = token_ids[:, :n].expand(len(leaf), -1)
-            logits = editor.run(ids, held=leaf, logits_at=targets.positions - 1).logits
-            y = weights @ targets.values(logits)
+            at = targets.positions - 1
+            logits = editor.run(ids, held=leaf, logits_at=at, lean=n > kept_tokens).logits
+            y = targets.values(logits).sum(0)
             for i in range(n_targets):
-                mean[i] = mean[i] + torch.autograd.grad(y[i], leaf, retain_graph=True)[0].sum(0)
-    return mean
+                (gradient,) = torch.autograd.grad(y[i], leaf, retain_graph=i + 1 < n_targets)
+                found[0, i] += torch.einsum("p,pnd->nd", weights, gradient)
+                found[1, i] = gradient[-1]  # the last part's last point is the adapter
+    return found
+
+
+def fitting_graph(subject: Subject) -> int:
+    """Return the activations of how many tokens to keep at once for a backward pass, nearly."""
+    config = subject.causal.config.get_text_config()
+    values = _KEPT_WIDTHS * config.hidden_size * config.num_hidden_layers
+    size = _GRAPH_BYTES[subject.device.type == "cuda"]
+    return max(1, size // (values * subject.dtype.itemsize))
 
 
 def _nodes(steps: int) -> list[tuple[float, float]]:
-    """Return the points between 0 and 1, and their weights."""
+    """Return `steps` points between 0 and 1, and their weights."""
     if not steps:
-        return [(1.0, 1.0)]
+        return []
     points, weights = np.polynomial.legendre.leggauss(steps)
     return [(float(a + 1) / 2, float(w) / 2) for a, w in zip(points, weights, strict=True)]
 

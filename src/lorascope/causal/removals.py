@@ -4,7 +4,7 @@
    kernel may sum in another order in a batch of another shape, so only copies of the same batch
    differ by their changes alone.
 2. A `LiveChange` multiplies what each site reads by `keep` and pushes what it writes; later sites
-   respond. A `HeldChange` writes given rows at all sites.
+   respond. A `HeldChange` is added to given rows, which are written at all sites.
 3. Tokens before the first changed row are computed once, for all held changes: changes are sorted
    by it, and those of a batch start at the first of them, from a cache of the tokens before.
    Layers below the first live change run once, too: their output is the adapter's, or, where all
@@ -13,14 +13,14 @@
    the loss on the next token, and KL at marked tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lorascope.causal.effects import kl_and_loss, log_probabilities, select_measured
@@ -95,10 +95,10 @@ class LiveChange:
 
 @dataclass(frozen=True)
 class HeldChange:
-    """Write these rows, `(seq, d_in)`; `where` marks the tokens whose rows are changed."""
+    """Add to the rows of some tokens, whose positions are in rising order."""
 
-    rows: Float[Tensor, "seq d_in"]
-    where: Bool[Tensor, "seq"]
+    positions: Int[Tensor, "changed"]
+    added: Float[Tensor, "changed d_in"]
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def run_live(
     n_layers = min((len(end.layers) for end in ends), default=0)
     starts, layers = [(0, 0)] * len(changes), torch.empty(0)
     if n_layers:
-        starts = [_start(change, held_out.subject.layout, n_layers) for change in changes]
+        starts = _starts(changes, held_out.subject.layout, n_layers)
         layers = torch.stack([torch.cat(end.layers) for end in ends])  # (end, layer, seq, d)
     order = sorted(range(len(changes)), key=lambda i: starts[i][0])
     size = n_changed_copies(held_out, batch.token_ids.shape[1])
@@ -180,21 +180,26 @@ def _run_live(
     )
 
 
-def _start(change: LiveChange, layout: SiteLayout, n_layers: int) -> tuple[int, int]:
-    """Return the first layer to run, and 1 if the layers below are the base's, else 0.
+def _starts(
+    changes: Sequence[LiveChange], layout: SiteLayout, n_layers: int
+) -> list[tuple[int, int]]:
+    """Return the first layer to run of each change, and 1 if those below are the base's, else 0.
 
     A site outside any layer may be below all of them.
     """
-    ends = torch.tensor([site.rank for site in layout.sites]).cumsum(0).tolist()
-    first = [n_layers - 1] * 2
-    for site, end, push in zip(layout.sites, ends, change.push.tolist(), strict=True):
-        keep = change.keep[end - site.rank : end]
-        layer = max(site.layer, 0)
-        if push or (keep != 1).any():
-            first[0] = min(first[0], layer)
-        if push or keep.any():
-            first[1] = min(first[1], layer)
-    return max((first[0], 0), (first[1], 1))
+    layer = torch.tensor([max(site.layer, 0) for site in layout.sites])
+    ranks = torch.tensor([site.rank for site in layout.sites])
+    keep = torch.stack([change.keep for change in changes])
+    pushed = torch.stack([change.push for change in changes]) != 0
+    of_column = layer.repeat_interleave(ranks)
+    top = torch.tensor(n_layers - 1)
+    firsts = [
+        torch.minimum(
+            torch.where(differs, of_column, top).amin(1), torch.where(pushed, layer, top).amin(1)
+        ).tolist()
+        for differs in (keep != 1, keep != 0)
+    ]
+    return [max((one, 0), (other, 1)) for one, other in zip(*firsts, strict=True)]
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -216,25 +221,64 @@ def run_held(
 
     Without `share_prefix` every copy is computed from its first token: the plain reference.
     """
-    n = batch.token_ids.shape[1]
-    firsts = [int(change.where.int().argmax()) if share_prefix else 0 for change in changes]
+    sums = np.zeros((4, len(changes)))
+    unchanged = HeldChange(torch.zeros(0, dtype=torch.long), rows[:0])
+    runs = held_runs(
+        editor,
+        batch.token_ids,
+        rows,
+        changes,
+        lambda n: n_changed_copies(held_out, n),
+        before=[unchanged],
+        share_prefix=share_prefix,
+    )
+    for chunk, start, logits in runs:
+        at = [changes[i].positions for i in chunk]
+        sums[:, chunk] = _compare(logits, held_out, batch, at, start).stacked()
+    return TokenSums(*sums)
+
+
+def held_runs(
+    editor: "RowEditor",
+    token_ids: Int[Tensor, "1 seq"],
+    rows: Float[Tensor, "seq d_in"],
+    changes: Sequence[HeldChange],
+    n_copies: Callable[[int], int],
+    *,
+    before: Sequence[HeldChange] = (),
+    logits_at: Int[Tensor, "kept"] | None = None,
+    share_prefix: bool = True,
+) -> Iterator[tuple[list[int], int, Float[Tensor, "copy after vocab"]]]:
+    """Run batches of changes; yield their indices, the first position that ran, and the logits.
+
+    The logits are those of `logits_at`, in rising order, from that position on; default: of all.
+    Each batch has the changes of `before` first. `n_copies` says how many others fit, given the
+    number of tokens of each.
+    """
+    n = token_ids.shape[1]
+    firsts = [
+        int(change.positions[0]) if share_prefix and len(change.positions) else 0
+        for change in changes
+    ]
     order = sorted(range(len(changes)), key=lambda i: firsts[i])
     cache = None
     if max(firsts, default=0) > 0:
-        cache = editor.run(batch.token_ids, held=rows[None], cache=True).cache
-    sums = np.zeros((4, len(changes)))
+        cache = editor.run(
+            token_ids, held=rows[None], cache=True, logits_at=torch.zeros(1, dtype=torch.long)
+        ).cache
     while order:
         start = firsts[order[0]]
-        size = n_changed_copies(held_out, n - start)
+        size = n_copies(n - start)
         chunk, order = order[:size], order[size:]
-        before = repeat_cache(cache, start, len(chunk) + 1) if start else None
-        start = 0 if before is None else start
-        given = torch.stack([rows[start:], *(changes[i].rows[start:] for i in chunk)])
-        ids = batch.token_ids[:, start:].expand(len(chunk) + 1, -1)
-        logits = editor.run(ids, held=given, cache=before).logits
-        where = [changes[i].where for i in chunk]
-        sums[:, chunk] = _compare(logits, held_out, batch, where, start).stacked()
-    return TokenSums(*sums)
+        copies = [*before, *(changes[i] for i in chunk)]
+        prefix = repeat_cache(cache, start, len(copies)) if start else None
+        start = 0 if prefix is None else start
+        given = rows[start:].repeat(len(copies), 1, 1)
+        for copy, change in zip(given, copies, strict=True):
+            copy[change.positions.to(rows.device) - start] += change.added.to(rows.device)
+        at = None if logits_at is None else logits_at[logits_at >= start] - start
+        ids = token_ids[:, start:].expand(len(copies), -1)
+        yield chunk, start, editor.run(ids, held=given, cache=prefix, logits_at=at).logits
 
 
 def n_changed_copies(held_out: HeldOut, n_tokens: int) -> int:
@@ -246,12 +290,12 @@ def _compare(
     logits: Tensor,
     held_out: HeldOut,
     batch: Batch,
-    where: Sequence[Tensor | None],
+    changed: Sequence[Tensor | None],
     start: int = 0,
 ) -> TokenSums:
     """Compare copies 1 and later with copy 0, from position `start` on.
 
-    `where` marks each change's own tokens.
+    `changed` are the positions of each change's own tokens.
     """
     mask = batch.mask[0, start:]
     targets = batch.targets[0, start:][mask].to(logits.device)
@@ -260,11 +304,14 @@ def _compare(
     at = mask.to(logits.device)
     reference = log_probabilities(logits[0, at])
     _, loss = kl_and_loss(reference, logits[0, at], targets)
-    sums = np.zeros((4, len(where)))
-    for i, marked in enumerate(where):
+    sums = np.zeros((4, len(changed)))
+    for i, positions in enumerate(changed):
         kl, rise = kl_and_loss(reference, logits[i + 1, at], targets)
         kl, rise = kl.double().cpu(), (rise - loss).double().cpu()
-        here = usual if marked is None else usual & marked.cpu()[start:][mask]
+        here = usual
+        if positions is not None:
+            here = torch.zeros_like(batch.mask[0]).index_fill_(0, positions.cpu(), True)
+            here = usual & here[start:][mask]
         values = kl[usual].sum(), rise[usual].sum(), kl[~usual].sum(), kl[here].sum()
         sums[:, i] = [float(value) for value in values]
     return TokenSums(*sums)

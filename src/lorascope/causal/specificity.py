@@ -35,6 +35,7 @@ from torch import Tensor
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.effects import select_measured
 from lorascope.causal.held_out import SPECIAL, Batch, HeldOut
+from lorascope.causal.removals import HeldChange
 from lorascope.causal.report_records import Verdict
 from lorascope.sae.model import SAE
 from lorascope.subject.intervene import RowEditor
@@ -78,6 +79,13 @@ class Specificity:
         """Return the dense code of a rollout: 0 at the tokens at which nothing is removed."""
         code = self.sae.encode_dense(rows[:, self.columns].cpu())
         return code * self.held_out.is_read(self.sae, batch.rows[0].numpy())[:, None]
+
+    def removal(self, code: Float[Tensor, "seq latent"], latent: int) -> HeldChange:
+        """Return the change that subtracts `value · decoder row` from the rows of a rollout."""
+        positions = code[:, latent].nonzero()[:, 0]
+        added = torch.zeros(len(positions), self.held_out.subject.layout.d_in)
+        added[:, self.columns] = -code[positions, latent, None] * self.sae.W_dec[latent].cpu()
+        return HeldChange(positions, added)
 
     def add(self, rollout: int, batch: Batch) -> Float[Tensor, "seq latent"]:
         """Add the gradients of one rollout, or of a window of it; return its code."""
