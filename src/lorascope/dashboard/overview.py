@@ -37,6 +37,7 @@ N_GROUPS = 8
 N_NAMED = 4  # tokens in the headline
 _MIN_NAMED = 0.02  # share of all change from which a token is named there
 _MIN_ROLE = 0.02
+_MIN_SPECIFIC = 0.001  # effect from which a specific feature comes before others
 _CONTEXT = 8  # tokens on each side of an example
 _BASELINES = {"pca": "PCA", "columns": "columns", "constant": "constant row"}
 _ROLE_TEXT = {
@@ -373,11 +374,13 @@ def _activation_shares(index: FeatureIndex) -> npt.NDArray[np.float64]:
 def _features(
     index: FeatureIndex, effects: _Effects | None, weights: npt.NDArray[np.float64]
 ) -> tuple[TopFeature, ...]:
-    """Return the features of largest weight; those whose effect is specific come first."""
+    """Return the features of largest weight; larger effects that are specific come first."""
     verdicts = effects.verdict if effects else {}
 
     def order(latent: int) -> tuple[bool, float]:
-        return verdicts.get(latent) != _VERDICTS[0], -float(np.nan_to_num(weights[latent]))
+        weight = float(np.nan_to_num(weights[latent]))
+        is_specific = verdicts.get(latent) == _VERDICTS[0] and weight >= _MIN_SPECIFIC
+        return not is_specific, -weight
 
     alive = [i for i in np.flatnonzero(index.alive).tolist() if np.nan_to_num(weights[i]) > 0]
     return tuple(_feature(index, i, effects) for i in sorted(alive, key=order)[:N_FEATURES])

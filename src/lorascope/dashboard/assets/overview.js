@@ -144,8 +144,8 @@ function drawFeatures(features) {
   const isEffect = features.some((one) => one.effect !== null);
   const note = isEffect
     ? "Features whose removal changes predictions most, as a share of what removing the whole " +
-      "adapter changes. Those come first whose effect no other change of the same size has. Shares " +
-      "of several features do not add up."
+      "adapter changes. Those come first whose effect, at least 0.1 %, no other change of the same " +
+      "size has. Shares of several features do not add up."
     : "Features with most activation. What removing them does was not measured.";
   return panel("What it learned", note, parts, { testid: "top-features" });
 }
@@ -246,6 +246,7 @@ function lineOf(text, kind = "") {
 // Returns a share as a percentage with two digits, or three close to all of it.
 function percent2(share) {
   const value = 100 * share;
+  if (value > 0 && value < 0.01) return "<\u00a00.01\u00a0%";
   if (value >= 99.5 && value < 100) return `${Math.floor(10 * value) / 10}\u00a0%`;
   return `${value >= 9.95 ? Math.round(value) : Number(value.toPrecision(2))}\u00a0%`;
 }
