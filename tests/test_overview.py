@@ -15,7 +15,7 @@ from lorascope.causal.study import read_report
 from lorascope.dashboard.overview import Overview, overview_of, percent, visible
 from lorascope.dashboard.report import ReportConfig, markdown, plain, run
 from lorascope.dashboard.reports import Reports
-from lorascope.errors import ArtifactError
+from lorascope.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
     from builders.browser import Shown
@@ -157,9 +157,19 @@ def test_the_report_of_a_folder_is_made_once_and_read_back(tmp_path: Path) -> No
         run(ReportConfig(input=tmp_path))
 
 
-def test_a_folder_without_an_index_is_one_line(tmp_path: Path) -> None:
+def test_input_that_gives_no_report_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"no features\.h5"):
         run(ReportConfig(input=tmp_path))
+    index_of([]).save(tmp_path / "features.h5")
+    with pytest.raises(ArtifactError, match="does not name the sites"):
+        run(ReportConfig(input=tmp_path))
+    with pytest.raises(ConfigError, match=r"expected a \.json file"):
+        ReportConfig(input=tmp_path, output=tmp_path / "report.md")
+
+
+def test_an_effect_without_roles_is_said(tmp_path: Path) -> None:
+    found = overview(tmp_path, lambda report: report["faithfulness"].update(roles={}))
+    assert "where was not measured" in found.headline[1]
 
 
 def test_the_page_opens_on_the_overview(show: Any, tmp_path: Path) -> None:

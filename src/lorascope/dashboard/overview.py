@@ -273,6 +273,8 @@ def _count(n: int, word: str) -> str:
 
 def _main_effect(roles: Sequence[RoleShare], shifts: Sequence[TokenShift]) -> str:
     """Return where most of the change is, with the tokens that it consists of."""
+    if not roles:
+        return "It changes the model's predictions; where was not measured."
     main, *others = [role for role in roles if role.share >= _MIN_ROLE]
     named = []
     for side, change in (("rises", "more likely"), ("falls", "less likely")):

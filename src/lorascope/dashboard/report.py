@@ -15,7 +15,7 @@ from lorascope.causal.study import Made, report_at
 from lorascope.config import Config, option
 from lorascope.dashboard.overview import Overview, overview_of, percent, visible
 from lorascope.dashboard.reports import Reports
-from lorascope.errors import ArtifactError
+from lorascope.errors import ArtifactError, ConfigError
 from lorascope.features.published_json import read_index
 
 REPORTS = (
@@ -38,6 +38,12 @@ class ReportConfig(Config):
     )
     overwrite: bool = option(False, help="replace an output of another input", identity=False)
 
+    def check(self) -> None:
+        """Check the output's suffix: the text is written beside it."""
+        super().check()
+        if self.output is not None and self.output.suffix != ".json":
+            raise ConfigError(f"--output is {self.output}, expected a .json file")
+
 
 def run(config: ReportConfig) -> Path:
     """Write the report unless it is finished already, and return `report.json`.
@@ -51,14 +57,18 @@ def run(config: ReportConfig) -> Path:
             f"{folder} has no features.h5; give the folder of a run, or a feature index"
         )
     index = read_index(source)
+    layout = index.manifest.layout
+    if layout is None:
+        raise ArtifactError(
+            f"{source} does not name the sites of its features; give a features.h5 of "
+            "lorascope collect"
+        )
     found = [folder / name for name in REPORTS if (folder / name).exists()]
     reports = Reports.open(found, index, source)
     labels = {} if index.labels is None else {"labels": index.labels.manifest.digest}
     out = config.output or folder / "report.json"
 
     def make() -> Made:
-        layout = index.manifest.layout
-        assert layout is not None, "an index of lorascope has one"
         return Made(overview_of(index, reports), layout, {"n_features": len(index)})
 
     return report_at(
