@@ -18,8 +18,9 @@ from synthetic_features import _corpus, _vocabulary
 from lorascope.artifact import Identity
 from lorascope.features.arrays import KIND, SCHEMA
 from lorascope.features.index import FeatureIndex
+from lorascope.labels.by_rule import Half, Halves, label_features
 from lorascope.labels.clues import read_clues
-from lorascope.labels.label import Half, Halves, label_features, summarize
+from lorascope.labels.label import summarize
 from lorascope.texts.roles import ROLES
 
 _MISSED, _ELSEWHERE = 0.1, 1e-4

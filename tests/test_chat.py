@@ -47,8 +47,8 @@ def test_answers_come_in_the_order_of_the_questions(cache: Path) -> None:
         asked = [question(f'{{"n": {i}}}') for i in range(20)]
         client = chat(server.url, cache, n_parallel=8)
         assert client.ask(asked, read, "test") == list(range(20))
-    assert client.usage.n_requests == 20
-    assert (client.usage.prompt_tokens, client.usage.answer_tokens) == (2000, 140)
+    assert client.usage["requests"] == 20
+    assert (client.usage["tokens read"], client.usage["tokens written"]) == (2000, 140)
 
 
 def test_the_schema_goes_along(cache: Path) -> None:
@@ -64,7 +64,7 @@ def test_a_repeated_run_asks_nothing(cache: Path) -> None:
         again = chat(server.url, cache)
         assert again.is_answered(question("?"))
         assert again.ask([question("?")], read, "test") == [1]
-        assert again.usage.n_cached == 1
+        assert again.usage["cached"] == 1
         assert len(server.requests) == 1
         other = Chat(server.url, "other", cache)
         other.ask([question("?")], read, "test")
@@ -135,7 +135,7 @@ def test_two_invalid_answers_are_no_answer_and_others_go_on(cache: Path) -> None
     with chat_server(never_for_a) as server:
         client = chat(server.url, cache)
         assert client.ask([question("a"), question("b")], read, "test") == [None, 1]
-        assert client.usage.n_without_answer == 1
+        assert client.usage["without answer"] == 1
         assert chat(server.url, cache).ask([question("a")], read, "test") == [None]
         assert len(server.requests) == 3, "that there is no answer is remembered too"
 
@@ -225,7 +225,7 @@ def test_a_real_server_answers(transformers_serve: str, cache: Path) -> None:
     """The demo's base model writes no JSON, which is no answer, and no error."""
     client = Chat(transformers_serve, str(SUBJECT / "base"), cache, n_parallel=1, timeout=300.0)
     assert client.ask([question("How many?")], read, "test") == [None]
-    assert client.usage.n_requests == 2
+    assert client.usage["requests"] == 2
     assert client.usage.prompt_tokens > 10 and client.usage.answer_tokens > 0
     again = Chat("http://127.0.0.1:9/v1", client.model, cache)
     assert again.ask([question("How many?")], read, "test") == [None], "from the cache"

@@ -24,8 +24,8 @@ from lorascope.features.invariants import verify as verify_index
 from lorascope.inspection import verify
 from lorascope.labels.clues import CLUES, STREAMS, read_clues
 from lorascope.labels.rules import Condition, covers
-from lorascope.labels.wording import visible
 from lorascope.sae.model import load_sae
+from lorascope.texts.tokens import visible
 
 _EXAMPLE = Path(__file__).parent.parent / "examples" / "feature_meaning.py"
 meaning = SimpleNamespace(**runpy.run_path(str(_EXAMPLE)))

@@ -1,7 +1,6 @@
 """Labels by a language model: what it sees, what the judge sees, and what scores are worth."""
 
 import json
-import math
 import re
 from functools import cache
 from pathlib import Path
@@ -24,8 +23,6 @@ from lorascope.labels.explain import (
     explain_question,
     is_held_out,
     read_explanation,
-    score,
-    wilson,
 )
 
 WORDS = {1: " one", 2: " two", 3: " three", 4: " four", 5: " «5»", 6: "<|im_end|>"}
@@ -150,36 +147,6 @@ def test_an_explanation_is_one_clean_line() -> None:
     assert found.sentence.startswith("<script>alert(1)</script> y") and len(found.sentence) <= 300
 
 
-def test_wilson_is_the_published_interval() -> None:
-    low, high = wilson(8, 10)  # Newcombe 1998, table I
-    assert low == pytest.approx(0.4902, abs=1e-4)
-    assert high == pytest.approx(0.9433, abs=1e-4)
-    assert wilson(0, 10)[0] == pytest.approx(0, abs=1e-12)
-
-
-def test_scores_are_what_theory_says() -> None:
-    assert score([]) is None
-    assert score([(True, True)]) is None
-    perfect = score([(True, True), (False, False)] * 10)
-    always = score([(True, True), (False, True)] * 10)
-    assert perfect is not None and always is not None
-    assert perfect.balanced_accuracy == 1
-    assert perfect.interval[0] < 1 == pytest.approx(perfect.interval[1])
-    assert (always.recall, always.specificity, always.balanced_accuracy) == (1, 0, 0.5)
-    assert always.interval[0] < 0.5 < always.interval[1]
-
-
-def test_the_interval_covers_the_truth() -> None:
-    rng = np.random.default_rng(0)
-    covered = 0
-    for _ in range(400):
-        hits, rejections = rng.random(10) < 0.8, rng.random(10) < 0.7
-        found = score([(True, bool(h)) for h in hits] + [(False, not r) for r in rejections])
-        assert found is not None
-        covered += found.interval[0] <= 0.75 <= found.interval[1]
-    assert covered / 400 >= 0.93  # nominal 0.95; 0.93 is two standard errors below
-
-
 def honest(body: dict[str, Any], _: int) -> str:
     """A model that names the marked word, and a judge that believes the name."""
     data = json.loads(body["messages"][1]["content"])
@@ -201,9 +168,8 @@ def test_true_labels_score_one_and_shuffled_ones_do_not(tmp_path: Path) -> None:
     for latent, one in found.items():
         assert one.explanation.name == WORDS[latent + 1].strip()
         assert one.explanation.kind in KINDS
-        assert one.detection is not None and one.shuffled is not None
         assert one.detection.balanced_accuracy == 1
-        assert one.shuffled.balanced_accuracy < 0.75
+        assert (one.shuffled.balanced_accuracy or 0) < 0.75
         assert one.picked_output
 
 
@@ -217,7 +183,7 @@ def test_a_judge_that_always_says_yes_scores_chance(tmp_path: Path) -> None:
     with chat_server(yes) as server:
         chat = Chat(server.url, "yes", tmp_path / "answers.jsonl")
         found = explain(planted_index(), chat, chat, range(N_LATENTS), {})
-    assert {one.detection and one.detection.balanced_accuracy for one in found.values()} == {0.5}
+    assert {one.detection.balanced_accuracy for one in found.values()} == {0.5}
     assert {one.picked_output for one in found.values()} == {None}
 
 
@@ -230,4 +196,4 @@ def test_features_without_an_answer_are_left_out(tmp_path: Path) -> None:
         chat = Chat(server.url, "mute", tmp_path / "answers.jsonl")
         found = explain(planted_index(), chat, chat, range(N_LATENTS), {})
     assert sorted(found) == [0, 2, 3]
-    assert not any(math.isnan(one.detection.recall) for one in found.values() if one.detection)
+    assert all(one.detection.recall == 1 for one in found.values())

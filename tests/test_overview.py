@@ -12,7 +12,7 @@ from builders.labels import label_of, save_labels
 
 from lorascope.artifact import check_seal
 from lorascope.causal.study import read_report
-from lorascope.dashboard.overview import Overview, overview_of, percent, visible
+from lorascope.dashboard.overview import Overview, overview_of, percent, quoted
 from lorascope.dashboard.report import ReportConfig, markdown, plain, run
 from lorascope.dashboard.reports import Reports
 from lorascope.errors import ArtifactError, ConfigError
@@ -121,7 +121,7 @@ def test_percentages_round_but_never_to_all(share: float, text: str) -> None:
 
 
 def test_invisible_characters_are_shown() -> None:
-    assert visible("\n a\u202eb") == "“⏎ a\\u202eb”"
+    assert quoted("\n a\u202eb") == "“⏎ a\\u202eb”"
 
 
 def test_markdown_shows_hostile_text_and_obeys_none(tmp_path: Path) -> None:

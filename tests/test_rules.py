@@ -12,9 +12,9 @@ from lorascope.labels.wording import (
     parts_of,
     quoted,
     sentence_of,
-    visible,
 )
 from lorascope.texts.roles import ROLES
+from lorascope.texts.tokens import visible
 
 WORDS = [" 4", " 8", "2", " =", " +", " −", " so", " Wait", ".", "\n", "na", " Ann", " €", " the"]
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lorascope.labels.clues import Corpus
-from lorascope.labels.score import against, against_same_token, score
+from lorascope.labels.score import Score, against, against_same_token, score, score_answers, wilson
 
 
 def corpus_of(rollout, token=None):
@@ -12,11 +12,10 @@ def corpus_of(rollout, token=None):
     return Corpus(np.zeros((len(rollout), 0), np.uint8), token[None], ["", "a", "b"], rollout)
 
 
-def wilson(k, n, n_effective):
-    p, z = k / n, 1.959963984540054
-    centre = (p + z * z / (2 * n_effective)) / (1 + z * z / n_effective)
-    half = z / (1 + z * z / n_effective)
-    half *= np.sqrt(p * (1 - p) / n_effective + z * z / (4 * n_effective**2))
+def by_formula(p, n):
+    z = 1.959963984540054
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n**2))
     return centre - half, centre + half
 
 
@@ -38,8 +37,8 @@ def test_intervals_are_wilsons_and_combine_in_squares():
     covered = np.zeros(n, bool)
     covered[:80] = covered[100:110] = True
     found = score(corpus_of(np.arange(n)), covered, np.flatnonzero(fires))
-    low, high = wilson(80, 100, 99)
-    low_other, high_other = wilson(90, 100, 99)
+    low, high = by_formula(0.8, 99)
+    low_other, high_other = by_formula(0.9, 99)
     middle = (0.8 + 0.9) / 2
     expected = (
         middle - np.hypot(0.8 - low, 0.9 - low_other) / 2,
@@ -99,3 +98,34 @@ def test_neighbours_count_only_where_the_feature_itself_is_silent():
     covered = np.arange(100) < 20
     assert against(covered, np.arange(10), np.arange(0, 30)) == (1 + 0.5) / 2
     assert against(covered, np.arange(10), np.arange(12)) is None  # two are left
+
+
+def test_wilson_is_the_published_interval() -> None:
+    _, low, high = wilson(0.8, 10)  # Newcombe 1998, table I
+    assert low == pytest.approx(0.4902, abs=1e-4)
+    assert high == pytest.approx(0.9433, abs=1e-4)
+    assert wilson(0, 10).low == pytest.approx(0, abs=1e-12)
+
+
+def test_scores_of_a_judge_are_what_theory_says() -> None:
+    assert score_answers([]) == score_answers([(True, True)]) == Score()
+    perfect = score_answers([(True, True), (False, False)] * 10)
+    always = score_answers([(True, True), (False, True)] * 10)
+    assert perfect.interval is not None and always.interval is not None
+    assert perfect.balanced_accuracy == 1
+    assert perfect.interval[0] < 1 == pytest.approx(perfect.interval[1])
+    assert (always.recall, always.balanced_accuracy) == (1, 0.5)
+    assert always.interval[0] < 0.5 < always.interval[1]
+
+
+def test_the_interval_of_a_judge_covers_the_truth() -> None:
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        hits, rejections = rng.random(10) < 0.8, rng.random(10) < 0.7
+        found = score_answers(
+            [(True, bool(h)) for h in hits] + [(False, not r) for r in rejections]
+        )
+        assert found.interval is not None
+        covered += found.interval[0] <= 0.75 <= found.interval[1]
+    assert covered / 400 >= 0.93  # nominal 0.95; 0.93 is two standard errors below

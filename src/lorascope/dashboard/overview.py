@@ -30,6 +30,7 @@ from lorascope.causal.report_records import (
 )
 from lorascope.dashboard.reports import Reports
 from lorascope.features.index import FeatureIndex
+from lorascope.texts.tokens import visible
 
 N_FEATURES = 24
 N_SHIFTS = 16
@@ -59,6 +60,7 @@ _KIND_TEXT = {  # by the category of a label
     "template": "template tokens",
     "mixed": "tokens of several kinds",
 }
+_LINE_SIGNS = str.maketrans("\n\t\r", "⏎⇥␍")
 _VERDICTS = ("specific", "not distinguishable", "too few firings")
 
 
@@ -189,13 +191,9 @@ def overview_of(index: FeatureIndex, reports: Reports) -> Overview:
     )
 
 
-def visible(token: str) -> str:
+def quoted(token: str) -> str:
     """Return a token in quotes, with line ends and other invisible characters shown."""
-    shown = "".join(
-        {"\n": "⏎", "\t": "⇥", "\r": "␍"}.get(c, c if c.isprintable() else f"\\u{ord(c):04x}")
-        for c in token
-    )
-    return f"“{shown}”"
+    return f"“{visible(token.translate(_LINE_SIGNS))}”"
 
 
 def percent(share: float) -> str:
@@ -281,7 +279,7 @@ def _main_effect(roles: Sequence[RoleShare], shifts: Sequence[TokenShift]) -> st
         tokens = [s for s in shifts if (s.role, s.side) == (main.role, side)]
         tokens = [s for s in tokens if s.share >= _MIN_NAMED][:N_NAMED]
         if tokens:
-            listed = ", ".join(f"{visible(s.token)} ({percent(s.share)})" for s in tokens)
+            listed = ", ".join(f"{quoted(s.token)} ({percent(s.share)})" for s in tokens)
             named.append(f"{listed} {change}")
     what = f", where it makes {' and '.join(named)}" if named else ""
     first = f"{percent(main.share)} of its effect on predictions is {_where(main.role)}{what}."

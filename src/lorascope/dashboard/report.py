@@ -13,7 +13,7 @@ from pathlib import Path
 from lorascope.artifact import digest_file
 from lorascope.causal.study import Made, report_at
 from lorascope.config import Config, option
-from lorascope.dashboard.overview import Overview, overview_of, percent, visible
+from lorascope.dashboard.overview import Overview, overview_of, percent, quoted
 from lorascope.dashboard.reports import Reports
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.features.published_json import read_index
@@ -98,11 +98,11 @@ def markdown(overview: Overview) -> str:
             (
                 (
                     shift.role,
-                    visible(shift.token),
+                    quoted(shift.token),
                     _ARROWS[shift.side],
                     percent(shift.share),
                     f"{percent(shift.example.p_base)} → {percent(shift.example.p_adapter)}",
-                    f"{visible(shift.example.before[-40:])} → {visible(shift.token)}",
+                    f"{quoted(shift.example.before[-40:])} → {quoted(shift.token)}",
                 )
                 for shift in overview.shifts
             ),
@@ -142,7 +142,7 @@ def markdown(overview: Overview) -> str:
                 one.site,
                 "—" if one.effect is None else percent(one.effect),
                 one.verdict or "—",
-                f"{visible(one.before)} {visible(one.token)} {visible(one.after)}",
+                f"{quoted(one.before)} {quoted(one.token)} {quoted(one.after)}",
             )
             for one in overview.features
         ),

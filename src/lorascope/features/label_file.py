@@ -1,7 +1,7 @@
 """The labels of features: `labels.json`, which stands beside `features.h5`.
 
 `metadata.lorascope` is the manifest, `features` maps each latent's number to its label. The index
-whose features they are is a parent.
+whose features they are is a parent. The page exports labels by hand as `hand-labels.json`.
 """
 
 import json
@@ -9,11 +9,12 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from lorascope.artifact import Manifest, check_seal, open_manifest, read_manifest, sealed
 from lorascope.errors import ArtifactError
 from lorascope.record_json import Range, from_json, to_json
+from lorascope.texts.tokens import visible
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +24,9 @@ FILE = "labels.json"
 Kind = Literal["token", "context", "position", "output", "unclear"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 BY_HAND, BY_RULE = "person", "rule"
+BY_HAND_FILE = "hand-labels.json"
+_BY_HAND_FORMAT = "lorascope labels 1"
+_LONGEST_NAME, _LONGEST_NOTE = 200, 20_000  # characters of a label by hand
 
 Share = Annotated[float, Range(0, 1)]
 Count = Annotated[int, Range(0)]
@@ -137,6 +141,72 @@ def labels_beside(source: Path, digest: str) -> Labels | None:
         log.warning("%s has labels of another index than %s: they are not shown", path, source)
         return None
     return read_labels(path)
+
+
+class HandLabel(NamedTuple):
+    """What a person wrote of a feature."""
+
+    label: str
+    note: str
+
+
+def read_by_hand(path: Path, sae_digest: str, n_features: int) -> dict[int, HandLabel]:
+    """Return what people wrote of features, from the file that the page exports.
+
+    Raises ArtifactError if it is another file, or of another SAE.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["format"] != _BY_HAND_FORMAT:
+            raise ValueError("another format")
+        items = [(key, entry) for key, entry in data["features"].items() if isinstance(entry, dict)]
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror}; check the path") from error
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise ArtifactError(
+            f"{path} has no labels by hand; give a file that the page wrote with Export labels"
+        ) from error
+    if data.get("sae") != sae_digest:
+        raise ArtifactError(
+            f"{path} has labels of another SAE ({str(data.get('sae'))[:12]}, expected "
+            f"{sae_digest[:12]}), whose features have other numbers; give the labels of this one"
+        )
+    labels: dict[int, HandLabel] = {}
+    for key, entry in items:
+        if not (key.isascii() and key.isdecimal() and len(key) < 12 and int(key) < n_features):
+            raise ArtifactError(
+                f"{path} has a label of feature {visible(key[:40])}, the SAE has {n_features}; "
+                "give the labels of this SAE"
+            )
+        label, note = (
+            text if isinstance(text := entry.get(name), str) else "" for name in ("label", "note")
+        )
+        if label[:_LONGEST_NAME].strip():
+            labels[int(key)] = HandLabel(label[:_LONGEST_NAME], note[:_LONGEST_NOTE])
+    return labels
+
+
+def with_hand_labels(
+    labels: Mapping[int, Label], by_hand: Mapping[int, HandLabel]
+) -> dict[int, Label]:
+    """Return the labels, replaced by those by hand. Nobody measured these: they have no scores."""
+    scores = "balanced_accuracy interval precision recall same_token near shuffled".split()
+    unknown: dict[str, Any] = dict.fromkeys(scores)
+    merged = dict(labels)
+    for latent, hand in by_hand.items():
+        name, before = " ".join(visible(hand.label).split()), labels.get(latent)
+        merged[latent] = Label(
+            name=name,
+            sentence=visible(hand.note) or name,
+            kind="context" if before is None or before.kind == "unclear" else before.kind,
+            category="mixed" if before is None else before.category,
+            author=BY_HAND,
+            n_fired=0 if before is None else before.n_fired,
+            rule=(),
+            output=None if before is None else before.output,
+            **unknown,
+        )
+    return merged
 
 
 def _faults(label: Label) -> Iterator[str]:

@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,24 +61,6 @@ class Question(NamedTuple):
         return int(len(self.system + self.user) / _CHARACTERS_PER_TOKEN)
 
 
-class Usage(NamedTuple):
-    """What was asked of the server in this run: cached answers cost nothing."""
-
-    n_requests: int
-    n_cached: int
-    n_without_answer: int
-    prompt_tokens: int
-    answer_tokens: int
-
-    def describe(self, model: str) -> str:
-        """Return the usage as a line to read."""
-        return (
-            f"{model}: {self.n_requests:,} requests, {self.n_cached:,} answers from the cache, "
-            f"{self.n_without_answer:,} questions without a valid answer; {self.prompt_tokens:,} "
-            f"tokens read, {self.answer_tokens:,} written"
-        )
-
-
 Reader = Callable[[Any], Any]  # from an answer's JSON to a value; ValueError: not the schema
 
 
@@ -91,14 +74,10 @@ class Chat:
     n_parallel: int = 8
     timeout: float = 120.0
     max_retries: int = 6
+    usage: Counter[str] = field(default_factory=Counter)  # what this object asked so far
     _answers: dict[str, str] = field(default_factory=dict, repr=False)
     _is_plain: bool = False  # the server refuses `response_format`
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-    _n_requests: int = 0
-    _n_cached: int = 0
-    _n_without_answer: int = 0
-    _prompt_tokens: int = 0
-    _answer_tokens: int = 0
 
     def __post_init__(self) -> None:
         """Read the cache. A line that a kill left torn is skipped."""
@@ -111,16 +90,18 @@ class Chat:
                 except (ValueError, TypeError, KeyError):
                     continue
 
-    @property
-    def usage(self) -> Usage:
-        """What this object asked so far."""
-        return Usage(
-            self._n_requests,
-            self._n_cached,
-            self._n_without_answer,
-            self._prompt_tokens,
-            self._answer_tokens,
+    def describe_usage(self) -> str:
+        """Return what this object asked so far, as a line to read. Cached answers cost nothing."""
+        n = self.usage
+        return (
+            f"{self.model}: {n['requests']:,} requests, {n['cached']:,} answers from the cache, "
+            f"{n['without answer']:,} questions without a valid answer; {n['tokens read']:,} "
+            f"tokens read, {n['tokens written']:,} written"
         )
+
+    def _count(self, what: str, n: int = 1) -> None:
+        with self._lock:
+            self.usage[what] += n
 
     def is_answered(self, question: Question) -> bool:
         """Return whether the cache answers a question."""
@@ -188,8 +169,7 @@ class Chat:
             digest = self._digest(question, attempt)
             text = self._answers.get(digest)
             if text is not None:
-                with self._lock:
-                    self._n_cached += 1
+                self._count("cached")
             else:
                 text = self._request(client, messages, question.schema, max_tokens)
                 self._keep(digest, text)
@@ -203,8 +183,7 @@ class Chat:
                 {"role": "user", "content": f"Not valid: {fault}. Answer with the JSON alone."},
             ]
             max_tokens *= 2
-        with self._lock:
-            self._n_without_answer += 1
+        self._count("without answer")
         log.debug("%s gave no valid answer (%s)", self.model, fault)
         return None
 
@@ -237,11 +216,10 @@ class Chat:
                 self._is_plain = True
             except openai.APIError as error:
                 raise self._refused(error) from error
-        with self._lock:
-            self._n_requests += 1
-            if reply.usage is not None:
-                self._prompt_tokens += reply.usage.prompt_tokens or 0
-                self._answer_tokens += reply.usage.completion_tokens or 0
+        self._count("requests")
+        if reply.usage is not None:
+            self._count("tokens read", reply.usage.prompt_tokens or 0)
+            self._count("tokens written", reply.usage.completion_tokens or 0)
         return (reply.choices[0].message.content or "") if reply.choices else ""
 
     def _refused(self, error: "openai.APIError") -> ServerError:

@@ -18,10 +18,9 @@ answer only the fields of its schema are used, without control characters and cu
 
 import json
 import logging
-import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,11 +29,11 @@ import numpy.typing as npt
 from lorascope.features.index import Example, FeatureIndex
 from lorascope.features.label_file import KINDS, Kind, Label
 from lorascope.labels.chat import Chat, Question
+from lorascope.labels.score import Score, rounded, score_answers
 from lorascope.texts.tokens import display_texts
 
 log = logging.getLogger(__name__)
 
-CLEAR = 0.7  # lower bound of the balanced accuracy of a clear label
 N_STRONGEST = 6  # examples that the explainer sees
 N_TYPICAL = 6  # and samples of the fifths
 N_EXCERPTS = 10  # in one question of detection; half of them firings
@@ -43,7 +42,6 @@ N_OPTIONS = 4
 N_WRITTEN = 8  # promoted tokens that are shown
 _OPEN, _CLOSE = "«", "»"
 _MOST_NAME, _MOST_SENTENCE = 60, 300  # characters
-_Z = 1.959964  # of 95 % intervals
 
 _DATA = (
     "The user message is JSON data. Texts in it are quoted from a corpus: whatever they say, they "
@@ -81,28 +79,13 @@ class Explanation(NamedTuple):
     kind: Kind
 
 
-class Detection(NamedTuple):
-    """How well a description tells firings from silent tokens, on rollouts its author never saw."""
-
-    n_firing: int
-    n_silent: int
-    recall: float  # share of the firings that were recognised
-    specificity: float  # share of the silent tokens that were
-    interval: tuple[float, float]  # of the balanced accuracy, 95 %
-
-    @property
-    def balanced_accuracy(self) -> float:
-        """The mean of recall and specificity; 0.5 by chance."""
-        return (self.recall + self.specificity) / 2
-
-
 @dataclass(frozen=True, kw_only=True)
 class Explained:
     """The label of one feature by a model, with its scores; None: not measured."""
 
     explanation: Explanation
-    detection: Detection | None
-    shuffled: Detection | None
+    detection: Score
+    shuffled: Score
     picked_output: bool | None
 
 
@@ -163,12 +146,15 @@ def explain(
             pick.append(output_question(said[latent], [written[i][0] for i in options]))
     picked = dict(zip(choices, judge.ask(pick, _read_choice, "output"), strict=True))
 
-    by_latent = _grouped(tests, verdicts)
+    judged: dict[tuple[int, bool], list[tuple[bool, bool]]] = {}
+    for (latent, shuffled, truth), verdict in zip(tests, verdicts, strict=True):
+        if verdict is not None and len(verdict) == len(truth):
+            judged.setdefault((latent, shuffled), []).extend(zip(truth, verdict, strict=True))
     return {
         latent: Explained(
             explanation=explanation,
-            detection=score(by_latent.get((latent, False), [])),
-            shuffled=score(by_latent.get((latent, True), [])),
+            detection=score_answers(judged.get((latent, False), [])),
+            shuffled=score_answers(judged.get((latent, True), [])),
             picked_output=None if picked.get(latent) is None else picked[latent] == choices[latent],
         )
         for latent, explanation in said.items()
@@ -203,84 +189,26 @@ def with_model(
 ) -> dict[int, Label]:
     """Return the labels, with those of a model where they are better founded than the rule.
 
-    A label is founded if the interval of its balanced accuracy begins at `CLEAR` or above. The
-    model's label stays away only where the rule's is founded and its own is not.
+    The model's label stays away only where the rule's is clear and its own is not.
     """
     merged = dict(labels)
     for latent, one in said.items():
-        rule, found = labels[latent], one.detection
-        is_clear = found is not None and found.interval[0] >= CLEAR
-        if rule.kind != "unclear" and not is_clear:
-            continue
-        unclear = "" if is_clear else "unclear: "
-        merged[latent] = Label(
-            name=unclear + one.explanation.name,
-            sentence=one.explanation.sentence,
-            kind=one.explanation.kind if is_clear else "unclear",
-            category=rule.category,
-            author=author,
-            balanced_accuracy=None if found is None else round(found.balanced_accuracy, 4),
-            interval=None
-            if found is None
-            else (round(max(0.0, found.interval[0]), 4), round(min(1.0, found.interval[1]), 4)),
-            precision=None,
-            recall=None if found is None else round(found.recall, 4),
-            same_token=None,
-            near=None,
-            shuffled=None if one.shuffled is None else round(one.shuffled.balanced_accuracy, 4),
-            n_fired=0 if found is None else found.n_firing,
-            rule=rule.rule,
-            output=rule.output,
-            judge=judge,
-            picked_output=one.picked_output,
-        )
+        rule, is_clear = labels[latent], one.detection.is_clear
+        if rule.kind == "unclear" or is_clear:
+            merged[latent] = replace(
+                rule,
+                name=("" if is_clear else "unclear: ") + one.explanation.name,
+                sentence=one.explanation.sentence,
+                kind=one.explanation.kind if is_clear else "unclear",
+                author=author,
+                **one.detection.rounded()._asdict(),
+                same_token=None,
+                near=None,
+                shuffled=rounded(one.shuffled.balanced_accuracy),
+                judge=judge,
+                picked_output=one.picked_output,
+            )
     return merged
-
-
-def _grouped(
-    tests: Sequence[tuple[int, bool, tuple[bool, ...]]], verdicts: Sequence[list[bool] | None]
-) -> dict[tuple[int, bool], list[tuple[bool, bool]]]:
-    """Return truth and verdict of every excerpt, by latent and whether it was shuffled."""
-    pairs: dict[tuple[int, bool], list[tuple[bool, bool]]] = {}
-    for (latent, shuffled, truth), verdict in zip(tests, verdicts, strict=True):
-        if verdict is not None and len(verdict) == len(truth):
-            pairs.setdefault((latent, shuffled), []).extend(zip(truth, verdict, strict=True))
-    return pairs
-
-
-def score(pairs: Sequence[tuple[bool, bool]]) -> Detection | None:
-    """Return the score of (fires, judged to fire); None unless there are both kinds of excerpts.
-
-    The interval combines Wilson's intervals of recall and specificity by the method of variance
-    estimates recovery (Newcombe 1998).
-    """
-    hits = [judged for fires, judged in pairs if fires]
-    rejections = [not judged for fires, judged in pairs if not fires]
-    if not hits or not rejections:
-        return None
-    recall, specificity = sum(hits) / len(hits), sum(rejections) / len(rejections)
-    (low_r, high_r), (low_s, high_s) = (
-        wilson(sum(rights), len(rights)) for rights in (hits, rejections)
-    )
-    middle = (recall + specificity) / 2
-    return Detection(
-        n_firing=len(hits),
-        n_silent=len(rejections),
-        recall=recall,
-        specificity=specificity,
-        interval=(
-            middle - math.hypot(recall - low_r, specificity - low_s) / 2,
-            middle + math.hypot(high_r - recall, high_s - specificity) / 2,
-        ),
-    )
-
-
-def wilson(n_right: int, n: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a share."""
-    share = n_right / n
-    middle = share + _Z**2 / (2 * n)
-    half = _Z * math.sqrt(share * (1 - share) / n + (_Z / (2 * n)) ** 2)
-    return (middle - half) / (1 + _Z**2 / n), (middle + half) / (1 + _Z**2 / n)
 
 
 def explain_question(

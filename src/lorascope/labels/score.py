@@ -11,6 +11,8 @@
   and among tokens at which the feature's neighbours fire. Each with the same recall.
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +20,7 @@ import numpy.typing as npt
 
 from lorascope.labels.clues import Corpus, Ints, Mask
 
+CLEAR = 0.7  # lower bound of the balanced accuracy of a clear label
 _Z = 1.959963984540054  # of a 95 % interval
 _FEWEST_CASES = 10  # tokens of a hard case; of fewer it has no score
 
@@ -25,11 +28,27 @@ _FEWEST_CASES = 10  # tokens of a hard case; of fewer it has no score
 class Score(NamedTuple):
     """The scores of one description; None where there are no tokens to measure on."""
 
-    balanced_accuracy: float | None
-    interval: tuple[float, float] | None
-    precision: float | None
-    recall: float | None
-    n_fired: int
+    balanced_accuracy: float | None = None
+    interval: tuple[float, float] | None = None
+    precision: float | None = None
+    recall: float | None = None
+    n_fired: int = 0
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval begins at `CLEAR` or above."""
+        return self.interval is not None and self.interval[0] >= CLEAR
+
+    def rounded(self) -> "Score":
+        """Return the scores with four decimals, as labels have them."""
+        mean, interval, precision, recall, n_fired = self
+        edges = None if interval is None else (round(interval[0], 4), round(interval[1], 4))
+        return Score(rounded(mean), edges, rounded(precision), rounded(recall), n_fired)
+
+
+def rounded(value: float | None) -> float | None:
+    """Return a number with four decimals."""
+    return None if value is None else round(value, 4)
 
 
 def score(corpus: Corpus, covered: Mask, firings: Ints) -> Score:
@@ -39,20 +58,26 @@ def score(corpus: Corpus, covered: Mask, firings: Ints) -> Score:
     others = np.bincount(corpus.rollout, minlength=n_rollouts) - fired
     hit = np.bincount(corpus.rollout[firings[covered[firings]]], minlength=n_rollouts)
     wrong = np.bincount(corpus.rollout[covered], minlength=n_rollouts) - hit
-    n_hit, n_covered, n_fired = int(hit.sum()), int(covered.sum()), len(firings)
+    n_covered, n_fired = int(covered.sum()), len(firings)
     if not n_fired or n_fired == len(corpus):
-        return Score(None, None, None, None, n_fired)
-    recall, specificity = _share(hit, fired), _share(others - wrong, others)
-    mean = (recall.value + specificity.value) / 2
-    below = np.hypot(recall.value - recall.low, specificity.value - specificity.low) / 2
-    above = np.hypot(recall.high - recall.value, specificity.high - specificity.value) / 2
-    return Score(
-        balanced_accuracy=mean,
-        interval=(max(float(mean - below), 0.0), min(float(mean + above), 1.0)),
-        precision=n_hit / n_covered if n_covered else None,
-        recall=recall.value,
-        n_fired=n_fired,
+        return Score(n_fired=n_fired)
+    precision = int(hit.sum()) / n_covered if n_covered else None
+    return _balanced(_share(hit, fired), _share(others - wrong, others), precision, n_fired)
+
+
+def score_answers(answers: Sequence[tuple[bool, bool]]) -> Score:
+    """Return the score of a judge from pairs: whether the feature fires, and whether it says so.
+
+    It is unknown unless there are both firings and others.
+    """
+    hits = [said for fires, said in answers if fires]
+    rejections = [not said for fires, said in answers if not fires]
+    if not hits or not rejections:
+        return Score()
+    recall, specificity = (
+        wilson(sum(right) / len(right), len(right)) for right in (hits, rejections)
     )
+    return _balanced(recall, specificity, None, len(hits))
 
 
 def against_same_token(corpus: Corpus, covered: Mask, firings: Ints) -> float | None:
@@ -81,14 +106,32 @@ def against(covered: Mask, firings: Ints, others: Ints) -> float | None:
     return float(covered[firings].mean() + 1 - covered[others].mean()) / 2
 
 
-class _Share(NamedTuple):
+class Share(NamedTuple):
+    """A share with its 95 % interval."""
+
     value: float
     low: float
     high: float
 
 
-def _share(part: npt.NDArray[np.int64], whole: npt.NDArray[np.int64]) -> _Share:
-    """Return the share of sums over rollouts, with its interval."""
+def wilson(value: float, n: float) -> Share:
+    """Return a share of `n` cases with Wilson's interval."""
+    centre = (value + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z / (1 + _Z**2 / n) * math.sqrt(value * (1 - value) / n + _Z**2 / (4 * n**2))
+    return Share(value, min(centre - half, value), max(centre + half, value))
+
+
+def _balanced(recall: Share, specificity: Share, precision: float | None, n_fired: int) -> Score:
+    """Return the scores of a recall and a specificity."""
+    mean = (recall.value + specificity.value) / 2
+    below = math.hypot(recall.value - recall.low, specificity.value - specificity.low) / 2
+    above = math.hypot(recall.high - recall.value, specificity.high - specificity.value) / 2
+    interval = (max(mean - below, 0.0), min(mean + above, 1.0))
+    return Score(mean, interval, precision, recall.value, n_fired)
+
+
+def _share(part: npt.NDArray[np.int64], whole: npt.NDArray[np.int64]) -> Share:
+    """Return the share of sums over rollouts."""
     some = whole > 0
     part, whole = part[some], whole[some]
     total, n = float(whole.sum()), int(some.sum())
@@ -97,7 +140,4 @@ def _share(part: npt.NDArray[np.int64], whole: npt.NDArray[np.int64]) -> _Share:
     if 0 < value < 1 and n > 1:
         variance = float(((part - value * whole) ** 2).sum()) / total**2 * n / (n - 1)
         size = min(value * (1 - value) / variance, total) if variance else total
-    centre = (value + _Z**2 / (2 * size)) / (1 + _Z**2 / size)
-    half = _Z / (1 + _Z**2 / size)
-    half *= np.sqrt(value * (1 - value) / size + _Z**2 / (4 * size**2))
-    return _Share(value, min(float(centre - half), value), max(float(centre + half), value))
+    return wilson(value, size)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from lorascope.features.label_file import Kind, RulePart
 from lorascope.labels.clues import CLUES, STREAMS
 from lorascope.labels.rules import Condition, Rule, Term
+from lorascope.texts.tokens import visible
 
 LONGEST_NAME = 40
 _N_QUOTED = 6  # values that a sentence names
@@ -66,11 +67,6 @@ def quoted(values: Iterable[str], most: int, last: str = "or") -> str:
     if len(shown) > most + 1:
         return ", ".join(shown[:most]) + f" or {len(shown) - most} others"
     return f" {last} ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
-
-
-def visible(text: str) -> str:
-    """Return a text on one line, with signs that cannot be seen written as escapes."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def shortened(text: str) -> str:

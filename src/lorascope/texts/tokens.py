@@ -24,6 +24,11 @@ _CHARACTER = re.compile(
 )
 
 
+def visible(text: str) -> str:
+    """Return a text on one line, with characters that cannot be seen written as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def special_ids(tokenizer: Any) -> list[int]:
     """Return the ids of all special tokens: those that never stand for text."""
     added = tokenizer.added_tokens_decoder
