@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -31,25 +32,24 @@ def broken(subject_dirs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    "damage",
     [
-        (lambda name: name.replace(".weight", ".default.weight"), "without the adapter's own name"),
-        (lambda name: "module." + name, "wrappers"),
-        (lambda name: name.replace("base_model.model.", "base_model.model.module."), "wrappers"),
-        (lambda name: name.replace("base_model.model.", "base_model.model._orig_mod."), "wrappers"),
-        (lambda name: name.removeprefix("base_model.model."), "prefix"),
-        (lambda name: "base_model.model." + name, "prefix"),
-        (lambda name: name.replace(".lora_", "_"), 'called "lora"'),
-        (lambda name: "_orig_mod." + name[17:].replace(".weight", ".x.weight"), "wrappers"),
+        lambda name: name.replace(".weight", ".default.weight"),
+        lambda name: "module." + name,
+        lambda name: name.replace("base_model.model.", "base_model.model.module."),
+        lambda name: name.replace("base_model.model.", "base_model.model._orig_mod."),
+        lambda name: name.removeprefix("base_model.model."),
+        lambda name: "base_model.model." + name,
+        lambda name: name.replace(".lora_", "_"),
+        lambda name: "_orig_mod." + name[17:].replace(".weight", ".x.weight"),
     ],
 )
-def test_damage_to_the_names_is_repaired_and_said(damage, said, broken, subject_dirs, caplog):
+def test_damage_to_the_names_is_repaired_and_said(damage, broken, subject_dirs, caplog):
     # pitfall 1, B2: with the last one three damages meet
     caplog.set_level("INFO")
     adapter_dir, base = broken(tensors=lambda t: {damage(name): v for name, v in t.items()})
     subject = load(adapter_dir, base)
-    assert said in caplog.text
-    assert "renamed 28 tensors" in caplog.text
+    assert re.search(r"renamed 28 tensors of \S+, such as \S+ to base_model\.model\.", caplog.text)
     assert torch.equal(rows_of(subject), rows_of(load(subject_dirs[1], base)))
 
 

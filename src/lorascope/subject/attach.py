@@ -3,8 +3,8 @@
 1. Compare the config's keys with those that the installed PEFT knows. PEFT silently drops others.
 2. Add fresh LoRA modules to the base, and compare the tensors they need with those in the file, by
    name and shape. PEFT alone would leave a missing tensor at its random initialisation.
-3. Repair tensor names that a wrapper, an older PEFT or a manual edit changed (`_match_names`), and
-   log it. A repair counts only if the repaired names are exactly the needed ones.
+3. Mend tensor names that a wrapper, an older PEFT or a manual edit changed (`_match_names`), and
+   log it. This counts only if the mended names are exactly the needed ones.
 4. After loading, every tensor must equal the file's, bit by bit, in the dtype that the model keeps.
 
 `fit_prefix` comes before, and then `resize_embeddings`. An adapter trained with added tokens has a
@@ -18,19 +18,20 @@ tokenizer with more tokens than the base has embeddings, and may hold the traine
 """
 
 import dataclasses
-import importlib.util
 import logging
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import combinations
 from typing import Any
 
 import peft
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.integrations import dequantize_module_weight
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
+)
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -38,7 +39,6 @@ from lorascope.errors import AdapterError
 from lorascope.hub import first_line
 from lorascope.subject.adapter import (
     CONFIG,
-    WRAPPERS,
     Adapter,
     base_path,
     by_pattern,
@@ -54,6 +54,7 @@ _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _PREFIX = "base_model.model."
 _IN_LAYERS = re.compile(r"((?:.*?\.)??)(\w+)\.\d+\.")
 _PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+_PARAMETERS = "lora_embedding_A|lora_embedding_B|lora_magnitude_vector|trainable_tokens_delta"
 
 
 def attach(base: nn.Module, adapter: Adapter, base_name: str) -> PeftModel:
@@ -233,16 +234,18 @@ def _match_tensors(
     expected = {name: tuple(tensor.shape) for name, tensor in _state_of(model).items()}
     state = _state_of(model, embeddings=True)
     allowed = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    match = _match_names(tensors, expected, allowed)
-    if match is None:
+    names = _match_names(tensors, expected, allowed)
+    if names is None:
         fused = _fuse_experts(model, tensors)
         if set(expected) <= set(fused) <= set(allowed):
             log.info("%s was made for separate experts; PEFT fused them", adapter.name)
             return fused
         raise _mismatch(set(tensors), set(expected), set(allowed), adapter)
-    names, repairs = match
-    if repairs:
-        log.info("renamed %d tensors of %s %s", len(names), adapter.name, ", ".join(repairs))
+    changed = [(old, new) for old, new in names.items() if old != new]
+    if changed:
+        log.info(
+            "renamed %d tensors of %s, such as %s to %s", len(changed), adapter.name, *changed[0]
+        )
     renamed = {names[name]: tensor for name, tensor in tensors.items()}
     renamed = _in_current_layout(model, renamed, adapter)
     wrong = sorted(name for name in renamed if tuple(renamed[name].shape) != allowed[name])
@@ -275,19 +278,14 @@ def _in_current_layout(
             continue  # its layout never changed
         a, b, n = tensors[to_a], tensors[to_b], layer.num_experts
         widths, is_old = (layer.in_features, layer.out_features), version < (0, 19)
-        what = f"{path} of {adapter.name} has LoRA on fused experts, whose layout PEFT 0.19 changed"
         if widths[0] != widths[1]:
             is_old = (a.shape[1], b.shape[0]) == widths[::-1]
         elif not version:
             raise AdapterError(
-                f"{what}; {CONFIG} does not say which PEFT made it: add its peft_version"
+                f"{path} of {adapter.name} has LoRA on fused experts, whose layout PEFT 0.19 "
+                f"changed; {CONFIG} does not say which PEFT made it: add its peft_version"
             )
-        elif version >= (0, 19) and not hasattr(layer, "_did_swap_in_out_features"):
-            raise AdapterError(
-                f"{what}: PEFT {made_with} made it, {peft.__version__} is installed; install a "
-                "newer PEFT"
-            )
-        if is_old and hasattr(layer, "_did_swap_in_out_features"):
+        if is_old:
             log.info("%s: turned LoRA on fused experts into the layout since PEFT 0.19", path)
             tensors[to_a] = b.reshape(len(b), -1, n).permute(2, 1, 0).flatten(0, 1).contiguous()
             tensors[to_b] = a.reshape(n, -1, a.shape[1]).permute(2, 1, 0).flatten(1).contiguous()
@@ -296,12 +294,9 @@ def _in_current_layout(
 
 def _fuse_experts(model: PeftModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors with experts fused, as current transformers keeps them in one tensor."""
-    module = "peft.utils.transformers_weight_conversion"
-    if importlib.util.find_spec(module) is None:  # an older PEFT
-        return tensors
-    convert = importlib.import_module(module).convert_peft_adapter_state_dict_for_transformers
+    config: Any = model.peft_config["default"]
     try:
-        return convert(model, model.peft_config["default"], dict(tensors), "default")
+        return convert_peft_adapter_state_dict_for_transformers(model, config, dict(tensors))
     except ValueError:  # PEFT converts no such names
         return tensors
 
@@ -369,64 +364,28 @@ def _state_of(model: PeftModel, *, embeddings: bool = False) -> dict[str, Tensor
         return get_peft_model_state_dict(model, save_embedding_layers=embeddings)
 
 
-_Repair = Callable[[list[str], Collection[str]], list[str]]
-
-
 def _match_names(
     file_names: Iterable[str], needed: Collection[str], allowed: Collection[str]
-) -> tuple[dict[str, str], list[str]] | None:
-    """Return the model's name of every name in the file, and the repairs used; None if none fits.
+) -> dict[str, str] | None:
+    """Return the model's name of every name in the file, or None if they do not fit.
 
-    The fewest repairs win. `allowed` are names that a file may have but need not: saved embeddings.
+    Names are compared without what wrappers, PEFT and adapters' own names add to them. `allowed`
+    are names that a file may have but need not: saved embeddings.
     """
-    file_names = list(file_names)
-    targets = set(needed) | set(allowed)
-    for n_repairs in range(len(_REPAIRS) + 1):
-        for chosen in combinations(_REPAIRS, n_repairs):
-            names = file_names
-            for repair in chosen:
-                names = _REPAIRS[repair](names, needed)
-            unique = set(names)
-            if set(needed) <= unique <= targets and len(unique) == len(names):
-                return dict(zip(file_names, names, strict=True)), list(chosen)
-    return None
+    file_names, known = list(file_names), {*needed, *allowed}
+    # Older PEFT deletes every `.lora` from the names of an adapter called "lora".
+    deleted = "" if any(".lora_" in name for name in file_names) else ".lora"
+    targets = {_key(name).replace(deleted, ""): name for name in known}
+    names = [targets.get(_key(name), "") for name in file_names]
+    fits = set(needed) <= set(names) <= known and len(set(names)) == len(names)
+    return dict(zip(file_names, names, strict=True)) if fits else None
 
 
-def _without_wrappers(names: list[str], _needed: Collection[str]) -> list[str]:
-    leading = re.compile(rf"^({re.escape(_PREFIX)})?(?:module\.)+")
-    return [leading.sub(r"\1", WRAPPERS.sub("", name)) for name in names]
-
-
-def _with_one_prefix(names: list[str], _needed: Collection[str]) -> list[str]:
-    leading = re.compile(rf"^(?:{re.escape(_PREFIX)})*")
-    return [leading.sub(_PREFIX, name, count=1) for name in names]
-
-
-def _without_adapter_name(names: list[str], _needed: Collection[str]) -> list[str]:
-    in_parameter = "lora_embedding_A|lora_embedding_B|lora_magnitude_vector|trainable_tokens_delta"
-    for pattern, kept in (
-        (r"\.modules_to_save\.[^.]+\.", "."),
-        (r"(\.lora_[AB])\.[^.]+(\.(?:weight|bias))$", r"\1\2"),
-        (rf"(\.(?:{in_parameter}))\.[^.]+(?:\.weight)?$", r"\1"),
-    ):
-        names = [re.sub(pattern, kept, name) for name in names]
-    return names
-
-
-def _with_lora(names: list[str], needed: Collection[str]) -> list[str]:
-    """Undo what older PEFT does to an adapter called "lora": it deletes every `.lora`."""
-    undamaged = {tensor.replace(".lora", ""): tensor for tensor in needed}
-    if len(undamaged) < len(needed):
-        return names
-    return [undamaged.get(name, name) for name in names]
-
-
-_REPAIRS: dict[str, _Repair] = {
-    "without the names of wrappers (DDP, torch.compile)": _without_wrappers,
-    f"with the prefix {_PREFIX} once": _with_one_prefix,
-    "without the adapter's own name": _without_adapter_name,
-    'with the lora_ that PEFT removed from an adapter called "lora"': _with_lora,
-}
+def _key(name: str) -> str:
+    """Return a tensor's name without prefixes, wrappers and the adapter's own name."""
+    name = re.sub(r"\.modules_to_save\.[^.]+\.", ".", base_path(name))
+    name = re.sub(r"(\.lora_[AB])\.[^.]+(\.(?:weight|bias))$", r"\1\2", name)
+    return re.sub(rf"(\.(?:{_PARAMETERS}))\.[^.]+(?:\.weight)?$", r"\1", name)
 
 
 def resize_embeddings(model: Any, adapter: Adapter, tokenizer: Any) -> None:
@@ -481,11 +440,9 @@ def _rows_in_file(adapter: Adapter, paths: list[str]) -> dict[str, int]:
     }
     modules = lora_tensors(adapter.shapes)
     for path in paths:
-        parts = modules.get(path, {})
-        if "lora_embedding_A" in parts:
-            rows.setdefault(path, adapter.shapes[parts["lora_embedding_A"]][1])
-        elif "lora_B" in parts:
-            rows.setdefault(path, adapter.shapes[parts["lora_B"]][0])
+        for part, axis in (("lora_embedding_A", 1), ("lora_B", 0)):
+            if name := modules.get(path, {}).get(part):
+                rows.setdefault(path, adapter.shapes[name][axis])
     return rows
 
 
