@@ -21,7 +21,7 @@ from lorascope.runtime import progress
 from lorascope.subject.intervene import RowEditor
 from lorascope.subject.load import Subject
 from lorascope.texts.roles import ROLES
-from lorascope.texts.rollouts import Rollout, load_prompts
+from lorascope.texts.rollouts import Rollout, load_rollouts
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from demo_problems import Problem, answer_of
@@ -35,8 +35,13 @@ def prompts_of(problems: Sequence[Problem], tokenizer: Any) -> list[Rollout]:
         file = Path(folder) / "questions.jsonl"
         records = [{"messages": [{"role": "user", "content": p.question}]} for p in problems]
         file.write_text("".join(json.dumps(record) + "\n" for record in records))
-        prompts, _ = load_prompts(
-            dataset=str(file), split="train", limit=None, template="chat", tokenizer=tokenizer
+        prompts, _ = load_rollouts(
+            dataset=str(file),
+            split="train",
+            limit=None,
+            template="chat",
+            prompts=True,
+            tokenizer=tokenizer,
         )
     return prompts
 

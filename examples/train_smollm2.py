@@ -36,7 +36,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorascope.texts.records import read_records
-from lorascope.texts.rollouts import load_prompts, load_rollouts
+from lorascope.texts.rollouts import load_rollouts
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 N_HELD_OUT = 500
@@ -75,11 +75,15 @@ def write_texts(problems: str, output: Path, n_train: int) -> None:
 
 def load(file: Path, template: str, tokenizer: Tok, *, prompts: bool = False) -> list[list[int]]:
     """Return the token ids of a file's chats, or of their prompts."""
-    same: Any = {"split": "train", "limit": None, "template": template, "tokenizer": tokenizer}
-    if prompts:
-        rollouts, _ = load_prompts(dataset=str(file), **same)
-    else:
-        rollouts, _ = load_rollouts(dataset=str(file), duplicates="keep", **same)
+    rollouts, _ = load_rollouts(
+        dataset=str(file),
+        split="train",
+        limit=None,
+        template=template,
+        duplicates="keep",
+        prompts=prompts,
+        tokenizer=tokenizer,
+    )
     return [rollout.token_ids.tolist() for rollout in rollouts]
 
 

@@ -40,7 +40,7 @@ from lorascope.subject.load import (
 )
 from lorascope.subject.sampling import log_ignored_settings, sample_rollouts
 from lorascope.texts.conversations import FIELDS
-from lorascope.texts.rollouts import Rollout, load_prompts, load_rollouts
+from lorascope.texts.rollouts import Rollout, load_rollouts
 
 WORDS = st.sampled_from(
     ["", "x", "auto", "default", "q_proj", ".*", "(", "model.layers.0", "../base", "\x00", "\ud800",
@@ -203,8 +203,8 @@ def test_any_tokenizer_is_read_or_refused_in_one_line(n, name, subject_dirs, tmp
 def rollouts(tokenizer: Any, file: Path, **given: Any) -> None:
     source: Any = {"dataset": str(file), "split": "train", "limit": None, "tokenizer": tokenizer}
     source |= {"template": "auto", **given}
-    ends_in_one_line(lambda: load_rollouts(**source, duplicates="drop"))
-    ends_in_one_line(lambda: load_prompts(**source))
+    for prompts in (False, True):
+        ends_in_one_line(lambda prompts=prompts: load_rollouts(**source, prompts=prompts))
 
 
 TEMPLATE_PARTS = st.sampled_from(

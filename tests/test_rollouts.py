@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lorascope.errors import DatasetError
 from lorascope.texts.roles import ROLES
-from lorascope.texts.rollouts import load_prompts, load_rollouts, roles_of_generated, windows
+from lorascope.texts.rollouts import load_rollouts, roles_of_generated, windows
 from lorascope.texts.tokens import special_ids
 
 LLAMA3 = (
@@ -52,9 +52,7 @@ def load(tmp_path):
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
         source: Any = {"dataset": str(file), "split": "train", "limit": None, "template": "auto"}
         source |= given | {"tokenizer": tokenizer}
-        if prompts:
-            return load_prompts(**source)
-        return load_rollouts(**source, duplicates=duplicates)
+        return load_rollouts(**source, duplicates=duplicates, prompts=prompts)
 
     return load
 

@@ -170,13 +170,14 @@ def _prompts(held_out: HeldOut, config: SteerConfig) -> list[tuple[int | None, T
     """Return each prompt's rollout (None: not of the store), token ids, and its mask of text."""
     room = held_out.subject.max_length or 1 << 62
     if config.prompts is not None:
-        from lorascope.texts.rollouts import load_prompts
+        from lorascope.texts.rollouts import load_rollouts
 
-        rollouts, _ = load_prompts(
+        rollouts, _ = load_rollouts(
             dataset=config.prompts,
             split="train",
             limit=config.num_prompts,
             template="auto",
+            prompts=True,
             tokenizer=held_out.subject.tokenizer,
         )
         special = ROLES.index("special")

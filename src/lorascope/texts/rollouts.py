@@ -5,14 +5,14 @@
    special tokens are `special`.
 3. Broken, empty and repeated records are left out, counted, and named in the log.
 
-For rollouts that the model generates itself, use `load_prompts` and `roles_of_generated`.
+For rollouts that the model generates itself, load `prompts`, and use `roles_of_generated`.
 `windows` cuts rollouts that are longer than the model's context.
 """
 
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
@@ -31,8 +31,6 @@ from lorascope.texts.tokens import special_ids, speller
 log = logging.getLogger(__name__)
 
 _CHUNK = 256  # texts tokenised in one call, by the tokenizer's own threads
-_N_NAMED = 5  # duplicates that the log names
-_N_COLUMNS = 20  # columns that the log names
 
 TokenIds = npt.NDArray[np.int32]
 
@@ -53,39 +51,59 @@ def load_rollouts(
     limit: int | None,
     template: str,
     columns: Sequence[str] = (),
-    duplicates: Literal["drop", "keep"],
+    duplicates: Literal["drop", "keep"] = "drop",
+    prompts: bool = False,
     tokenizer: Any,
 ) -> tuple[list[Rollout], dict[str, int]]:
     """Return the usable rollouts of a dataset's first `limit` records, in order, and counts.
 
+    With `prompts`, each is what the model continues: a chat up to where the assistant's last turn
+    begins (an s1 chat up to and with `<|im_start|>think`), a plain text whole. Duplicate prompts
+    are kept.
+
     The counts are records left out as `empty`, `broken` or `duplicate` (same token ids as an
     earlier record). If there are any, they also include message parts whose roles are unknown
     because the template rewrites them (`unknown_roles`), and parts that the template omits
-    (`left_out_by_template`). Columns that become no text are named in the log.
-    Raises DatasetError when fewer than half of the records are usable.
+    (`left_out_by_template`). Raises DatasetError when fewer than half of the records are usable.
     """
     records = read_records(dataset, split, limit)
-    renderer = Renderer(tokenizer, template, columns=parse_columns(columns))
-    return _load(records, renderer, drop=duplicates == "drop")
-
-
-def load_prompts(
-    *,
-    dataset: str,
-    split: str,
-    limit: int | None,
-    template: str,
-    columns: Sequence[str] = (),
-    tokenizer: Any,
-) -> tuple[list[Rollout], dict[str, int]]:
-    """Return one prompt per record for the model to continue, and counts as `load_rollouts` does.
-
-    A chat ends where the assistant's last turn begins, an s1 chat after `<|im_start|>think`. A
-    plain text is used whole. Duplicate prompts are kept.
-    """
-    records = read_records(dataset, split, limit)
-    renderer = Renderer(tokenizer, template, prompts=True, columns=parse_columns(columns))
-    return _load(records, renderer, drop=False)
+    renderer = Renderer(tokenizer, template, prompts=prompts, columns=parse_columns(columns))
+    rollouts: list[Rollout] = []
+    broken, forms, counts = dict(records.broken), Counter[str](), Counter[str]()
+    unread = Counter[str]()
+    seen: set[bytes] = set()
+    repeated: list[int] = []
+    with runtime.progress(len(records.usable), "tokenize", "records") as bar:
+        for first in range(0, len(records.usable), _CHUNK):
+            chunk = records.usable[first : first + _CHUNK]
+            rendered = _render(chunk, renderer, broken, counts)
+            texts = tokenize(list(rendered.values()), tokenizer)
+            for (number, text), (token_ids, roles) in zip(rendered.items(), texts, strict=True):
+                forms[text.form] += 1
+                unread.update(map(str, text.unread))
+                if not len(token_ids):
+                    counts["empty"] += 1
+                    continue
+                digest = hashlib.blake2b(token_ids.tobytes(), digest_size=16).digest()
+                if digest in seen and duplicates == "drop" and not prompts:
+                    repeated.append(number)
+                    continue
+                seen.add(digest)
+                counts["unknown_roles"] += text.n_unknown
+                counts["left_out_by_template"] += text.n_left_out
+                rollouts.append(Rollout(number, token_ids, roles))
+            bar.update(len(chunk))
+    records.report(broken)
+    counts.update(broken=len(broken), duplicate=len(repeated), empty=0)
+    _report(records, counts, forms, unread, repeated)
+    if not rollouts:
+        raise DatasetError(
+            f"dataset {records.name} has no usable record among {len(records)}: "
+            f"{counts['empty']} empty, {counts['broken']} broken; give a dataset with texts"
+        )
+    always = ("empty", "broken", "duplicate")
+    if_any = [name for name in ("unknown_roles", "left_out_by_template") if counts[name]]
+    return rollouts, {name: counts[name] for name in (*always, *if_any)}
 
 
 def tokenize(texts: Sequence[Rendered], tokenizer: Any) -> list[tuple[TokenIds, Roles]]:
@@ -94,8 +112,10 @@ def tokenize(texts: Sequence[Rendered], tokenizer: Any) -> list[tuple[TokenIds, 
     Only plain text gets the tokenizer's own special tokens, and never a second BOS. A rendered chat
     already has the special tokens of its template.
     """
-    special = _special_table(tokenizer)
-    out: list[tuple[TokenIds, Roles] | None] = [None] * len(texts)
+    special = special_ids(tokenizer)
+    out: list[tuple[TokenIds, Roles]] = [(np.empty(0, np.int32), np.empty(0, np.uint8))] * len(
+        texts
+    )
     for plain in (False, True):
         indices = [i for i, text in enumerate(texts) if text.plain == plain]
         if not indices:
@@ -114,10 +134,10 @@ def tokenize(texts: Sequence[Rendered], tokenizer: Any) -> list[tuple[TokenIds, 
             token_ids = np.array(ids, np.int32)
             bounds = np.fromiter(chain.from_iterable(offsets), np.int64).reshape(-1, 2)
             roles = token_roles(len(texts[i].text), texts[i].spans, bounds[:, 0], bounds[:, 1])
-            roles[special[np.minimum(token_ids, len(special) - 1)]] = SPECIAL
+            roles[np.isin(token_ids, special)] = SPECIAL
             has_two_bos = plain and len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id
             out[i] = token_ids[int(has_two_bos) :], roles[int(has_two_bos) :]
-    return [pair for pair in out if pair is not None]
+    return out
 
 
 def roles_of_generated(prompt: Rollout, new_ids: npt.NDArray[Any], tokenizer: Any) -> Roles:
@@ -139,8 +159,7 @@ def roles_of_generated(prompt: Rollout, new_ids: npt.NDArray[Any], tokenizer: An
     text = b"".join(pieces).decode("latin-1")
     whitespace = " \t\r\n\f\v" if n_header else ""  # after plain text, whitespace is content
     roles = token_roles(len(text), role_spans(text, "answer", whitespace), starts, ends)
-    special = _special_table(tokenizer)
-    roles[special[np.minimum(ids, len(special) - 1)]] = SPECIAL
+    roles[np.isin(ids, special_ids(tokenizer))] = SPECIAL
     return roles[n_header:]
 
 
@@ -160,56 +179,6 @@ def windows(n_tokens: int, longest: int) -> list[tuple[int, int, int]]:
     while (end := out[-1][1]) < n_tokens:
         out.append((end - overlap, min(end - overlap + longest, n_tokens), end))
     return out
-
-
-def _load(
-    records: Records, renderer: Renderer, *, drop: bool
-) -> tuple[list[Rollout], dict[str, int]]:
-    rollouts: list[Rollout] = []
-    broken, forms, counts = dict(records.broken), Counter[str](), Counter[str]()
-    unread = Counter[str]()
-    seen: set[bytes] = set()
-    repeated: list[int] = []
-    with runtime.progress(len(records.usable), "tokenize", "records") as bar:
-        for first in range(0, len(records.usable), _CHUNK):
-            chunk = records.usable[first : first + _CHUNK]
-            rendered = _render(chunk, renderer, broken, counts)
-            texts = tokenize(list(rendered.values()), renderer.tokenizer)
-            for (number, text), (token_ids, roles) in zip(rendered.items(), texts, strict=True):
-                forms[text.form] += 1
-                unread.update(map(str, text.unread))
-                if not len(token_ids):
-                    counts["empty"] += 1
-                    continue
-                digest = hashlib.blake2b(token_ids.tobytes(), digest_size=16).digest()
-                if drop and digest in seen:
-                    repeated.append(number)
-                    continue
-                seen.add(digest)
-                counts["unknown_roles"] += text.n_unknown
-                counts["left_out_by_template"] += text.n_left_out
-                rollouts.append(Rollout(number, token_ids, roles))
-            bar.update(len(chunk))
-    records.report(broken)
-    counts.update(broken=len(broken), duplicate=len(repeated), empty=0)
-    _report(records, counts, forms, repeated)
-    if unread:
-        named = ", ".join(f"{name} ({n})" for name, n in sorted(unread.items())[:_N_COLUMNS])
-        log.info(
-            "columns of %s that are not read, with their number of records: %s%s; --columns "
-            "chooses what is read",
-            records.name,
-            named,
-            ", ..." if len(unread) > _N_COLUMNS else "",
-        )
-    if not rollouts:
-        raise DatasetError(
-            f"dataset {records.name} has no usable record among {len(records)}: "
-            f"{counts['empty']} empty, {counts['broken']} broken; give a dataset with texts"
-        )
-    always = ("empty", "broken", "duplicate")
-    if_any = [name for name in ("unknown_roles", "left_out_by_template") if counts[name]]
-    return rollouts, {name: counts[name] for name in (*always, *if_any)}
 
 
 def _render(
@@ -234,9 +203,13 @@ def _render(
 
 
 def _report(
-    records: Records, counts: Counter[str], forms: Counter[str], repeated: Sequence[int]
+    records: Records,
+    counts: Counter[str],
+    forms: Counter[str],
+    unread: Counter[str],
+    repeated: Sequence[int],
 ) -> None:
-    """Log what was left out and why."""
+    """Log what was left out and why, and which columns become no text."""
     n = len(records)
     if len(forms) > 1:
         listed = ", ".join(f"{count} {form}" for form, count in forms.most_common())
@@ -244,13 +217,12 @@ def _report(
     if counts["empty"]:
         log.warning("left out %d empty of %d records", counts["empty"], n)
     if repeated:
-        named = ", ".join(map(str, repeated[:_N_NAMED])) + ", ..." * (len(repeated) > _N_NAMED)
         log.warning(
             "left out %d of %d records that have the same tokens as an earlier one: %s; "
             "keep them with --duplicates keep",
             len(repeated),
             n,
-            named,
+            _first(map(str, repeated), 5),
         )
     if counts["unknown_roles"]:
         log.warning(
@@ -264,11 +236,16 @@ def _report(
             "the model does not read them",
             counts["left_out_by_template"],
         )
+    if unread:
+        log.info(
+            "columns of %s that are not read, with their number of records: %s; --columns "
+            "chooses what is read",
+            records.name,
+            _first((f"{name} ({n})" for name, n in sorted(unread.items())), 20),
+        )
 
 
-def _special_table(tokenizer: Any) -> npt.NDArray[np.bool_]:
-    """Return for each id whether it is special; the last entry stands for all higher ids."""
-    ids = special_ids(tokenizer)
-    table = np.zeros(max(ids, default=-1) + 2, bool)
-    table[ids] = True
-    return table
+def _first(names: Iterable[str], most: int) -> str:
+    """Return the first names of many, separated by commas."""
+    listed = list(names)
+    return ", ".join([*listed[:most], *["..."] * (len(listed) > most)])
