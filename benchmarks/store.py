@@ -129,7 +129,7 @@ def _epochs(store: ActivationStore) -> list[float]:
     plan = BatchPlan.from_store(store, np.arange(store.n_rows), BATCH, seed=0)
     n = plan.n_batches(1)
     for first in (0, n):
-        rows = sum(len(plan.batch(i)) for i in range(first, first + n))
+        rows = sum(len(batch) for batch in plan.batches(first, first + n))
         rates.append(rows / (time.perf_counter() - begun))
         begun = time.perf_counter()
     return rates

@@ -8,17 +8,15 @@
    the next pool of rows is read while the current one is used.
 4. `batches_on` brings the batches to the device. All ways give the same batches.
 
-**The shuffle** has two levels, so that files are read in runs. Each epoch has every row once. The
-rows are cut into runs of consecutive rows, the runs are permuted, the sequence of runs is cut into
-pools of equal size, at most `buffer_rows` rows each, and the rows of each pool are permuted. The
-order depends on the seed, the epoch and `buffer_rows` only: not on batches, threads or processes.
+**The shuffle** has two levels, so that files are read in runs of consecutive rows. The runs are
+permuted, their sequence is cut into pools of equal size, at most `buffer_rows` rows each, and the
+rows of each pool are permuted. The order depends on the seed, the epoch and `buffer_rows` only.
 
 How well it mixes: a run has 256 rows, or a 1,024th of `buffer_rows` if that is less, and a pool
-more than half of `buffer_rows`. Two rows in succession are any two of a pool, so they come from one
-run with a probability of run / pool, less than 1 in 512. Rows of one rollout meet at most that much
-more often than in a permutation of the whole store. Several pools of 1,024 rows or more have over
-1,024 runs, so the rank correlation between this order and the store's has a mean absolute value of
-at most 0.8 / sqrt(1024) = 0.025.
+more than half of `buffer_rows`. Two rows in succession come from one run with a probability of run
+/ pool, less than 1 in 512. Several pools of 1,024 rows or more have over 1,024 runs, so the rank
+correlation between this order and the store's has a mean absolute value of at most 0.8 / sqrt(1024)
+= 0.025.
 
 **Memory**: a stream keeps at most two pools, in the stored dtype, and 16 bytes for each row of the
 pool that is being read. By default, activations take at most 4 GiB, streamed or not.
@@ -238,38 +236,33 @@ class BatchPlan:
         """Return the number of whole batches in `epochs` passes over the rows."""
         return epochs * len(self.rows) // self.batch_size
 
-    def batch(self, number: int) -> Float[Tensor, "batch d_in"]:
-        """Return batch `number` as float32. Raises NumberError if a value is not finite.
-
-        Without `loaded`, this reads rows one by one; use `batches` to go through a store quickly.
-        """
-        return self._gather(self.indices(number))
-
     def batches(
         self, first: int, last: int, part: tuple[int, int] = (0, 1)
     ) -> Generator[Float[Tensor, "_ d_in"]]:
-        """Yield batches `first` to `last - 1` in order, each as `batch` returns it.
+        """Yield batches `first` to `last - 1` in order, as float32.
 
         One thread prepares two batches ahead. If rows are streamed, another reads the next pool,
         in file order. `part = (rank, world)` yields only rows
         `[rank * B // world, (rank + 1) * B // world)` of each batch of B rows, and reads only them.
 
-        An error of batch i is raised at batch i, not earlier. The threads end when the generator is
-        exhausted, raises, is closed (`contextlib.closing` does it at once) or is collected. If it
-        is left open, the process can still exit once the pool being read is complete.
+        An error of batch i, such as NumberError for a value that is not finite, is raised at batch
+        i, not earlier. The threads end when the generator is exhausted, raises, is closed or is
+        collected. If it is left open, the process can still exit once the pool being read is
+        complete.
         """
-        rank, world = part
-        assert 0 <= rank < world, "a rank of the world"
         if not first < last:
             return
-        here = slice(rank * self.batch_size // world, (rank + 1) * self.batch_size // world)
-        stream = None if self.loaded is not None else _Stream(self, first, last, here)
-        prepare = (
-            stream.batch if stream else lambda number: self._gather(self.indices(number)[here])
-        )
-        worker = ThreadPoolExecutor(
-            1, f"{_THREADS}-batches"
-        )  # tasks, not a queue, which could block
+        here = self.slice_of(part)
+        stream = _Stream(self, first, last, here) if self.loaded is None else None
+
+        def prepare(number: int) -> Tensor:
+            if stream:
+                return stream.batch(number)
+            indices = torch.from_numpy(self.indices(number)[here])
+            return torch.from_numpy(self.loaded).index_select(0, indices).float()
+
+        # Tasks, not a queue, which could block.
+        worker = ThreadPoolExecutor(1, f"{_THREADS}-batches")
         ahead: deque[Future[Tensor]] = deque()
         submitted = iter(range(first, last))
         try:
@@ -293,16 +286,14 @@ class BatchPlan:
             position = stop
         return np.concatenate(parts)
 
+    def slice_of(self, part: tuple[int, int]) -> slice:
+        """Return the rows of a batch that belong to `(rank, world)`."""
+        rank, world = part
+        return slice(rank * self.batch_size // world, (rank + 1) * self.batch_size // world)
+
     @property
     def _shuffle(self) -> Shuffle:
         return Shuffle(len(self.rows), self.buffer_rows, self.seed)
-
-    def _gather(self, indices: RowNumbers) -> Float[Tensor, "_ d_in"]:
-        if self.loaded is not None:
-            return torch.from_numpy(self.loaded).index_select(0, torch.from_numpy(indices)).float()
-        values = self.store.take(self.rows[indices])
-        require_finite(values, self.rows[indices], self.store)
-        return torch.from_numpy(values).float()
 
     def _order(self, pool: int) -> RowNumbers:
         """Return a pool's order. The last two are kept, since a batch often touches two pools."""
@@ -320,13 +311,15 @@ def batches_on(
     """Yield batches `first` to `last - 1` of a plan on a device, as `BatchPlan.batches` does.
 
     On CUDA, loaded rows stay on the GPU in the stored dtype if they take less than half of its free
-    memory; then only row indices are copied. Otherwise batches go through pinned memory, one ahead.
+    memory; then only row indices are copied. Otherwise batches are pinned, so that copies wait for
+    no computation.
     """
     if device.type != "cuda":
         return (x.to(device) for x in plan.batches(first, last, part))
     if plan.loaded is not None and plan.loaded.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         return _from_device_memory(device, plan, first, last, part)
-    return _through_pinned_memory(device, plan.batches(first, last, part))
+    batches = plan.batches(first, last, part)
+    return (x.pin_memory().to(device, non_blocking=True) for x in batches)
 
 
 def _from_device_memory(
@@ -334,8 +327,7 @@ def _from_device_memory(
 ) -> Generator[Float[Tensor, "_ d_in"]]:
     """Yield a plan's batches from a copy of its loaded rows on the device."""
     rows = torch.from_numpy(plan.loaded).to(device)
-    rank, world = part
-    here = slice(rank * plan.batch_size // world, (rank + 1) * plan.batch_size // world)
+    here = plan.slice_of(part)
     for start in range(first, last, _SENT_TOGETHER):
         numbers = range(start, min(start + _SENT_TOGETHER, last))
         indices = torch.from_numpy(np.stack([plan.indices(number)[here] for number in numbers]))
@@ -343,31 +335,6 @@ def _from_device_memory(
             indices = indices.pin_memory()
         for of_batch in indices.to(device, non_blocking=True):
             yield rows.index_select(0, of_batch).float()
-
-
-def _through_pinned_memory(
-    device: torch.device, batches: Generator[Float[Tensor, "_ d_in"]]
-) -> Generator[Float[Tensor, "_ d_in"]]:
-    """Copy batches to the GPU in a separate stream, one batch ahead."""
-    stream, ahead = torch.cuda.Stream(device), None
-    for x in batches:
-        with torch.cuda.stream(stream):
-            copied = x.pin_memory().to(device, non_blocking=True)
-            ready = torch.cuda.Event()
-            ready.record()
-        if ahead is not None:
-            yield _wait_for(*ahead)
-        ahead = copied, ready
-    if ahead is not None:
-        yield _wait_for(*ahead)
-
-
-def _wait_for(copied: Tensor, ready: torch.cuda.Event) -> Tensor:
-    """Make the current stream wait for a copy, and keep its memory until that stream is done."""
-    current = torch.cuda.current_stream()
-    current.wait_event(ready)
-    copied.record_stream(current)
-    return copied
 
 
 class _Stream:
