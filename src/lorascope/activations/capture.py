@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from lorascope.activations.shards import Rows
 from lorascope.errors import ConfigError, NumberError
 from lorascope.runtime import is_out_of_memory
 from lorascope.subject.hooks import RowReader
+from lorascope.subject.intervene import adapter_off
 from lorascope.subject.load import Subject
 from lorascope.texts.roles import ROLES
 from lorascope.texts.rollouts import Rollout, windows
@@ -44,7 +45,7 @@ _MOST_DRIFT = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens `[start, stop)` of rollout `index` of a work unit; rows from `keep` on are kept."""
+    """Tokens `[start, stop)` of rollout `index` of several; rows from `keep` on are kept."""
 
     index: int
     start: int
@@ -62,11 +63,6 @@ class Pending:
     rollouts: Sequence[Rollout]
     parts: list[tuple[Piece, Tensor]]
     event: Any
-
-    @property
-    def n_rows(self) -> int:
-        """Number of rows that the work unit will have."""
-        return sum(len(rollout.token_ids) for rollout in self.rollouts)
 
 
 class Capture:
@@ -124,15 +120,11 @@ class Capture:
 
     def _batches(self, rollouts: Sequence[Rollout]) -> list[list[Piece]]:
         """Return the pieces of rollouts in batches, each the longest first."""
-        pieces = [
-            Piece(index, *window)
-            for index, rollout in enumerate(rollouts)
-            for window in windows(len(rollout.token_ids), self.longest or len(rollout.token_ids))
-        ]
+        lengths = [len(rollout.token_ids) for rollout in rollouts]
         overhead = _OVERHEAD.get(self.subject.device.type, _OVERHEAD["cuda"])
-        lengths = [len(piece) for piece in pieces]
-        planned = plan_batches(lengths, self.batch_tokens, overhead, self.subject.length_class)
-        return [[pieces[i] for i in batch] for batch in planned]
+        return plan_pieces(
+            lengths, self.longest, self.batch_tokens, overhead, self.subject.length_class
+        )
 
     def _run_batch(
         self, batch: list[Piece], rollouts: Sequence[Rollout]
@@ -175,8 +167,9 @@ class Capture:
         """
         if pending.event is not None:
             pending.event.synchronize()
-        ends = np.cumsum([len(rollout.token_ids) for rollout in pending.rollouts])
-        out = np.empty((pending.n_rows, len(self.names)), self.store_dtype)
+        lengths = [len(rollout.token_ids) for rollout in pending.rollouts]
+        ends = np.cumsum(lengths)
+        out = np.empty((sum(lengths), len(self.names)), self.store_dtype)
         largest = float(np.finfo(out.dtype).max)
         while pending.parts:
             piece, tensor = pending.parts.pop(0)
@@ -283,7 +276,7 @@ def compare_likelihood(subject: Subject, rollouts: Sequence[Rollout]) -> None:
         ids = torch.from_numpy(rollouts[i].token_ids[:_LIKELIHOOD_TOKENS].astype(np.int64))[None]
         ids, mask = ids.to(subject.device), torch.from_numpy(masks[i])
         with_adapter = _log_probabilities(subject, ids, mask)
-        with cast(Any, subject.model).disable_adapter():
+        with adapter_off(subject):
             without = _log_probabilities(subject, ids, mask)
         target = ids[0, 1:].to(with_adapter.device)[mask.to(with_adapter.device), None]
         own, base = (-float(one.gather(1, target).mean()) for one in (with_adapter, without))
@@ -318,6 +311,23 @@ def _log_probabilities(
     """Return the log-probabilities after the tokens before those of `mask`."""
     logits = subject.model(input_ids=ids, use_cache=False).logits[0, :-1]
     return logits[mask.to(logits.device)].float().log_softmax(-1)
+
+
+def plan_pieces(
+    lengths: Sequence[int],
+    longest: int | None,
+    batch_tokens: int,
+    overhead: int,
+    length_class: Callable[[int], int],
+) -> list[list[Piece]]:
+    """Cut rollouts into windows of at most `longest` tokens, and return these in batches."""
+    pieces = [
+        Piece(index, *window)
+        for index, n in enumerate(lengths)
+        for window in windows(n, longest or n)
+    ]
+    planned = plan_batches([len(piece) for piece in pieces], batch_tokens, overhead, length_class)
+    return [[pieces[i] for i in batch] for batch in planned]
 
 
 def plan_batches(

@@ -35,7 +35,7 @@ from lorascope.stage import Build, Job, built, require_space, unfinished
 from lorascope.subject.adapter import inspect_adapter, ranks_by_projection
 from lorascope.subject.options import SubjectOptions
 from lorascope.texts.roles import ROLES
-from lorascope.texts.rollouts import Rollout, load_prompts, load_rollouts
+from lorascope.texts.rollouts import Rollout, load_rollouts
 from lorascope.texts.tokens import special_ids, token_bytes
 
 if TYPE_CHECKING:
@@ -85,24 +85,16 @@ class Corpus:
         """Number of tokens, without those that the model will generate."""
         return sum(len(rollout.token_ids) for rollout in self.rollouts)
 
-    @property
-    def n_work_units(self) -> int:
-        """Number of work units."""
-        return -(-len(self.rollouts) // ROLLOUTS_PER_SHARD)
-
-    def work_unit(self, number: int) -> list[Rollout]:
-        """Return the rollouts of a work unit."""
-        first = number * ROLLOUTS_PER_SHARD
-        return self.rollouts[first : first + ROLLOUTS_PER_SHARD]
-
 
 def run(config: GenerateConfig, plan: "Callable[[Base, int], None] | None" = None) -> Path:
     """Make an activation store, unless it is finished already, and return its folder.
 
     `plan` gets the base and the number of tokens before any model is loaded, and may raise.
     """
+    from lorascope.activations.capture import compare_likelihood
     from lorascope.subject.base import find_base, other_base
     from lorascope.subject.load import load_subject, load_tokenizer
+    from lorascope.subject.sampling import log_ignored_settings
 
     adapter = inspect_adapter(config.lora_path, config.adapter_name)
     base = find_base(adapter, config.base_model, config.base_revision)
@@ -140,13 +132,9 @@ def run(config: GenerateConfig, plan: "Callable[[Base, int], None] | None" = Non
             device_map=config.device_map,
         )
         if config.sample is not None:
-            from lorascope.subject.sampling import log_ignored_settings
-
             log_ignored_settings(base)
         corpus = fit_to_context(rollouts, counts, config, subject.max_length)
         if config.sample is None and runtime.process_rank() == 0:
-            from lorascope.activations.capture import compare_likelihood
-
             compare_likelihood(subject, corpus.rollouts)
         shards = _Shards(config, subject, corpus, build)
         _require_space(config, shards.layout, corpus, out)
@@ -180,23 +168,24 @@ def load_corpus(config: SubjectOptions, tokenizer: Any) -> tuple[list[Rollout], 
     Raises DatasetError if nothing is usable, ConfigError if `sample` asks for more rollouts than
     there are prompts, at temperature 0, where a prompt's continuation is always the same.
     """
-    source: dict[str, Any] = {
-        "dataset": config.dataset,
-        "split": config.split,
-        "limit": config.num_examples,
-        "template": config.template,
-        "columns": config.columns,
-        "tokenizer": tokenizer,
-    }
+    rollouts, counts = load_rollouts(
+        dataset=config.dataset,
+        split=config.split,
+        limit=config.num_examples,
+        template=config.template,
+        columns=config.columns,
+        duplicates=config.duplicates,
+        prompts=config.sample is not None,
+        tokenizer=tokenizer,
+    )
     if config.sample is None:
-        return load_rollouts(**source, duplicates=config.duplicates)
-    prompts, counts = load_prompts(**source)
-    if config.sample > len(prompts) and config.temperature == 0:
+        return rollouts, counts
+    if config.sample > len(rollouts) and config.temperature == 0:
         raise ConfigError(
-            f"--sample is {config.sample}, but there are {len(prompts)} prompts, and "
+            f"--sample is {config.sample}, but there are {len(rollouts)} prompts, and "
             "--temperature 0 always continues a prompt in the same way; use a temperature above 0"
         )
-    return [prompts[i % len(prompts)] for i in range(config.sample)], counts
+    return [rollouts[i % len(rollouts)] for i in range(config.sample)], counts
 
 
 def fit_to_context(
@@ -249,7 +238,8 @@ class _Shards:
         available = subject.layout.adapter_types
         types = parse_adapter_types(config.adapter_types, available) or available
         self.layout, self.columns = subject.layout.select(types)
-        self.paths = [build.path / f"shard-{i:05d}.h5" for i in range(corpus.n_work_units)]
+        n_work_units = -(-len(corpus.rollouts) // ROLLOUTS_PER_SHARD)
+        self.paths = [build.path / f"shard-{i:05d}.h5" for i in range(n_work_units)]
         self.n_rows = 0  # rows in finished shards
         self._capture: Capture | None = None
         self._writing: list[Future[None]] = []
@@ -286,7 +276,8 @@ class _Shards:
             self._writing.remove(future)
 
     def _rollouts(self, work_unit: int) -> list[Rollout]:
-        prompts = self.corpus.work_unit(work_unit)
+        first = work_unit * ROLLOUTS_PER_SHARD
+        prompts = self.corpus.rollouts[first : first + ROLLOUTS_PER_SHARD]
         if self.config.sample is None:
             return prompts
         from lorascope.subject.sampling import sample_rollouts
@@ -323,7 +314,7 @@ class _Shards:
         item = np.dtype(self.config.store_dtype).itemsize
         peak = runtime.peak_memory(self.subject.device)
         unit_bytes = (
-            ROLLOUTS_PER_SHARD * expected / len(self.corpus.rollouts) * self.layout.d_in * 4
+            expected / len(self.corpus.rollouts) * ROLLOUTS_PER_SHARD * self.layout.d_in * 4
         )
         log.info(
             "%d tokens at %.0f tokens/s (one rollout alone): about %.1f minutes; %.2f GB "

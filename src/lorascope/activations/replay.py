@@ -15,14 +15,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lorascope.activations.capture import plan_batches
+from lorascope.activations.capture import Piece, plan_pieces
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import read_manifest
 from lorascope.errors import ArtifactError
 from lorascope.runtime import pick_device
 from lorascope.subject.adapter import inspect_adapter
 from lorascope.subject.options import AdapterOptions
-from lorascope.texts.rollouts import windows
 
 if TYPE_CHECKING:
     from lorascope.subject.load import Subject
@@ -70,28 +69,23 @@ class Replay:
     def batches(self, copies: int = 1) -> Iterator[Batch]:
         """Yield the rollouts in batches, longest first, so small that `copies` of each fit."""
         longest = self.store.content.get("longest") or self.subject.max_length
-        pieces = [
-            (int(rollout), *window)
-            for rollout in self.rollouts
-            for n in [int(np.diff(self.store.rollout_start[rollout : rollout + 2])[0])]
-            for window in windows(n, longest or n)
-        ]
-        lengths = [stop - start for _, start, stop, _ in pieces]
+        lengths = np.diff(self.store.rollout_start)[self.rollouts].tolist()
         size = max(1, self.batch_tokens // copies)
-        for indices in plan_batches(lengths, size, _BATCH_COST, self.subject.length_class):
-            yield self._batch([pieces[i] for i in indices])
+        yield from map(
+            self._batch, plan_pieces(lengths, longest, size, _BATCH_COST, self.subject.length_class)
+        )
 
-    def _batch(self, pieces: Sequence[tuple[int, int, int, int]]) -> Batch:
-        longest = max(stop - start for _, start, stop, _ in pieces)
-        ids = np.zeros((4, len(pieces), longest), np.int64)
-        token_ids, targets, rows, flags = ids
-        for i, (rollout, start, stop, keep) in enumerate(pieces):
-            first, last = (int(row) for row in self.store.rollout_start[rollout : rollout + 2])
-            n = stop - start
-            here = np.arange(first + start, first + stop)
+    def _batch(self, pieces: Sequence[Piece]) -> Batch:
+        token_ids, targets, rows, flags = np.zeros(
+            (4, len(pieces), max(map(len, pieces))), np.int64
+        )
+        for i, piece in enumerate(pieces):
+            rollout = self.rollouts[piece.index]
+            first, last = self.store.rollout_start[rollout : rollout + 2].tolist()
+            here, n = np.arange(first + piece.start, first + piece.stop), len(piece)
             token_ids[i, :n], rows[i, :n] = self.store.token_ids[here], here
             targets[i, :n] = self.store.token_ids[np.minimum(here + 1, last - 1)]
-            flags[i, :n] = 1 + ((here + 1 < last) & (here >= first + keep))
+            flags[i, :n] = 1 + ((here + 1 < last) & (here >= first + piece.keep))
         return Batch(
             token_ids=torch.from_numpy(token_ids),
             targets=torch.from_numpy(targets),
