@@ -202,6 +202,7 @@ def test_a_feature_is_taken_out_at_every_token_on_which_it_fires(dirs, store, tm
     assert entry["kl_control"] > 0
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_what_is_shared_between_runs_changes_numbers_by_rounding_only(dirs, store):
     """Layers below a change, and tokens before it, are not run again."""

@@ -371,6 +371,7 @@ def test_a_buffer_by_default_is_what_fits_in_memory_and_half_of_that_in_a_stream
         BatchPlan.from_store(store, np.arange(300), 10, 0, buffer_rows=0)
 
 
+@pytest.mark.slow
 def test_two_pools_are_in_memory_at_most(make_store, monkeypatch):
     layout = layout_of(n_layers=40)  # 1120 bytes a row: what is kept per row counts for little
     store = make_store(layout=layout, n_rollouts=20, length=1000, rollouts_per_shard=5)

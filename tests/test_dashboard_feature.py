@@ -15,6 +15,7 @@ def numbers(shown: Any, selector: str) -> list[float]:
     return [float(value) for value in found]
 
 
+@pytest.mark.slow
 def test_samples_of_each_fifth_are_shown_below_the_examples(show: Any):
     index = full_index()
     latent = feature_with(index, lambda feature: len(feature.samples) > 4)
@@ -94,6 +95,7 @@ def test_token_rankings_and_densities_by_role_match_the_index(show: Any):
             assert float(found.get_attribute("data-value")) == pytest.approx(share)
 
 
+@pytest.mark.slow
 def test_links_to_neighbours_work_by_mouse_and_keyboard(show: Any):
     index = full_index()
     latent = feature_with(index, lambda feature: feature.similar and feature.cofiring)

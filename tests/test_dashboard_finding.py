@@ -94,6 +94,7 @@ def test_a_search_without_results_says_so_and_can_be_cleared(show: Any):
     shown.wait_for(0)
 
 
+@pytest.mark.slow
 def test_each_filter_matches_the_index(show: Any):
     index = full_index()
     shown = show(index)

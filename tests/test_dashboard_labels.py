@@ -65,6 +65,7 @@ def test_the_label_is_the_title_and_the_line_in_the_list_with_its_score_beside(s
     assert row.locator(".row-note").text_content() == "0.95"
 
 
+@pytest.mark.slow
 def test_unclear_unlabelled_and_hand_written_labels_say_so(show, labelled):
     shown = show(labelled, "#/feature/3")
     assert shown.text("label-score").startswith("unclear")
@@ -82,6 +83,7 @@ def test_unclear_unlabelled_and_hand_written_labels_say_so(show, labelled):
     assert "has no label" in shown.text("label-card")
 
 
+@pytest.mark.slow
 def test_hostile_labels_stay_text(show, labelled):
     shown = show(labelled, "#/feature/1")
     assert shown.page.locator("#heading").text_content() == f"Feature 1: {HOSTILE}"
@@ -141,6 +143,7 @@ def test_the_page_has_the_labels_as_they_are_and_without_labels_nothing_of_them(
     assert "sentence" not in dict(plain["block_columns"])
 
 
+@pytest.mark.slow
 def test_other_labels_can_be_given_and_those_of_another_index_are_refused(labelled, tmp_path):
     moved = (tmp_path / "labels.json").rename(tmp_path / "other.json")
     page = tmp_path / "page.html"

@@ -74,6 +74,7 @@ def test_the_map_is_moved_and_zoomed_by_buttons_wheel_and_drag(show: Any):
     assert hit((x, y))
 
 
+@pytest.mark.slow
 def test_the_keyboard_walks_the_map_and_opens_the_feature_in_the_middle(show: Any):
     shown = open_map(show)
     shown.part("save-map").focus()
@@ -128,6 +129,7 @@ def test_a_lasso_lists_the_features_inside_and_is_kept_in_the_address(show: Any)
     assert shown.text("list-count").startswith(f"{alive} features")
 
 
+@pytest.mark.slow
 def test_the_visible_features_become_the_list(show: Any):
     shown = open_map(show)
     alive = int(full_index().alive.sum())
@@ -138,6 +140,7 @@ def test_the_visible_features_become_the_list(show: Any):
     assert 0 < count < alive
 
 
+@pytest.mark.slow
 def test_colours_have_a_legend(show: Any):
     shown = open_map(show)
     assert "frequent" in shown.text("map")

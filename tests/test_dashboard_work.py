@@ -20,6 +20,7 @@ def saved(shown: Any, testid: str) -> Path:
     return download.value.path()
 
 
+@pytest.mark.slow
 def test_the_help_lists_every_key_and_closes_again(show: Any):
     shown = show(small_index())
     for opens in (lambda: shown.press("?"), lambda: shown.part("help-button").click()):

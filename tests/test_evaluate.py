@@ -307,6 +307,7 @@ def test_every_subset_of_the_sites_recovers_all_with_an_exact_dictionary_and_not
     assert [one["how"] for one in exact] == ["drawn", "drawn", "worst"]
 
 
+@pytest.mark.slow
 def test_the_worst_subset_loses_more_than_the_whole_and_its_kl_is_that_of_its_sites(
     subject_dirs, store, report_of
 ):
@@ -380,6 +381,7 @@ def test_an_sae_that_was_trained_on_what_is_measured_is_warned_of(
     assert "against other did not hold out" in caplog.text
 
 
+@pytest.mark.slow
 def test_reconstruction_is_of_all_rows_and_other_saes_are_compared(store, report_of, tmp_path):
     half(store).save(tmp_path / "seed-1")
     report = report_of(each_column(store), against=(tmp_path / "seed-1",))

@@ -91,6 +91,7 @@ def plain(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_stages_work_on_a_file_system_that_lacks_something(fault, faults, plain, tmp_path):
     shutil.copytree(plain / "store", tmp_path / "store")
@@ -116,6 +117,7 @@ def assert_said(answers, commands):
         assert re.match("ArtifactError.*no space left on device; finished work is kept", line), said
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_loses_nothing(faults, plain, tmp_path):
     shutil.copytree(plain, tmp_path, dirs_exist_ok=True)
     commands = [[*words, "--overwrite"] for words in LIGHT]

@@ -52,7 +52,7 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3),
     max_leaves=5,
 )
-LENGTHS = [12, pytest.param(120, marks=pytest.mark.slow)]  # examples of each test
+LENGTHS = [6, pytest.param(120, marks=pytest.mark.slow)]  # examples of each test
 
 
 def run(n: int, check: Callable[..., None], **drawn: Any) -> None:

@@ -175,6 +175,7 @@ def test_every_row_of_several_texts_equals_the_weights_own_arithmetic(made):
 TOUR = Path(__file__).parent.parent / "docs" / "tour.md"
 
 
+@pytest.mark.slow
 def test_every_number_of_the_tour_is_what_the_pipeline_makes(made):
     """Numbers that depend on the trained SAE may move a little between processors."""
     store, sae, index = ActivationStore.open(made[0]), load_sae(made[1]), FeatureIndex.open(made[2])

@@ -90,6 +90,7 @@ def test_every_token_but_the_first_of_a_text_is_predicted_once(
     assert np.array_equal(np.sort(np.concatenate(seen)), everything)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_rollouts_read_in_windows_are_run_in_the_same_windows(subject_dirs, dataset_file, tmp_path):
     store_dir = make_texts(

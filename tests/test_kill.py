@@ -12,14 +12,15 @@ from builders.stores import write_store
 from lorascope.features import collect
 from lorascope.features.collect import CollectConfig
 
+pytestmark = pytest.mark.slow
 HARNESS = Path(__file__).with_name("builders") / "kill_harness.py"
 
 
-def killed(folder: Path, suffix: str, command: list[str], n_kills: int = 6) -> int:
+def killed(folder: Path, suffix: str, command: list[str]) -> int:
     """Run the harness and return how many kills found the command at work."""
     out = [str(folder / f"{name}{suffix}") for name in ("calm", "disturbed")]
     done = subprocess.run(
-        [sys.executable, HARNESS, "7", str(n_kills), *out, *command],
+        [sys.executable, HARNESS, "7", "6", *out, *command],
         capture_output=True,
         text=True,
         check=False,
@@ -31,14 +32,12 @@ def killed(folder: Path, suffix: str, command: list[str], n_kills: int = 6) -> i
     return int(found.group(1))
 
 
-@pytest.mark.slow
 def test_generate_survives_kill_9(subject_dirs, dataset_file, tmp_path):
     command = ["generate", "--lora-path", str(subject_dirs[1]), "--dataset", str(dataset_file)]
     n = killed(tmp_path, "", [*command, "--batch-tokens", "64", "--output", "OUT"])
     assert n >= 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["", ".pt"])
 def test_train_survives_kill_9(tmp_path, suffix):
     store = write_store(tmp_path / "store", n_rollouts=12, length=60)
@@ -47,19 +46,15 @@ def test_train_survives_kill_9(tmp_path, suffix):
     assert killed(tmp_path, suffix, command) >= 1
 
 
-@pytest.mark.parametrize(
-    ("suffix", "n_kills"),
-    [(".h5", 2), *(pytest.param(s, 6, marks=pytest.mark.slow) for s in (".h5", ".json"))],
-)
-def test_collect_survives_kill_9(tmp_path, suffix, n_kills):
+@pytest.mark.parametrize("suffix", [".h5", ".json"])
+def test_collect_survives_kill_9(tmp_path, suffix):
     store = write_store(tmp_path / "store", n_rollouts=12, length=60)
     make_sae(tmp_path / "sae")
     command = ["collect", "--data-dir", str(store.path), "--sae", str(tmp_path / "sae")]
-    n = killed(tmp_path, suffix, [*command, "--batch-size", "7", "--output", "OUT"], n_kills)
+    n = killed(tmp_path, suffix, [*command, "--batch-size", "7", "--output", "OUT"])
     assert n >= 1
 
 
-@pytest.mark.slow
 def test_dashboard_survives_kill_9(tmp_path):
     store = write_store(tmp_path / "store")
     make_sae(tmp_path / "sae")

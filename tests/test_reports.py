@@ -256,6 +256,7 @@ def test_an_index_that_names_no_store_takes_an_attribution(tmp_path):
     assert Reports.open([path], index, Path("features.h5")).about()
 
 
+@pytest.mark.slow
 def test_a_page_with_a_changed_report_of_the_same_name_is_another_page(index, tmp_path):
     index.save(tmp_path / "features.h5")
     given = {"input": tmp_path / "features.h5", "output": tmp_path / "page.html"}

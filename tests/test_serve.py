@@ -224,6 +224,7 @@ def test_an_invalid_port_is_an_error(given: dict[str, Any], said: str):
         DashboardConfig(input=Path("features.h5"), **given)
 
 
+@pytest.mark.slow
 def test_a_block_that_is_there_only_in_part_is_waited_for(tmp_path: Path):
     """A parser hands over the text of a long element piece by piece."""
     index = synthetic(300, 10, 10)

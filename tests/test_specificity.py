@@ -51,6 +51,7 @@ def with_directions(sae, directions, rows=slice(None)):
     return replace(sae, W_dec=W_dec).sealed()
 
 
+@pytest.mark.slow
 def test_estimates_of_small_removals_are_the_real_kl(held_out, monkeypatch):
     sae = each_column(held_out.store)
     sae = with_directions(sae, sae.W_dec / 100)

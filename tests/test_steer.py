@@ -97,6 +97,7 @@ def test_repeats_are_runs_of_four_that_were_there_before():
     assert count_repeats(torch.tensor([1, 2, 3]).numpy()) == (0, 0)
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_bytes_and_a_picture(steered):
     out = steered(temperature=1.0, samples=2)
     first, picture = out.read_bytes(), out.with_suffix(".png").read_bytes()

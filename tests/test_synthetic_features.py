@@ -27,6 +27,7 @@ def test_a_seed_gives_the_same_index_and_another_seed_another():
     assert not np.array_equal(first.window_token_id, other.window_token_id)
 
 
+@pytest.mark.slow
 def test_texts_that_are_kept_say_what_the_windows_say():
     index = synthetic(300, 8, 4, n_texts=10, n_rollouts=20)
     start = dict(zip(index.text_rollout.tolist(), index.text_offset.tolist(), strict=False))

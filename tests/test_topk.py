@@ -76,6 +76,7 @@ def test_streaming_equals_sorting_everything_for_any_cut_of_the_rows(
     assert as_list(top) == strongest_by_sorting(found, context, k, per_rollout)
 
 
+@pytest.mark.slow
 @given(firings, contexts, st.integers(1, 7), limits, st.permutations(range(9)))
 def test_merging_rollouts_in_any_order_gives_the_same(found, context, k, per_rollout, order):
     parts = [TopExamples(N_LATENTS, k, per_rollout) for _ in range(3)]

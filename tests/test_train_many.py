@@ -114,6 +114,7 @@ def test_a_seed_of_many_has_the_weights_of_its_run_alone(config, tmp_path):
     assert alone.stability is None
 
 
+@pytest.mark.slow
 def test_other_lists_do_not_change_the_bytes_of_several_seeds(config, tmp_path):
     seeds = replace(config, seed=(7, 8))
     run(seeds)
