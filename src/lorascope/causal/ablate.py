@@ -20,24 +20,23 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from lorascope import runtime
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.effect_options import AblateConfig, require_features
 from lorascope.causal.effects import (
     bootstrap_interval,
-    complement,
-    complement_interval,
     kl_divergence,
     rank_correlation,
     ratio_of_sums,
+    recovered,
     select_measured,
 )
+from lorascope.causal.figures import draw_ablation
+from lorascope.causal.gradients import no_weight_gradients
 from lorascope.causal.held_out import SPECIAL, HeldOut, describe_run, open_held_out
 from lorascope.causal.removals import (
     LiveChange,
@@ -53,16 +52,13 @@ from lorascope.causal.report_records import (
     Floor,
     GreedyStep,
     PartRemoval,
-    Recovered,
     Removal,
 )
-from lorascope.causal.study import Made, format_interval, format_number, report_at
+from lorascope.causal.specificity import Judgement, Specificity
+from lorascope.causal.study import Made, format_interval, format_number, format_table, report_at
 from lorascope.errors import ArtifactError
-
-if TYPE_CHECKING:
-    from lorascope.causal.specificity import Judgement
-    from lorascope.sae.model import SAE
-    from lorascope.subject.intervene import RowEditor
+from lorascope.sae.model import SAE, load_sae
+from lorascope.subject.intervene import RowEditor
 
 _N_SHOWN = 10  # features in the table
 _FEWEST_RANKED = 5  # removed features, for a rank correlation
@@ -71,9 +67,6 @@ _KINDS = {"site": "sites", "projection": "projections", "layer": "layers", "bloc
 
 def run(config: AblateConfig) -> Path:
     """Write the report unless it is finished already, and return its file."""
-    from lorascope.causal.figures import draw_ablation
-    from lorascope.sae.model import load_sae
-
     store = ActivationStore.open(config.data_dir)
     sae = None if config.sae is None else load_sae(config.sae, store)
     require_features(config.features, sae)
@@ -99,11 +92,8 @@ def run(config: AblateConfig) -> Path:
 
 
 @torch.no_grad()
-def measure(held_out: HeldOut, config: AblateConfig, sae: "SAE | None" = None) -> AblationReport:
+def measure(held_out: HeldOut, config: AblateConfig, sae: SAE | None = None) -> AblationReport:
     """Return the report; without `sae` it has no features."""
-    from lorascope.causal.gradients import no_weight_gradients
-    from lorascope.subject.intervene import RowEditor
-
     parts = adapter_parts(held_out.subject.layout)
     with (
         RowEditor(held_out.subject, seed=config.seed, fast=True) as editor,
@@ -116,34 +106,35 @@ def measure(held_out: HeldOut, config: AblateConfig, sae: "SAE | None" = None) -
             report = replace(report, greedy=study.remove_greedily(of_kind))
         if sae is not None:
             features = study.remove_features(sae, config.features, config.verify)
-            removed = [one for one in features if one.is_removed]
-            rank = None
-            if len(removed) >= _FEWEST_RANKED:
-                rank = rank_correlation(
-                    np.array([one.kl_estimate for one in removed]),
-                    np.array([one.kl for one in removed]),
-                )
+            rank = _rank_of_estimates(features)
             report = replace(report, estimate_rank=rank, features=features)
     return report
 
 
-class _Study:
-    """Held-out rollouts, each alone in its batch, and the sums over them."""
+def _rank_of_estimates(features: Sequence[FeatureRemoval]) -> float | None:
+    """Return Spearman's correlation of estimated and real KL over the features removed."""
+    removed = [one for one in features if one.is_removed]
+    if len(removed) < _FEWEST_RANKED:
+        return None
+    estimates = np.array([one.kl_estimate for one in removed])
+    return rank_correlation(estimates, np.array([one.kl for one in removed]))
 
-    def __init__(self, editor: "RowEditor", held_out: HeldOut, seed: int) -> None:
+
+class _Study:
+    """Held-out rollouts, and sums over the tokens of each."""
+
+    def __init__(self, editor: RowEditor, held_out: HeldOut, seed: int) -> None:
         self.editor, self.held_out, self.seed = editor, held_out, seed
-        self.batches = list(held_out.batches(copies=held_out.batch_tokens))
-        usual = [held_out.role_of(batch.measured) != SPECIAL for batch in self.batches]
-        self.n_tokens = int(sum(mask.sum() for mask in usual))
-        self.n_special = int(sum((~mask).sum() for mask in usual))
+        self.number = {int(index): i for i, index in enumerate(held_out.rollouts)}
+        start, roles = held_out.store.rollout_start, held_out.store.roles
+        usual = [roles[start[i] + 1 : start[i + 1]] != SPECIAL for i in self.number]
+        self.counts = np.array([mask.sum() for mask in usual], np.float64)  # tokens of each
+        self.n_tokens = int(self.counts.sum())
+        self.n_special = sum(map(len, usual)) - self.n_tokens
         if not self.n_tokens:
             raise ArtifactError(
                 f"{held_out.store.path}: all tokens to predict are special; use other rollouts"
             )
-        first = np.array([int(batch.rows[0, 0]) for batch in self.batches])
-        _, self.rollout = np.unique(held_out.store.rollout_of(first), return_inverse=True)
-        sizes = np.array([mask.sum() for mask in usual])
-        self.counts = np.bincount(self.rollout, weights=sizes).astype(np.float64)  # tokens of each
         layout = held_out.subject.layout
         self.keep_all, self.push_none = torch.ones(layout.d_in), torch.zeros(len(layout.sites))
 
@@ -158,28 +149,21 @@ class _Study:
             *(LiveChange(self.keep_all, part.sites.float()) for part in parts),
         ]
         sums, null = self._live(changes, "parts")
-        n, n_tokens = len(parts), self.n_tokens
-        whole = sums.kl[1]
+        rounding, whole = sums.kl[:2]
+        n = len(parts)
         by_kind: dict[str, dict[str, PartRemoval]] = {}
-        for i, part in enumerate(parts):
-            removed = self._removal(sums, 2 + i)
-            alone, random = sums.kl[2 + n + i], sums.kl[2 + 2 * n + i]
+        for i, part in enumerate(parts, 2):
+            alone, random = sums.kl[i + n], sums.kl[i + 2 * n]
             by_kind.setdefault(_KINDS[part.kind], {})[part.name] = PartRemoval(
-                **vars(removed),
-                kl_random=float(random.sum()) / n_tokens,
-                alone=Recovered(
-                    kl=float(alone.sum()) / n_tokens,
-                    recovered=complement(ratio_of_sums(alone, whole)),
-                    recovered_interval=complement_interval(
-                        bootstrap_interval(alone, whole, self.seed)
-                    ),
-                ),
+                **vars(self._removal(sums, i)),
+                kl_random=float(random.sum()) / self.n_tokens,
+                alone=recovered(alone, whole, self.n_tokens, self.seed),
             )
         return AblationReport(
             n_rollouts=len(self.counts),
-            n_tokens=n_tokens,
+            n_tokens=self.n_tokens,
             n_special=self.n_special,
-            floor=Floor(null=null, rounding=float(sums.kl[0].sum()) / n_tokens),
+            floor=Floor(null=null, rounding=float(rounding.sum()) / self.n_tokens),
             without_adapter=self._removal(sums, 1),
             sites=by_kind["sites"],
             projections=by_kind["projections"],
@@ -204,11 +188,9 @@ class _Study:
             sums, _ = self._live(changes, f"greedy, {len(left)} left")
             best = int(np.argmin(sums.kl.sum(1)))
             keep = keep & ~left[best].columns
-            kl, ce = float(sums.kl[best].sum()), float(sums.ce[best].sum())
+            removal = self._removal(sums, best)
             steps.append(
-                GreedyStep(
-                    part=left.pop(best).name, kl=kl / self.n_tokens, ce_rise=ce / self.n_tokens
-                )
+                GreedyStep(part=left.pop(best).name, kl=removal.kl, ce_rise=removal.ce_rise)
             )
         return tuple(steps)
 
@@ -216,52 +198,40 @@ class _Study:
         """Return sums `(n_changes, n_rollouts)`, and the KL a token that the batch alone causes."""
         totals = np.zeros((4, len(changes), len(self.counts)))
         null = 0.0
-        n_runs = len(self.batches) * len(changes)
-        with runtime.progress(n_runs, label, "runs") as bar:
-            for rollout, batch in zip(self.rollout, self.batches, strict=True):
-                sums, reference = run_live(
-                    self.editor, self.held_out, batch, changes, on_done=bar.update
-                )
-                for total, values in zip(totals, vars(sums).values(), strict=True):
-                    total[:, rollout] += values
-                alone = select_measured(self.editor.run(batch.token_ids).logits, batch.mask)
-                usual = torch.from_numpy(self.held_out.role_of(batch.measured) != SPECIAL)
-                null += float(kl_divergence(alone, reference).double().cpu()[usual].sum())
+        for rollout, batch in self.held_out.alone(label):
+            sums, reference = run_live(self.editor, self.held_out, batch, changes)
+            totals[:, :, self.number[rollout]] += sums
+            alone = select_measured(self.editor.run(batch.token_ids).logits, batch.mask)
+            usual = torch.from_numpy(self.held_out.role_of(batch.measured) != SPECIAL)
+            null += float(kl_divergence(alone, reference).double().cpu()[usual].sum())
         return TokenSums(*totals), null / self.n_tokens
 
     def remove_features(
-        self, sae: "SAE", chosen: Sequence[int], verify: int
+        self, sae: SAE, chosen: Sequence[int], verify: int
     ) -> tuple[FeatureRemoval, ...]:
         """Return the chosen features, by number; default: all that fire, removed up to `verify`."""
-        from lorascope.causal.specificity import Specificity
-
         found = Specificity(self.editor, self.held_out, sae, self.seed, len(self.counts))
         n_fired = np.zeros(sae.d_sae, np.int64)
-        with runtime.progress(len(self.batches), "estimates", "rollouts") as bar:
-            for rollout, batch in zip(self.rollout, self.batches, strict=True):
-                code = found.add(int(rollout), batch)
-                n_fired += (code[batch.mask[0]] > 0).sum(0).numpy()
-                bar.update(1)
+        for rollout, batch in self.held_out.alone("estimates"):
+            code = found.add(self.number[rollout], batch)
+            n_fired += (code[batch.mask[0]] > 0).sum(0).numpy()
         numbers = np.array(sorted(chosen) or np.flatnonzero(n_fired), np.int64)
-        estimates = found.kl[numbers].sum(1)
-        order = np.argsort(-estimates, kind="stable")
+        order = np.argsort(-found.kl[numbers].sum(1), kind="stable")
         removed = numbers if chosen else np.sort(numbers[order[:verify]])
         totals = np.zeros((4, sae.d_sae, len(self.counts)))
-        with runtime.progress(len(self.batches), "features", "rollouts") as bar:
-            for rollout, batch in zip(self.rollout, self.batches, strict=True):
-                rows = self.editor.run(batch.token_ids).rows
-                self.held_out.require_rows(batch, rows)
-                code = found.code(batch, rows[0])
-                fired = removed[(code[:, removed] > 0).any(0).numpy()]
-                changes = [found.removal(code, latent) for latent in fired.tolist()]
-                sums = run_held(self.editor, self.held_out, batch, rows[0], changes)
-                totals[:, fired, rollout] += sums.stacked()
-                bar.update(1)
+        for rollout, batch in self.held_out.alone("features"):
+            rows = self.editor.run(batch.token_ids).rows
+            self.held_out.require_rows(batch, rows)
+            code = found.code(batch, rows[0])
+            fired = removed[(code[:, removed] > 0).any(0).numpy()]
+            changes = [found.removal(code, latent) for latent in fired.tolist()]
+            sums = run_held(self.editor, self.held_out, batch, rows[0], changes)
+            totals[:, fired, self.number[rollout]] += sums
         return tuple(
             self._feature_removal(
                 latent,
                 int(n_fired[latent]),
-                totals[:, latent] if latent in removed else None,
+                TokenSums(*totals[:, latent]) if latent in removed else None,
                 found.kl[latent],
                 float(np.median(found.kl_controls[latent])) / self.n_tokens,
                 judgement,
@@ -273,25 +243,22 @@ class _Study:
         self,
         latent: int,
         n_fired: int,
-        sums: npt.NDArray[np.float64] | None,
+        sums: TokenSums | None,
         estimates: npt.NDArray[np.float64],
         control: float,
-        judgement: "Judgement",
+        judgement: Judgement,
     ) -> FeatureRemoval:
-        """Return the entry of a feature; a feature that never fires was not run, its sums are zero.
-
-        `sums` are (kl ce special here, rollout), None for a feature that was not removed.
-        """
-        kl = estimates if sums is None else sums[0]
-        special = None if sums is None or not self.n_special else float(sums[2].sum())
+        """Return the entry of a feature; `sums` by rollout are None if it was not removed."""
+        kl = estimates if sums is None else sums.kl
+        special = None if sums is None or not self.n_special else float(sums.special.sum())
         return FeatureRemoval(
             feature=latent,
             n_fired=n_fired,
             kl=float(kl.sum()) / self.n_tokens,
             kl_interval=bootstrap_interval(kl, self.counts, self.seed),
             kl_each=float(kl.sum()) / n_fired if n_fired else None,
-            share_here=None if sums is None else ratio_of_sums(sums[3], kl),
-            ce_rise=None if sums is None else float(sums[1].sum()) / self.n_tokens,
+            share_here=None if sums is None else ratio_of_sums(sums.here, kl),
+            ce_rise=None if sums is None else float(sums.ce.sum()) / self.n_tokens,
             kl_special=None if special is None else special / self.n_special,
             kl_estimate=float(estimates.sum()) / self.n_tokens,
             kl_control=control,
@@ -305,7 +272,6 @@ class _Study:
 def table(report: AblationReport) -> str:
     """Return the report's main numbers as a table for the terminal."""
     floor = report.floor
-    numbers = f"{'KL':>11}  {'95 % interval':<21}{'random':>11}"
     lines = [
         f"{report.n_rollouts} rollouts, {report.n_tokens:,} predicted tokens; KL(adapter ‖ "
         f"without) in nats a token; without the whole adapter {report.without_adapter.kl:.4g}; "
@@ -313,32 +279,42 @@ def table(report: AblationReport) -> str:
         "rounding step)",
     ]
     for kind in ("blocks", "projections", "layers"):
-        parts = getattr(report, kind) or {}
-        if parts:
-            lines.append(f"{'without, ' + kind:<20}{numbers}{'CE rise':>10}{'alone recovers':>16}")
-        lines += [
-            f"  {name:<18}{_numbers(part)}{part.ce_rise:>10.4f}"
-            f"{format_number(part.alone.recovered, '.3f'):>16}"
-            for name, part in parts.items()
-        ]
+        if parts := getattr(report, kind):
+            lines += format_table(
+                (f"without, {kind}", *_HEAD, "random", "CE rise", "alone recovers"),
+                (
+                    (
+                        name,
+                        *_cells(part),
+                        f"{part.kl_random:.3g}",
+                        f"{part.ce_rise:.4f}",
+                        format_number(part.alone.recovered, ".3f"),
+                    )
+                    for name, part in parts.items()
+                ),
+            )
     if report.greedy:
         steps = [f"{step.part} {step.kl:.3g}" for step in report.greedy]
         lines.append("removed one after the other: " + ", ".join(steps))
     features = sorted(report.features or (), key=lambda feature: -feature.kl)
     if features:
         lines.append(_summary_of(features, report.estimate_rank))
-        lines.append(
-            f"{'without, features':<20}{'KL':>11}  {'95 % interval':<21}{'control':>11}"
-            f"{'here':>8}{'tokens':>8}{'pull':>9}  verdict"
+        lines += format_table(
+            ("without, features", *_HEAD, "control", "here", "tokens", "pull", "verdict"),
+            (
+                (
+                    str(one.feature),
+                    *_cells(one),
+                    f"{one.kl_control:.3g}",
+                    format_number(one.share_here, ".3f"),
+                    f"{one.n_fired:,}",
+                    format_number(one.pull, ".3f"),
+                    one.verdict,
+                )
+                for one in features[:_N_SHOWN]
+            ),
         )
-        lines += [
-            f"  {one.feature:<18}{one.kl:>11.3g}  {format_interval(one.kl_interval, '.3g'):<21}"
-            f"{one.kl_control:>11.3g}{format_number(one.share_here, '.3f'):>8}{one.n_fired:>8,}"
-            f"{format_number(one.pull, '.3f'):>9}  {one.verdict}"
-            for one in features[:_N_SHOWN]
-        ]
-        lines.append(f"  (the strongest of {len(features):,})")
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(lines)
 
 
 def _summary_of(features: Sequence[FeatureRemoval], rank: float | None) -> str:
@@ -348,10 +324,12 @@ def _summary_of(features: Sequence[FeatureRemoval], rank: float | None) -> str:
     estimated = "" if rank is None else f", which estimates rank with {rank:.2f} (Spearman)"
     return (
         f"features: {', '.join(f'{n:,} {verdict}' for verdict, n in verdicts.most_common())}; "
-        f"{removed:,} removed{estimated}"
+        f"{removed:,} removed{estimated}; the strongest:"
     )
 
 
-def _numbers(removal: PartRemoval) -> str:
-    interval = format_interval(removal.kl_interval, ".3g")
-    return f"{removal.kl:>11.3g}  {interval:<21}{removal.kl_random:>11.3g}"
+_HEAD = ("KL", "95 % interval")
+
+
+def _cells(removal: PartRemoval | FeatureRemoval) -> tuple[str, str]:
+    return f"{removal.kl:.3g}", format_interval(removal.kl_interval, ".3g")

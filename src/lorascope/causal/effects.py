@@ -5,15 +5,13 @@ nats, more than most effects that are measured here. Sums over tokens are float6
 resample whole rollouts, never tokens, because tokens of one rollout are not independent.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lorascope.causal.report_records import Interval
+from lorascope.causal.report_records import Interval, Recovered
 
 Values = npt.NDArray[np.float32]
 Sums = npt.NDArray[np.float64]
@@ -99,22 +97,9 @@ def select_measured(
     return logits[mask.to(logits.device)]
 
 
-@dataclass(frozen=True)
-class TokenRollouts:
-    """The rollout of each measured token, `(n_tokens,)`, numbered from 0."""
-
-    rollout: npt.NDArray[np.int64]
-    n_rollouts: int
-
-    def sums(self, values: Values, where: npt.NDArray[np.bool_] | None = None) -> Sums:
-        """Return the sum over each rollout, `(n_rollouts,)`, of all tokens or of those in `where`.
-
-        `values` has one value for each token.
-        """
-        rollout, wide = self.rollout, values.astype(np.float64)
-        if where is not None:
-            rollout, wide = rollout[where], wide[where]
-        return np.bincount(rollout, weights=wide, minlength=self.n_rollouts).astype(np.float64)
+def sum_by(owner: npt.NDArray[np.int64], values: npt.ArrayLike, n: int) -> Sums:
+    """Return the sum of the values of each owner, `(n,)`. Owners are numbered from 0."""
+    return np.bincount(owner, weights=np.asarray(values), minlength=n).astype(np.float64)
 
 
 def ratio_of_sums(numerator: Sums, denominator: Sums) -> float | None:
@@ -141,14 +126,17 @@ def bootstrap_interval(numerator: Sums, denominator: Sums, seed: int = 0) -> Int
     return float(low), float(high)
 
 
-def complement(share: float | None) -> float | None:
-    """Return 1 − share."""
-    return None if share is None else 1 - share
+def recovered(kl: Sums, zero: Sums, n_tokens: int, seed: int) -> Recovered:
+    """Return KL a token of a run, and its share `1 − Σ kl / Σ zero` of what the run `zero` loses.
 
-
-def complement_interval(edges: Interval) -> Interval:
-    """Return the interval of 1 − share."""
-    return None if edges is None else (1 - edges[1], 1 - edges[0])
+    Both have the sums of each rollout.
+    """
+    share, edges = ratio_of_sums(kl, zero), bootstrap_interval(kl, zero, seed)
+    return Recovered(
+        kl=float(kl.sum()) / n_tokens,
+        recovered=None if share is None else 1 - share,
+        recovered_interval=None if edges is None else (1 - edges[1], 1 - edges[0]),
+    )
 
 
 def correlation(x: Sums, y: Sums) -> float:

@@ -12,11 +12,7 @@
 4. `conditional` is the same with the constant row of each token as 0: what the SAE recovers of all
    that a constant does not.
 5. In the closed loop, the SAE reads the rows of the run that it is part of (`splice`).
-6. With `--by-site` and `--subsets`, only the columns of a layer, a projection or a subset of the
-   sites are reconstructed, and 0 is the run with these columns at zero. The worst subset is
-   searched for by gradients (`splice`).
-7. With `--curve`, the same at other sparsities: the SAE with its threshold moved, columns and PCA.
-8. The tokens whose probability the adapter moves most are named, and where (`shifts`).
+6. The tokens whose probability the adapter moves most are named, and where (`shifts`).
 
 In: adapter, activation store, SAE. Out: a report (JSON) and its picture (.png); the table goes to
 stderr.
@@ -25,7 +21,7 @@ stderr.
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +31,10 @@ from torch import Tensor
 from lorascope import runtime
 from lorascope.activations.batches import read_blocks
 from lorascope.activations.store import ActivationStore
+from lorascope.causal.baselines import ConstantRows, Rebuild, fit_rebuilds, rows_of
 from lorascope.causal.effect_options import EvaluateConfig
+from lorascope.causal.effects import log_probabilities
+from lorascope.causal.figures import draw_evaluation
 from lorascope.causal.held_out import HeldOut, describe_run, held_out_rollouts, open_held_out
 from lorascope.causal.report_records import (
     EvaluationReport,
@@ -44,28 +43,20 @@ from lorascope.causal.report_records import (
     Recovered,
     TokenShift,
 )
-from lorascope.causal.study import Made, format_interval, format_number, report_at
+from lorascope.causal.shifts import ShiftTally
+from lorascope.causal.splice import PASSES, Compared, Shares, SplicedBatch
+from lorascope.causal.study import Made, format_interval, format_number, format_table, report_at
 from lorascope.errors import ConfigError
-from lorascope.sites import SiteLayout
+from lorascope.sae.metrics import evaluate
+from lorascope.sae.model import SAE, load_sae
+from lorascope.subject.intervene import RowEditor
 from lorascope.texts.roles import ROLES
-
-if TYPE_CHECKING:
-    from lorascope.causal.baselines import ConstantRows, Rebuild
-    from lorascope.sae.model import SAE
-
-_GROUPS = ("layers", "projections")
 
 log = logging.getLogger(__name__)
 
 
 def run(config: EvaluateConfig) -> Path:
     """Write the report unless it is finished already, and return its file."""
-    from lorascope.causal.baselines import fit_rebuilds, rows_of
-    from lorascope.causal.figures import draw_evaluation
-    from lorascope.causal.splice import subsets
-    from lorascope.sae.metrics import evaluate
-    from lorascope.sae.model import load_sae
-
     store = ActivationStore.open(config.data_dir)
     sae = load_sae(config.sae, store)
     others = {f"against {path.name}": load_sae(path, store) for path in config.against}
@@ -80,15 +71,12 @@ def run(config: EvaluateConfig) -> Path:
         narrow = sae.narrow(store)
         rows = rows_of(narrow, held_out.rollouts)
         reconstruction = evaluate(sae, read_blocks(narrow, rows))
-        _warn_of_seen_rollouts(others, store, held_out)
+        _warn_of_seen_rollouts(others, held_out)
         rebuilds, constant = fit_rebuilds(
-            {"sae": sae, **others}, narrow, held_out.rollouts, config.curve, config.seed
+            {"sae": sae, **others}, narrow, held_out.rollouts, config.seed
         )
-        groups = _column_groups(sae.layout) if config.by_site else {}
-        groups |= subsets(held_out, sae, config.subsets, config.seed)
-        faithfulness, shifts = measure(
-            held_out, sae, rebuilds, constant, groups, _of_other_seeds(sae, others), config.seed
-        )
+        seeds = _of_other_seeds(sae, others)
+        faithfulness, shifts = measure(held_out, sae, rebuilds, constant, seeds, config.seed)
         report = EvaluationReport(
             reconstruction=reconstruction, faithfulness=faithfulness, shifts=shifts
         )
@@ -110,12 +98,10 @@ def run(config: EvaluateConfig) -> Path:
     )
 
 
-def _warn_of_seen_rollouts(
-    others: Mapping[str, "SAE"], store: ActivationStore, held_out: HeldOut
-) -> None:
+def _warn_of_seen_rollouts(others: Mapping[str, SAE], held_out: HeldOut) -> None:
     """Warn of SAEs to compare with that were trained on rollouts that are measured."""
     for name, other in others.items():
-        seen = np.setdiff1d(held_out.rollouts, held_out_rollouts(other, store))
+        seen = np.setdiff1d(held_out.rollouts, held_out_rollouts(other, held_out.store))
         if len(seen):
             log.warning(
                 "%s did not hold out %d of the %d rollouts, so its shares may be too high; one "
@@ -126,10 +112,10 @@ def _warn_of_seen_rollouts(
             )
 
 
-def _of_other_seeds(sae: "SAE", others: Mapping[str, "SAE"]) -> tuple[str, ...]:
+def _of_other_seeds(sae: SAE, others: Mapping[str, SAE]) -> tuple[str, ...]:
     """Return the runs of SAEs that differ from the first in their seed only, with that one."""
 
-    def but_seed(one: "SAE") -> list[Any]:
+    def but_seed(one: SAE) -> list[Any]:
         settings = {key: value for key, value in one.manifest.settings.items() if key != "seed"}
         return [settings, one.manifest.parents]
 
@@ -144,27 +130,17 @@ def _of_other_seeds(sae: "SAE", others: Mapping[str, "SAE"]) -> tuple[str, ...]:
 @torch.inference_mode()
 def measure(
     held_out: HeldOut,
-    sae: "SAE",
-    rebuilds: "Mapping[Any, Rebuild]",
-    constant: "ConstantRows",
-    groups: Mapping[tuple[str, str], npt.NDArray[np.bool_]],
+    sae: SAE,
+    rebuilds: Mapping[str, Rebuild],
+    constant: ConstantRows,
     seeds: tuple[str, ...],
     seed: int,
 ) -> tuple[Faithfulness, tuple[TokenShift, ...]]:
-    """Run the held-out rollouts with every reconstruction.
+    """Run the held-out rollouts with every reconstruction of `fit_rebuilds`.
 
-    Return the shares recovered, and the tokens whose probability the adapter moves most.
-
-    `rebuilds` are those of `fit_rebuilds`. `groups` are masks of columns, `(d_in,)`, to rebuild
-    alone. `seeds` are the runs of SAEs that differ in their seed only.
+    Return the shares recovered, and the tokens whose probability the adapter moves most. `seeds`
+    are the runs of SAEs that differ in their seed only.
     """
-    from lorascope.causal.baselines import CURVES
-    from lorascope.causal.effects import log_probabilities
-    from lorascope.causal.shares import Shares
-    from lorascope.causal.shifts import ShiftTally
-    from lorascope.causal.splice import PASSES, Compared, SplicedBatch
-    from lorascope.subject.intervene import RowEditor
-
     subject = held_out.subject
     layout, columns = subject.layout.select(sae.layout.adapter_types)
     has_all_columns = layout.d_in == subject.layout.d_in
@@ -173,37 +149,33 @@ def measure(
         and not (subject.unseen or subject.unhooked)
         and all(site.lora_kind == "lora" for site in layout.sites)
     )
-    found: dict[Any, list[Compared]] = {}
+    found: dict[str, list[Compared]] = {}
     measured: list[npt.NDArray[np.int64]] = []
     shifts = ShiftTally()
     floor: Floor | None = None
     drift, step, size = 0.0, 0.0, 0.0
     bar = runtime.progress(held_out.n_tokens, "evaluate", "tokens")
-    with RowEditor(subject, seed=seed) as editor, bar:
+    with RowEditor(subject) as editor, bar:
         for batch in held_out.batches():
             spliced = SplicedBatch(editor, batch, columns)
             drift = max(drift, held_out.require_rows(batch, spliced.read))
-            x, zeros = spliced.x, torch.zeros_like(spliced.x)
+            x = spliced.x
             usual = constant.at(batch.rows.numpy().ravel())
 
-            def rebuilt(name: Any, rows: Tensor, usual: Tensor = usual) -> Tensor:
+            def rebuilt(name: str, rows: Tensor, usual: Tensor = usual) -> Tensor:
                 flat = rows.reshape(-1, rows.shape[-1]).cpu()
                 return rebuilds[name].rows(flat, usual).view(rows.shape).to(rows.device)
 
-            written: dict[Any, Tensor] = {key: rebuilt(key, x) for key in rebuilds}
-            for (kind, name), group in groups.items():
-                inside = torch.from_numpy(group).to(x.device)
-                written[kind, name, "sae"] = torch.where(inside, written["sae"], x)
-                written[kind, name, "zero"] = torch.where(inside, zeros, x)
+            written = {name: rebuilt(name, x) for name in rebuilds}
             if not zero_is_base:
-                written["zero"] = zeros
+                written["zero"] = torch.zeros_like(x)
             opened, closed, change = spliced.closed_loop(
                 lambda rows: rebuilt("sae", rows), written.pop("sae"), sae.scale.to(x.device)
             )
             step, size = step + change[0], size + change[1]
             base, predicted = spliced.base(), held_out.role_of(batch.measured)
             shifts.add(spliced.log_p, log_probabilities(base), batch.measured, predicted)
-            results: dict[Any, Compared] = {
+            results = {
                 "sae": opened,
                 "sae closed": closed,
                 **{name: spliced.written(rows) for name, rows in written.items()},
@@ -225,16 +197,15 @@ def measure(
         held_out,
         np.concatenate(measured),
         {
-            name: Compared(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+            name: Compared(*map(np.concatenate, zip(*parts, strict=True)))
             for name, parts in found.items()
         },
-        "base" if has_all_columns else "zero",
-        floor.rounding,
-        seed,
+        zero="base" if has_all_columns else "zero",
+        seed=seed,
     )
     faithfulness = Faithfulness(
         zero_is="the base model" if has_all_columns else "the SAE's columns at zero",
-        n_rollouts=shares.tokens.n_rollouts,
+        n_rollouts=shares.n_rollouts,
         n_tokens=len(shares.role),
         n_generated=int(shares.generated.sum()),
         floor=floor,
@@ -243,47 +214,12 @@ def measure(
         runs={
             name: shares.of_run(name, rebuilds[name].l0 if name in rebuilds else None)
             for name in found
-            if isinstance(name, str)
         },
         roles={ROLES[number]: shares.of_role(number) for number in np.unique(shares.role).tolist()},
-        **{
-            kind: {name: shares.of_group(kind, name) for k, name in groups if k == kind}
-            for kind in _GROUPS
-        },
-        subsets=tuple(
-            shares.of_subset(name, _sites_in(layout, mask))
-            for (kind, name), mask in groups.items()
-            if kind == "subsets"
-        ),
-        curve={
-            method: tuple(
-                shares.of_point(key, rebuild.l0)
-                for key, rebuild in rebuilds.items()
-                if key[:2] == ("curve", method)
-            )
-            for method in CURVES
-            if ("curve", method, 0) in rebuilds
-        },
         seeds=seeds,
         rows_drift=drift,
     )
     return faithfulness, shifts.strongest(held_out)
-
-
-def _column_groups(layout: SiteLayout) -> dict[tuple[str, str], npt.NDArray[np.bool_]]:
-    """Return a mask of the columns, `(d_in,)`, of each layer and of each projection."""
-    layer = np.repeat([site.layer for site in layout.sites], [s.rank for s in layout.sites])
-    kind = np.repeat([site.projection for site in layout.sites], [s.rank for s in layout.sites])
-    return {
-        **{("layers", str(n)): layer == n for n in np.unique(layer)},
-        **{("projections", n): kind == n for n in layout.adapter_types},
-    }
-
-
-def _sites_in(layout: SiteLayout, mask: npt.NDArray[np.bool_]) -> tuple[str, ...]:
-    """Return the names of the sites whose columns are in a mask."""
-    last = np.cumsum([site.rank for site in layout.sites]) - 1
-    return tuple(site.name for site, is_in in zip(layout.sites, mask[last], strict=True) if is_in)
 
 
 def table(report: EvaluationReport) -> str:
@@ -298,57 +234,38 @@ def table(report: EvaluationReport) -> str:
         f"recovered: 0 is {found.zero_is}, 1 the adapter; conditional: 0 is the constant row of "
         "each token. KL(adapter ‖ run) and CE in nats a token; floor: "
         f"{found.floor.null:.1e} (rows unchanged), {found.floor.rounding:.1e} (one rounding step)",
-        f"{'':<28}|{'generated tokens':^56}|{'all predicted tokens':^56}",
-        f"{'rows written':<20}{'values':>7} " + 2 * f"|{_HEAD}{'conditional':>12}{'CE':>8} ",
     ]
-    for name, run in found.runs.items():
-        cells = [
-            "—".rjust(56)
-            if part is None
-            else f"{_recovered(part)}{_number(part.conditional):>12}{part.ce:>8.4f} "
-            for part in (run.generated, run)
-        ]
-        lines.append(f"{name:<20}{format_number(run.l0, '.2f'):>7} |{'|'.join(cells)}")
+    generated = {name: run.generated for name, run in found.runs.items() if run.generated}
+    for over, runs in {"generated tokens": generated, "all predicted tokens": found.runs}.items():
+        lines += format_table(
+            (over, "values", *_HEAD, "conditional", "CE"),
+            (
+                (
+                    name,
+                    format_number(found.runs[name].l0, ".2f"),
+                    *_cells(run),
+                    _number(run.conditional),
+                    _number(run.ce),
+                )
+                for name, run in runs.items()
+            ),
+        )
+    lines += format_table(
+        ("sae, by role", *_HEAD, "KL at 0"),
+        ((name, *_cells(part), _number(part.kl_zero)) for name, part in found.roles.items()),
+    )
     lines.append(
         f"closed loop: {found.closed_passes} passes, rows changed by {found.closed_change:.1%} in "
         "the last one"
     )
-    if len(found.seeds) > 1:
-        runs = [found.runs[name].generated or found.runs[name] for name in found.seeds]
-        values = [run.recovered for run in runs if run.recovered is not None]
-        if values:
-            lines.append(
-                f"{len(values)} seeds: recovered {min(values):.4f} to {max(values):.4f} of the "
-                f"effect on {_over(found)}, standard deviation {np.std(values, ddof=1):.4f}"
-            )
-    groups: dict[str, Mapping[str, Any]] = {
-        "sae, by role": found.roles,
-        "sae, in one layer": found.layers,
-        "sae, in one projection": found.projections,
-        "sae, in some sites": {
-            f"{i}: {one.how}, {len(one.sites)} sites": one
-            for i, one in enumerate(sorted(found.subsets, key=lambda one: -one.kl), 1)
-        },
-    }
-    for title, parts in groups.items():
-        if parts:
-            lines.append(f"{title:<24}{_HEAD}{'KL at 0':>10}")
-            lines += [
-                f"  {name:<22}{_recovered(part)}{part.kl_zero:>10.4f}"
-                for name, part in parts.items()
-            ]
-    drawn = [one.recovered for one in found.subsets if one.how == "drawn"]
-    shares = [share for share in drawn if share is not None]
-    if shares:
-        lines.append(f"  drawn: mean {np.mean(shares):.4f}, worst {min(shares):.4f}")
-    for method, points in found.curve.items():
-        lines.append(f"{method + ', by values':<24}{_HEAD}{'all tokens':>12}")
-        lines += [
-            f"  {point.l0:<22.2f}{_recovered(point.generated or point)}"
-            f"{_number(point.recovered):>12}"
-            for point in points
-        ]
-    return "\n".join(line.rstrip() for line in lines)
+    runs = [found.runs[name].generated or found.runs[name] for name in found.seeds]
+    values = [run.recovered for run in runs if run.recovered is not None]
+    if values:
+        lines.append(
+            f"{len(values)} seeds: recovered {min(values):.4f} to {max(values):.4f} of the effect "
+            f"on {_over(found)}, standard deviation {np.std(values, ddof=1):.4f}"
+        )
+    return "\n".join(lines)
 
 
 def _over(found: Faithfulness) -> str:
@@ -369,12 +286,12 @@ def headline(found: Faithfulness) -> str:
     )
 
 
-_HEAD = f"{'KL':>8}{'recovered':>10} {'95 % interval':<16}"
+_HEAD = ("KL", "recovered", "95 % interval")
 
 
-def _recovered(share: Recovered) -> str:
+def _cells(share: Recovered) -> tuple[str, str, str]:
     interval = format_interval(share.recovered_interval, ".3f")
-    return f"{_number(share.kl):>8}{_number(share.recovered):>10} {interval:<16}"
+    return _number(share.kl), _number(share.recovered), interval
 
 
 def _number(value: float | None) -> str:

@@ -5,6 +5,7 @@ For a store that it was not trained on, all rollouts are used. `activations/repl
 """
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from lorascope import runtime
 from lorascope.activations.batches import halves, split_rows
 from lorascope.activations.replay import Batch, Replay, fitting_tokens, load_subject_of
 from lorascope.activations.store import ActivationStore
@@ -32,6 +34,17 @@ SPECIAL = ROLES.index("special")
 
 class HeldOut(Replay):
     """The rollouts to run are those that an SAE never saw."""
+
+    def alone(self, label: str) -> Iterator[tuple[int, Batch]]:
+        """Yield each rollout, or window of one, in its own batch, after the rollout's index.
+
+        `label` names the progress bar.
+        """
+        batches = list(self.batches(copies=self.batch_tokens))
+        with runtime.progress(len(batches), label, "rollouts") as bar:
+            for batch in batches:
+                yield int(self.store.rollout_of(batch.rows[0, :1].numpy())[0]), batch
+                bar.update(1)
 
     def is_read(self, sae: "SAE", rows: npt.NDArray[np.int64]) -> Bool[Tensor, "seq"]:
         """Return which rows are of a role that the SAE was trained on; default: all."""

@@ -15,7 +15,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,10 +26,7 @@ from torch import Tensor
 from lorascope.causal.effects import kl_and_loss, log_probabilities, select_measured
 from lorascope.causal.held_out import SPECIAL, Batch, HeldOut
 from lorascope.sites import PROJECTIONS, SiteLayout
-from lorascope.subject.intervene import Outcome, repeat_cache
-
-if TYPE_CHECKING:
-    from lorascope.subject.intervene import RowEditor
+from lorascope.subject.intervene import Outcome, RowEditor, repeat_cache
 
 _MOST_COPIES = 64  # of a rollout in one batch; more are not faster
 _BLOCKS = {"mlp": PROJECTIONS[:3], "attention": PROJECTIONS[3:]}
@@ -101,9 +98,8 @@ class HeldChange:
     added: Float[Tensor, "changed d_in"]
 
 
-@dataclass(frozen=True)
-class TokenSums:
-    """Sums over one rollout's tokens for each change, `(n_changes,)`, in nats.
+class TokenSums(NamedTuple):
+    """Sums over a rollout's tokens for each change, `(n_changes,)`, in nats.
 
     `kl` and `ce` are over usual tokens, `special` is KL over special tokens, `here` is KL over the
     usual tokens at which a held change was made.
@@ -114,24 +110,18 @@ class TokenSums:
     special: npt.NDArray[np.float64]
     here: npt.NDArray[np.float64]
 
-    def stacked(self) -> npt.NDArray[np.float64]:
-        """Return the four sums in their order, `(4, n_changes)`."""
-        return np.stack([self.kl, self.ce, self.special, self.here])
-
 
 def run_live(
-    editor: "RowEditor",
+    editor: RowEditor,
     held_out: HeldOut,
     batch: Batch,
     changes: Sequence[LiveChange],
     *,
     skip_layers: bool = True,
-    on_done: Callable[[int], object] | None = None,
 ) -> tuple[TokenSums, Tensor]:
     """Return the sums of live changes to one rollout, and the reference logits `(token, vocab)`.
 
     Without `skip_layers` every copy is computed from its first layer: the plain reference.
-    `on_done` is told how many changes each batch has run.
     """
     unchanged = LiveChange(torch.ones_like(changes[0].keep), torch.zeros_like(changes[0].push))
     removed = LiveChange(0 * unchanged.keep, unchanged.push)
@@ -153,17 +143,15 @@ def run_live(
             above = lowest, layers[[0, *(starts[i][1] for i in chunk)], lowest - 1]
         logits = _run_live(editor, batch, [unchanged, *(changes[i] for i in chunk)], above).logits
         if lowest and not _same(logits[:1], ends[0].logits):
-            return run_live(editor, held_out, batch, changes, skip_layers=False, on_done=on_done)
-        sums[:, chunk] = _compare(logits, held_out, batch, [None] * len(chunk)).stacked()
-        if on_done is not None:
-            on_done(len(chunk))
+            return run_live(editor, held_out, batch, changes, skip_layers=False)
+        sums[:, chunk] = _compare(logits, held_out, batch, [None] * len(chunk))
         if not first:
             reference = select_measured(logits[:1], batch.mask)
     return TokenSums(*sums), reference
 
 
 def _run_live(
-    editor: "RowEditor",
+    editor: RowEditor,
     batch: Batch,
     changes: Sequence[LiveChange],
     above: tuple[int, Tensor] | None = None,
@@ -209,7 +197,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def run_held(
-    editor: "RowEditor",
+    editor: RowEditor,
     held_out: HeldOut,
     batch: Batch,
     rows: Tensor,
@@ -234,12 +222,12 @@ def run_held(
     )
     for chunk, start, logits in runs:
         at = [changes[i].positions for i in chunk]
-        sums[:, chunk] = _compare(logits, held_out, batch, at, start).stacked()
+        sums[:, chunk] = _compare(logits, held_out, batch, at, start)
     return TokenSums(*sums)
 
 
 def held_runs(
-    editor: "RowEditor",
+    editor: RowEditor,
     token_ids: Int[Tensor, "1 seq"],
     rows: Float[Tensor, "seq d_in"],
     changes: Sequence[HeldChange],

@@ -6,7 +6,7 @@ it, and give it its name when all of it is there. `report_records` says what eac
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -96,6 +96,21 @@ def format_interval(edges: Sequence[float] | None, digits: str) -> str:
 def format_number(value: float | None, digits: str) -> str:
     """Return a number for a table; a dash for None."""
     return "—" if value is None else f"{value:{digits}}"
+
+
+def format_table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[int] = (0,)
+) -> list[str]:
+    """Return the lines of a table for the terminal, the columns `left` aligned at their left."""
+    lines = [head, *rows]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ).rstrip()
+        for cells in lines
+    ]
 
 
 def seal(manifest: Manifest, report: Mapping[str, Any]) -> str:
