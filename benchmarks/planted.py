@@ -44,8 +44,8 @@ from lorascope.causal.ablate import run as ablate
 from lorascope.causal.gradients import (
     RowDecomposition,
     Targets,
-    mean_gradients,
     no_weight_gradients,
+    path_gradients,
 )
 from lorascope.demo.demo import SUBJECT
 from lorascope.labels.clues import read_clues
@@ -293,7 +293,7 @@ def _named(
             targets = Targets.at("logprob", torch.tensor([ids.shape[1] - 1]), ids, base)
             read = torch.arange(len(x)) <= row - first
             parts = RowDecomposition(sae, x, np.arange(store.d_in), read)
-            gradients = mean_gradients(editor, ids, x, targets, _STEPS)
+            gradients = path_gradients(editor, ids, x, targets, _STEPS, ids.shape[1])[0]
             contributions = parts.firing_contributions(gradients)[0]
             sums = torch.zeros(sae.d_sae).index_add_(0, parts.latent, contributions)
             hits += int(sums.abs().argmax()) in latents.tolist()

@@ -19,7 +19,6 @@ from lorascope.causal.attribution_report import TokenAttribution, measure_agreem
 from lorascope.causal.gradients import (
     RowDecomposition,
     Targets,
-    mean_gradients,
     no_weight_gradients,
     path_gradients,
 )
@@ -119,6 +118,12 @@ def toy():
 
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+
+
+def mean_gradients(editor, ids, rows, targets, steps):
+    """The mean over `steps` points of the path; with 0, the gradient at the adapter's rows."""
+    both = path_gradients(editor, ids, rows, targets, max(steps, 1), ids.shape[1])
+    return both[0 if steps else 1]
 
 
 def decompose(subject, editor, ids, kind, positions, sae=None):

@@ -127,15 +127,13 @@ def test_a_sparse_feature_of_many_sites_becomes_a_patch_and_the_report_says_why(
         patch.change(x, torch.ones(20, dtype=torch.bool)), -code @ sae.W_dec[[1]]
     )
     assert not patch.change(x, torch.zeros(20, dtype=torch.bool)).any()
-    forced, report = edited(sae, "forced", features=(1,), how="fold")
+    forced, report = edited(sae, "forced", features=(1,), tolerance=9.0)
     assert report["output"] == "adapter"
     assert inspect_adapter(str(forced)).shapes
 
 
-def test_a_factor_of_one_changes_no_byte_of_the_weights(dirs, store, edited):
-    out, report = edited(each_column(store), features=(0, 3), factor=1.0, how="fold")
-    before, after = load_file(dirs[1] / WEIGHTS), load_file(out / WEIGHTS)
-    assert all(torch.equal(after[name], before[name]) for name in before)
+def test_a_factor_of_one_changes_nothing(store, edited):
+    _, report = edited(each_column(store), features=(0, 3), factor=1.0)
     assert report["kl"]["patched"]["kl"] == report["kl"]["folded"]["kl"] == 0
 
 

@@ -144,7 +144,7 @@ EVERYTHING = [
         f"attribute {DATA} --max-rollouts 2 --rollouts-of out/features.h5 --output out/causes.json",
         f"direct {LORA} --sae out/sae --output out/direct.json",
         f"steer {DATA} --features 0 --max-new-tokens 4 --num-prompts 1 --output out/steering.json",
-        f"edit {DATA} --max-rollouts 2 --features 0 --how patch --output out/edited",
+        f"edit {DATA} --max-rollouts 2 --features 0 --tolerance 0 --output out/edited",
         "label --input out/features.h5 --output out/labels.json",
         "export --input out/features.h5 --format csv --output out/features.csv",
         "dashboard --input out/features.h5 --output out/page.html",

@@ -11,6 +11,7 @@ layer share the last part, more parts are added until they differ: `attn.c_proj`
 """
 
 import hashlib
+import itertools
 import json
 import re
 from collections import Counter
@@ -104,6 +105,12 @@ class SiteLayout:
             for site in self.sites
             for i in range(site.rank)
         )
+
+    @cached_property
+    def slices(self) -> tuple[slice, ...]:
+        """The columns of each site."""
+        ends = itertools.accumulate(site.rank for site in self.sites)
+        return tuple(slice(end - s.rank, end) for end, s in zip(ends, self.sites, strict=True))
 
     @cached_property
     def effect_scale(self) -> npt.NDArray[np.float64]:

@@ -13,36 +13,37 @@
 In: adapter, activation store, SAE. Out: a report (JSON); the table goes to stderr.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lorascope import runtime
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.attribution_report import TokenAttribution, summarize, table
 from lorascope.causal.effect_options import AttributeConfig
 from lorascope.causal.effects import cross_entropy, kl_divergence, select_measured
+from lorascope.causal.gradients import (
+    RowDecomposition,
+    Targets,
+    fitting_graph,
+    no_weight_gradients,
+    path_gradients,
+)
 from lorascope.causal.held_out import SPECIAL, Batch, HeldOut, describe_run, open_held_out
+from lorascope.causal.removals import HeldChange, held_runs, n_changed_copies
 from lorascope.causal.report_records import AttributionReport
 from lorascope.causal.study import Made, report_at
 from lorascope.errors import ArtifactError, ConfigError
-
-if TYPE_CHECKING:
-    from lorascope.causal.gradients import RowDecomposition, Targets
-    from lorascope.sae.model import SAE
-    from lorascope.subject.intervene import RowEditor
+from lorascope.features.index import FeatureIndex
+from lorascope.sae.model import SAE, load_sae
+from lorascope.subject.intervene import RowEditor
 
 
 def run(config: AttributeConfig) -> Path:
     """Write the report unless it is finished already, and return its file."""
-    from lorascope.sae.model import load_sae
-
     store = ActivationStore.open(config.data_dir)
     sae = load_sae(config.sae, store)
     chosen = _chosen_rollouts(config, store)
@@ -67,8 +68,6 @@ def run(config: AttributeConfig) -> Path:
 
 def _chosen_rollouts(config: AttributeConfig, store: ActivationStore) -> list[int]:
     """Return the indices of the rollouts that the config names; empty for the held-out ones."""
-    from lorascope.features.index import FeatureIndex
-
     ids = config.rollouts
     if config.rollouts_of is not None:
         index = FeatureIndex.open(config.rollouts_of)
@@ -88,11 +87,8 @@ def _chosen_rollouts(config: AttributeConfig, store: ActivationStore) -> list[in
     return [index_of[rollout] for rollout in ids]
 
 
-def measure(held_out: HeldOut, sae: "SAE", config: AttributeConfig) -> AttributionReport:
+def measure(held_out: HeldOut, sae: SAE, config: AttributeConfig) -> AttributionReport:
     """Run the rollouts, explain tokens of each, and return the report."""
-    from lorascope.causal.gradients import no_weight_gradients
-    from lorascope.subject.intervene import RowEditor
-
     with RowEditor(held_out.subject, fast=True) as editor, no_weight_gradients(held_out.subject):
         study = _Study(editor, held_out, sae, config)
         study.compare()
@@ -112,7 +108,7 @@ class _Study:
     """The numbers of each rollout: first of all its tokens, then of those to explain."""
 
     def __init__(
-        self, editor: "RowEditor", held_out: HeldOut, sae: "SAE", config: AttributeConfig
+        self, editor: RowEditor, held_out: HeldOut, sae: SAE, config: AttributeConfig
     ) -> None:
         self.editor, self.held_out, self.sae, self.config = editor, held_out, sae, config
         start = held_out.store.rollout_start
@@ -128,18 +124,10 @@ class _Study:
         ids = self.held_out.store.rollout_id
         return {int(ids[i]): numbers for i, numbers in self.numbers.items()}
 
-    def batches(self, label: str) -> Iterator[tuple[int, Batch]]:
-        """Yield each rollout or window alone, with the index of its rollout."""
-        batches = list(self.held_out.batches(copies=self.held_out.batch_tokens))
-        with runtime.progress(len(batches), label, "rollouts") as bar:
-            for batch in batches:
-                yield int(self.held_out.store.rollout_of(batch.rows[0, :1].numpy())[0]), batch
-                bar.update(1)
-
     @torch.no_grad()
     def compare(self) -> None:
         """Do step 1: compare adapter and base at every token."""
-        for rollout, batch in self.batches("compare"):
+        for rollout, batch in self.held_out.alone("compare"):
             out, base_logits = self.editor.run(batch.token_ids), self.editor.base(batch.token_ids)
             self.held_out.require_rows(batch, out.rows)
             adapter = select_measured(out.logits, batch.mask)
@@ -155,7 +143,7 @@ class _Study:
         """Do steps 2 to 4 at the tokens to explain."""
         positions = {i: self._positions_to_explain(i) for i in self.start}
         checked = set(list(self.start)[: self.config.check_rollouts])
-        for rollout, batch in self.batches("attribute"):
+        for rollout, batch in self.held_out.alone("attribute"):
             position = batch.measured - self.start[rollout] + 1
             is_target = np.isin(position, positions[rollout])
             here = np.flatnonzero(batch.mask[0].numpy())[is_target]
@@ -176,13 +164,6 @@ class _Study:
 
     def _explain(self, rollout: int, batch: Batch, positions: Tensor, is_checked: bool) -> None:
         """Add the attributions of the tokens at `positions` of the batch's rollout or window."""
-        from lorascope.causal.gradients import (
-            RowDecomposition,
-            Targets,
-            fitting_graph,
-            path_gradients,
-        )
-
         ids, store = batch.token_ids, self.held_out.store
         with torch.no_grad():
             out, base = self.editor.run(ids), self.editor.base(ids)
@@ -233,13 +214,11 @@ class _Study:
         ids: Tensor,
         rows: Tensor,
         columns: npt.NDArray[np.int64],
-        parts: "RowDecomposition",
-        targets: "Targets",
+        parts: RowDecomposition,
+        targets: Targets,
         y: Tensor,
     ) -> Tensor:
         """Return how much of `y` is lost when each latent is removed, `(fired, target)`."""
-        from lorascope.causal.removals import HeldChange, held_runs, n_changed_copies
-
         n, order = int(targets.positions.max()), targets.positions.argsort()
         sorted_targets, changes, numbers = targets.take(order), [], []
         for number, latent in enumerate(parts.fired):

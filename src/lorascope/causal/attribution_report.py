@@ -19,7 +19,7 @@ from lorascope.causal.report_records import (
     RemovalAgreement,
     Source,
 )
-from lorascope.causal.study import format_number
+from lorascope.causal.study import format_number, format_table
 
 _N_SHOWN = 12  # tokens in the table
 _N_NAMED = 3  # features behind each of them
@@ -244,18 +244,23 @@ def table(report: AttributionReport) -> str:
                 for name, one in estimates.items()
             )
         )
-    lines.append(
-        f"{'rollout':>9}{'position':>10}  {'token':<16}{report.unit:>9}  features behind it"
+    targets = [(rollout.rollout, one) for rollout in report.rollouts for one in rollout.targets]
+    targets.sort(key=lambda pair: -abs(pair[1].adapter - pair[1].base))
+    lines += format_table(
+        ("rollout", "position", "token", report.unit, "features behind it"),
+        (
+            (
+                str(rollout),
+                str(one.token),
+                repr(one.text)[:15],
+                f"{one.adapter - one.base:.3g}",
+                ", ".join(f"{c.feature} {c.contribution:+.3g}" for c in one.behind[:_N_NAMED]),
+            )
+            for rollout, one in targets[:_N_SHOWN]
+        ),
+        left=(2, 4),
     )
-    targets = [(one, rollout.rollout) for rollout in report.rollouts for one in rollout.targets]
-    targets.sort(key=lambda pair: -abs(pair[0].adapter - pair[0].base))
-    for one, rollout in targets[:_N_SHOWN]:
-        named = ", ".join(f"{c.feature} {c.contribution:+.3g}" for c in one.behind[:_N_NAMED])
-        lines.append(
-            f"{rollout:>9}{one.token:>10}  {repr(one.text)[:15]:<16}"
-            f"{one.adapter - one.base:>9.3g}  {named}"
-        )
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(lines)
 
 
 def _shortest(values: npt.NDArray[np.float64]) -> tuple[float | None, ...]:

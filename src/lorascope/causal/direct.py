@@ -14,21 +14,26 @@ tokens only, which shows where its final norm is.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from lorascope import runtime
 from lorascope.causal.effect_options import DirectConfig
 from lorascope.causal.report_records import DirectEffect, DirectReport, ScoredToken
-from lorascope.causal.study import Made, report_at
-
-if TYPE_CHECKING:
-    from lorascope.sae.model import SAE
-    from lorascope.subject.load import Subject
+from lorascope.causal.study import Made, format_table, report_at
+from lorascope.features.neighbours import effect_rows, fingerprint
+from lorascope.sae.model import SAE, load_sae
+from lorascope.subject.load import (
+    Subject,
+    find_base,
+    inspect_adapter,
+    load_subject,
+    load_tokenizer,
+)
+from lorascope.subject.unembedding import Unembedding, residual_writes
+from lorascope.texts.tokens import special_ids, token_bytes
 
 UNIT = "standard deviations over the vocabulary"
 _CHUNK = 1 << 25  # logits at a time
@@ -38,9 +43,6 @@ _N_NAMED = 4  # tokens of each
 
 def run(config: DirectConfig) -> Path:
     """Write the report unless it is finished already, and return its file."""
-    from lorascope.sae.model import load_sae
-    from lorascope.subject.load import find_base, inspect_adapter, load_subject, load_tokenizer
-
     sae = load_sae(config.sae)
     adapter = inspect_adapter(config.lora_path, config.adapter_name)
     base = find_base(adapter, config.base_model, config.base_revision)
@@ -75,15 +77,13 @@ def run(config: DirectConfig) -> Path:
 
 
 @torch.inference_mode()
-def measure(subject: "Subject", sae: "SAE", top: int) -> DirectReport:
+def measure(subject: Subject, sae: SAE, top: int) -> DirectReport:
     """Return the report, with at most `top` tokens on each side of every latent."""
-    from lorascope.subject.unembedding import Unembedding, residual_writes
-    from lorascope.texts.tokens import special_ids, token_bytes
-
     writers, head = residual_writes(subject, sae.layout), Unembedding(subject)
     names = {writer.name for writer in writers}
     writes = np.array([site.name in names for site in sae.layout.sites])
-    share = _site_shares(sae)[:, writes].sum(1)
+    shares = fingerprint(effect_rows(sae)[0], sae.layout)  # of each site, as in the feature index
+    share = shares.astype(np.float64)[:, writes].sum(1)
     written = torch.zeros(sae.d_sae, head.width)
     for writer in writers:
         written += sae.W_dec[:, writer.columns] @ writer.matrix.T
@@ -126,13 +126,6 @@ def measure(subject: "Subject", sae: "SAE", top: int) -> DirectReport:
     )
 
 
-def _site_shares(sae: "SAE") -> npt.NDArray[np.float64]:
-    """Return the share of each latent's effect at each site, as in the feature index."""
-    from lorascope.features.neighbours import effect_rows, fingerprint
-
-    return fingerprint(effect_rows(sae)[0], sae.layout).astype(np.float64)
-
-
 def _standardise(logits: Tensor) -> Tensor:
     """Return how many standard deviations each logit is above the mean of its row."""
     centred = logits - logits.mean(1, keepdim=True)
@@ -146,13 +139,21 @@ def table(report: DirectReport) -> str:
     lines = [
         f"{len(report.writers)} sites write to the residual stream, {len(report.indirect)} only "
         f"inside layers; {len(direct):,} of {len(features):,} features write directly",
-        f"{'feature':>8}{'direct':>8}  tokens that it promotes (+) and suppresses (-), in {UNIT}",
     ]
-    for feature in direct[:_N_SHOWN]:
-        tokens = [
-            f"{token.token!r} {token.z:+.1f}"
-            for side in (feature.promoted, feature.suppressed)
-            for token in side[:_N_NAMED]
-        ]
-        lines.append(f"{feature.feature:>8}{feature.share:>8.0%}  {', '.join(tokens)}")
+    lines += format_table(
+        ("feature", "direct", f"tokens that it promotes (+) and suppresses (-), in {UNIT}"),
+        (
+            (
+                str(feature.feature),
+                f"{feature.share:.0%}",
+                ", ".join(
+                    f"{token.token!r} {token.z:+.1f}"
+                    for side in (feature.promoted, feature.suppressed)
+                    for token in side[:_N_NAMED]
+                ),
+            )
+            for feature in direct[:_N_SHOWN]
+        ),
+        left=(2,),
+    )
     return "\n".join(lines)

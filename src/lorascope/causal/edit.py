@@ -15,7 +15,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,18 +25,24 @@ from lorascope import runtime
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import MANIFEST, Identity, write_text
 from lorascope.causal.effect_options import EditConfig, require_features
-from lorascope.causal.effects import bootstrap_interval, kl_divergence, select_measured
+from lorascope.causal.effects import (
+    bootstrap_interval,
+    kl_divergence,
+    ratio_of_sums,
+    select_measured,
+    sum_by,
+)
+from lorascope.causal.folding import Fold, fit_fold, write_folded
 from lorascope.causal.held_out import SPECIAL, HeldOut, describe_run, open_held_out
+from lorascope.causal.patch import PATCH, Patch
 from lorascope.causal.report_records import EditedRun, EditReport
 from lorascope.causal.study import format_interval
 from lorascope.record_json import to_json
+from lorascope.sae.model import SAE, load_sae
 from lorascope.stage import Build, built
-
-if TYPE_CHECKING:
-    from lorascope.causal.folding import Fold
-    from lorascope.causal.patch import Patch
-    from lorascope.sae.model import SAE
-    from lorascope.subject.load import Subject
+from lorascope.subject.adapter import CONFIG, WEIGHTS
+from lorascope.subject.intervene import Edit, RowEditor
+from lorascope.subject.load import Subject
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +53,6 @@ _RUNS = ("base", "patched", "folded")
 
 def run(config: EditConfig) -> Path:
     """Write the folder unless it is finished already, and return it."""
-    from lorascope.causal.folding import fit_fold
-    from lorascope.causal.patch import PATCH, Patch
-    from lorascope.sae.model import load_sae
-
     store = ActivationStore.open(config.data_dir)
     sae = load_sae(config.sae, store)
     require_features(config.features, sae)
@@ -68,8 +70,9 @@ def run(config: EditConfig) -> Path:
         fitted[held_out.rollouts] = False
         is_edited = store.eligible if config.tokens == "text" else np.ones(store.n_rows, bool)
         fold = fit_fold(patch, sae.narrow(store), is_edited, fitted if fitted.any() else ~fitted)
-        as_weights = _is_folded(config, fold)
-        report = measure(held_out, config, sae, is_edited, patch, fold)
+        as_weights = fold.error is not None and fold.error <= config.tolerance
+        output = "adapter" if as_weights else "patch"
+        report = measure(held_out, config, output, is_edited, patch, fold, sae.d_sae)
         names = _write_adapter(build, held_out.subject, sae, fold) if as_weights else [PATCH]
         if not as_weights:
             patch.save(build.path / PATCH)
@@ -83,35 +86,28 @@ def run(config: EditConfig) -> Path:
     return built(config.output, identity, make, overwrite=config.overwrite)
 
 
-def _is_folded(config: EditConfig, fold: "Fold") -> bool:
-    """Return whether the output is an adapter with changed weights."""
-    if config.how != "auto":
-        return config.how == "fold"
-    return fold.error is not None and fold.error <= config.tolerance
-
-
 @torch.inference_mode()
 def measure(
     held_out: HeldOut,
     config: EditConfig,
-    sae: "SAE",
+    output: Literal["adapter", "patch"],
     is_edited: npt.NDArray[np.bool_],
-    patch: "Patch",
-    fold: "Fold",
+    patch: Patch,
+    fold: Fold,
+    d_sae: int,
 ) -> EditReport:
     """Run the held-out rollouts patched and folded, and return the report.
 
     `is_edited` marks the rows of the store that the patch edits.
     """
-    from lorascope.subject.intervene import RowEditor
-
-    sums: dict[str, list[float]] = {name: [] for name in (*_RUNS, "between", "patched_here")}
-    sizes, owners = [], []
+    found: dict[str, list[torch.Tensor]] = {}
+    owners: list[npt.NDArray[np.int64]] = []
     edited_rows = torch.from_numpy(is_edited)
     batches = list(held_out.batches(copies=4))
     subject = held_out.subject
     with RowEditor(subject) as editor, runtime.progress(len(batches), "edit", "batches") as bar:
         folded = _folded_edit(subject, patch, fold)
+        _, columns = subject.layout.select(patch.layout.adapter_types)
         for batch in batches:
             edited = edited_rows[batch.rows] & batch.own
             out = editor.run(batch.token_ids)
@@ -125,32 +121,29 @@ def measure(
             reference = select_measured(out.logits, batch.mask)
             kl = {name: kl_divergence(reference, values) for name, values in logits.items()}
             kl["between"] = kl_divergence(logits["patched"], logits["folded"])
-            _, columns = subject.layout.select(patch.layout.adapter_types)
             fires = patch.change(out.rows[..., columns], edited).abs().sum(-1) > 0
             kl["patched_here"] = kl["patched"] * fires[batch.mask].to(reference.device)
-            rollouts = held_out.store.rollout_of(batch.measured)
-            usual = held_out.role_of(batch.measured) != SPECIAL
-            for rollout in np.unique(rollouts):
-                where = torch.from_numpy((rollouts == rollout) & usual)
-                owners.append(int(rollout))
-                sizes.append(float(where.sum()))
-                for name, values in kl.items():
-                    sums[name].append(float(values.double().cpu()[where].sum()))
+            usual = torch.from_numpy(held_out.role_of(batch.measured) != SPECIAL)
+            for name, values in {"tokens": torch.ones(len(usual)), **kl}.items():
+                found.setdefault(name, []).append(torch.where(usual, values.cpu(), 0.0))
+            owners.append(held_out.store.rollout_of(batch.measured))
             bar.update(1)
-    _, rollout = np.unique(owners, return_inverse=True)
-    tokens = np.bincount(rollout, sizes).astype(np.float64)
-    totals = {name: np.bincount(rollout, kl).astype(np.float64) for name, kl in sums.items()}
+    _, rollout = np.unique(np.concatenate(owners), return_inverse=True)
+    totals = {
+        name: sum_by(rollout, torch.cat(values).numpy(), int(rollout.max()) + 1)
+        for name, values in found.items()
+    }
+    tokens = totals["tokens"]
     n = float(tokens.sum())
-    whole = float(totals["patched"].sum())
     return EditReport(
         features=config.features,
         factor=config.factor,
         tokens=config.tokens,
-        output="adapter" if _is_folded(config, fold) else "patch",
+        output=output,
         fold_error=fold.error,
         fold_error_by_site=dict(fold.errors),
         n_sites=len(fold.changes),
-        d_sae=sae.d_sae,
+        d_sae=d_sae,
         n_rollouts=len(tokens),
         n_tokens=int(n),
         kl={
@@ -161,18 +154,18 @@ def measure(
             for name in _RUNS
         },
         kl_patched_folded=float(totals["between"].sum()) / n,
-        share_here=float(totals["patched_here"].sum()) / whole if whole else None,
+        share_here=ratio_of_sums(totals["patched_here"], totals["patched"]),
     )
 
 
-def _folded_edit(subject: "Subject", patch: "Patch", fold: "Fold") -> Any:
+def _folded_edit(subject: Subject, patch: Patch, fold: Fold) -> Edit:
     """Return the edit that changes rows in the way that the folded weights do."""
     by_module = {patch.layout.sites[i].module: change for i, change in fold.changes.items()}
-    start, by_column = 0, {}
-    for site in subject.layout.sites:
-        if site.module in by_module:
-            by_column[start] = by_module[site.module].float()
-        start += site.rank
+    by_column = {
+        columns.start: by_module[site.module].float()
+        for site, columns in zip(subject.layout.sites, subject.layout.slices, strict=True)
+        if site.module in by_module
+    }
 
     def edit(columns: slice, values: torch.Tensor) -> torch.Tensor | None:
         change = by_column.get(columns.start)
@@ -181,15 +174,12 @@ def _folded_edit(subject: "Subject", patch: "Patch", fold: "Fold") -> Any:
     return edit
 
 
-def _write_adapter(build: Build, subject: "Subject", sae: "SAE", fold: "Fold") -> list[str]:
+def _write_adapter(build: Build, subject: Subject, sae: SAE, fold: Fold) -> list[str]:
     """Write the folded adapter as PEFT saves one, and return the names of its files.
 
     If its config names the base model by a relative path, the path is changed to start from the
     new folder.
     """
-    from lorascope.causal.folding import write_folded
-    from lorascope.subject.adapter import CONFIG, WEIGHTS
-
     source, out = subject.adapter.path, build.path
     copied = [
         file.name

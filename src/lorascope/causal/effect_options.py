@@ -271,11 +271,10 @@ class EditConfig(SeededEffectOptions):
     tokens: Literal["text", "all"] = option(
         "text", help="tokens to edit: text only, or special tokens and template headers too"
     )
-    how: Literal["auto", "fold", "patch"] = option(
-        "auto", help="output: changed weights (fold), a runtime patch, or what --tolerance decides"
-    )
     tolerance: float = option(
-        0.05, help="largest share of the edit that weights may miss for auto to fold it"
+        0.05,
+        help="largest share of the edit that weights may miss; above it the output is a runtime "
+        "patch. 0: always a patch, unless weights miss nothing",
     )
     output: Path = option(Path("edited-adapter"), help="folder to write", identity=False)
 

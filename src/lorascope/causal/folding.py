@@ -16,7 +16,6 @@ weights of a site can express only a linear function of its own columns. So, for
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -61,10 +60,12 @@ def fit_fold(
     """
     layout = store.layout
     is_fitted = fitted[store.rollout_of(np.arange(store.n_rows))]
-    sums = {i: torch.zeros(2, s.rank, s.rank, dtype=torch.float64) for i, s in _touched(patch)}
+    touched = _touched(patch)
+    ranks = {i: layout.sites[i].rank for i in touched}
+    sums = {i: torch.zeros(2, rank, rank, dtype=torch.float64) for i, rank in ranks.items()}
     for x, d, rows in _blocks(patch, store, is_edited):
         here = torch.from_numpy(is_fitted[rows])
-        for i, columns in _columns(layout, sums):
+        for i, columns in touched.items():
             x_site = x[here][:, columns]
             sums[i][0] += d[here][:, columns].T @ x_site
             sums[i][1] += x_site.T @ x_site
@@ -77,7 +78,7 @@ def fit_fold(
     measured = ~is_fitted if (~is_fitted).any() else is_fitted
     for x, d, rows in _blocks(patch, store, is_edited):
         here = torch.from_numpy(measured[rows])
-        for i, columns in _columns(layout, sums):
+        for i, columns in touched.items():
             edit = d[here][:, columns]
             rest = (edit - x[here][:, columns] @ changes[i].T) * effect[columns]
             left[i] += rest.square().sum()
@@ -117,21 +118,10 @@ def write_folded(
         save_file(tensors, temporary, metadata={"format": "pt"})
 
 
-def _touched(patch: Patch) -> list[tuple[int, Any]]:
-    """Return the index and the site of all sites that the edit writes to."""
-    writes = (patch.sae.W_dec != 0).any(0)
-    touched, start = [], 0
-    for i, site in enumerate(patch.layout.sites):
-        if writes[start : start + site.rank].any() and patch.factor != 1:
-            touched.append((i, site))
-        start += site.rank
-    return touched
-
-
-def _columns(layout: SiteLayout, sites: Mapping[int, Any]) -> list[tuple[int, slice]]:
-    """Return the columns of each of the sites, which are given by index."""
-    ends = np.cumsum([site.rank for site in layout.sites]).tolist()
-    return [(i, slice(ends[i] - layout.sites[i].rank, ends[i])) for i in sites]
+def _touched(patch: Patch) -> dict[int, slice]:
+    """Return the columns of the sites that the edit writes to, by the site's index."""
+    writes = (patch.sae.W_dec != 0).any(0) & (patch.factor != 1)
+    return {i: columns for i, columns in enumerate(patch.layout.slices) if writes[columns].any()}
 
 
 def _blocks(

@@ -7,8 +7,8 @@ The rows of a rollout are held (written as given), so that a prediction `y` is a
 2. `path_gradients` returns `G = ∫ ∇y(a·x) da` over `a` from 0 to 1: the gradient averaged along the
    straight line from no adapter to the adapter (integrated gradients: Sundararajan et al. 2017,
    section 3), by Gauss-Legendre quadrature. Then `Σ x·G = y(x) − y(0)` (their proposition 1), up to
-   the error of the quadrature. With `steps` 0 it is the gradient at the adapter's own rows, which
-   gives the effect of a small removal.
+   the error of the quadrature. It returns the gradient at the adapter's own rows too, which gives
+   the effect of a small removal.
 3. `RowDecomposition` splits `x·G`: a row is `Σ value · decoder row + bias + unexplained`, so the
    contribution of a feature at a token is `value · (decoder row · G)`.
 
@@ -130,21 +130,6 @@ def no_weight_gradients(subject: Subject) -> Generator[None]:
             parameter.requires_grad_(mark)
 
 
-def mean_gradients(
-    editor: RowEditor,
-    token_ids: Int[Tensor, "1 seq"],
-    rows: Float[Tensor, "seq d_in"],
-    targets: Targets,
-    steps: int,
-) -> Float[Tensor, "target before d_in"]:
-    """Return the gradient of each target with respect to the rows, averaged over `steps` points.
-
-    The `before` tokens are those before the last target.
-    """
-    n = token_ids.shape[1]
-    return path_gradients(editor, token_ids, rows, targets, steps, n)[0 if steps else 1]
-
-
 def path_gradients(
     editor: RowEditor,
     token_ids: Int[Tensor, "1 seq"],
@@ -153,14 +138,17 @@ def path_gradients(
     steps: int,
     kept_tokens: int,
 ) -> Float[Tensor, "2 target before d_in"]:
-    """Return `mean_gradients` of `steps` points, and the gradients at the adapter's own rows.
+    """Return the gradient of each target by the rows: the mean over the path, and at its end.
 
-    As many points share a batch as keep the activations of at most `kept_tokens` tokens: one
-    forward pass for them and all targets, and one backward pass for each target. If a single point
-    has more tokens, its activations are computed again in the backward passes.
+    The mean is over `steps` points; the end are the adapter's own rows. The `before` tokens are
+    those before the last target. As many points share a batch as keep the activations of at most
+    `kept_tokens` tokens. If a single point has more tokens, its activations are computed again in
+    the backward passes.
     """
     n, n_targets = int(targets.positions.max()), len(targets)
-    nodes = torch.tensor([*_nodes(steps), (1.0, 0.0)], device=rows.device)
+    points, weights = np.polynomial.legendre.leggauss(steps)
+    path = np.stack([(points + 1) / 2, weights / 2], axis=1).tolist()
+    nodes = torch.tensor([*path, (1.0, 0.0)], device=rows.device)
     found = torch.zeros(2, n_targets, n, rows.shape[1], device=rows.device)
     for part in nodes.tensor_split(-(-len(nodes) // max(1, kept_tokens // n))):
         points, weights = part.T
@@ -183,14 +171,6 @@ def fitting_graph(subject: Subject) -> int:
     values = _KEPT_WIDTHS * config.hidden_size * config.num_hidden_layers
     size = _GRAPH_BYTES[subject.device.type == "cuda"]
     return max(1, size // (values * subject.dtype.itemsize))
-
-
-def _nodes(steps: int) -> list[tuple[float, float]]:
-    """Return `steps` points between 0 and 1, and their weights."""
-    if not steps:
-        return []
-    points, weights = np.polynomial.legendre.leggauss(steps)
-    return [(float(a + 1) / 2, float(w) / 2) for a, w in zip(points, weights, strict=True)]
 
 
 class RowDecomposition:

@@ -85,7 +85,7 @@ class Patch:
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ArtifactError(
                 f"{folder} has no readable runtime patch ({error}); lorascope edit writes one when "
-                "an edit cannot be folded into weights, or with --how patch"
+                "weights miss more of an edit than --tolerance"
             ) from error
 
     def save(self, path: Path) -> None:
