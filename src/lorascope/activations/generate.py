@@ -154,8 +154,10 @@ def run(config: GenerateConfig, plan: "Callable[[Base, int], None] | None" = Non
             return
         _vocabulary(subject).save(build.path / VOCABULARY)
         _save_tokenizer(tokenizer, build.path / "tokenizer")
+        files = [*build.path.glob("*.h5"), *(build.path / "tokenizer").rglob("*")]
+        names = [file.relative_to(build.path).as_posix() for file in files if file.is_file()]
         manifest = identity.manifest(shards.layout, _content(config, subject, corpus, shards))
-        build.publish_directory(manifest, _names_of_files(build.path))
+        build.publish_directory(manifest, names)
 
     n_workers = 1 if config.device_map else runtime.n_workers(config.device, config.num_gpus)
     job = Job(n_workers, "generate", config)
@@ -263,7 +265,7 @@ class _Shards:
             for claim in runtime.claim_work_units(self.paths, locks, count, self._raise_failed):
                 with _errors_with_rank(claim.work_unit):
                     rollouts = self._rollouts(claim.work_unit)
-                    capture = self._open(reader, rollouts, expected)
+                    capture = self._open(reader, rollouts)
                     pending = capture.run(rollouts)
                 while len(self._writing) >= _IN_FLIGHT:
                     self._writing.pop(0).result()
@@ -290,8 +292,8 @@ class _Shards:
             seed=(self.config.sample_seed, work_unit),
         )
 
-    def _open(self, reader: Any, rollouts: Sequence[Rollout], expected: int) -> "Capture":
-        """Return the capture. The first time, check its rows and log time, disk and memory."""
+    def _open(self, reader: Any, rollouts: Sequence[Rollout]) -> "Capture":
+        """Return the capture. The first time, check its rows."""
         if self._capture is None:
             from lorascope.activations.capture import Capture
 
@@ -303,29 +305,9 @@ class _Shards:
                 longest=self.corpus.longest,
             )
             middle = sorted(rollouts, key=lambda rollout: len(rollout.token_ids))
-            rate = self._capture.check(middle[len(middle) // 2])
+            self._capture.check(middle[len(middle) // 2])
             self._capture.check_neighbours(rollouts)
-            self._announce(rate, expected)
         return self._capture
-
-    def _announce(self, rate: float, expected: int) -> None:
-        """Log what the run will take, from the speed of one rollout."""
-        world = runtime.world_size()
-        item = np.dtype(self.config.store_dtype).itemsize
-        peak = runtime.peak_memory(self.subject.device)
-        unit_bytes = (
-            expected / len(self.corpus.rollouts) * ROLLOUTS_PER_SHARD * self.layout.d_in * 4
-        )
-        log.info(
-            "%d tokens at %.0f tokens/s (one rollout alone): about %.1f minutes; %.2f GB "
-            "on disk, %.1f GB of memory%s",
-            expected,
-            rate,
-            expected / rate / world / 60,
-            expected * (self.layout.d_in * item + 5) / 1e9,
-            (peak + (_IN_FLIGHT + 1) * unit_bytes) / 1e9,
-            f" for each of {world} processes" if world > 1 else "",
-        )
 
     def _write(self, pending: "Pending", claim: runtime.Claim) -> None:
         assert self._capture is not None, "it computed the rows"
@@ -418,8 +400,3 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     for key in ("local_files_only", "is_local", "name_or_path"):
         options.pop(key, None)
     write_text(file, json.dumps(options, indent=2, ensure_ascii=False) + "\n")
-
-
-def _names_of_files(folder: Path) -> list[str]:
-    files = [*folder.glob("*.h5"), *(folder / "tokenizer").rglob("*")]
-    return [file.relative_to(folder).as_posix() for file in files if file.is_file()]

@@ -12,63 +12,78 @@ open, each plain LoRA layer runs this faster forward instead:
 Other layers, such as DoRA's, run PEFT's own forward with a hook on `lora_A`.
 """
 
-from collections.abc import Callable
-from types import TracebackType
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from lorascope.errors import AdapterError
+from lorascope.sites import Site
 from lorascope.subject.load import Subject
 
 _Keep = Callable[[Tensor], None]
+Hooks = TypeVar("Hooks", bound="SiteHooks")
 
 
-class RowReader:
+class SiteHooks:
+    """A context in which every site of a subject is hooked. Leaving it restores the model."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self._undo = ExitStack()
+
+    def __enter__(self: Hooks) -> Hooks:
+        with ExitStack() as undo:  # undone if one of them fails
+            sites = zip(self.subject.layout.sites, self.subject.sites, strict=True)
+            for index, (site, read) in enumerate(sites):
+                layer = self.subject.causal.get_submodule(site.module)
+                for remove in self._hook(index, layer, read):
+                    undo.callback(remove)
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._undo.close()
+
+    def _hook(self, index: int, layer: Any, read: nn.Module) -> Iterable[Callable[[], object]]:
+        """Add hooks to one site, whose `lora_A` is `read`; yield what removes each of them."""
+        raise NotImplementedError
+
+    def _require_once(self, site: Site, outputs: Sequence[Tensor]) -> Tensor:
+        """Return the only output of a site in a forward. torch skips hooks of compiled modules."""
+        if len(outputs) != 1:
+            raise AdapterError(
+                f"lora_A of {site.module} ran {len(outputs)} times in one forward, expected 1; "
+                "if the model was compiled, load it again"
+            )
+        return outputs[0]
+
+
+class RowReader(SiteHooks):
     """A context in which `read` runs the subject and returns the rows of a batch.
 
-    `own_forward=False` runs PEFT's forward everywhere, as a reference for the faster one. Leaving
-    the context restores the model, also after an error.
+    `own_forward=False` runs PEFT's forward everywhere, as a reference for the faster one.
     """
 
     def __init__(self, subject: Subject, *, own_forward: bool = True) -> None:
-        self.subject = subject
+        super().__init__(subject)
         self.own_forward = own_forward
         self._kept: list[list[Tensor]] | None = None  # per site, while reading
-        self._undo: list[Callable[[], None]] = []
 
-    def __enter__(self) -> "RowReader":
-        for index, (site, module) in enumerate(
-            zip(self.subject.layout.sites, self.subject.sites, strict=True)
-        ):
-            layer = self.subject.causal.get_submodule(site.module)
-            keep = self._keeper(index)
-            if self.own_forward and is_plain(layer):
-                self._undo.append(replace_forward(layer, _fast_forward(layer, keep)))
-            else:
-                handle = module.register_forward_hook(lambda _m, _args, h, keep=keep: keep(h))
-                self._undo.append(handle.remove)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for undo in self._undo:
-            undo()
-        self._undo.clear()
-
-    def _keeper(self, index: int) -> _Keep:
-        def keep(h: Tensor) -> None:
+    def _hook(self, index: int, layer: Any, read: nn.Module) -> Iterable[Callable[[], object]]:
+        def keep(h: Any) -> None:
             if self._kept is not None:  # None while the model generates
                 self._kept[index].append(h)
 
-        return keep
+        if self.own_forward and is_plain(layer):
+            yield replace_forward(layer, _fast_forward(layer, keep))
+        else:
+            yield read.register_forward_hook(lambda _module, _args, h: keep(h)).remove
 
     @torch.inference_mode()
     def read(self, token_ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq d_in"]:
@@ -90,11 +105,7 @@ class RowReader:
         for site, mix, outputs in zip(
             self.subject.layout.sites, self.subject.mixes, kept, strict=True
         ):
-            if len(outputs) != 1:
-                raise AdapterError(
-                    f"lora_A of {site.module} ran {len(outputs)} times in one forward, expected 1"
-                )
-            h = outputs[0].reshape(-1, site.rank)
+            h = self._require_once(site, outputs).reshape(-1, site.rank)
             if len(h) != n_tokens:
                 raise AdapterError(
                     f"{site.module} saw {len(h)} of {n_tokens} tokens, expected all; "
@@ -133,7 +144,7 @@ def _fast_forward(layer: Any, keep: _Keep) -> Callable[..., Tensor]:
     a, b = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
     dtype = layer.get_base_layer().weight.dtype
     split = dtype in (torch.bfloat16, torch.float16) and a.dtype == torch.float32
-    read = _read_split(a, dtype) if split and a.is_cuda else _read_plain(a)
+    read = _read_split(a, dtype) if split and a.is_cuda else lambda x: linear(x.to(a.dtype), a)
     right = b.T * float(layer.scaling[name])
     if split:
         high, low = _halves(right, dtype)
@@ -156,10 +167,6 @@ def _fast_forward(layer: Any, keep: _Keep) -> Callable[..., Tensor]:
         return out
 
     return forward
-
-
-def _read_plain(a: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda x: nn.functional.linear(x.to(a.dtype), a)
 
 
 def _read_split(a: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

@@ -19,9 +19,8 @@ on a module that was compiled before.
 import inspect
 import math
 import re
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -33,10 +32,8 @@ from transformers.cache_utils import DynamicLayer
 
 from lorascope.errors import AdapterError
 from lorascope.subject.bottlenecks import unmix
-from lorascope.subject.hooks import is_plain, replace_forward
+from lorascope.subject.hooks import SiteHooks, is_plain, replace_forward
 from lorascope.subject.load import Subject
-
-__all__ = ["Edit", "Outcome", "RowEditor"]
 
 _SITES = 1_000_003  # more than any model has, so that each seed and site has its own generator
 
@@ -57,15 +54,16 @@ class Outcome(NamedTuple):
     layers: list[Tensor]
 
 
-class RowEditor:
+class RowEditor(SiteHooks):
     """A context in which `run` runs the subject with an edit, and `base` runs it without adapter.
 
-    Leaving the context restores the model, also after an error. `seed` decides the directions of
-    `push`. `fast` leaves PEFT's forward; the runs that are compared must then all be fast.
+    `seed` decides the directions of `push`. `fast` leaves PEFT's forward; the runs that are
+    compared must then all be fast.
     """
 
     def __init__(self, subject: Subject, *, seed: int = 0, fast: bool = False) -> None:
-        self.subject, self.fast = subject, fast
+        super().__init__(subject)
+        self.fast = fast
         layout = subject.layout
         ends = torch.tensor([site.rank for site in layout.sites]).cumsum(0).tolist()
         self._columns = [
@@ -73,11 +71,11 @@ class RowEditor:
         ]
         self._backs = [None if mix is None else unmix(mix) for mix in subject.mixes]
         self._seed = seed
-        self._undo: list[Callable[[], None]] = []
         self._read: list[list[Tensor]] | None = None  # per site, while running
         self._shape: tuple[int, ...] = ()
         self._edit: Edit | None = None
         self._push: Tensor | None = None
+        self._directions: dict[int, Tensor] = {}  # of pushes, by site
         self._held: tuple[Tensor, ...] | None = None  # per site
         self._lean = False
         self._kept: list[Tensor] | None = None
@@ -86,36 +84,18 @@ class RowEditor:
         self._keeps_logits = "logits_to_keep" in takes
 
     def __enter__(self) -> "RowEditor":
-        try:
-            for index, (site, read) in enumerate(
-                zip(self.subject.layout.sites, self.subject.sites, strict=True)
-            ):
-                layer = self.subject.causal.get_submodule(site.module)
-                if self.fast and is_plain(layer):
-                    self._undo.append(replace_forward(layer, self._fast_forward(index, layer)))
-                    continue
-                write = layer.lora_B[layer.active_adapters[0]]
-                self._undo.append(read.register_forward_hook(self._at_read(index)).remove)
-                self._undo.append(write.register_forward_hook(self._at_write(index)).remove)
-            for index, layer in enumerate(_decoder_layers(self.subject) if self.fast else []):
-                self._undo.append(replace_forward(layer, self._layer_forward(index, layer)))
-        except BaseException:
-            self._remove()
-            raise
+        super().__enter__()
+        for index, layer in enumerate(_decoder_layers(self.subject) if self.fast else []):
+            self._undo.callback(replace_forward(layer, self._layer_forward(index, layer)))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._remove()
-
-    def _remove(self) -> None:
-        for undo in self._undo:
-            undo()
-        self._undo.clear()
+    def _hook(self, index: int, layer: Any, read: nn.Module) -> Iterable[Callable[[], object]]:
+        if self.fast and is_plain(layer):
+            yield replace_forward(layer, self._fast_forward(index, layer))
+        else:
+            write = layer.lora_B[layer.active_adapters[0]]
+            yield read.register_forward_hook(self._at_read(index)).remove
+            yield write.register_forward_hook(self._at_write(index)).remove
 
     def run(
         self,
@@ -196,7 +176,6 @@ class RowEditor:
         read = a if mix is None else mix.to(a) @ a
         write = b.T * float(layer.scaling[name])
         write = write.contiguous() if back is None else back.T.to(write) @ write
-        direction = self._direction(index)
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if self._read is None:
@@ -216,7 +195,7 @@ class RowEditor:
             if self._push is not None or out.dtype != write.dtype:
                 written = left @ write
                 if self._push is not None:
-                    written = self._pushed(index, written, direction)
+                    written = self._pushed(index, written)
                 return (out + written.view_as(out)).to(out.dtype)
             flat = out.view(-1, out.shape[-1])
             if torch.is_grad_enabled():  # the gradient of an in-place sum would copy the output
@@ -283,35 +262,22 @@ class RowEditor:
         return hook
 
     def _at_write(self, index: int) -> Callable[..., Tensor | None]:
-        direction = self._direction(index)
-
         def hook(_module: nn.Module, _args: Any, out: Tensor) -> Tensor | None:
-            if self._push is None or self._read is None:
-                return None
-            return self._pushed(index, out, direction)
+            return None if self._push is None or self._read is None else self._pushed(index, out)
 
         return hook
 
-    def _direction(self, index: int) -> Callable[[Tensor], Tensor]:
-        """Return a function to the random direction of a site, which is drawn when first needed."""
-        drawn: list[Tensor] = []
-
-        def direction(like: Tensor) -> Tensor:
-            if not drawn:
-                generator = torch.Generator().manual_seed(self._seed * _SITES + index)
-                one = torch.randn(like.shape[-1], generator=generator)
-                drawn.append((one / one.norm()).to(like.device, like.dtype))
-            return drawn[0]
-
-        return direction
-
-    def _pushed(self, index: int, written: Tensor, direction: Callable[[Tensor], Tensor]) -> Tensor:
+    def _pushed(self, index: int, written: Tensor) -> Tensor:
         """Return what a site writes, with the push of its copy added."""
         assert self._push is not None
-        share = self._push[:, index].to(written.device, written.dtype)
         flat = written.view(*self._shape, -1)
+        if index not in self._directions:
+            generator = torch.Generator().manual_seed(self._seed * _SITES + index)
+            one = torch.randn(flat.shape[-1], generator=generator)
+            self._directions[index] = (one / one.norm()).to(flat.device, flat.dtype)
+        share = self._push[:, index].to(written.device, written.dtype)
         norm = flat.norm(dim=-1, keepdim=True)
-        return (flat + share[:, None, None] * norm * direction(flat)).view_as(written)
+        return (flat + share[:, None, None] * norm * self._directions[index]).view_as(written)
 
     def _require_tokens(self, index: int, n_tokens: int) -> None:
         expected = math.prod(self._shape)
@@ -324,17 +290,11 @@ class RowEditor:
     def _rows(self, read: list[list[Tensor]]) -> Tensor:
         lowest = -1 if self._above is None else self._above[0]
         ran = [
-            (site, values)
+            self._require_once(site, values).to(self.subject.device)
             for site, values in zip(self.subject.layout.sites, read, strict=True)
             if not 0 <= site.layer < lowest
         ]
-        for site, values in ran:
-            if len(values) != 1:
-                raise AdapterError(
-                    f"lora_A of {site.module} ran {len(values)} times in one forward, expected 1; "
-                    "if the model was compiled, load it again"
-                )
-        return torch.cat([values[0].to(self.subject.device) for _, values in ran], dim=-1)
+        return torch.cat(ran, dim=-1)
 
 
 @contextmanager
