@@ -69,7 +69,7 @@ def main() -> None:
         store = make(Path(folder), int(given.gigabytes * 1e9 / 448 / 2))
         order = np.random.default_rng(1).permutation(store.n_rows)
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        array = store.shards[0].read()[:]
+        array = store.shards[0].read("activations")[:]
         ways: dict[str, Callable[[int], object]] = {
             "in order": lambda i: wide(store.rows(i * BATCH, (i + 1) * BATCH)),
             "shuffled": lambda i: wide(store.take(order[i * BATCH : (i + 1) * BATCH])),

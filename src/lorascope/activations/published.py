@@ -12,11 +12,12 @@ import json
 import re
 import subprocess
 import sys
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from lorascope.activations.shards import Rows, Shard, Vocabulary
 from lorascope.artifact import digest_file, digest_in_part, digest_of
@@ -47,64 +48,69 @@ def open_published(path: Path) -> Published:
     Raises ArtifactError if the folder has no such file, or if the files contradict each other or
     `rollout_tokens.json`.
     """
-    files = sorted(
-        (int(match.group(1)), file)
+    files = {
+        int(match.group(1)): file
         for file in path.iterdir()
         if (match := _FILE.fullmatch(file.name))
-    )
+    }
+    numbers = sorted(files)
     if not files:
         raise ArtifactError(
             f"{path} is not an activation store: it has neither manifest.json nor "
             "rollout_<i>.h5 files"
         )
-    stats = [file.stat() for _, file in files]
-    state = tuple(
-        (str(file), stat.st_size, stat.st_mtime_ns)
-        for (_, file), stat in zip(files, stats, strict=True)
-    )
-    facts = [json.loads(line) for line in _probe(state)]
-    headers = [_header(file, fact) for (_, file), fact in zip(files, facts, strict=True)]
-    for (_, file), header in zip(files, headers, strict=True):
-        if header[1:] != headers[0][1:]:
+    stats = ((files[number], files[number].stat()) for number in numbers)
+    headers = _probe(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats))
+    _, n_layers, types = headers[0]
+    for number, (_, n_other, others) in zip(numbers, headers, strict=True):
+        if (n_other, others) != (n_layers, types):
             raise ArtifactError(
-                f"{file} has {header[1]} layers of {', '.join(header[2])}, {files[0][1].name} has "
-                f"{headers[0][1]} of {', '.join(headers[0][2])}: they come from different captures"
+                f"{files[number]} has {n_other} layers of {', '.join(others)}, "
+                f"{files[numbers[0]].name} has {n_layers} of {', '.join(types)}: they come from "
+                "different captures"
             )
-    n_layers, types = headers[0][1], headers[0][2]
     layout = SiteLayout.from_sites(
         [Site(layer=i, projection=t) for i in range(n_layers) for t in types]
     )
-    order = [types.index(name) for name in layout.adapter_types]
-    lengths = {number: h[0] for (number, _), h in zip(files, headers, strict=True)}
+    order = tuple(types.index(name) for name in layout.adapter_types)
+    lengths = {number: n for number, (n, _, _) in zip(numbers, headers, strict=True)}
     texts = _read_tokens(path / TOKENS, lengths)
     known = sorted({text for tokens in texts.values() for text in tokens})
     ids = {text: i for i, text in enumerate(known)}
     special = np.array([_SPECIAL.fullmatch(text) is not None for text in known], bool)
-    shards = [
-        Shard(
-            path=file,
-            n_rows=header[0],
-            token_ids=partial(
-                np.asarray, np.array([ids[text] for text in texts[number]], np.int32)
-            ),
-            roles=partial(np.asarray, np.full(header[0], ROLES.index("text"), np.uint8)),
-            rollout_start=np.array([0, header[0]], np.int64),
-            rollout_id=np.array([number], np.int64),
-            read=partial(_read_rows, file, tuple(order), (header[0], n_layers, len(types))),
-        )
-        for (number, file), header in zip(files, headers, strict=True)
-    ]
+
+    def shard(number: int) -> Shard:
+        token_ids = np.array([ids[text] for text in texts[number]], np.int32)
+        n = len(token_ids)
+        read = _File(files[number], order, (n, n_layers, len(types)), token_ids)
+        return Shard(files[number], n, np.array([0, n], np.int64), np.array([number]), read)
+
+    digests = [[files[number].name, digest_in_part(files[number])] for number in numbers]
     return Published(
         layout=layout,
-        digest=digest_of(
-            [digest_file(path / TOKENS), *([file.name, digest_in_part(file)] for _, file in files)]
-        ),
-        content={"published": True, "n_rollouts": len(shards)},
-        shards=tuple(shards),
+        digest=digest_of([digest_file(path / TOKENS), *digests]),
+        content={"published": True, "n_rollouts": len(files)},
+        shards=tuple(map(shard, numbers)),
         vocabulary=Vocabulary.from_tokens(
             [t.encode("utf-8", "surrogatepass") for t in known], special
         ),
     )
+
+
+class _File(NamedTuple):
+    """The arrays of one file, read when they are asked for."""
+
+    path: Path
+    order: tuple[int, ...]
+    shape: tuple[int, int, int]
+    token_ids: npt.NDArray[np.int32]
+
+    def __call__(self, name: str) -> npt.NDArray[Any]:
+        if name == "activations":
+            return _read_rows(self.path, self.order, self.shape)
+        if name == "token_ids":
+            return self.token_ids
+        return np.full(len(self.token_ids), ROLES.index("text"), np.uint8)
 
 
 @lru_cache(maxsize=64)
@@ -121,28 +127,27 @@ def _read_rows(path: Path, order: tuple[int, ...], shape: tuple[int, int, int]) 
 
 
 @lru_cache(maxsize=8)
-def _probe(files: tuple[tuple[str, int, int], ...]) -> list[str]:
-    """Return the line of JSON that a child process prints for each file.
+def _probe(files: tuple[tuple[Path, int, int], ...]) -> list[tuple[int, int, list[str]]]:
+    """Return what a child process finds in each file: see `_header`.
 
     `files` are paths with size and modification time, so that changed files are read again.
     Raises ArtifactError if the process dies.
     """
-    names = [name for name, _, _ in files]
+    paths = [path for path, _, _ in files]
     done = subprocess.run(
         [sys.executable, "-P", str(_PROBE)],
-        input=json.dumps(names).encode(),
+        input=json.dumps(list(map(str, paths))).encode(),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         check=False,
     )
     lines = done.stdout.decode().splitlines()
-    if done.returncode != 0 or len(lines) != len(names):
-        file = names[min(len(lines), len(names) - 1)]
+    if done.returncode != 0 or len(lines) != len(paths):
         raise ArtifactError(
-            f"{file} is damaged: it crashes the HDF5 library (exit code {done.returncode}); "
-            "remove it from the folder, or capture it again"
+            f"{paths[min(len(lines), len(paths) - 1)]} is damaged: it crashes the HDF5 library "
+            f"(exit code {done.returncode}); remove it from the folder, or capture it again"
         )
-    return lines
+    return [_header(path, json.loads(line)) for path, line in zip(paths, lines, strict=True)]
 
 
 def _header(file: Path, facts: dict[str, Any]) -> tuple[int, int, list[str]]:

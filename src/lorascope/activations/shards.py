@@ -5,7 +5,6 @@ A shard is mapped into memory when it is first read.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, SupportsIndex
 
@@ -19,12 +18,18 @@ from lorascope.texts.tokens import pack_tokens
 VOCABULARY = "vocabulary.h5"
 Rows = npt.NDArray[np.floating[Any]]
 
-_FIELDS = {  # array -> its types and the number of its axes
+_Fields = Mapping[str, tuple[tuple[str, ...], int]]  # array -> its types, its number of axes
+_FIELDS: _Fields = {
     "activations": (("<f2", "<f4"), 2),
     "token_ids": (("<i4",), 1),
     "role": (("|u1",), 1),
     "rollout_start": (("<i8",), 1),
     "rollout_id": (("<i8",), 1),
+}
+_VOCABULARY_FIELDS: _Fields = {
+    "offset": (("<i8",), 1),
+    "data": (("|u1",), 1),
+    "special": (("|u1",), 1),
 }
 
 
@@ -32,17 +37,15 @@ _FIELDS = {  # array -> its types and the number of its axes
 class Shard:
     """The rows of some rollouts in one file.
 
-    `read()` returns all rows `(n_rows, d_in)`, `token_ids()` and `roles()` return `(n_rows,)`. They
-    are memory maps if the file allows it.
+    `read(name)` returns `activations (n_rows, d_in)`, `token_ids (n_rows,)` or `role (n_rows,)`, as
+    memory maps if the file allows it.
     """
 
     path: Path
     n_rows: int
-    token_ids: Callable[[], npt.NDArray[np.int32]] = field(repr=False)
-    roles: Callable[[], npt.NDArray[np.uint8]] = field(repr=False)
     rollout_start: npt.NDArray[np.int64]
     rollout_id: npt.NDArray[np.int64]
-    read: Callable[[], Rows] = field(repr=False)
+    read: Callable[[str], npt.NDArray[Any]] = field(repr=False)
 
 
 def open_shard(path: Path, info: Mapping[str, Any], d_in: int) -> Shard:
@@ -70,16 +73,7 @@ def open_shard(path: Path, info: Mapping[str, Any], d_in: int) -> Shard:
         _refuse(path, f"its {len(ids)} rollouts do not cover rows 0 to {n_rows}")
     if (starts[1:] < starts[:-1]).any():
         _refuse(path, "the first rows of its rollouts are not in rising order")
-    mapped = _Mapped(path)
-    return Shard(
-        path=path,
-        n_rows=n_rows,
-        token_ids=partial(mapped.array, "token_ids"),
-        roles=partial(mapped.array, "role"),
-        rollout_start=starts,
-        rollout_id=ids,
-        read=partial(mapped.array, "activations"),
-    )
+    return Shard(path, n_rows, starts, ids, _Mapped(path))
 
 
 def count_rows(path: Path) -> int:
@@ -113,7 +107,7 @@ class _Mapped:
         self.path = path
         self._arrays: Arrays | None = None
 
-    def array(self, name: str) -> npt.NDArray[Any]:
+    def __call__(self, name: str) -> npt.NDArray[Any]:
         if self._arrays is None:
             self._arrays = _open(self.path)
         return self._arrays[name]
@@ -122,10 +116,10 @@ class _Mapped:
         return {"path": self.path, "_arrays": None}
 
 
-def _open(path: Path) -> Arrays:
-    """Map the arrays of a shard. Raises ArtifactError if one is missing or has a wrong type."""
+def _open(path: Path, fields: _Fields = _FIELDS) -> Arrays:
+    """Map the arrays of a file. Raises ArtifactError if one is missing or has a wrong type."""
     _, arrays = map_arrays(path)
-    for name, (dtypes, n_axes) in _FIELDS.items():
+    for name, (dtypes, n_axes) in fields.items():
         array = arrays.get(name)
         if array is None or array.dtype.str not in dtypes or array.ndim != n_axes:
             _refuse(path, f"it has no array {name} of type {' or '.join(dtypes)}")
@@ -167,14 +161,10 @@ class Vocabulary:
     @classmethod
     def load(cls, path: Path) -> "Vocabulary":
         """Read `vocabulary.h5`. Raises ArtifactError when it is missing or damaged."""
-        arrays = map_arrays(path)[1]
-        offset, data, special = (arrays.get(name) for name in ("offset", "data", "special"))
-        if offset is None or data is None or special is None:
-            raise ArtifactError(f"{path} is damaged: it lacks an array; run generate again")
-        are_bytes = offset.dtype == "<i8" and data.dtype == special.dtype == np.uint8
-        are_lists = offset.ndim == data.ndim == special.ndim == 1
-        if not are_bytes or not are_lists or len(offset) != len(special) + 1:
-            raise ArtifactError(f"{path} is damaged: its arrays do not fit; run generate again")
+        arrays = _open(path, _VOCABULARY_FIELDS)
+        offset, data, special = (arrays[name] for name in _VOCABULARY_FIELDS)
+        if len(offset) != len(special) + 1:
+            _refuse(path, "its arrays do not fit")
         if offset[0] != 0 or offset[-1] != len(data) or (offset[1:] < offset[:-1]).any():
-            raise ArtifactError(f"{path} is damaged: offset does not rise; run generate again")
+            _refuse(path, "offset does not rise")
         return cls(np.array(offset), np.array(data), special.astype(bool))

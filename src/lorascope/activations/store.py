@@ -25,6 +25,7 @@ from lorascope.texts.roles import ROLES, SPECIAL
 
 KIND = "activations"
 SCHEMA = 2
+_Rows = npt.NDArray[np.int64]  # row numbers
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class ActivationStore:
     @cached_property
     def token_ids(self) -> npt.NDArray[np.int32]:
         """Token ids, `(n_rows,)`."""
-        return _joined([s.token_ids() for s in self.shards], np.int32)
+        return self.token_ids_of(0, self.n_rows)
 
     @cached_property
     def roles(self) -> npt.NDArray[np.uint8]:
@@ -121,7 +122,7 @@ class ActivationStore:
 
     def token_ids_of(self, start: int, stop: int) -> npt.NDArray[np.int32]:
         """Return the token ids of rows `[start, stop)`, without reading the others."""
-        return self._between("token_ids", start, stop)
+        return np.array(self._between("token_ids", start, stop, np.int32))
 
     def roles_of(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
         """Return the roles of rows `[start, stop)`, without reading the others.
@@ -134,19 +135,17 @@ class ActivationStore:
             raise ArtifactError(
                 f"{self.path} has token ids that are not in its vocabulary; see lorascope verify"
             )
-        roles = self._between("roles", start, stop)
+        roles = self._between("role", start, stop, np.uint8)
         return np.where(self.vocabulary.special[ids], np.uint8(SPECIAL), roles)
 
-    def _between(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
+    def _between(self, name: str, start: int, stop: int, dtype: Any) -> npt.NDArray[Any]:
+        """Return rows `[start, stop)` of an array of the shards, a view if one shard has them."""
         first = int(np.searchsorted(self.first_row, start, side="right")) - 1
-        last = int(np.searchsorted(self.first_row, stop))
-        parts = [
-            getattr(shard, name)()[max(start - begin, 0) : stop - begin]
-            for shard, begin in zip(
-                self.shards[first:last], self.first_row[first:last].tolist(), strict=True
-            )
-        ]
-        return _joined(parts, np.int32 if name == "token_ids" else np.uint8)
+        last = max(int(np.searchsorted(self.first_row, stop)), first + 1)
+        pairs = zip(self.shards[first:last], self.first_row[first:last].tolist(), strict=True)
+        return _joined(
+            [s.read(name)[max(start - begin, 0) : stop - begin] for s, begin in pairs], dtype
+        )
 
     def select(self, adapter_types: Sequence[str]) -> "ActivationStore":
         """Return the same store with the columns of the named projections only."""
@@ -157,25 +156,14 @@ class ActivationStore:
 
     def rows(self, start: SupportsIndex, stop: SupportsIndex) -> Rows:
         """Return rows `[start, stop)`, `(stop - start, d_in)`, in the stored dtype."""
-        start, stop = int(start), int(stop)
-        parts: list[Rows] = []
-        first = int(np.searchsorted(self.first_row, start, side="right")) - 1
-        for index in range(first, len(self.shards)):
-            begin, end = int(self.first_row[index]), int(self.first_row[index + 1])
-            if begin >= stop:
-                break
-            values = self.shards[index].read()[max(start, begin) - begin : min(stop, end) - begin]
-            parts.append(values if self.columns is None else values[:, self.columns])
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        values = self._between("activations", int(start), int(stop), self.dtype)
+        return values if self.columns is None else values[:, self.columns]
 
     def take(self, rows: npt.NDArray[np.int64]) -> Rows:
         """Return the given rows, in the given order, `(len(rows), d_in)`, in the stored dtype."""
         out = np.empty((len(rows), self.d_in), self.dtype)
-        shard_of = np.searchsorted(self.first_row, rows, side="right") - 1
-        for index in np.unique(shard_of):
-            here = np.flatnonzero(shard_of == index)
-            local = rows[here] - self.first_row[index]
-            values = self.shards[index].read()
+        for shard, here, local in self._by_shard(rows):
+            values = shard.read("activations")
             if self.columns is None and here[-1] - here[0] + 1 == len(here):
                 into = out[here[0] : here[-1] + 1]
                 np.take(values, local, axis=0, out=into, mode="clip")  # raise would buffer
@@ -187,16 +175,21 @@ class ActivationStore:
     def take_token_ids(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
         """Return the token ids of the given rows, in the given order, `(len(rows),)`."""
         out = np.empty(len(rows), np.int32)
+        for shard, here, local in self._by_shard(rows):
+            out[here] = shard.read("token_ids")[local]
+        return out
+
+    def _by_shard(self, rows: _Rows) -> Iterator[tuple[Shard, _Rows, _Rows]]:
+        """Yield the shards that hold rows, which of the rows, and their numbers in the shard."""
         shard_of = np.searchsorted(self.first_row, rows, side="right") - 1
         for index in np.unique(shard_of):
             here = np.flatnonzero(shard_of == index)
-            out[here] = self.shards[index].token_ids()[rows[here] - self.first_row[index]]
-        return out
+            yield self.shards[index], here, rows[here] - self.first_row[index]
 
     @cached_property
     def dtype(self) -> np.dtype[Any]:
         """Dtype of the stored activations."""
-        return self.shards[0].read().dtype if self.shards else np.dtype(np.float16)
+        return self.shards[0].read("activations").dtype if self.shards else np.dtype(np.float16)
 
     def blocks(self, size: int) -> Iterator[tuple[int, Rows]]:
         """Yield `(first row, rows)` over the whole store, `size` rows at a time."""
@@ -218,8 +211,8 @@ def check_contents(path: Path) -> list[str]:
     store = ActivationStore.open(path)
     broken: list[str] = []
     for shard in store.shards:
-        ids, roles = shard.token_ids(), shard.roles()
-        bad = ~np.isfinite(shard.read()).all(axis=1)
+        ids, roles = shard.read("token_ids"), shard.read("role")
+        bad = ~np.isfinite(shard.read("activations")).all(axis=1)
         if bad.any():
             broken.append(f"{shard.path.name}: row {int(np.flatnonzero(bad)[0])} is not finite")
         if ((ids < 0) | (ids >= len(store.vocabulary))).any():
@@ -230,4 +223,7 @@ def check_contents(path: Path) -> list[str]:
 
 
 def _joined(parts: list[npt.NDArray[Any]], dtype: Any) -> npt.NDArray[Any]:
+    """Return arrays in one, without a copy if there is only one."""
+    if len(parts) == 1:
+        return parts[0]
     return np.concatenate(parts) if parts else np.zeros(0, dtype)
