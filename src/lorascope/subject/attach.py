@@ -21,8 +21,7 @@ import dataclasses
 import logging
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import peft
@@ -186,23 +185,16 @@ def _warn_if_base_changes(base: nn.Module, adapter: Adapter) -> None:
 def _add_lora_modules(
     base: nn.Module, config: LoraConfig, adapter: Adapter, base_name: str
 ) -> PeftModel:
+    devices = sorted({p.device.index or 0 for p in base.parameters() if p.is_cuda})
     try:
-        with _fixed_randomness(base), warnings.catch_warnings():
+        with torch.random.fork_rng(devices), warnings.catch_warnings():
+            torch.manual_seed(0)  # some initialisations change the base
             warnings.simplefilter("ignore")
             return PeftModel(base, config)  # type: ignore[arg-type]  # PEFT accepts any nn.Module
     except Exception as error:  # PEFT raises anything at values that it does not expect
         raise AdapterError(
             f"adapter {adapter.name} does not fit base model {base_name}: {first_line(error)}"
         ) from error
-
-
-@contextmanager
-def _fixed_randomness(base: nn.Module) -> Iterator[None]:
-    """Seed PEFT's random numbers, in this block only: some initialisations change the base."""
-    devices = sorted({p.device.index or 0 for p in base.parameters() if p.is_cuda})
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(0)
-        yield
 
 
 def _move_lora_out_of_offload(model: PeftModel, adapter: Adapter) -> None:
@@ -231,16 +223,20 @@ def _match_tensors(
     model: PeftModel, tensors: dict[str, Tensor], adapter: Adapter, base_name: str
 ) -> dict[str, Tensor]:
     """Return the file's tensors under the names that the model needs, or raise AdapterError."""
-    expected = {name: tuple(tensor.shape) for name, tensor in _state_of(model).items()}
-    state = _state_of(model, embeddings=True)
-    allowed = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    expected, allowed = _state_of(model), _state_of(model, embeddings=True)
     names = _match_names(tensors, expected, allowed)
     if names is None:
         fused = _fuse_experts(model, tensors)
-        if set(expected) <= set(fused) <= set(allowed):
+        if expected.keys() <= fused.keys() <= allowed.keys():
             log.info("%s was made for separate experts; PEFT fused them", adapter.name)
             return fused
-        raise _mismatch(set(tensors), set(expected), set(allowed), adapter)
+        missing, extra = sorted(expected.keys() - tensors), sorted(tensors.keys() - allowed)
+        listed = ", ".join((missing or extra)[:5])
+        raise AdapterError(
+            f"adapter {adapter.name} {'lacks' if missing else 'has unknown'} "
+            f"{len(missing or extra)} tensors ({listed}); likely causes: a different base model, "
+            "a custom adapter name, a wrapper's prefix"
+        )
     changed = [(old, new) for old, new in names.items() if old != new]
     if changed:
         log.info(
@@ -248,12 +244,12 @@ def _match_tensors(
         )
     renamed = {names[name]: tensor for name, tensor in tensors.items()}
     renamed = _in_current_layout(model, renamed, adapter)
-    wrong = sorted(name for name in renamed if tuple(renamed[name].shape) != allowed[name])
+    wrong = sorted(name for name in renamed if renamed[name].shape != allowed[name].shape)
     if wrong:
         name = wrong[0]
         raise AdapterError(
             f"adapter {adapter.name} does not belong to base {base_name}: {name} is "
-            f"{tuple(renamed[name].shape)} in the file, {allowed[name]} in the model "
+            f"{tuple(renamed[name].shape)} in the file, {tuple(allowed[name].shape)} in the model "
             f"({len(wrong)} such tensors)"
         )
     return renamed
@@ -299,20 +295,6 @@ def _fuse_experts(model: PeftModel, tensors: dict[str, Tensor]) -> dict[str, Ten
         return convert_peft_adapter_state_dict_for_transformers(model, config, dict(tensors))
     except ValueError:  # PEFT converts no such names
         return tensors
-
-
-def _mismatch(
-    found: set[str], expected: set[str], allowed: set[str], adapter: Adapter
-) -> AdapterError:
-    missing, extra = sorted(expected - found), sorted(found - allowed)
-    kind, names = ("lacks", missing) if missing else ("has unknown", extra)
-    task = adapter.config.get("task_type")
-    cause = "likely causes: a different base model, a custom adapter name, a wrapper's prefix"
-    if task not in (None, "CAUSAL_LM"):
-        cause = f"it was trained for the task {task}, lorascope loads causal language models"
-    return AdapterError(
-        f"adapter {adapter.name} {kind} {len(names)} tensors ({', '.join(names[:5])}); {cause}"
-    )
 
 
 def _require_equal(model: PeftModel, tensors: dict[str, Tensor], adapter: Adapter) -> None:
@@ -390,60 +372,49 @@ def _key(name: str) -> str:
 
 def resize_embeddings(model: Any, adapter: Adapter, tokenizer: Any) -> None:
     """Resize the embeddings of a transformers model in place, if the adapter needs it."""
-    paths = _embedding_paths(model)
-    held = _rows_in_file(adapter, paths)
-    old = int(_weight(model.get_input_embeddings()).shape[0])
-    wanted = max(held.values()) if held else max(old, _n_tokens(adapter, tokenizer))
-    if len(set(held.values())) > 1:
-        sizes = ", ".join(f"{rows} for {path}" for path, rows in held.items())
-        raise AdapterError(f"adapter {adapter.name} holds embeddings of several sizes: {sizes}")
-    if wanted == old:
-        return
-    if any(_weight(model.get_submodule(path)).is_meta for path in paths):
-        raise AdapterError(
-            f"adapter {adapter.name} needs {wanted} embeddings, the base has {old}, and offloaded "
-            "embeddings cannot be resized; keep them on a device with a different --device-map"
-        )
-    with torch.random.fork_rng([]):  # transformers draws values that are replaced below
-        model.resize_token_embeddings(wanted, mean_resizing=False)
-    for path in paths:
-        _fill_with_mean(model.get_submodule(path), old)
-    replaced = set(_saved_embeddings(adapter, paths))
-    if set(range(old, wanted)) <= set(_trained_tokens(adapter)):
-        replaced.add(paths[0])
-    missing = [path for path in paths if path not in replaced]
-    tied = len({_weight(model.get_submodule(path)).data_ptr() for path in paths}) == 1
-    if wanted > old and missing and not (tied and len(missing) < len(paths)):
-        log.warning(
-            "resized %d embeddings to %d for %s, which has no values for %s: the new ones are "
-            "the mean of the old ones",
-            old,
-            wanted,
-            adapter.name,
-            " and ".join(missing),
-        )
-    else:
-        log.info("resized %d embeddings to %d for %s", old, wanted, adapter.name)
-
-
-def _embedding_paths(model: Any) -> list[str]:
-    """Return the paths of the input and output embeddings that the model has."""
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
-    return [paths[id(end)] for end in ends if end is not None]
-
-
-def _rows_in_file(adapter: Adapter, paths: list[str]) -> dict[str, int]:
-    """Return the number of embeddings that the adapter's file holds, by module path."""
-    rows = {
-        path: adapter.shapes[name][0] for path, name in _saved_embeddings(adapter, paths).items()
-    }
+    found = {id(module): path for path, module in reversed(list(model.named_modules()))}
+    paths = [found[id(end)] for end in ends if end is not None]
+    weights = [model.get_submodule(path).get_parameter("weight") for path in paths]
+    saved, old = _saved_embeddings(adapter, paths), len(weights[0])
+    held = {path: adapter.shapes[name][0] for path, name in saved.items()}
     modules = lora_tensors(adapter.shapes)
     for path in paths:
         for part, axis in (("lora_embedding_A", 1), ("lora_B", 0)):
             if name := modules.get(path, {}).get(part):
-                rows.setdefault(path, adapter.shapes[name][axis])
-    return rows
+                held.setdefault(path, adapter.shapes[name][axis])
+    if len(set(held.values())) > 1:
+        sizes = ", ".join(f"{rows} for {path}" for path, rows in held.items())
+        raise AdapterError(f"adapter {adapter.name} holds embeddings of several sizes: {sizes}")
+    trained = adapter.config.get("trainable_token_indices") or []
+    lists = trained.values() if isinstance(trained, dict) else [trained]
+    tokens = {int(index) for indices in lists for index in indices}
+    known = {*tokens, old - 1}
+    if (adapter.path / "tokenizer_config.json").is_file():
+        known |= set(tokenizer.get_vocab().values())
+    wanted = max(held.values(), default=max(known) + 1)
+    if wanted == old:
+        return
+    if any(weight.is_meta for weight in weights):
+        raise AdapterError(
+            f"adapter {adapter.name} needs {wanted} embeddings, the base has {old}, and offloaded "
+            "embeddings cannot be resized; keep them on a device with a different --device-map"
+        )
+    tied = len({weight.data_ptr() for weight in weights}) == 1
+    with torch.random.fork_rng([]):  # transformers draws values that are replaced below
+        model.resize_token_embeddings(wanted, mean_resizing=False)
+    for path in paths:
+        _fill_with_mean(model.get_submodule(path), old)
+    replaced = {*saved, *(paths[:1] if set(range(old, wanted)) <= tokens else [])}
+    missing = [path for path in paths if path not in replaced]
+    log.info("resized %d embeddings to %d for %s", old, wanted, adapter.name)
+    if wanted > old and missing and not (tied and replaced):
+        log.warning(
+            "%s has no values for %d new embeddings of %s: they are the mean of the old ones",
+            adapter.name,
+            wanted - old,
+            " and ".join(missing),
+        )
 
 
 def _saved_embeddings(adapter: Adapter, paths: list[str]) -> dict[str, str]:
@@ -460,27 +431,9 @@ def _saved_embeddings(adapter: Adapter, paths: list[str]) -> dict[str, str]:
     return saved
 
 
-def _n_tokens(adapter: Adapter, tokenizer: Any) -> int:
-    """Return the number of embeddings that the adapter's tokenizer and trained tokens need."""
-    highest = -1
-    if (adapter.path / "tokenizer_config.json").is_file():
-        highest = max(tokenizer.get_vocab().values())
-    return max([highest, *_trained_tokens(adapter)]) + 1
-
-
-def _trained_tokens(adapter: Adapter) -> list[int]:
-    trained = adapter.config.get("trainable_token_indices") or []
-    lists = trained.values() if isinstance(trained, dict) else [trained]
-    return [int(index) for indices in lists for index in indices]
-
-
 def _fill_with_mean(module: nn.Module, old: int) -> None:
     """Set embeddings (and biases) from index `old` on to the mean of those before."""
     for parameter in module.parameters(recurse=False):
         if parameter.shape[0] > old:
             mean = parameter.data[:old].float().mean(dim=0)
             parameter.data[old:] = mean.to(parameter.dtype)
-
-
-def _weight(module: nn.Module) -> Tensor:
-    return module.get_parameter("weight")
