@@ -2,9 +2,7 @@
 
 Nothing here needs PEFT or the base model, nor torch, unless the weights are a pickle. Pickles and
 MLX adapters are converted in memory (`adapter_files`). `inspect_adapter` rejects files that hold no
-LoRA or empty tensors. The other functions answer questions about the files in one place: which
-tensors belong to which module, which of them give no row per token, what `scale` is, what else an
-adapter changes.
+LoRA or empty tensors.
 """
 
 import hashlib
@@ -55,18 +53,8 @@ _LORA_KINDS: dict[str, tuple[str, str | None]] = {
     "monteclora_config": ("monteclora", "its A is used outside of any module"),
     "kasa_config": ("kasa", "it scales between A and B, and truncates the base"),
 }
-# Kinds of models that lorascope does not study, by the task that PEFT writes into the config, by
-# the class of the base, and by the paths of adapted modules.
-_OTHER_TASKS = {
-    "SEQ_CLS": "sequence classification",
-    "TOKEN_CLS": "token classification",
-    "QUESTION_ANS": "extractive question answering",
-    "SEQ_2_SEQ_LM": "a sequence-to-sequence model",
-}
-_OTHER_CLASSES = re.compile(
-    r"For(?:\w*Classification|QuestionAnswering|MaskedLM|CTC|SpeechSeq2Seq|\w*Detection)$"
-    r"|^(?:Whisper|Wav2Vec2|Hubert|T5|MT5|UMT5|Bart|MBart|Pegasus|Marian|UNet)"
-)
+# Models that lorascope does not study, by the class of the base and by paths of adapted modules.
+_OTHER_CLASSES = re.compile(r"For(?!CausalLM|ConditionalGeneration|ImageTextToText)\w+$")
 _DIFFUSION = re.compile(r"(?:^|\.)(?:to_[qkv]|to_out|unet|transformer_blocks)(?:\.|$)")
 _ENCODER = re.compile(r"^(?!.*vision)(?:.*\.)?encoder\.(?:layers?|block)\.\d")
 _DECODER = re.compile(r"(?:^|\.)decoder\.(?:layers?|block)\.\d")
@@ -168,8 +156,11 @@ def inspect_adapter(lora_path: str | None, adapter_name: str | None = None) -> A
                 f"{tensor} of {file} is of type {dtypes[tensor]}, expected one of "
                 f"{', '.join(READABLE)}; save the adapter in one of these"
             )
-    digest = _digest(file, path / CONFIG)
-    return Adapter(path, name, config, shapes, digest, converted)
+    digest = hashlib.sha256()  # of both files
+    for part in (file, path / CONFIG):
+        with part.open("rb") as stream:
+            hashlib.file_digest(stream, lambda: digest)
+    return Adapter(path, name, config, shapes, digest.hexdigest(), converted)
 
 
 def _check_values(file: Path, config: dict[str, Any]) -> None:
@@ -229,10 +220,8 @@ def unreadable_reason(adapter: Adapter, module: str, parts: dict[str, str]) -> s
         return "an expert: only tokens routed to it reach it"
     targets = [str(target) for target in config.get("target_parameters") or []]
     holders = [target.rpartition(".")[0] for target in targets]
-    is_listed = any(
-        module == target or module.endswith(f".{target}")
-        for target in _listed(config.get("target_modules"))
-    )
+    listed = config.get("target_modules")
+    is_listed = isinstance(listed, list) and any(f".{module}".endswith(f".{t}") for t in listed)
     inside = module.removesuffix(".base_layer")
     if (
         inside != module
@@ -290,8 +279,8 @@ def unsupported_reason(config: dict[str, Any]) -> str | None:
 def other_purpose(adapter: Adapter) -> str | None:
     """Return what an adapter was made for, if that is no causal language model, by its files."""
     task, mapping = adapter.config.get("task_type"), adapter.config.get("auto_mapping")
-    if task in _OTHER_TASKS:
-        return f"{_OTHER_TASKS[task]} (task_type {task})"
+    if task and task not in ("CAUSAL_LM", "FEATURE_EXTRACTION"):
+        return f"the task {task}"
     base_class = str(mapping.get("base_model_class")) if isinstance(mapping, dict) else ""
     if _OTHER_CLASSES.search(base_class):
         return base_class
@@ -343,17 +332,8 @@ def _trained_module(path: str, saved: list[str]) -> str | None:
 
 def _find_adapter(lora_path: str, adapter_name: str | None) -> tuple[Path, str]:
     """Return the folder with the adapter's files, and the adapter's display name."""
-    patterns = [
-        CONFIG,
-        WEIGHTS,
-        PICKLE,
-        MLX,
-        f"*/{CONFIG}",
-        "*token*",
-        "*.jinja",
-        "vocab*",
-        "merges.txt",
-    ]
+    tokenizer = ["*token*", "*.jinja", "vocab*", "merges.txt"]
+    patterns = [CONFIG, WEIGHTS, PICKLE, MLX, f"*/{CONFIG}", *tokenizer]
     path = find_folder(lora_path, "adapter", patterns)
     chosen = _choose(path, adapter_name)
     if not chosen:
@@ -365,16 +345,18 @@ def _find_adapter(lora_path: str, adapter_name: str | None) -> tuple[Path, str]:
 
 def _choose(path: Path, adapter_name: str | None) -> str:
     """Return the sub-folder of the chosen adapter, or "" for the folder itself."""
-    own = (path / CONFIG).is_file()
     names = sorted(file.parent.name for file in path.glob(f"*/{CONFIG}"))
-    if own:  # a trainer's checkpoints next to the final adapter do not count
-        names = [name for name in names if not name.startswith("checkpoint-")]
-    known = ["default", *names] if own else names
+    known = {name: name for name in names}
+    if (path / CONFIG).is_file():  # a trainer's checkpoints next to the final adapter do not count
+        others = [
+            name for name in names if name != "default" and not name.startswith("checkpoint-")
+        ]
+        known = {"default": "", **{name: name for name in others}}
+    if adapter_name in known:
+        return known[adapter_name]
+    if adapter_name and (path / adapter_name / CONFIG).is_file():
+        return adapter_name
     if adapter_name:
-        if adapter_name == "default" and own:
-            return ""
-        if (path / adapter_name / CONFIG).is_file():
-            return adapter_name
         raise AdapterError(
             f"{path} holds no adapter {adapter_name}; it has {', '.join(known) or 'none'}"
         )
@@ -383,17 +365,7 @@ def _choose(path: Path, adapter_name: str | None) -> str:
             f"{path} holds {len(known)} adapters ({', '.join(known)}); "
             "choose one with --adapter-name"
         )
-    return "" if own or not names else names[0]
-
-
-def _digest(*files: Path) -> str:
-    """Return the SHA-256 of files one after another: the weights, then the config."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
+    return next(iter(known.values()), "")
 
 
 def by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
@@ -406,7 +378,3 @@ def by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> An
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default
-
-
-def _listed(targets: Any) -> list[str]:
-    return [str(target) for target in targets] if isinstance(targets, list) else []

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
+from lorascope.artifact import BLOCK
 from lorascope.errors import AdapterError
 from lorascope.hub import first_line
 
@@ -50,6 +51,13 @@ class TensorFile:
         self._header, self._start = header, 8 + length
         self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
         self.dtypes = {name: str(entry["dtype"]) for name, entry in header.items()}
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """The bytes of the header, in blocks, and of each tensor: first, and after the last."""
+        headers = [(i, min(i + BLOCK, self._start)) for i in range(0, self._start, BLOCK)]
+        offsets = sorted(tuple(entry["data_offsets"]) for entry in self._header.values())
+        return [*headers, *((self._start + first, self._start + end) for first, end in offsets)]
 
     def _stream(self) -> io.BufferedReader | io.BytesIO:
         return io.BytesIO(self.file) if isinstance(self.file, bytes) else self.file.open("rb")

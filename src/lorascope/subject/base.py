@@ -6,20 +6,18 @@ downloaded. Two bases are the same if config and weights are; of large files, bl
 
 import hashlib
 import importlib.util
-import json
 import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
-from lorascope.artifact import BLOCK, digest_in_part, require_content
+from lorascope.artifact import digest_in_part, require_content
 from lorascope.config import did_you_mean
 from lorascope.errors import AdapterError, ArtifactError
 from lorascope.hub import find_folder
 from lorascope.subject.adapter import CONFIG, Adapter, other_purpose
+from lorascope.subject.adapter_files import TensorFile
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +55,8 @@ class Base:
         """How many parameters its files hold; for a GGUF file, its number of bytes."""
         if self.gguf:
             return self.location.stat().st_size
-        n = 0
-        for path in self.path.glob("model*.safetensors"):
-            with safe_open(path, framework="np") as file:
-                shapes = (file.get_slice(name).get_shape() for name in file.keys())  # noqa: SIM118
-                n += sum(map(math.prod, shapes))
-        return n
+        files = map(TensorFile, self.path.glob("model*.safetensors"))
+        return sum(math.prod(shape) for file in files for shape in file.shapes.values())
 
     def model_class(self) -> Any:
         """Return transformers' class for it: a causal language model, or one that sees images too.
@@ -83,20 +77,21 @@ class Base:
             return causal  # it fails in the same way, and says why
         name = config.model_type
         decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
-        has_encoder = getattr(config, "is_encoder_decoder", False)
-        kind = "a sequence-to-sequence model" if has_encoder else None
-        if kind is None and name in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes:
+        if getattr(config, "is_encoder_decoder", False):
+            kind = "a sequence-to-sequence model"
+        elif name in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes:
             kind = "an encoder"
-        if kind is None and name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        elif name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             return causal
-        if kind is None and name in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        elif name in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
             return seeing
-        if kind is None and hasattr(config, "auto_map"):
+        elif hasattr(config, "auto_map"):
             return causal
+        else:
+            kind = f"a {name}"
         raise AdapterError(
-            f"base model {self.location} is {kind or 'a ' + name} "
-            f"({', '.join(config.architectures or [name])}); lorascope studies causal language "
-            "models"
+            f"base model {self.location} is {kind} ({', '.join(config.architectures or [name])}); "
+            "lorascope studies causal language models"
         )
 
     def require_same(self, digest: str | None, path: Path) -> None:
@@ -218,24 +213,9 @@ def _digest_base(folder: Path) -> str:
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{file.name} {digest_in_part(file, _parts(file))}".encode())
+        try:
+            ranges = TensorFile(file).ranges
+        except AdapterError as error:
+            raise AdapterError(f"base model {folder} cannot be loaded ({error})") from error
+        digest.update(f"{file.name} {digest_in_part(file, ranges)}".encode())
     return digest.hexdigest()
-
-
-def _parts(file: Path) -> list[tuple[int, int]]:
-    """Return where the header and each tensor of a safetensors file are, in bytes."""
-    try:
-        with file.open("rb") as stream:
-            start = 8 + int.from_bytes(stream.read(8), "little")
-            if start > file.stat().st_size:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(stream.read(start - 8))
-        header.pop("__metadata__", None)
-        tensors = [(start + a, start + b) for a, b in (t["data_offsets"] for t in header.values())]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AdapterError(
-            f"base model {file.parent} cannot be loaded ({file.name} is damaged or not a "
-            f"safetensors file: {error})"
-        ) from error
-    headers = [(i, min(i + BLOCK, start)) for i in range(0, start, BLOCK)]
-    return [*headers, *sorted(tensors)]
