@@ -27,17 +27,16 @@ _S1_FIELDS = (
     ("question", "thinking_trajectories", "attempt"),
 )
 _PAIR_FIELDS = (
-    ("question", "answer"),
-    ("question", "response"),
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("instruction", "output"),
-    ("instruction", "response"),
-    ("problem", "solution"),
-    ("query", "response"),
-    ("input", "output"),
+    *((question, answer) for question, answers in {
+        "question": ("answer", "response"),
+        "prompt": ("completion", "response"),
+        "instruction": ("output", "response"),
+        "problem": ("solution",),
+        "query": ("response",),
+        "input": ("output",),
+    }.items() for answer in answers),
     *((question, "chosen") for question in ("prompt", "question", "instruction", "input")),
-)
+)  # fmt: skip
 _TEXT_FIELDS = ("text", "content", "chosen")  # `chosen` of the form of Anthropic's HH is one text
 _TURN_FIELDS = ("messages", "conversations")
 _CONTEXT_FIELDS = ("input", "context")  # of Alpaca and of Dolly: what the question is about
@@ -48,16 +47,9 @@ FIELDS = {  # all that are read
 }  # fmt: skip
 _SHAREGPT_ROLES = {  # by the values of ShareGPT's field `from`
     "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("observation", "function_response"), "tool"),
 }
-_TURNS = ("user", "assistant")
 _CHAT_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -115,30 +107,25 @@ def read_messages(record: Record, form: str, *, prompts: bool = False) -> list[M
     With `prompts`, the messages end before the assistant's last turn. The list is empty if the
     record's fields are blank. Raises RecordError when fields are missing or of a wrong type.
     """
-    turns = next((name for name in _TURN_FIELDS if name in record), None)
     pair = _find_pair(record, prompts=prompts)
+    turns = next((name for name in _TURN_FIELDS if name in record), None)
+    if turns is None and pair is None and "chosen" in record:
+        turns = "chosen"
     if form == "s1":
         messages = _s1_messages(record, prompts=prompts)
     elif turns is not None:
         messages = _messages(record[turns], turns)
-        if (
-            "chosen" in record
-            and messages
-            and ROLE_OF_SPEAKER.get(messages[-1]["role"]) != "answer"
-        ):
+        if messages and not _is_reply(messages[-1]) and turns != "chosen" and "chosen" in record:
             messages += _reply(record, "chosen")
     elif pair is not None:
         messages = _pair_messages(record, pair, prompts=prompts)
-    elif "chosen" in record:
-        turns = "chosen"
-        messages = _messages(record[turns], turns)
     else:
         raise RecordError(
             f"it has neither messages nor question + answer; it has {_fields(record)}; name "
             "others with --columns question=COLUMN answer=COLUMN"
         )
     if prompts:
-        while messages and ROLE_OF_SPEAKER.get(messages[-1]["role"]) == "answer":
+        while messages and _is_reply(messages[-1]):
             messages.pop()
         if not messages and turns is not None and record[turns]:
             raise RecordError("no message comes before the assistant's turn")
@@ -168,6 +155,10 @@ def read_tools(record: Record) -> list[Any]:
         else tool
         for tool in tools
     ]
+
+
+def _is_reply(message: Message) -> bool:
+    return ROLE_OF_SPEAKER.get(message["role"]) == "answer"
 
 
 def _fields(record: Record) -> str:
@@ -223,25 +214,24 @@ def _s1_messages(record: Record, *, prompts: bool) -> list[Message]:
 
 
 def _pair_messages(record: Record, pair: tuple[str, str], *, prompts: bool) -> list[Message]:
-    if isinstance(record[pair[0]], list):  # TRL's format: both are lists of messages
-        messages = _messages(record[pair[0]], pair[0])
-        if not prompts:
-            reply = _reply(record, pair[1])
-            messages = reply if _repeats_prompt(reply) else messages + reply
-        return messages
-    question = _string(record, pair[0])
-    for name in _CONTEXT_FIELDS if pair[0] in ("instruction", "question") else ():
-        context = record.get(name)
-        if isinstance(context, str) and context.strip():
-            question = f"{question}\n\n{context}"
-            break
-    messages = [*_history(record), {"role": "user", "content": question}]
+    asked, answered = pair
+    if is_list := isinstance(record[asked], list):  # TRL's format: both are lists of messages
+        messages = _messages(record[asked], asked)
+    else:
+        question = _string(record, asked)
+        for name in _CONTEXT_FIELDS if asked in ("instruction", "question") else ():
+            context = record.get(name)
+            if isinstance(context, str) and context.strip():
+                question = f"{question}\n\n{context}"
+                break
+        messages = [*_history(record), {"role": "user", "content": question}]
     if not prompts:
-        reply = _reply(record, pair[1])
-        if _repeats_prompt(reply):
-            return reply
+        reply = _reply(record, answered)
+        if any(message["role"] == "user" for message in reply):
+            return reply  # the whole conversation, as `chosen` often is
         messages += reply
-    return messages if all(message["content"].strip() for message in messages) else []
+    is_blank = any(not message.get("content", "a call").strip() for message in messages)
+    return [] if is_blank and not is_list else messages
 
 
 def _reply(record: Record, name: str) -> list[Message]:
@@ -252,11 +242,6 @@ def _reply(record: Record, name: str) -> list[Message]:
     return [{"role": "assistant", "content": _string(record, name)}]
 
 
-def _repeats_prompt(reply: list[Message]) -> bool:
-    """Return whether a reply is the whole conversation, as `chosen` often is."""
-    return any(message["role"] == "user" for message in reply)
-
-
 def _history(record: Record) -> list[Message]:
     """Return the earlier turns that Alpaca records keep apart, as pairs of question and answer."""
     history, messages = record.get("history", []), []
@@ -265,9 +250,8 @@ def _history(record: Record) -> list[Message]:
     for i, turn in enumerate(history):
         if not isinstance(turn, list) or list(map(type, turn)) != [str, str]:
             raise RecordError(f"history[{i}] is no pair of texts, expected question and answer")
-        messages += [
-            {"role": role, "content": text} for role, text in zip(_TURNS, turn, strict=True)
-        ]
+        messages.append({"role": "user", "content": turn[0]})
+        messages.append({"role": "assistant", "content": turn[1]})
     return messages
 
 
@@ -305,14 +289,11 @@ def _content(value: Any, where: str) -> str:
         return value
     if not isinstance(value, list):
         raise RecordError(f"{where}: content is {type(value).__name__}, expected text")
-    return "".join(_part(part, where) for part in value)
-
-
-def _part(part: Any, where: str) -> str:
-    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    if kind == "text" and isinstance(part.get("text"), str):
-        return part["text"]
-    raise RecordError(f"{where}: content has a part of type {kind}, expected text")
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise RecordError(f"{where}: content has a part of type {kind}, expected text")
+    return "".join(part["text"] for part in value)
 
 
 def cut_at_reply(text: str) -> str:

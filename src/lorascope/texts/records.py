@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lorascope.artifact import require_content
 from lorascope.config import did_you_mean
@@ -199,13 +199,11 @@ def _file_rows(path: Path) -> Iterator[Row]:
         raise DatasetError(f"{path} cannot be read ({first_line(error)})") from error
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> io.BufferedReader:
     """Open a file for bytes, decompressed."""
     import pyarrow as pa
 
     compression = _COMPRESSIONS.get(path.suffix.lower())
-    if compression is None:
-        return path.open("rb")
     stream: Any = pa.input_stream(str(path), compression=compression)
     return io.BufferedReader(stream, 1 << 20)
 

@@ -202,17 +202,14 @@ class Renderer:
         except (RecordError, IndexError):  # the template takes one question only, or writes nothing
             between = ""
         end = len(prefix) - _n_common(reversed(prefix), reversed(between))
-        spans: list[Span] = []
-        start = 0
-        for token, next_start in [*(m.span() for m in self._special.finditer(prefix)), (end, end)]:
+        spans, start = [], 0
+        for token, after in [*(m.span() for m in self._special.finditer(prefix)), (end, end)]:
             stop = min(token, end)  # two special tokens may end in the same letters
-            piece = prefix[start:stop]
-            first, _, rest = piece.partition("\n")
-            body = rest if first.strip() in ROLE_OF_SPEAKER else piece
-            if body.strip():
-                begin = stop - len(body.lstrip())
-                spans.append((begin, begin + len(body.strip()), "system"))
-            start = next_start
+            first, _, rest = prefix[start:stop].partition("\n")
+            if first.strip() in ROLE_OF_SPEAKER:
+                start = stop - len(rest)
+            spans += stripped_span(prefix, start, stop, "system")
+            start = after
         return spans
 
 
