@@ -18,8 +18,8 @@ more than half of `buffer_rows`. Two rows in succession come from one run with a
 correlation between this order and the store's has a mean absolute value of at most 0.8 / sqrt(1024)
 = 0.025.
 
-**Memory**: a stream keeps at most two pools, in the stored dtype, and 16 bytes for each row of the
-pool that is being read. By default, activations take at most 4 GiB, streamed or not.
+**Memory**: a stream keeps at most two pools, in the stored dtype, and 16 bytes for each of their
+rows. By default, activations take at most 4 GiB, streamed or not.
 """
 
 from collections import deque
@@ -154,6 +154,7 @@ class Shuffle:
         epoch, offset = divmod(position, self.n_rows)
         return epoch * self.n_pools + ((offset + 1) * self.n_pools - 1) // self.n_rows
 
+    @lru_cache(maxsize=2)  # noqa: B019 - keyed by value; a batch may touch two pools
     def indices(self, pool: int) -> RowNumbers:
         """Return the indices of a pool's rows, in their order in the sequence."""
         epoch, number = divmod(pool, self.n_pools)
@@ -193,7 +194,6 @@ class BatchPlan:
     seed: int
     buffer_rows: int
     loaded: Rows | None = field(repr=False)
-    _orders: dict[int, RowNumbers] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_store(
@@ -282,7 +282,7 @@ class BatchPlan:
         while position < end:
             pool = shuffle.pool_at(position)
             begin, stop = shuffle.start_of(pool), min(shuffle.start_of(pool + 1), end)
-            parts.append(self._order(pool)[position - begin : stop - begin])
+            parts.append(shuffle.indices(pool)[position - begin : stop - begin])
             position = stop
         return np.concatenate(parts)
 
@@ -294,15 +294,6 @@ class BatchPlan:
     @property
     def _shuffle(self) -> Shuffle:
         return Shuffle(len(self.rows), self.buffer_rows, self.seed)
-
-    def _order(self, pool: int) -> RowNumbers:
-        """Return a pool's order. The last two are kept, since a batch often touches two pools."""
-        order = self._orders.get(pool)
-        if order is None:
-            for old in list(self._orders)[:-1]:
-                self._orders.pop(old, None)  # another thread may have removed it
-            order = self._orders[pool] = self._shuffle.indices(pool)
-        return order
 
 
 def batches_on(

@@ -24,6 +24,7 @@ grow by at most the condition number of `A`, which is near 1 for trained adapter
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,11 +84,10 @@ def probe(
 
     Raises AdapterError if the model cannot read text alone, or if later tokens change rows.
     """
-    rows, others = ({layer.path: [] for layer in bottlenecks} for _ in range(2))
     ids = torch.arange(_N_PROBED, device=device)[None]
-    _record(bottlenecks, run, ids, rows)
+    rows = _record(bottlenecks, run, ids)
+    others = _record(bottlenecks, run, torch.cat([ids[:, :-1], ids[:, -1:] + 1], dim=1))
     reasons = {path: reason for path, calls in rows.items() if (reason := _no_row_reason(calls))}
-    _record(bottlenecks, run, torch.cat([ids[:, :-1], ids[:, -1:] + 1], dim=1), others)
     for path in rows.keys() - reasons.keys():
         before, after = (
             calls[path][0].reshape(_N_PROBED, -1)[:-1].double() for calls in (rows, others)
@@ -103,12 +103,10 @@ def probe(
 
 
 def _record(
-    bottlenecks: Sequence[Bottleneck],
-    run: Callable[..., Any],
-    ids: Int[Tensor, "1 tok"],
-    rows: dict[str, list[Tensor]],
-) -> None:
-    """Run the model on a text, and add what each layer gave at each of its calls."""
+    bottlenecks: Sequence[Bottleneck], run: Callable[..., Any], ids: Int[Tensor, "1 tok"]
+) -> dict[str, list[Tensor]]:
+    """Run the model on a text; return what each layer gave at each of its calls, by path."""
+    rows: dict[str, list[Tensor]] = {layer.path: [] for layer in bottlenecks}
 
     def keep(path: str) -> Callable[..., None]:
         return lambda _module, _args, output: rows[path].append(output)
@@ -125,6 +123,7 @@ def _record(
     finally:
         for handle in handles:
             handle.remove()
+    return rows
 
 
 def make_layout(
@@ -148,7 +147,7 @@ def make_layout(
         if is_svd:
             exact, written = svd_gauge(layer.a, layer.b, layer.scale)
             norms = written / abs(layer.scale) if layer.scale else written
-            mix = exact.to(_device_of(layer.read), torch.float32)
+            mix = exact.to(next(layer.read.parameters()).device, torch.float32)
         site = Site(
             layer=named[layer.path][0],
             projection=named[layer.path][1],
@@ -169,19 +168,14 @@ def _unhookable_reason(path: str, layer: nn.Module, name: str) -> tuple[str, str
     """Return what a layer adapts, and why it has no rows by its kind, or None."""
     parameter = getattr(layer, "parameter_name", None)
     if parameter is not None:
-        return f"{_unwrapped(path)}.{parameter}", "LoRA on a parameter"
+        # PEFT nests one wrapper for each parameter of a module.
+        return re.sub(r"(\.base_layer)+$", "", path) + f".{parameter}", "LoRA on a parameter"
     if name in layer.get_submodule("lora_embedding_A"):  # type: ignore[operator]  # a ParameterDict
         return path, "LoRA on an embedding"
     if is_routed(path):
         return path, "an expert that sees only tokens routed to it"
     weight = layer.get_submodule(f"lora_A.{name}").weight
     return path, None if isinstance(weight, Tensor) and weight.ndim == 2 else "a convolution"
-
-
-def _unwrapped(path: str) -> str:
-    while path.endswith(".base_layer"):  # PEFT nests one wrapper for each parameter of a module
-        path = path.removesuffix(".base_layer")
-    return path
 
 
 def _no_row_reason(calls: list[Tensor]) -> str | None:
@@ -197,10 +191,6 @@ def _matrix(module: nn.Module) -> Tensor:
     whole = getattr(module, "weight_as_blockdiagonal_matrix", None)  # BD-LoRA stores blocks only
     weight = whole() if whole else module.get_parameter("weight")
     return weight.detach().cpu().double()
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
 
 
 def svd_gauge(

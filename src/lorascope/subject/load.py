@@ -12,7 +12,7 @@ import contextlib
 import importlib.util
 import io
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -180,13 +180,7 @@ def load_subject(
     layout, sites, mixes = make_layout(bottlenecks, adapter, gauge)
     unseen = changes_outside_lora(adapter)
     if unseen:
-        more = f" and {len(unseen) - 5} more" if len(unseen) > 5 else ""
-        log.info(
-            "%s also changes the model outside LoRA: %s%s",
-            adapter.name,
-            ", ".join(unseen[:5]),
-            more,
-        )
+        log.info("%s also changes the model outside LoRA: %s", adapter.name, _shown(unseen, ", "))
     return Subject(
         model=model,
         tokenizer=tokenizer,
@@ -256,9 +250,8 @@ def _readable(
 ) -> list[Bottleneck]:
     """Return the layers that have rows. Raises AdapterError if others exist, unless `skip`."""
     if unhooked:
-        shown = [f"{path}: {reason}" for path, reason in list(unhooked.items())[:5]]
-        more = f" and {len(unhooked) - 5} more" if len(unhooked) > 5 else ""
-        text = f"{len(unhooked)} LoRA modules without a row per token ({'; '.join(shown)}{more})"
+        shown = _shown([f"{path}: {reason}" for path, reason in unhooked.items()], "; ")
+        text = f"{len(unhooked)} LoRA modules without a row per token ({shown})"
         if not skip:
             raise AdapterError(
                 f"adapter {adapter.name} has {text}; --skip-unhookable continues without them"
@@ -278,6 +271,12 @@ def _readable(
     return readable
 
 
+def _shown(names: Sequence[str], separator: str) -> str:
+    """Return the first five of some names, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return separator.join(names[:5]) + more
+
+
 def _backbone(causal: Any, sites: Iterable[nn.Module]) -> Callable[..., Any]:
     backbone = getattr(causal, str(causal.base_model_prefix), causal)
     inside = set(backbone.modules())
@@ -286,10 +285,10 @@ def _backbone(causal: Any, sites: Iterable[nn.Module]) -> Callable[..., Any]:
 
 def _device_of_inputs(embeddings: nn.Module) -> torch.device:
     """Return where token ids go: the embeddings' device, or where offloaded embeddings run."""
-    hooks = [getattr(module, "_hf_hook", None) for module in embeddings.modules()]
-    for hook in hooks:
-        if getattr(hook, "execution_device", None) is not None:
-            return torch.device(hook.execution_device)  # type: ignore[union-attr]  # not None
+    for module in embeddings.modules():
+        device: Any = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
     return next(embeddings.parameters()).device
 
 

@@ -13,6 +13,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,14 +120,11 @@ def forget_lengths(model: nn.Module) -> None:
     """Let each forward of a dynamic NTK begin with the original frequencies."""
     for module, prefix, kind, _ in list(_frequencies(model)):
         if kind is not None and "dynamic" in kind:
-            module.register_forward_pre_hook(_reset(prefix))
+            module.register_forward_pre_hook(partial(_reset, prefix))
 
 
-def _reset(prefix: str) -> Callable[[Any, Any], None]:
-    def hook(module: Any, _args: Any) -> None:
-        device = getattr(module, f"{prefix}{_SUFFIX}").device
-        original = getattr(module, f"{prefix}original_{_SUFFIX}").to(device)
-        setattr(module, f"{prefix}{_SUFFIX}", original)
-        setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
-
-    return hook
+def _reset(prefix: str, module: Any, _args: Any) -> None:
+    device = getattr(module, f"{prefix}{_SUFFIX}").device
+    original = getattr(module, f"{prefix}original_{_SUFFIX}").to(device)
+    setattr(module, f"{prefix}{_SUFFIX}", original)
+    setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)

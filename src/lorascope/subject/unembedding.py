@@ -18,18 +18,7 @@ from lorascope.sites import SiteLayout
 from lorascope.subject.bottlenecks import unmix
 from lorascope.subject.load import Subject
 
-_LAST_PROJECTIONS = (
-    "down_proj",
-    "o_proj",
-    "out_proj",
-    "c_proj",
-    "dense_4h_to_h",
-    "fc2",
-    "fc_out",
-    "wo",
-    "w2",
-    "dense",
-)
+_LAST_PROJECTIONS = "down_proj o_proj out_proj c_proj dense_4h_to_h fc2 fc_out wo w2 dense".split()
 _POST_NORM = re.compile(r"post_(feed_?forward|mlp|ffn?|ffw)_?(layer_?)?norm")
 
 
@@ -70,15 +59,12 @@ def residual_writes(subject: Subject, layout: SiteLayout) -> list[ResidualWrite]
 
 def _writes_directly(subject: Subject, module: str, width: int) -> bool:
     """Return whether a module's output is added to the residual stream unchanged."""
-    if module.rpartition(".")[2] not in _LAST_PROJECTIONS:
+    in_layer = re.match(r".*?\.\d+(?=\.)", module)
+    is_last = module.rpartition(".")[2] in _LAST_PROJECTIONS
+    d_model = subject.causal.get_input_embeddings().weight.shape[1]
+    if not in_layer or not is_last or width != d_model:
         return False
-    if width != subject.causal.get_input_embeddings().weight.shape[1]:
-        return False
-    parts = module.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-    if not numbers:
-        return False
-    layer = subject.causal.get_submodule(".".join(parts[: numbers[0] + 1]))
+    layer = subject.causal.get_submodule(in_layer.group())
     return not any(_POST_NORM.match(name) for name, _ in layer.named_children())
 
 
@@ -142,9 +128,8 @@ def _final_norm(subject: Subject, head: nn.Module) -> tuple[nn.Module, Tensor]:
         for handle in handles:
             handle.remove()
     for module, output in returned:
-        for stream in read:
-            if output.shape == stream.shape and torch.equal(output, stream):
-                return module, output[0, -1]
+        if any(output.shape == x.shape and torch.equal(output, x) for x in read):
+            return module, output[0, -1]
     raise _no_read_out(subject, "no norm before its unembedding")
 
 
