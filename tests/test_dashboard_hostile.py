@@ -474,7 +474,7 @@ def test_a_large_file_gives_a_warning_with_a_remedy(
         run(DashboardConfig(input=tmp_path / "features.h5", output=tmp_path / f"{limit}.html"))
         said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
         assert bool(said) == warned
-        assert all("1000.html is large" in text and "--max-examples" in text for text in said)
+        assert all("1000.html is large" in text and "--serve" in text for text in said)
 
 
 @pytest.mark.slow

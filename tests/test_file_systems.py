@@ -146,7 +146,7 @@ EVERYTHING = [
         f"steer {DATA} --features 0 --max-new-tokens 4 --num-prompts 1 --output out/steering.json",
         f"edit {DATA} --max-rollouts 2 --features 0 --tolerance 0 --output out/edited",
         "label --input out/features.h5 --output out/labels.json",
-        "export --input out/features.h5 --format csv --output out/features.csv",
+        "export --input out/features.h5 --output out/features.csv",
         "dashboard --input out/features.h5 --output out/page.html",
         "info out/activations",
         *(f"verify out/{name}" for name in ("activations", "sae", "sae.pt", "features.h5")),

@@ -262,21 +262,6 @@ def test_the_table_has_a_line_for_every_latent():
     assert table["tokens_mean"].tolist() == ["é", "", "é", "é"]
 
 
-def test_an_index_with_fewer_examples_keeps_the_strongest_and_what_is_known(tmp_path: Path):
-    index = small_index()
-    few = index.limited(1)
-    verify(few)
-    assert [len(few[i].examples) for i in range(4)] == [1, 0, 1, 1]
-    assert few[0].examples[0].tokens == index[0].examples[0].tokens
-    assert few[0].samples == ()  # a fifth of one
-    assert [len(few[i].at_special) for i in range(4)] == [1, 0, 0, 1]
-    np.testing.assert_array_equal(few.latent_n_active, index.latent_n_active)
-    assert [s.value for s in index.limited(5)[0].samples] == [2.25, 0.25]
-    same = index.limited(100)
-    for name in ARRAYS:
-        np.testing.assert_array_equal(getattr(same, name), getattr(index, name))
-
-
 def test_an_index_of_an_older_schema_is_answered_with_what_to_do(tmp_path: Path):
     old = replace(manifest_of(4), schema=3)
     replace(small_index(), manifest=old).save(tmp_path / "features.h5")

@@ -211,7 +211,7 @@ def test_the_command_leaves_labels_that_index_and_exports_read(made, tmp_path, c
     assert data["features"][str(WAIT)]["label"]["name"] == '"wait"'
     assert "label" not in data["features"][str(DEAD)]
     assert "labels" in data["metadata"]["lorascope"]["parents"]
-    export.run(ExportConfig(input=index, output=to_csv, format="csv"))
+    export.run(ExportConfig(input=index, output=to_csv))
     assert "Fires" not in to_csv.read_text()
     assert '""wait""' in to_csv.read_text()
     again = LabelConfig(

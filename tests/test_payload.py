@@ -15,18 +15,19 @@ from builders.indexes import example, index_of, manifest_of, small_index
 from builders.pages import block, column
 
 from lorascope.artifact import digest_file, read_manifest
+from lorascope.dashboard.facts import header
 from lorascope.dashboard.payload import (
     BLOCK,
     FULL_SCALE,
     FULL_SHARE,
     Payload,
     escape_json,
-    facts,
     manifest_comment,
     to_half_bits,
     to_scaled_int16,
 )
 from lorascope.dashboard.render import DashboardConfig, bundle, read_glossary, run
+from lorascope.dashboard.reports import Reports
 from lorascope.errors import ArtifactError
 from lorascope.features.index import FeatureIndex
 from lorascope.features.published_json import to_published
@@ -160,7 +161,7 @@ def test_a_split_character_has_entries_of_its_own_with_bytes():
 
 def test_facts_describe_the_index_and_leave_out_what_is_unknown():
     known = index_of([[]], adapter_name="my-lora", fvu=0.25, l0=None, n_tokens=12345)
-    said = {label: value for label, value, _ in facts(known)}
+    said = {fact.name: fact.value for fact in header(known, Reports(1))}
     assert said["Adapter"] == "my-lora"
     assert said["SAE"] == "c0ffeec0ffee"
     assert said["FVU"] == "0.25"
@@ -185,7 +186,7 @@ def test_the_page_carries_its_manifest_and_its_parent(tmp_path: Path):
     manifest = read_manifest(page)
     assert manifest is not None
     assert manifest.kind == "dashboard"
-    assert manifest.settings == {"title": "--> <x-title>", "max_examples": None}
+    assert manifest.settings == {"title": "--> <x-title>"}
     features = read_manifest(tmp_path / "features.h5")
     assert manifest.parents == {"features": features.digest}
     assert b"<x-title>" not in page.read_bytes()

@@ -132,7 +132,7 @@ COMMANDS = {
         "lorascope.features.export",
         "lorascope.features.export.ExportConfig",
         "write the features as published JSON or as a CSV table",
-        "lorascope export --input features.h5 --format csv --output features.csv",
+        "lorascope export --input features.h5 --output features.csv",
     ),
     "evaluate": Command(
         "evidence",

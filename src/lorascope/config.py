@@ -36,8 +36,7 @@ OPTION_GROUPS = {  # the groups of `--help` with the options of all commands, mo
     "evaluate_texts effect_texts label_tokens verify how factor doses where "
     "target tokens positions steps top check_rollouts greedy tolerance".split(),
     "language model": "llm_model llm_base_url judge_model llm_parallel".split(),
-    "output": "output overwrite format store_dtype title effects labels by_hand max_examples open "
-    "serve port".split(),
+    "output": "output overwrite store_dtype title effects labels by_hand open serve port".split(),
     "run": "device num_gpus batch_tokens seed resume checkpoint_every".split(),
 }
 ALIASES = {  # other names of an option: those of the published scripts

@@ -28,6 +28,7 @@ from lorascope.causal.report_records import (
     ReportRecord,
     TokenShift,
 )
+from lorascope.dashboard.facts import VERDICTS, Fact, Gap, gaps_of, sureness
 from lorascope.dashboard.reports import Reports
 from lorascope.features.index import FeatureIndex
 from lorascope.texts.tokens import visible
@@ -61,7 +62,6 @@ _KIND_TEXT = {  # by the category of a label
     "mixed": "tokens of several kinds",
 }
 _LINE_SIGNS = str.maketrans("\n\t\r", "⏎⇥␍")
-_VERDICTS = ("specific", "not distinguishable", "too few firings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,23 +127,6 @@ class Place:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fact:
-    """A number with its meaning."""
-
-    name: str
-    value: str
-    meaning: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gap:
-    """What was not measured, and the command that measures it."""
-
-    what: str
-    command: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Overview(ReportRecord):
     """What an adapter learned, as far as it was measured.
 
@@ -186,8 +169,8 @@ def overview_of(index: FeatureIndex, reports: Reports) -> Overview:
         features=features,
         floor=None if ablation is None else ablation.floor.rounding,
         places=_places(index, ablation),
-        facts=tuple(_facts(index, evaluation, ablation)),
-        gaps=tuple(_gaps(index, reports)),
+        facts=tuple(sureness(index, evaluation, ablation)),
+        gaps=gaps_of(index, reports),
     )
 
 
@@ -379,7 +362,7 @@ def _features(
 
     def order(latent: int) -> tuple[bool, float]:
         weight = float(np.nan_to_num(weights[latent]))
-        is_specific = verdicts.get(latent) == _VERDICTS[0] and weight >= _MIN_SPECIFIC
+        is_specific = verdicts.get(latent) == VERDICTS[0] and weight >= _MIN_SPECIFIC
         return not is_specific, -weight
 
     alive = [i for i in np.flatnonzero(index.alive).tolist() if np.nan_to_num(weights[i]) > 0]
@@ -389,15 +372,15 @@ def _features(
 def _feature(index: FeatureIndex, latent: int, effects: _Effects | None) -> TopFeature:
     stats = index.stats(latent)
     examples = () if stats.is_template else index.examples(latent)
-    example = next(iter(examples or index.at_special(latent) or index.examples(latent)))
+    example = next(iter(examples or index.examples(latent, "special") or index.examples(latent)))
     first, target = max(0, example.target - _CONTEXT), example.target
     total, text = (effects.total[latent], effects.text[latent]) if effects else (math.nan, math.nan)
-    label = index.label(latent)
+    label, layout, site = index.label(latent), index.manifest.layout, index.main_site[latent]
     return TopFeature(
         feature=latent,
         name="" if label is None else label.name,
-        role=_main_role(index, latent),
-        site=_main_site(index, latent),
+        role=index.main_role[latent],
+        site="" if layout is None or site < 0 else layout.sites[site].name,
         density=stats.density,
         effect=None if math.isnan(total) else float(total),
         effect_text=None if math.isnan(text) else float(text),
@@ -408,23 +391,6 @@ def _feature(index: FeatureIndex, latent: int, effects: _Effects | None) -> TopF
     )
 
 
-def _main_role(index: FeatureIndex, latent: int) -> str:
-    """Return the role in which a latent is densest; "" if it is unknown."""
-    stats = index.stats(latent)
-    if stats.is_template:
-        return "special"
-    by_role = {role: share for role, share in stats.by_role.items() if role != "special"}
-    return max(by_role, key=lambda role: by_role[role]) if any(by_role.values()) else ""
-
-
-def _main_site(index: FeatureIndex, latent: int) -> str:
-    """Return the site with most of what a latent writes; "" if it is unknown."""
-    layout, share = index.manifest.layout, index.latent_fingerprint[latent]
-    if layout is None or len(share) != len(layout.sites) or not np.nan_to_num(share).any():
-        return ""
-    return layout.sites[int(np.nan_to_num(share).argmax())].name
-
-
 def _groups(index: FeatureIndex, weights: npt.NDArray[np.float64]) -> tuple[Group, ...]:
     """Return groups of features, largest share first.
 
@@ -432,7 +398,7 @@ def _groups(index: FeatureIndex, weights: npt.NDArray[np.float64]) -> tuple[Grou
     """
     members: dict[str, list[int]] = {}
     for latent in np.flatnonzero(index.alive).tolist():
-        role, label = _main_role(index, latent), index.label(latent)
+        role, label = index.main_role[latent], index.label(latent)
         where = _where(role) if role else "elsewhere"
         if label is not None and role != "special":
             where = f"{_KIND_TEXT.get(label.category, label.category)} {where}"
@@ -464,93 +430,3 @@ def _places(index: FeatureIndex, ablation: AblationReport | None) -> tuple[Place
         for site in index.manifest.layout.sites
         if site.name in ablation.sites
     )
-
-
-def _facts(
-    index: FeatureIndex, evaluation: EvaluationReport | None, ablation: AblationReport | None
-) -> Iterable[Fact]:
-    """Yield how sure the rest is."""
-    content, n = index.content, len(index)
-    n_dead = n - int(index.alive.sum())
-    for key, name, meaning in (
-        ("fvu", "FVU", "share of the rows' variance that the SAE leaves unexplained, held out"),
-        ("l0", "L0", "features that fire at a token, on average"),
-    ):
-        if isinstance(content.get(key), float):
-            yield Fact(name=name, value=f"{content[key]:.3g}", meaning=meaning)
-    yield Fact(
-        name="Dead features", value=f"{n_dead:,} of {n:,}", meaning="features that never fire"
-    )
-    if isinstance(content.get("n_tokens"), int):
-        yield Fact(
-            name="Texts",
-            value=f"{content.get('n_rollouts', 0):,} rollouts, {content['n_tokens']:,} tokens",
-            meaning="what the examples and the statistics are from",
-        )
-    if index.labels is not None:
-        said = index.labels.manifest.content
-        if isinstance(said.get("balanced_accuracy"), float):
-            yield Fact(
-                name="Labels",
-                value=f"balanced accuracy {said['balanced_accuracy']:.2f}, wrong labels "
-                f"{said.get('shuffled') or 0.5:.2f}",
-                meaning="how well labels tell, on texts that chose none of them, where features "
-                "fire; 0.5 is chance",
-            )
-    if evaluation is not None:
-        found = evaluation.faithfulness
-        yield Fact(
-            name="Predictions",
-            value=f"{found.n_tokens:,} of {found.n_rollouts:,} held-out rollouts",
-            meaning="what the effect and the recovered shares are measured on",
-        )
-        seeds = [found.runs[name].recovered for name in found.seeds]
-        shares = [share for share in seeds if share is not None]
-        if len(shares) > 1:
-            yield Fact(
-                name="Other seeds",
-                value=f"{min(shares):.3f} to {max(shares):.3f}",
-                meaning=f"recovered of all predictions, in {len(shares)} seeds",
-            )
-    if ablation is not None and ablation.features:
-        counts = [sum(one.verdict == verdict for one in ablation.features) for verdict in _VERDICTS]
-        yield Fact(
-            name="Removals",
-            value=f"{counts[0]:,} specific, {counts[1]:,} not distinguishable, "
-            f"{counts[2]:,} fire too rarely",
-            meaning=f"effects of features against controls of the same size, on "
-            f"{ablation.n_rollouts:,} rollouts",
-        )
-
-
-def _gaps(index: FeatureIndex, reports: Reports) -> Iterable[Gap]:
-    """Yield what was not measured."""
-    files = "--data-dir STORE --sae SAE --lora-path ADAPTER"
-    if reports.evaluation is None:
-        yield Gap(
-            what="what the adapter changes, and how much of it the features stand for",
-            command=f"lorascope evaluate {files}",
-        )
-    elif not reports.evaluation.shifts and reports.evaluation.faithfulness.runs["sae"].recovered:
-        yield Gap(
-            what="which tokens the adapter makes more and less likely: the report is of an older "
-            "version",
-            command=f"lorascope evaluate {files} --overwrite",
-        )
-    if reports.ablation is None or not reports.ablation.features:
-        yield Gap(
-            what="what each feature and each module does", command=f"lorascope ablate {files}"
-        )
-    if index.labels is None:
-        yield Gap(
-            what="what each feature is, in words", command="lorascope label --input features.h5"
-        )
-    if reports.direct is None:
-        yield Gap(
-            what="the tokens that each feature promotes",
-            command="lorascope direct --sae SAE --lora-path ADAPTER",
-        )
-    if reports.attribution is None:
-        yield Gap(
-            what="the features behind single predictions", command=f"lorascope attribute {files}"
-        )

@@ -23,7 +23,7 @@ import base64
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -32,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorascope.artifact import Manifest, canonical
+from lorascope.dashboard.facts import header
 from lorascope.dashboard.layout import layout
 from lorascope.dashboard.overview import overview_of
 from lorascope.dashboard.reports import SIDES, TEXT_COLUMNS, Reports
@@ -118,6 +119,9 @@ class Payload:
     def core(self) -> str:
         """Return the core as JSON that is safe inside a script element."""
         index, table, content = self.index, self._token_table, self.index.content
+        label_core, label_columns = None, {}
+        if index.labels is not None:
+            label_core, label_columns = _label_core([index.label(i) for i in range(len(index))])
         positions = layout(index)
         on_map = np.where(
             np.isnan(positions), UNKNOWN, np.rint(_MAP_WIDTH * np.nan_to_num(positions))
@@ -134,7 +138,7 @@ class Payload:
             "stability": ("<f4", index.latent_stability),
             "top_token": ("<u4", self._top_tokens()),
             "main_role": ("|u1", self._main_role()),
-            "main_site": ("<u2", self._main_site()),
+            "main_site": ("<u2", np.where(index.main_site < 0, UNKNOWN, index.main_site)),
             "x": ("<u2", on_map[:, 0]),
             "y": ("<u2", on_map[:, 1]),
             "edges": ("<f4", index.latent_histogram_edges),
@@ -146,7 +150,7 @@ class Payload:
             "kept_fvu": ("<f4", index.text_fvu),
             "kept_rarity": ("<f4", index.text_rarity),
             "kept_length": ("<u4", np.diff(index.text_offset)),
-            **self._label_columns(),
+            **label_columns,
             **{
                 name: ("<f4", values)
                 for name, values in (self.reports.effects() | self.reports.shares()).items()
@@ -154,18 +158,18 @@ class Payload:
         }
         data = {
             "title": self.title,
-            "facts": facts(index, self.reports.facts()),
-            "labels_key": self._labels_key(),
-            "labels": self._label_names(),
+            "facts": [
+                [fact.name, fact.value, fact.meaning] for fact in header(index, self.reports)
+            ],
+            "labels_key": index.manifest.parents.get("sae") or index.manifest.digest,
+            "labels": label_core,
             "n_features": len(index),
             "n_eligible": content.get("n_eligible"),
             "n_special": content.get("n_special"),
             "top_k": content.get("top_k", int(index.n_examples.max(initial=0))),
-            "roles": _role_names(content.get("roles")),
-            "n_by_role": _totals(content.get("n_by_role"), index.latent_by_role.shape[1]),
-            "n_by_position": _totals(
-                content.get("n_by_position"), index.latent_by_position.shape[1]
-            ),
+            "roles": list(index.roles),
+            "n_by_role": index.totals("by_role"),
+            "n_by_position": index.totals("by_position"),
             "sites": self._sites,
             "block": BLOCK,
             "block_columns": list(self._columns.items()),
@@ -288,56 +292,6 @@ class Payload:
             values |= self.reports.text(int(index.text_rollout[number]))
         return pack(values, self._rollout_columns)
 
-    def _labels_key(self) -> str:
-        """Return what the page stores labels under: the SAE's digest, or else the index's."""
-        manifest = self.index.manifest
-        return manifest.parents.get("sae") or manifest.digest
-
-    def _label_names(self) -> dict[str, Any] | None:
-        """Return the names of all features, "" for none, and what the numbers of columns stand for.
-
-        None if the index has no labels.
-        """
-        if self.index.labels is None:
-            return None
-        labels = self._labels
-        return {
-            "names": ["" if label is None else label.name for label in labels],
-            "kinds": list(KINDS),
-            "categories": _distinct(label.category for label in labels if label),
-            "authors": _distinct(label.author for label in labels if label),
-            "judges": _distinct(label.judge or "" for label in labels if label),
-        }
-
-    def _label_columns(self) -> dict[str, tuple[str, npt.NDArray[Any]]]:
-        """Return the columns of labels: numbers of kind (from 1; 0: no label), and scores."""
-        names = self._label_names()
-        if names is None:
-            return {}
-        columns: dict[str, tuple[str, npt.NDArray[Any]]] = {}
-        for key, values, first in (
-            ("kind", names["kinds"], 1),
-            ("category", names["categories"], 0),
-            ("author", names["authors"], 0),
-            ("judge", names["judges"], 0),
-        ):
-            number = {value: first + i for i, value in enumerate(values)}
-            of_label = [
-                0 if label is None else number[getattr(label, key) or ""] for label in self._labels
-            ]
-            columns[f"label_{key}"] = ("<u2", np.array(of_label))
-        for key in _LABEL_SCORES:
-            scores = [None if label is None else getattr(label, key) for label in self._labels]
-            columns[f"label_{key}"] = ("<f4", np.array(scores, float))
-        edges = [(label.interval if label else None) or (None, None) for label in self._labels]
-        for i, key in enumerate(("low", "high")):
-            columns[f"label_{key}"] = ("<f4", np.array([edge[i] for edge in edges], float))
-        return columns
-
-    @cached_property
-    def _labels(self) -> list[Label | None]:
-        return [self.index.label(latent) for latent in range(len(self.index))]
-
     def _top_tokens(self) -> npt.NDArray[np.int64]:
         """Return the token-table entry of each latent's strongest token, `(latent,)`; 0: none.
 
@@ -346,7 +300,8 @@ class Payload:
         index, top = self.index, np.zeros(len(self.index), dtype=np.int64)
         alive = np.flatnonzero(index.alive)
         before = len(index.example_value) + len(index.sample_value)
-        at_text = (index.n_examples > 0) & ~self._is_template
+        at_special = index.is_template & (np.diff(index.special_offset) > 0)
+        at_text = (index.n_examples > 0) & ~at_special
         best = np.where(at_text, index.example_offset[:-1], before + index.special_offset[:-1])
         best = best[alive]
         ids = index.window_token_id[index.window_offset[best] + index.window_target[best]]
@@ -363,32 +318,12 @@ class Payload:
         largest[fires] = index.special_value[index.special_offset[fires]]
         return largest
 
-    @property
-    def _is_template(self) -> npt.NDArray[np.bool_]:
-        """Latents with more than half of their firings at special tokens, `(latent,)`."""
-        more = self.index.latent_n_special > np.maximum(self.index.latent_n_active, 0)
-        return more & (np.diff(self.index.special_offset) > 0)
-
-    def _main_role(self) -> npt.NDArray[np.int64]:
-        """Return the role in which each latent is densest, `(latent,)`; 255: unknown.
-
-        It is `special` for template features, and for no others.
-        """
-        counts, roles = self.index.latent_by_role, _role_names(self.index.content.get("roles"))
-        totals = _totals(self.index.content.get("n_by_role"), counts.shape[1])
-        if totals is None or not counts.shape[1]:
-            return np.full(len(counts), 255)
-        share = np.where(np.array(totals) > 0, counts / np.maximum(totals, 1), 0)
-        if "special" in roles:
-            share[:, roles.index("special")] = np.where(self._is_template, 2, 0)
-        return np.where(share.max(axis=1) > 0, share.argmax(axis=1), 255)
-
-    def _main_site(self) -> npt.NDArray[np.int64]:
-        """Return each latent's site of largest write, `(latent,)`, or `UNKNOWN`."""
-        share = np.nan_to_num(self.index.latent_fingerprint.astype(np.float32))
-        if self._sites is None or not share.shape[1]:
-            return np.full(len(share), UNKNOWN)
-        return np.where(share.max(axis=1) > 0, share.argmax(axis=1), UNKNOWN)
+    def _main_role(self) -> list[int]:
+        """Return the number of the role in which each latent is densest; 255: unknown."""
+        index = self.index
+        roles = index.roles if index.totals("by_role") else ()
+        number = {role: i for i, role in enumerate(roles)}
+        return [number.get(role, 255) for role in index.main_role]
 
     @cached_property
     def _sites(self) -> list[list[Any]] | None:
@@ -436,9 +371,37 @@ class Payload:
         return TokenTable.from_index(self.index, self.reports.vocabulary)
 
 
-def _distinct(values: Iterable[str]) -> list[str]:
-    """Return the different values, the most frequent first."""
-    return [value for value, _ in Counter(values).most_common()]
+def _label_core(
+    labels: Sequence[Label | None],
+) -> tuple[dict[str, list[str]], dict[str, tuple[str, npt.NDArray[Any]]]]:
+    """Return the names of all features with the words that numbers stand for, and the columns.
+
+    A feature without a label has the name "" and the kind 0.
+    """
+    known = [label for label in labels if label is not None]
+    words = {"kind": ["", *KINDS]}
+    for key in ("category", "author", "judge"):
+        counts = Counter(getattr(label, key) or "" for label in known)
+        words[key] = [word for word, _ in counts.most_common()]
+    columns: dict[str, tuple[str, npt.NDArray[Any]]] = {}
+    for key, values in words.items():
+        number = {value: i for i, value in enumerate(values)}
+        of_label = [number[getattr(label, key) or ""] if label else 0 for label in labels]
+        columns[f"label_{key}"] = ("<u2", np.array(of_label))
+    for key in _LABEL_SCORES:
+        scores = [getattr(label, key) if label else None for label in labels]
+        columns[f"label_{key}"] = ("<f4", np.array(scores, float))
+    edges = [(label and label.interval) or (None, None) for label in labels]
+    for key, values in zip(("low", "high"), np.array(edges, float).reshape(-1, 2).T, strict=True):
+        columns[f"label_{key}"] = ("<f4", values)
+    core = {
+        "names": [label.name if label else "" for label in labels],
+        "kinds": list(KINDS),
+        "categories": words["category"],
+        "authors": words["author"],
+        "judges": words["judge"],
+    }
+    return core, columns
 
 
 def pack(values: Mapping[str, npt.NDArray[Any]], types: Mapping[str, str]) -> str:
@@ -496,86 +459,3 @@ def manifest_comment(manifest: Manifest) -> str:
 def _count_type(counts: npt.NDArray[np.int64]) -> str:
     """Return the type of counts in which -1 stands for unknown."""
     return "<i4" if counts.max(initial=0) < 1 << 31 else "<f8"
-
-
-def _role_names(names: Any) -> list[str]:
-    """Return the names of the roles; empty if unknown."""
-    return [str(name) for name in names] if isinstance(names, list) else []
-
-
-def _totals(totals: Any, n: int) -> list[int] | None:
-    """Return the number of tokens of each of `n` kinds, or None if unknown."""
-    known = isinstance(totals, list) and len(totals) == n and n
-    return [int(total) for total in totals] if known else None
-
-
-def facts(index: FeatureIndex, recovered: Sequence[list[str]] = ()) -> list[list[str]]:
-    """Return the header's facts as [label, value, definition]; unknown ones are left out."""
-    manifest, content = index.manifest, index.content
-    layout = manifest.layout
-    n_alive = int(np.count_nonzero(index.alive))
-
-    def value_of(*keys: str) -> str | None:
-        values = (source.get(key) for key in keys for source in (content, manifest.settings))
-        return next((_fact(value) for value in values if _fact(value)), None)
-
-    def with_digest(name: str | None, digest: Any) -> str | None:
-        short = digest[:12] if isinstance(digest, str) else None
-        return " · ".join(part for part in (name, short) if part) or None
-
-    def with_text(key: str) -> str | None:
-        value, of_text = value_of(key), value_of(f"{key}_text")
-        return f"{value} ({of_text} at text)" if value and of_text else value
-
-    columns = f"{layout.d_in:,} at {len(layout.sites):,} sites" if layout else None
-    rows = [
-        ["Model", value_of("base_model", "model"), "the subject model, without the adapter"],
-        [
-            "Adapter",
-            with_digest(
-                value_of("adapter_name", "adapter", "lora_path"), layout and layout.adapter
-            ),
-            "the LoRA that is studied, and its digest",
-        ],
-        [
-            "SAE",
-            with_digest(value_of("sae_name", "sae", "model_path"), manifest.parents.get("sae")),
-            "the sparse autoencoder whose latents are the features, and its digest",
-        ],
-        ["Dataset", value_of("dataset", "corpus"), "the texts that were read"],
-        ["Columns", columns, "numbers that the adapter computes for each token"],
-        ["Rollouts", value_of("n_rollouts"), "tokenised texts that were read"],
-        ["Tokens", value_of("n_tokens"), "tokens in those rollouts"],
-        [
-            "Ordinary tokens",
-            value_of("n_eligible"),
-            "tokens of text, which statistics and examples are of: no special tokens, no template "
-            "headers",
-        ],
-        ["Features", f"{n_alive:,} of {len(index):,}", "features with an example, of all features"],
-        [
-            "Template features",
-            value_of("n_template"),
-            "features that fire mostly at special tokens and template headers",
-        ],
-        [
-            "FVU",
-            with_text("fvu"),
-            "fraction of the variance that the SAE leaves unexplained",
-        ],
-        ["L0", with_text("l0"), "average number of features that fire at a token"],
-        *recovered,
-        ["lorascope", _fact(manifest.version), "version that wrote the feature index"],
-    ]
-    return [[label, value, note] for label, value, note in rows if label and value and note]
-
-
-def _fact(value: Any) -> str | None:
-    """Return a manifest value as text, or None if it is not a number or a non-empty string."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return value if isinstance(value, str) and value else None

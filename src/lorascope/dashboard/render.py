@@ -63,11 +63,6 @@ class DashboardConfig(Config):
         None, help="labels of the features; default: labels.json next to the input", identity=False
     )
     title: str = option("LoRA features", help="heading of the page")
-    max_examples: int | None = option(
-        None,
-        help="examples per feature, and a fifth as many samples per fifth of its firings; default: "
-        "all. Fewer examples make a smaller file",
-    )
     overwrite: bool = option(
         False, help="replace an output that has other settings", identity=False
     )
@@ -81,7 +76,6 @@ class DashboardConfig(Config):
     def check(self) -> None:
         """Refuse a port that is out of range or given without --serve."""
         super().check()
-        self.require("max_examples", 1)
         if self.port is not None and not 1 <= self.port <= 65535:
             raise ConfigError(f"--port is {self.port}, expected 1 to 65535")
         if self.port is not None and not self.serve:
@@ -112,22 +106,20 @@ def run(config: DashboardConfig) -> Path:
     content = {"n_features": len(index), "n_examples": len(index.example_value)}
     manifest = identity.manifest(index.manifest.layout, content)
 
-    def payload() -> Payload:
-        kept = index if config.max_examples is None else index.limited(config.max_examples)
-        return Payload(kept, config.title, reports)
+    payload = Payload(index, config.title, reports)
 
     def make(build: Build) -> None:
         with (build.path / _PAGE).open("w", encoding="ascii", newline="\n") as file:
-            for piece in page(payload(), manifest):
+            for piece in page(payload, manifest):
                 file.write(piece)
         size = (build.path / _PAGE).stat().st_size
         build.publish_file(_PAGE)
         log.info("%d features with %d examples: %.1f MB", *content.values(), size / 1e6)
         if size > _LARGE:
-            log.warning("%s is large; use fewer --max-examples, or --serve", output)
+            log.warning("%s is large; collect with a lower --top-k, or use --serve", output)
 
     if config.serve:
-        serve(server_of(payload(), manifest, config.port or 0))
+        serve(server_of(payload, manifest, config.port or 0))
         return source
     return built(output, identity, make, overwrite=config.overwrite)
 

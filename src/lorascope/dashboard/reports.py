@@ -26,7 +26,7 @@ from lorascope.causal.report_records import (
     DirectReport,
     EvaluationReport,
 )
-from lorascope.causal.study import format_interval, read_report
+from lorascope.causal.study import read_report
 from lorascope.errors import ArtifactError
 from lorascope.features.index import FeatureIndex
 
@@ -95,30 +95,6 @@ class Reports:
             reports[report.kind] = report
             parents[f"effects {report.kind}"] = digest_file(path)
         return cls(len(index), **reports, parents=parents)
-
-    def facts(self) -> list[list[str]]:
-        """Return what the header says of the evaluation, as [label, value, definition]."""
-        if self.evaluation is None:
-            return []
-        found = self.evaluation.faithfulness
-        sae, constant = found.runs["sae"], found.runs["constant"]
-        what = "share (95 % interval) of the adapter's effect"
-        kept = "kept when each row is replaced by the SAE's reconstruction"
-        same = "kept when each row is replaced by the mean row of its role and template position"
-        shares = [
-            ("Recovered", sae.generated, f"{what} on the tokens that it writes, {kept}"),
-            ("Recovered, all tokens", sae, f"{what} on all tokens that it predicts, {kept}"),
-            ("Constant", constant.generated, f"{what} on the tokens that it writes, {same}"),
-        ]
-        return [
-            [
-                label,
-                f"{share.recovered:.3f} ({format_interval(share.recovered_interval, '.3f')})",
-                note,
-            ]
-            for label, share, note in shares
-            if share is not None and share.recovered is not None
-        ]
 
     def about(self) -> dict[str, Any]:
         """Return what the page says of the reports."""

@@ -1,23 +1,20 @@
-"""Write a feature index in a format that other tools read.
+"""Write a feature index in a format that other tools read; the output's suffix says which.
 
-- `json`: the published schema, for the published dashboard script and for `dashboard`.
-- `csv`: the table of statistics, one line per feature.
+- `.json`: the published schema, for the published dashboard script and for `dashboard`.
+- `.csv`: the table of statistics, one line per feature.
 
-In: `features.h5`, or a features JSON of the published schema. Out: a JSON or CSV file.
-The same index gives the same bytes.
+In: `features.h5`, or a features JSON of the published schema. The same index gives the same bytes.
 """
 
-import filecmp
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
-from lorascope.artifact import Identity, read_manifest
+from lorascope.artifact import read_manifest, replacing
 from lorascope.config import Config, option
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.features.index import FeatureIndex
 from lorascope.features.published_json import digest_of_index, read_index, write_published
-from lorascope.stage import Build, building, built
+from lorascope.stage import Build, built
 
 _FORMULA = ("=", "+", "-", "@")  # a spreadsheet runs a text that starts with one of these
 
@@ -29,20 +26,17 @@ class ExportConfig(Config):
     input: Path = option(
         help="feature index to read: features.h5, or JSON of the published schema", identity=False
     )
-    format: Literal["json", "csv"] = option(
-        "json", help="json is the published schema, csv the table of statistics"
+    output: Path = option(
+        help="file to write: .json is the published schema, .csv the table of statistics",
+        identity=False,
     )
-    output: Path = option(help=".json or .csv file to write", identity=False)
     overwrite: bool = option(False, help="replace an output with other contents", identity=False)
 
     def check(self) -> None:
-        """Check that the output's suffix fits the format."""
+        """Check the output's suffix."""
         super().check()
-        wanted = f".{self.format}"
-        if self.output.suffix.lower() != wanted:
-            raise ConfigError(
-                f"--output is {self.output}, expected a {wanted} file for --format {self.format}"
-            )
+        if self.output.suffix not in (".json", ".csv"):
+            raise ConfigError(f"--output is {self.output}, expected a .json or .csv file")
 
 
 def run(config: ExportConfig) -> Path:
@@ -53,19 +47,12 @@ def run(config: ExportConfig) -> Path:
     """
     source, out = config.input.expanduser(), config.output.expanduser()
     index = read_index(source)
-    if config.format == "json":
-        return _export_json(index, source, out, overwrite=config.overwrite)
-    identity = Identity(
-        kind="table",
-        schema=1,
-        settings=config.settings(),
-        parents={"features": digest_of_index(source)},
-    )
-    return _export_csv(index, out, identity, overwrite=config.overwrite)
+    export = _export_json if out.suffix == ".json" else _export_csv
+    return export(index, source, out, overwrite=config.overwrite)
 
 
-def write_csv(index: FeatureIndex, path: Path) -> None:
-    """Write the table of statistics as UTF-8 CSV, not atomically.
+def csv_of(index: FeatureIndex) -> bytes:
+    """Return the table of statistics as UTF-8 CSV.
 
     Unknown values are empty cells. A text that a spreadsheet could run as a formula gets a leading
     apostrophe.
@@ -75,8 +62,7 @@ def write_csv(index: FeatureIndex, path: Path) -> None:
         if table[name].dtype.kind not in "iuf":
             table[name] = [_cell(str(value)) for value in table[name]]
     table.columns = [_cell(str(name)) for name in table.columns]
-    with path.open("w", encoding="utf-8", errors="replace", newline="") as file:
-        table.to_csv(file, lineterminator="\n")
+    return table.to_csv(lineterminator="\n").encode("utf-8", "replace")
 
 
 def _export_json(index: FeatureIndex, source: Path, out: Path, *, overwrite: bool) -> Path:
@@ -95,19 +81,20 @@ def _export_json(index: FeatureIndex, source: Path, out: Path, *, overwrite: boo
     return built(out, manifest.identity, make, overwrite=overwrite)
 
 
-def _export_csv(index: FeatureIndex, out: Path, identity: Identity, *, overwrite: bool) -> Path:
+def _export_csv(index: FeatureIndex, _: Path, out: Path, *, overwrite: bool) -> Path:
     """Write the table. A CSV has no manifest, so an existing file is compared byte by byte."""
-    with building(out, identity, overwrite=overwrite) as build:
-        table = build.path / "features.csv"
-        write_csv(index, table)
-        is_same = out.is_file() and filecmp.cmp(table, out, shallow=False)
-        if (out.exists() or out.is_symlink()) and not is_same and not overwrite:
-            table.unlink()
+    data = csv_of(index)
+    if out.exists() and not overwrite:
+        if not out.is_file() or out.read_bytes() != data:
             raise ArtifactError(
                 f"{out} exists with other contents; choose another --output, "
                 "or pass --overwrite to replace it"
             )
-        return build.publish_file(table.name)
+        return out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as temporary:
+        temporary.write_bytes(data)
+    return out
 
 
 def _cell(text: str) -> str:

@@ -10,7 +10,7 @@ import math
 import re
 from bisect import bisect_left
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -23,12 +23,12 @@ from lorascope.arrayfile import Arrays
 from lorascope.artifact import Manifest
 from lorascope.features.arrays import RANKINGS, WINDOWS, complete_arrays, map_arrays, save_arrays
 from lorascope.features.label_file import Label, Labels, labels_beside
-from lorascope.features.topk import rank_in_run
 from lorascope.texts.tokens import display_texts, pack_tokens
 
 if TYPE_CHECKING:
     import pandas as pd
 
+_ONLY = {"example": ("n_alike",), "sample": ("quantile",)}  # fields of an `Example`
 _WINDOW_END = b"\xff"  # never part of UTF-8 text, so no match spans two windows
 
 
@@ -36,11 +36,11 @@ _WINDOW_END = b"\xff"  # never part of UTF-8 text, so no match spans two windows
 class Example:
     """One token on which a latent fires, and the tokens around it in the same rollout.
 
-    `row` is the token's row in the store, `rollout` the rollout's id, and `position` the token's
-    position in it. `token_ids` and `activations` are `(window,)`, and `target` is the token's index
-    in them. `tokens` has the window's texts for display. `n_alike` counts the tokens of the store
-    with the same context. `quantile` is the fifth of the latent's firings that a sample was drawn
-    from, 4 for the strongest. Integers that are unknown or do not apply are -1.
+    `row` is its row in the store, `rollout` the rollout's id, `position` its position there, and
+    `target` its index in `token_ids` and `activations`, `(window,)` each. `tokens` has the window's
+    texts for display. `n_alike` counts the tokens of the store with the same context. `quantile` is
+    the fifth of the latent's firings that a sample was drawn from, 4 for the strongest. Integers
+    that are unknown or do not apply are -1.
     """
 
     value: float
@@ -60,10 +60,10 @@ class FeatureStats:
     """Statistics of one latent over all tokens of text; None for what the file does not contain.
 
     `density` is the share of these tokens on which it fires; `n_special` counts its firings at
-    special tokens and template headers. `mean`, `std` and `histogram` `(n_bins,)` are over the
-    tokens of text on which it fires. `by_role` has the density among the tokens
-    of each role, `by_position` in each tenth of the rollouts. `stability` is the mean cosine with
-    the most similar latent in SAEs of other seeds.
+    special tokens and template headers. `mean`, `std` and `histogram` `(n_bins,)` are over its
+    firings at text. `by_role` has the density among the tokens of each role, `by_position` in each
+    tenth of the rollouts. `stability` is the mean cosine with the most similar latent in SAEs of
+    other seeds.
     """
 
     n_examples: int
@@ -160,40 +160,26 @@ class FeatureIndex:
         """Make an index from Python objects: `features[i]` has the examples of latent i.
 
         `samples[i]` has its samples, `at_special[i]` its examples at special tokens. `tokens` maps
-        every token id in a window to its bytes;
-        `special` has the ids of special tokens. `latents` has other arrays that are known, by field
-        name (`latent_n_active`, ...). The rest is unknown.
+        every token id in a window to its bytes, `special` has the ids of special tokens. `latents`
+        has other arrays that are known, by field name (`latent_n_active`, ...).
         """
-        examples, specials = (
-            [
-                example
-                for of_latent in lists
-                for example in sorted(of_latent, key=lambda e: (-np.float32(e.value), e.row))
-            ]
-            for lists in (features, at_special)
-        )
-        drawn = [
-            sample
-            for of_latent in samples
-            for sample in sorted(of_latent, key=lambda e: (-e.quantile, e.row))
-        ]
-        windows = [*examples, *drawn, *specials]
+
+        def order(example: Example) -> tuple[int, float, int]:
+            strength = float(np.float32(example.value)) if example.quantile < 0 else 0.0
+            return -example.quantile, -strength, example.row
+
+        windows: list[Example] = []
+        values: dict[str, npt.ArrayLike] = {}
+        for part, given in zip(WINDOWS, (features, samples, at_special), strict=True):
+            lists = given or [()] * len(features)
+            ordered = [example for of_latent in lists for example in sorted(of_latent, key=order)]
+            values[f"{part}_offset"] = _offsets(map(len, lists))
+            for field in ("value", "row", "rollout", "position", *_ONLY.get(part, ())):
+                values[f"{part}_{field}"] = [getattr(example, field) for example in ordered]
+            windows += ordered
         vocabulary = sorted(tokens)
         token_offset, token_data = pack_tokens([tokens[i] for i in vocabulary])
-        nothing = [()] * len(features)
-        parts = (features, examples), (samples or nothing, drawn), (at_special or nothing, specials)
-        values: dict[str, npt.ArrayLike] = {
-            **{
-                f"{name}_{field}": [getattr(e, field) for e in of_all]
-                for name, (_, of_all) in zip(WINDOWS, parts, strict=True)
-                for field in ("value", "row", "rollout", "position")
-            },
-            **{
-                f"{name}_offset": _offsets(map(len, of_latents))
-                for name, (of_latents, _) in zip(WINDOWS, parts, strict=True)
-            },
-            "example_n_alike": [e.n_alike for e in examples],
-            "sample_quantile": [e.quantile for e in drawn],
+        values |= {
             "window_offset": _offsets(len(e.token_ids) for e in windows),
             "window_target": [e.target for e in windows],
             "window_token_id": [i for e in windows for i in e.token_ids],
@@ -202,9 +188,8 @@ class FeatureIndex:
             "token_offset": token_offset,
             "token_data": token_data,
             "token_special": [i in special for i in vocabulary],
-            **(latents or {}),
         }
-        return cls.from_arrays(manifest, values)
+        return cls.from_arrays(manifest, {**values, **(latents or {})})
 
     @classmethod
     def open(cls, path: Path | str) -> "FeatureIndex":
@@ -233,8 +218,8 @@ class FeatureIndex:
             latent=latent,
             stats=self.stats(latent),
             examples=self.examples(latent),
-            samples=self._examples("sample", latent),
-            at_special=self.at_special(latent),
+            samples=self.examples(latent, "sample"),
+            at_special=self.examples(latent, "special"),
             fingerprint=dict(zip(self._modules, share, strict=False)),
             similar=_pairs(self.near_decoder[latent], self.near_cosine[latent]),
             cofiring=_pairs(self.near_cofiring[latent], self.near_jaccard[latent]),
@@ -246,25 +231,34 @@ class FeatureIndex:
         """Return the label of a latent, or None."""
         return None if self.labels is None else self.labels.features.get(latent)
 
-    def examples(self, latent: int) -> tuple[Example, ...]:
-        """Return the strongest examples of a latent, strongest first."""
-        return self._examples("example", latent)
-
-    def at_special(self, latent: int) -> tuple[Example, ...]:
-        """Return the strongest examples of a latent at special tokens, strongest first."""
-        return self._examples("special", latent)
+    def examples(self, latent: int, part: str = "example") -> tuple[Example, ...]:
+        """Return the examples of a latent in one of `WINDOWS`, strongest first."""
+        earlier = WINDOWS[: WINDOWS.index(part)]
+        before = sum(len(getattr(self, f"{name}_value")) for name in earlier)
+        first, last = getattr(self, f"{part}_offset")[latent : latent + 2].tolist()
+        return tuple(
+            Example(
+                value=float(getattr(self, f"{part}_value")[e]),
+                **{
+                    field: int(getattr(self, f"{part}_{field}")[e])
+                    for field in ("row", "rollout", "position", *_ONLY.get(part, ()))
+                },
+                **self._window(before + e),
+            )
+            for e in range(first, last)
+        )
 
     def stats(self, latent: int) -> FeatureStats:
         """Return the statistics of a latent."""
-        n_active, n_eligible = (
-            _int_or_none(self.latent_n_active[latent]),
-            self.content.get("n_eligible"),
-        )
+        n_active = _int_or_none(self.latent_n_active[latent])
+        n_eligible = self.content.get("n_eligible")
         density = None
         if n_active is not None and isinstance(n_eligible, int) and n_eligible > 0:
             density = n_active / n_eligible
-        by_role = _shares(self.latent_by_role[latent], self.content.get("n_by_role"))
-        by_position = _shares(self.latent_by_position[latent], self.content.get("n_by_position"))
+        by_role, by_position = (
+            _shares(getattr(self, f"latent_{name}")[latent], self.totals(name))
+            for name in ("by_role", "by_position")
+        )
         return FeatureStats(
             n_examples=int(self.n_examples[latent]),
             n_active=n_active,
@@ -275,27 +269,9 @@ class FeatureIndex:
             mean=_float_or_none(self.latent_mean[latent]),
             std=_float_or_none(self.latent_std[latent]),
             histogram=self.latent_histogram[latent],
-            by_role=dict(zip(self.content.get("roles") or (), by_role, strict=False)),
+            by_role=dict(zip(self.roles, by_role, strict=False)),
             by_position=by_position,
             stability=_float_or_none(self.latent_stability[latent]),
-        )
-
-    def _examples(self, part: str, latent: int) -> tuple[Example, ...]:
-        """Return the examples of a latent in one of `WINDOWS`."""
-        earlier = WINDOWS[: WINDOWS.index(part)]
-        before = sum(len(getattr(self, f"{name}_value")) for name in earlier)
-        first, last = getattr(self, f"{part}_offset")[latent : latent + 2].tolist()
-        return tuple(
-            Example(
-                value=float(getattr(self, f"{part}_value")[e]),
-                row=int(getattr(self, f"{part}_row")[e]),
-                rollout=int(getattr(self, f"{part}_rollout")[e]),
-                position=int(getattr(self, f"{part}_position")[e]),
-                n_alike=int(self.example_n_alike[e]) if part == "example" else -1,
-                quantile=int(self.sample_quantile[e]) if part == "sample" else -1,
-                **self._window(before + e),
-            )
-            for e in range(first, last)
         )
 
     def _window(self, w: int) -> dict[str, Any]:
@@ -322,6 +298,47 @@ class FeatureIndex:
     def alive(self) -> npt.NDArray[np.bool_]:
         """Latents with an example, at text or at special tokens, `(latent,)`."""
         return (self.n_examples > 0) | (np.diff(self.special_offset) > 0)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Names of the roles; empty if unknown."""
+        names = self.content.get("roles")
+        return tuple(map(str, names)) if isinstance(names, list) else ()
+
+    def totals(self, name: str) -> list[int] | None:
+        """Return the tokens of each kind of "by_role" or "by_position"; None if unknown."""
+        totals, n = self.content.get(f"n_{name}"), getattr(self, f"latent_{name}").shape[1]
+        if isinstance(totals, list) and len(totals) == n > 0:
+            return [int(total) for total in totals]
+        return None
+
+    @cached_property
+    def main_role(self) -> tuple[str, ...]:
+        """The role in which each latent is densest; "" if it is unknown.
+
+        It is `special` for latents with most firings at special tokens, and for no others.
+        """
+        found, totals = np.full(len(self), "", object), self.totals("by_role")
+        if totals is not None:
+            share = np.where(np.array(totals) > 0, self.latent_by_role / np.maximum(totals, 1), 0)
+            share[:, [role == "special" for role in self.roles]] = 0
+            fires = share.max(1) > 0
+            found[fires] = np.array(self.roles, object)[share[fires].argmax(1)]
+        found[self.is_template] = "special"
+        return tuple(found)
+
+    @cached_property
+    def main_site(self) -> npt.NDArray[np.int64]:
+        """The site with most of what each latent writes, `(latent,)`; -1 if it is unknown."""
+        share = np.nan_to_num(self.latent_fingerprint.astype(np.float32))
+        if not share.shape[1] or share.shape[1] != len(self._modules):
+            return np.full(len(self), -1)
+        return np.where(share.max(1) > 0, share.argmax(1), -1)
+
+    @property
+    def is_template(self) -> npt.NDArray[np.bool_]:
+        """Latents with more than half of their firings at special tokens, `(latent,)`."""
+        return self.latent_n_special > np.maximum(self.latent_n_active, 0)
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the raw bytes of a token. Raises KeyError if the index does not contain it."""
@@ -408,10 +425,8 @@ class FeatureIndex:
             "n_examples": self.n_examples,
             "stability": self.latent_stability,
         }
-        n_by_role = np.array(content.get("n_by_role") or [], float)
-        for role, counts, total in zip(
-            content.get("roles") or (), self.latent_by_role.T, n_by_role, strict=False
-        ):
+        totals = self.totals("by_role") or ()
+        for role, counts, total in zip(self.roles, self.latent_by_role.T, totals, strict=False):
             if total:
                 columns[f"density_{role}"] = counts / total
         if self.latent_fingerprint.shape[1] == len(self._modules) > 0:
@@ -420,11 +435,8 @@ class FeatureIndex:
             columns["site_share"] = self.latent_fingerprint.max(1).astype(np.float32)
         if self.labels is not None:
             labels = [self.label(latent) for latent in range(len(self))]
-            for name, key in (
-                ("label", "name"),
-                ("label_kind", "kind"),
-                ("label_author", "author"),
-            ):
+            keys = {"label": "name", "label_kind": "kind", "label_author": "author"}
+            for name, key in keys.items():
                 columns[name] = ["" if label is None else getattr(label, key) for label in labels]
             scores = [None if label is None else label.balanced_accuracy for label in labels]
             columns["label_score"] = np.array(scores, float)
@@ -432,34 +444,6 @@ class FeatureIndex:
             tokens = [self.ranked_tokens(latent, ranking) for latent in range(len(self))]
             columns[f"tokens_{ranking}"] = [" | ".join(text for text, _ in row) for row in tokens]
         return pd.DataFrame(columns, index=pd.RangeIndex(len(self), name="feature"))
-
-    def limited(self, n: int) -> "FeatureIndex":
-        """Return the index with at most `n` examples per latent and `n // 5` samples per fifth.
-
-        The strongest examples stay, at special tokens too. Statistics do not change.
-        """
-        fifth = self._latent_of("sample") * 128 + self.sample_quantile  # a quantile is an int8
-        kept = {
-            "example": rank_in_run(self._latent_of("example")) < n,
-            "sample": rank_in_run(fifth) < n // 5,
-            "special": rank_in_run(self._latent_of("special")) < n,
-        }
-        arrays = {
-            name: array[kept[part]]
-            for name, array in self.arrays.items()
-            if (part := name.partition("_")[0]) in kept and not name.endswith("_offset")
-        }
-        for part in WINDOWS:
-            counts = np.bincount(self._latent_of(part)[kept[part]], minlength=len(self))
-            arrays[f"{part}_offset"] = np.concatenate([[0], np.cumsum(counts)])
-        windows = np.concatenate(list(kept.values()))
-        lengths = np.diff(self.window_offset)
-        tokens = np.repeat(windows, lengths)
-        arrays["window_offset"] = np.concatenate([[0], np.cumsum(lengths[windows])])
-        arrays["window_target"] = self.window_target[windows]
-        arrays["window_token_id"] = self.window_token_id[tokens]
-        arrays["window_activation"] = self.window_activation[tokens]
-        return replace(self, arrays={**self.arrays, **arrays})
 
     def _latent_of(self, part: str) -> npt.NDArray[np.int64]:
         """Return the latent of each example in one of `WINDOWS`."""
@@ -476,8 +460,8 @@ def _pairs(
     return tuple((int(i), float(s)) for i, s in zip(ids, scores, strict=True) if i >= 0)
 
 
-def _shares(counts: npt.NDArray[np.int64], totals: Any) -> tuple[float, ...]:
-    if not isinstance(totals, list) or len(totals) != len(counts):
+def _shares(counts: npt.NDArray[np.int64], totals: Sequence[int] | None) -> tuple[float, ...]:
+    if totals is None:
         return ()
     return tuple(int(n) / total if total else 0.0 for n, total in zip(counts, totals, strict=True))
 

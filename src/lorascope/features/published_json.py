@@ -22,14 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorascope import runtime
-from lorascope.artifact import (
-    Identity,
-    Manifest,
-    check_seal,
-    digest_file,
-    read_manifest,
-    seal_file,
-)
+from lorascope.artifact import Identity, Manifest, check_seal, digest_file, read_manifest, seal_file
 from lorascope.errors import ArtifactError
 from lorascope.features.arrays import KIND, SCHEMA
 from lorascope.features.index import Example, FeatureIndex
@@ -41,14 +34,13 @@ log = logging.getLogger(__name__)
 _METADATA = ("context_window", "n_tokens", "n_eligible", "n_special", "n_rollouts", "fvu", "l0")
 _MAX_FEATURES = 1 << 24  # a larger id is a mistake that would allocate gigabytes
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
-_STATS = {  # key of `stats` -> field of the index
-    "n_active": "latent_n_active",
-    "n_special": "latent_n_special",
-    "n_rollouts": "latent_n_rollouts",
-    "max_activation": "latent_max",
-    "mean_activation": "latent_mean",
-    "std_activation": "latent_std",
-    "histogram": "latent_histogram",
+_STATS = {  # key of `stats` -> field of `FeatureStats`, and of the index after `latent_`
+    "max_activation": "max",
+    "mean_activation": "mean",
+    "std_activation": "std",
+    "n_active": "n_active",
+    "n_special": "n_special",
+    "n_rollouts": "n_rollouts",
 }
 
 
@@ -87,20 +79,15 @@ def _published_feature(index: FeatureIndex, latent: int) -> dict[str, Any]:
     known = index.stats(latent)
     stats = {
         "n_examples": known.n_examples,
-        "max_activation": known.max,
-        "mean_activation": known.mean,
-        "std_activation": known.std,
-        "n_active": known.n_active,
-        "n_special": known.n_special,
-        "n_rollouts": known.n_rollouts,
+        **{key: getattr(known, field) for key, field in _STATS.items()},
         "histogram": known.histogram.tolist() or None,
     }
-    at_special = index.at_special(latent)
+    at_special, label = index.examples(latent, "special"), index.label(latent)
     return {
-        "examples": [_published_example(example) for example in index.examples(latent)],
+        "examples": list(map(_published_example, index.examples(latent))),
         **({"special_examples": list(map(_published_example, at_special))} if at_special else {}),
         "stats": {key: value for key, value in stats.items() if value is not None},
-        **({} if (label := index.label(latent)) is None else {"label": to_json(label)}),
+        **({} if label is None else {"label": to_json(label)}),
     }
 
 
@@ -157,13 +144,24 @@ def read_published(path: Path) -> FeatureIndex:
     Examples are sorted by value. The manifest is the one in the file, or a new one with the
     contents of `metadata`. Raises ArtifactError that names the first fault.
     """
-    metadata, features = _load(path)
-    ids = {key: _feature_id(path, key) for key in features}
+    try:
+        return _index_of(*_load(path), path)
+    except _UnexpectedError as fault:
+        raise ArtifactError(
+            f"{path} {fault}; expected the features JSON that collect writes"
+        ) from None
+
+
+class _UnexpectedError(Exception):
+    """What the published schema does not allow, as the end of a sentence about the file."""
+
+
+def _index_of(metadata: dict[str, Any], features: dict[str, Any], path: Path) -> FeatureIndex:
+    ids = {key: _feature_id(key) for key in features}
     declared = metadata.get("n_features")
-    declared = declared if _is_int(declared) else 0
-    n_features = max([declared, *(latent + 1 for latent in ids.values())])
+    n_features = max([declared if _is_int(declared) else 0, *(i + 1 for i in ids.values())])
     if n_features > _MAX_FEATURES:
-        _refuse(path, f"has {n_features} features, expected at most {_MAX_FEATURES}")
+        raise _UnexpectedError(f"has {n_features} features, expected at most {_MAX_FEATURES}")
     examples: list[list[Example]] = [[] for _ in range(n_features)]
     at_special: list[list[Example]] = [[] for _ in range(n_features)]
     stats: list[Mapping[str, Any]] = [{} for _ in range(n_features)]
@@ -171,14 +169,13 @@ def read_published(path: Path) -> FeatureIndex:
     for key, record in features.items():
         where = f"feature {key}"
         if not isinstance(record, dict) or not isinstance(record.get("examples"), list):
-            _refuse(path, f"{where} has no list of examples")
+            raise _UnexpectedError(f"{where} has no list of examples")
         if not isinstance(record.get("special_examples", []), list):
-            _refuse(path, f"{where} has special_examples that are not a list")
+            raise _UnexpectedError(f"{where} has special_examples that are not a list")
         for kind, into in (("example", examples), ("special_example", at_special)):
             for number, example in enumerate(record.get(f"{kind}s", [])):
-                into[ids[key]].append(
-                    _read_example(path, f"{where}, {kind} {number}", example, vocabulary)
-                )
+                name = f"{where}, {kind} {number}"
+                into[ids[key]].append(_read_example(name, example, vocabulary))
         if isinstance(record.get("stats"), dict):
             stats[ids[key]] = record["stats"]
     _report_mismatch(path, [*examples, *at_special])
@@ -199,10 +196,6 @@ def _well_formed(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def _refuse(path: Path, fault: str) -> NoReturn:
-    raise ArtifactError(f"{path} {fault}; expected the features JSON that collect writes")
-
-
 def _load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     def no_constant(word: str) -> NoReturn:
         raise ValueError(f"{word} is not a JSON number")
@@ -215,43 +208,43 @@ def _load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         detail = str(error).splitlines()[0]
         raise ArtifactError(f"{path} is not JSON ({detail}); give a features file") from error
     if not isinstance(data, dict) or not isinstance(data.get("features"), dict):
-        _refuse(path, 'has no object "features"')
+        raise _UnexpectedError('has no object "features"')
     metadata = data.get("metadata", {})
     if not isinstance(metadata, dict):
-        _refuse(path, 'has a "metadata" that is not an object')
+        raise _UnexpectedError('has a "metadata" that is not an object')
     return metadata, data["features"]
 
 
-def _feature_id(path: Path, key: str) -> int:
+def _feature_id(key: str) -> int:
     if not (key.isascii() and key.isdecimal() and len(key) <= 12):
-        _refuse(path, f"names a feature {key[:40]!r}, which is not a number")
+        raise _UnexpectedError(f"names a feature {key[:40]!r}, which is not a number")
     return int(key)
 
 
-def _read_example(path: Path, where: str, data: Any, vocabulary: dict[str, int]) -> Example:
+def _read_example(where: str, data: Any, vocabulary: dict[str, int]) -> Example:
     if not isinstance(data, dict):
-        _refuse(path, f"{where} is not an object")
+        raise _UnexpectedError(f"{where} is not an object")
     for key in ("activation_value", "tokens", "activations", "target_position"):
         if key not in data:
-            _refuse(path, f"{where} has no {key}")
+            raise _UnexpectedError(f"{where} has no {key}")
     tokens, activations, target = data["tokens"], data["activations"], data["target_position"]
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        _refuse(path, f"{where} has tokens that are not a list of texts")
+        raise _UnexpectedError(f"{where} has tokens that are not a list of texts")
     if not isinstance(activations, list) or len(activations) != len(tokens):
         count = len(activations) if isinstance(activations, list) else "no"
-        _refuse(path, f"{where} has {len(tokens)} tokens and {count} activations")
+        raise _UnexpectedError(f"{where} has {len(tokens)} tokens and {count} activations")
     if not _is_int(target) or not 0 <= target < len(tokens):
-        _refuse(path, f"{where} has target_position {target!r} among {len(tokens)} tokens")
+        raise _UnexpectedError(f"{where} has target_position {target!r} among {len(tokens)} tokens")
     texts = [token if token.isascii() else _well_formed(token) for token in tokens]
     return Example(
-        value=_float32(path, f"{where} has activation_value", data["activation_value"]),
+        value=_float32(f"{where} has activation_value", data["activation_value"]),
         row=-1,
-        rollout=_integer(path, where, data, "rollout_idx"),
-        position=_integer(path, where, data, "token_idx"),
+        rollout=_integer(where, data, "rollout_idx"),
+        position=_integer(where, data, "token_idx"),
         target=target,
         token_ids=[vocabulary.setdefault(text, -1 - len(vocabulary)) for text in texts],
-        activations=[_float32(path, f"{where} has activation", value) for value in activations],
-        n_alike=_integer(path, where, data, "n_alike"),
+        activations=[_float32(f"{where} has activation", value) for value in activations],
+        n_alike=_integer(where, data, "n_alike"),
     )
 
 
@@ -259,21 +252,21 @@ def _is_int(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _integer(path: Path, where: str, data: Mapping[str, Any], key: str) -> int:
+def _integer(where: str, data: Mapping[str, Any], key: str) -> int:
     """Return an integer, or -1 if the file does not have it."""
     value = data.get(key)
     if value is None:
         return -1
     if not _is_int(value) or not -1 <= value < 1 << 31:
-        _refuse(path, f"{where} has {key} {value!r}, which is not an index")
+        raise _UnexpectedError(f"{where} has {key} {value!r}, which is not an index")
     return value
 
 
-def _float32(path: Path, what: str, value: Any) -> float:
+def _float32(what: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        _refuse(path, f"{what} {str(value)[:40]!r}, which is not a number")
+        raise _UnexpectedError(f"{what} {str(value)[:40]!r}, which is not a number")
     if not abs(value) <= _FLOAT32_MAX:
-        _refuse(path, f"{what} beyond float32")
+        raise _UnexpectedError(f"{what} beyond float32")
     return float(value)
 
 
@@ -303,17 +296,15 @@ def _manifest(metadata: Mapping[str, Any]) -> Manifest:
 def _latents(stats: list[Mapping[str, Any]], edges: Any) -> dict[str, npt.NDArray[Any]]:
     """Return the statistics in the file; a value of the wrong type counts as unknown."""
     latents: dict[str, npt.NDArray[Any]] = {}
-    for key, name in _STATS.items():
-        if key == "histogram":
-            continue
+    for key, field in _STATS.items():
         values = [record.get(key) for record in stats]
         if key.startswith("n_"):
             known = [v if isinstance(v, int) and 0 <= v < 1 << 62 else -1 for v in values]
-            latents[name] = np.array(known, dtype=np.int64)
+            latents[f"latent_{field}"] = np.array(known, dtype=np.int64)
         else:
             real = [float(v) if isinstance(v, (int, float)) else np.nan for v in values]
             with np.errstate(over="ignore"):
-                latents[name] = np.array(real, dtype=np.float32)
+                latents[f"latent_{field}"] = np.array(real, dtype=np.float32)
     histogram = [record.get("histogram") for record in stats]
     try:
         bins = np.array(histogram, dtype=np.uint32)

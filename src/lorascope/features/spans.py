@@ -72,17 +72,19 @@ class Span:
         """Mask of the tokens of text that are read: statistics and examples are of these."""
         return self.read & (self.roles != SPECIAL)
 
+    @property
+    def _lengths(self) -> npt.NDArray[np.int64]:
+        return np.diff(self.store.rollout_start[self.first : self.last + 1])
+
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Number of tokens in each token's rollout."""
-        lengths = np.diff(self.store.rollout_start[self.first : self.last + 1])
-        return np.repeat(lengths, lengths)
+        return np.repeat(self._lengths, self._lengths)
 
     @cached_property
     def rollout(self) -> npt.NDArray[np.int64]:
         """Index of each token's rollout in the store."""
-        lengths = np.diff(self.store.rollout_start[self.first : self.last + 1])
-        return np.repeat(np.arange(self.first, self.last), lengths)
+        return np.repeat(np.arange(self.first, self.last), self._lengths)
 
     @cached_property
     def position(self) -> npt.NDArray[np.int64]:

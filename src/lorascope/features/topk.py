@@ -34,13 +34,7 @@ class Firings(NamedTuple):
 
     def select(self, chosen: npt.NDArray[Any]) -> "Firings":
         """Return the firings that an index array or a mask chooses."""
-        return Firings(
-            self.latent[chosen],
-            self.value[chosen],
-            self.row[chosen],
-            self.rollout[chosen],
-            self.context[chosen],
-        )
+        return Firings._make(column[chosen] for column in self)
 
     @classmethod
     def concatenate(cls, parts: "list[Firings]") -> "Firings":
@@ -137,10 +131,10 @@ class TopExamples(_BestN):
         firings = firings.select(_order(firings.latent, self._keys(firings), firings.row))
         if self.per_rollout is not None:
             in_rollout = _pair_hash(firings.latent, firings.rollout)
-            firings = firings.select(_is_first(_pair_hash(in_rollout, firings.context)))
+            firings = firings.select(_rank(_pair_hash(in_rollout, firings.context)) < 1)
             in_rollout = _pair_hash(firings.latent, firings.rollout)
-            firings = firings.select(_rank_among_equal(in_rollout) < self.per_rollout)
-        firings = firings.select(_is_first(_pair_hash(firings.latent, firings.context)))
+            firings = firings.select(_rank(in_rollout) < self.per_rollout)
+        firings = firings.select(_rank(_pair_hash(firings.latent, firings.context)) < 1)
         return self._first_n(firings)
 
 
@@ -206,20 +200,12 @@ def rank_in_run(values: npt.NDArray[Any]) -> Ints:
     return np.arange(len(values)) - np.repeat(starts, lengths)
 
 
-def _rank_among_equal(values: npt.NDArray[np.uint64]) -> Ints:
+def _rank(values: npt.NDArray[np.uint64]) -> Ints:
     """Return how many equal values stand anywhere before each value."""
     order = np.argsort(values, kind="stable")
     rank = np.empty(len(values), np.int64)
     rank[order] = rank_in_run(values[order])
     return rank
-
-
-def _is_first(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    """Return a mask of the first occurrence of each value."""
-    _, first = np.unique(values, return_index=True)
-    mask = np.zeros(len(values), bool)
-    mask[first] = True
-    return mask
 
 
 def best_per_latent(

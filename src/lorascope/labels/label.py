@@ -1,6 +1,7 @@
 """Say in words what each feature responds to, and measure how far to believe it.
 
-1. Rules (`by_rule`): half of some rollouts chooses them, the other half scores them.
+1. Read whole rollouts of the store, drawn at random. One half of them chooses a short rule for each
+   feature, or the tokens that it promotes; the other half scores it (`by_rule`).
 2. A label is unclear if the interval of its balanced accuracy begins below 0.7.
 3. With `--llm-model`, a language model says what it sees, and a judge tests it (`explain`). Its
    label replaces the rule unless only the rule is clear.
