@@ -11,10 +11,11 @@ from builders.subjects import load
 from lorascope.activations.store import ActivationStore
 from lorascope.causal import specificity
 from lorascope.causal.gradients import no_weight_gradients
-from lorascope.causal.held_out import SPECIAL, HeldOut
+from lorascope.causal.held_out import HeldOut
 from lorascope.causal.removals import run_held
 from lorascope.causal.specificity import Specificity, judge
 from lorascope.subject.intervene import RowEditor
+from lorascope.texts.roles import SPECIAL
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ from lorascope.causal.effects import (
 )
 from lorascope.causal.figures import draw_ablation
 from lorascope.causal.gradients import no_weight_gradients
-from lorascope.causal.held_out import SPECIAL, HeldOut, describe_run, open_held_out
+from lorascope.causal.held_out import HeldOut, describe_run, open_held_out
 from lorascope.causal.removals import (
     LiveChange,
     Part,
@@ -59,6 +59,7 @@ from lorascope.causal.study import Made, format_interval, format_number, format_
 from lorascope.errors import ArtifactError
 from lorascope.sae.model import SAE, load_sae
 from lorascope.subject.intervene import RowEditor
+from lorascope.texts.roles import SPECIAL
 
 _N_SHOWN = 10  # features in the table
 _FEWEST_RANKED = 5  # removed features, for a rank correlation
@@ -202,7 +203,7 @@ class _Study:
             sums, reference = run_live(self.editor, self.held_out, batch, changes)
             totals[:, :, self.number[rollout]] += sums
             alone = select_measured(self.editor.run(batch.token_ids).logits, batch.mask)
-            usual = torch.from_numpy(self.held_out.role_of(batch.measured) != SPECIAL)
+            usual = self.held_out.is_usual(batch.measured)
             null += float(kl_divergence(alone, reference).double().cpu()[usual].sum())
         return TokenSums(*totals), null / self.n_tokens
 

@@ -32,7 +32,7 @@ from lorascope.causal.gradients import (
     no_weight_gradients,
     path_gradients,
 )
-from lorascope.causal.held_out import SPECIAL, Batch, HeldOut, describe_run, open_held_out
+from lorascope.causal.held_out import Batch, HeldOut, describe_run, open_held_out
 from lorascope.causal.removals import HeldChange, held_runs, n_changed_copies
 from lorascope.causal.report_records import AttributionReport
 from lorascope.causal.study import Made, report_at
@@ -137,7 +137,7 @@ class _Study:
             kl = kl_divergence(adapter, base)
             rise = cross_entropy(base, targets) - cross_entropy(adapter, targets)
             self.numbers[rollout][:, position] = torch.stack([kl, rise]).cpu().numpy()
-            self.usual[rollout][position] = self.held_out.role_of(batch.measured) != SPECIAL
+            self.usual[rollout][position] = self.held_out.is_usual(batch.measured).numpy()
 
     def explain(self) -> None:
         """Do steps 2 to 4 at the tokens to explain."""

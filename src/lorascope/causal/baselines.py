@@ -12,8 +12,6 @@ third token of the header between a question and a thought. Other tokens of one 
 - `columns`: the m columns that are farthest from it.
 - `random`: draws as many random directions as the SAE has latents, takes the m that match the row
   best, and fits their values by least squares together, which an encoder cannot do.
-
-`random_decoder_rows` are the controls of single features.
 """
 
 from collections.abc import Callable, Mapping
@@ -175,16 +173,3 @@ def _best_of(directions: Tensor, x: Tensor, m: int) -> Tensor:
     gram += _RIDGE * torch.eye(gram.shape[-1], device=x.device)
     values = torch.linalg.solve(gram, (chosen @ x[:, :, None]))
     return (values * chosen).sum(1)
-
-
-def random_decoder_rows(sae: SAE, seed: int) -> Tensor:
-    """Return a random direction for each latent, of its decoder row's norm in the SAE's units.
-
-    Drawn in raw units, it would lie mostly in columns that the adapter hardly uses.
-    """
-    scale = sae.scale.cpu()
-    drawn = torch.randn(sae.d_sae, sae.d_in, generator=torch.Generator().manual_seed(seed))
-    drawn *= scale > 0
-    length = (sae.W_dec.cpu() * scale).norm(dim=1, keepdim=True)
-    drawn *= length / drawn.norm(dim=1, keepdim=True).clamp(min=1e-30)
-    return torch.where(scale > 0, drawn / scale, 0.0)

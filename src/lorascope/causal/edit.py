@@ -33,7 +33,7 @@ from lorascope.causal.effects import (
     sum_by,
 )
 from lorascope.causal.folding import Fold, fit_fold, write_folded
-from lorascope.causal.held_out import SPECIAL, HeldOut, describe_run, open_held_out
+from lorascope.causal.held_out import HeldOut, describe_run, open_held_out
 from lorascope.causal.patch import PATCH, Patch
 from lorascope.causal.report_records import EditedRun, EditReport
 from lorascope.causal.study import format_interval
@@ -123,7 +123,7 @@ def measure(
             kl["between"] = kl_divergence(logits["patched"], logits["folded"])
             fires = patch.change(out.rows[..., columns], edited).abs().sum(-1) > 0
             kl["patched_here"] = kl["patched"] * fires[batch.mask].to(reference.device)
-            usual = torch.from_numpy(held_out.role_of(batch.measured) != SPECIAL)
+            usual = held_out.is_usual(batch.measured)
             for name, values in {"tokens": torch.ones(len(usual)), **kl}.items():
                 found.setdefault(name, []).append(torch.where(usual, values.cpu(), 0.0))
             owners.append(held_out.store.rollout_of(batch.measured))

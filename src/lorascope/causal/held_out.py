@@ -20,16 +20,14 @@ from lorascope.activations.batches import halves, split_rows
 from lorascope.activations.replay import Batch, Replay, fitting_tokens, load_subject_of
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.effect_options import EffectOptions
-from lorascope.texts.roles import ROLES, has_role
+from lorascope.texts.roles import ROLES, SPECIAL, has_role
 
 if TYPE_CHECKING:
     from lorascope.sae.model import SAE
 
-__all__ = ["SPECIAL", "Batch", "HeldOut", "describe_run", "held_out_rollouts", "open_held_out"]
+__all__ = ["Batch", "HeldOut", "describe_run", "held_out_rollouts", "open_held_out"]
 
 log = logging.getLogger(__name__)
-
-SPECIAL = ROLES.index("special")
 
 
 class HeldOut(Replay):
@@ -50,6 +48,10 @@ class HeldOut(Replay):
         """Return which rows are of a role that the SAE was trained on; default: all."""
         roles = sae.manifest.settings.get("roles", ROLES)
         return torch.from_numpy(has_role(self.store.roles[rows], roles))
+
+    def is_usual(self, measured: npt.NDArray[np.int64]) -> Bool[Tensor, "measured"]:
+        """Return which measured rows predict a token that is not special."""
+        return torch.from_numpy(self.role_of(measured) != SPECIAL)
 
     def is_generated(self, measured: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """Return which measured rows predict a token that the model writes: think or answer."""

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lorascope.causal.effects import kl_and_loss, log_probabilities, select_measured
-from lorascope.causal.held_out import SPECIAL, Batch, HeldOut
+from lorascope.causal.held_out import Batch, HeldOut
 from lorascope.sites import PROJECTIONS, SiteLayout
 from lorascope.subject.intervene import Outcome, RowEditor, repeat_cache
 
@@ -288,7 +288,7 @@ def _compare(
     mask = batch.mask[0, start:]
     targets = batch.targets[0, start:][mask].to(logits.device)
     measured = batch.rows[0, start:][mask].numpy()
-    usual = torch.from_numpy(held_out.role_of(measured) != SPECIAL)
+    usual = held_out.is_usual(measured)
     at = mask.to(logits.device)
     reference = log_probabilities(logits[0, at])
     _, loss = kl_and_loss(reference, logits[0, at], targets)

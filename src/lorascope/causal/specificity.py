@@ -34,7 +34,7 @@ from torch import Tensor
 
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.effects import select_measured
-from lorascope.causal.held_out import SPECIAL, Batch, HeldOut
+from lorascope.causal.held_out import Batch, HeldOut
 from lorascope.causal.removals import HeldChange
 from lorascope.causal.report_records import Verdict
 from lorascope.sae.model import SAE
@@ -94,7 +94,7 @@ class Specificity:
         whole = self.code(batch, out.rows[0])
         latents = (whole > 0).any(0).nonzero()[:, 0]
         usual = mask.clone()
-        usual[mask] = torch.from_numpy(self.held_out.role_of(batch.measured) != SPECIAL)
+        usual[mask] = self.held_out.is_usual(batch.measured)
         if not len(latents) or not usual.any():
             return whole
         base = select_measured(self.editor.base(ids), usual[None]).float().log_softmax(-1)

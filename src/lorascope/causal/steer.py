@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,26 +30,27 @@ from lorascope.activations.store import ActivationStore
 from lorascope.artifact import digest_file
 from lorascope.causal.continuation import Change, Continuation, continue_prompt
 from lorascope.causal.effect_options import SteerConfig, require_features
-from lorascope.causal.effects import bootstrap_interval, cross_entropy, ratio_of_sums
+from lorascope.causal.effects import bootstrap_interval, cross_entropy, ratio_of_sums, sum_by
+from lorascope.causal.figures import draw_steering
 from lorascope.causal.held_out import HeldOut, describe_run, open_held_out
+from lorascope.causal.patch import select_latents
 from lorascope.causal.report_records import (
     Prompt,
     SteeredText,
     SteeringCondition,
     SteeringReport,
 )
-from lorascope.causal.study import Made, format_number, report_at
+from lorascope.causal.study import Made, format_number, format_table, report_at
 from lorascope.errors import ArtifactError, DatasetError
-from lorascope.texts.roles import ROLES
-
-if TYPE_CHECKING:
-    from lorascope.sae.model import SAE
-    from lorascope.subject.intervene import RowEditor
+from lorascope.sae.model import SAE, load_sae
+from lorascope.subject.intervene import RowEditor
+from lorascope.subject.sampling import log_ignored_settings
+from lorascope.texts.roles import SPECIAL, has_role
+from lorascope.texts.rollouts import load_rollouts
 
 log = logging.getLogger(__name__)
 
 _BLOCK = 8192
-_ASSISTANT = tuple(ROLES.index(role) for role in ("think", "answer"))
 _N_GRAM = 4  # tokens of a run that may be repeated
 _TEXT_SHOWN = 100  # characters of a text in the table
 
@@ -58,9 +59,6 @@ Floats = npt.NDArray[np.float64]
 
 def run(config: SteerConfig) -> Path:
     """Write the report unless it is finished already, and return its file."""
-    from lorascope.causal.figures import draw_steering
-    from lorascope.sae.model import load_sae
-
     store = ActivationStore.open(config.data_dir)
     sae = load_sae(config.sae, store)
     require_features(config.features, sae)
@@ -107,12 +105,8 @@ class _Condition:
 
 
 @torch.inference_mode()
-def measure(held_out: HeldOut, sae: "SAE", config: SteerConfig) -> SteeringReport:
+def measure(held_out: HeldOut, sae: SAE, config: SteerConfig) -> SteeringReport:
     """Let the subject continue the prompts under every condition, and return the report."""
-    from lorascope.causal.patch import select_latents
-    from lorascope.subject.intervene import RowEditor
-    from lorascope.subject.sampling import log_ignored_settings
-
     log_ignored_settings(held_out.subject.base)
     prompts, selected = _prompts(held_out, config), select_latents(sae, config.features)
     largest = _largest_values(selected, held_out.store, config.features)
@@ -170,8 +164,6 @@ def _prompts(held_out: HeldOut, config: SteerConfig) -> list[tuple[int | None, T
     """Return each prompt's rollout (None: not of the store), token ids, and its mask of text."""
     room = held_out.subject.max_length or 1 << 62
     if config.prompts is not None:
-        from lorascope.texts.rollouts import load_rollouts
-
         rollouts, _ = load_rollouts(
             dataset=config.prompts,
             split="train",
@@ -180,7 +172,6 @@ def _prompts(held_out: HeldOut, config: SteerConfig) -> list[tuple[int | None, T
             prompts=True,
             tokenizer=held_out.subject.tokenizer,
         )
-        special = ROLES.index("special")
         for rollout in rollouts:
             if (n := len(rollout.token_ids)) >= room:
                 raise DatasetError(
@@ -191,14 +182,14 @@ def _prompts(held_out: HeldOut, config: SteerConfig) -> list[tuple[int | None, T
             (
                 None,
                 torch.from_numpy(rollout.token_ids.astype(np.int64)),
-                torch.from_numpy(rollout.roles != special),
+                torch.from_numpy(rollout.roles != SPECIAL),
             )
             for rollout in rollouts
         ]
     store, prompts = held_out.store, []
     for index in held_out.rollouts:
         first, last = (int(row) for row in store.rollout_start[index : index + 2])
-        by_assistant = np.isin(store.roles[first:last], _ASSISTANT)
+        by_assistant = has_role(store.roles[first:last], ("think", "answer"))
         n = int(by_assistant.argmax()) if by_assistant.any() else (last - first) // 2
         if not 0 < n < room:
             continue
@@ -215,7 +206,7 @@ def _prompts(held_out: HeldOut, config: SteerConfig) -> list[tuple[int | None, T
     return prompts
 
 
-def _largest_values(selected: "SAE", store: ActivationStore, features: Sequence[int]) -> Tensor:
+def _largest_values(selected: SAE, store: ActivationStore, features: Sequence[int]) -> Tensor:
     """Return the largest value of each latent of `selected` on the store's tokens of text."""
     largest = torch.zeros(selected.d_sae)
     for first, block in selected.narrow(store).blocks(_BLOCK):
@@ -229,16 +220,14 @@ def _largest_values(selected: "SAE", store: ActivationStore, features: Sequence[
 
 
 def _conditions(
-    sae: "SAE",
-    selected: "SAE",
+    sae: SAE,
+    selected: SAE,
     largest: Tensor,
     columns: npt.NDArray[np.int64],
     config: SteerConfig,
 ) -> list[_Condition]:
     """Return no change first, then each dose with its control."""
-    from lorascope.causal.baselines import random_decoder_rows
-
-    random_rows = random_decoder_rows(sae, config.seed)[list(config.features)]
+    random_rows = _random_decoder_rows(sae, config.seed)[list(config.features)]
 
     def change(dose: float, decoder: Tensor) -> Change:
         return _change(selected, columns, config.how, dose * largest, dose, decoder)
@@ -250,8 +239,21 @@ def _conditions(
     return conditions
 
 
+def _random_decoder_rows(sae: SAE, seed: int) -> Tensor:
+    """Return a random direction for each latent, of its decoder row's norm in the SAE's units.
+
+    Drawn in raw units, it would lie mostly in columns that the adapter hardly uses.
+    """
+    scale = sae.scale.cpu()
+    drawn = torch.randn(sae.d_sae, sae.d_in, generator=torch.Generator().manual_seed(seed))
+    drawn *= scale > 0
+    length = (sae.W_dec.cpu() * scale).norm(dim=1, keepdim=True)
+    drawn *= length / drawn.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    return torch.where(scale > 0, drawn / scale, 0.0)
+
+
 def _change(
-    selected: "SAE",
+    selected: SAE,
     columns: npt.NDArray[np.int64],
     how: str,
     amounts: Tensor,
@@ -265,8 +267,7 @@ def _change(
             factors = amounts.expand(*rows.shape[:2], -1)
         else:
             values = selected.encode_dense(rows[..., columns].cpu()) * is_text.cpu()[..., None]
-            raised = (amounts - values).clamp(min=0) * (amounts != 0)
-            factors = -dose * values if how == "remove" else raised
+            factors = -dose * values if how == "remove" else (amounts - values).clamp(min=0)
         added = torch.zeros_like(rows)
         added[..., columns] = (factors @ decoder).to(rows.device)
         return added
@@ -274,14 +275,14 @@ def _change(
     return Change(compute)
 
 
-def _feature_values(selected: "SAE", text: Continuation, columns: npt.NDArray[np.int64]) -> Tensor:
+def _feature_values(selected: SAE, text: Continuation, columns: npt.NDArray[np.int64]) -> Tensor:
     """Return the features' values that the clean pass reads in a text, `(read, feature)`."""
     if not len(text.rows):
         return torch.zeros(0, selected.d_sae)
     return selected.encode_dense(text.rows[:, columns])[text.is_text]
 
 
-def _base_surprise(editor: "RowEditor", prompt: Tensor, text: Continuation) -> Floats:
+def _base_surprise(editor: RowEditor, prompt: Tensor, text: Continuation) -> Floats:
     """Return −log p of each written token under the base model, in nats."""
     written = torch.from_numpy(text.token_ids)
     whole = torch.cat([prompt, written])[None]
@@ -307,9 +308,7 @@ def _summarize(
     written = condition.written
 
     def by_prompt(values: Sequence[float]) -> Floats:
-        sums = np.zeros(n_prompts)
-        np.add.at(sums, [one.prompt for one in written], values)
-        return sums
+        return sum_by(np.array([one.prompt for one in written]), values, n_prompts)
 
     n_tokens = by_prompt([len(one.text.token_ids) for one in written])
     kl = by_prompt([one.text.kl.sum() for one in written])
@@ -360,16 +359,22 @@ def table(report: SteeringReport) -> str:
     lines = [
         f"features {named}, {report.how}, at {report.where} tokens; KL(adapter ‖ steered) and "
         "−log p of the text, in nats a token",
-        f"{'dose':>8}{'':<9}{'KL':>10}{'by adapter':>12}{'by base':>10}{'repeats':>9}{'value':>9}"
-        "  first text",
+        *format_table(
+            ("dose", "", "KL", "by adapter", "by base", "repeats", "value", "first text"),
+            (
+                (
+                    f"{arm.dose:g}",
+                    arm.kind if arm.kind == "control" else "",
+                    format_number(arm.kl, ".4g"),
+                    format_number(arm.surprise_adapter, ".4g"),
+                    format_number(arm.surprise_base, ".4g"),
+                    format_number(arm.repeats, ".4g"),
+                    format_number(None if arm.values is None else arm.values[0], ".3g"),
+                    repr(arm.texts[0].text)[1:-1][:_TEXT_SHOWN] if arm.texts else "",
+                )
+                for arm in report.arms
+            ),
+            left=(1, 7),
+        ),
     ]
-    for arm in report.arms:
-        value = format_number(None if arm.values is None else arm.values[0], ".3g")
-        text = repr(arm.texts[0].text)[1:-1] if arm.texts else ""
-        lines.append(
-            f"{arm.dose:>8g} {arm.kind if arm.kind == 'control' else '':<8}"
-            f"{format_number(arm.kl, '.4g'):>10}{format_number(arm.surprise_adapter, '.4g'):>12}"
-            f"{format_number(arm.surprise_base, '.4g'):>10}{format_number(arm.repeats, '.4g'):>9}"
-            f"{value:>9}  {text[:_TEXT_SHOWN]}"
-        )
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(lines)
