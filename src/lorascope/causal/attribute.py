@@ -33,7 +33,7 @@ from lorascope.causal.gradients import (
     path_gradients,
 )
 from lorascope.causal.held_out import Batch, HeldOut, describe_run, open_held_out
-from lorascope.causal.removals import HeldChange, held_runs, n_changed_copies
+from lorascope.causal.removals import HeldChange, held_runs
 from lorascope.causal.report_records import AttributionReport
 from lorascope.causal.study import Made, report_at
 from lorascope.errors import ArtifactError, ConfigError
@@ -177,9 +177,7 @@ class _Study:
             _, columns = self.held_out.subject.layout.select(self.sae.layout.adapter_types)
             read = self.held_out.is_read(self.sae, batch.rows[0].numpy())
             parts = RowDecomposition(self.sae, rows, columns, read)
-            removed = (
-                self._remove_each(ids, rows, columns, parts, targets, y) if is_checked else None
-            )
+            removed = self._remove_each(ids, rows, parts, targets, y) if is_checked else None
         first = int(batch.rows[0, 0]) - self.start[rollout]  # position of the window
         kept_tokens = fitting_graph(self.held_out.subject)
         for group in targets.groups():
@@ -210,34 +208,21 @@ class _Study:
                 )
 
     def _remove_each(
-        self,
-        ids: Tensor,
-        rows: Tensor,
-        columns: npt.NDArray[np.int64],
-        parts: RowDecomposition,
-        targets: Targets,
-        y: Tensor,
+        self, ids: Tensor, rows: Tensor, parts: RowDecomposition, targets: Targets, y: Tensor
     ) -> Tensor:
         """Return how much of `y` is lost when each latent is removed, `(fired, target)`."""
         n, order = int(targets.positions.max()), targets.positions.argsort()
         sorted_targets, changes, numbers = targets.take(order), [], []
-        for number, latent in enumerate(parts.fired):
+        layout = self.held_out.subject.layout
+        for number, latent in enumerate(parts.fired.tolist()):
             firings = (parts.latent == latent) & (parts.position < n)
             if firings.any():  # else nothing before a target changes
-                added = torch.zeros(int(firings.sum()), rows.shape[1])
-                added[:, columns] = -parts.value[firings, None] * self.sae.W_dec[latent]
-                changes.append(HeldChange(parts.position[firings], added))
+                positions, values = parts.position[firings], parts.value[firings]
+                changes.append(HeldChange.removal(self.sae, layout, latent, positions, values))
                 numbers.append(number)
         lost = torch.zeros(len(parts.fired), len(targets))
         at = sorted_targets.positions - 1
-        runs = held_runs(
-            self.editor,
-            ids[:, :n],
-            rows[:n],
-            changes,
-            lambda n_tokens: n_changed_copies(self.held_out, n_tokens),
-            logits_at=at,
-        )
+        runs = held_runs(self.editor, self.held_out, ids[:, :n], rows[:n], changes, logits_at=at)
         for chunk, start, logits in runs:
             after = (at >= start).nonzero()[:, 0]
             values = sorted_targets.take(after).values(logits).cpu()

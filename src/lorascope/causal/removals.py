@@ -13,7 +13,7 @@
    the loss on the next token, and KL at marked tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lorascope.causal.effects import kl_and_loss, log_probabilities, select_measured
 from lorascope.causal.held_out import Batch, HeldOut
+from lorascope.sae.model import SAE
 from lorascope.sites import PROJECTIONS, SiteLayout
 from lorascope.subject.intervene import Outcome, RowEditor, repeat_cache
 
@@ -96,6 +97,21 @@ class HeldChange:
 
     positions: Int[Tensor, "changed"]
     added: Float[Tensor, "changed d_in"]
+
+    @classmethod
+    def removal(
+        cls,
+        sae: SAE,
+        layout: SiteLayout,
+        latent: int,
+        positions: Int[Tensor, "changed"],
+        values: Float[Tensor, "changed"],
+    ) -> "HeldChange":
+        """Return the change that subtracts `value · decoder row` from rows of a layout."""
+        _, columns = layout.select(sae.layout.adapter_types)
+        added = torch.zeros(len(positions), layout.d_in)
+        added[:, columns] = -values[:, None] * sae.W_dec[latent].cpu()
+        return cls(positions, added)
 
 
 class TokenSums(NamedTuple):
@@ -197,29 +213,11 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def run_held(
-    editor: RowEditor,
-    held_out: HeldOut,
-    batch: Batch,
-    rows: Tensor,
-    changes: Sequence[HeldChange],
-    *,
-    share_prefix: bool = True,
+    editor: RowEditor, held_out: HeldOut, batch: Batch, rows: Tensor, changes: Sequence[HeldChange]
 ) -> TokenSums:
-    """Return the sums of held changes to one rollout; `rows` are the adapter's own.
-
-    Without `share_prefix` every copy is computed from its first token: the plain reference.
-    """
+    """Return the sums of held changes to one rollout; `rows` are the adapter's own."""
     sums = np.zeros((4, len(changes)))
-    unchanged = HeldChange(torch.zeros(0, dtype=torch.long), rows[:0])
-    runs = held_runs(
-        editor,
-        batch.token_ids,
-        rows,
-        changes,
-        lambda n: n_changed_copies(held_out, n),
-        before=[unchanged],
-        share_prefix=share_prefix,
-    )
+    runs = held_runs(editor, held_out, batch.token_ids, rows, changes, with_reference=True)
     for chunk, start, logits in runs:
         at = [changes[i].positions for i in chunk]
         sums[:, chunk] = _compare(logits, held_out, batch, at, start)
@@ -228,27 +226,23 @@ def run_held(
 
 def held_runs(
     editor: RowEditor,
+    held_out: HeldOut,
     token_ids: Int[Tensor, "1 seq"],
     rows: Float[Tensor, "seq d_in"],
     changes: Sequence[HeldChange],
-    n_copies: Callable[[int], int],
     *,
-    before: Sequence[HeldChange] = (),
+    with_reference: bool = False,
     logits_at: Int[Tensor, "kept"] | None = None,
-    share_prefix: bool = True,
 ) -> Iterator[tuple[list[int], int, Float[Tensor, "copy after vocab"]]]:
     """Run batches of changes; yield their indices, the first position that ran, and the logits.
 
     The logits are those of `logits_at`, in rising order, from that position on; default: of all.
-    Each batch has the changes of `before` first. `n_copies` says how many others fit, given the
-    number of tokens of each.
+    `with_reference`, copy 0 of each batch is unchanged.
     """
     n = token_ids.shape[1]
-    firsts = [
-        int(change.positions[0]) if share_prefix and len(change.positions) else 0
-        for change in changes
-    ]
+    firsts = [int(change.positions[0]) if len(change.positions) else 0 for change in changes]
     order = sorted(range(len(changes)), key=lambda i: firsts[i])
+    unchanged = [HeldChange(torch.zeros(0, dtype=torch.long), rows[:0])] * with_reference
     cache = None
     if max(firsts, default=0) > 0:
         cache = editor.run(
@@ -256,9 +250,9 @@ def held_runs(
         ).cache
     while order:
         start = firsts[order[0]]
-        size = n_copies(n - start)
+        size = n_changed_copies(held_out, n - start)
         chunk, order = order[:size], order[size:]
-        copies = [*before, *(changes[i] for i in chunk)]
+        copies = [*unchanged, *(changes[i] for i in chunk)]
         prefix = repeat_cache(cache, start, len(copies)) if start else None
         start = 0 if prefix is None else start
         given = rows[start:].repeat(len(copies), 1, 1)

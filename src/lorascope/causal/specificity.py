@@ -83,9 +83,8 @@ class Specificity:
     def removal(self, code: Float[Tensor, "seq latent"], latent: int) -> HeldChange:
         """Return the change that subtracts `value · decoder row` from the rows of a rollout."""
         positions = code[:, latent].nonzero()[:, 0]
-        added = torch.zeros(len(positions), self.held_out.subject.layout.d_in)
-        added[:, self.columns] = -code[positions, latent, None] * self.sae.W_dec[latent].cpu()
-        return HeldChange(positions, added)
+        layout, values = self.held_out.subject.layout, code[positions, latent]
+        return HeldChange.removal(self.sae, layout, latent, positions, values)
 
     def add(self, rollout: int, batch: Batch) -> Float[Tensor, "seq latent"]:
         """Add the gradients of one rollout, or of a window of it; return its code."""
