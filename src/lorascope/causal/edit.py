@@ -1,9 +1,19 @@
 """Remove, weaken or strengthen features of an adapter, and measure what that changes.
 
-1. `folding` finds the weights that come nearest to the edit, and the share of it that they miss.
-2. If that share is at most `--tolerance`, the output is a PEFT adapter with changed `lora_B`.
+The edit adds `d = (factor − 1) · value · decoder row` of its features to the row of a token. A
+feature's value is not linear in the row and depends on sites that come later in the network; the
+weights of a site can express only a linear function of its own columns. So, for each site:
+
+1. `D` is the best linear approximation of the edit `d` of a site's columns `x`, by least squares
+   over the tokens of the store: `min Σ ‖d − D·x‖²`, `D = (Σ d·xᵀ) (Σ x·xᵀ)⁺`. It is the same for
+   every B of full column rank.
+2. `B' = B · (1 + D)` in the gauge of the rows. Sites that the edit does not touch keep their bytes.
+3. The error is `Σ ‖d − D·x‖² / Σ ‖d‖²` in effect units, on rows that were not fitted. It is 0 when
+   the features are whole columns or directions of a site that they read linearly. A sparse feature
+   that reads many sites has an error near 1.
+4. If the error is at most `--tolerance`, the output is a PEFT adapter with changed `lora_B`.
    Otherwise it is a runtime patch (`patch`).
-3. On held-out rollouts: KL(adapter ‖ patched), KL(adapter ‖ folded), KL(patched ‖ folded), which is
+5. On held-out rollouts: KL(adapter ‖ patched), KL(adapter ‖ folded), KL(patched ‖ folded), which is
    0 when the fold is exact, and for scale KL(adapter ‖ base).
 
 In: adapter, activation store, SAE, features. Out: a folder with the adapter or the patch, and
@@ -14,16 +24,21 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from jaxtyping import Float64
+from safetensors.torch import save_file
+from torch import Tensor
 
 from lorascope import runtime
 from lorascope.activations.store import ActivationStore
-from lorascope.artifact import MANIFEST, Identity, write_text
+from lorascope.artifact import MANIFEST, Identity, replacing, write_text
 from lorascope.causal.effect_options import EditConfig, require_features
 from lorascope.causal.effects import (
     bootstrap_interval,
@@ -32,15 +47,16 @@ from lorascope.causal.effects import (
     select_measured,
     sum_by,
 )
-from lorascope.causal.folding import Fold, fit_fold, write_folded
 from lorascope.causal.held_out import HeldOut, describe_run, open_held_out
 from lorascope.causal.patch import PATCH, Patch
 from lorascope.causal.report_records import EditedRun, EditReport
 from lorascope.causal.study import format_interval
 from lorascope.record_json import to_json
 from lorascope.sae.model import SAE, load_sae
+from lorascope.sites import SiteLayout
 from lorascope.stage import Build, built
-from lorascope.subject.adapter import CONFIG, WEIGHTS
+from lorascope.subject.adapter import CONFIG, WEIGHTS, lora_tensors
+from lorascope.subject.bottlenecks import unmix
 from lorascope.subject.intervene import Edit, RowEditor
 from lorascope.subject.load import Subject
 
@@ -48,6 +64,7 @@ log = logging.getLogger(__name__)
 
 REPORT = "report.json"
 _COPIED = (".json", ".jinja", ".txt", ".model")  # config and tokenizer
+_BLOCK = 8192  # rows at a time
 _RUNS = ("base", "patched", "folded")
 
 
@@ -69,7 +86,7 @@ def run(config: EditConfig) -> Path:
         fitted = np.ones(store.n_rollouts, bool)
         fitted[held_out.rollouts] = False
         is_edited = store.eligible if config.tokens == "text" else np.ones(store.n_rows, bool)
-        fold = fit_fold(patch, sae.narrow(store), is_edited, fitted if fitted.any() else ~fitted)
+        fold = _fit_fold(patch, sae.narrow(store), is_edited, fitted if fitted.any() else ~fitted)
         as_weights = fold.error is not None and fold.error <= config.tolerance
         output = "adapter" if as_weights else "patch"
         report = measure(held_out, config, output, is_edited, patch, fold, sae.d_sae)
@@ -86,6 +103,85 @@ def run(config: EditConfig) -> Path:
     return built(config.output, identity, make, overwrite=config.overwrite)
 
 
+@dataclass(frozen=True)
+class _Fold:
+    """The change `D` of each site that an edit touches, by the site's index in the layout.
+
+    `error` is the share of the whole edit that is missed, from 0 to about 1, and `errors` is that
+    of each site. None if no feature fires on the rows that were not fitted.
+    """
+
+    changes: Mapping[int, Float64[Tensor, "rank rank"]]
+    error: float | None
+    errors: Mapping[str, float]
+
+
+def _fit_fold(
+    patch: Patch,
+    store: ActivationStore,
+    is_edited: npt.NDArray[np.bool_],
+    fitted: npt.NDArray[np.bool_],
+) -> _Fold:
+    """Fit the changes on the rollouts that `fitted` marks, and measure the error on the others.
+
+    If all rollouts are fitted, the error is measured on them. `store` has the patch's columns.
+    `is_edited` marks the rows to edit; the fit keeps the other rows unchanged.
+    """
+    layout = store.layout
+    is_fitted = fitted[store.rollout_of(np.arange(store.n_rows))]
+    touched = _touched(patch)
+    ranks = {i: layout.sites[i].rank for i in touched}
+    sums = {i: torch.zeros(2, rank, rank, dtype=torch.float64) for i, rank in ranks.items()}
+    for x, d, rows in _blocks(patch, store, is_edited):
+        here = torch.from_numpy(is_fitted[rows])
+        for i, columns in touched.items():
+            x_site = x[here][:, columns]
+            sums[i][0] += d[here][:, columns].T @ x_site
+            sums[i][1] += x_site.T @ x_site
+    changes = {
+        i: _clear_rounding(dx @ torch.linalg.pinv(xx, hermitian=True))
+        for i, (dx, xx) in sums.items()
+    }
+    effect = torch.from_numpy(layout.effect_scale)
+    left, whole = torch.zeros(2, len(layout.sites), dtype=torch.float64)
+    measured = ~is_fitted if (~is_fitted).any() else is_fitted
+    for x, d, rows in _blocks(patch, store, is_edited):
+        here = torch.from_numpy(measured[rows])
+        for i, columns in touched.items():
+            edit = d[here][:, columns]
+            rest = (edit - x[here][:, columns] @ changes[i].T) * effect[columns]
+            left[i] += rest.square().sum()
+            whole[i] += (edit * effect[columns]).square().sum()
+    names = {i: layout.sites[i].name for i in changes}
+    return _Fold(
+        changes,
+        float(left.sum() / whole.sum()) if whole.sum() else None,
+        {names[i]: float(left[i] / whole[i]) for i in changes if whole[i]},
+    )
+
+
+def _touched(patch: Patch) -> dict[int, slice]:
+    """Return the columns of the sites that the edit writes to, by the site's index."""
+    writes = (patch.sae.W_dec != 0).any(0) & (patch.factor != 1)
+    return {i: columns for i, columns in enumerate(patch.layout.slices) if writes[columns].any()}
+
+
+def _blocks(
+    patch: Patch, store: ActivationStore, is_edited: npt.NDArray[np.bool_]
+) -> Iterator[tuple[Tensor, Tensor, npt.NDArray[np.int64]]]:
+    """Yield rows and their edits in float64, and the row numbers."""
+    for first, block in store.blocks(_BLOCK):
+        x = torch.from_numpy(np.array(block, np.float32))
+        rows = np.arange(first, first + len(x))
+        d = patch.change(x, torch.from_numpy(is_edited[rows]))
+        yield x.double(), d.double(), rows
+
+
+def _clear_rounding(change: Tensor) -> Tensor:
+    """Return a change with entries that are only rounding errors set to 0."""
+    return torch.where(change.abs() < 1e-12, 0.0, change)
+
+
 @torch.inference_mode()
 def measure(
     held_out: HeldOut,
@@ -93,14 +189,14 @@ def measure(
     output: Literal["adapter", "patch"],
     is_edited: npt.NDArray[np.bool_],
     patch: Patch,
-    fold: Fold,
+    fold: _Fold,
     d_sae: int,
 ) -> EditReport:
     """Run the held-out rollouts patched and folded, and return the report.
 
     `is_edited` marks the rows of the store that the patch edits.
     """
-    found: dict[str, list[torch.Tensor]] = {}
+    found: dict[str, list[Tensor]] = {}
     owners: list[npt.NDArray[np.int64]] = []
     edited_rows = torch.from_numpy(is_edited)
     batches = list(held_out.batches(copies=4))
@@ -158,7 +254,7 @@ def measure(
     )
 
 
-def _folded_edit(subject: Subject, patch: Patch, fold: Fold) -> Edit:
+def _folded_edit(subject: Subject, patch: Patch, fold: _Fold) -> Edit:
     """Return the edit that changes rows in the way that the folded weights do."""
     by_module = {patch.layout.sites[i].module: change for i, change in fold.changes.items()}
     by_column = {
@@ -167,14 +263,14 @@ def _folded_edit(subject: Subject, patch: Patch, fold: Fold) -> Edit:
         if site.module in by_module
     }
 
-    def edit(columns: slice, values: torch.Tensor) -> torch.Tensor | None:
+    def edit(columns: slice, values: Tensor) -> Tensor | None:
         change = by_column.get(columns.start)
         return None if change is None else values + values @ change.T.to(values.device)
 
     return edit
 
 
-def _write_adapter(build: Build, subject: Subject, sae: SAE, fold: Fold) -> list[str]:
+def _write_adapter(build: Build, subject: Subject, sae: SAE, fold: _Fold) -> list[str]:
     """Write the folded adapter as PEFT saves one, and return the names of its files.
 
     If its config names the base model by a relative path, the path is changed to start from the
@@ -194,11 +290,28 @@ def _write_adapter(build: Build, subject: Subject, sae: SAE, fold: Fold) -> list
         named = Path(os.path.relpath(relative.resolve(), build.out.resolve())).as_posix()
     settings = {**subject.adapter.config, "base_model_name_or_path": named}
     write_text(out / CONFIG, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    _write_folded(subject, sae.layout, fold, out / WEIGHTS)
+    return [*copied, CONFIG, WEIGHTS]
+
+
+def _write_folded(subject: Subject, layout: SiteLayout, fold: _Fold, out: Path) -> None:
+    """Write the adapter's tensors with `B` of each changed site folded, in their own dtypes."""
     mixes = {
         site.module: mix for site, mix in zip(subject.layout.sites, subject.mixes, strict=True)
     }
-    write_folded(subject.adapter, sae.layout, mixes, fold, out / WEIGHTS)
-    return [*copied, CONFIG, WEIGHTS]
+    tensors = subject.adapter.tensors()
+    names = lora_tensors(tensors)
+    for i, change in fold.changes.items():
+        module = layout.sites[i].module
+        name = names[module]["lora_B"]
+        whole = torch.eye(len(change), dtype=torch.float64) + change
+        if (mix := mixes[module]) is not None:
+            exact = mix.cpu().double()
+            whole = unmix(exact) @ whole @ exact
+        b = tensors[name]
+        tensors[name] = (b.double() @ whole).to(b.dtype).contiguous()
+    with replacing(out) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
 
 
 def table(report: EditReport, out: Path) -> str:
