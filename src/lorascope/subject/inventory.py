@@ -76,12 +76,12 @@ def inventory(adapter: Adapter) -> Inventory:
     sites: list[SiteSize] = []
     unreadable: list[tuple[str, str]] = []
     for module, parts in sorted(modules.items()):
-        reason = "its B is missing" if "lora_A" in parts and "lora_B" not in parts else None
-        reason = reason or (
-            unreadable_reason(adapter, module, parts)
-            if {"lora_A", "lora_embedding_A"} & parts.keys()
-            else "its A is missing"
-        )
+        if not {"lora_A", "lora_embedding_A"} & parts.keys():
+            reason = "its A is missing"
+        elif "lora_A" in parts and "lora_B" not in parts:
+            reason = "its B is missing"
+        else:
+            reason = unreadable_reason(adapter, module, parts)
         if reason:
             unreadable.append((module, reason))
             continue
@@ -104,8 +104,8 @@ def inventory(adapter: Adapter) -> Inventory:
                 lora_kind=lora_kind(adapter.config),
             )
         )
-    refused, purpose = unsupported_reason(adapter.config), other_purpose(adapter)
-    if purpose:
+    refused = unsupported_reason(adapter.config)
+    if purpose := other_purpose(adapter):
         refused = f"it was made for {purpose}, and lorascope studies causal language models"
     sites.sort(key=lambda s: Site(layer=s.layer, projection=s.projection, module=s.module).order)
     return Inventory(

@@ -112,6 +112,7 @@ def load_tokenizer(adapter: Adapter, base: Base) -> Any:
     own = (adapter.path / "tokenizer_config.json").is_file()
     files = {"pretrained_model_name_or_path": str(adapter.path)} if own else base.source
     source = adapter.path if own else base.location
+    missing = "its vocabulary, such as tokenizer.json, is missing" + _OWN_HINT * own
     try:
         tokenizer = AutoTokenizer.from_pretrained(**files, use_fast=True, trust_remote_code=False)
         tokenizer("a b")  # some settings are wrong only now
@@ -124,11 +125,10 @@ def load_tokenizer(adapter: Adapter, base: Base) -> Any:
                 "protobuf; install them, or add a tokenizer.json"
             )
         elif source.is_dir() and not any(any(source.glob(name)) for name in _VOCABULARIES):
-            reason = "its vocabulary, such as tokenizer.json, is missing" + _OWN_HINT * own
+            reason = missing
         raise AdapterError(f"no tokenizer in {source} ({reason})") from error
     if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
-        reason = "its vocabulary, such as tokenizer.json, is missing" + _OWN_HINT * own
-        raise AdapterError(f"no tokenizer in {source} ({reason})")
+        raise AdapterError(f"no tokenizer in {source} ({missing})")
     if not getattr(tokenizer, "is_fast", False):
         raise AdapterError(
             f"the tokenizer of {source} is slow; lorascope needs a fast one for offsets"
