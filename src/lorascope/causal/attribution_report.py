@@ -28,6 +28,7 @@ _UNITS = {"kl": "nats", "logprob": "nats", "logit-difference": "logits"}
 _OTHERS = ("bias", "unexplained", "special", "other_columns")
 
 Floats = npt.NDArray[np.float32]
+_Pair = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,36 +173,38 @@ def measure_agreement(attributions: Sequence[TokenAttribution]) -> Agreement | N
     targets with at least five; `pearson` is the correlation over all pairs of feature and target;
     `top` is the share of the five largest real effects that are among the five largest estimates.
     """
-    checked = [one for one in attributions if one.removed is not None]
-    estimates = {
-        "contribution": [one.contributions for one in checked],
-        "removal": [one.removals for one in checked],
-    }
-    agreements: dict[str, RemovalAgreement] = {}
-    n_targets = n_pairs = 0
-    for name, values in estimates.items():
-        ranks, tops, pairs = [], [], []
-        for one, estimate_of_firing in zip(checked, values, strict=True):
-            latents, estimate = one.by_latent(estimate_of_firing)
-            real = np.asarray(one.removed, np.float64)
-            before = np.isin(latents, one.latents[one.sources < one.token])
-            if before.sum() < _N_TOP or not real[before].any():
-                continue
-            estimate, real = estimate[before], real[before]
-            ranks.append(rank_correlation(estimate, real))
-            best = [set(np.argsort(-np.abs(v), kind="stable")[:_N_TOP]) for v in (estimate, real)]
-            tops.append(len(best[0] & best[1]) / _N_TOP)
-            pairs.append((estimate, real))
-        if not pairs:
-            return None
-        estimate, real = (np.concatenate([pair[i] for pair in pairs]) for i in (0, 1))
-        n_targets, n_pairs = len(pairs), len(estimate)
-        agreements[name] = RemovalAgreement(
-            rank=float(np.mean(ranks)),
-            pearson=correlation(estimate, real),
-            top=float(np.mean(tops)),
-        )
-    return Agreement(n_targets=n_targets, n_pairs=n_pairs, **agreements)
+    pairs: dict[str, list[_Pair]] = {"contribution": [], "removal": []}
+    for one in attributions:
+        if one.removed is None:
+            continue
+        latents, contributions = one.by_latent(one.contributions)
+        _, removals = one.by_latent(one.removals)
+        before = np.isin(latents, one.latents[one.sources < one.token])
+        real = one.removed.astype(np.float64)[before]
+        if len(real) >= _N_TOP and real.any():
+            pairs["contribution"].append((contributions[before], real))
+            pairs["removal"].append((removals[before], real))
+    if not pairs["removal"]:
+        return None
+    return Agreement(
+        n_targets=len(pairs["removal"]),
+        n_pairs=sum(len(real) for _, real in pairs["removal"]),
+        **{name: _agreement(of_targets) for name, of_targets in pairs.items()},
+    )
+
+
+def _agreement(pairs: Sequence[_Pair]) -> RemovalAgreement:
+    """Compare estimates and real effects of the features, a pair of arrays for each target."""
+    tops = []
+    for pair in pairs:
+        best = [set(np.argsort(-np.abs(v), kind="stable")[:_N_TOP]) for v in pair]
+        tops.append(len(best[0] & best[1]) / _N_TOP)
+    estimate, real = (np.concatenate(values) for values in zip(*pairs, strict=True))
+    return RemovalAgreement(
+        rank=float(np.mean([rank_correlation(*pair) for pair in pairs])),
+        pearson=correlation(estimate, real),
+        top=float(np.mean(tops)),
+    )
 
 
 def sum_by_feature(

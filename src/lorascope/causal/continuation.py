@@ -76,7 +76,7 @@ def continue_prompt(
     `is_text` marks the prompt's tokens of text. Rows are changed at the prompt's last token, which
     predicts the first new one, and at all written tokens; with `everywhere`, at the whole prompt.
     `seed` must name the prompt too. A text ends with a token that ends a turn, which is kept, or
-    at `max_new_tokens`, or at the end of the model's context.
+    at `max_new_tokens`, or at the end of the model's context, where the prompt must leave room.
     """
     subject = editor.subject
     copies = len(changes) * samples
@@ -91,7 +91,7 @@ def continue_prompt(
     active[:, :-1] = everywhere
     steps: list[_Step] = []
     done = torch.zeros(copies, dtype=torch.bool)
-    for step in range(max(0, min(max_new_tokens, room))):
+    for step in range(min(max_new_tokens, room)):
         n = ids.shape[1]
         if n_read and subject.length_class(n) != subject.length_class(n_read):
             caches, n_read = [True, True], 0  # the whole text now has other rotary frequencies
@@ -119,14 +119,18 @@ def continue_prompt(
         ids = torch.cat([ids, new], 1)
         text_mask = torch.cat([text_mask, ~torch.isin(new, special)], 1)
         active = torch.cat([active, torch.ones_like(new, dtype=torch.bool)], 1)
+    every = _Step(*map(torch.stack, zip(*steps, strict=True)))
     return [
-        [_continuation(steps, i * samples + sample, ends) for sample in range(samples)]
+        [_continuation(every, i * samples + sample, ends) for sample in range(samples)]
         for i in range(len(changes))
     ]
 
 
 class _Step(NamedTuple):
-    """One step of all copies: the token drawn, its numbers, and the row that predicted it."""
+    """A step of all copies: the token drawn, its numbers, and the row that predicted it.
+
+    Stacked, all steps of all copies, `(step, copy, ...)`.
+    """
 
     token: Tensor
     kl: Tensor
@@ -161,16 +165,15 @@ def _combined_edit(
     return edit
 
 
-def _continuation(steps: Sequence[_Step], copy: int, ends: Tensor) -> Continuation:
+def _continuation(steps: _Step, copy: int, ends: Tensor) -> Continuation:
     """Return what one copy wrote, up to the token that ends it."""
-    ids = torch.tensor([int(step.token[copy]) for step in steps], dtype=torch.int64)
-    stops = torch.isin(ids, ends).nonzero()
-    n = int(stops[0]) + 1 if len(stops) else len(ids)
-    read = steps[1:n]  # step i reads the token that step i - 1 drew
+    token_ids = steps.token[:, copy]
+    stops = torch.isin(token_ids, ends).nonzero()
+    n = int(stops[0]) + 1 if len(stops) else len(token_ids)
     return Continuation(
-        token_ids=ids[:n].numpy(),
-        kl=np.array([float(step.kl[copy]) for step in steps[:n]]),
-        surprise=np.array([float(step.surprise[copy]) for step in steps[:n]]),
-        rows=torch.stack([step.row[copy] for step in read]) if read else torch.zeros(0, 0),
-        is_text=torch.tensor([bool(step.is_text[copy]) for step in read], dtype=torch.bool),
+        token_ids=token_ids[:n].numpy(),
+        kl=steps.kl[:n, copy].double().numpy(),
+        surprise=steps.surprise[:n, copy].double().numpy(),
+        rows=steps.row[1:n, copy],  # step i reads the token that step i - 1 drew
+        is_text=steps.is_text[1:n, copy],
     )

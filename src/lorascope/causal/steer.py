@@ -277,8 +277,6 @@ def _change(
 
 def _feature_values(selected: SAE, text: Continuation, columns: npt.NDArray[np.int64]) -> Tensor:
     """Return the features' values that the clean pass reads in a text, `(read, feature)`."""
-    if not len(text.rows):
-        return torch.zeros(0, selected.d_sae)
     return selected.encode_dense(text.rows[:, columns])[text.is_text]
 
 
