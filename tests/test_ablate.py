@@ -147,6 +147,21 @@ def test_the_batch_changes_numbers_by_rounding_only(dirs, store, report, tmp_pat
         assert one["kl"] == pytest.approx(other["kl"], rel=1e-3, abs=near)
 
 
+def test_parts_can_be_removed_on_fewer_rollouts_than_features(dirs, store, report, tmp_path):
+    sae = each_column(store)
+    few = ablated(dirs, store, tmp_path, sae, "few", part_rollouts=1, greedy="none")
+    one = ablated(dirs, store, tmp_path, sae, "one", max_rollouts=1, greedy="none")
+    for name, part in few["sites"].items():
+        assert part["kl"] == pytest.approx(one["sites"][name]["kl"], rel=1e-3, abs=ROUNDED)
+    assert few["parts_on"]["n_tokens"] == one["n_tokens"] < few["n_tokens"]
+    for key in ("without_adapter", "floor", "n_rollouts", "n_tokens"):
+        assert few[key] == report[key]
+    fired = [sum(feature["n_fired"] for feature in found["features"]) for found in (few, one)]
+    assert fired[0] > fired[1]
+    assert report["parts_on"]["n_rollouts"] == report["n_rollouts"] == store.n_rollouts
+    assert report["parts_on"]["kl"] == pytest.approx(report["without_adapter"]["kl"], rel=1e-3)
+
+
 def test_an_adapter_that_writes_nothing_has_exactly_no_effect_anywhere(
     dirs, dataset_file, tmp_path
 ):

@@ -39,9 +39,8 @@ def studied(held_out, sae, passes=None, monkeypatch=None):
         RowEditor(held_out.subject, fast=True) as editor,
         no_weight_gradients(held_out.subject),
     ):
-        found = Specificity(editor, held_out, sae, 0, held_out.store.n_rollouts)
-        for rollout, batch in enumerate(held_out.batches(copies=2048)):
-            found.add(rollout, batch)
+        found = Specificity(editor, held_out, sae, 0)
+        found.run()
     return found
 
 
@@ -61,7 +60,7 @@ def test_estimates_of_small_removals_are_the_real_kl(held_out, monkeypatch):
     with torch.no_grad(), RowEditor(held_out.subject, fast=True) as editor:
         for batch in held_out.batches(copies=2048):
             rows = editor.run(batch.token_ids).rows[0]
-            code = found.code(batch, rows)
+            code = found.code(batch.rows[0].numpy(), rows)
             changes = [found.removal(code, i) for i in range(sae.d_sae)]
             real += run_held(editor, held_out, batch, rows, changes).kl
     estimate = found.kl.sum(1)
@@ -89,7 +88,7 @@ def test_pull_is_by_how_much_the_raised_token_falls_at_the_features_own_tokens(
             raised = (log_p.exp() * (log_p - base)).argmax(-1, keepdim=True)
             following = np.minimum(batch.rows[0].numpy() + 1, store.n_rows - 1)
             usual = batch.mask[0] & torch.from_numpy(np.array(store.roles)[following] != SPECIAL)
-            code = found.code(batch, out.rows[0])
+            code = found.code(batch.rows[0].numpy(), out.rows[0])
             for i in chosen:
                 moved = [
                     editor.run(
@@ -107,6 +106,31 @@ def test_pull_is_by_how_much_the_raised_token_falls_at_the_features_own_tokens(
     np.testing.assert_allclose(
         pull, expected[list(chosen)], rtol=0.05, atol=0.02 * np.abs(pull).max()
     )
+
+
+def test_rollouts_in_one_batch_give_what_each_gives_alone(held_out):
+    """What is drawn for a rollout depends on neither its batch nor how activations are kept."""
+    sae = each_column(held_out.store)
+    together = studied(held_out, sae)
+    alone = studied(replace(held_out, batch_tokens=1), sae)
+    with (
+        torch.no_grad(),
+        RowEditor(held_out.subject, fast=True) as editor,
+        no_weight_gradients(held_out.subject),
+    ):
+        lean = Specificity(editor, held_out, sae, 0)
+        for batch in held_out.batches():
+            lean.add(batch, lean=True)
+    for other in (alone, lean):
+        for one, same in (
+            (together.kl, other.kl),
+            (together.kl_controls, other.kl_controls),
+            (together.pull.numpy(), other.pull.numpy()),
+        ):
+            np.testing.assert_allclose(one, same, rtol=1e-3, atol=1e-3 * np.abs(same).max())
+        assert (together.n_here == other.n_here).all()
+        assert (together.n_fired == other.n_fired).all()
+    assert together.kl.any(0).sum() == held_out.store.n_rollouts == 3
 
 
 def unit(n, d, seed):

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_PART_TEXTS = 4  # of the effect texts, on which parts of the adapter are removed too
 _OPTIONAL = ("evaluate", "direct", "ablate", "attribute")  # stages that make a report for the page
 
 
@@ -64,8 +65,8 @@ class RunConfig(LabelOptions, CollectOptions, TrainOptions, SubjectOptions):
     effect_texts: int = option(
         0,
         help="held-out texts on which to measure what each feature does, and whole texts of the "
-        "page whose tokens to explain; 0: none. On each text the model runs three times for each "
-        "adapted module, and about a hundred times more",
+        "page whose tokens to explain; 0: none. The model runs about a hundred times on each, and "
+        "on four of them three times more for each adapted module",
     )
     output: Path = option(Path("lorascope-output"), help="folder to write", identity=False)
     device: str = option("auto", help="auto, cpu, cuda or cuda:N", identity=False)
@@ -94,7 +95,7 @@ def run(config: RunConfig) -> Path:
     if out.exists() and not out.is_dir():
         raise ArtifactError(f"{out} is a file, expected a folder; give another --output")
     device = runtime.pick_device(config.device)
-    d_in = _check_columns(config, device)
+    d_in, n_sites = _check_columns(config, device)
     seconds: dict[str, float] = {}
     stages = _stages(config)
     failed: dict[str, Exception] = {}
@@ -103,7 +104,7 @@ def run(config: RunConfig) -> Path:
         begun = time.perf_counter()
         try:
             if isinstance(options, GenerateConfig) and d_in:
-                generate.run(options, partial(_log_estimate, config, device, d_in))
+                generate.run(options, partial(_log_estimate, config, device, d_in, n_sites))
             else:
                 stage.run(_completed(options, stages, failed))
         except ArtifactError:
@@ -178,7 +179,12 @@ def _stages(config: RunConfig) -> dict[str, tuple[ModuleType, Config]]:
         stages["ablate"] = (
             ablate,
             ablate.AblateConfig.from_shared(
-                config, output=effects / "ablation.json", greedy="none", seed=0, **texts
+                config,
+                output=effects / "ablation.json",
+                part_rollouts=_PART_TEXTS,
+                greedy="none",
+                seed=0,
+                **texts,
             ),
         )
         stages["attribute"] = (
@@ -234,20 +240,26 @@ def _completed(
     return options
 
 
-def _check_columns(config: RunConfig, device: "torch.device") -> int:
-    """Return the number of columns of the run.
+def _check_columns(config: RunConfig, device: "torch.device") -> tuple[int, int]:
+    """Return the numbers of columns and of sites of the run.
 
     Raises ConfigError, before any work is done, if training has too many latents or too few.
     """
-    ranks = ranks_by_projection(inspect_adapter(config.lora_path, config.adapter_name))
+    adapter = inspect_adapter(config.lora_path, config.adapter_name)
+    ranks = ranks_by_projection(adapter)
     types = parse_adapter_types(config.adapter_types, ranks) or tuple(ranks)
     if d_in := sum(ranks.get(name, 0) for name in types):
         config.for_columns(d_in).require_memory(d_in, runtime.free_memory(device))
-    return d_in
+    return d_in, d_in // max(1, int(adapter.config.get("r") or 1))
 
 
 def _log_estimate(
-    config: RunConfig, device: "torch.device", d_in: int, base: "Base", n_tokens: int
+    config: RunConfig,
+    device: "torch.device",
+    d_in: int,
+    n_sites: int,
+    base: "Base",
+    n_tokens: int,
 ) -> None:
     """Log about how much memory and time the stages will take, and warn if the model is too large.
 
@@ -264,7 +276,7 @@ def _log_estimate(
     reading, encoding = 2 * base.n_parameters / speed, 2 * d_in * n_latents / speed  # of a token
     text = n_tokens / (config.sample or config.num_examples or 1)
     trained = n_tokens * (config.epochs or auto_epochs(n_tokens))
-    effects = (3 * d_in + 100) * config.effect_texts
+    effects = 100 * config.effect_texts + 3 * n_sites * min(config.effect_texts, _PART_TEXTS)
     rows = {
         "generate": (model, reading * n_tokens),
         "train": (options.training_bytes(d_in), 4 * encoding * trained),

@@ -131,6 +131,7 @@ def ablation(index: FeatureIndex) -> dict[str, Any]:
         "n_special": 0,
         "floor": {"null": 0.0, "rounding": 3e-12},
         "without_adapter": whole,
+        "parts_on": {"n_rollouts": 5, "n_tokens": 400, "kl": 0.3},
         "sites": {},
         "projections": {},
         "layers": {},

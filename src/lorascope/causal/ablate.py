@@ -3,7 +3,8 @@
 1. Parts are sites, projections, layers, the MLP and the attention. Each is removed alone (its rows
    become zero and later sites respond), and each is kept alone.
 2. Controls: nothing removed; rows changed by one rounding step; and for each part, a random
-   direction of the same norm added to what each of its sites writes.
+   direction of the same norm added to what each of its sites writes. Parts take most of the time;
+   `--part-rollouts` removes them on fewer rollouts than features.
 3. `--greedy` removes the parts of one kind step by step, each time the one that costs least.
 4. With an SAE, the effect of removing each feature is estimated from gradients, and compared with
    that of controls: is it *specific* (`specificity`)? The features of largest effect are really
@@ -17,9 +18,10 @@ In: adapter, activation store, optionally an SAE. Out: a report (JSON) with its 
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +54,7 @@ from lorascope.causal.report_records import (
     Floor,
     GreedyStep,
     PartRemoval,
+    PartRollouts,
     Removal,
 )
 from lorascope.causal.specificity import Judgement, Specificity
@@ -101,10 +104,12 @@ def measure(held_out: HeldOut, config: AblateConfig, sae: SAE | None = None) -> 
         no_weight_gradients(held_out.subject),
     ):
         study = _Study(editor, held_out, config.seed)
-        report = study.remove_parts(parts)
+        some = replace(held_out, rollouts=held_out.rollouts[: config.part_rollouts])
+        on_parts = _Study(editor, some, config.seed)
+        report = study.report(on_parts.remove_parts(parts))
         if config.greedy != "none":
             of_kind = [part for part in parts if part.kind == config.greedy]
-            report = replace(report, greedy=study.remove_greedily(of_kind))
+            report = replace(report, greedy=on_parts.remove_greedily(of_kind))
         if sae is not None:
             features = study.remove_features(sae, config.features, config.verify)
             rank = _rank_of_estimates(features)
@@ -138,39 +143,46 @@ class _Study:
             )
         layout = held_out.subject.layout
         self.keep_all, self.push_none = torch.ones(layout.d_in), torch.zeros(len(layout.sites))
+        self.without = LiveChange(0 * self.keep_all, self.push_none)
 
-    def remove_parts(self, parts: Sequence[Part]) -> AblationReport:
-        """Return a report with the removal of every part, and the floors."""
+    def report(self, parts: Mapping[str, Any]) -> AblationReport:
+        """Return a report with the floors, the whole adapter, and `parts`."""
         eps = torch.finfo(self.held_out.subject.dtype).eps
+        rounded = LiveChange(self.keep_all * (1 + eps), self.push_none)
+        sums, null = self._live([rounded, self.without], "adapter")
+        return AblationReport(
+            n_rollouts=len(self.counts),
+            n_tokens=self.n_tokens,
+            n_special=self.n_special,
+            floor=Floor(null=null, rounding=float(sums.kl[0].sum()) / self.n_tokens),
+            without_adapter=self._removal(sums, 1),
+            **parts,
+        )
+
+    def remove_parts(self, parts: Sequence[Part]) -> Mapping[str, Any]:
+        """Return the removal of every part, as fields of the report."""
         changes = [
-            LiveChange(self.keep_all * (1 + eps), self.push_none),
-            LiveChange(0 * self.keep_all, self.push_none),
+            self.without,
             *(LiveChange((~part.columns).float(), self.push_none) for part in parts),
             *(LiveChange(part.columns.float(), self.push_none) for part in parts),
             *(LiveChange(self.keep_all, part.sites.float()) for part in parts),
         ]
-        sums, null = self._live(changes, "parts")
-        rounding, whole = sums.kl[:2]
-        n = len(parts)
+        sums, _ = self._live(changes, "parts")
+        whole, n = sums.kl[0], len(parts)
         by_kind: dict[str, dict[str, PartRemoval]] = {}
-        for i, part in enumerate(parts, 2):
+        for i, part in enumerate(parts, 1):
             alone, random = sums.kl[i + n], sums.kl[i + 2 * n]
             by_kind.setdefault(_KINDS[part.kind], {})[part.name] = PartRemoval(
                 **vars(self._removal(sums, i)),
                 kl_random=float(random.sum()) / self.n_tokens,
                 alone=recovered(alone, whole, self.n_tokens, self.seed),
             )
-        return AblationReport(
+        on = PartRollouts(
             n_rollouts=len(self.counts),
             n_tokens=self.n_tokens,
-            n_special=self.n_special,
-            floor=Floor(null=null, rounding=float(rounding.sum()) / self.n_tokens),
-            without_adapter=self._removal(sums, 1),
-            sites=by_kind["sites"],
-            projections=by_kind["projections"],
-            layers=by_kind["layers"],
-            blocks=by_kind.get("blocks"),
+            kl=float(whole.sum()) / self.n_tokens,
         )
+        return {"parts_on": on, **by_kind}
 
     def _removal(self, sums: TokenSums, change: int) -> Removal:
         kl, special = sums.kl[change], float(sums.special[change].sum())
@@ -211,19 +223,16 @@ class _Study:
         self, sae: SAE, chosen: Sequence[int], verify: int
     ) -> tuple[FeatureRemoval, ...]:
         """Return the chosen features, by number; default: all that fire, removed up to `verify`."""
-        found = Specificity(self.editor, self.held_out, sae, self.seed, len(self.counts))
-        n_fired = np.zeros(sae.d_sae, np.int64)
-        for rollout, batch in self.held_out.alone("estimates"):
-            code = found.add(self.number[rollout], batch)
-            n_fired += (code[batch.mask[0]] > 0).sum(0).numpy()
-        numbers = np.array(sorted(chosen) or np.flatnonzero(n_fired), np.int64)
+        found = Specificity(self.editor, self.held_out, sae, self.seed)
+        found.run()
+        numbers = np.array(sorted(chosen) or np.flatnonzero(found.n_fired), np.int64)
         order = np.argsort(-found.kl[numbers].sum(1), kind="stable")
         removed = numbers if chosen else np.sort(numbers[order[:verify]])
         totals = np.zeros((4, sae.d_sae, len(self.counts)))
         for rollout, batch in self.held_out.alone("features"):
             rows = self.editor.run(batch.token_ids).rows
             self.held_out.require_rows(batch, rows)
-            code = found.code(batch, rows[0])
+            code = found.code(batch.rows[0].numpy(), rows[0])
             fired = removed[(code[:, removed] > 0).any(0).numpy()]
             changes = [found.removal(code, latent) for latent in fired.tolist()]
             sums = run_held(self.editor, self.held_out, batch, rows[0], changes)
@@ -231,7 +240,7 @@ class _Study:
         return tuple(
             self._feature_removal(
                 latent,
-                int(n_fired[latent]),
+                int(found.n_fired[latent]),
                 TokenSums(*totals[:, latent]) if latent in removed else None,
                 found.kl[latent],
                 float(np.median(found.kl_controls[latent])) / self.n_tokens,
@@ -279,6 +288,11 @@ def table(report: AblationReport) -> str:
         f"floor {floor.null:.1e} (nothing removed), {floor.rounding:.1e} (rows changed by one "
         "rounding step)",
     ]
+    on = report.parts_on
+    if on.n_rollouts < report.n_rollouts:
+        lines.append(
+            f"parts: on {on.n_rollouts} of the rollouts; without the whole adapter {on.kl:.4g}"
+        )
     for kind in ("blocks", "projections", "layers"):
         if parts := getattr(report, kind):
             lines += format_table(

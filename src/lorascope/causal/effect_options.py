@@ -131,6 +131,11 @@ class AblateConfig(SeededEffectOptions):
         help="features to really remove: those of largest estimated effect; the others keep their "
         "estimate; those of --features are all removed",
     )
+    part_rollouts: int | None = option(
+        None,
+        help="largest number of the rollouts on which to remove parts of the adapter, three runs "
+        "for each part and rollout; default: all",
+    )
     greedy: Literal["none", "projection", "layer", "site"] = option(
         "projection", help="kind of part to remove step by step; n parts take n²/2 runs"
     )
@@ -141,6 +146,7 @@ class AblateConfig(SeededEffectOptions):
         super().check()
         require_json_name(self.output)
         self.require("verify", 0)
+        self.require("part_rollouts", 1)
         if self.features and self.sae is None:
             raise ConfigError("--features are those of an SAE; name it with --sae")
         require_features(self.features)

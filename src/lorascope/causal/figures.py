@@ -150,8 +150,8 @@ def draw_ablation(report: AblationReport, manifest: Manifest, path: Path) -> Pat
         _head(
             figure,
             f"{_plain(manifest.content['adapter_name'])}: what removing each part changes",
-            f"KL(adapter ‖ without) in nats a token; {report.n_rollouts} rollouts, "
-            f"{report.n_tokens:,} tokens; without all {report.without_adapter.kl:.3g}; "
+            f"KL(adapter ‖ without) in nats a token; {report.parts_on.n_rollouts} rollouts, "
+            f"{report.parts_on.n_tokens:,} tokens; without all {report.parts_on.kl:.3g}; "
             f"floor {floor:.1e} ({manifest.content['compute_dtype']})",
         )
         heights = (2.2, 0.25 * len(kinds) + 0.5)

@@ -180,6 +180,15 @@ Verdict = Literal["specific", "not distinguishable", "too few firings"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class PartRollouts:
+    """The rollouts from which parts were removed; `kl` is that of the whole adapter there."""
+
+    n_rollouts: Count
+    n_tokens: Count
+    kl: Amount
+
+
+@dataclass(frozen=True, kw_only=True)
 class FeatureRemoval:
     """The removal of one feature, its controls, and whether it differs from them.
 
@@ -214,16 +223,18 @@ class FeatureRemoval:
 class AblationReport(ReportRecord):
     """What `ablate` measures; the optional parts are missing where they were not asked for.
 
+    Floors, `without_adapter` and `features` are of `n_rollouts`, parts and `greedy` of `parts_on`.
     `estimate_rank` is Spearman's correlation of estimated and real KL over removed features.
     """
 
     kind = "ablation"
-    schema = 2
+    schema = 3
     n_rollouts: Count
     n_tokens: Count
     n_special: Count
     floor: Floor
     without_adapter: Removal
+    parts_on: PartRollouts
     sites: Mapping[str, PartRemoval]
     projections: Mapping[str, PartRemoval]
     layers: Mapping[str, PartRemoval]

@@ -1,8 +1,9 @@
 """Estimate the effect of removing each feature from gradients, and say which features are specific.
 
 A rollout's rows are held, so its predictions are a function of them. One forward pass and 32
-backward passes serve all features and all controls; a control is another direction, of the norm of
-the feature's decoder row in the SAE's units, written with its values at its tokens.
+backward passes serve all features, all controls and all rollouts of a batch; a control is another
+direction, of the norm of the feature's decoder row in the SAE's units, written with its values at
+its tokens.
 
 1. Size. Removing `δ = value · direction` changes the predictions by KL ≈ ½ δᵀFδ, with `F` the
    Fisher information of the rows. Draw a token `w_t` at each position t from the adapter's own
@@ -32,8 +33,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lorascope import runtime
 from lorascope.activations.store import ActivationStore
-from lorascope.causal.effects import select_measured
+from lorascope.causal.gradients import fitting_graph
 from lorascope.causal.held_out import Batch, HeldOut
 from lorascope.causal.removals import HeldChange
 from lorascope.causal.report_records import Verdict
@@ -60,25 +62,31 @@ class Judgement:
 
 
 class Specificity:
-    """Sums over rollouts for every latent: `kl` and its controls', `pull`, `n_here`."""
+    """Sums over rollouts for every latent: `kl` and its controls', `pull`, firings.
 
-    def __init__(self, editor: RowEditor, held_out: HeldOut, sae: SAE, seed: int, n: int) -> None:
+    `n_fired` are firings where a token is predicted, `n_here` those where a usual one is.
+    """
+
+    def __init__(self, editor: RowEditor, held_out: HeldOut, sae: SAE, seed: int) -> None:
         self.editor, self.held_out, self.sae, self.seed = editor, held_out, sae, seed
         _, self.columns = held_out.subject.layout.select(sae.layout.adapter_types)
-        self.kl = np.zeros((sae.d_sae, n))  # by rollout
+        self._number = {int(index): i for i, index in enumerate(held_out.rollouts)}
+        self.kl = np.zeros((sae.d_sae, len(self._number)))  # by rollout
         self.kl_controls = np.zeros((sae.d_sae, 2 * _N_SIZES))
         self.pull = torch.zeros(sae.d_sae, sae.d_in)
-        self.n_here = np.zeros(sae.d_sae, np.int64)  # firings where a usual token is predicted
+        self.n_fired, self.n_here = np.zeros((2, sae.d_sae), np.int64)
         rng = np.random.default_rng([seed, 0])
         rows = row_differences(sae.narrow(held_out.store), sae, _N_SIZES, rng)
         other = unit_directions(sae.W_dec.cpu()[rng.integers(0, sae.d_sae, _N_SIZES)], sae)
         self._sizes = torch.cat([rows, other])  # (control, d_in)
         self._norms = (sae.W_dec * sae.scale).norm(dim=1).cpu()
 
-    def code(self, batch: Batch, rows: Float[Tensor, "seq d_in"]) -> Float[Tensor, "seq latent"]:
-        """Return the dense code of a rollout: 0 at the tokens at which nothing is removed."""
+    def code(
+        self, numbers: npt.NDArray[np.int64], rows: Float[Tensor, "seq d_in"]
+    ) -> Float[Tensor, "seq latent"]:
+        """Return the dense code of rows with these numbers: 0 where nothing is removed."""
         code = self.sae.encode_dense(rows[:, self.columns].cpu())
-        return code * self.held_out.is_read(self.sae, batch.rows[0].numpy())[:, None]
+        return code * self.held_out.is_read(self.sae, numbers)[:, None]
 
     def removal(self, code: Float[Tensor, "seq latent"], latent: int) -> HeldChange:
         """Return the change that subtracts `value · decoder row` from the rows of a rollout."""
@@ -86,62 +94,91 @@ class Specificity:
         layout, values = self.held_out.subject.layout, code[positions, latent]
         return HeldChange.removal(self.sae, layout, latent, positions, values)
 
-    def add(self, rollout: int, batch: Batch) -> Float[Tensor, "seq latent"]:
-        """Add the gradients of one rollout, or of a window of it; return its code."""
-        ids, mask = batch.token_ids, batch.mask[0]
-        out = self.editor.run(ids)
-        whole = self.code(batch, out.rows[0])
+    def run(self) -> None:
+        """Add the gradients of every held-out rollout."""
+        held_out, fitting = self.held_out, fitting_graph(self.held_out.subject)
+        copies = max(1, -(-held_out.batch_tokens // fitting))
+        batches = list(held_out.batches(copies))
+        with runtime.progress(len(batches), "estimates", "batches") as bar:
+            for batch in batches:
+                self.add(batch, lean=batch.token_ids.numel() > fitting)
+                bar.update(1)
+
+    def add(self, batch: Batch, *, lean: bool = False) -> None:
+        """Add the gradients of a batch of rollouts, or of windows of them.
+
+        `lean` computes activations again in the backward passes.
+        """
+        usual = batch.mask.clone()
+        usual[batch.mask] = self.held_out.is_usual(batch.measured)
+        rows = self.editor.run(batch.token_ids).rows
+        signs, gradients = self._gradients(batch, rows, usual, lean)
+        first = batch.rows[:, 0].numpy()
+        indices = self.held_out.store.rollout_of(first).tolist()
+        for i, n in enumerate(batch.own.sum(1).tolist()):
+            code = self.code(batch.rows[i, :n].numpy(), rows[i, :n])
+            self.n_fired += (code[batch.mask[i, :n]] > 0).sum(0).numpy()
+            number = self._number[indices[i]]
+            self._add_rollout(number, code, usual[i, :n], signs[:, i, :n], gradients[:, i, :n])
+
+    def _add_rollout(
+        self, number: int, whole: Tensor, usual: Tensor, signs: Tensor, gradients: Tensor
+    ) -> None:
+        """Add one rollout, given its code and the gradients of all passes, `(pass, seq, d_in)`."""
         latents = (whole > 0).any(0).nonzero()[:, 0]
-        usual = mask.clone()
-        usual[mask] = self.held_out.is_usual(batch.measured)
-        if not len(latents) or not usual.any():
-            return whole
-        base = select_measured(self.editor.base(ids), usual[None]).float().log_softmax(-1)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + int(batch.rows[0, 0]))
-        size, signs, gradients = self._gradients(ids, out.rows, usual, base, generator)
         code = whole[:, latents]
         along = torch.einsum("nf,snd->sfd", code, gradients)
         dec, norms = self.sae.W_dec.cpu()[latents], self._norms[latents]
         half = 0.5 / _PASSES
-        kl = half * (along[:size] * dec).sum(-1).square().sum(0)
-        controls = half * (along[:size] @ self._sizes.T).square().sum(0) * norms[:, None] ** 2
-        self.kl[latents, rollout] += kl.double().numpy()
+        kl = half * (along[:_PASSES] * dec).sum(-1).square().sum(0)
+        controls = half * (along[:_PASSES] @ self._sizes.T).square().sum(0) * norms[:, None] ** 2
+        self.kl[latents, number] += kl.double().numpy()
         self.kl_controls[latents] += controls.double().numpy()
         here = (code > 0) & usual[:, None]
-        self.pull[latents] += torch.einsum("sf,sfd->fd", signs @ here.float(), along[size:])
+        self.pull[latents] += torch.einsum("sf,sfd->fd", signs @ here.float(), along[_PASSES:])
         self.n_here[latents] += here.sum(0).numpy()
-        return whole
 
     def _gradients(
-        self, ids: Tensor, rows: Tensor, usual: Tensor, base: Tensor, generator: torch.Generator
-    ) -> tuple[int, Tensor, Tensor]:
-        """Return how many passes are for the size, signs `(pass, seq)` of the others, gradients.
+        self, batch: Batch, rows: Tensor, usual: Tensor, lean: bool
+    ) -> tuple[Float[Tensor, "pass batch seq"], Float[Tensor, "both batch seq d_in"]]:
+        """Return the signs of the passes for the pull, and the gradients of all, on the CPU.
 
-        The gradients are `(pass, seq, d_in)`, on the CPU.
+        The passes for the size come first. What is drawn for a rollout does not depend on the
+        others of its batch.
         """
-        n = ids.shape[1]
-        drawn = torch.randint(0, 2, (n,), generator=generator) * 2.0 - 1
-        every = torch.arange(n) % _PASSES == torch.arange(_PASSES)[:, None]
-        signs = every * drawn * usual
+        ids, at = batch.token_ids, usual.to(rows.device)
+        base = self.editor.base(ids)[at].float().log_softmax(-1)
+        every = torch.arange(ids.shape[1]) % _PASSES == torch.arange(_PASSES)[:, None]
+        signs, tokens = torch.zeros(_PASSES, *ids.shape), []
         with torch.enable_grad():
             leaf = rows.clone().requires_grad_()
-            log_p = self.editor.run(ids, held=leaf).logits[0, usual.to(rows.device)]
-            log_p = log_p.float().log_softmax(-1)
+            log_p = self.editor.run(ids, held=leaf, lean=lean).logits[at].float().log_softmax(-1)
             given = log_p.detach()
             p = given.exp()
-            tokens = torch.multinomial(p.cpu(), _PASSES, replacement=True, generator=generator)
+            of_rollout = p.cpu().split(usual.sum(1).tolist())
+            for i, n in enumerate(batch.own.sum(1).tolist()):
+                seed = self.seed * 1_000_003 + int(batch.rows[i, 0])
+                generator = torch.Generator().manual_seed(seed)
+                drawn = torch.randint(0, 2, (n,), generator=generator) * 2.0 - 1
+                signs[:, i, :n] = every[:, :n] * drawn
+                if len(of_rollout[i]):
+                    tokens.append(
+                        of_rollout[i].multinomial(_PASSES, replacement=True, generator=generator)
+                    )
+            signs *= usual
+            drawn_tokens = torch.cat([torch.zeros(0, _PASSES, dtype=torch.long), *tokens])
             raised = (p * torch.where(p > 0, given - base, 0)).argmax(-1, keepdim=True)
             sums = torch.cat(
                 [
-                    log_p.gather(1, tokens.to(log_p.device)).sum(0),
+                    log_p.gather(1, drawn_tokens.to(log_p.device)).sum(0),
                     signs[:, usual].to(log_p.device) @ log_p.gather(1, raised)[:, 0],
                 ]
             )
             gradients = [
-                torch.autograd.grad(one, leaf, retain_graph=True)[0][0][:, self.columns].cpu()
+                torch.autograd.grad(one, leaf, retain_graph=True)[0][..., self.columns].cpu()
                 for one in sums
             ]
-        return _PASSES, signs, torch.stack(gradients)
+        return signs, torch.stack(gradients)
 
     def judge(self, latents: npt.NDArray[np.int64]) -> list[Judgement]:
         """Return the verdict of each of these latents, corrected for their number."""

@@ -32,7 +32,7 @@ class DemoConfig(Config):
     output: Path = option(Path("demo-output"), help="folder to make", identity=False)
     num_examples: int = option(1000, help="problems to read, at most 2,000")
     effect_texts: int = option(
-        4, help="held-out rollouts on which to measure the features' effects; 0 to skip this"
+        32, help="held-out rollouts on which to measure the features' effects; 0 to skip this"
     )
     open: bool = option(False, help="open the page in a browser", identity=False)
     overwrite: bool = option(False, help="replace outputs of other settings", identity=False)
