@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_PART_TEXTS = 4  # of the effect texts, on which parts of the adapter are removed too
+_SLOW_TEXTS = 4  # of the effect texts, for the removal of parts and the explained tokens
 _OPTIONAL = ("evaluate", "direct", "ablate", "attribute")  # stages that make a report for the page
 
 
@@ -64,9 +64,9 @@ class RunConfig(LabelOptions, CollectOptions, TrainOptions, SubjectOptions):
     )
     effect_texts: int = option(
         0,
-        help="held-out texts on which to measure what each feature does, and whole texts of the "
-        "page whose tokens to explain; 0: none. The model runs about a hundred times on each, and "
-        "on four of them three times more for each adapted module",
+        help="held-out texts on which to measure what each feature does; 0: none. The model runs "
+        "about a hundred times on each. Effects of parts of the adapter and explained tokens are "
+        "of four texts at most",
     )
     output: Path = option(Path("lorascope-output"), help="folder to write", identity=False)
     device: str = option("auto", help="auto, cpu, cuda or cuda:N", identity=False)
@@ -169,7 +169,6 @@ def _stages(config: RunConfig) -> dict[str, tuple[ModuleType, Config]]:
         texts: dict[str, Any] = {
             "data_dir": store,
             "sae": sae,
-            "max_rollouts": config.effect_texts,
             "batch_tokens": None,
         }
         stages["direct"] = (
@@ -181,7 +180,8 @@ def _stages(config: RunConfig) -> dict[str, tuple[ModuleType, Config]]:
             ablate.AblateConfig.from_shared(
                 config,
                 output=effects / "ablation.json",
-                part_rollouts=_PART_TEXTS,
+                max_rollouts=config.effect_texts,
+                part_rollouts=_SLOW_TEXTS,
                 greedy="none",
                 seed=0,
                 **texts,
@@ -193,6 +193,7 @@ def _stages(config: RunConfig) -> dict[str, tuple[ModuleType, Config]]:
                 config,
                 output=effects / "attribution.json",
                 rollouts_of=index,
+                max_rollouts=min(config.effect_texts, _SLOW_TEXTS),
                 check_rollouts=1,
                 **texts,
             ),
@@ -276,7 +277,7 @@ def _log_estimate(
     reading, encoding = 2 * base.n_parameters / speed, 2 * d_in * n_latents / speed  # of a token
     text = n_tokens / (config.sample or config.num_examples or 1)
     trained = n_tokens * (config.epochs or auto_epochs(n_tokens))
-    effects = 100 * config.effect_texts + 3 * n_sites * min(config.effect_texts, _PART_TEXTS)
+    effects = 100 * config.effect_texts + 3 * n_sites * min(config.effect_texts, _SLOW_TEXTS)
     rows = {
         "generate": (model, reading * n_tokens),
         "train": (options.training_bytes(d_in), 4 * encoding * trained),
