@@ -137,7 +137,6 @@ def test_the_first_block_is_that_of_the_first_feature_with_an_example():
     index = index_of([[]] * BLOCK + [[example(1.0, 3, [1], 0)]])
     payload = Payload(index, "T")
     assert payload.first_block == 1
-    assert [number for number, _ in payload.blocks()] == [0]
 
 
 def test_a_split_character_has_entries_of_its_own_with_bytes():

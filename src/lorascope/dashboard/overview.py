@@ -15,7 +15,7 @@ that fills it:
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ import numpy.typing as npt
 from lorascope.causal.report_records import (
     AblationReport,
     EvaluationReport,
+    FeatureRemoval,
     Interval,
     Removal,
     ReportRecord,
@@ -155,7 +156,7 @@ def overview_of(index: FeatureIndex, reports: Reports) -> Overview:
     roles, kl = _roles(evaluation)
     shifts = () if evaluation is None else evaluation.shifts[:N_SHIFTS]
     gauges = _gauges(evaluation)
-    effects = _Effects.of_report(ablation, len(index))
+    effects = _effects(ablation, len(index))
     weights = effects.total if effects else _activation_shares(index)
     features = _features(index, effects, weights)
     return Overview(
@@ -212,20 +213,13 @@ def _headline(
 
 def _trust(gauges: Sequence[Gauge]) -> str:
     """Return how much of the effect the features stand for."""
-    parts, constant = [], []
-    for gauge in gauges:
-        interval = ""
-        if gauge.interval is not None and not parts:
-            low, high = (percent(max(0.0, edge)) for edge in gauge.interval)
-            interval = f" ({low} to {high})"
-        parts.append(
-            f"{percent(max(0.0, gauge.recovered))}{interval} of its effect on {gauge.over}"
-        )
-        constant += [
-            percent(max(0.0, share))
-            for name, share in gauge.baselines.items()
-            if name == _BASELINES["constant"]
-        ]
+    shares = [percent(max(0.0, gauge.recovered)) for gauge in gauges]
+    if gauges[0].interval is not None:
+        shares[0] += f" ({' to '.join(percent(max(0.0, edge)) for edge in gauges[0].interval)})"
+    pairs = zip(shares, gauges, strict=True)
+    parts = (f"{share} of its effect on {gauge.over}" for share, gauge in pairs)
+    baselines = [gauge.baselines.get(_BASELINES["constant"]) for gauge in gauges]
+    constant = [percent(max(0.0, share)) for share in baselines if share is not None]
     rest = f"; one constant row for each kind of token, for {' and '.join(constant)}"
     return f"The features stand for {' and '.join(parts)}{rest if constant else ''}."
 
@@ -319,31 +313,28 @@ def _gauges(evaluation: EvaluationReport | None) -> tuple[Gauge, ...]:
     return tuple(gauges)
 
 
-@dataclass(frozen=True)
-class _Effects:
+class _Effects(NamedTuple):
     """Effects of removal as shares of the adapter's, `(latent,)`; NaN: not measured."""
 
     total: npt.NDArray[np.float64]
     text: npt.NDArray[np.float64]
     verdict: Mapping[int, str]
 
-    @classmethod
-    def of_report(cls, ablation: AblationReport | None, n: int) -> "_Effects | None":
-        if ablation is None or not ablation.features:
-            return None
-        n_special, n_tokens = ablation.n_special, ablation.n_tokens
 
-        def nats(removal: Any, *, special: bool) -> float:
-            at_special = (removal.kl_special or 0.0) * n_special if special else 0.0
-            return removal.kl * n_tokens + at_special
+def _effects(ablation: AblationReport | None, n: int) -> _Effects | None:
+    if ablation is None or not ablation.features:
+        return None
 
-        whole: Removal = ablation.without_adapter
-        all_nats, text_nats = nats(whole, special=True), nats(whole, special=False)
-        total, text = np.full(n, np.nan), np.full(n, np.nan)
-        for one in ablation.features:
-            total[one.feature] = nats(one, special=True) / all_nats if all_nats else np.nan
-            text[one.feature] = nats(one, special=False) / text_nats if text_nats else np.nan
-        return cls(total, text, {one.feature: one.verdict for one in ablation.features})
+    def nats(removal: Removal | FeatureRemoval) -> npt.NDArray[np.float64]:
+        at_text = removal.kl * ablation.n_tokens
+        return np.array([at_text + (removal.kl_special or 0.0) * ablation.n_special, at_text])
+
+    shares = np.full((n, 2), np.nan)
+    whole = nats(ablation.without_adapter)
+    for one in ablation.features:
+        shares[one.feature] = nats(one) / np.where(whole, whole, np.nan)
+    verdicts = {one.feature: one.verdict for one in ablation.features}
+    return _Effects(shares[:, 0], shares[:, 1], verdicts)
 
 
 def _activation_shares(index: FeatureIndex) -> npt.NDArray[np.float64]:

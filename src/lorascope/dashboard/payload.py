@@ -23,7 +23,7 @@ import base64
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -151,16 +151,11 @@ class Payload:
             "kept_rarity": ("<f4", index.text_rarity),
             "kept_length": ("<u4", np.diff(index.text_offset)),
             **label_columns,
-            **{
-                name: ("<f4", values)
-                for name, values in (self.reports.effects() | self.reports.shares()).items()
-            },
+            **{name: ("<f4", values) for name, values in self.reports.effects().items()},
         }
         data = {
             "title": self.title,
-            "facts": [
-                [fact.name, fact.value, fact.meaning] for fact in header(index, self.reports)
-            ],
+            "facts": [[one.name, one.value, one.meaning] for one in header(index, self.reports)],
             "labels_key": index.manifest.parents.get("sae") or index.manifest.digest,
             "labels": label_core,
             "n_features": len(index),
@@ -252,29 +247,20 @@ class Payload:
             "cofiring": index.near_cofiring[latents] + 1,
             "jaccard": index.near_jaccard[latents],
         }
-        for name in RANKINGS:
-            ids = getattr(index, f"ranked_{name}_id")[latents]
-            values[name] = np.where(ids == -1, 0, self._token_table.entries_of_ids(ids) + 1)
-            values[f"{name}_score"] = getattr(index, f"ranked_{name}_score")[latents]
+        rankings = {
+            name: (getattr(index, f"ranked_{name}_id"), getattr(index, f"ranked_{name}_score"))
+            for name in RANKINGS
+        }
+        for name, (ids, scores) in (rankings | self._direct_tokens).items():
+            entries = self._token_table.entries_of_ids(ids[latents]) + 1
+            values[name] = np.where(ids[latents] == -1, 0, entries)
+            values[f"{name}_score"] = scores[latents]
         if index.labels is not None:
-            texts = [
-                b"" if (label := index.label(latent)) is None else label.sentence.encode()
-                for latent in range(latents.start, latents.stop)
-            ]
+            labels = map(index.label, range(latents.start, latents.stop))
+            texts = [label.sentence.encode() if label else b"" for label in labels]
             offset, values["sentence"] = pack_tokens(texts)
             values["sentence_length"] = np.diff(offset)
-        for side, (ids, scores) in self._direct_tokens.items():
-            values[side] = np.where(
-                ids[latents] == -1, 0, self._token_table.entries_of_ids(ids[latents]) + 1
-            )
-            values[f"{side}_score"] = scores[latents]
         return pack(values, self._columns)
-
-    def blocks(self) -> Iterator[tuple[int, str]]:
-        """Yield (number, block) for every block except the first that is shown."""
-        for number in range(self.n_blocks):
-            if number != self.first_block:
-                yield number, self.block(number)
 
     def rollout(self, number: int) -> str:
         """Return one whole rollout, with the codes of all its tokens, as base64 text."""
@@ -333,13 +319,17 @@ class Payload:
             return None
         return [[site.layer, site.projection] for site in layout.sites] or None
 
+    @property
+    def _token_type(self) -> str:
+        return narrowest_type(len(self._token_table.texts))
+
     @cached_property
     def _columns(self) -> dict[str, str]:
         """Column of a block -> type, with the narrowest types for tokens and latents."""
         return {
             **_COLUMNS,
             **dict.fromkeys(("token", *RANKINGS, *self._direct_tokens), self._token_type),
-            **dict.fromkeys(("similar", "cofiring"), self._latent_type),
+            **dict.fromkeys(("similar", "cofiring"), narrowest_type(len(self.index))),
             **dict.fromkeys((f"{side}_score" for side in self._direct_tokens), "<b2"),
             **({} if self.index.labels is None else _LABEL_COLUMNS),
         }
@@ -348,16 +338,8 @@ class Payload:
     def _rollout_columns(self) -> dict[str, str]:
         """Column of a whole rollout -> type."""
         attribution = {} if self.reports.attribution is None else TEXT_COLUMNS
-        types = {"token": self._token_type, "latent": self._latent_type}
+        types = {"token": self._token_type, "latent": narrowest_type(len(self.index))}
         return {**_ROLLOUT_COLUMNS, **types, **attribution}
-
-    @property
-    def _token_type(self) -> str:
-        return narrowest_type(len(self._token_table.texts))
-
-    @property
-    def _latent_type(self) -> str:
-        return narrowest_type(len(self.index))
 
     @cached_property
     def _direct_tokens(self) -> dict[str, tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:

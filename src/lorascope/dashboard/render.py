@@ -174,9 +174,10 @@ def page(payload: Payload, manifest: Manifest, *, served: bool = False) -> Itera
             elif piece != "blocks":
                 yield slots[piece]
             elif not served:
-                for number, data in payload.blocks():
-                    yield _pack_element(f"block-{number}", data)
-                    bar.update()
+                for number in range(payload.n_blocks):
+                    if number != payload.first_block:
+                        yield _pack_element(f"block-{number}", payload.block(number))
+                        bar.update()
                 for number in range(payload.n_rollouts):
                     yield _pack_element(f"rollout-{number}", payload.rollout(number))
                     bar.update()

@@ -120,13 +120,8 @@ def markdown(overview: Overview) -> str:
                 (
                     gauge.over,
                     percent(gauge.recovered),
-                    "—"
-                    if gauge.interval is None
-                    else " to ".join(percent(edge) for edge in gauge.interval),
-                    *(
-                        percent(gauge.baselines[name]) if name in gauge.baselines else "—"
-                        for name in names
-                    ),
+                    " to ".join(map(percent, gauge.interval)) if gauge.interval else "—",
+                    *(_percent(gauge.baselines.get(name)) for name in names),
                 )
                 for gauge in overview.gauges
             ),
@@ -140,9 +135,9 @@ def markdown(overview: Overview) -> str:
                 one.name or "—",
                 one.role,
                 one.site,
-                "—" if one.effect is None else percent(one.effect),
+                _percent(one.effect),
                 one.verdict or "—",
-                f"{quoted(one.before)} {quoted(one.token)} {quoted(one.after)}",
+                " ".join(map(quoted, (one.before, one.token, one.after))),
             )
             for one in overview.features
         ),
@@ -158,16 +153,12 @@ def markdown(overview: Overview) -> str:
     if overview.places:
         lines += ["## Where it lives", "", "KL in nats a token after the module is off.", ""]
         layers = sorted({place.layer for place in overview.places})
-        kinds = list(dict.fromkeys(place.projection for place in overview.places))
-        kl = {(place.projection, place.layer): place.kl for place in overview.places}
+        kl = {(place.projection, place.layer): f"{place.kl:.2g}" for place in overview.places}
         lines += table(
-            ("projection", *(str(layer) for layer in layers)),
+            ("projection", *map(str, layers)),
             (
-                (
-                    kind,
-                    *(f"{kl[kind, i]:.2g}" if (kind, i) in kl else "—" for i in layers),
-                )
-                for kind in kinds
+                (kind, *(kl.get((kind, layer), "—") for layer in layers))
+                for kind in dict.fromkeys(place.projection for place in overview.places)
             ),
         )
     lines += ["## How sure this is", ""]
@@ -176,6 +167,10 @@ def markdown(overview: Overview) -> str:
         lines += ["## Not measured", ""]
         lines += [f"- {plain(gap.what)}: `{gap.command}`" for gap in overview.gaps] + [""]
     return "\n".join(lines)
+
+
+def _percent(share: float | None) -> str:
+    return "—" if share is None else percent(share)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -120,27 +120,26 @@ class Reports:
         return facts
 
     def effects(self) -> Arrays:
-        """Return the effects of removing each feature, a float32 column each; NaN: not measured."""
-        if self.ablation is None or self.ablation.features is None:
-            return {}
-        removals = self.ablation.features
-        latents = [removal.feature for removal in removals]
-        intervals = {"effect_{}": "kl_interval", "effect_excess_{}": "pull_excess"}
-        names = [*_EFFECTS, *(name.format(end) for name in intervals for end in ("low", "high"))]
-        columns = {name: np.full(self.n_features, np.nan, np.float32) for name in names}
-        for name, key in _EFFECTS.items():
-            columns[name][latents] = _floats([getattr(removal, key) for removal in removals])
-        for name, key in intervals.items():
-            edges = [getattr(removal, key) or (None, None) for removal in removals]
-            columns[name.format("low")][latents] = _floats([low for low, _ in edges])
-            columns[name.format("high")][latents] = _floats([high for _, high in edges])
-        return columns
+        """Return what is known of each feature, a float32 column each; NaN: not measured.
 
-    def shares(self) -> Arrays:
-        """Return the share of each feature's effect that is written directly."""
-        if self.direct is None:
-            return {}
-        return {"direct_share": _floats([feature.share for feature in self.direct.features])}
+        That is the effect of removing it, and the share of its effect that is written directly.
+        """
+        columns: Arrays = {}
+        if self.ablation is not None and self.ablation.features is not None:
+            removals = self.ablation.features
+            known = {
+                name: [getattr(one, key) for one in removals] for name, key in _EFFECTS.items()
+            }
+            for name, key in (("effect_{}", "kl_interval"), ("effect_excess_{}", "pull_excess")):
+                edges = [getattr(one, key) or (None, None) for one in removals]
+                known[name.format("low")] = [low for low, _ in edges]
+                known[name.format("high")] = [high for _, high in edges]
+            for name, values in known.items():
+                columns[name] = np.full(self.n_features, np.nan, np.float32)
+                columns[name][[one.feature for one in removals]] = _floats(values)
+        if self.direct is not None:
+            columns["direct_share"] = _floats([feature.share for feature in self.direct.features])
+        return columns
 
     def tokens(self, side: str) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """Return token ids (-1: none) and scores of one side, `(feature, n)`."""
