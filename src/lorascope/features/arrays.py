@@ -22,6 +22,9 @@ from lorascope.errors import ArtifactError
 KIND = "features"
 SCHEMA = 4
 
+WINDOWS = ("example", "sample", "special")
+RANKINGS = ("mean", "lift", "before", "after")
+
 # Array -> type and axes. Axes with the same name have the same length; `x+1` has one entry more.
 # `window` has the examples, then the samples, then the examples at special tokens.
 FIELDS: dict[str, tuple[str, str]] = {
@@ -41,14 +44,11 @@ FIELDS: dict[str, tuple[str, str]] = {
     "near_cosine": ("<f4", "latent near"),
     "near_cofiring": ("<i4", "latent cofiring"),  # likewise
     "near_jaccard": ("<f4", "latent cofiring"),
-    "ranked_mean_id": ("<i4", "latent mean"),  # best first, -1 if there are no more
-    "ranked_mean_score": ("<f4", "latent mean"),
-    "ranked_lift_id": ("<i4", "latent lift"),
-    "ranked_lift_score": ("<f4", "latent lift"),
-    "ranked_before_id": ("<i4", "latent before"),
-    "ranked_before_score": ("<f4", "latent before"),
-    "ranked_after_id": ("<i4", "latent after"),
-    "ranked_after_score": ("<f4", "latent after"),
+    **{
+        f"ranked_{name}_{part}": (dtype, f"latent {name}")  # best first, -1 if there are no more
+        for name in RANKINGS
+        for part, dtype in (("id", "<i4"), ("score", "<f4"))
+    },
     "example_offset": ("<i8", "latent+1"),
     "example_value": ("<f4", "example"),
     "example_row": ("<i8", "example"),
@@ -86,8 +86,6 @@ FIELDS: dict[str, tuple[str, str]] = {
     "token_data": ("|u1", "byte"),
     "token_special": ("|u1", "vocabulary"),  # 1 for special tokens
 }
-WINDOWS = ("example", "sample", "special")
-RANKINGS = ("mean", "lift", "before", "after")
 
 
 def complete_arrays(given: Mapping[str, npt.ArrayLike]) -> Arrays:

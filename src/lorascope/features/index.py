@@ -115,18 +115,16 @@ class Feature:
 class FeatureIndex:
     """The examples and statistics of all latents as arrays; `arrays.FIELDS` has types and axes.
 
-    Examples are sorted by latent, then descending value, then row. Latent i has the examples from
-    `example_offset[i]` to `example_offset[i + 1]`; other offsets work in the same way. Samples are
-    sorted by latent, then descending quantile, then row. `special_*` are the strongest examples at
-    special tokens, sorted like examples; examples, samples and statistics are of text alone.
-    Windows are those of examples, samples and examples at special tokens, in this order:
-    `window_target` is the index of the example's token in its window, `window_activation` the
-    latent's value at each token, 0 where it does not fire.
+    Latent i has the examples from `example_offset[i]` to `example_offset[i + 1]`, by descending
+    value, then row; other offsets work in the same way. Samples are sorted by descending quantile,
+    then row. `special_*` are the strongest examples at special tokens; examples, samples and
+    statistics are of text alone. Windows are those of examples, samples and examples at special
+    tokens, in this order: `window_target` is the index of the example's token in its window,
+    `window_activation` the latent's value at each token, 0 where it does not fire.
     `text_*` are the rollouts that are kept whole, with the code of every token.
     The vocabulary has the tokens that occur in the index: `token_id` ascending, `token_data` their
     raw bytes (a token may be part of a character). A firing outside `latent_histogram_edges` counts
-    in the first or last bin, so the bins add up to `n_active`. `labels` are those of the file
-    `labels.json` next to the index, if it is there.
+    in the first or last bin, so the bins add up to `n_active`.
     """
 
     manifest: Manifest

@@ -221,7 +221,7 @@ def explain_question(
     schema = _object(
         name={"type": "string"}, sentence={"type": "string"}, kind={"enum": list(KINDS)}
     )
-    return Question(_EXPLAIN, _quoted(data), schema, 200)
+    return Question(_EXPLAIN, json.dumps(data, ensure_ascii=False), schema, 200)
 
 
 def detect_question(sentence: str, texts: Sequence[str]) -> Question:
@@ -229,7 +229,7 @@ def detect_question(sentence: str, texts: Sequence[str]) -> Question:
     n = len(texts)
     fires = {"type": "array", "items": {"type": "boolean"}, "minItems": n, "maxItems": n}
     data = {"description": sentence, "excerpts": texts}
-    return Question(_DETECT, _quoted(data), _object(fires=fires), 20 + 6 * n)
+    return Question(_DETECT, json.dumps(data, ensure_ascii=False), _object(fires=fires), 20 + 6 * n)
 
 
 def output_question(explanation: Explanation, options: Sequence[Sequence[str]]) -> Question:
@@ -238,7 +238,9 @@ def output_question(explanation: Explanation, options: Sequence[Sequence[str]]) 
         "description": f"{explanation.name}. {explanation.sentence}",
         "options": [option[:N_WRITTEN] for option in options],
     }
-    return Question(_OUTPUT, _quoted(data), _object(choice={"type": "integer"}), 30)
+    return Question(
+        _OUTPUT, json.dumps(data, ensure_ascii=False), _object(choice={"type": "integer"}), 30
+    )
 
 
 def _object(**properties: Any) -> dict[str, Any]:
@@ -248,10 +250,6 @@ def _object(**properties: Any) -> dict[str, Any]:
         "required": list(properties),
         "additionalProperties": False,
     }
-
-
-def _quoted(data: Mapping[str, Any]) -> str:
-    return json.dumps(data, ensure_ascii=False)
 
 
 def read_explanation(answer: Any) -> Explanation:
@@ -314,6 +312,10 @@ class HeldOutTexts:
         """Return the excerpts of a latent; draws are empty if too few rollouts are held out."""
         feature = self._index[latent]
         rng = np.random.default_rng((seed, latent))
+
+        def shown(examples: Sequence[Example]) -> tuple[str, ...]:
+            return tuple(_with_strengths(e, feature.stats.max) for e in examples)
+
         strongest, samples = feature.examples, feature.samples
         if feature.stats.is_template:
             strongest, samples = feature.at_special, ()
@@ -335,10 +337,8 @@ class HeldOutTexts:
             if some and others:
                 draws.append(tuple(both[i] for i in rng.permutation(len(both))))
         return Excerpts(
-            strongest=tuple(_with_strengths(e, feature.stats.max) for e in seen[:N_STRONGEST]),
-            typical=tuple(
-                _with_strengths(e, feature.stats.max) for e in typical[::step][:N_TYPICAL]
-            ),
+            strongest=shown(seen[:N_STRONGEST]),
+            typical=shown(typical[::step][:N_TYPICAL]),
             draws=tuple(draws),
         )
 
@@ -357,11 +357,11 @@ class HeldOutTexts:
         index = self._index
         usable[self._fires(latent)] = False
         ids = {int(e.token_ids[e.target]) for e in firing}
-        near = [int(i) for i in index.near_decoder[latent, :3].tolist() if i >= 0]
-        near += [int(i) for i in index.near_cofiring[latent, :3].tolist() if i >= 0]
         of_near = np.zeros(len(usable), bool)
-        for other in near:
-            of_near[self._fires(other)] = True
+        for near in (index.near_decoder, index.near_cofiring):
+            for other in near[latent, :3].tolist():
+                if other >= 0:
+                    of_near[self._fires(other)] = True
         kinds = [
             np.flatnonzero(usable & np.isin(index.text_token_id, list(ids))),
             np.flatnonzero(usable & of_near),
