@@ -248,6 +248,12 @@ def test_windows_keep_every_token_of_a_text_longer_than_the_context(config, tmp_
     assert_same_up_to_rounding(first, whole.rows(0, 40), n_terms=N_TERMS)
 
 
+def test_tokens_and_disk_are_said_before_the_run_starts(config, caplog):
+    with caplog.at_level("INFO"):
+        store = ActivationStore.open(generate.run(config(num_examples=4)))
+    assert f"{store.n_rows:,} tokens to read, 0.00 GB on disk" in caplog.text
+
+
 def test_a_published_subset_is_named_as_published(config, tmp_path, monkeypatch, make_subject):
     monkeypatch.chdir(tmp_path)
     base, adapter = make_subject(targets=PROJECTIONS[:3])

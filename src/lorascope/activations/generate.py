@@ -343,10 +343,12 @@ def _n_expected(config: GenerateConfig, n_tokens: int) -> int:
 
 
 def _require_space(config: GenerateConfig, layout: SiteLayout, corpus: Corpus, out: Path) -> None:
-    """Raise ArtifactError unless the missing shards fit on the disk."""
+    """Log what the store will take; raise ArtifactError unless missing shards fit on the disk."""
     row = layout.d_in * np.dtype(config.store_dtype).itemsize + 9
     existing = sum(shard.stat().st_size for shard in unfinished(out).glob("shard-*.h5"))
-    needed = int(_n_expected(config, corpus.n_tokens) * row * 1.05) + (1 << 24)
+    expected = _n_expected(config, corpus.n_tokens)
+    log.info("%s tokens to read, %.2f GB on disk", f"{expected:,}", expected * row / 1e9)
+    needed = int(expected * row * 1.05) + (1 << 24)
     require_space(out.parent, max(needed - existing, 0))
 
 
