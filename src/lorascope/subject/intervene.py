@@ -64,11 +64,6 @@ class RowEditor(SiteHooks):
     def __init__(self, subject: Subject, *, seed: int = 0, fast: bool = False) -> None:
         super().__init__(subject)
         self.fast = fast
-        layout = subject.layout
-        ends = torch.tensor([site.rank for site in layout.sites]).cumsum(0).tolist()
-        self._columns = [
-            slice(end - site.rank, end) for end, site in zip(ends, layout.sites, strict=True)
-        ]
         self._backs = [None if mix is None else unmix(mix) for mix in subject.mixes]
         self._seed = seed
         self._read: list[list[Tensor]] | None = None  # per site, while running
@@ -170,7 +165,11 @@ class RowEditor(SiteHooks):
 
     def _fast_forward(self, index: int, layer: Any) -> Callable[..., Tensor]:
         """Return the forward of a plain layer: read, edit and write its row in few passes."""
-        name, own, columns = layer.active_adapters[0], layer.forward, self._columns[index]
+        name, own, columns = (
+            layer.active_adapters[0],
+            layer.forward,
+            self.subject.layout.slices[index],
+        )
         mix, back = self.subject.mixes[index], self._backs[index]
         a, b = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
         read = a if mix is None else mix.to(a) @ a
@@ -237,7 +236,8 @@ class RowEditor(SiteHooks):
 
     def _at_read(self, index: int) -> Callable[..., Tensor | None]:
         mix, back = self.subject.mixes[index], self._backs[index]
-        columns, rank = self._columns[index], self.subject.layout.sites[index].rank
+        layout = self.subject.layout
+        columns, rank = layout.slices[index], layout.sites[index].rank
 
         def hook(_module: nn.Module, _args: Any, h: Tensor) -> Tensor | None:
             if self._read is None:

@@ -42,10 +42,8 @@ def residual_writes(subject: Subject, layout: SiteLayout) -> list[ResidualWrite]
     mixes = {
         site.module: mix for site, mix in zip(subject.layout.sites, subject.mixes, strict=True)
     }
-    writes, start = [], 0
-    for site in layout.sites:
-        columns = slice(start, start + site.rank)
-        start = columns.stop
+    writes = []
+    for site, columns in zip(layout.sites, layout.slices, strict=True):
         layer = subject.causal.get_submodule(site.module)
         b = layer.lora_B[layer.active_adapters[0]].weight.detach().float().cpu()
         if not _writes_directly(subject, site.module, b.shape[0]):
