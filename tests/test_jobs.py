@@ -25,6 +25,7 @@ from lorascope.activations import generate
 from lorascope.activations.generate import Corpus, GenerateConfig
 from lorascope.cli import call
 from lorascope.errors import ConfigError, WorkerError
+from lorascope.sae.team import join_team
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +245,7 @@ def test_a_bad_environment_is_one_line(monkeypatch, capsys):
             monkeypatch.setenv(name, value)
         with (
             pytest.raises(ConfigError, match="cannot meet .*; start them with torchrun"),
-            runtime.join_team(torch.device("cpu")),
+            join_team(torch.device("cpu")),
         ):
             pass
 

@@ -21,10 +21,10 @@ from builders.interpreter import DEVICE, INTERPRETED, on_device, passed_in_the_i
 from lorascope import kernels  # noqa: E402
 from lorascope.errors import ConfigError, NumberError  # noqa: E402
 from lorascope.kernels import cpu, cuda, reference  # noqa: E402
-from lorascope.runtime import Team  # noqa: E402
 from lorascope.sae.objective import Weights, objective  # noqa: E402
 from lorascope.sae.sparsity import Rule, choose  # noqa: E402
 from lorascope.sae.step import Step  # noqa: E402
+from lorascope.sae.team import Team  # noqa: E402
 
 TYPES = [torch.float32, torch.bfloat16]
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")

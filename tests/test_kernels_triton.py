@@ -1,4 +1,4 @@
-"""Parity of the Triton kernels with their reference, forward and backward, on ugly sizes.
+"""Parity of the Triton kernels with their reference on ugly sizes.
 
 Without a GPU they run in Triton's interpreter. It is chosen when Triton is imported, so the parity
 tests run in a process of their own (`test_parity_holds_in_the_interpreter`); the marker `gpu` has
@@ -125,34 +125,13 @@ UGLY = {
 @on_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("case", UGLY)
-def test_the_sums_of_bags_and_their_gradients_are_those_of_the_reference(case, dtype):
-    values, index, offsets, table = bags(*UGLY[case], dtype=dtype)
-    results = []
-    for module, device in ((cuda, DEVICE), (reference, "cpu")):
-        leaves = [t.to(device).requires_grad_() for t in (values, table)]
-        sums = module.gather_sum(leaves[0], index.to(device), offsets.to(device), leaves[1])
-        weight = random(*sums.shape, seed=9, dtype=dtype).to(device)
-        gradients = torch.autograd.grad((sums * weight).sum(), leaves)
-        results.append([t.detach().cpu() for t in (sums, *gradients)])
-    for ours, wanted in zip(*results, strict=True):
-        assert ours.dtype == dtype
-        n_terms = max(len(index), table.shape[1], 4)
-        assert_same_up_to_rounding(ours, wanted, n_terms=n_terms, dtype=dtype)
-
-
-@on_device
-def test_only_the_gradients_that_are_asked_for_are_made():
-    values, index, offsets, table = (t.to(DEVICE) for t in bags([3, 70, 2], 5, 8))
-    assert not cuda.gather_sum(values, index, offsets, table).requires_grad
-    for wanted in (values, table):
-        wanted.requires_grad_()
-        cuda.gather_sum(values, index, offsets, table).sum().backward()
-        assert wanted.grad is not None
-        wanted.requires_grad_(False)
-    first = values.grad.clone()
-    table.requires_grad_()
-    cuda.gather_sum(values, index, offsets, table).sum().backward()
-    assert torch.equal(values.grad, first)  # of the first time
+def test_the_sums_of_bags_are_those_of_the_reference(case, dtype):
+    given = bags(*UGLY[case], dtype=dtype)
+    ours = cuda.gather_sum(*(t.to(DEVICE) for t in given)).cpu()
+    assert ours.dtype == dtype
+    n_terms = max(len(given[1]), 4)
+    wanted = reference.gather_sum(*given)
+    assert_same_up_to_rounding(ours, wanted, n_terms=n_terms, dtype=dtype)
 
 
 @on_device

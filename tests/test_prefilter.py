@@ -6,10 +6,10 @@ from builders.tolerance import assert_same_up_to_rounding, rounding
 
 from lorascope.kernels import cpu, prefilter
 from lorascope.kernels.prefilter import Prefilter
-from lorascope.runtime import Team
 from lorascope.sae.objective import initial_weights
 from lorascope.sae.sparsity import Rule
 from lorascope.sae.step import Step
+from lorascope.sae.team import Team
 
 KINDS = ["normal", "sizes", "equal columns", "one column", "few positive", "zero rows", "big bias"]
 

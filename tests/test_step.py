@@ -5,10 +5,10 @@ import pytest
 import torch
 from builders.saes import weights_of
 
-from lorascope.runtime import Team
 from lorascope.sae.objective import objective
 from lorascope.sae.sparsity import Rule
 from lorascope.sae.step import Step
+from lorascope.sae.team import Team
 
 
 def both(

@@ -25,13 +25,13 @@ from builders.stores import planted_rows, write_store
 from lorascope import runtime
 from lorascope.artifact import digest_file
 from lorascope.cli import call
-from lorascope.runtime import Team
 from lorascope.sae import trainer
 from lorascope.sae.model import load_sae
 from lorascope.sae.objective import Weights, initial_weights, objective
 from lorascope.sae.settings import TrainConfig
 from lorascope.sae.sparsity import Rule
 from lorascope.sae.step import Step
+from lorascope.sae.team import Team, join_team
 from lorascope.sae.train import run
 from lorascope.sae.trainer import Trainer
 
@@ -126,7 +126,7 @@ def work(rank: int, job: dict) -> int:
         arrange(job["how"], job["at"])
     if "words" in job:
         return call(job["words"])
-    with runtime.join_team(torch.device("cpu")) as together:
+    with join_team(torch.device("cpu")) as together:
         made = {"gradients": gradients(together), "trained": trained(together)}
     torch.save(made, Path(job["folder"]) / f"rank{rank}.pt")
     return 0

@@ -169,37 +169,7 @@ def gather_sum(
 
     Bag i holds the pairs `[offsets[i], offsets[i + 1])`; together the bags hold every pair. Sums
     are float32, or float64 if `values` are, and returned in the dtype of `values`.
-    Differentiable in `values` and `table`.
     """
-    return _GatherSum.apply(values, index, offsets, table)  # pyright: ignore[reportReturnType]
-
-
-class _GatherSum(torch.autograd.Function):
-    """`gather_sum` with gradients: a `pair_dot` for the values, sums by entry for the table."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, index: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
-        ctx.save_for_backward(values, index, offsets, table)
-        return _sums(values, index, offsets, table)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, gradient: Tensor
-    ) -> tuple[Tensor | None, None, None, Tensor | None]:
-        values, index, offsets, table = ctx.saved_tensors
-        pairs = torch.arange(len(index), device=index.device)
-        bags = torch.searchsorted(offsets, pairs, right=True) - 1
-        of_values = of_table = None
-        if ctx.needs_input_grad[0]:
-            of_values = pair_dot(gradient, bags, table, index).to(values.dtype)
-        if ctx.needs_input_grad[3]:
-            order, bounds = by_latent(index, len(table))
-            of_table = _sums(values[order], bags[order], bounds, gradient).to(table.dtype)
-        return of_values, None, None, of_table
-
-
-def _sums(values: Tensor, index: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
     n_pairs, n_bags, d = len(index), len(offsets) - 1, table.shape[1]
     out = values.new_empty(n_bags, d)
     if out.numel() == 0 or n_pairs == 0:
@@ -315,8 +285,7 @@ def pair_dot(
 ) -> Float[Tensor, "pair"]:
     """Return the inner product of `left[left_index[p]]` and `right[right_index[p]]` of each pair.
 
-    Sums are float32, or float64 if an input is, and returned in the wider dtype of the two. Not
-    differentiable: it is itself the gradient of the values in `gather_sum`.
+    Sums are float32, or float64 if an input is, and returned in the wider dtype of the two.
     """
     n_pairs, d = len(left_index), left.shape[1]
     dtype = torch.promote_types(left.dtype, right.dtype)

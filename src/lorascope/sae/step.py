@@ -30,9 +30,9 @@ from torch import Tensor
 from lorascope import kernels
 from lorascope.kernels import cpu, prefilter
 from lorascope.kernels.prefilter import Prefilter
-from lorascope.runtime import Team
 from lorascope.sae.objective import AUX_ROWS, JUMP_WEIGHT, JUMP_WIDTH, LEAST_SPREAD, Loss, Weights
 from lorascope.sae.sparsity import Rule
+from lorascope.sae.team import Team
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,7 @@ from lorascope.activations.store import ActivationStore
 from lorascope.artifact import Identity
 from lorascope.errors import ConfigError, Interrupted, NumberError
 from lorascope.runtime import (
-    Team,
     free_memory,
-    join_team,
     pick_device,
     progress,
     stop_between_steps,
@@ -45,6 +43,7 @@ from lorascope.sae.model import KIND, SCHEMA
 from lorascope.sae.objective import column_scale, initial_weights
 from lorascope.sae.publish import TrainingRun, publish, sibling, write_table
 from lorascope.sae.settings import SweepMember, TrainConfig, parse_number
+from lorascope.sae.team import Team, join_team
 from lorascope.sae.trainer import Trainer
 from lorascope.sae.training_log import TrainingLog
 from lorascope.sites import parse_adapter_types

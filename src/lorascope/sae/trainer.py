@@ -29,10 +29,10 @@ from torch import Tensor
 from lorascope import kernels
 from lorascope.artifact import replacing
 from lorascope.errors import ArtifactError, NumberError
-from lorascope.runtime import Team
 from lorascope.sae.objective import Loss, Weights, aux_latents
 from lorascope.sae.sparsity import Rule
 from lorascope.sae.step import Step
+from lorascope.sae.team import Team
 
 if TYPE_CHECKING:
     from lorascope.sae.fine_tune import SplicedStep
