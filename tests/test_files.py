@@ -259,7 +259,7 @@ def test_what_lorascope_cannot_say_of_saelens_is_refused_with_the_reason(tmp_pat
     with pytest.raises(ArtifactError, match="scaling_factor"):
         load_sae(folder, store)
     (folder / "cfg.json").write_text("[]")
-    with pytest.raises(ArtifactError, match="holds a list, expected an SAE's config"):
+    with pytest.raises(ArtifactError, match="holds list, expected a JSON object"):
         load_sae(folder, store)
     (folder / "cfg.json").write_text("{")
     with pytest.raises(ArtifactError, match=r"cfg\.json is damaged or not JSON"):

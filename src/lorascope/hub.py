@@ -50,14 +50,16 @@ def find_folder(
         ) from error
 
 
-def read_json_object(file: Path) -> dict[str, Any]:
-    """Return the object in a JSON file of an adapter or a base model, or raise AdapterError."""
+def read_json_object(file: Path, error_type: type[LorascopeError] = AdapterError) -> dict[str, Any]:
+    """Return the object in a JSON file that others wrote, or raise `error_type`."""
     try:
         data = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{file} is not JSON: {first_line(error)}") from error
+        raise error_type(
+            f"{file} is damaged or not JSON ({first_line(error)}); download it again"
+        ) from error
     if not isinstance(data, dict):
-        raise AdapterError(f"{file} holds {type(data).__name__}, expected a JSON object")
+        raise error_type(f"{file} holds {type(data).__name__}, expected a JSON object")
     return data
 
 

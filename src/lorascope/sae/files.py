@@ -18,7 +18,6 @@ which column belongs to which LoRA site, so a store of the same width must be gi
 """
 
 import glob
-import json
 import logging
 import pickle
 from collections.abc import Mapping
@@ -34,7 +33,7 @@ from torch import Tensor
 
 from lorascope.artifact import MANIFEST
 from lorascope.errors import ArtifactError, NumberError
-from lorascope.hub import find_folder, first_line
+from lorascope.hub import find_folder, first_line, read_json_object
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +156,7 @@ def _read_published(path: Path) -> ForeignSAE:
 
 def _read_saelens(path: Path) -> ForeignSAE:
     """Read a folder of SAELens 6, or of SAELens 3 to 5, whose config has no format version."""
-    config = read_object(path / SAELENS_CONFIG)
+    config = read_json_object(path / SAELENS_CONFIG, ArtifactError)
     kind = str(config.get("architecture", "standard"))
     activation = str(config.get("activation_fn_str") or config.get("activation_fn") or "relu")
     if activation != "relu":
@@ -194,7 +193,7 @@ def _read_saelens(path: Path) -> ForeignSAE:
 
 
 def _read_dictionary(path: Path) -> ForeignSAE:
-    config = read_object(path / DICTIONARY_CONFIG)
+    config = read_json_object(path / DICTIONARY_CONFIG, ArtifactError)
     trainer = config.get("trainer")
     trainer = trainer if isinstance(trainer, dict) else {}
     name = str(trainer.get("dict_class"))
@@ -277,19 +276,6 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         return safetensors.torch.load_file(path)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{path} is damaged ({error}); train or download it again") from error
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file. Raises ArtifactError if there is none."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(
-            f"{path} is damaged or not JSON ({error}); download it again"
-        ) from error
-    if not isinstance(data, dict):
-        raise ArtifactError(f"{path} holds a {type(data).__name__}, expected an SAE's config")
-    return data
 
 
 def section(path: Path, data: Mapping[str, Any], key: str) -> dict[str, Any]:
