@@ -20,16 +20,13 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from lorascope import config, runtime
 from lorascope.completion import SHELLS, Flag, completion_script
 from lorascope.errors import ConfigError, Interrupted, LorascopeError
 from lorascope.hub import first_line
 from lorascope.version import __version__
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger("lorascope")
 

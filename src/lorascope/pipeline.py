@@ -134,87 +134,63 @@ def _stages(config: RunConfig) -> dict[str, tuple[ModuleType, Config]]:
 
     out = config.output
     store, sae, index = out / "activations", out / "sae", out / "features.h5"
-    stages: dict[str, tuple[ModuleType, Config]] = {
-        "generate": (generate, GenerateConfig.from_shared(config, output=store)),
-        "train": (
-            train,
-            TrainConfig.from_shared(config, data_dir=store, output=sae, adapter_types=()),
-        ),
-        "collect": (
-            collect,
-            CollectConfig.from_shared(
-                config, data_dir=store, sae=sae, output=index, batch_size=2048
-            ),
-        ),
-    }
+    page, text = out / "dashboard.html", out / "report.json"
+    read: dict[str, Any] = {"data_dir": store, "sae": sae}
+    stages: dict[str, tuple[ModuleType, Config]] = {}
+
+    def add(name: str, stage: ModuleType, options: type[Config], **given: Any) -> None:
+        stages[name] = stage, options.from_shared(config, **given)
+
+    add("generate", generate, GenerateConfig, output=store)
+    add("train", train, TrainConfig, data_dir=store, output=sae, adapter_types=())
+    add("collect", collect, CollectConfig, output=index, batch_size=2048, **read)
     if config.evaluate_texts:
         from lorascope.causal import evaluate
 
-        stages["evaluate"] = (
+        add(
+            "evaluate",
             evaluate,
-            evaluate.EvaluateConfig.from_shared(
-                config,
-                data_dir=store,
-                sae=sae,
-                output=out / "evaluation.json",
-                max_rollouts=config.evaluate_texts,
-                batch_tokens=None,
-                seed=0,
-            ),
+            evaluate.EvaluateConfig,
+            output=out / "evaluation.json",
+            max_rollouts=config.evaluate_texts,
+            batch_tokens=None,
+            seed=0,
+            **read,
         )
     if config.effect_texts:
         from lorascope.causal import ablate, attribute, direct
 
         effects = out / "effects"
-        texts: dict[str, Any] = {
-            "data_dir": store,
-            "sae": sae,
-            "batch_tokens": None,
-        }
-        stages["direct"] = (
-            direct,
-            direct.DirectConfig.from_shared(config, sae=sae, output=effects / "direct.json"),
-        )
-        stages["ablate"] = (
+        texts = {**read, "batch_tokens": None}
+        add("direct", direct, direct.DirectConfig, sae=sae, output=effects / "direct.json")
+        add(
+            "ablate",
             ablate,
-            ablate.AblateConfig.from_shared(
-                config,
-                output=effects / "ablation.json",
-                max_rollouts=config.effect_texts,
-                part_rollouts=_SLOW_TEXTS,
-                greedy="none",
-                seed=0,
-                **texts,
-            ),
+            ablate.AblateConfig,
+            output=effects / "ablation.json",
+            max_rollouts=config.effect_texts,
+            part_rollouts=_SLOW_TEXTS,
+            greedy="none",
+            seed=0,
+            **texts,
         )
-        stages["attribute"] = (
+        add(
+            "attribute",
             attribute,
-            attribute.AttributeConfig.from_shared(
-                config,
-                output=effects / "attribution.json",
-                rollouts_of=index,
-                max_rollouts=min(config.effect_texts, _SLOW_TEXTS),
-                check_rollouts=1,
-                **texts,
-            ),
+            attribute.AttributeConfig,
+            output=effects / "attribution.json",
+            rollouts_of=index,
+            max_rollouts=min(config.effect_texts, _SLOW_TEXTS),
+            check_rollouts=1,
+            **texts,
         )
-    stages["label"] = (
-        label,
-        LabelConfig.from_shared(config, input=index, data_dir=store, sae=sae, output=out / LABELS),
-    )
-    page, text = out / "dashboard.html", out / "report.json"
-    stages["dashboard"] = (
-        render,
-        DashboardConfig.from_shared(
-            config, input=index, output=page, overwrite=config.overwrite or _is_own(page)
-        ),
-    )
-    stages["report"] = (
-        report,
-        ReportConfig.from_shared(
-            config, input=out, output=text, overwrite=config.overwrite or _is_own(text)
-        ),
-    )
+    add("label", label, LabelConfig, input=index, output=out / LABELS, **read)
+    for name, stage, options, source, made in (
+        ("dashboard", render, DashboardConfig, index, page),
+        ("report", report, ReportConfig, out, text),
+    ):
+        overwrite = config.overwrite or _is_own(made)
+        add(name, stage, options, input=source, output=made, overwrite=overwrite)
     return stages
 
 

@@ -230,19 +230,14 @@ def by_latent(
     """Return the stable order of pairs by latent, and where each latent's pairs begin in it."""
     small = torch.int16 if n_latents < 2**15 else torch.int32
     order = latents.to(small).argsort(stable=True)
-    counts = torch.bincount(latents, minlength=n_latents)
-    return order, _bounds(counts)
+    starts = latents.new_zeros(n_latents + 1)
+    torch.cumsum(torch.bincount(latents, minlength=n_latents), 0, out=starts[1:])
+    return order, starts
 
 
 def row_offsets(rows: Int64[Tensor, "pair"], n_rows: int) -> Int64[Tensor, "row_plus_1"]:
     """Return where each row's pairs begin; `rows` rise."""
     return torch.searchsorted(rows, torch.arange(n_rows + 1, device=rows.device))
-
-
-def _bounds(counts: Int64[Tensor, "bag"]) -> Int64[Tensor, "bag_plus_1"]:
-    offsets = counts.new_zeros(len(counts) + 1)
-    torch.cumsum(counts, 0, out=offsets[1:])
-    return offsets
 
 
 def gather_sum(

@@ -33,6 +33,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from lorascope.errors import ConfigError, NumberError
+from lorascope.kernels.cpu import row_offsets
 from lorascope.kernels.reference import Best
 
 __all__ = [
@@ -152,11 +153,6 @@ def by_latent(
     """
     ordered, order = latents.to(torch.int32).sort(stable=True)
     return order, row_offsets(ordered.long(), n_latents)
-
-
-def row_offsets(rows: Int64[Tensor, "pair"], n_rows: int) -> Int64[Tensor, "row_plus_1"]:
-    """Return where each row's pairs begin; `rows` rise."""
-    return torch.searchsorted(rows, torch.arange(n_rows + 1, device=rows.device))
 
 
 def gather_sum(
