@@ -87,28 +87,24 @@ class TokenTable:
     def entries_of_windows(self, first: int, last: int) -> Ints:
         """Return the entries of all tokens of windows `first` to `last - 1`, concatenated."""
         index = self.index
+        run = range(first, last)
         return self._entries_of(
-            self.window_entries, index.window_offset, index.window_token_id, first, last
+            self.window_entries, index.window_offset, index.window_token_id, run
         )
 
     def entries_of_rollout(self, number: int) -> Ints:
         """Return the entries of all tokens of a whole rollout."""
         index = self.index
-        return self._entries_of(
-            self.rollout_entries, index.text_offset, index.text_token_id, number, number + 1
-        )
+        run = range(number, number + 1)
+        return self._entries_of(self.rollout_entries, index.text_offset, index.text_token_id, run)
 
     def _entries_of(
-        self,
-        extra: dict[int, list[int]],
-        offset: npt.NDArray[np.int64],
-        ids: npt.NDArray[np.int32],
-        first: int,
-        last: int,
+        self, extra: dict[int, list[int]], offset: Ints, ids: npt.NDArray[np.int32], run: range
     ) -> Ints:
+        first, last = run.start, run.stop
         begin = int(offset[first])
         entries = self.entries_of_ids(ids[begin : int(offset[last])])
-        for sequence in range(first, last) if extra else ():
+        for sequence in run if extra else ():
             if sequence in extra:
                 start = int(offset[sequence]) - begin
                 entries[start : start + len(extra[sequence])] = extra[sequence]

@@ -25,12 +25,7 @@ from lorascope.activations.store import ActivationStore, default_name
 from lorascope.artifact import Identity, read_manifest
 from lorascope.config import Config, option
 from lorascope.errors import ConfigError, DatasetError
-from lorascope.features.accumulators import (
-    Accumulator,
-    histogram_edges,
-    lowest_threshold,
-    scan,
-)
+from lorascope.features.accumulators import Accumulator, histogram_edges, lowest_threshold, scan
 from lorascope.features.arrays import KIND, SCHEMA
 from lorascope.features.index import FeatureIndex
 from lorascope.features.published_json import write_published
