@@ -63,7 +63,7 @@ def report_of(subject_dirs, store, tmp_path):
 
 
 def test_a_dictionary_that_rebuilds_every_row_recovers_everything(store, report_of):
-    found = report_of(each_column(store))["faithfulness"]
+    found = report_of(each_column(store), by_site=True)["faithfulness"]
     for name in ("sae", "sae closed"):
         run_ = found["runs"][name]
         for over in (run_, run_["generated"]):
@@ -73,14 +73,15 @@ def test_a_dictionary_that_rebuilds_every_row_recovers_everything(store, report_
     for over in (found["runs"]["sae"], found["runs"]["sae"]["generated"]):
         assert over["recovered_interval"] == pytest.approx([1, 1], abs=ROUNDED)
         assert over["ce_recovered"] == pytest.approx(1, abs=1e-4)
-    assert found["roles"]
-    for part in found["roles"].values():
-        assert part["recovered"] == pytest.approx(1, abs=ROUNDED)
+    for kind in ("roles", "layers", "projections"):
+        assert found[kind]
+        for part in found[kind].values():
+            assert part["recovered"] == pytest.approx(1, abs=ROUNDED)
 
 
 def test_with_all_features_removed_it_is_the_base_model_exactly(store, report_of):
     """No latent reaches the threshold, so that every row written is zero."""
-    found = report_of(each_column(store, threshold=1e9))["faithfulness"]
+    found = report_of(each_column(store, threshold=1e9), by_site=True)["faithfulness"]
     runs = found["runs"]
     assert runs["sae"]["recovered"] == runs["base"]["recovered"] == 0.0
     closed = runs["sae closed"] | {"l0": runs["sae"]["l0"]}
@@ -89,7 +90,7 @@ def test_with_all_features_removed_it_is_the_base_model_exactly(store, report_of
     assert "zero" not in runs, "for plain LoRA it is the base model"
     assert runs["sae"]["kl"] == runs["base"]["kl"] > 0
     assert runs["sae"]["ce"] == runs["base"]["ce"]
-    for part in found["roles"].values():
+    for part in [*found["layers"].values(), *found["roles"].values()]:
         assert part["recovered"] == 0.0
 
 
@@ -274,7 +275,8 @@ def test_the_baselines_keep_as_many_numbers_as_the_sae(store):
     rows = torch.from_numpy(np.array(store.rows(0, store.n_rows)))
     everything = np.arange(store.n_rows)
     mean = baselines.ConstantRows(store, everything, rows).at(everything)
-    made = {k: baselines.baselines(sae, rows, mean, k, seed=0) for k in (1, 3, store.d_in)}
+    of_size = baselines.baselines(sae, rows, mean, seed=0)
+    made = {k: of_size(k) for k in (1, 3, store.d_in)}
     assert torch.equal(made[1]["constant"].rows(rows, mean), mean)
     kept = made[3]["columns"].rows(rows, mean)
     assert ((kept != mean).sum(1) <= 3).all()
@@ -290,6 +292,63 @@ def test_the_baselines_keep_as_many_numbers_as_the_sae(store):
         assert loss[3, name] < loss[1, name] < loss[1, "constant"]
     for name in ("pca", "columns"):  # with all columns nothing is lost
         assert loss[store.d_in, name] < 1e-8 * loss[1, "constant"]
+
+
+def test_every_subset_of_the_sites_recovers_all_with_an_exact_dictionary_and_nothing_without_one(
+    store, report_of
+):
+    exact = report_of(each_column(store), "exact", subsets=2)["faithfulness"]["subsets"]
+    nothing = report_of(each_column(store, threshold=1e9), "nothing", subsets=2)
+    for one in exact:
+        assert one["recovered"] == pytest.approx(1, abs=ROUNDED)
+    for one in nothing["faithfulness"]["subsets"]:
+        assert one["recovered"] == 0.0
+        assert one["kl"] == one["kl_zero"] > 0
+    assert [one["how"] for one in exact] == ["drawn", "drawn", "worst"]
+
+
+@pytest.mark.slow
+def test_the_worst_subset_loses_more_than_the_whole_and_its_kl_is_that_of_its_sites(
+    subject_dirs, store, report_of
+):
+    """The same error at all sites but two, which have the opposite one: they make up for it."""
+    factor = torch.full((store.d_in,), 1.5)
+    factor[[3, 7]] = 0.5
+    sae = each_column(store)
+    sae = dictionary(store.layout, sae.W_enc, sae.W_dec * factor)
+    found = report_of(sae, subsets=6)["faithfulness"]
+    worst = found["subsets"][-1]
+    assert worst["how"] == "worst"
+    assert worst["kl"] >= found["runs"]["sae"]["generated"]["kl"] * (1 - 1e-3)
+    assert worst["kl"] >= max(one["kl"] for one in found["subsets"][:-1]) * 0.5
+    base, adapter = subject_dirs
+    options = EffectOptions(lora_path=str(adapter), base_model=str(base), data_dir=store.path)
+    held_out, total, n = open_held_out(options, None), 0.0, 0
+    inside = torch.tensor([site.name in worst["sites"] for site in store.layout.sites])
+    assert 0 < int(inside.sum()) <= store.d_in
+    with torch.inference_mode(), RowEditor(held_out.subject) as editor:
+        for start, stop in itertools.pairwise(store.rollout_start):
+            ids = torch.from_numpy(store.token_ids[start:stop].astype(np.int64))[None]
+            out = editor.run(ids)
+            rows = torch.where(inside, out.rows * factor, out.rows)
+            other = editor.run(ids, lambda columns, _, rows=rows: rows[..., columns])
+            kl = kl_divergence(out.logits[0, :-1], other.logits[0, :-1])
+            counts = torch.from_numpy(held_out.is_generated(np.arange(start, stop - 1)))
+            total, n = total + float(kl[counts].sum()), n + int(counts.sum())
+    assert worst["kl"] == pytest.approx(total / n, rel=1e-3)
+
+
+def test_the_curve_has_what_each_method_recovers_at_each_number_of_values(store, report_of):
+    levels = (1.0, 3.0, float(store.d_in))
+    sae = each_column(store, threshold=0.01)
+    curve = report_of(sae, curve=levels)["faithfulness"]["curve"]
+    assert list(curve) == ["sae", "columns", "pca"]
+    for method in ("columns", "pca"):
+        assert [point["l0"] for point in curve[method]] == list(levels)
+        assert curve[method][-1]["recovered"] == pytest.approx(1, abs=1e-3), "all columns"
+        assert curve[method][0]["recovered"] < curve[method][-1]["recovered"]
+    fired = [point["l0"] for point in curve["sae"]]
+    assert fired == pytest.approx(levels, rel=0.2)
 
 
 def test_saes_that_differ_in_their_seed_only_are_named_together(store, report_of, tmp_path):
@@ -337,12 +396,13 @@ def test_reconstruction_is_of_all_rows_and_other_saes_are_compared(store, report
 @pytest.mark.slow
 def test_an_sae_of_some_columns_is_measured_against_those_at_zero(store, report_of):
     narrow = store.select(("gate_proj", "up_proj", "down_proj"))
-    found = report_of(each_column(narrow), "perfect")["faithfulness"]
+    found = report_of(each_column(narrow), "perfect", by_site=True)["faithfulness"]
     assert found["zero_is"] == "the SAE's columns at zero"
     assert found["runs"]["sae"]["recovered"] == pytest.approx(1, abs=ROUNDED)
     off = report_of(each_column(narrow, threshold=1e9), "off")["faithfulness"]["runs"]
     assert off["sae"]["recovered"] == off["zero"]["recovered"] == 0.0
     assert off["base"]["kl"] != off["zero"]["kl"]  # the other columns are still there
+    assert set(found["projections"]) == {"gate_proj", "up_proj", "down_proj"}
 
 
 @pytest.mark.slow
@@ -365,6 +425,7 @@ def test_an_adapter_that_does_nothing_has_no_share_to_recover(subject_dirs, data
             data_dir=texts.path,
             sae=tmp_path / "sae",
             output=tmp_path / "report.json",
+            by_site=True,
             device="cpu",
         )
     )
@@ -375,7 +436,7 @@ def test_an_adapter_that_does_nothing_has_no_share_to_recover(subject_dirs, data
         assert run_["kl"] == 0.0
         assert run_["recovered"] is None
         assert run_["recovered_interval"] is None
-    assert all(part["kl_zero"] == 0.0 for part in found["roles"].values())
+    assert all(part["kl_zero"] == 0.0 for part in found["layers"].values())
     assert (tmp_path / "report.png").exists()
 
 
@@ -400,6 +461,8 @@ def test_the_report_a_picture_and_a_table_are_left_and_made_once(
 
 
 def test_bad_input_is_one_line(store, report_of, tmp_path):
+    with pytest.raises(ConfigError, match="--curve"):
+        EvaluateConfig(curve=(0.5,))
     with pytest.raises(ConfigError, match=r"\.json"):
         EvaluateConfig(output=tmp_path / "report.html")
     for folder in ("a", "b"):

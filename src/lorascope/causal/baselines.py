@@ -14,8 +14,8 @@ third token of the header between a question and a thought. Other tokens of one 
   best, and fits their values by least squares together, which an encoder cannot do.
 """
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ from lorascope.activations.store import ActivationStore
 from lorascope.sae.model import SAE
 from lorascope.texts.roles import ROLES, SPECIAL
 
+CURVES = ("sae", "columns", "pca")  # what is measured at several sparsities
 _N_FITTED = 65_536  # rows that baselines are fitted on
 _CHUNK = 1024  # rows at a time: m directions are copied for each
 _BLOCK = 8192  # rows whose products are summed at a time
@@ -50,27 +51,35 @@ def fit_rebuilds(
     saes: Mapping[str, SAE],
     store: ActivationStore,
     measured: npt.NDArray[np.int64],
+    curve: Sequence[float],
     seed: int,
-) -> "tuple[dict[str, Rebuild], ConstantRows]":
-    """Return what makes the rows to write, by the name of an SAE or a baseline; and constant rows.
+) -> "tuple[dict[Any, Rebuild], ConstantRows]":
+    """Return what makes the rows to write, and the constant rows.
 
-    Baselines have as many values a token as the SAE named `sae`. They are fitted on the rows of the
-    rollouts that are not `measured`, or on all rows if all are.
+    A key is the name of a run, that of an SAE or of a baseline, or `("curve", method, i)` of point
+    i. Baselines have as many values a token as the SAE named `sae`. They are fitted on the rows of
+    the rollouts that are not `measured`, or on all rows if all are.
     """
     elsewhere = np.setdiff1d(np.arange(store.n_rollouts), measured)
     training = rows_of(store, elsewhere if len(elsewhere) else measured)
     training = training[:: -(-len(training) // _N_FITTED)]
     rows = torch.cat(list(read_blocks(store, training)))
     constant = ConstantRows(store, training, rows)
-    blocks = list(read_blocks(store, rows_of(store, measured)))
+    sae = saes["sae"]
+    of_size = baselines(sae, rows, constant.at(training), seed)
 
     def by(one: SAE) -> Rebuild:
+        blocks = list(read_blocks(store, rows_of(store, measured)))
         n_fired = sum(len(one.encode(x).latents) for x in blocks)
         return Rebuild(lambda x, _: one.decode(one.encode(x)), n_fired / sum(map(len, blocks)))
 
-    found = {name: by(one) for name, one in saes.items()}
-    m = round(found["sae"].l0)
-    return found | baselines(saes["sae"], rows, constant.at(training), m, seed), constant
+    found: dict[Any, Rebuild] = {name: by(one) for name, one in saes.items()}
+    found |= of_size(round(found["sae"].l0))
+    for i, k in enumerate(curve):
+        simple = of_size(round(k))
+        found["curve", "sae", i] = by(sae.calibrated(store, training, k))
+        found |= {("curve", name, i): simple[name] for name in CURVES[1:]}
+    return found, constant
 
 
 def rows_of(store: ActivationStore, rollouts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -83,40 +92,47 @@ def baselines(
     sae: SAE,
     training: Float32[Tensor, "row d_in"],
     constant: Float32[Tensor, "row d_in"],
-    m: int,
     seed: int,
-) -> dict[str, Rebuild]:
-    """Fit on training rows and their constant rows; return the reconstructions by name."""
-    m = min(max(1, m), sae.d_in)
+) -> Callable[[int], dict[str, Rebuild]]:
+    """Fit on training rows and their constant rows.
+
+    Return a function of `m` that returns the reconstructions by name.
+    """
     scale = sae.scale
     unscale = torch.where(scale > 0, 1 / scale, 0.0)  # an unused column keeps its constant
     covariance = torch.zeros(sae.d_in, sae.d_in, dtype=torch.float64)
     for x, usual in zip(training.split(_BLOCK), constant.split(_BLOCK), strict=True):
         difference = ((x - usual) * scale).double()
         covariance += difference.T @ difference
-    first = torch.linalg.eigh(covariance).eigenvectors.T.flip(0).float()[:m]
+    directions = torch.linalg.eigh(covariance).eigenvectors.T.flip(0).float()
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(sae.d_sae, sae.d_in, generator=generator)
     drawn = (drawn / drawn.norm(dim=1, keepdim=True)).to(training.device)
 
-    def pca(x: Tensor, constant: Tensor) -> Tensor:
-        return constant + ((x - constant) * scale) @ first.T @ first * unscale
+    def of_size(m: int) -> dict[str, Rebuild]:
+        m = min(max(1, m), sae.d_in)
+        first = directions[:m]
 
-    def columns(x: Tensor, constant: Tensor) -> Tensor:
-        far = (x - constant) * scale
-        kept = far.abs().topk(m, dim=1).indices
-        return constant + torch.zeros_like(far).scatter(1, kept, far.gather(1, kept)) * unscale
+        def pca(x: Tensor, constant: Tensor) -> Tensor:
+            return constant + ((x - constant) * scale) @ first.T @ first * unscale
 
-    def random(x: Tensor, constant: Tensor) -> Tensor:
-        parts = [_best_of(drawn, part, m) for part in ((x - constant) * scale).split(_CHUNK)]
-        return constant + torch.cat(parts) * unscale
+        def columns(x: Tensor, constant: Tensor) -> Tensor:
+            far = (x - constant) * scale
+            kept = far.abs().topk(m, dim=1).indices
+            return constant + torch.zeros_like(far).scatter(1, kept, far.gather(1, kept)) * unscale
 
-    return {
-        "constant": Rebuild(lambda _, usual: usual, 0),
-        "pca": Rebuild(pca, m),
-        "columns": Rebuild(columns, m),
-        "random": Rebuild(random, m),
-    }
+        def random(x: Tensor, constant: Tensor) -> Tensor:
+            parts = [_best_of(drawn, part, m) for part in ((x - constant) * scale).split(_CHUNK)]
+            return constant + torch.cat(parts) * unscale
+
+        return {
+            "constant": Rebuild(lambda _, usual: usual, 0),
+            "pca": Rebuild(pca, m),
+            "columns": Rebuild(columns, m),
+            "random": Rebuild(random, m),
+        }
+
+    return of_size
 
 
 class ConstantRows:

@@ -103,13 +103,29 @@ class EvaluateConfig(SeededEffectOptions):
         help="other SAEs of the same columns to compare with, such as one of another seed",
         identity=False,
     )
+    by_site: bool = option(
+        False, help="also rebuild each layer and each projection alone, two runs for each"
+    )
+    subsets: int = option(
+        0,
+        help="random subsets of the sites to rebuild alone, and steps of the search for the "
+        "subset that loses most; two runs for each subset, and about four for each step",
+    )
+    curve: tuple[float, ...] = option(
+        (),
+        help="values per token at which to measure the SAE, its threshold moved, and columns and "
+        "PCA; three runs for each",
+    )
     output: Path | None = option(
         None, help="report to write; default: evaluation_{SAE's name}.json", identity=False
     )
 
     def check(self) -> None:
-        """Refuse an output that is not a JSON file."""
+        """Refuse impossible numbers, and an output that is not a JSON file."""
         super().check()
+        self.require("subsets", 0)
+        if min(self.curve, default=1) < 1 or not all(map(math.isfinite, self.curve)):
+            raise ConfigError("--curve must be numbers of values per token, 1 or more")
         if self.output is not None:
             require_json_name(self.output)
 

@@ -12,7 +12,10 @@
 4. `conditional` is the same with the constant row of each token as 0: what the SAE recovers of all
    that a constant does not.
 5. In the closed loop, the SAE reads the rows of the run that it is part of (`splice`).
-6. The tokens whose probability the adapter moves most are named, and where (`shifts`).
+6. With `--by-site` and `--subsets`, only the columns of a layer, a projection or a subset of the
+   sites are reconstructed, and 0 is the run with these columns at zero (`subsets`).
+7. With `--curve`, the same at other sparsities: the SAE with its threshold moved, columns and PCA.
+8. The tokens whose probability the adapter moves most are named, and where (`shifts`).
 
 In: adapter, activation store, SAE. Out: a report (JSON) and its picture (.png); the table goes to
 stderr.
@@ -31,7 +34,7 @@ from torch import Tensor
 from lorascope import runtime
 from lorascope.activations.batches import read_blocks
 from lorascope.activations.store import ActivationStore
-from lorascope.causal.baselines import ConstantRows, Rebuild, fit_rebuilds, rows_of
+from lorascope.causal.baselines import CURVES, ConstantRows, Rebuild, fit_rebuilds, rows_of
 from lorascope.causal.effect_options import EvaluateConfig
 from lorascope.causal.effects import log_probabilities
 from lorascope.causal.figures import draw_evaluation
@@ -46,6 +49,7 @@ from lorascope.causal.report_records import (
 from lorascope.causal.shifts import ShiftTally
 from lorascope.causal.splice import PASSES, Compared, Shares, SplicedBatch
 from lorascope.causal.study import Made, format_interval, format_number, format_table, report_at
+from lorascope.causal.subsets import column_groups, sites_in, subsets
 from lorascope.errors import ConfigError
 from lorascope.sae.metrics import evaluate
 from lorascope.sae.model import SAE, load_sae
@@ -73,10 +77,14 @@ def run(config: EvaluateConfig) -> Path:
         reconstruction = evaluate(sae, read_blocks(narrow, rows))
         _warn_of_seen_rollouts(others, held_out)
         rebuilds, constant = fit_rebuilds(
-            {"sae": sae, **others}, narrow, held_out.rollouts, config.seed
+            {"sae": sae, **others}, narrow, held_out.rollouts, config.curve, config.seed
         )
         seeds = _of_other_seeds(sae, others)
-        faithfulness, shifts = measure(held_out, sae, rebuilds, constant, seeds, config.seed)
+        groups = column_groups(sae.layout) if config.by_site else {}
+        groups |= subsets(held_out, sae, config.subsets, config.seed)
+        faithfulness, shifts = measure(
+            held_out, sae, rebuilds, constant, groups, seeds, config.seed
+        )
         report = EvaluationReport(
             reconstruction=reconstruction, faithfulness=faithfulness, shifts=shifts
         )
@@ -131,15 +139,17 @@ def _of_other_seeds(sae: SAE, others: Mapping[str, SAE]) -> tuple[str, ...]:
 def measure(
     held_out: HeldOut,
     sae: SAE,
-    rebuilds: Mapping[str, Rebuild],
+    rebuilds: Mapping[Any, Rebuild],
     constant: ConstantRows,
+    groups: Mapping[tuple[str, str], npt.NDArray[np.bool_]],
     seeds: tuple[str, ...],
     seed: int,
 ) -> tuple[Faithfulness, tuple[TokenShift, ...]]:
     """Run the held-out rollouts with every reconstruction of `fit_rebuilds`.
 
-    Return the shares recovered, and the tokens whose probability the adapter moves most. `seeds`
-    are the runs of SAEs that differ in their seed only.
+    Return the shares recovered, and the tokens whose probability the adapter moves most. `groups`
+    are masks of columns, `(d_in,)`, to rebuild alone. `seeds` are the runs of SAEs that differ in
+    their seed only.
     """
     subject = held_out.subject
     layout, columns = subject.layout.select(sae.layout.adapter_types)
@@ -149,7 +159,7 @@ def measure(
         and not (subject.unseen or subject.unhooked)
         and all(site.lora_kind == "lora" for site in layout.sites)
     )
-    found: dict[str, list[Compared]] = {}
+    found: dict[Any, list[Compared]] = {}
     measured: list[npt.NDArray[np.int64]] = []
     shifts = ShiftTally()
     floor: Floor | None = None
@@ -159,23 +169,27 @@ def measure(
         for batch in held_out.batches():
             spliced = SplicedBatch(editor, batch, columns)
             drift = max(drift, held_out.require_rows(batch, spliced.read))
-            x = spliced.x
+            x, zeros = spliced.x, torch.zeros_like(spliced.x)
             usual = constant.at(batch.rows.numpy().ravel())
 
-            def rebuilt(name: str, rows: Tensor, usual: Tensor = usual) -> Tensor:
+            def rebuilt(name: Any, rows: Tensor, usual: Tensor = usual) -> Tensor:
                 flat = rows.reshape(-1, rows.shape[-1]).cpu()
                 return rebuilds[name].rows(flat, usual).view(rows.shape).to(rows.device)
 
-            written = {name: rebuilt(name, x) for name in rebuilds}
+            written: dict[Any, Tensor] = {key: rebuilt(key, x) for key in rebuilds}
+            for (kind, name), group in groups.items():
+                inside = torch.from_numpy(group).to(x.device)
+                written[kind, name, "sae"] = torch.where(inside, written["sae"], x)
+                written[kind, name, "zero"] = torch.where(inside, zeros, x)
             if not zero_is_base:
-                written["zero"] = torch.zeros_like(x)
+                written["zero"] = zeros
             opened, closed, change = spliced.closed_loop(
                 lambda rows: rebuilt("sae", rows), written.pop("sae"), sae.scale.to(x.device)
             )
             step, size = step + change[0], size + change[1]
             base, predicted = spliced.base(), held_out.role_of(batch.measured)
             shifts.add(spliced.log_p, log_probabilities(base), batch.measured, predicted)
-            results = {
+            results: dict[Any, Compared] = {
                 "sae": opened,
                 "sae closed": closed,
                 **{name: spliced.written(rows) for name, rows in written.items()},
@@ -201,6 +215,7 @@ def measure(
             for name, parts in found.items()
         },
         zero="base" if has_all_columns else "zero",
+        rounding=floor.rounding,
         seed=seed,
     )
     faithfulness = Faithfulness(
@@ -214,8 +229,27 @@ def measure(
         runs={
             name: shares.of_run(name, rebuilds[name].l0 if name in rebuilds else None)
             for name in found
+            if isinstance(name, str)
         },
         roles={ROLES[number]: shares.of_role(number) for number in np.unique(shares.role).tolist()},
+        **{
+            which: {name: shares.of_group(which, name) for kind, name in groups if kind == which}
+            for which in ("layers", "projections")
+        },
+        subsets=tuple(
+            shares.of_subset(name, sites_in(layout, mask))
+            for (kind, name), mask in groups.items()
+            if kind == "subsets"
+        ),
+        curve={
+            method: tuple(
+                shares.of_point(key, rebuild.l0)
+                for key, rebuild in rebuilds.items()
+                if key[:2] == ("curve", method)
+            )
+            for method in CURVES
+            if ("curve", method, 0) in rebuilds
+        },
         seeds=seeds,
         rows_drift=drift,
     )
@@ -250,10 +284,29 @@ def table(report: EvaluationReport) -> str:
                 for name, run in runs.items()
             ),
         )
-    lines += format_table(
-        ("sae, by role", *_HEAD, "KL at 0"),
-        ((name, *_cells(part), _number(part.kl_zero)) for name, part in found.roles.items()),
-    )
+    groups: dict[str, Mapping[str, Any]] = {
+        "sae, by role": found.roles,
+        "sae, in one layer": found.layers,
+        "sae, in one projection": found.projections,
+        "sae, in some sites": {
+            f"{one.how}, {len(one.sites)} sites ({i})": one
+            for i, one in enumerate(sorted(found.subsets, key=lambda one: -one.kl), 1)
+        },
+    }
+    for title, parts in groups.items():
+        if parts:
+            lines += format_table(
+                (title, *_HEAD, "KL at 0"),
+                ((name, *_cells(part), _number(part.kl_zero)) for name, part in parts.items()),
+            )
+    for method, points in found.curve.items():
+        lines += format_table(
+            (f"{method}, by values", *_HEAD, "of all tokens"),
+            (
+                (f"{one.l0:.2f}", *_cells(one.generated or one), _number(one.recovered))
+                for one in points
+            ),
+        )
     lines.append(
         f"closed loop: {found.closed_passes} passes, rows changed by {found.closed_change:.1%} in "
         "the last one"

@@ -14,6 +14,7 @@ from lorascope.artifact import Manifest, replacing
 from lorascope.causal.report_records import (
     AblationReport,
     EvaluationReport,
+    Faithfulness,
     PartRemoval,
     Recovered,
     SteeringReport,
@@ -80,18 +81,25 @@ def _drawing(path: Path, size: tuple[float, float]) -> Generator["Figure"]:
 
 
 def draw_evaluation(report: EvaluationReport, manifest: Manifest, path: Path) -> Path:
-    """Draw the share recovered by each run and role."""
+    """Draw the share recovered by each run and role, and by layer and projection if measured."""
     found, content = report.faithfulness, manifest.content
     runs = {name: run for name, run in found.runs.items() if name not in ("base", "adapter")}
     generated = {name: run.generated for name, run in runs.items() if run.generated is not None}
-    panels: dict[str, Mapping[str, Recovered]] = {
+    panels = {
         "rows written; generated tokens": generated,
+        "the SAE in one layer, share of that layer": found.layers,
         "rows written; all predicted tokens": runs,
+        "the SAE in one projection, share of that projection": found.projections,
         "the SAE, by role of the predicted token": found.roles,
+        "the SAE in a subset of the sites, share of that subset": {
+            f"{i}: {one.how}": one for i, one in enumerate(found.subsets, 1)
+        },
     }
     panels = {title: parts for title, parts in panels.items() if parts}
-    height = 0.19 * (max(map(len, panels.values())) + 2)
-    with _drawing(path, (5 * len(panels), 0.8 + height)) as figure:
+    sizes = [*(len(parts) for parts in panels.values()), *([12] if found.curve else [])]
+    n_rows = -(-len(sizes) // 2)
+    heights = [max(sizes[2 * i : 2 * i + 2]) + 2 for i in range(n_rows)]
+    with _drawing(path, (10, 0.8 + 0.19 * sum(heights))) as figure:
         _head(
             figure,
             f"{_plain(content['sae_name'])} on {_plain(content['adapter_name'])}: share of the "
@@ -101,10 +109,36 @@ def draw_evaluation(report: EvaluationReport, manifest: Manifest, path: Path) ->
             f"lines: 95 % intervals; L0 {report.reconstruction['l0']:.1f}; "
             f"floor {found.floor.rounding:.1e} nats a token",
         )
-        all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axes, (title, parts) in zip(all_axes, panels.items(), strict=True):
-            _draw_shares(axes, title, parts)
+        grid = figure.add_gridspec(n_rows, 2, height_ratios=heights)
+        for i, (title, parts) in enumerate(panels.items()):
+            _draw_shares(figure.add_subplot(grid[i // 2, i % 2]), title, parts)
+        if found.curve:
+            _draw_curve(figure.add_subplot(grid[len(panels) // 2, len(panels) % 2]), found)
     return path
+
+
+def _draw_curve(axes: "Axes", found: Faithfulness) -> None:
+    """Draw the share recovered by values a token: lines for methods, dots for SAEs as trained."""
+    axes.set_title("by values a token; dots: SAEs as they were trained")
+    axes.set_xscale("log")
+    axes.set_ylim(min(_LOWEST_SHARE, 0), 1.02)
+    axes.grid(axis="y", color=_LINE, linewidth=0.5)
+    looks = {"sae": (_MAIN, "-"), "columns": (_OTHER, "-"), "pca": (_OTHER, (0, (4, 3)))}
+    for method, points in found.curve.items():
+        shares = [(point.l0, (point.generated or point).recovered) for point in points]
+        shares = [(l0, share) for l0, share in shares if share is not None]
+        color, line = looks[method]
+        if shares:
+            axes.plot(*zip(*shares, strict=True), color=color, linestyle=line, label=method)
+    for name, run in found.runs.items():
+        share = (run.generated or run).recovered
+        if (name == "sae" or name.startswith("against ")) and run.l0 and share is not None:
+            axes.plot(run.l0, share, "o", color=_MAIN, markersize=4)
+    ticks = sorted({round(point.l0) or 1 for points in found.curve.values() for point in points})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("values a token")
+    axes.legend(frameon=False, loc="lower right")
 
 
 def _head(figure: "Figure", title: str, text: str) -> None:

@@ -78,11 +78,35 @@ class RoleRecovered(Recovered):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GroupRecovered(Recovered):
+    """The same with the SAE's reconstruction in the columns of one layer or projection only."""
+
+    kl_zero: Amount
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubsetRecovered(GroupRecovered):
+    """The same in the columns of a subset of the sites, drawn at random or found as the worst."""
+
+    how: Literal["drawn", "worst"]
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvePoint(Recovered):
+    """The same of a method with `l0` values a token, and over the tokens that the model writes."""
+
+    l0: Amount
+    generated: Recovered | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Faithfulness:
     """How much of the adapter's effect each run recovers, on held-out rollouts.
 
     `closed_change` is how much the rows changed in the last of `closed_passes` passes of the closed
     loop, as a share of their norm. `seeds` are the runs of SAEs that differ in their seed only.
+    `layers`, `projections`, `subsets` and `curve` are empty unless they were asked for.
     """
 
     zero_is: str
@@ -94,6 +118,10 @@ class Faithfulness:
     closed_change: Amount
     runs: Mapping[str, RunRecovered]
     roles: Mapping[str, RoleRecovered]
+    layers: Mapping[str, GroupRecovered]
+    projections: Mapping[str, GroupRecovered]
+    subsets: tuple[SubsetRecovered, ...]
+    curve: Mapping[str, tuple[CurvePoint, ...]]
     seeds: tuple[str, ...]
     rows_drift: Amount
 
@@ -143,7 +171,7 @@ class EvaluationReport(ReportRecord):
     """
 
     kind = "evaluation"
-    schema = 3
+    schema = 2
     reconstruction: Mapping[str, Any]
     faithfulness: Faithfulness
     shifts: tuple[TokenShift, ...] = ()

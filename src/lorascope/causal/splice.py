@@ -14,7 +14,7 @@ far they are from that.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,10 +33,19 @@ from lorascope.causal.effects import (
     sum_by,
 )
 from lorascope.causal.held_out import Batch, HeldOut
-from lorascope.causal.report_records import Recovered, RoleRecovered, RunRecovered, TokensRecovered
+from lorascope.causal.report_records import (
+    CurvePoint,
+    GroupRecovered,
+    Recovered,
+    RoleRecovered,
+    RunRecovered,
+    SubsetRecovered,
+    TokensRecovered,
+)
 from lorascope.subject.intervene import RowEditor
 
 PASSES = 3  # of the closed loop, the open one included
+_ABOVE_FLOOR = 10.0  # times the floor: a smaller effect has no meaningful share
 
 
 class Compared(NamedTuple):
@@ -76,7 +85,7 @@ class SplicedBatch:
 
     def written(self, rows: Float[Tensor, "batch seq d_in"]) -> Compared:
         """Return what a run gives in which `rows` are written."""
-        return self._compared(self._run(rows)[0])
+        return self._compared(self.run(rows)[0])
 
     def closed_loop(
         self,
@@ -89,19 +98,19 @@ class SplicedBatch:
         `first` are the rows that the open loop writes, `rebuild(x)`. The change is `Σ‖after −
         before‖²` and `Σ‖before‖²` of the rows that were read, columns times `scale`.
         """
-        logits, rows = self._run(first)
+        logits, rows = self.run(first)
         opened = self._compared(logits)
         before = self.x
         for _ in range(PASSES - 1):
             before = rows
-            logits, rows = self._run(rebuild(before))
+            logits, rows = self.run(rebuild(before))
         own = self._batch.own.to(rows.device)
         step, size = (
             ((part * scale)[own]).double().square().sum() for part in (rows - before, before)
         )
         return opened, self._compared(logits), (float(step), float(size))
 
-    def _run(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Run the batch with `rows` written; return the logits and the rows that were read."""
         whole = self.read.clone()
         whole[..., self._columns] = rows
@@ -115,24 +124,25 @@ class SplicedBatch:
 class Shares:
     """Sums over tokens, as shares with intervals.
 
-    `values` has KL and CE of the measured `rows` for each run, in nats; `zero` is the run of
-    share 0.
+    `values` has KL and CE of the measured `rows` for each run, in nats. A run is a name, or `(kind,
+    group, how)`; `zero` is the run of share 0, `rounding` the floor.
     """
 
     def __init__(
         self,
         held_out: HeldOut,
         rows: npt.NDArray[np.int64],
-        values: Mapping[str, Compared],
+        values: Mapping[Any, Compared],
         *,
         zero: str,
+        rounding: float,
         seed: int,
     ) -> None:
         _, self._rollout = np.unique(held_out.store.rollout_of(rows), return_inverse=True)
         self.n_rollouts = int(self._rollout.max(initial=-1)) + 1
         self.role = held_out.role_of(rows)
         self.generated = held_out.is_generated(rows)
-        self._values, self._zero, self._seed = values, zero, seed
+        self._values, self._zero, self._rounding, self._seed = values, zero, rounding, seed
 
     def of_run(self, run: str, l0: float | None) -> RunRecovered:
         """Return what a run with `l0` values a token recovers, of all tokens and generated ones."""
@@ -149,6 +159,28 @@ class Shares:
             kl_zero=float(self._values[self._zero].kl[where].mean(dtype=np.float64)),
         )
 
+    def of_group(self, kind: str, name: str) -> GroupRecovered:
+        """Return what the SAE recovers of the columns of one group: of generated tokens, if any."""
+        where = self.generated if self.generated.any() else ~self.generated
+        share = self._recovered((kind, name, "sae"), (kind, name, "zero"), where)
+        removed = self._recovered((kind, name, "zero"), self._zero, where).kl
+        if removed <= _ABOVE_FLOOR * self._rounding:
+            share = Recovered(kl=share.kl, recovered=None, recovered_interval=None)
+        return GroupRecovered(**vars(share), kl_zero=removed)
+
+    def of_subset(self, name: str, sites: tuple[str, ...]) -> SubsetRecovered:
+        """Return the same of a subset of the sites."""
+        how = "worst" if name == "worst" else "drawn"
+        return SubsetRecovered(**vars(self.of_group("subsets", name)), how=how, sites=sites)
+
+    def of_point(self, run: Any, l0: float) -> CurvePoint:
+        """Return what a run with `l0` values a token recovers."""
+        generated = self._recovered(run, self._zero, self.generated)
+        everything = self._recovered(run, self._zero, np.ones(len(self.role), bool))
+        return CurvePoint(
+            **vars(everything), l0=l0, generated=generated if self.generated.any() else None
+        )
+
     def _over(self, run: str, where: npt.NDArray[np.bool_]) -> TokensRecovered:
         ce, best, worst = (
             self._sums(self._values[name].ce, where) for name in (run, "adapter", self._zero)
@@ -163,7 +195,7 @@ class Shares:
             ce_recovered_interval=bootstrap_interval(worst - ce, worst - best, self._seed),
         )
 
-    def _recovered(self, run: str, reference: str, where: npt.NDArray[np.bool_]) -> Recovered:
+    def _recovered(self, run: Any, reference: Any, where: npt.NDArray[np.bool_]) -> Recovered:
         kl, below = (self._sums(self._values[name].kl, where) for name in (run, reference))
         return recovered(kl, below, int(where.sum()), self._seed)
 
