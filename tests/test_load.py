@@ -189,7 +189,7 @@ def test_what_is_no_lora_is_named(broken, subject_dirs, tmp_path):
     refused(adapter_dir, base, "type IA3")
     refused(base, base, "not a PEFT adapter", "full model")
     (adapter_dir / CONFIG).write_text("{")
-    refused(adapter_dir, base, "is not JSON")
+    refused(adapter_dir, base, "not JSON")
 
 
 def test_a_byte_order_mark_is_no_part_of_the_config(broken):
