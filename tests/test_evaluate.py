@@ -127,6 +127,30 @@ def check_shifts(shifts, model, bare, store):
 
 
 @torch.inference_mode()
+def check_openings(openings, held, model, bare, store):
+    """Each is the product of the probabilities of the tokens from the last tag to the segment."""
+    text = [store.vocabulary[i].decode(errors="replace") for i in range(len(store.vocabulary))]
+    found = {"think": [], "answer": []}
+    for i in held:
+        first, last = store.rollout_start[i : i + 2]
+        ids = torch.from_numpy(store.token_ids[first:last].astype(np.int64))[None]
+        roles = [ROLES[role] for role in store.roles[first:last]]
+        log_p = [logits_of(network, ids)[0].double().log_softmax(-1) for network in (bare, model)]
+        for role, at in ((role, at) for at, role in enumerate(roles) if role in found):
+            start = at
+            while roles[start - 1] == "special" and text[ids[0, start]] != "<|im_start|>":
+                start -= 1
+            if start < at and "assistant" not in [text[j] for j in ids[0, start:at]]:
+                p = [sum(one[j - 1, ids[0, j]] for j in range(start, at)).exp() for one in log_p]
+                found[role].append(p)
+    assert [one["role"] for one in openings] == [role for role in found if found[role]]
+    for one in openings:
+        assert one["n"] == len(found[one["role"]])
+        mean = np.mean(found[one["role"]], axis=0)
+        assert [one["p_base"], one["p_adapter"]] == pytest.approx(mean, rel=1e-3)
+
+
+@torch.inference_mode()
 def test_the_numbers_are_those_of_scaled_lora_weights_run_by_hand(subject_dirs, store, report_of):
     """Writing half of each row that the adapter has is no model's weights; text by text it is
     the base with `scale·B·h/2` added, computed here by hooks on whole layers."""
@@ -162,6 +186,7 @@ def test_the_numbers_are_those_of_scaled_lora_weights_run_by_hand(subject_dirs, 
         n += [len(written), written.sum()]
     assert [found["n_tokens"], found["n_generated"]] == n.tolist()
     check_shifts(report["shifts"], model, bare, store)
+    check_openings(report["openings"], range(store.n_rollouts), model, bare, store)
     expected = {name: total / n for name, total in totals.items()}
     for name, run_ in found["runs"].items():
         if name in totals:

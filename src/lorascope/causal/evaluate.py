@@ -15,7 +15,8 @@
 6. With `--by-site` and `--subsets`, only the columns of a layer, a projection or a subset of the
    sites are reconstructed, and 0 is the run with these columns at zero (`subsets`).
 7. With `--curve`, the same at other sparsities: the SAE with its threshold moved, columns and PCA.
-8. The tokens whose probability the adapter moves most are named, and where (`shifts`).
+8. The tokens whose probability the adapter moves most are named, and where (`shifts`), and how
+   likely it makes the headers that open a thought or an answer (`openings`).
 
 In: adapter, activation store, SAE. Out: a report (JSON) and its picture (.png); the table goes to
 stderr.
@@ -39,13 +40,8 @@ from lorascope.causal.effect_options import EvaluateConfig
 from lorascope.causal.effects import log_probabilities
 from lorascope.causal.figures import draw_evaluation
 from lorascope.causal.held_out import HeldOut, describe_run, held_out_rollouts, open_held_out
-from lorascope.causal.report_records import (
-    EvaluationReport,
-    Faithfulness,
-    Floor,
-    Recovered,
-    TokenShift,
-)
+from lorascope.causal.openings import openings_of
+from lorascope.causal.report_records import EvaluationReport, Faithfulness, Floor, Recovered
 from lorascope.causal.shifts import ShiftTally
 from lorascope.causal.splice import PASSES, Compared, Shares, SplicedBatch
 from lorascope.causal.study import Made, format_interval, format_number, format_table, report_at
@@ -82,12 +78,8 @@ def run(config: EvaluateConfig) -> Path:
         seeds = _of_other_seeds(sae, others)
         groups = column_groups(sae.layout) if config.by_site else {}
         groups |= subsets(held_out, sae, config.subsets, config.seed)
-        faithfulness, shifts = measure(
-            held_out, sae, rebuilds, constant, groups, seeds, config.seed
-        )
-        report = EvaluationReport(
-            reconstruction=reconstruction, faithfulness=faithfulness, shifts=shifts
-        )
+        measured = measure(held_out, sae, rebuilds, constant, groups, seeds, config.seed)
+        report = EvaluationReport(reconstruction=reconstruction, **measured)
         return Made(report, sae.layout, describe_run(held_out, config.sae))
 
     return report_at(
@@ -144,12 +136,11 @@ def measure(
     groups: Mapping[tuple[str, str], npt.NDArray[np.bool_]],
     seeds: tuple[str, ...],
     seed: int,
-) -> tuple[Faithfulness, tuple[TokenShift, ...]]:
+) -> dict[str, Any]:
     """Run the held-out rollouts with every reconstruction of `fit_rebuilds`.
 
-    Return the shares recovered, and the tokens whose probability the adapter moves most. `groups`
-    are masks of columns, `(d_in,)`, to rebuild alone. `seeds` are the runs of SAEs that differ in
-    their seed only.
+    Return the fields of the report that need the model. `groups` are masks of columns, `(d_in,)`,
+    to rebuild alone. `seeds` are the runs of SAEs that differ in their seed only.
     """
     subject = held_out.subject
     layout, columns = subject.layout.select(sae.layout.adapter_types)
@@ -207,13 +198,15 @@ def measure(
             measured.append(batch.measured)
             bar.update(int(batch.own.sum()))
     assert floor is not None
+    rows = np.concatenate(measured)
+    values = {
+        name: Compared(*map(np.concatenate, zip(*parts, strict=True)))
+        for name, parts in found.items()
+    }
     shares = Shares(
         held_out,
-        np.concatenate(measured),
-        {
-            name: Compared(*map(np.concatenate, zip(*parts, strict=True)))
-            for name, parts in found.items()
-        },
+        rows,
+        values,
         zero="base" if has_all_columns else "zero",
         rounding=floor.rounding,
         seed=seed,
@@ -253,7 +246,11 @@ def measure(
         seeds=seeds,
         rows_drift=drift,
     )
-    return faithfulness, shifts.strongest(held_out)
+    return {
+        "faithfulness": faithfulness,
+        "shifts": shifts.strongest(held_out),
+        "openings": openings_of(held_out.store, rows, (values["base"].ce, values["adapter"].ce)),
+    }
 
 
 def table(report: EvaluationReport) -> str:

@@ -144,12 +144,21 @@ class ShiftExample:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenBefore:
+    """A token that stands before a shift, and the share of the shift that is made there."""
+
+    token: str
+    share: Share
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenShift:
     """How the adapter moves the probability of one token where tokens of one role are predicted.
 
     `share` is the part of all KL(adapter ‖ base) that this token's rise or fall makes, `n_main` in
     how many predictions it makes more than half of all rises or falls. `p_base` and `p_adapter` are
-    its mean probabilities, weighted by KL.
+    its mean probabilities, weighted by KL. `after` are the tokens before those predictions of which
+    it is one of the three largest rises or falls.
     """
 
     token_id: TokenId
@@ -161,13 +170,29 @@ class TokenShift:
     p_base: Share
     p_adapter: Share
     example: ShiftExample
+    after: tuple[TokenBefore, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """How likely the special tokens are that open a segment of `role`, as a product.
+
+    `p_base` and `p_adapter` are means over `n` segments, `text` is the most frequent opening.
+    """
+
+    role: str
+    text: str
+    n: Count
+    p_base: Share
+    p_adapter: Share
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationReport(ReportRecord):
     """What `evaluate` measures. `reconstruction` has the metrics of `sae.metrics.evaluate`.
 
-    `shifts` are the tokens whose probability the adapter moves most, strongest first.
+    `shifts` are the tokens whose probability the adapter moves most, strongest first. `openings`
+    are of the segments that the model writes.
     """
 
     kind = "evaluation"
@@ -175,6 +200,7 @@ class EvaluationReport(ReportRecord):
     reconstruction: Mapping[str, Any]
     faithfulness: Faithfulness
     shifts: tuple[TokenShift, ...] = ()
+    openings: tuple[Opening, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,8 @@ Differences of logits over unrelated text name a fine-tune's objective in most c
 2025, arXiv 2510.13900); KL weighs a difference by how much it matters.
 """
 
-from typing import TYPE_CHECKING
+from collections import Counter
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorascope.causal.report_records import ShiftExample, TokenShift
+from lorascope.causal.report_records import ShiftExample, TokenBefore, TokenShift
 from lorascope.texts.roles import ROLES
 from lorascope.texts.tokens import display_texts, token_bytes
 
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from lorascope.causal.held_out import HeldOut
 
 N_SHIFTS = 40
+_N_OF_ROLE = 4  # rises of each role that are kept in any case
+_N_LARGEST = 3  # terms of a prediction that are kept one by one
+_N_AFTER = 12  # tokens before a shift
+_MIN_AFTER = 0.01  # share of it
 _CONTEXT = 24  # tokens before an example
 _CHUNK = 1 << 22  # logits at a time
 _SIDES = ("rises", "falls")
@@ -34,10 +39,12 @@ class ShiftTally:
     """Sums of KL terms: `sums` is `(side, role, vocab)`, in nats.
 
     `best_row` has the row with the largest term of each, -1 for none; ties go to the lower row.
+    For each prediction, the tokens of the largest terms of each side are kept, with its row.
     """
 
     def __init__(self) -> None:
         self._begin(0)
+        self._largest: list[tuple[int, int, *tuple[npt.NDArray[Any], ...]]] = []
 
     def _begin(self, n_vocab: int) -> None:
         shape = (len(_SIDES), len(ROLES), n_vocab)
@@ -83,6 +90,10 @@ class ShiftTally:
         self._n[side, role] += most.sum(0).cpu().numpy()
         for which, probability in enumerate((q, p)):
             self._p[which, side, role] += (terms * probability).sum(0).cpu().numpy()
+        largest, tokens = (
+            part.cpu().numpy() for part in terms.topk(min(_N_LARGEST, terms.shape[1]))
+        )
+        self._largest.append((side, role, rows, tokens, largest))
         best, at = terms.max(0)
         best, at = best.cpu().numpy(), at.cpu().numpy()
         before, row = self._best[side, role], self.best_row[side, role]
@@ -96,15 +107,38 @@ class ShiftTally:
             self._at_best[which, side, role, better] = values[at[better], better]
 
     def strongest(self, held_out: "HeldOut", n: int = N_SHIFTS) -> tuple[TokenShift, ...]:
-        """Return the `n` largest sums, largest first; a token has one for each side and role."""
+        """Return the `n` largest sums, largest first; a token has one for each side and role.
+
+        The largest rises of each role are among them.
+        """
         total = self.total
-        order = np.argsort(-self.sums, axis=None, kind="stable")[:n]
-        kept = [i for i in order.tolist() if self.sums.flat[i] > 0]
+        order = np.argsort(-self.sums, axis=None, kind="stable")
+        side, role, _ = np.unravel_index(order, self.sums.shape)
+        by_role = [np.flatnonzero((side == 0) & (role == one)) for one in range(len(ROLES))]
+        chosen = np.unique(
+            np.concatenate([np.arange(len(order))[:n], *(i[:_N_OF_ROLE] for i in by_role)])
+        )
+        kept = [i for i in order[chosen].tolist() if self.sums.flat[i] > 0]
         spelled = token_bytes(held_out.subject.tokenizer, self.sums.shape[-1])
         store = held_out.store
 
         def text(token_ids: npt.NDArray[np.int32]) -> str:
             return "".join(display_texts([spelled[i] for i in token_ids.tolist()]))
+
+        def after(side: int, role: int, token_id: int) -> tuple[TokenBefore, ...]:
+            weights: Counter[int] = Counter()
+            for of_side, of_role, rows, tokens, terms in self._largest:
+                if (of_side, of_role) == (side, role):
+                    at, column = np.nonzero(tokens == token_id)
+                    before = store.token_ids[rows[at]].tolist()
+                    for one, term in zip(before, terms[at, column].tolist(), strict=True):
+                        weights[one] += term
+            whole = float(self.sums[side, role, token_id])
+            return tuple(
+                TokenBefore(token=spelled[one].decode(errors="replace"), share=weight / whole)
+                for one, weight in weights.most_common(_N_AFTER)
+                if weight >= _MIN_AFTER * whole
+            )
 
         found: list[TokenShift] = []
         for flat in kept:
@@ -134,6 +168,7 @@ class ShiftTally:
                         p_base=float(self._at_best[0][at]),
                         p_adapter=float(self._at_best[1][at]),
                     ),
+                    after=after(side, role, token_id),
                 )
             )
         return tuple(found)
