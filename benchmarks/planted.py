@@ -67,7 +67,7 @@ from lorascope.texts.roles import ROLES
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from demo_problems import write_jsonl
 
-LAYERS = {0: 1, 1: 5}  # rank of the down_proj of a layer
+N_LAYERS = 2
 _HIDDEN = 128
 _RIDGE = 1e-4
 _N_NAMED, _STEPS = 6, 4  # tokens of each behaviour to attribute, steps of each attribution
@@ -111,7 +111,7 @@ def make_base(folder: Path, seed: int) -> None:
             vocab_size=768,
             hidden_size=_HIDDEN,
             intermediate_size=4 * _HIDDEN,
-            num_hidden_layers=len(LAYERS),
+            num_hidden_layers=N_LAYERS,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=512,
@@ -167,20 +167,22 @@ def plant(
 ) -> None:
     """Write the adapter that does what is planted, layer by layer from below."""
     causal = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    ranks = {rf"layers\.{layer}\.mlp\.down_proj": rank for layer, rank in LAYERS.items()}
+    ranks = {layer: sum(one.layer == layer for one in planted) for layer in range(N_LAYERS)}
+    ranks = {layer: rank for layer, rank in ranks.items() if rank}
+    pattern = {rf"layers\.{layer}\.mlp\.down_proj": rank for layer, rank in ranks.items()}
     model = get_peft_model(
         causal,
         LoraConfig(
             r=1,
             lora_alpha=1,
-            rank_pattern=ranks,
-            alpha_pattern=ranks,
-            target_modules=["down_proj"],
+            rank_pattern=pattern,
+            alpha_pattern=pattern,
+            target_modules=[f"layers.{layer}.mlp.down_proj" for layer in ranks],
             task_type="CAUSAL_LM",
         ),
     )
     generator = torch.Generator().manual_seed(seed)
-    for layer, rank in LAYERS.items():
+    for layer, rank in ranks.items():
         here = [one for one in planted if one.layer == layer]
         module: Any = causal.model.layers[layer].mlp.down_proj
         x, residual = _inputs(causal, module, store)

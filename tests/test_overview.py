@@ -12,7 +12,7 @@ from builders.labels import label_of, save_labels
 
 from lorascope.artifact import check_seal
 from lorascope.causal.study import read_report
-from lorascope.dashboard.overview import Overview, overview_of, percent, quoted
+from lorascope.dashboard.overview import Overview, overview_of
 from lorascope.dashboard.report import ReportConfig, markdown, plain, run
 from lorascope.dashboard.reports import Reports
 from lorascope.errors import ArtifactError, ConfigError
@@ -37,17 +37,17 @@ def overview(folder: Path, change: Any = None) -> Overview:
     return overview_of(index, Reports.open(reports(folder, change), index, folder))
 
 
-def test_the_headline_says_where_the_effect_is_and_what_it_consists_of(tmp_path: Path) -> None:
+def test_the_headline_says_what_the_adapter_does_and_how_far_the_features_give_it(
+    tmp_path: Path,
+) -> None:
     found = overview(tmp_path)
     subject, effect, trust = found.headline
     assert re.fullmatch(r"A LoRA of rank 1 on .* projections of 4 layers.*features\.", subject)
-    assert "75\u00a0% of its effect on predictions is at special tokens" in effect
-    assert "“<think>” (50\u00a0%) more likely" in effect
-    assert "(20\u00a0%) less likely" in effect
-    assert "25\u00a0% is in think segments" in effect
-    assert "90\u00a0% (80\u00a0% to 90\u00a0%)" in trust
-    assert "95\u00a0% of its effect on all predictions" in trust
-    assert "50\u00a0% and 70\u00a0%" in trust
+    assert "“<think>” more likely" in effect
+    assert "(20\u00a0%)" in effect
+    assert "75\u00a0% is at special tokens" in trust
+    assert "25\u00a0% in think segments" in trust
+    assert "95\u00a0% of its effect and 90\u00a0% of that" in trust
     assert [gap.command.split()[1] for gap in found.gaps] == ["label"]
 
 
@@ -71,7 +71,7 @@ def test_an_adapter_without_effect_is_said_to_change_nothing(tmp_path: Path) -> 
             part["kl_zero"] = 0.0
 
     found = overview(tmp_path, nothing)
-    assert "changes nothing" in found.headline[1]
+    assert "learned nothing" in found.headline[1]
     assert len(found.headline) == 2
     assert found.roles == found.shifts == found.gauges == ()
 
@@ -81,7 +81,7 @@ def test_rounding_alone_is_no_effect(tmp_path: Path) -> None:
         found = report["faithfulness"]
         found["runs"]["base"]["kl"] = 2 * found["floor"]["rounding"]
 
-    assert "changes nothing" in overview(tmp_path, tiny).headline[1]
+    assert "learned nothing" in overview(tmp_path, tiny).headline[1]
 
 
 def test_what_was_not_measured_is_a_gap_with_its_command(tmp_path: Path) -> None:
@@ -100,28 +100,16 @@ def test_what_was_not_measured_is_a_gap_with_its_command(tmp_path: Path) -> None
     assert sum(group.share for group in found.groups) == pytest.approx(1)
 
 
-def test_larger_effects_that_are_specific_come_first(tmp_path: Path) -> None:
+def test_larger_effects_come_first(tmp_path: Path) -> None:
     features = overview(tmp_path).features
-    found = [(one.verdict, one.effect or 0.0) for one in features]
-    assert found == sorted(found, key=lambda one: (one[0] != "specific" or one[1] < 0.001, -one[1]))
-    assert len({effect for _, effect in found}) > 10
+    effects = [one.effect or 0.0 for one in features]
+    assert effects == sorted(effects, reverse=True)
+    assert len(set(effects)) > 10
 
 
 def test_an_empty_index_has_an_overview() -> None:
     index = index_of([])
     assert overview_of(index, Reports(0)).features == ()
-
-
-@pytest.mark.parametrize(
-    ("share", "text"),
-    [(1, "100"), (0.9996, "99.9"), (0.995, "99.5"), (0.984, "98"), (0.0996, "10"), (0.034, "3.4")],
-)
-def test_percentages_round_but_never_to_all(share: float, text: str) -> None:
-    assert percent(share) == f"{text}\u00a0%"
-
-
-def test_invisible_characters_are_shown() -> None:
-    assert quoted("\n a\u202eb") == "“⏎ a\\u202eb”"
 
 
 def test_markdown_shows_hostile_text_and_obeys_none(tmp_path: Path) -> None:
@@ -143,7 +131,7 @@ def test_the_report_of_a_folder_is_made_once_and_read_back(tmp_path: Path) -> No
     assert out == tmp_path / "report.json"
     assert check_seal(out) is None
     found, _ = read_report(out, (Overview,))
-    assert found.headline[1].startswith("75")
+    assert "<think>" in found.headline[1]
     assert found == overview_of(
         index, Reports.open([tmp_path / "evaluation.json"], index, tmp_path / "features.h5")
     )
@@ -169,7 +157,7 @@ def test_input_that_gives_no_report_is_one_line(tmp_path: Path) -> None:
 
 def test_an_effect_without_roles_is_said(tmp_path: Path) -> None:
     found = overview(tmp_path, lambda report: report["faithfulness"].update(roles={}))
-    assert "where was not measured" in found.headline[1]
+    assert "Where it changes predictions was not measured." in found.headline[2]
 
 
 def test_the_page_opens_on_the_overview(show: Any, tmp_path: Path) -> None:

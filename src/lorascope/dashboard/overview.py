@@ -13,7 +13,7 @@ that fills it:
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,33 +24,22 @@ from lorascope.causal.report_records import (
     AblationReport,
     EvaluationReport,
     FeatureRemoval,
-    Interval,
     Removal,
     ReportRecord,
     TokenShift,
 )
-from lorascope.dashboard.facts import VERDICTS, Fact, Gap, gaps_of, sureness
+from lorascope.dashboard.facts import Fact, Gap, gaps_of, sureness
+from lorascope.dashboard.headline import Gauge, RoleShare, has_no_weights, headline_of, where_of
 from lorascope.dashboard.reports import Reports
 from lorascope.features.index import FeatureIndex
-from lorascope.texts.tokens import visible
 
 N_FEATURES = 24
 N_SHIFTS = 16
 N_GROUPS = 8
-N_NAMED = 4  # tokens in the headline
-_MIN_NAMED = 0.02  # share of all change from which a token is named there
-_MIN_ROLE = 0.02
-_MIN_SPECIFIC = 0.001  # effect from which a specific feature comes before others
+_N_OF_GROUP = 4  # features that are named of a group
+_MIN_EFFECT = 0.0005  # share of the effect; smaller ones are shown as 0.0 %
 _CONTEXT = 8  # tokens on each side of an example
 _BASELINES = {"pca": "PCA", "columns": "columns", "constant": "constant row"}
-_ROLE_TEXT = {
-    "special": "at special tokens and template headers",
-    "think": "in think segments",
-    "answer": "in answers",
-    "user": "in users' messages",
-    "system": "in system prompts",
-    "text": "in plain text",
-}
 _KIND_TEXT = {  # by the category of a label
     "number": "numbers",
     "operator": "operators",
@@ -62,27 +51,6 @@ _KIND_TEXT = {  # by the category of a label
     "template": "template tokens",
     "mixed": "tokens of several kinds",
 }
-_LINE_SIGNS = str.maketrans("\n\t\r", "⏎⇥␍")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoleShare:
-    """The share of KL(adapter ‖ base) where tokens of one role are predicted, and their number."""
-
-    role: str
-    share: float
-    n_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gauge:
-    """The share of the adapter's effect that the features recover, over tokens of one kind."""
-
-    over: str
-    recovered: float
-    interval: Interval
-    conditional: float | None
-    baselines: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,118 +122,30 @@ def overview_of(index: FeatureIndex, reports: Reports) -> Overview:
     """Return the overview of an index and the reports about it."""
     evaluation, ablation = reports.evaluation, reports.ablation
     roles, kl = _roles(evaluation)
-    shifts = () if evaluation is None else evaluation.shifts[:N_SHIFTS]
     gauges = _gauges(evaluation)
     effects = _effects(ablation, len(index))
     weights = effects.total if effects else _activation_shares(index)
-    features = _features(index, effects, weights)
+    has_effect = kl != 0 and not (kl is None and has_no_weights(index))
     return Overview(
-        headline=tuple(_headline(index, kl, roles, shifts, gauges)),
+        headline=tuple(headline_of(index, evaluation, kl, roles, gauges)),
         kl=kl,
         roles=roles,
-        shifts=shifts,
-        gauges=gauges,
+        shifts=_shifts(evaluation) if has_effect else (),
+        gauges=gauges if has_effect else (),
         ranked_by="effect of removal" if effects else "share of all activation",
-        groups=_groups(index, weights),
-        features=features,
+        groups=_groups(index, weights) if has_effect else (),
+        features=_features(index, effects, weights) if has_effect else (),
         floor=None if ablation is None else ablation.floor.rounding,
-        places=_places(index, ablation),
-        facts=tuple(sureness(index, evaluation, ablation)),
-        gaps=gaps_of(index, reports),
+        places=_places(index, ablation) if has_effect else (),
+        facts=tuple(sureness(index, evaluation, ablation)) if has_effect else (),
+        gaps=gaps_of(index, reports) if has_effect else (),
     )
 
 
-def quoted(token: str) -> str:
-    """Return a token in quotes, with line ends and other invisible characters shown."""
-    return f"“{visible(token.translate(_LINE_SIGNS))}”"
-
-
-def percent(share: float) -> str:
-    """Return a share as a percentage of two or three digits that never rounds up to all."""
-    value = 100 * share
-    if 99.5 <= value < 100:
-        return f"{math.floor(10 * value) / 10:.1f}\u00a0%"
-    return f"{value:.0f}\u00a0%" if value >= 9.95 else f"{value:.1f}\u00a0%"
-
-
-def _headline(
-    index: FeatureIndex,
-    kl: float | None,
-    roles: Sequence[RoleShare],
-    shifts: Sequence[TokenShift],
-    gauges: Sequence[Gauge],
-) -> Iterable[str]:
-    """Yield the sentences of the headline."""
-    yield _subject(index)
-    if kl is None:
-        yield "What it does to the model's predictions was not measured."
-    elif kl == 0:
-        yield (
-            "It changes nothing: on the texts that were measured, the model predicts the same with "
-            "and without it."
-        )
-        return
-    else:
-        yield _main_effect(roles, shifts)
-    if gauges:
-        yield _trust(gauges)
-
-
-def _trust(gauges: Sequence[Gauge]) -> str:
-    """Return how much of the effect the features stand for."""
-    shares = [percent(max(0.0, gauge.recovered)) for gauge in gauges]
-    if gauges[0].interval is not None:
-        shares[0] += f" ({' to '.join(percent(max(0.0, edge)) for edge in gauges[0].interval)})"
-    pairs = zip(shares, gauges, strict=True)
-    parts = (f"{share} of its effect on {gauge.over}" for share, gauge in pairs)
-    baselines = [gauge.baselines.get(_BASELINES["constant"]) for gauge in gauges]
-    constant = [percent(max(0.0, share)) for share in baselines if share is not None]
-    rest = f"; one constant row for each kind of token, for {' and '.join(constant)}"
-    return f"The features stand for {' and '.join(parts)}{rest if constant else ''}."
-
-
-def _subject(index: FeatureIndex) -> str:
-    """Return what kind of adapter it is, of which model."""
-    layout, content = index.manifest.layout, index.content
-    model = content.get("base_model") or content.get("model")
-    of_model = f" of {model}" if isinstance(model, str) and model else ""
-    if layout is None or not layout.sites:
-        return f"A LoRA{of_model}, {len(index)} features."
-    ranks = sorted({site.rank for site in layout.sites})
-    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    layers = {site.layer for site in layout.sites}
-    kinds = {site.projection for site in layout.sites}
-    return (
-        f"A LoRA of {rank} on {_count(len(kinds), 'projection')} of "
-        f"{_count(len(layers), 'layer')}{of_model}: {layout.d_in:,} numbers a token, "
-        f"{int(index.alive.sum()):,} features."
-    )
-
-
-def _count(n: int, word: str) -> str:
-    return f"{n:,} {word}{'' if n == 1 else 's'}"
-
-
-def _main_effect(roles: Sequence[RoleShare], shifts: Sequence[TokenShift]) -> str:
-    """Return where most of the change is, with the tokens that it consists of."""
-    if not roles:
-        return "It changes the model's predictions; where was not measured."
-    main, *others = [role for role in roles if role.share >= _MIN_ROLE]
-    named = []
-    for side, change in (("rises", "more likely"), ("falls", "less likely")):
-        tokens = [s for s in shifts if (s.role, s.side) == (main.role, side)]
-        tokens = [s for s in tokens if s.share >= _MIN_NAMED][:N_NAMED]
-        if tokens:
-            listed = ", ".join(f"{quoted(s.token)} ({percent(s.share)})" for s in tokens)
-            named.append(f"{listed} {change}")
-    what = f", where it makes {' and '.join(named)}" if named else ""
-    first = f"{percent(main.share)} of its effect on predictions is {_where(main.role)}{what}."
-    rest = [f"{percent(role.share)} is {_where(role.role)}" for role in others[:3]]
-    return " ".join([first, *([f"Another {', '.join(rest)}."] if rest else [])])
-
-
-def _where(role: str) -> str:
-    return _ROLE_TEXT.get(role, f"in {role}")
+def _shifts(evaluation: EvaluationReport | None) -> tuple[TokenShift, ...]:
+    """Return the tokens that the adapter moves, largest share first; almost none is left out."""
+    shifts = () if evaluation is None else evaluation.shifts
+    return tuple(one for one in shifts if one.share >= _MIN_EFFECT)[:N_SHIFTS]
 
 
 def _roles(evaluation: EvaluationReport | None) -> tuple[tuple[RoleShare, ...], float | None]:
@@ -348,16 +228,11 @@ def _activation_shares(index: FeatureIndex) -> npt.NDArray[np.float64]:
 def _features(
     index: FeatureIndex, effects: _Effects | None, weights: npt.NDArray[np.float64]
 ) -> tuple[TopFeature, ...]:
-    """Return the features of largest weight; larger effects that are specific come first."""
-    verdicts = effects.verdict if effects else {}
-
-    def order(latent: int) -> tuple[bool, float]:
-        weight = float(np.nan_to_num(weights[latent]))
-        is_specific = verdicts.get(latent) == VERDICTS[0] and weight >= _MIN_SPECIFIC
-        return not is_specific, -weight
-
-    alive = [i for i in np.flatnonzero(index.alive).tolist() if np.nan_to_num(weights[i]) > 0]
-    return tuple(_feature(index, i, effects) for i in sorted(alive, key=order)[:N_FEATURES])
+    """Return the features of largest weight, largest first, without effects of almost 0."""
+    known = np.nan_to_num(weights)
+    alive = np.flatnonzero(index.alive & (known > (_MIN_EFFECT if effects else 0))).tolist()
+    largest = sorted(alive, key=lambda latent: -float(known[latent]))[:N_FEATURES]
+    return tuple(_feature(index, latent, effects) for latent in largest)
 
 
 def _feature(index: FeatureIndex, latent: int, effects: _Effects | None) -> TopFeature:
@@ -390,7 +265,7 @@ def _groups(index: FeatureIndex, weights: npt.NDArray[np.float64]) -> tuple[Grou
     members: dict[str, list[int]] = {}
     for latent in np.flatnonzero(index.alive).tolist():
         role, label = index.main_role[latent], index.label(latent)
-        where = _where(role) if role else "elsewhere"
+        where = where_of(role) if role else "elsewhere"
         if label is not None and role != "special":
             where = f"{_KIND_TEXT.get(label.category, label.category)} {where}"
         members.setdefault(where, []).append(latent)
@@ -401,7 +276,7 @@ def _groups(index: FeatureIndex, weights: npt.NDArray[np.float64]) -> tuple[Grou
             name=name,
             share=float(known[latents].sum()) / total,
             n_features=len(latents),
-            features=tuple(sorted(latents, key=lambda i: -float(known[i]))[:N_NAMED]),
+            features=tuple(sorted(latents, key=lambda i: -float(known[i]))[:_N_OF_GROUP]),
         )
         for name, latents in members.items()
     ]

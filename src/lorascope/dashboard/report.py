@@ -13,7 +13,8 @@ from pathlib import Path
 from lorascope.artifact import digest_file
 from lorascope.causal.study import Made, report_at
 from lorascope.config import Config, option
-from lorascope.dashboard.overview import Overview, overview_of, percent, quoted
+from lorascope.dashboard.headline import percent, quoted
+from lorascope.dashboard.overview import Overview, overview_of
 from lorascope.dashboard.reports import Reports
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.features.published_json import read_index
@@ -25,6 +26,7 @@ REPORTS = (
     "effects/attribution.json",
 )
 _MARKDOWN = re.compile(r"[\\`*_\[\]<>#|~$&@!]|:(?=//)|(?<=www)\.")  # signs; begins of links
+NO_FEATURE = "No single feature has a measurable part of the effect."
 _ARROWS = {"rises": "▲", "falls": "▼"}
 
 
@@ -126,30 +128,39 @@ def markdown(overview: Overview) -> str:
                 for gauge in overview.gauges
             ),
         )
-    lines += ["## What it learned", "", f"Features by {overview.ranked_by}.", ""]
-    lines += table(
-        ("feature", "label", "fires", "site", "effect", "verdict", "strongest example"),
-        (
+    if overview.facts:
+        lines += ["## What it learned", ""]
+        lines += [f"Features by {overview.ranked_by}." if overview.features else NO_FEATURE, ""]
+    if overview.features:
+        lines += table(
+            ("feature", "label", "fires", "site", "effect", "verdict", "strongest example"),
             (
-                str(one.feature),
-                one.name or "—",
-                one.role,
-                one.site,
-                _percent(one.effect),
-                one.verdict or "—",
-                " ".join(map(quoted, (one.before, one.token, one.after))),
-            )
-            for one in overview.features
-        ),
-    )
-    lines += ["## Groups of features", ""]
-    lines += table(
-        ("group", "share", "features", "the largest"),
-        (
-            (one.name, percent(one.share), f"{one.n_features:,}", ", ".join(map(str, one.features)))
-            for one in overview.groups
-        ),
-    )
+                (
+                    str(one.feature),
+                    one.name or "—",
+                    one.role,
+                    one.site,
+                    _percent(one.effect),
+                    one.verdict or "—",
+                    " ".join(map(quoted, (one.before, one.token, one.after))),
+                )
+                for one in overview.features
+            ),
+        )
+    if overview.groups:
+        lines += ["## Groups of features", ""]
+        lines += table(
+            ("group", "share", "features", "the largest"),
+            (
+                (
+                    one.name,
+                    percent(one.share),
+                    f"{one.n_features:,}",
+                    ", ".join(map(str, one.features)),
+                )
+                for one in overview.groups
+            ),
+        )
     if overview.places:
         lines += ["## Where it lives", "", "KL in nats a token after the module is off.", ""]
         layers = sorted({place.layer for place in overview.places})
@@ -161,8 +172,10 @@ def markdown(overview: Overview) -> str:
                 for kind in dict.fromkeys(place.projection for place in overview.places)
             ),
         )
-    lines += ["## How sure this is", ""]
-    lines += table(("", "", ""), ((fact.name, fact.value, fact.meaning) for fact in overview.facts))
+    if overview.facts:
+        lines += ["## How sure this is", ""]
+        facts = ((fact.name, fact.value, fact.meaning) for fact in overview.facts)
+        lines += table(("", "", ""), facts)
     if overview.gaps:
         lines += ["## Not measured", ""]
         lines += [f"- {plain(gap.what)}: `{gap.command}`" for gap in overview.gaps] + [""]

@@ -18,14 +18,15 @@ export function drawOverview(area) {
   const { headline, shifts, gauges, facts, features, groups, places, gaps } = core.overview;
   const lead = element("section", "lead");
   lead.dataset.testid = "headline";
-  headline.forEach((text, i) => lead.append(element("p", i ? "lead-text" : "lead-subject", text)));
+  const kinds = (i) => (!i ? "lead-subject" : i > 1 && i === headline.length - 1 ? "lead-rest" : "lead-text");
+  headline.forEach((text, i) => lead.append(element("p", kinds(i), text)));
   const [first, rest] = [element("div", "overview-columns"), element("div", "overview-columns small")];
   if (shifts.length) first.append(drawShifts(shifts));
-  first.append(drawFeatures(features));
+  if (facts.length) first.append(drawFeatures(features));
   if (gauges.length) rest.append(drawGauges(gauges));
   if (groups.length) rest.append(drawGroups(groups));
   if (places.length) rest.append(drawPlaces(places));
-  rest.append(drawFacts(facts));
+  if (facts.length) rest.append(drawFacts(facts));
   if (gaps.length) rest.append(drawGaps(gaps));
   area.append(lead, first, rest);
 }
@@ -144,9 +145,10 @@ function drawFeatures(features) {
   const isEffect = features.some((one) => one.effect !== null);
   const note = isEffect
     ? "Features whose removal changes predictions most, as a share of what removing the whole " +
-      "adapter changes. Those come first whose effect, at least 0.1 %, no other change of the same " +
-      "size has. Shares of several features do not add up."
-    : "Features with most activation. What removing them does was not measured.";
+      "adapter changes. Specific: no other change of the same size has such an effect. Shares of " +
+      "several features do not add up."
+    : !features.length ? "No single feature has a measurable part of the effect."
+      : "Features with most activation. What removing them does was not measured.";
   return panel("What it learned", note, parts, { testid: "top-features" });
 }
 
