@@ -14,6 +14,8 @@ lines = Path("constraints.txt").read_text(encoding="utf-8").splitlines()
 pinned = dict(line.split("==") for line in lines if "==" in line)
 tools = [re.split(r"[>;\s]", line)[0] for line in project["optional-dependencies"]["test"]]
 kept = {*tools, *sys.argv[2::2]}
+if "torch" not in kept:
+    kept.remove("triton")  # each torch brings its own
 for line in project["dependencies"]:
     name, version = line.split(">=")
     if name not in kept:
