@@ -297,6 +297,11 @@ class AblationReport(ReportRecord):
     estimate_rank: float | None = None
     features: tuple[FeatureRemoval, ...] | None = None
 
+    def nats(self, removal: Removal | FeatureRemoval) -> tuple[float, float]:
+        """Return the sum of KL over all predictions, and over those of tokens of text."""
+        at_text = removal.kl * self.n_tokens
+        return at_text + (removal.kl_special or 0.0) * self.n_special, at_text
+
 
 class Source(NamedTuple):
     """A token whose whole row contributes, by its position in the rollout."""

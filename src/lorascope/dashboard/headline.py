@@ -17,16 +17,9 @@ from typing import NamedTuple
 
 from lorascope.causal.report_records import EvaluationReport, Interval, Opening, TokenShift
 from lorascope.features.index import FeatureIndex
+from lorascope.labels.groups import where_of
 from lorascope.texts.tokens import visible
 
-ROLE_TEXT = {
-    "special": "at special tokens and template headers",
-    "think": "in think segments",
-    "answer": "in answers",
-    "user": "in users' messages",
-    "system": "in system prompts",
-    "text": "in plain text",
-}
 _GENERATED = ("think", "answer")
 _N_NAMED = 4  # tokens of each kind of statement
 _MIN_NAMED = 0.02  # share of all change from which a token is named
@@ -108,11 +101,6 @@ def has_no_weights(index: FeatureIndex) -> bool:
     """Return whether every `B` is zero, so that the adapter's rows have no effect."""
     layout = index.manifest.layout
     return layout is not None and bool(layout.sites) and not layout.effect_scale.any()
-
-
-def where_of(role: str) -> str:
-    """Return the place of tokens of a role, in words."""
-    return ROLE_TEXT.get(role, f"in {role}")
 
 
 def _subject(index: FeatureIndex) -> str:

@@ -23,15 +23,14 @@ import numpy.typing as npt
 from lorascope.causal.report_records import (
     AblationReport,
     EvaluationReport,
-    FeatureRemoval,
-    Removal,
     ReportRecord,
     TokenShift,
 )
 from lorascope.dashboard.facts import Fact, Gap, gaps_of, sureness
-from lorascope.dashboard.headline import Gauge, RoleShare, has_no_weights, headline_of, where_of
+from lorascope.dashboard.headline import Gauge, RoleShare, has_no_weights, headline_of
 from lorascope.dashboard.reports import Reports
 from lorascope.features.index import FeatureIndex
+from lorascope.labels.groups import groups_of
 
 N_FEATURES = 24
 N_SHIFTS = 16
@@ -40,17 +39,6 @@ _N_OF_GROUP = 4  # features that are named of a group
 _MIN_EFFECT = 0.0005  # share of the effect; smaller ones are shown as 0.0 %
 _CONTEXT = 8  # tokens on each side of an example
 _BASELINES = {"pca": "PCA", "columns": "columns", "constant": "constant row"}
-_KIND_TEXT = {  # by the category of a label
-    "number": "numbers",
-    "operator": "operators",
-    "punctuation": "punctuation",
-    "line break": "line breaks",
-    "symbol": "symbols",
-    "name": "names",
-    "word": "words",
-    "template": "template tokens",
-    "mixed": "tokens of several kinds",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +65,7 @@ class TopFeature:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Features that live in one place; `share` is their part of the sum of all effects."""
+    """Features that fire together; `share` is their part of the sum of all effects."""
 
     name: str
     share: float
@@ -205,14 +193,10 @@ def _effects(ablation: AblationReport | None, n: int) -> _Effects | None:
     if ablation is None or not ablation.features:
         return None
 
-    def nats(removal: Removal | FeatureRemoval) -> npt.NDArray[np.float64]:
-        at_text = removal.kl * ablation.n_tokens
-        return np.array([at_text + (removal.kl_special or 0.0) * ablation.n_special, at_text])
-
     shares = np.full((n, 2), np.nan)
-    whole = nats(ablation.without_adapter)
+    whole = np.array(ablation.nats(ablation.without_adapter))
     for one in ablation.features:
-        shares[one.feature] = nats(one) / np.where(whole, whole, np.nan)
+        shares[one.feature] = ablation.nats(one) / np.where(whole, whole, np.nan)
     verdicts = {one.feature: one.verdict for one in ablation.features}
     return _Effects(shares[:, 0], shares[:, 1], verdicts)
 
@@ -258,27 +242,17 @@ def _feature(index: FeatureIndex, latent: int, effects: _Effects | None) -> TopF
 
 
 def _groups(index: FeatureIndex, weights: npt.NDArray[np.float64]) -> tuple[Group, ...]:
-    """Return groups of features, largest share first.
-
-    A group is a kind of token, if labels say it, in the place of the text where the features fire.
-    """
-    members: dict[str, list[int]] = {}
-    for latent in np.flatnonzero(index.alive).tolist():
-        role, label = index.main_role[latent], index.label(latent)
-        where = where_of(role) if role else "elsewhere"
-        if label is not None and role != "special":
-            where = f"{_KIND_TEXT.get(label.category, label.category)} {where}"
-        members.setdefault(where, []).append(latent)
+    """Return groups of features that fire together, largest share first."""
     known = np.nan_to_num(weights)
     total = max(float(known.sum()), 1e-30)
     groups = [
         Group(
             name=name,
-            share=float(known[latents].sum()) / total,
+            share=float(known[list(latents)].sum()) / total,
             n_features=len(latents),
             features=tuple(sorted(latents, key=lambda i: -float(known[i]))[:_N_OF_GROUP]),
         )
-        for name, latents in members.items()
+        for name, latents in groups_of(index)
     ]
     return tuple(sorted(groups, key=lambda group: -group.share)[:N_GROUPS])
 

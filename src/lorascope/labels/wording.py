@@ -14,7 +14,7 @@ from lorascope.texts.tokens import visible
 LONGEST_NAME = 40
 _N_QUOTED = 6  # values that a sentence names
 _N_NAMED = 3  # and a name
-_SHORT = {  # what a name says for a stream
+SHORT = {  # what a name says for a stream
     "previous": "after {}",
     "one before": "{} two before",
     "anchor": "from {}",
@@ -105,7 +105,7 @@ def _term_name(term: Term, texts: Sequence[str]) -> str:
         if _is_token(condition):
             heads.insert(0, shown)
         elif condition.stream >= 0:
-            tails.append(_SHORT[STREAMS[condition.stream].name].format(shown))
+            tails.append(SHORT[STREAMS[condition.stream].name].format(shown))
         elif CLUES[condition.clue].noun:
             heads.append(CLUES[condition.clue].name)
         else:

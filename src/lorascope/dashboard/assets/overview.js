@@ -181,7 +181,7 @@ function drawGroups(groups) {
       element("span", "meter-value", percent2(group.share)), links);
     table.append(row);
   }
-  const note = `Features by where they fire, with their part of the sum of all (${
+  const note = `Features that fire together, with their part of the sum of all (${
     core.overview.ranked_by}).`;
   return panel("Groups of features", note, table, { testid: "groups" });
 }
