@@ -75,7 +75,7 @@ def test_without_openings_tokens_are_named_with_what_they_follow(tmp_path: Path)
     ]
     assert sentences(tmp_path, shifts=shifts)[0] == (
         f"It makes “n” more likely after digits in think segments (50{NBSP}% of its effect) and "
-        f"“e” after “ +” (30{NBSP}%). It makes “o” less likely in users' messages (10{NBSP}%)."
+        f"“e” after “+” (30{NBSP}%). It makes “o” less likely in users' messages (10{NBSP}%)."
     )
     assert "none makes 2" in sentences(tmp_path, shifts=[shifts[-1]])[0]
 
@@ -85,18 +85,17 @@ def test_the_last_sentences_say_where_how_constant_and_how_much_the_features_giv
 ) -> None:
     assert sentences(tmp_path)[-1] == (
         f"Of its effect on predictions, 75{NBSP}% is at special tokens and template headers and "
-        f"25{NBSP}% in think segments. One fixed row for each role and place in the template, "
-        f"whatever the words, gives 70{NBSP}% of its effect and 50{NBSP}% of that on text that the "
-        f"model writes. The features give 95{NBSP}% of its effect and 90{NBSP}% of that on text "
-        "that the model writes."
+        f"25{NBSP}% in think segments. 70{NBSP}% of its effect is constant: it stays when the row "
+        "of each token is replaced by the mean of its role and place in the template "
+        f"(50{NBSP}% on text that the model writes). With the rows that the features give, "
+        f"95{NBSP}% of its effect stays (90{NBSP}% on text that the model writes)."
     )
 
 
 def test_a_constant_effect_is_said_to_be_constant(tmp_path: Path) -> None:
     _, constant, rest = sentences(tmp_path, constant=0.97)
-    assert constant.startswith("Its effect is constant: one fixed row")
-    assert f"97{NBSP}% of it" in constant
-    assert "fixed row" not in rest
+    assert constant.startswith(f"Its effect is constant: 97{NBSP}% of it stays")
+    assert "constant" not in rest
 
 
 @pytest.mark.parametrize(
@@ -169,12 +168,12 @@ def trigger(planted: SimpleNamespace, one: Any) -> str:
 def test_the_first_sentence_and_rows_name_what_was_planted(planted: SimpleNamespace) -> None:
     found = planted.overview("adapter", effect_texts=8)
     style, first = planted.behaviours[-1], planted.behaviours[0]
-    target, other = (quoted(spelled(planted, one.target)) for one in (style, first))
+    target, other = (quoted(spelled(planted, one.target).strip()) for one in (style, first))
     sentence = found.headline[1]
     assert sentence.startswith(f"It makes {target} more likely after digits")
-    assert f"{other} after {quoted(trigger(planted, first))}" in sentence
+    assert f"{other} after {quoted(trigger(planted, first).strip())}" in sentence
     assert "less likely" not in sentence
-    assert "constant:" not in " ".join(found.headline)
+    assert "effect is constant: " not in " ".join(found.headline[:-1])
     shares: dict[int, float] = {}
     for one in found.shifts:
         if one.side == "rises":
@@ -217,7 +216,7 @@ def test_a_row_that_is_the_same_everywhere_is_said_to_be_constant(
 ) -> None:
     found = planted.overview("constant", k=1, effect_texts=4)
     _, effect, constant, _ = found.headline
-    target = quoted(spelled(planted, planted.behaviours[0].target))
+    target = quoted(spelled(planted, planted.behaviours[0].target).strip())
     assert effect.startswith(f"It makes {target} more likely (")
     assert constant.startswith("Its effect is constant")
     assert {one.token_id for one in found.shifts} == {planted.behaviours[0].target}

@@ -47,7 +47,7 @@ def test_the_headline_says_what_the_adapter_does_and_how_far_the_features_give_i
     assert "(20\u00a0%)" in effect
     assert "75\u00a0% is at special tokens" in trust
     assert "25\u00a0% in think segments" in trust
-    assert "95\u00a0% of its effect and 90\u00a0% of that" in trust
+    assert "95\u00a0% of its effect stays (90\u00a0% on text" in trust
     assert [gap.command.split()[1] for gap in found.gaps] == ["label"]
 
 

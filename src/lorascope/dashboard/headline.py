@@ -84,6 +84,11 @@ def quoted(token: str) -> str:
     return f"“{visible(token.translate(_LINE_SIGNS))}”"
 
 
+def _named(token: str) -> str:
+    """Return a token in quotes for a sentence: without the spaces around it."""
+    return quoted(token.strip(" ") or token)
+
+
 def percent(share: float) -> str:
     """Return a share as a percentage of two or three digits that never rounds up to all."""
     value = 100 * share
@@ -192,7 +197,7 @@ def _inside(shifts: Sequence[TokenShift]) -> Iterator[str]:
     for role in _GENERATED:
         own = [one for one in shifts if one.role == role and one.side == "rises"][:_N_NAMED]
         if own and sum(one.share for one in own) >= _MIN_INSIDE:
-            tokens = _listed([quoted(one.token) for one in own])
+            tokens = _listed(list(dict.fromkeys(_named(one.token) for one in own)))
             begin, end = ("", "") if parts else ("it makes ", " more likely")
             parts.append(f"{where_of(role)} {begin}{tokens}{end}")
     if parts:
@@ -250,7 +255,7 @@ def _after(some: Sequence[TokenShift]) -> str:
         return " after digits"
     tokens, reached = [], 0.0
     for token, weight in sorted(weights.items(), key=lambda item: -item[1])[:_MOST_BEFORE]:
-        tokens.append(quoted(token))
+        tokens.append(_named(token))
         reached += weight
         if reached >= _MOSTLY * whole:
             return f" after {_listed(tokens, 'or')}"
@@ -266,7 +271,7 @@ def _moved(moved: Sequence[_Moved], begin: str = "It makes") -> Iterator[str]:
             where = f" {one.where}" if one.where else ""
             words = "" if parts else f" {change}"
             parts.append(
-                f"{quoted(one.token)}{words}{one.after}{where} ({percent(one.share)}{unit})"
+                f"{_named(one.token)}{words}{one.after}{where} ({percent(one.share)}{unit})"
             )
             unit = ""
         if parts:
@@ -282,26 +287,30 @@ def _listed(parts: Sequence[str], last: str = "and") -> str:
 
 def _constant(gauges: Sequence[Gauge]) -> tuple[bool, str]:
     """Return whether nearly all of the effect is constant, and how much is; "" if not known."""
-    constant = [one.baselines.get("constant row") for one in gauges]
-    if not constant or constant[-1] is None:
+    shares = [one.baselines.get("constant row") for one in gauges]
+    if not shares or shares[-1] is None:
         return False, ""
-    row = "ne fixed row for each role and place in the template, whatever the words, gives"
-    if constant[-1] >= _CONSTANT:
-        return True, f"Its effect is constant: o{row} {_shares(gauges, constant, 'it')}."
-    return False, f"O{row} {_shares(gauges, constant)}."
+    main, rest = _shares(gauges, shares)
+    how = "stays when the row of each token is replaced by the mean of its role and place in the "
+    if shares[-1] >= _CONSTANT:
+        return True, f"Its effect is constant: {main} of it {how}template{rest}."
+    return False, f"{main} of its effect is constant: it {how}template{rest}."
 
 
 def _features(gauges: Sequence[Gauge]) -> str:
     """Return how much of the effect the features give."""
-    shares = [one.recovered for one in gauges]
-    return f"The features give {_shares(gauges, shares)}." if gauges else ""
+    if not gauges:
+        return ""
+    main, rest = _shares(gauges, [one.recovered for one in gauges])
+    return f"With the rows that the features give, {main} of its effect stays{rest}."
 
 
-def _shares(
-    gauges: Sequence[Gauge], shares: Sequence[float | None], whole: str = "its effect"
-) -> str:
-    """Return shares in words, the last first: it is that of the whole effect."""
-    of = [*(f"that on {one.over}" for one in gauges[:-1]), whole]
-    pairs = [(share, text) for share, text in zip(shares, of, strict=True) if share is not None]
-    parts = [f"{percent(min(max(0.0, share), 1.0))} of {text}" for share, text in pairs[::-1]]
-    return _listed(parts)
+def _shares(gauges: Sequence[Gauge], shares: Sequence[float | None]) -> tuple[str, str]:
+    """Return the share of the whole effect, which the last gauge is of, and those of its parts."""
+    *parts, (_, whole) = [
+        (one.over, percent(min(max(0.0, share), 1.0)))
+        for one, share in zip(gauges, shares, strict=True)
+        if share is not None
+    ]
+    rest = ", ".join(f"{share} on {over}" for over, share in parts)
+    return whole, f" ({rest})" if rest else ""
