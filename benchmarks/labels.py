@@ -67,6 +67,7 @@ def main() -> None:
                 np.concatenate([[0], np.cumsum([len(rows) for rows in part])]),
                 np.concatenate(part),
                 np.zeros(int(half.sum()), np.int32),
+                np.flatnonzero(half),
             )
             for part, half in zip(parts, (chooses, ~chooses), strict=True)
         )

@@ -110,6 +110,13 @@ COMMANDS = {
         "say in words what each feature responds to, and score these labels",
         "lorascope label --input out/features.h5",
     ),
+    "study": Command(
+        "one stage at a time",
+        "lorascope.labels.published_study",
+        "lorascope.labels.published_study.StudyConfig",
+        "say how many features, columns and neurons have one meaning, and what features do",
+        "lorascope study --input out/features.h5 --lora-path my-adapter",
+    ),
     "dashboard": Command(
         "one stage at a time",
         "lorascope.dashboard.render",

@@ -130,6 +130,11 @@ def verify(path: Path) -> list[str]:
             from lorascope.causal.study import read_report
 
             read_report(path, REPORTS)
+        elif kind == "study":
+            from lorascope.causal.study import read_report
+            from lorascope.labels.study_report import StudyReport
+
+            read_report(path, (StudyReport,))
     except LorascopeError as error:
         return [str(error)]
     except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:

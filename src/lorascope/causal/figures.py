@@ -28,21 +28,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Blue and orange after Okabe and Ito: distinct for colour-blind readers.
-_MAIN, _OTHER, _INK, _SOFT, _LINE = "#2f6f9f", "#b35a10", "#1d2630", "#5d6873", "#c3cad1"
+MAIN, OTHER, INK, SOFT, LINE = "#2f6f9f", "#b35a10", "#1d2630", "#5d6873", "#c3cad1"
 _STYLE: dict[str, Any] = {
     "font.sans-serif": ["DejaVu Sans"],  # shipped with matplotlib, so the same everywhere
     "font.size": 8,
-    "text.color": _INK,
+    "text.color": INK,
     "text.parse_math": False,
-    "axes.edgecolor": _LINE,
-    "axes.labelcolor": _SOFT,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": SOFT,
     "axes.titlelocation": "left",
     "axes.titlesize": 9,
     "axes.titleweight": "bold",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    **{f"{axis}tick.color": _LINE for axis in "xy"},
-    **{f"{axis}tick.labelcolor": _SOFT for axis in "xy"},
+    **{f"{axis}tick.color": LINE for axis in "xy"},
+    **{f"{axis}tick.labelcolor": SOFT for axis in "xy"},
     "svg.hashsalt": "lorascope",
 }
 _DPI = 150
@@ -57,7 +57,7 @@ _LONGEST_NAME = 40  # characters
 
 
 @contextmanager
-def _drawing(path: Path, size: tuple[float, float]) -> Generator["Figure"]:
+def drawing(path: Path, size: tuple[float, float]) -> Generator["Figure"]:
     """Yield a figure of `size` inches with room for a header, and write it to `path` at the end.
 
     Raises ConfigError unless `path` ends in .png or .svg.
@@ -99,10 +99,10 @@ def draw_evaluation(report: EvaluationReport, manifest: Manifest, path: Path) ->
     sizes = [*(len(parts) for parts in panels.values()), *([12] if found.curve else [])]
     n_rows = -(-len(sizes) // 2)
     heights = [max(sizes[2 * i : 2 * i + 2]) + 2 for i in range(n_rows)]
-    with _drawing(path, (10, 0.8 + 0.19 * sum(heights))) as figure:
-        _head(
+    with drawing(path, (10, 0.8 + 0.19 * sum(heights))) as figure:
+        draw_header(
             figure,
-            f"{_plain(content['sae_name'])} on {_plain(content['adapter_name'])}: share of the "
+            f"{plain(content['sae_name'])} on {plain(content['adapter_name'])}: share of the "
             "adapter's effect that is recovered",
             f"1 − KL(adapter ‖ run) / KL(adapter ‖ 0), 0 is {found.zero_is}; "
             f"{found.n_rollouts} held-out rollouts, {found.n_tokens:,} tokens, "
@@ -122,8 +122,8 @@ def _draw_curve(axes: "Axes", found: Faithfulness) -> None:
     axes.set_title("by values a token; dots: SAEs as they were trained")
     axes.set_xscale("log")
     axes.set_ylim(min(_LOWEST_SHARE, 0), 1.02)
-    axes.grid(axis="y", color=_LINE, linewidth=0.5)
-    looks = {"sae": (_MAIN, "-"), "columns": (_OTHER, "-"), "pca": (_OTHER, (0, (4, 3)))}
+    axes.grid(axis="y", color=LINE, linewidth=0.5)
+    looks = {"sae": (MAIN, "-"), "columns": (OTHER, "-"), "pca": (OTHER, (0, (4, 3)))}
     for method, points in found.curve.items():
         shares = [(point.l0, (point.generated or point).recovered) for point in points]
         shares = [(l0, share) for l0, share in shares if share is not None]
@@ -133,7 +133,7 @@ def _draw_curve(axes: "Axes", found: Faithfulness) -> None:
     for name, run in found.runs.items():
         share = (run.generated or run).recovered
         if (name == "sae" or name.startswith("against ")) and run.l0 and share is not None:
-            axes.plot(run.l0, share, "o", color=_MAIN, markersize=4)
+            axes.plot(run.l0, share, "o", color=MAIN, markersize=4)
     ticks = sorted({round(point.l0) or 1 for points in found.curve.values() for point in points})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_xticks([], minor=True)
@@ -141,34 +141,34 @@ def _draw_curve(axes: "Axes", found: Faithfulness) -> None:
     axes.legend(frameon=False, loc="lower right")
 
 
-def _head(figure: "Figure", title: str, text: str) -> None:
+def draw_header(figure: "Figure", title: str, text: str) -> None:
     """Write a title, and a line below it, above the panels."""
     inch = 1 / figure.get_figheight()
     figure.text(0.01, 1 - 0.2 * inch, title, size=11, weight="bold", va="center")
-    figure.text(0.01, 1 - 0.42 * inch, text, color=_SOFT, va="center")
+    figure.text(0.01, 1 - 0.42 * inch, text, color=SOFT, va="center")
 
 
 def _draw_shares(axes: "Axes", title: str, parts: Mapping[str, Recovered]) -> None:
     """Draw the share of each part as a bar with its interval, the first on top."""
     axes.set_title(title)
-    names = [_plain(name) for name in parts]
+    names = [plain(name) for name in parts]
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(_LOWEST_SHARE, 1.25)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
-    axes.axvline(0, color=_LINE, linewidth=0.8)
-    axes.axvline(1, color=_LINE, linewidth=0.8, linestyle=(0, (3, 3)))
+    axes.axvline(0, color=LINE, linewidth=0.8)
+    axes.axvline(1, color=LINE, linewidth=0.8, linestyle=(0, (3, 3)))
     for i, (name, part) in enumerate(parts.items()):
         is_baseline = isinstance(part, TokensRecovered) and not name.startswith("sae")
         if part.recovered is None:
-            axes.text(0.01, i, "undefined", color=_SOFT, va="center")
+            axes.text(0.01, i, "undefined", color=SOFT, va="center")
             continue
-        color = _OTHER if is_baseline else _MAIN
+        color = OTHER if is_baseline else MAIN
         axes.barh(i, _inside(part.recovered), height=0.5, color=color)
         if part.recovered_interval is not None:
             edges = [_inside(edge) for edge in part.recovered_interval]
-            axes.plot(edges, [i, i], color=_INK, linewidth=1)
-        axes.text(1.24, i, f"{part.recovered:.3f}", ha="right", va="center", color=_SOFT)
+            axes.plot(edges, [i, i], color=INK, linewidth=1)
+        axes.text(1.24, i, f"{part.recovered:.3f}", ha="right", va="center", color=SOFT)
 
 
 def draw_ablation(report: AblationReport, manifest: Manifest, path: Path) -> Path:
@@ -180,10 +180,10 @@ def draw_ablation(report: AblationReport, manifest: Manifest, path: Path) -> Pat
     layers, floor = report.layers, report.floor.rounding
     kinds = list(report.projections)
     width = max(8.0, 2.2 + 0.16 * len(layers))
-    with _drawing(path, (width, 4.2 + 0.2 * len(kinds))) as figure:
-        _head(
+    with drawing(path, (width, 4.2 + 0.2 * len(kinds))) as figure:
+        draw_header(
             figure,
-            f"{_plain(manifest.content['adapter_name'])}: what removing each part changes",
+            f"{plain(manifest.content['adapter_name'])}: what removing each part changes",
             f"KL(adapter ‖ without) in nats a token; {report.parts_on.n_rollouts} rollouts, "
             f"{report.parts_on.n_tokens:,} tokens; without all {report.parts_on.kl:.3g}; "
             f"floor {floor:.1e} ({manifest.content['compute_dtype']})",
@@ -201,13 +201,13 @@ def _draw_layers(axes: "Axes", layers: Mapping[str, PartRemoval], floor: float) 
     axes.set_title("without one layer; ticks: a random direction of the same norm instead")
     axes.set_xlim(-0.5, len(layers) - 0.5)  # the same as the map below
     for i, part in enumerate(layers.values()):
-        axes.bar(i, part.kl, width=0.7, color=_MAIN)
+        axes.bar(i, part.kl, width=0.7, color=MAIN)
         if part.kl_interval is not None:
-            axes.plot([i, i], part.kl_interval, color=_INK, linewidth=1)
-        axes.plot([i - 0.42, i + 0.42], [part.kl_random] * 2, color=_OTHER, linewidth=2)
-    axes.axhline(floor, color=_SOFT, linewidth=1, linestyle=(0, (4, 3)), zorder=3)
+            axes.plot([i, i], part.kl_interval, color=INK, linewidth=1)
+        axes.plot([i - 0.42, i + 0.42], [part.kl_random] * 2, color=OTHER, linewidth=2)
+    axes.axhline(floor, color=SOFT, linewidth=1, linestyle=(0, (4, 3)), zorder=3)
     axes.annotate(
-        f"floor\n{floor:.1e}", (1, floor), xycoords=axes.get_yaxis_transform(), color=_SOFT,
+        f"floor\n{floor:.1e}", (1, floor), xycoords=axes.get_yaxis_transform(), color=SOFT,
         xytext=(4, 0), textcoords="offset points", va="center",
     )  # fmt: skip
     axes.set_ylim(bottom=0)
@@ -226,11 +226,11 @@ def _draw_sites(
         row, column = kinds.index(site.projection), layers.index(str(site.layer))
         cells[row, column] = part.kl
         if part.kl <= _ABOVE_FLOOR * report.floor.rounding:
-            axes.plot(column, row, marker="x", color=_SOFT, markersize=4)
+            axes.plot(column, row, marker="x", color=SOFT, markersize=4)
     axes.set_title("without one site; crossed out: not above ten times the floor")
     image = axes.imshow(cells, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
     figure.colorbar(image, cax=colors)
-    axes.set_yticks(range(len(kinds)), [_plain(kind) for kind in kinds])
+    axes.set_yticks(range(len(kinds)), [plain(kind) for kind in kinds])
     axes.spines[:].set_visible(False)
     _layer_ticks(axes, layers)
     axes.set_xlabel("layer")
@@ -245,17 +245,17 @@ def _layer_ticks(axes: "Axes", layers: "list[str]") -> None:
 
 def draw_steering(report: SteeringReport, manifest: Manifest, path: Path) -> Path:
     """Draw the dose curves: how different, how unlikely and how repetitive the texts are."""
-    named = _plain(", ".join(map(str, report.features)))
+    named = plain(", ".join(map(str, report.features)))
     panels = {
         "KL(adapter ‖ steered), nats a token": "kl",
         "−log p of the text by the adapter, nats a token": "surprise_adapter",
         "share of four-token runs that occurred before": "repeats",
     }
     unchanged = report.arms[0]
-    with _drawing(path, (10, 3.4)) as figure:
-        _head(
+    with drawing(path, (10, 3.4)) as figure:
+        draw_header(
             figure,
-            f"{_plain(manifest.content['adapter_name'])}: features {named}, {report.how}",
+            f"{plain(manifest.content['adapter_name'])}: features {named}, {report.how}",
             f"{len(report.prompts)} prompts, changed at {report.where} tokens; 0 is no change; "
             "dashed: a random direction of the same norm instead; lines: 95 % intervals",
         )
@@ -263,7 +263,7 @@ def draw_steering(report: SteeringReport, manifest: Manifest, path: Path) -> Pat
         for axes, (title, name) in zip(all_axes, panels.items(), strict=True):
             axes.set_title(title, fontsize=8)
             axes.set_xlabel("dose")
-            for kind, color, line in (("control", _OTHER, (0, (4, 3))), ("feature", _MAIN, "-")):
+            for kind, color, line in (("control", OTHER, (0, (4, 3))), ("feature", MAIN, "-")):
                 arms = [unchanged, *(arm for arm in report.arms if arm.kind == kind)]
                 arms = [arm for arm in arms if getattr(arm, name) is not None]
                 arms.sort(key=lambda arm: arm.dose)
@@ -283,7 +283,7 @@ def _inside(share: float) -> float:
     return min(max(share, _LOWEST_SHARE), 1.0)
 
 
-def _plain(text: Any) -> str:
+def plain(text: Any) -> str:
     """Return text as one line of printable characters, shortened if it is long."""
     text = str(text)
     text = text if len(text) <= _LONGEST_NAME else text[: _LONGEST_NAME - 1] + "…"

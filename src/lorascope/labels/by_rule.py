@@ -54,13 +54,15 @@ class Half(NamedTuple):
     """Tokens of one half of the rollouts, and each feature's firings among them.
 
     Feature i fires at the tokens `rows[offset[i]:offset[i + 1]]`, in ascending order. `next_id`
-    `(token,)` is the id of the token that follows in the rollout, -1 for the last one.
+    `(token,)` is the id of the token that follows in the rollout, -1 for the last one, `row`
+    `(token,)` the token's row in the store.
     """
 
     corpus: Corpus
     offset: Ints
     rows: Ints
     next_id: npt.NDArray[np.int32]
+    row: Ints
 
     def firings(self, latent: int) -> Ints:
         """Return the tokens on which a feature fires."""
@@ -118,7 +120,7 @@ def read_halves(store: ActivationStore, sae: "SAE", index: FeatureIndex, n_token
         counts = np.bincount(latent[here], minlength=sae.d_sae)
         offset = np.concatenate([[0], np.cumsum(counts)])
         where = np.flatnonzero(tokens)
-        return Half(corpus.take(where), offset, new_row[row[here]], next_id[where])
+        return Half(corpus.take(where), offset, new_row[row[here]], next_id[where], rows[where])
 
     return Halves(half(read & chooses[rollout]), half(read & ~chooses[rollout]))
 

@@ -126,7 +126,7 @@ def run(config: LabelConfig) -> Path:
     store = ActivationStore.open(config.data_dir or source.parent / "activations")
     sae = load_sae(config.sae or source.parent / "sae", store)
     store = sae.narrow(store)
-    _require_parents(index, source, store, sae)
+    require_parents(index, source, store, sae)
     inputs = _inputs(config)
     direct = _read_direct(inputs["direct"], sae) if "direct" in inputs else None
     by_hand = {}
@@ -239,7 +239,7 @@ def table(content: Mapping[str, Any]) -> str:
     return "\n".join(f"  {name:<18} {value}" for name, value in rows.items())
 
 
-def _require_parents(index: FeatureIndex, source: Path, store: ActivationStore, sae: "SAE") -> None:
+def require_parents(index: FeatureIndex, source: Path, store: ActivationStore, sae: "SAE") -> None:
     """Raise ArtifactError unless the index was collected from this store with this SAE."""
     for name, digest, path in (
         ("activations", store.digest, store.path),
