@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders.indexes import TOKENS, example, index_of, small_index
+from builders.indexes import TOKENS, example, full_index, index_of, small_index
 
 from lorascope.features.index import FeatureIndex
 from lorascope.features.published_json import write_published
@@ -403,3 +403,21 @@ def test_the_page_fits_a_phone_and_its_list_opens_on_request(show: Any):
     shown.page.get_by_role("button", name="Browse list").click()
     shown.page.locator("[data-testid=row][data-feature='2']").click()
     shown.wait_for(2)
+
+
+@pytest.mark.parametrize("view", ["overview", "feature", "rollout"])
+def test_on_paper_nothing_scrolls_or_sticks_and_every_view_prints(show: Any, view: str):
+    """Chromium never came to an end of a page in columns with panes inside that scroll."""
+    shown = show(full_index(), f"#/{view}")
+    shown.page.emulate_media(media="print")
+    loose = shown.page.evaluate(
+        """() => [...document.querySelectorAll("body *")].filter((one) => {
+          const style = getComputedStyle(one);
+          return one.checkVisibility() && (/auto|scroll/.test(style.overflowY)
+            || /sticky|fixed/.test(style.position) || style.columnCount !== "auto");
+        }).map((one) => one.className || one.tagName)"""
+    )
+    shown.page.emulate_media(media="screen")
+    assert loose == []
+    pages = shown.page.pdf(format="A4").count(b"/Type /Page\n")
+    assert 1 <= pages <= (2 if view == "overview" else 9)
