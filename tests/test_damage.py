@@ -11,11 +11,14 @@ from builders.saes import make_sae
 from builders.stores import write_published_store, write_store
 
 from lorascope.artifact import Identity, read_manifest
+from lorascope.causal.study import seal
 from lorascope.dashboard.render import DashboardConfig
 from lorascope.dashboard.render import run as render
 from lorascope.features.export import ExportConfig
 from lorascope.features.export import run as export
 from lorascope.inspection import verify
+from lorascope.labels.study_report import Estimate, GroupShare, KindShares, StudyReport
+from lorascope.record_json import to_json
 from lorascope.sites import PROJECTIONS
 from lorascope.stage import building
 
@@ -55,6 +58,30 @@ def make_edit(folder):
         return build.publish_directory(manifest, ["report.json", "patch.safetensors"])
 
 
+def make_study(folder):
+    def of(value):
+        return Estimate(value, value, value)
+
+    names = "monosemantic broad polysemantic unclear balanced_accuracy below_features".split()
+    kind = KindShares(
+        n_all=9,
+        n_drawn=9,
+        n_scored=9,
+        density=0.1,
+        shuffled=0.0,
+        shuffled_accuracy=0.5,
+        **dict.fromkeys(names, of(0.5)),
+    )
+    group = GroupShare(name="words", features=(0, 2), firings=of(1.0), effect=None)
+    report = StudyReport(
+        n_rollouts_scoring=3, n_tokens_scoring=90, features=kind, columns=kind, groups=(group,)
+    )
+    identity = Identity(kind="study", schema=1, settings={}, parents={})
+    path = folder / "study.json"
+    path.write_text(seal(identity.manifest(None, {}), to_json(report)), encoding="utf-8")
+    return path
+
+
 def make_sae_file(folder, name):
     make_sae(folder / name)
     return folder / name
@@ -71,6 +98,7 @@ KINDS = {
     ),
     "labels": lambda folder: save_labels(make_index(folder), {0: label_of("a"), 2: label_of("b")}),
     "edit": make_edit,
+    "study": make_study,
     "page": make_page,
     "published store": lambda folder: write_published_store(folder / "store", PROJECTIONS[:3]),
 }

@@ -23,7 +23,7 @@ def planted(**given) -> FeatureIndex:
         group = range(FIRST) if latent < FIRST else range(FIRST, N - 1)
         others = [other for other in group if other != latent]
         near[latent, : len(others)], share[latent, : len(others)] = others, 0.5
-    near[0, 9], share[0, 9] = FIRST, 0.01
+    near[0, 4], share[0, 4] = FIRST, 0.01
     manifest = Identity(kind="features", schema=4, settings={}, parents={}).manifest(
         None, {"roles": ["think", "answer", "special"], "n_by_role": [10, 10, 10]}
     )

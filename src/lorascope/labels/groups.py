@@ -12,8 +12,8 @@
    Features of communities with fewer than `_FEWEST` features are put together by kind and segment.
 
 Decoder rows are left out: they say at which site a feature is written, not what it is about. On
-the demo, the graph of co-firing has a modularity of 0.64 with its own communities, 0.44 with groups
-by kind and segment, and 0.04 with the communities of nearest decoder rows.
+the demo, the graph of co-firing has a modularity of 0.72 with its own communities, 0.49 with groups
+by kind and segment, and 0.02 with the communities of nearest decoder rows.
 """
 
 import math
@@ -47,6 +47,7 @@ _KIND_TEXT = {  # by the category of a label
     "template": "template tokens",
     "mixed": "tokens",
 }
+_N_NEAR = 5  # neighbours by co-firing; ten take twice the time and raise the modularity by 0.007
 _FEWEST = 5  # features of a community that is a group of its own
 _MOST = 0.5  # share of a group's features from which a kind or a segment names it
 _N_TYPICAL = 3  # conditions in a name
@@ -66,9 +67,10 @@ def groups_of(index: FeatureIndex) -> tuple[FeatureGroup, ...]:
     alive = np.flatnonzero(index.alive).tolist()
     graph = nx.Graph()
     graph.add_nodes_from(latent for latent in alive if index.main_role[latent] != "special")
+    near, shares = index.near_cofiring[:, :_N_NEAR], index.near_jaccard[:, :_N_NEAR]
     for latent in graph.nodes:
-        near = zip(index.near_cofiring[latent].tolist(), index.near_jaccard[latent], strict=True)
-        edges = [(latent, i, float(share)) for i, share in near if graph.has_node(i)]
+        pairs = zip(near[latent].tolist(), shares[latent].tolist(), strict=True)
+        edges = [(latent, other, share) for other, share in pairs if graph.has_node(other)]
         graph.add_weighted_edges_from(edges)
     found = [sorted(group) for group in nx.community.louvain_communities(graph, seed=0)]
     found = [group for group in found if len(group) >= _FEWEST]
