@@ -213,6 +213,9 @@ def test_the_list_is_sorted_by_the_largest_activation(show: Any):
         "rows => rows.sort((a, b) => a.offsetTop - b.offsetTop).map(row => row.dataset.feature)"
     )
     assert order == ["1", "2", "0"]
+    shown.wait_for(1)
+    assert shown.part("row").locator(".row-note").all_text_contents() == ["5", "3", "1"]
+    assert shown.part("sort").locator("option[value=stable]").count() == 0, "none has one"
 
 
 def test_a_link_to_a_feature_opens_it_even_when_it_is_hidden(show: Any):

@@ -246,6 +246,7 @@ function onRelisted(moves) {
     showEmpty();
     return amend("feature", undefined, query());
   }
+  if (moves === "first") return glide(order[0]);
   if (listIndex(current) >= 0) {
     select(current);
     drawPosition();

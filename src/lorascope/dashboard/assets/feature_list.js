@@ -1,7 +1,7 @@
 // The list of features: filtered, sorted, and drawn only where it is visible.
 import { column, core, hasExample, isTemplate } from "./data.js";
 import { isStarred, labelOf } from "./annotations.js";
-import { kindOf, nameOf, scoreText } from "./labels.js";
+import { categoryOf, kindOf, nameOf, scoreText } from "./labels.js";
 import { element, percent, short, whole, writeToken } from "./format.js";
 
 const ROW = 46; // pixels; page.css has the same height
@@ -14,10 +14,12 @@ let choose = () => {};
 let order = new Uint32Array(0); // features in the list, in its order
 let indexOf = new Map(); // feature -> index in the list
 let current = -1; // feature
+let sortedBy = "id";
 
-// Fills the list with features in the given order.
-export function fill(ids) {
+// Fills the list with features in the given order; each row shows what they are sorted by.
+export function fill(ids, sort) {
   order = ids;
+  sortedBy = sort;
   indexOf = new Map();
   ids.forEach((id, at) => indexOf.set(id, at));
   rows.style.height = `${ids.length * ROW}px`;
@@ -113,9 +115,30 @@ function row(at) {
   return node;
 }
 
-// Returns the score of the page's label, or else how often the feature fires; the bar shows that too.
+// What a row shows, by what the list is sorted by; the bar shows how often the feature fires.
+const number = (values) => (id) => (values?.[id] > -Infinity ? short(values[id]) : "\u2014");
+const VALUES = {
+  often: frequency,
+  rare: frequency,
+  max: number(column.max),
+  mean: number(column.mean),
+  stable: number(column.stability),
+  effect: number(column.effect_kl),
+  each: number(column.effect_each),
+  specific: number(column.effect_excess_low),
+  role: (id) => core.roles[column.main_role[id]] ?? "\u2014",
+  site: (id) => core.sites?.[column.main_site[id]]?.join(".") ?? "\u2014",
+  category: categoryOf,
+};
+
+// Returns the value that the list is sorted by, or else the score of the page's label.
 function note(id) {
+  if (VALUES[sortedBy]) return VALUES[sortedBy](id);
   if (!labelOf(id) && scoreText(id)) return scoreText(id);
+  return frequency(id);
+}
+
+function frequency(id) {
   if (isTemplate(id)) return "template";
   const n = column.n_active[id];
   if (n === 0) return "dead";

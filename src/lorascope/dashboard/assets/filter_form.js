@@ -17,7 +17,8 @@ let searched = ""; // what was searched
 let timer = 0;
 let relisted = () => {};
 
-// Calls `action(moves)` after the list changes; `moves` says whether the shown feature may change.
+// Calls `action(moves)` after the list changes; `moves` says whether the shown feature may change,
+// "first" that it is to be the first of the list.
 export function onList(action) {
   relisted = action;
 }
@@ -82,7 +83,7 @@ function begin(now, moves) {
 
 function show(share, moves) {
   const now = filters();
-  fill(choose(now, now.q.trim() ? (found ?? NOTHING) : null));
+  fill(choose(now, now.q.trim() ? (found ?? NOTHING) : null), now.sort);
   const n = listed().length;
   const hidden = core.n_features - n;
   const note = hidden ? ` (${whole(hidden)} hidden)` : "";
@@ -136,13 +137,16 @@ if (hasLabels) {
 if (!column.effect_kl) {
   for (const node of form.querySelectorAll('[data-need="effect"]')) node.remove();
 }
-if (!column.stability.some((value) => !Number.isNaN(value))) hide("stability");
+if (!column.stability.some((value) => !Number.isNaN(value))) {
+  hide("stability");
+  for (const node of form.querySelectorAll('option[data-need="stability"]')) node.remove();
+}
 
 form.addEventListener("input", (event) => {
   clearTimeout(timer);
   const typed = event.target.matches("input:not([type=checkbox])");
   if (typed) timer = setTimeout(refill, PAUSE);
-  else refill();
+  else refill(event.target.id === "sort" ? "first" : true);
 });
 form.addEventListener("submit", (event) => {
   event.preventDefault();

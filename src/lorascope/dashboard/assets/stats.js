@@ -21,19 +21,27 @@ export function mainRole(id) {
   return core.roles[column.main_role[id]] ?? "";
 }
 
+// Returns one row of numbers, and below it, folded, what they mean.
 export function drawStats(id) {
-  const stats = element("dl", "stats");
+  const part = element("div", "stats-part");
+  const stats = element("dl", "stats compact");
   stats.dataset.testid = "stats";
+  const meanings = element("dl", "stat-meanings");
   for (const [label, name, value, text, note] of rows(id)) {
     if (!text) continue;
     const cell = element("div", "stat");
+    cell.title = note;
     const number = element("dd", "stat-value", text);
     number.dataset.testid = `stat-${name}`;
     number.dataset.value = String(value);
-    cell.append(element("dt", "", label), number, element("dd", "stat-note", note));
+    cell.append(element("dt", "", label), number);
     stats.append(cell);
+    meanings.append(element("dt", "", label), element("dd", "", note));
   }
-  return stats;
+  const more = element("details", "stat-more");
+  more.append(element("summary", "", "What these numbers mean"), meanings);
+  part.append(stats, more);
+  return part;
 }
 
 function effect(id) {
