@@ -60,7 +60,7 @@ smollm2: $(VENV)/.installed
 	$(BIN)/python examples/train_smollm2.py --texts-only --problems $(PROBLEMS) --work $(SMOLLM2)
 	$(BIN)/lorascope run --lora-path examples/smollm2 --base-model $(BASE) \
 	  --dataset $(SMOLLM2)/texts.jsonl --num-examples $(TEXTS) \
-	  --expansion-factor 4 --k 8 --evaluate-texts 60 --output smollm2-output
+	  --expansion-factor 4 --k 8 --depth quick --evaluate-texts 60 --output smollm2-output
 	$(BIN)/lorascope direct --lora-path examples/smollm2 --base-model $(BASE) \
 	  --sae smollm2-output/sae --output smollm2-output/direct.json
 	$(BIN)/lorascope dashboard --input smollm2-output/features.h5 \

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from lorascope import runtime
+from lorascope import depth, pipeline, runtime
 from lorascope.activations import generate
 from lorascope.artifact import read_manifest
 from lorascope.causal import direct
@@ -27,6 +27,7 @@ def small_run(subject_dirs, dataset_file, tmp_path_factory):
         expansion_factor=4,
         epochs=1,
         evaluate_texts=0,
+        effect_texts=0,
         output=tmp_path_factory.mktemp("run") / "out",
         device="cpu",
     )
@@ -113,6 +114,121 @@ def test_the_estimate_of_every_stage_comes_before_the_first(
     (line,) = [line for line in caplog.messages if "for 5,120 tokens" in line]
     assert "14 columns and 56 latents on cpu (1 GFLOP/s)" in line
     assert all(f"{stage} 0." in line for stage in ("generate", "train", "collect", "evaluate"))
+
+
+def stopped(small_run, monkeypatch, output, **given):
+    """Run until the first stage has said what the others will take, on 20 texts of 512 tokens."""
+    monkeypatch.setattr(generate, "load_corpus", lambda *_: ([], {}))
+
+    def stop(*_args, **_kwargs):
+        raise Interrupted(15)
+
+    monkeypatch.setattr(generate, "built", stop)
+    given = {"evaluate_texts": None, "effect_texts": None, "sample": 20} | given
+    config = replace(small_run, output=output, **given)
+    with pytest.raises(Interrupted):
+        run(config)
+    return config
+
+
+def test_effects_are_on_as_many_texts_as_fit_into_half_an_hour(
+    small_run, tmp_path, monkeypatch, caplog
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "measure_speed", lambda _device: 1e12)
+        config = stopped(small_run, patch, tmp_path / "fast")
+    stages = pipeline._stages(config)
+    assert stages["evaluate"][1].max_rollouts == 50
+    assert stages["ablate"][1].max_rollouts == 32
+    assert "instead of" not in caplog.text
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "measure_speed", lambda _device: 1e7)
+        config = stopped(small_run, patch, tmp_path / "slow")
+    (said,) = [line for line in caplog.messages if "instead of 32" in line]
+    n = json.loads((config.output / "effects" / depth.FILE).read_text())["effect_texts"]
+    assert 0 < n < 32
+    assert said.startswith(f"effects are measured on {n} texts")
+    kept = depth.noted(config.plan, config.output / "effects")
+    assert (kept.effects, kept.parts) == (n, 4)
+    with monkeypatch.context() as patch:  # a faster moment does not change what is under way
+        patch.setattr(runtime, "measure_speed", lambda _device: 1e12)
+        stopped(small_run, patch, config.output)
+        assert depth.noted(config.plan, config.output / "effects").effects == n
+        stopped(small_run, patch, config.output, overwrite=True)
+        assert depth.noted(config.plan, config.output / "effects").effects == 32
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "measure_speed", lambda _device: 1e7)
+        config = stopped(small_run, patch, tmp_path / "asked", effect_texts=32)
+    assert depth.noted(config.plan, config.output / "effects").effects == 32
+
+
+def test_the_budget_is_of_the_runs_on_texts():
+    plan = depth.DEPTHS["standard"]
+    n_sites = 100
+    for n in (0, 2, 4, 5, 32):
+        runs = 100 * n + 300 * min(n, 4)
+        assert depth.effect_runs(plan._replace(effects=n), n_sites) == runs
+
+
+def test_a_text_that_takes_longer_than_the_budget_is_said_and_the_page_is_made(
+    small_run, tmp_path, caplog
+):
+    folder = tmp_path / "effects"
+    fitted = depth.fit(depth.DEPTHS["standard"], 14, 1e6, folder)
+    assert fitted.effects == 0
+    with pytest.raises(ConfigError, match="one text takes more than 30 minutes"):
+        depth.noted(depth.DEPTHS["standard"], folder)
+    (folder / depth.FILE).write_text('{"effect_texts": 99}')
+    with pytest.raises(ConfigError, match=r"texts\.json has no number of texts from 0 to 32"):
+        depth.noted(depth.DEPTHS["standard"], folder)
+
+
+def test_depths_and_explicit_numbers():
+    def of(**given):
+        config = RunConfig(lora_path="a", dataset="b", **given)
+        stages = pipeline._stages(config)
+        found = {name: stages[name][1] for name in ("evaluate", "ablate") if name in stages}
+        return {name: one.max_rollouts for name, one in found.items()}, stages
+
+    assert of(depth="quick")[0] == {"evaluate": 20}
+    assert of()[0] == {"evaluate": 50, "ablate": 32}
+    found, stages = of(depth="full")
+    assert found == {"evaluate": 200, "ablate": 128}
+    assert (stages["ablate"][1].part_rollouts, stages["ablate"][1].greedy) == (32, "projection")
+    assert of(depth="quick", effect_texts=3)[0] == {"evaluate": 20, "ablate": 3}
+    assert of(depth="full", evaluate_texts=0)[0] == {"ablate": 128}
+    with pytest.raises(ConfigError, match="--effect-texts"):
+        RunConfig(lora_path="a", dataset="b", effect_texts=-1)
+
+
+def test_a_stage_that_needs_too_much_memory_is_said_and_skipped(small_run, monkeypatch, caplog):
+    def fail(_config):
+        raise MemoryError("cannot hold 7 GB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(direct, "run", fail)
+        run(replace(small_run, effect_texts=2, overwrite=True))
+    assert "direct failed: out of memory: cannot hold 7 GB; the page is made without it" in (
+        caplog.text
+    )
+
+
+def test_a_deeper_run_replaces_what_a_quick_one_measured(small_run, monkeypatch):
+    def texts(name):
+        return read_manifest(small_run.output / name).settings["max_rollouts"]
+
+    plan = depth.DEPTHS["quick"]
+    monkeypatch.setitem(depth.DEPTHS, "quick", plan._replace(evaluate=1))
+    monkeypatch.setitem(depth.DEPTHS, "standard", plan._replace(evaluate=2, effects=1))
+    deeper = replace(small_run, evaluate_texts=None, effect_texts=None, overwrite=False)
+    run(replace(deeper, depth="quick", overwrite=True))
+    assert texts("evaluation.json") == 1
+    run(replace(deeper, effect_texts=0))
+    assert texts("evaluation.json") == 2
+    with pytest.raises(ArtifactError, match=r"max_rollouts 2 there, 1 here"):
+        run(replace(deeper, depth="quick"))
+    with pytest.raises(ArtifactError, match=r"max_rollouts 2 there, 3 here"):
+        run(replace(deeper, evaluate_texts=3))
 
 
 def test_a_report_of_other_settings_in_the_way_is_an_error(small_run):

@@ -33,8 +33,8 @@ OPTION_GROUPS = {  # the groups of `--help` with the options of all commands, mo
     "dictionary": "sae expansion_factor k batch_size epochs lr architecture objective kl_passes "
     "normalize warmup holdout dead_after auxk_alpha max_fvu precision buffer_rows against".split(),
     "features": "features top_k context_window max_per_rollout same_context samples rollout_tokens "
-    "evaluate_texts effect_texts label_tokens directions verify part_rollouts by_site subsets "
-    "curve how factor doses where target tokens positions steps top check_rollouts greedy "
+    "depth evaluate_texts effect_texts label_tokens directions verify part_rollouts by_site "
+    "subsets curve how factor doses where target tokens positions steps top check_rollouts greedy "
     "tolerance".split(),
     "language model": "llm_model llm_base_url judge_model llm_parallel".split(),
     "output": "output overwrite store_dtype title effects labels by_hand open serve port".split(),

@@ -2,10 +2,10 @@
 
 In: adapter, base model, dataset. Out: a folder with `activations/`, `sae/`, `evaluation.json`,
 `features.h5`, `labels.json`, `dashboard.html`, `report.json` and `report.md`, and `summary.json`.
-With `--effect-texts` it also has `effects/`, the reports of what the features do, and the page
-shows them. Finished stages are skipped, so running the same command again continues an interrupted
-run. A report that cannot be made is named in the log and in `summary.json`, and the page is made
-without it. Labels are remade if the index or the reports change.
+`effects/` has the reports of what the features do, unless `--depth quick` leaves them out. Finished
+stages are skipped, so running the same command again continues an interrupted run. A report that
+cannot be made, or does not fit in memory, is named in the log and in `summary.json`, and the page
+is made without it. Labels are remade if the index or the reports change.
 """
 
 import json
@@ -22,11 +22,13 @@ from lorascope import runtime
 from lorascope.activations import generate
 from lorascope.activations.generate import GenerateConfig
 from lorascope.artifact import read_manifest, write_text
+from lorascope.causal.effect_options import EffectOptions, EvaluateConfig
 from lorascope.config import Config, flag_of, option
 from lorascope.dashboard import render, report
 from lorascope.dashboard.overview import Overview
 from lorascope.dashboard.render import DashboardConfig
 from lorascope.dashboard.report import ReportConfig
+from lorascope.depth import RUNS_OF_EVALUATION, DepthOptions, effect_runs, fit, noted
 from lorascope.errors import ArtifactError, ConfigError, LorascopeError
 from lorascope.features import collect
 from lorascope.features.collect import CollectConfig, CollectOptions
@@ -46,37 +48,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_SLOW_TEXTS = 4  # of the effect texts, for the removal of parts and the explained tokens
+_KINDS = ("evaluation", "ablation", "attribution")
 _OPTIONAL = ("evaluate", "direct", "ablate", "attribute")  # stages that make a report for the page
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(LabelOptions, CollectOptions, TrainOptions, SubjectOptions):
+class RunConfig(DepthOptions, LabelOptions, CollectOptions, TrainOptions, SubjectOptions):
     """Options of `run`: those of the stages, and the folder."""
 
     adapter_types: tuple[str, ...] = option(
         (), help="projections to keep: names, initials, mlp, attention or all"
     )
-    evaluate_texts: int = option(
-        50,
-        help="held-out texts on which to measure how much of the adapter's effect the SAE "
-        "recovers; 0: none. The model runs about ten times on each",
-    )
-    effect_texts: int = option(
-        0,
-        help="held-out texts on which to measure what each feature does; 0: none. The model runs "
-        "about a hundred times on each. Effects of parts of the adapter and explained tokens are "
-        "of four texts at most",
-    )
     output: Path = option(Path("lorascope-output"), help="folder to write", identity=False)
     device: str = option("auto", help="auto, cpu, cuda or cuda:N", identity=False)
     overwrite: bool = option(False, help="replace outputs of other settings", identity=False)
-
-    def check(self) -> None:
-        """Raise ConfigError at impossible numbers."""
-        super().check()
-        self.require("evaluate_texts", 0)
-        self.require("effect_texts", 0)
 
 
 def run(config: RunConfig) -> Path:
@@ -106,14 +91,17 @@ def run(config: RunConfig) -> Path:
             if isinstance(options, GenerateConfig) and d_in:
                 generate.run(options, partial(_log_estimate, config, device, d_in, n_sites))
             else:
-                stage.run(_completed(options, stages, failed))
+                stage.run(_completed(config, options, stages, failed))
         except ArtifactError:
             raise  # a file that is in the way
         except Exception as error:
             if name not in _OPTIONAL:
                 raise
             failed[name] = error
-            log.error("%s failed: %s; the page is made without it", name, first_line(error))
+            if runtime.is_out_of_memory(error):
+                failed[name] = LorascopeError(f"out of memory: {first_line(error)}")
+            message = first_line(failed[name])
+            log.error("%s failed: %s; the page is made without it", name, message)
         seconds[name] = round(time.perf_counter() - begun, 2)
     summary = {
         **_summarize(out),
@@ -144,7 +132,8 @@ def _stages(config: RunConfig) -> dict[str, tuple[ModuleType, Config]]:
     add("generate", generate, GenerateConfig, output=store)
     add("train", train, TrainConfig, data_dir=store, output=sae, adapter_types=())
     add("collect", collect, CollectConfig, output=index, batch_size=2048, **read)
-    if config.evaluate_texts:
+    plan = config.plan
+    if plan.evaluate:
         from lorascope.causal import evaluate
 
         add(
@@ -152,12 +141,12 @@ def _stages(config: RunConfig) -> dict[str, tuple[ModuleType, Config]]:
             evaluate,
             evaluate.EvaluateConfig,
             output=out / "evaluation.json",
-            max_rollouts=config.evaluate_texts,
+            max_rollouts=plan.evaluate,
             batch_tokens=None,
             seed=0,
             **read,
         )
-    if config.effect_texts:
+    if plan.effects:
         from lorascope.causal import ablate, attribute, direct
 
         effects = out / "effects"
@@ -168,9 +157,9 @@ def _stages(config: RunConfig) -> dict[str, tuple[ModuleType, Config]]:
             ablate,
             ablate.AblateConfig,
             output=effects / "ablation.json",
-            max_rollouts=config.effect_texts,
-            part_rollouts=_SLOW_TEXTS,
-            greedy="none",
+            max_rollouts=plan.effects,
+            part_rollouts=plan.parts,
+            greedy=plan.greedy,
             seed=0,
             **texts,
         )
@@ -180,7 +169,7 @@ def _stages(config: RunConfig) -> dict[str, tuple[ModuleType, Config]]:
             attribute.AttributeConfig,
             output=effects / "attribution.json",
             rollouts_of=index,
-            max_rollouts=min(config.effect_texts, _SLOW_TEXTS),
+            max_rollouts=min(plan.effects, plan.parts),
             check_rollouts=1,
             **texts,
         )
@@ -201,6 +190,7 @@ def _is_own(path: Path) -> bool:
 
 
 def _completed(
+    config: RunConfig,
     options: Config,
     stages: Mapping[str, tuple[ModuleType, Any]],
     failed: Collection[str],
@@ -214,7 +204,26 @@ def _completed(
     if isinstance(options, DashboardConfig):
         made = [stages[name][1] for name in _OPTIONAL if name in stages and name not in failed]
         return replace(options, effects=tuple(one.output for one in made))
+    if isinstance(options, EvaluateConfig):
+        return _deeper(options, config.evaluate_texts is None)
+    if isinstance(options, EffectOptions):
+        n = noted(config.plan, config.output / "effects").effects
+        options = replace(options, max_rollouts=min(n, options.max_rollouts or n))
+        return _deeper(options, config.effect_texts is None)
     return options
+
+
+def _deeper(options: EffectOptions, by_depth: bool) -> EffectOptions:
+    """Return options that replace a report of fewer texts, if the number follows from the depth."""
+    out: Path | None = getattr(options, "output", None)
+    own = read_manifest(out) if by_depth and out is not None and out.is_file() else None
+    if own is None or own.kind not in _KINDS or options.overwrite:
+        return options
+    n, wanted = own.settings.get("max_rollouts"), options.max_rollouts
+    is_less = isinstance(n, int) and wanted is not None and n < wanted
+    same = {name for name, value in options.settings().items() if own.settings.get(name) == value}
+    is_same = options.settings().keys() - same <= {"max_rollouts", "part_rollouts", "greedy"}
+    return replace(options, overwrite=is_less and is_same)
 
 
 def _check_columns(config: RunConfig, device: "torch.device") -> tuple[int, int]:
@@ -253,17 +262,20 @@ def _log_estimate(
     reading, encoding = 2 * base.n_parameters / speed, 2 * d_in * n_latents / speed  # of a token
     text = n_tokens / (config.sample or config.num_examples or 1)
     trained = n_tokens * (config.epochs or auto_epochs(n_tokens))
-    effects = 100 * config.effect_texts + 3 * n_sites * min(config.effect_texts, _SLOW_TEXTS)
+    plan = fit(
+        config.plan, n_sites, reading * text, config.output / "effects", again=config.overwrite
+    )
     rows = {
         "generate": (model, reading * n_tokens),
         "train": (options.training_bytes(d_in), 4 * encoding * trained),
         "collect": (2 * sae + 30_000 * n_latents, 2 * encoding * n_tokens),
-        "evaluate": (model + sae, 10 * reading * text * config.evaluate_texts),
-        "effects": (model + sae, reading * text * effects),
+        "evaluate": (model + sae, RUNS_OF_EVALUATION * reading * text * plan.evaluate),
+        "effects": (model + sae, reading * text * effect_runs(plan, n_sites)),
     }
     free = runtime.free_memory(device)
     log.info(
-        "about %s, for %s tokens, %s columns and %s latents on %s (%.0f GFLOP/s)%s",
+        "depth %s: about %s, for %s tokens, %s columns and %s latents on %s (%.0f GFLOP/s)%s",
+        config.depth,
         ", ".join(
             f"{name} {max(seconds / 60, 0.1):.1f} min and {n_bytes / 1e9:.1f} GB"
             for name, (n_bytes, seconds) in rows.items()

@@ -15,7 +15,8 @@ from itertools import islice
 from pathlib import Path
 
 from lorascope import pipeline
-from lorascope.config import Config, option
+from lorascope.config import option
+from lorascope.depth import DepthOptions
 from lorascope.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -26,25 +27,22 @@ N_PROBLEMS = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoConfig(Config):
+class DemoConfig(DepthOptions):
     """Options of `demo`."""
 
     output: Path = option(Path("demo-output"), help="folder to make", identity=False)
     num_examples: int = option(1000, help="problems to read, at most 2,000")
-    effect_texts: int = option(
-        32, help="held-out rollouts on which to measure the features' effects; 0 to skip this"
-    )
     open: bool = option(False, help="open the page in a browser", identity=False)
     overwrite: bool = option(False, help="replace outputs of other settings", identity=False)
 
     def check(self) -> None:
         """Check the ranges of the numbers."""
+        super().check()
         self.require("num_examples", 1)
         if self.num_examples > N_PROBLEMS:
             raise ConfigError(
                 f"--num-examples is {self.num_examples}, expected {N_PROBLEMS} or fewer"
             )
-        self.require("effect_texts", 0)
 
 
 def run(config: DemoConfig) -> Path:
@@ -76,6 +74,8 @@ def demo_run(problems: Path, config: DemoConfig) -> pipeline.RunConfig:
         batch_size=512,
         epochs=40,
         lr="0.0107",
+        depth=config.depth,
+        evaluate_texts=config.evaluate_texts,
         effect_texts=config.effect_texts,
         output=config.output,
         overwrite=config.overwrite,
