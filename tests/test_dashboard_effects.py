@@ -117,6 +117,24 @@ def test_a_rollout_is_coloured_by_kl_between_adapter_and_base(show: Any, index, 
         levels.append((kl, level[0] if level else 0))
     ranked = [level for _, level in sorted(levels)]
     assert ranked == sorted(ranked) and ranked[-1] == 9
+    chips = shown.part("rollout-row").first.locator(".chip").all_text_contents()
+    assert "explained predictions" in chips
+    assert shown.part("rollout-row").locator("text=explained predictions").count() == len(
+        attribution(index)["rollouts"]
+    )
+    roles = [index.content["roles"][role] for role in index.text_role[: len(text["kl"])]]
+    for choice, is_listed in (
+        ("what the model writes", lambda role: role not in ("user", "system")),
+        ("all tokens", lambda role: True),
+    ):
+        shown.part("kl-role").select_option(choice)
+        kept = [kl for kl, role in zip(text["kl"], roles, strict=True) if kl and is_listed(role)]
+        values = (
+            shown.part("kl-token")
+            .locator(".meter-value")
+            .evaluate_all("all => all.map(one => Number(one.dataset.value))")
+        )
+        assert values == pytest.approx(sorted(kept, reverse=True)[:10], rel=1 / 250)
     shown.page.locator("[data-testid=paint-number]").fill("0")
     shown.press("Enter")
     assert shown.part("kl-legend").count() == 0

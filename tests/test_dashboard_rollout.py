@@ -1,5 +1,6 @@
 """Whole rollouts: the list, the tokens, and what fires at each token."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -127,6 +128,8 @@ def test_rollouts_are_listed_by_reason_and_found_by_search(show: Any):
     )
     shown.part("rollout-search").fill(words.splitlines()[0])
     shown.page.wait_for_selector("[data-testid=rollout-row][data-rollout='2']")
+    marked = shown.page.locator("[data-testid=rollout-row][data-rollout='2'] mark")
+    assert marked.text_content() == re.sub(r"\s+", " ", words.splitlines()[0])
     shown.page.locator("[data-testid=rollout-row][data-rollout='2']").click()
     wait_for_rollout(shown, int(index.text_rollout[2]))
     shown.page.wait_for_selector(".selected")

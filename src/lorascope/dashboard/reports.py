@@ -116,6 +116,7 @@ class Reports:
                 "steps": self.attribution.steps,
                 "gap": self.attribution.completeness.gap,
                 "parts": list(TARGET),
+                "rollouts": [one.rollout for one in self.attribution.rollouts],
             }
         return facts
 

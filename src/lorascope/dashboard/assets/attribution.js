@@ -52,13 +52,33 @@ export function klNotes(data, t) {
   return lines.map((line) => element("span", "tip-fired", line));
 }
 
-// Lists the ordinary tokens of a rollout with the largest KL; `go` shows one of them.
+// Lists the tokens of a rollout with the largest KL; `go` shows one of them. Those of messages,
+// which the model only reads, are listed when their role is chosen.
 export function drawLargestKl(data, go) {
-  const special = core.roles.indexOf("special");
-  const order = Array.from(data.kl.keys())
-    .filter((t) => data.kl[t] > 0 && data.role[t] !== special)
-    .sort((a, b) => data.kl[b] - data.kl[a]).slice(0, N_LISTED);
   const list = element("ul", "ranked");
+  const choice = element("select");
+  choice.setAttribute("aria-label", "Tokens to list");
+  choice.dataset.testid = "kl-role";
+  const given = ["user", "system"].map((name) => core.roles.indexOf(name));
+  const present = new Set(data.role);
+  const options = [["what the model writes", (role) => !given.includes(role)], ["all tokens", () => true],
+    ...core.roles.map((name, i) => [name, (role) => role === i, i]).filter(([, , i]) => present.has(i))];
+  for (const [name] of options) choice.append(element("option", "", name));
+  const fill = () => fillLargest(list, data, go, options[choice.selectedIndex][1]);
+  choice.addEventListener("change", fill);
+  fill();
+  const part = element("div");
+  part.append(choice, list);
+  const note = "Tokens with the largest KL(adapter \u2016 base), in nats. Select one to see " +
+    "which features contributed to it.";
+  return panel("Where the adapter changes predictions", note, part, { testid: "largest-kl" });
+}
+
+function fillLargest(list, data, go, isListed) {
+  const order = Array.from(data.kl.keys())
+    .filter((t) => data.kl[t] > 0 && isListed(data.role[t]))
+    .sort((a, b) => data.kl[b] - data.kl[a]).slice(0, N_LISTED);
+  list.replaceChildren();
   for (const t of order) {
     const item = element("li", "kl-row");
     const button = element("button", "kl-token");
@@ -74,9 +94,6 @@ export function drawLargestKl(data, go) {
     item.append(button, meter(data.kl[t] / data.kl[order[0]]));
     list.append(item);
   }
-  const note = "Tokens with the largest KL(adapter \u2016 base), in nats. Select one to see " +
-    "which features contributed to it.";
-  return panel("Where the adapter changes predictions", note, list, { testid: "largest-kl" });
 }
 
 // Returns the panel of contributions to the prediction of token `t`. `mark(source, on)` highlights

@@ -5,7 +5,8 @@ import { element, percent, short, whole } from "./format.js";
 const byId = (id) => document.getElementById(id);
 const [list, search, reason] = [byId("rollouts"), byId("rollout-query"), byId("rollout-reason")];
 const REASONS = [[1, "highest L0"], [2, "rarest features"], [4, "worst reconstructed"],
-  [8, "at random"]];
+  [8, "at random"], [16, "explained predictions"]];
+const explained = new Set(core.effects?.attribution?.rollouts ?? []);
 const CONTEXT = 30; // characters on each side of a search result
 const PAUSE = 80; // milliseconds after the last letter before a search begins
 
@@ -30,9 +31,13 @@ export function rolloutStats(at) {
   ];
 }
 
-// Returns the reasons that a rollout was selected for.
+// Returns the reasons that a rollout was selected for, and whether its predictions are explained.
 export function reasonsOf(at) {
-  return REASONS.filter(([bit]) => column.kept_why[at] & bit).map(([, name]) => name);
+  return REASONS.filter(([bit]) => why(at) & bit).map(([, name]) => name);
+}
+
+function why(at) {
+  return column.kept_why[at] | (explained.has(column.kept_rollout[at]) ? 16 : 0);
 }
 
 // Returns the rollout at the top of the list, -1 if the list is empty.
@@ -49,12 +54,14 @@ export function markRollout(at) {
   }
 }
 
-// Returns the rollouts of the chosen reason, those that fit it best first.
+// Returns the rollouts of the chosen reason, those that fit it best first; of any reason, those
+// with explained predictions first.
 function sorted() {
   const bit = Number(reason.value);
   const score = { 1: column.kept_l0, 2: column.kept_rarity, 4: column.kept_fvu }[bit];
   const all = Array.from({ length: nRollouts }, (_, at) => at);
-  const chosen = all.filter((at) => !bit || column.kept_why[at] & bit);
+  const chosen = all.filter((at) => !bit || why(at) & bit);
+  if (!bit) chosen.sort((a, b) => (why(b) & 16) - (why(a) & 16) || a - b);
   if (score) chosen.sort((a, b) => score[b] - score[a] || a - b);
   return chosen;
 }
@@ -68,7 +75,7 @@ async function refill() {
   const wanted = search.value.trim() ? search.value.toLowerCase() : "";
   const hits = [];
   for (const at of sorted()) {
-    const hit = wanted ? await find(at, wanted) : { token: -1, context: "" };
+    const hit = wanted ? await find(at, wanted) : { token: -1 };
     if (request !== latest) return;
     if (hit) hits.push([at, hit]);
   }
@@ -87,13 +94,15 @@ async function find(at, wanted) {
     return null; // damage is reported when the rollout is shown
   }
   const parts = Array.from(data.token, (entry) => core.token_texts[entry]);
-  const text = parts.join("").toLowerCase();
-  const start = text.indexOf(wanted);
+  const text = parts.join("");
+  const start = text.toLowerCase().indexOf(wanted);
   if (start < 0) return null;
   let end = 0;
   const token = parts.findIndex((part) => (end += part.length) > start);
-  const context = text.slice(Math.max(0, start - CONTEXT), start + wanted.length + CONTEXT);
-  return { token, context: context.replace(/\s+/g, " ") };
+  const stop = start + wanted.length;
+  const context = [text.slice(Math.max(0, start - CONTEXT), start), text.slice(start, stop),
+    text.slice(stop, stop + CONTEXT)].map((part) => part.replace(/\s+/g, " "));
+  return { token, context };
 }
 
 function drawRow(at, { token, context }) {
@@ -113,11 +122,17 @@ function drawRow(at, { token, context }) {
   const reasons = element("span", "rollout-why");
   for (const name of reasonsOf(at)) reasons.append(element("span", "chip", name));
   link.append(reasons);
-  if (context) link.append(element("span", "rollout-context", `\u2026${context}\u2026`));
+  if (context) {
+    const [before, hit, after] = context;
+    const snippet = element("span", "rollout-context", `\u2026${before}`);
+    snippet.append(element("mark", "", hit), `${after}\u2026`);
+    link.append(snippet);
+  }
   item.append(link);
   return item;
 }
 
+if (!explained.size) reason.querySelector("option[value='16']").remove();
 reason.addEventListener("change", refill);
 search.addEventListener("input", () => {
   clearTimeout(timer);
