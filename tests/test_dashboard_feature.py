@@ -108,6 +108,7 @@ def test_links_to_neighbours_work_by_mouse_and_keyboard(show: Any):
     )
     link.click()
     shown.wait_for(near)
+    assert shown.page.evaluate("scrollY") == 0, "another feature begins at its top"
     shown.page.go_back()
     shown.wait_for(latent)
     shown.part("cofiring").locator("a").first.focus()

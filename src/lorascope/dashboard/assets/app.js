@@ -105,6 +105,7 @@ function showView(name) {
 async function showAddress() {
   const { view: target, name, query: asked } = address();
   hideTooltip();
+  scrollTo(0, 0);
   if (target === "overview") {
     if (!isListed) setFilters("");
     isListed = true;
@@ -193,6 +194,7 @@ function showEmpty() {
 function jump(name) {
   const isBack = view !== "feature";
   showView("feature");
+  scrollTo(0, 0);
   open(String(name), isBack);
   push("feature", name, query());
 }
