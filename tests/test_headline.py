@@ -187,6 +187,8 @@ def test_the_first_sentence_and_rows_name_what_was_planted(planted: SimpleNamesp
             before for row in found.shifts if row.token_id == one.target for before in row.after
         ]
         assert max(befores, key=lambda before: before.share).token == trigger(planted, one)
+    assert len(found.answers) == 4
+    assert any(one.base != one.adapter for one in found.answers)
     assert "digit" in found.features[0].name
     assert trigger(planted, first).strip() in found.features[1].name
     effects = [one.effect for one in found.features]
@@ -203,7 +205,7 @@ def test_an_adapter_that_does_nothing_is_said_to_have_learned_nothing(
     assert "Every B matrix of it is zero." in found.headline[1]
     assert len(found.headline) == 2
     assert "%" not in "".join(found.headline)
-    assert found.features == found.groups == found.shifts == found.gauges == ()
+    assert found.features == found.groups == found.shifts == found.gauges == found.answers == ()
     assert found.places == found.facts == found.gaps == ()
     text = (planted.folder / "zero-out" / "report.md").read_text(encoding="utf-8")
     assert "|" not in text, "no table"

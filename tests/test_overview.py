@@ -115,6 +115,7 @@ def test_an_empty_index_has_an_overview() -> None:
 def test_markdown_shows_hostile_text_and_obeys_none(tmp_path: Path) -> None:
     text = markdown(overview(tmp_path))
     assert "script" in text
+    assert "▸ “short”" in text
     assert not re.search(r"(?<!\\)<", text), "every tag is escaped"
     for line in text.splitlines():
         cells = len(re.findall(r"(?<!\\)\|", line))
@@ -167,6 +168,11 @@ def test_the_page_opens_on_the_overview(show: Any, tmp_path: Path) -> None:
     assert visit.part("headline").locator("p").all_text_contents() == list(found.headline)
     tokens = visit.part("shifts").locator(".token-chip").all_text_contents()
     assert tokens == ["<think>", HOSTILE, "\n"]
+    (answer,) = found.answers
+    sides = visit.part("answers").locator(".answer p").all_text_contents()
+    assert sides == [answer.prompt, answer.same + answer.base, answer.same + answer.adapter]
+    marked = visit.part("answers").locator("mark").all_text_contents()
+    assert marked == ["", answer.base, answer.adapter]
     first = visit.part("top-features").get_by_role("link").first
     assert first.get_attribute("href") == f"#/feature/{found.features[0].feature}"
     first.click()

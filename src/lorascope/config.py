@@ -34,8 +34,8 @@ OPTION_GROUPS = {  # the groups of `--help` with the options of all commands, mo
     "normalize warmup holdout dead_after auxk_alpha max_fvu precision buffer_rows against".split(),
     "features": "features top_k context_window max_per_rollout same_context samples rollout_tokens "
     "depth evaluate_texts effect_texts label_tokens directions verify part_rollouts by_site "
-    "subsets curve how factor doses where target tokens positions steps top check_rollouts greedy "
-    "tolerance".split(),
+    "subsets answers curve how factor doses where target tokens positions steps top "
+    "check_rollouts greedy tolerance".split(),
     "language model": "llm_model llm_base_url judge_model llm_parallel".split(),
     "output": "output overwrite store_dtype title effects labels by_hand open serve port".split(),
     "run": "device num_gpus batch_tokens seed resume checkpoint_every".split(),

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _KINDS = ("evaluation", "ablation", "attribution")
+_N_ANSWERS = 4
 _OPTIONAL = ("evaluate", "direct", "ablate", "attribute")  # stages that make a report for the page
 
 
@@ -142,6 +143,7 @@ def _stages(config: RunConfig) -> dict[str, tuple[ModuleType, Config]]:
             evaluate.EvaluateConfig,
             output=out / "evaluation.json",
             max_rollouts=plan.evaluate,
+            answers=_N_ANSWERS,
             batch_tokens=None,
             seed=0,
             **read,

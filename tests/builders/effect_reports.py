@@ -99,6 +99,15 @@ def evaluation() -> dict[str, Any]:
             shift(HOSTILE, "falls", "special", 0.2, 0.75, 0.25),
             shift("\n", "rises", "think", 0.1, 0.1, 0.6),
         ],
+        "answers": [
+            {
+                "rollout": 0,
+                "prompt": f"ask {HOSTILE}\n",
+                "same": f"{HOSTILE}",
+                "base": "short",
+                "adapter": f"long | {HOSTILE}\n",
+            }
+        ],
     }
 
 

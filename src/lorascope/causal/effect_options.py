@@ -116,6 +116,11 @@ class EvaluateConfig(SeededEffectOptions):
         help="values per token at which to measure the SAE, its threshold moved, and columns and "
         "PCA; three runs for each",
     )
+    answers: int = option(
+        0,
+        help="held-out prompts that base and adapter both continue by up to 96 tokens, with the "
+        "same noise, to be read side by side; plain LoRA only",
+    )
     output: Path | None = option(
         None, help="report to write; default: evaluation_{SAE's name}.json", identity=False
     )
@@ -124,6 +129,7 @@ class EvaluateConfig(SeededEffectOptions):
         """Refuse impossible numbers, and an output that is not a JSON file."""
         super().check()
         self.require("subsets", 0)
+        self.require("answers", 0)
         if min(self.curve, default=1) < 1 or not all(map(math.isfinite, self.curve)):
             raise ConfigError("--curve must be numbers of values per token, 1 or more")
         if self.output is not None:

@@ -17,6 +17,7 @@
 7. With `--curve`, the same at other sparsities: the SAE with its threshold moved, columns and PCA.
 8. The tokens whose probability the adapter moves most are named, and where (`shifts`), and how
    likely it makes the headers that open a thought or an answer (`openings`).
+9. With `--answers`, base and adapter answer some prompts with the same noise (`answers`).
 
 In: adapter, activation store, SAE. Out: a report (JSON) and its picture (.png); the table goes to
 stderr.
@@ -35,6 +36,7 @@ from torch import Tensor
 from lorascope import runtime
 from lorascope.activations.batches import read_blocks
 from lorascope.activations.store import ActivationStore
+from lorascope.causal.answers import answers_of
 from lorascope.causal.baselines import CURVES, ConstantRows, Rebuild, fit_rebuilds, rows_of
 from lorascope.causal.effect_options import EvaluateConfig
 from lorascope.causal.effects import log_probabilities
@@ -78,7 +80,7 @@ def run(config: EvaluateConfig) -> Path:
         seeds = _of_other_seeds(sae, others)
         groups = column_groups(sae.layout) if config.by_site else {}
         groups |= subsets(held_out, sae, config.subsets, config.seed)
-        measured = measure(held_out, sae, rebuilds, constant, groups, seeds, config.seed)
+        measured = measure(held_out, sae, rebuilds, constant, groups, seeds, config)
         report = EvaluationReport(reconstruction=reconstruction, **measured)
         return Made(report, sae.layout, describe_run(held_out, config.sae))
 
@@ -135,7 +137,7 @@ def measure(
     constant: ConstantRows,
     groups: Mapping[tuple[str, str], npt.NDArray[np.bool_]],
     seeds: tuple[str, ...],
-    seed: int,
+    config: EvaluateConfig,
 ) -> dict[str, Any]:
     """Run the held-out rollouts with every reconstruction of `fit_rebuilds`.
 
@@ -197,6 +199,7 @@ def measure(
                 )
             measured.append(batch.measured)
             bar.update(int(batch.own.sum()))
+        answers = answers_of(editor, held_out, config.answers, config.seed) if zero_is_base else ()
     assert floor is not None
     rows = np.concatenate(measured)
     values = {
@@ -209,7 +212,7 @@ def measure(
         values,
         zero="base" if has_all_columns else "zero",
         rounding=floor.rounding,
-        seed=seed,
+        seed=config.seed,
     )
     faithfulness = Faithfulness(
         zero_is="the base model" if has_all_columns else "the SAE's columns at zero",
@@ -250,6 +253,7 @@ def measure(
         "faithfulness": faithfulness,
         "shifts": shifts.strongest(held_out),
         "openings": openings_of(held_out.store, rows, (values["base"].ce, values["adapter"].ce)),
+        "answers": answers,
     }
 
 

@@ -55,6 +55,20 @@ def openings_of(
     )
 
 
+def prompt_length(store: ActivationStore, index: int) -> int:
+    """Return the number of tokens of a rollout before the opening of its first segment.
+
+    It is half of the rollout if the model writes none of it.
+    """
+    first, last = store.rollout_start[index : index + 2].tolist()
+    roles = store.roles[first:last]
+    for start, stop in _runs(roles):
+        _, begin = _after_tag(store, first + start, first + stop)
+        return begin - first if begin > first + start else stop
+    written = np.isin(roles, [ROLES.index(name) for name in _GENERATED])
+    return int(written.argmax()) if written.any() else (last - first) // 2
+
+
 def _runs(roles: npt.NDArray[np.uint8]) -> Iterator[tuple[int, int]]:
     """Yield the start and the stop of each run of special tokens before a segment of the model."""
     edges = np.flatnonzero(np.diff(roles == SPECIAL)) + 1

@@ -188,11 +188,22 @@ class Opening:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What base and adapter write after one prompt: `same` first, then each its own text."""
+
+    rollout: int
+    prompt: str
+    same: str
+    base: str
+    adapter: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationReport(ReportRecord):
     """What `evaluate` measures. `reconstruction` has the metrics of `sae.metrics.evaluate`.
 
     `shifts` are the tokens whose probability the adapter moves most, strongest first. `openings`
-    are of the segments that the model writes.
+    are of the segments that the model writes, `answers` of as many prompts as were asked for.
     """
 
     kind = "evaluation"
@@ -201,6 +212,7 @@ class EvaluationReport(ReportRecord):
     faithfulness: Faithfulness
     shifts: tuple[TokenShift, ...] = ()
     openings: tuple[Opening, ...] = ()
+    answers: tuple[Answer, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from lorascope.causal.report_records import (
     AblationReport,
+    Answer,
     EvaluationReport,
     ReportRecord,
     TokenShift,
@@ -104,6 +105,7 @@ class Overview(ReportRecord):
     places: tuple[Place, ...]
     facts: tuple[Fact, ...]
     gaps: tuple[Gap, ...]
+    answers: tuple[Answer, ...] = ()
 
 
 def overview_of(index: FeatureIndex, reports: Reports) -> Overview:
@@ -125,6 +127,7 @@ def overview_of(index: FeatureIndex, reports: Reports) -> Overview:
         features=_features(index, effects, weights) if has_effect else (),
         floor=None if ablation is None else ablation.floor.rounding,
         places=_places(index, ablation) if has_effect else (),
+        answers=evaluation.answers if evaluation is not None and has_effect else (),
         facts=tuple(sureness(index, evaluation, ablation)) if has_effect else (),
         gaps=gaps_of(index, reports) if has_effect else (),
     )

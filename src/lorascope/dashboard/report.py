@@ -27,6 +27,7 @@ REPORTS = (
 )
 _MARKDOWN = re.compile(r"[\\`*_\[\]<>#|~$&@!]|:(?=//)|(?<=www)\.")  # signs; begins of links
 NO_FEATURE = "No single feature has a measurable part of the effect."
+_PROMPT_SHOWN = 120  # characters
 _ARROWS = {"rises": "▲", "falls": "▼"}
 
 
@@ -113,6 +114,19 @@ def markdown(overview: Overview) -> str:
             "Share: part of KL(adapter ‖ base) that the rise (▲) or fall (▼) of the token makes.",
             "",
         ]
+    if overview.answers:
+        lines += ["## Base and adapter side by side", ""]
+        lines += ["Both answer the same prompts with the same noise; ▸ marks where they part.", ""]
+        lines += table(
+            ("after", "base", "with the adapter"),
+            (
+                (
+                    quoted(one.prompt[-_PROMPT_SHOWN:]),
+                    *(f"{quoted(one.same)} ▸ {quoted(own)}" for own in (one.base, one.adapter)),
+                )
+                for one in overview.answers
+            ),
+        )
     if overview.gauges:
         lines += ["## How far the features stand for it", ""]
         names = sorted({name for gauge in overview.gauges for name in gauge.baselines})

@@ -15,7 +15,7 @@ const ROLES = {
 // Fills the view, once.
 export function drawOverview(area) {
   if (area.childElementCount) return;
-  const { headline, shifts, gauges, facts, features, groups, places, gaps } = core.overview;
+  const { headline, shifts, gauges, facts, features, groups, places, gaps, answers = [] } = core.overview;
   const lead = element("section", "lead");
   lead.dataset.testid = "headline";
   const kinds = (i) => (!i ? "lead-subject" : i > 1 && i === headline.length - 1 ? "lead-rest" : "lead-text");
@@ -28,7 +28,9 @@ export function drawOverview(area) {
   if (places.length) rest.append(drawPlaces(places));
   if (facts.length) rest.append(drawFacts(facts));
   if (gaps.length) rest.append(drawGaps(gaps));
-  area.append(lead, first, rest);
+  area.append(lead);
+  if (answers.length) area.append(drawAnswers(answers));
+  area.append(first, rest);
 }
 
 function drawShifts(shifts) {
@@ -82,6 +84,29 @@ function drawShift({ token, side, share, example }) {
   context.append(element("span", "shift-p", change), before, marked);
   item.append(sign, chip(token), meter(share / core.overview.shifts[0].share), number, context);
   return item;
+}
+
+function drawAnswers(answers) {
+  const body = answers.map(({ prompt, same, base, adapter }, i) => {
+    const item = element("div", "answers");
+    item.hidden = i > 0;
+    const parts = [["Prompt", tail(prompt, 300), ""], ["Base", same, base],
+      ["With the adapter", same, adapter]];
+    for (const [who, before, own] of parts) {
+      const side = element("div", "answer");
+      const [text, mine] = [element("p", "run"), element("mark", "answer-own")];
+      writeText(text, before);
+      writeText(mine, own);
+      text.append(mine);
+      side.append(element("h4", "", who), text);
+      item.append(side);
+    }
+    return item;
+  });
+  const note = "Both answer the same prompts with the same noise at each position. Marked: from " +
+    "the first token at which they differ.";
+  if (body.length > 1) body.push(showAll([...body], body.length));
+  return panel("Base and adapter side by side", note, body, { testid: "answers" });
 }
 
 function drawGauges(gauges) {

@@ -1,0 +1,72 @@
+"""Base and adapter side by side: each text is what its model writes, with the same noise."""
+
+import numpy as np
+import pytest
+import torch
+from builders.studies import make_texts, strengthen
+from builders.subjects import logits_of, reference
+from transformers import AutoModelForCausalLM
+
+from lorascope.activations.store import ActivationStore
+from lorascope.causal import answers
+from lorascope.causal.answers import answers_of
+from lorascope.causal.effect_options import EffectOptions
+from lorascope.causal.held_out import open_held_out
+from lorascope.subject.intervene import RowEditor
+from lorascope.subject.sampling import draw, end_ids
+
+SEED = 5
+
+
+@pytest.fixture(scope="module")
+def held_out(make_subject, dataset_file, tmp_path_factory):
+    base, adapter = strengthen(make_subject(), tmp_path_factory.mktemp("strong"))
+    folder = make_texts((base, adapter), dataset_file, tmp_path_factory.mktemp("texts") / "store")
+    options = EffectOptions(
+        lora_path=str(adapter), base_model=str(base), data_dir=folder, device="cpu"
+    )
+    return open_held_out(options, None), (base, adapter)
+
+
+@torch.inference_mode()
+def written(network, ids, number, ends):
+    """What a model writes after a prompt, token by token, without a cache."""
+    new = []
+    for step in range(answers.N_TOKENS):
+        whole = torch.cat([ids, torch.tensor(new, dtype=torch.int64)])[None]
+        (token,) = draw(
+            logits_of(network, whole)[:, -1].float(), 0.7, [(SEED, number, step, 0)]
+        ).tolist()
+        new.append(token)
+        if token in ends:
+            break
+    return new
+
+
+def test_both_texts_are_those_of_the_two_models_with_the_same_noise(held_out, monkeypatch):
+    monkeypatch.setattr(answers, "N_TOKENS", 6)
+    found, (base, adapter) = held_out
+    with RowEditor(found.subject) as editor:
+        made = answers_of(editor, found, 3, SEED)
+    assert len(made) == 3
+    bare = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    models = reference(adapter, base), bare
+    decode, ends, parted = found.subject.tokenizer.decode, end_ids(found.subject), 0
+    for number, one in enumerate(made):
+        index = int(np.flatnonzero(found.store.rollout_id == one.rollout)[0])
+        ids, _ = answers._prompt(found.store, index)
+        assert decode(ids).endswith(one.prompt)
+        texts = [decode(written(model, ids, number, ends)) for model in models]
+        assert [one.same + one.adapter, one.same + one.base] == texts
+        parted += one.adapter != one.base
+    assert parted
+
+
+def test_a_prompt_ends_before_the_opening_that_an_adapter_may_write(held_out):
+    found, _ = held_out
+    store: ActivationStore = found.store
+    for index in range(store.n_rollouts):
+        ids, _ = answers._prompt(store, index)
+        text = found.subject.tokenizer.decode(ids)
+        assert text.endswith("<|im_start|>assistant\n")
+        assert "<|im_start|>think" not in text
