@@ -64,6 +64,23 @@ def test_a_thousand_fresh_rollouts_go_through_everything(folder, store):
     verify_index(FeatureIndex.open(folder / "features.h5"))
 
 
+def test_the_report_begins_with_what_the_adapter_was_trained_to_do(folder):
+    """It opens a think segment, works in steps, and then answers; the base answers at once."""
+    report = open_report(folder / "report.json")
+    _, opens, inside, _ = report["headline"]
+    assert opens.startswith("It makes the model open think and answer segments")
+    assert re.search(r"In think segments it makes .*“(Hmm|Let|First|Okay|We)”", inside)
+    openings = open_report(folder / "evaluation.json")["openings"]
+    assert [one["role"] for one in openings] == ["think", "answer"]
+    for one in openings:
+        assert one["p_base"] < 0.01
+        assert one["p_adapter"] > 0.9
+    assert len(report["answers"]) == 4
+    for one in report["answers"]:
+        assert (one["same"] + one["adapter"]).startswith("<|im_start|>think")
+        assert "<|im_start|>think" not in one["same"] + one["base"]
+
+
 def test_the_page_shows_what_the_features_do(folder, store):
     names = [f"effects/{name}.json" for name in ("direct", "ablation", "attribution")]
     for name in ["evaluation.json", *names]:

@@ -170,8 +170,8 @@ function drawFeatures(features) {
   const isEffect = features.some((one) => one.effect !== null);
   const note = isEffect
     ? "Features whose removal changes predictions most, as a share of what removing the whole " +
-      "adapter changes. Specific: no other change of the same size has such an effect. Shares of " +
-      "several features do not add up."
+      "adapter changes. Specific: larger than the effects of its controls of the same size. " +
+      "Shares of several features do not add up."
     : !features.length ? "No single feature has a measurable part of the effect."
       : "Features with most activation. What removing them does was not measured.";
   return panel("What it learned", note, parts, { testid: "top-features" });
