@@ -162,9 +162,9 @@ def test_parts_can_be_removed_on_fewer_rollouts_than_features(dirs, store, repor
     assert report["parts_on"]["kl"] == pytest.approx(report["without_adapter"]["kl"], rel=1e-3)
 
 
-def test_an_adapter_that_writes_nothing_has_exactly_no_effect_anywhere(
-    dirs, dataset_file, tmp_path
-):
+def test_an_adapter_that_writes_nothing_has_no_effect_anywhere(dirs, dataset_file, tmp_path):
+    """Copies of a batch may differ by rounding, as a product sums each of its rows in its way."""
+
     def untrained(model):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -176,16 +176,25 @@ def test_an_adapter_that_writes_nothing_has_exactly_no_effect_anywhere(
         make_texts(both, dataset_file, tmp_path / "store", num_examples=2, gauge="raw")
     )
     found = ablated(both, texts, tmp_path, each_column(texts))
-    assert found["without_adapter"]["kl"] == 0.0
+    nothing = kl_rounding(0.0, rounding(N_TERMS))
+
+    def assert_nothing(removal):
+        assert removal["kl"] <= nothing
+        assert abs(removal["ce_rise"]) <= 2 * rounding(N_TERMS)
+
+    assert_nothing(found["without_adapter"])
     for kind in ("sites", "projections", "layers", "blocks"):
         for part in found[kind].values():
-            assert part["kl"] == part["kl_random"] == part["ce_rise"] == part["alone"]["kl"] == 0.0
+            assert_nothing(part)
+            assert max(part["kl_random"], part["alone"]["kl"]) <= nothing
             assert part["alone"]["recovered"] is None
     assert found["features"]
     for one in found["features"]:
-        assert one["kl"] == one["kl_control"] == one["ce_rise"] == one["pull"] == 0.0
+        assert_nothing(one)
+        assert one["kl_control"] == one["kl_estimate"] == one["pull"] == 0.0
         assert one["verdict"] != "specific"
-    assert all(step["kl"] == 0.0 for step in found["greedy"])
+    for step in found["greedy"]:
+        assert_nothing(step)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ Sums = npt.NDArray[np.float64]
 
 _CHUNK = (1 << 18, 1 << 25)  # logits converted to float32 at a time, on the CPU and on a GPU
 _LARGEST_RATIO = 80.0  # of the logarithm of two probabilities: float32 holds e^88
+_ROUNDING_KL = 2.0**-46  # nats a token: float32's rounding step squared
 _N_DRAWS = 2000
 _PERCENTILES = (2.5, 97.5)  # a 95 % interval
 
@@ -129,9 +130,11 @@ def bootstrap_interval(numerator: Sums, denominator: Sums, seed: int = 0) -> Int
 def recovered(kl: Sums, zero: Sums, n_tokens: int, seed: int) -> Recovered:
     """Return KL a token of a run, and its share `1 − Σ kl / Σ zero` of what the run `zero` loses.
 
-    Both have the sums of each rollout.
+    Both have the sums of each rollout. A run that loses no more than rounding does has no share.
     """
     share, edges = ratio_of_sums(kl, zero), bootstrap_interval(kl, zero, seed)
+    if float(zero.sum()) <= _ROUNDING_KL * n_tokens:
+        share = edges = None
     return Recovered(
         kl=float(kl.sum()) / n_tokens,
         recovered=None if share is None else 1 - share,
