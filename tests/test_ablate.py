@@ -331,6 +331,7 @@ def test_a_layout_without_attention_has_no_blocks(make_subject):
     }
 
 
+@pytest.mark.slow
 def test_the_report_its_pictures_and_a_table_are_left_and_made_once(dirs, store, tmp_path, caplog):
     sae = dictionary(store.layout, each_column(store).W_enc, each_column(store).W_dec)
     with caplog.at_level(logging.INFO):

@@ -267,6 +267,7 @@ def test_a_pool_is_read_in_runs_and_holds_no_more_rows_than_the_buffer():
         assert 1000 < pieces <= 400_000 / 256 + 3  # the ends of the pool cut two runs at most
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.integers(1, 700), st.integers(1, 900), st.integers(0, 2**40), st.integers(1, 4))
 def test_every_epoch_of_any_size_is_a_permutation(n_rows, buffer_rows, seed, epochs):

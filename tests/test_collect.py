@@ -145,6 +145,7 @@ def shared(tmp_path_factory):
     return write_store(folder / "store").path, folder / "sae"
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(batch_size=st.integers(1, 300))
 def test_the_batch_size_changes_no_byte(shared, tmp_path_factory, batch_size):

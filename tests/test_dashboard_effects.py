@@ -64,6 +64,7 @@ def test_a_feature_without_a_measured_effect_says_why(show: Any, index, tmp_path
     assert "never fires" in shown.text("effect")
 
 
+@pytest.mark.slow
 def test_promoted_and_suppressed_tokens_are_shown_as_text(show: Any, index, tmp_path):
     shown = show(index, "#/feature/2", effects=write_all(tmp_path, index))
     shown.page.wait_for_selector("[data-testid=promoted]")

@@ -91,6 +91,7 @@ def test_hostile_labels_stay_text(show, labelled):
     assert shown.text("label-sentence") == f"Fires on {HOSTILE}."
 
 
+@pytest.mark.slow
 def test_labels_are_searched_filtered_and_sorted(show, labelled):
     shown = show(labelled, "#/feature/0")
     shown.part("search").fill("TURNIPS")

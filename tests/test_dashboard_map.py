@@ -36,6 +36,7 @@ def isolated() -> int:
     return int(np.nanargmax(np.where(inside, np.nanmin(apart, axis=1, initial=9), np.nan)))
 
 
+@pytest.mark.slow
 def test_a_dot_names_its_feature_and_opens_it(show: Any):
     shown = open_map(show)
     latent = isolated()

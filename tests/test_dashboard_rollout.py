@@ -135,6 +135,7 @@ def test_rollouts_are_listed_by_reason_and_found_by_search(show: Any):
     shown.page.wait_for_selector(".selected")
 
 
+@pytest.mark.slow
 def test_arrow_keys_go_to_the_next_rollout_and_links_to_features(show: Any):
     index = full_index()
     shown = show(index, "#/rollout")

@@ -38,6 +38,7 @@ def test_the_help_lists_every_key_and_closes_again(show: Any):
     assert not shown.part("help").is_visible()
 
 
+@pytest.mark.slow
 def test_the_glossary_in_the_help_is_complete_and_searched(show: Any):
     shown = show(small_index())
     shown.press("?")
@@ -73,6 +74,7 @@ def test_keys_switch_views_and_focus_fields(show: Any):
         assert shown.page.evaluate("document.activeElement === document.body")
 
 
+@pytest.mark.slow
 def test_letters_typed_into_a_field_trigger_no_keys(show: Any):
     shown = show(full_index())
     shown.part("label").fill("")

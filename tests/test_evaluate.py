@@ -319,6 +319,7 @@ def test_the_baselines_keep_as_many_numbers_as_the_sae(store):
         assert loss[store.d_in, name] < 1e-8 * loss[1, "constant"]
 
 
+@pytest.mark.slow
 def test_every_subset_of_the_sites_recovers_all_with_an_exact_dictionary_and_nothing_without_one(
     store, report_of
 ):

@@ -78,6 +78,7 @@ def test_it_lowers_the_divergence_on_held_out_rollouts_and_keeps_the_l0(config, 
     assert "kl" in load_sae(after).manifest.content["fine_tuning"]["log"][-1]
 
 
+@pytest.mark.slow
 def test_broken_off_and_continued_it_gives_the_same_bytes_and_the_same_log(
     config, tmp_path, monkeypatch
 ):

@@ -46,6 +46,7 @@ def test_an_opened_index_is_a_read_only_map_of_the_file(tmp_path: Path):
         opened.window_activation[0] = 1
 
 
+@pytest.mark.slow
 def test_the_same_content_gives_the_same_bytes(tmp_path: Path):
     small_index().save(tmp_path / "a.h5")
     time.sleep(1.1)  # HDF5 may store times, in seconds

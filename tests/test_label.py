@@ -257,6 +257,7 @@ def test_inputs_that_do_not_belong_together_are_refused_in_one_line(made, label,
         label(input=tmp_path / "one.h5", **places)
 
 
+@pytest.mark.slow
 @pytest.mark.needs("openai")
 def test_a_models_label_replaces_an_unclear_rule_but_no_clear_one_that_its_judge_refutes(
     made, label, tmp_path, caplog

@@ -131,6 +131,7 @@ def test_training_finds_planted_directions():
     assert trainer.means()["fvu"] < 0.15
 
 
+@pytest.mark.slow
 def test_aux_k_brings_dead_latents_back():
     """The planted directions need them: 8 latents cannot hold 32 directions."""
     x, _ = planted(8192, 32, 16)

@@ -182,6 +182,7 @@ def test_the_page_opens_on_the_overview(show: Any, tmp_path: Path) -> None:
     assert visit.page.evaluate("window.hacked") is None
 
 
+@pytest.mark.slow
 def test_the_page_says_what_was_not_measured(show: Any) -> None:
     visit: Shown = show(full_index(), "#/overview")
     assert "was not measured" in visit.text("headline")

@@ -70,6 +70,7 @@ def test_a_report_that_fails_is_named_and_the_page_is_made(
     assert reports_of(page) > without
 
 
+@pytest.mark.slow
 def test_labels_are_made_once_and_again_when_what_they_say_changes(small_run):
     labels = small_run.output / "labels.json"
     run(small_run)
@@ -201,6 +202,7 @@ def test_depths_and_explicit_numbers():
         RunConfig(lora_path="a", dataset="b", effect_texts=-1)
 
 
+@pytest.mark.slow
 def test_a_stage_that_needs_too_much_memory_is_said_and_skipped(small_run, monkeypatch, caplog):
     def fail(_config):
         raise MemoryError("cannot hold 7 GB")
@@ -213,6 +215,7 @@ def test_a_stage_that_needs_too_much_memory_is_said_and_skipped(small_run, monke
     )
 
 
+@pytest.mark.slow
 def test_a_deeper_run_replaces_what_a_quick_one_measured(small_run, monkeypatch):
     def texts(name):
         return read_manifest(small_run.output / name).settings["max_rollouts"]

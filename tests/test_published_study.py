@@ -223,6 +223,7 @@ def test_neurons_are_what_the_gate_lets_through_of_up_in_the_adapted_model(neuro
     np.testing.assert_allclose(found, values, rtol=2e-3, atol=1e-5)  # float16
 
 
+@pytest.mark.slow
 def test_a_study_with_neurons_has_all_three_kinds(neurons):
     report, manifest = read_report(run(replace(neurons, directions=20)), (StudyReport,))
     assert report.neurons is not None

@@ -138,6 +138,7 @@ def test_two_servers_have_two_tokens(server: PageServer):
         assert len(other.token) >= 20
 
 
+@pytest.mark.slow
 def test_the_served_page_shows_any_feature_and_rollout():
     index = synthetic(300, 5, 6, n_texts=5, n_rollouts=30, n_layers=4)
     last = int(np.flatnonzero(index.n_examples)[-1])

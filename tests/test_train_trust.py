@@ -157,7 +157,7 @@ def test_a_stream_trains_is_repeatable_and_part_of_the_identity(config, tmp_path
     assert run(replace(config, buffer_rows=200, overwrite=True)) == path
 
 
-@pytest.mark.parametrize("buffer_rows", [1, 63, 539, 10**9])
+@pytest.mark.parametrize("buffer_rows", [pytest.param(1, marks=pytest.mark.slow), 63, 539, 10**9])
 def test_a_buffer_of_any_size_trains(config, buffer_rows):
     assert 0 < report_of(run(replace(config, buffer_rows=buffer_rows, epochs=1)))["fvu"] < 1
 
@@ -274,6 +274,7 @@ def test_roles_restrict_the_rows_and_are_recorded(make_store, config):
         run(config)
 
 
+@pytest.mark.slow
 def test_columns_of_any_size_are_learned_by_default(config):
     """Scales of 10^-2 to 10^2: in raw units the small columns count for nothing."""
     longer = replace(config, epochs=20, expansion_factor=3)
@@ -352,6 +353,7 @@ def test_latents_that_never_fire_are_silent_for_tokens_not_steps(architecture):
     assert (silent[32] < 640).sum() > 10
 
 
+@pytest.mark.slow
 def test_batches_of_equal_rows_do_no_harm(make_store, config):
     """Nothing varies in such a batch, so that its loss is divided by nothing."""
     rows = np.repeat(planted_rows(10), 60, axis=0)
