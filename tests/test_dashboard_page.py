@@ -411,7 +411,7 @@ def test_the_page_fits_a_phone_and_its_list_opens_on_request(show: Any):
 @pytest.mark.slow
 @pytest.mark.parametrize("view", ["overview", "feature", "rollout"])
 def test_on_paper_nothing_scrolls_or_sticks_and_every_view_prints(show: Any, view: str):
-    """Chromium never came to an end of a page in columns with panes inside that scroll."""
+    """Chromium hangs when it prints columns with panes inside that scroll."""
     shown = show(full_index(), f"#/{view}")
     shown.page.emulate_media(media="print")
     loose = shown.page.evaluate(

@@ -108,7 +108,7 @@ def test_pull_is_by_how_much_the_raised_token_falls_at_the_features_own_tokens(
     )
 
 
-def test_rollouts_in_one_batch_give_what_each_gives_alone(held_out):
+def test_rollouts_in_one_batch_give_what_each_gives_alone(held_out, monkeypatch):
     """What is drawn for a rollout depends on neither its batch nor how activations are kept."""
     sae = each_column(held_out.store)
     together = studied(held_out, sae)
@@ -121,7 +121,9 @@ def test_rollouts_in_one_batch_give_what_each_gives_alone(held_out):
         lean = Specificity(editor, held_out, sae, 0)
         for batch in held_out.batches():
             lean.add(batch, lean=True)
-    for other in (alone, lean):
+    monkeypatch.setattr(specificity, "_GRADIENT_BYTES", 1)
+    little_memory = studied(held_out, sae)
+    for other in (alone, lean, little_memory):
         for one, same in (
             (together.kl, other.kl),
             (together.kl_controls, other.kl_controls),

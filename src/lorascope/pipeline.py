@@ -38,7 +38,7 @@ from lorascope.labels import label
 from lorascope.labels.label import LabelConfig, LabelOptions
 from lorascope.sae.settings import TrainConfig, TrainOptions
 from lorascope.sites import parse_adapter_types
-from lorascope.subject.adapter import inspect_adapter, ranks_by_projection
+from lorascope.subject.adapter import inspect_adapter, lora_tensors, ranks_by_projection
 from lorascope.subject.options import SubjectOptions
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def _deeper(options: EffectOptions, by_depth: bool) -> EffectOptions:
 
 
 def _check_columns(config: RunConfig, device: "torch.device") -> tuple[int, int]:
-    """Return the numbers of columns and of sites of the run.
+    """Return the numbers of columns of the run and of adapted modules.
 
     Raises ConfigError, before any work is done, if training has too many latents or too few.
     """
@@ -238,7 +238,7 @@ def _check_columns(config: RunConfig, device: "torch.device") -> tuple[int, int]
     types = parse_adapter_types(config.adapter_types, ranks) or tuple(ranks)
     if d_in := sum(ranks.get(name, 0) for name in types):
         config.for_columns(d_in).require_memory(d_in, runtime.free_memory(device))
-    return d_in, d_in // max(1, int(adapter.config.get("r") or 1))
+    return d_in, sum("lora_A" in parts for parts in lora_tensors(adapter.shapes).values())
 
 
 def _log_estimate(

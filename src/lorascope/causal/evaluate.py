@@ -314,7 +314,7 @@ def table(report: EvaluationReport) -> str:
     )
     runs = [found.runs[name].generated or found.runs[name] for name in found.seeds]
     values = [run.recovered for run in runs if run.recovered is not None]
-    if values:
+    if len(values) > 1:
         lines.append(
             f"{len(values)} seeds: recovered {min(values):.4f} to {max(values):.4f} of the effect "
             f"on {_over(found)}, standard deviation {np.std(values, ddof=1):.4f}"

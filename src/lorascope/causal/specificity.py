@@ -46,6 +46,7 @@ RATE = 0.05  # of false discoveries
 FEWEST = 3  # firings of a feature that is judged
 _PASSES = 16  # backward passes for the size, and as many for the pull
 _N_SIZES = 32  # controls of each kind for the size
+_GRADIENT_BYTES = 1 << 28  # of all passes of a batch, on the CPU
 _BLOCK = 256  # features that are compared with all controls at a time
 
 Floats = npt.NDArray[np.float64]
@@ -97,7 +98,8 @@ class Specificity:
     def run(self) -> None:
         """Add the gradients of every held-out rollout."""
         held_out, fitting = self.held_out, fitting_graph(self.held_out.subject)
-        copies = max(1, -(-held_out.batch_tokens // fitting))
+        kept = _GRADIENT_BYTES // (2 * _PASSES * 4 * self.sae.d_in)  # tokens
+        copies = max(1, -(-held_out.batch_tokens // max(1, min(fitting, kept))))
         batches = list(held_out.batches(copies))
         with runtime.progress(len(batches), "estimates", "batches") as bar:
             for batch in batches:
