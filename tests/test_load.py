@@ -148,7 +148,8 @@ def test_the_revision_of_a_base_comes_from_the_adapter_or_from_its_flag(
     find_base(adapter, None, "v2")
     find_base(adapter, "owner/other")  # v1 is a version of another repository
     find_base(adapter, "owner/other", "v3")
-    assert asked == [
+    assert asked[::2] == asked[1::2]  # the config, then the rest
+    assert asked[::2] == [
         ("owner/base", "v1"),
         ("owner/base", "v1"),
         ("owner/base", "v2"),
@@ -157,6 +158,20 @@ def test_the_revision_of_a_base_comes_from_the_adapter_or_from_its_flag(
     ]
     with pytest.raises(AdapterError, match="has one version; give --base-revision with a hub id"):
         find_base(adapter, str(subject_dirs[0]), "v1")
+
+
+def test_weights_of_a_kind_that_is_refused_are_not_downloaded(subject_dirs, tmp_path, monkeypatch):
+    asked = []
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+
+    def download(name, *, allow_patterns, revision):
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(AdapterError, match="owner/bert is an encoder"):
+        find_base(inspect_adapter(str(subject_dirs[1])), "owner/bert")
+    assert asked == [["config.json"]]
 
 
 def test_the_adapters_own_tokenizer_comes_first(broken):

@@ -90,7 +90,7 @@ class Base:
         else:
             kind = f"a {name}"
         raise AdapterError(
-            f"base model {self.location} is {kind} ({', '.join(config.architectures or [name])}); "
+            f"base model {self.name} is {kind} ({', '.join(config.architectures or [name])}); "
             "lorascope studies causal language models"
         )
 
@@ -141,16 +141,19 @@ def find_base(adapter: Adapter, base_model: str | None, revision: str | None = N
         with gguf.open("rb") as file:  # it holds config and tokenizer too
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         return Base(gguf.name, gguf.parent, digest, gguf.name)
-    patterns = ["*.json", "*.safetensors", "*token*", "*.jinja", "merges.txt"]
+    name = Path(source).expanduser().name if is_here else source
     try:
+        folder = find_folder(source, "base model", ["config.json"], revision=revision)
+        if not (folder / "config.json").is_file():
+            raise AdapterError(
+                f"base model {source} has no config.json; give the folder of a model"
+            )
+        Base(name, folder, "").model_class()  # raises before weights are downloaded
+        patterns = ["*.json", "*.safetensors", "*token*", "*.jinja", "merges.txt"]
         folder = find_folder(source, "base model", patterns, revision=revision)
     except AdapterError as error:
         raise AdapterError(f"{error}; --base-model names the base of {adapter.name}") from error
-    if not (folder / "config.json").is_file():
-        raise AdapterError(f"base model {source} has no config.json; give the folder of a model")
-    base = Base(folder.name if is_here else source, folder, _digest_base(folder))
-    base.model_class()  # raises before texts are read and weights are loaded
-    return base
+    return Base(name, folder, _digest_base(folder))
 
 
 def other_base(adapter: Adapter, base: Base) -> str | None:
