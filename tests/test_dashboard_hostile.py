@@ -4,7 +4,7 @@ import csv
 import json
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from builders.browser import open_browser
+from builders.hostile import HOSTILE, RAW, hostile_index
 from builders.indexes import example, index_of, synthetic
 from builders.tiny_tokenizers import TEXTS, byte_level, fast, sentencepiece
 from hypothesis import given, settings
@@ -23,39 +24,10 @@ from lorascope.dashboard.payload import Payload
 from lorascope.dashboard.render import DashboardConfig, page, run
 from lorascope.features.index import FeatureIndex
 from lorascope.features.published_json import write_published
-from lorascope.sites import SiteLayout
-from lorascope.texts.tokens import display_texts, pack_tokens, token_bytes
+from lorascope.texts.tokens import display_texts, token_bytes
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
-
-HOSTILE = [
-    "</script><script>window.hacked = 1</script>",
-    "</SCRIPT\t><img src=x onerror=window.hacked=1>",
-    "<img src='//127.0.0.1/x' onerror=window.hacked=1>",
-    "<svg/onload=window.hacked=1>",
-    "<!--<script>",
-    "-->",
-    "]]>",
-    "<![CDATA[",
-    "<base href='//127.0.0.1/'><meta http-equiv=refresh content='0;url=//127.0.0.1/'>",
-    "<style>*{display:none}</style>",
-    "javascript:window.hacked=1",
-    "&lt;b&amp;&#60;&NewLine;",
-    "{{script}}{{core}}",
-    "${window.hacked=1}`'\"\\",
-    "__proto__",
-    "constructor",
-    "a\u2028b\u2029c",
-    "\u202egnp.exe\u202c\u2066x",
-    "\u200f\u200e",
-    "\ufeff\u00ad",
-    "x\x00y\x00",
-    "\x1b[31m\x07\r",
-    "\ud83d lone \udc00",
-    "e\u0301\u0302\u0303\u0304" * 9,
-]
-RAW = [*(text.encode(errors="surrogatepass") for text in HOSTILE), b"\xff\xfe", b"\xf0\x9f"]
 
 
 @dataclass
@@ -105,32 +77,6 @@ def show(tab: Visit, tmp_path: Path) -> Iterator[Any]:
     assert {url.partition("#")[0] for url in tab.requests} - {"about:blank"} == {uri}
     assert tab.page.evaluate("typeof window.hacked") == "undefined"
     assert tab.page.url.partition("#")[0] == uri
-
-
-def hostile_index(n_features: int = 70) -> FeatureIndex:
-    """An index with every array, in which all tokens and names are hostile."""
-    index = synthetic(n_features, 4, 5, n_texts=4, n_rollouts=20, n_layers=2, dead=0.1)
-    raw = [RAW[i % len(RAW)] for i in range(len(index.token_id))]
-    offset, data = pack_tokens(raw)
-    names = iter(HOSTILE * 20)
-    content = {
-        key: next(names) if isinstance(value, str) else value
-        for key, value in index.content.items()
-    }
-    content["roles"] = HOSTILE[: len(content["roles"])]
-    layout = index.manifest.layout
-    assert layout is not None
-    sites = [replace(site, module=next(names), projection=next(names)) for site in layout.sites]
-    manifest = replace(
-        index.manifest,
-        version=HOSTILE[0],
-        content=content,
-        layout=SiteLayout.from_sites(sites, HOSTILE[1]),
-        parents=dict.fromkeys(index.manifest.parents, HOSTILE[0]),
-        settings={**index.manifest.settings, HOSTILE[3]: HOSTILE[4]},
-    )
-    arrays = {**index.arrays, "token_offset": offset, "token_data": data}
-    return replace(index, manifest=manifest, arrays=arrays)
 
 
 class Elements(HTMLParser):

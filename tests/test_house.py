@@ -200,6 +200,7 @@ def test_the_public_names_are_these():
         "load_sae",
         "render",
         "run",
+        "show",
         "steer",
         "train",
     ]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lorascope.causal.patch import Patch
     from lorascope.causal.steer import SteerConfig
     from lorascope.causal.steer import run as steer
+    from lorascope.dashboard.notebook import show
     from lorascope.dashboard.render import DashboardConfig
     from lorascope.dashboard.render import run as render
     from lorascope.errors import LorascopeError
@@ -70,6 +71,7 @@ __all__ = [
     "load_sae",
     "render",
     "run",
+    "show",
     "steer",
     "train",
 ]
@@ -104,6 +106,7 @@ _HOMES = {
     "label": "labels.label.run",
     "load_sae": "sae.model.load_sae",
     "run": "pipeline.run",
+    "show": "dashboard.notebook.show",
     "steer": "causal.steer.run",
     "train": "sae.train.run",
 }

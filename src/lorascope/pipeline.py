@@ -25,6 +25,7 @@ from lorascope.artifact import read_manifest, write_text
 from lorascope.causal.effect_options import EffectOptions, EvaluateConfig
 from lorascope.config import Config, flag_of, option
 from lorascope.dashboard import render, report
+from lorascope.dashboard.notebook import Page
 from lorascope.dashboard.overview import Overview
 from lorascope.dashboard.render import DashboardConfig
 from lorascope.dashboard.report import ReportConfig
@@ -65,8 +66,12 @@ class RunConfig(DepthOptions, LabelOptions, CollectOptions, TrainOptions, Subjec
     overwrite: bool = option(False, help="replace outputs of other settings", identity=False)
 
 
-def run(config: RunConfig) -> Path:
-    """Run every stage that is not finished yet, and return the page."""
+def run(config: RunConfig) -> Page:
+    """Run every stage that is not finished yet, and return the page's path.
+
+    A notebook shows the path with the first sentences of the report; `lorascope.show` shows the
+    page.
+    """
     if runtime.world_size() > 1:
         raise ConfigError(
             "run starts the processes it needs; under torchrun use lorascope generate, then run"
@@ -114,7 +119,7 @@ def run(config: RunConfig) -> Path:
     for error in failed.values():
         if not isinstance(error, LorascopeError):
             raise error  # a bug
-    return out / "dashboard.html"
+    return Page(out / "dashboard.html")
 
 
 def _stages(config: RunConfig) -> dict[str, tuple[ModuleType, Config]]:

@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
@@ -285,8 +286,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def shows_bars() -> bool:
-    """Say whether progress bars are drawn: on a terminal, without `--quiet`, by rank 0."""
-    return not _is_quiet() and sys.stderr.isatty()
+    """Say whether bars are drawn: on a terminal or in a notebook, without `--quiet`, by rank 0."""
+    return not _is_quiet() and (sys.stderr.isatty() or in_notebook())
+
+
+def in_notebook() -> bool:
+    """Say whether this process is the kernel of a notebook."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return hasattr(shell, "kernel")
 
 
 def _is_quiet() -> bool:
@@ -294,14 +301,14 @@ def _is_quiet() -> bool:
 
 
 def progress(total: int, label: str, unit: str) -> "tqdm[Any] | ProgressLog":
-    """Return a counter of `unit`s up to `total`: a bar on a terminal, else lines in the log.
+    """Return a counter of `unit`s up to `total`: a bar if `shows_bars`, else lines in the log.
 
     There is none at `--quiet` and in processes other than rank 0.
     """
     is_quiet = _is_quiet()
-    if not (is_quiet or sys.stderr.isatty()):
+    if not (is_quiet or shows_bars()):
         return ProgressLog(total, label, unit)
-    return tqdm(
+    return (_notebook_bar() if in_notebook() else tqdm)(
         total=total,
         desc=label,
         unit=f" {unit}",
@@ -311,6 +318,13 @@ def progress(total: int, label: str, unit: str) -> "tqdm[Any] | ProgressLog":
         mininterval=0.2,
         disable=is_quiet,
     )
+
+
+def _notebook_bar() -> "type[tqdm[Any]]":
+    """Return tqdm's bar for notebooks: a widget, or a line of text without ipywidgets."""
+    with warnings.catch_warnings(action="ignore"):  # the line of text is as good
+        from tqdm.auto import tqdm as bar
+    return bar
 
 
 class ProgressLog:

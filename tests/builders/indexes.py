@@ -9,7 +9,8 @@ import numpy as np
 
 from lorascope.artifact import Manifest
 from lorascope.features.arrays import KIND, RANKINGS, SCHEMA
-from lorascope.features.index import Example, FeatureIndex
+from lorascope.features.feature import Example
+from lorascope.features.index import FeatureIndex
 
 _FILE = Path(__file__).parents[2] / "benchmarks" / "synthetic_features.py"
 synthetic = runpy.run_path(str(_FILE))["synthetic"]

@@ -14,7 +14,6 @@ encodes data when the page requests them (serve.py), so the index may be larger 
 
 import base64
 import hashlib
-import html
 import json
 import logging
 import re
@@ -31,6 +30,7 @@ from lorascope.dashboard.serve import PageServer, serve
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.features.label_file import read_labels
 from lorascope.features.published_json import digest_of_index, read_index
+from lorascope.features.snippets import escape_html
 from lorascope.runtime import progress
 from lorascope.stage import Build, built
 
@@ -154,7 +154,7 @@ def page(payload: Payload, manifest: Manifest, *, served: bool = False) -> Itera
     slots = {
         "policy": policy(served=served),
         "manifest": manifest_comment(manifest),
-        "title": _escape_html(payload.title),
+        "title": escape_html(payload.title),
         "style": _style(),
         "script": bundle(served=served),
         "glossary": _glossary_html(),
@@ -214,19 +214,14 @@ def _glossary_html() -> str:
     """Return the glossary as sections of the page's help."""
     lines = []
     for subject, entries in read_glossary().items():
-        lines += ["<section>", f"<h4>{_escape_html(subject)}</h4>", '<dl class="glossary">']
+        lines += ["<section>", f"<h4>{escape_html(subject)}</h4>", '<dl class="glossary">']
         lines += [
-            f'<div class="glossary-entry"><dt>{_escape_html(term)}</dt>'
-            f"<dd>{_escape_html(definition)}</dd></div>"
+            f'<div class="glossary-entry"><dt>{escape_html(term)}</dt>'
+            f"<dd>{escape_html(definition)}</dd></div>"
             for term, definition in entries.items()
         ]
         lines += ["</dl>", "</section>"]
     return "\n".join(lines) + "\n"
-
-
-def _escape_html(text: str) -> str:
-    """Return text as ASCII that means the same in HTML."""
-    return html.escape(text).encode("ascii", "xmlcharrefreplace").decode()
 
 
 def _pack_element(name: str, data: str) -> str:

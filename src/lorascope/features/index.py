@@ -1,4 +1,4 @@
-"""The examples and statistics of every latent: `FeatureIndex`, and the records that it returns.
+"""The examples and statistics of every latent: `FeatureIndex`. It returns them as a `Feature`.
 
 Files of other tools may lack some of them. What is missing is unknown, never zero: -1 in integer
 arrays, NaN in float arrays, an axis of length 0 if nothing is known. Negative token ids are
@@ -22,93 +22,17 @@ import numpy.typing as npt
 from lorascope.arrayfile import Arrays
 from lorascope.artifact import Manifest
 from lorascope.features.arrays import RANKINGS, WINDOWS, complete_arrays, map_arrays, save_arrays
+from lorascope.features.feature import Example, Feature, FeatureStats
 from lorascope.features.label_file import Label, Labels, labels_beside
+from lorascope.features.snippets import passage_html, percentage, sentence_html, table_html
 from lorascope.texts.tokens import display_texts, pack_tokens
 
 if TYPE_CHECKING:
     import pandas as pd
 
+_N_SHOWN = 10  # features in a notebook
 _ONLY = {"example": ("n_alike",), "sample": ("quantile",)}  # fields of an `Example`
 _WINDOW_END = b"\xff"  # never part of UTF-8 text, so no match spans two windows
-
-
-@dataclass(frozen=True, kw_only=True)
-class Example:
-    """One token on which a latent fires, and the tokens around it in the same rollout.
-
-    `row` is its row in the store, `rollout` the rollout's id, `position` its position there, and
-    `target` its index in `token_ids` and `activations`, `(window,)` each. `tokens` has the window's
-    texts for display. `n_alike` counts the tokens of the store with the same context. `quantile` is
-    the fifth of the latent's firings that a sample was drawn from, 4 for the strongest. Integers
-    that are unknown or do not apply are -1.
-    """
-
-    value: float
-    row: int
-    rollout: int
-    position: int
-    target: int
-    token_ids: Sequence[int] | npt.NDArray[np.int32]
-    activations: Sequence[float] | npt.NDArray[np.float32]
-    tokens: tuple[str, ...] = ()
-    n_alike: int = -1
-    quantile: int = -1
-
-
-@dataclass(frozen=True, kw_only=True)
-class FeatureStats:
-    """Statistics of one latent over all tokens of text; None for what the file does not contain.
-
-    `density` is the share of these tokens on which it fires; `n_special` counts its firings at
-    special tokens and template headers. `mean`, `std` and `histogram` `(n_bins,)` are over its
-    firings at text. `by_role` has the density among the tokens of each role, `by_position` in each
-    tenth of the rollouts. `stability` is the mean cosine with the most similar latent in SAEs of
-    other seeds.
-    """
-
-    n_examples: int
-    n_active: int | None
-    n_special: int | None
-    n_rollouts: int | None
-    density: float | None
-    max: float | None
-    mean: float | None
-    std: float | None
-    histogram: npt.NDArray[np.uint32]
-    by_role: Mapping[str, float]
-    by_position: tuple[float, ...]
-    stability: float | None
-
-    @property
-    def is_template(self) -> bool:
-        """Whether more than half of its firings are at special tokens and template headers."""
-        return (self.n_special or 0) > (self.n_active or 0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Feature:
-    """The record of one latent.
-
-    `examples` are sorted from the strongest down. `samples` are random firings from each fifth by
-    value, strongest fifth first. `at_special` are the strongest examples at special tokens and
-    template headers, which the others leave out. `fingerprint` maps a site's module name to its
-    share of the effect. `similar` has the latents with the nearest decoder rows and their cosines,
-    `cofiring` those that fire on the same tokens and their Jaccard indices. `tokens` has the
-    rankings `mean` (mean value on the token), `lift` (how many times more often than elsewhere it
-    fires on the token), `before` and `after` (share of the firings next to the token). `label` is
-    None if the feature has none.
-    """
-
-    latent: int
-    stats: FeatureStats
-    examples: tuple[Example, ...]
-    samples: tuple[Example, ...]
-    at_special: tuple[Example, ...]
-    fingerprint: Mapping[str, float]
-    similar: tuple[tuple[int, float], ...]
-    cofiring: tuple[tuple[int, float], ...]
-    tokens: Mapping[str, tuple[tuple[str, float], ...]]
-    label: Label | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,6 +147,36 @@ class FeatureIndex:
             cofiring=_pairs(self.near_cofiring[latent], self.near_jaccard[latent]),
             tokens={name: self.ranked_tokens(latent, name) for name in RANKINGS},
             label=self.label(latent),
+        )
+
+    def _repr_html_(self) -> str:
+        """Return what the index is, and the features that fire at most tokens, for a notebook."""
+        content, layout = self.content, self.manifest.layout
+        counts = {"tokens": content.get("n_tokens"), "rollouts": content.get("n_rollouts")}
+        known = [f"{n:,} {name}" for name, n in counts.items() if isinstance(n, int)]
+        about = f"{len(self):,} features, {int(self.alive.sum()):,} of them fire"
+        order = np.argsort(-self.latent_n_active, kind="stable")
+        shown = [self[i] for i in order[self.alive[order]][:_N_SHOWN].tolist()]
+        rows = []
+        for feature in shown:
+            site, latent = int(self.main_site[feature.latent]), feature.latent
+            rows.append(
+                (
+                    str(latent),
+                    "" if feature.label is None else feature.label.name,
+                    percentage(feature.stats.density),
+                    self.main_role[latent],
+                    layout.sites[site].name if layout is not None and site >= 0 else "",
+                )
+            )
+        passages = [
+            passage_html(one.tokens, one.target)
+            for feature in shown
+            for one in feature.strongest[:1]
+        ]
+        names = ("feature", "label", "fires", "role", "site", "strongest example")
+        return sentence_html("Feature index", about, ", ".join(known)) + table_html(
+            names, rows, passages
         )
 
     def label(self, latent: int) -> Label | None:

@@ -25,7 +25,8 @@ from lorascope import runtime
 from lorascope.artifact import Identity, Manifest, check_seal, digest_file, read_manifest, seal_file
 from lorascope.errors import ArtifactError
 from lorascope.features.arrays import KIND, SCHEMA
-from lorascope.features.index import Example, FeatureIndex
+from lorascope.features.feature import Example
+from lorascope.features.index import FeatureIndex
 from lorascope.features.label_file import labels_beside
 from lorascope.record_json import to_json
 

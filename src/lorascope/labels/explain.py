@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lorascope.features.index import Example, FeatureIndex
+from lorascope.features.feature import Example
+from lorascope.features.index import FeatureIndex
 from lorascope.features.label_file import KINDS, Kind, Label
 from lorascope.labels.chat import Chat, Question
 from lorascope.labels.score import Score, rounded, score_answers

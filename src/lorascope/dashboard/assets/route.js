@@ -34,7 +34,8 @@ export function onRoute(action) {
 function write(view, name, query, set) {
   const before = location.href;
   const path = name === undefined ? view : `${view}/${encodeURIComponent(name)}`;
-  set(`#/${path}${query ? `?${query}` : ""}`);
+  const hash = `#/${path}${query ? `?${query}` : ""}`;
+  set(before.replace(/#.*|$/, () => hash)); // in full: a notebook's frame has the base of its owner
   if (location.href !== before) written.add(location.href);
 }
 
@@ -51,4 +52,12 @@ addEventListener("hashchange", (event) => {
   if (written.delete(event.newURL)) return;
   clearTimeout(timer);
   follow();
+});
+
+// In a notebook's frame a link to "#..." would leave the page for its owner.
+addEventListener("click", (event) => {
+  const link = event.target.closest?.("a[href^='#']");
+  if (!link || location.protocol !== "about:") return;
+  event.preventDefault();
+  location.hash = link.getAttribute("href");
 });

@@ -1,0 +1,119 @@
+"""The records of a feature: its examples, its statistics, and what else is known of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from lorascope.features.label_file import Label
+from lorascope.features.snippets import passage_html, percentage, sentence_html, table_html
+
+_N_EXAMPLES = 5  # in a notebook
+_N_SITES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One token on which a latent fires, and the tokens around it in the same rollout.
+
+    `row` is its row in the store, `rollout` the rollout's id, `position` its position there, and
+    `target` its index in `token_ids` and `activations`, `(window,)` each. `tokens` has the window's
+    texts for display. `n_alike` counts the tokens of the store with the same context. `quantile` is
+    the fifth of the latent's firings that a sample was drawn from, 4 for the strongest. Integers
+    that are unknown or do not apply are -1.
+    """
+
+    value: float
+    row: int
+    rollout: int
+    position: int
+    target: int
+    token_ids: Sequence[int] | npt.NDArray[np.int32]
+    activations: Sequence[float] | npt.NDArray[np.float32]
+    tokens: tuple[str, ...] = ()
+    n_alike: int = -1
+    quantile: int = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureStats:
+    """Statistics of one latent over all tokens of text; None for what the file does not contain.
+
+    `density` is the share of these tokens on which it fires; `n_special` counts its firings at
+    special tokens and template headers. `mean`, `std` and `histogram` `(n_bins,)` are over its
+    firings at text. `by_role` has the density among the tokens of each role, `by_position` in each
+    tenth of the rollouts. `stability` is the mean cosine with the most similar latent in SAEs of
+    other seeds.
+    """
+
+    n_examples: int
+    n_active: int | None
+    n_special: int | None
+    n_rollouts: int | None
+    density: float | None
+    max: float | None
+    mean: float | None
+    std: float | None
+    histogram: npt.NDArray[np.uint32]
+    by_role: Mapping[str, float]
+    by_position: tuple[float, ...]
+    stability: float | None
+
+    @property
+    def is_template(self) -> bool:
+        """Whether more than half of its firings are at special tokens and template headers."""
+        return (self.n_special or 0) > (self.n_active or 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feature:
+    """The record of one latent.
+
+    `examples` are sorted from the strongest down. `samples` are random firings from each fifth by
+    value, strongest fifth first. `at_special` are the strongest examples at special tokens and
+    template headers, which the others leave out. `fingerprint` maps a site's module name to its
+    share of the effect. `similar` has the latents with the nearest decoder rows and their cosines,
+    `cofiring` those that fire on the same tokens and their Jaccard indices. `tokens` has the
+    rankings `mean` (mean value on the token), `lift` (how many times more often than elsewhere it
+    fires on the token), `before` and `after` (share of the firings next to the token). `label` is
+    None if the feature has none.
+    """
+
+    latent: int
+    stats: FeatureStats
+    examples: tuple[Example, ...]
+    samples: tuple[Example, ...]
+    at_special: tuple[Example, ...]
+    fingerprint: Mapping[str, float]
+    similar: tuple[tuple[int, float], ...]
+    cofiring: tuple[tuple[int, float], ...]
+    tokens: Mapping[str, tuple[tuple[str, float], ...]]
+    label: Label | None = None
+
+    @property
+    def strongest(self) -> tuple[Example, ...]:
+        """Its examples, first those at the kind of token, text or special, of most firings."""
+        if self.stats.is_template:
+            return (*self.at_special, *self.examples)
+        return (*self.examples, *self.at_special)
+
+    def _repr_html_(self) -> str:
+        """Return its label, its statistics and its strongest examples, for a notebook."""
+        stats, label = self.stats, self.label
+        facts = [] if label is None else [label.name]
+        if label is not None and label.balanced_accuracy is not None:
+            facts.append(f"balanced accuracy {label.balanced_accuracy:.2f}")
+        if stats.n_active is not None:
+            share = f" ({percentage(stats.density)})" if stats.density is not None else ""
+            facts.append(f"fires at {stats.n_active:,} tokens of text{share}")
+        if stats.n_special:
+            facts.append(f"at {stats.n_special:,} special tokens")
+        sites = sorted(self.fingerprint.items(), key=lambda item: -item[1])[:_N_SITES]
+        facts += [f"{percentage(share)} of its effect at {name}" for name, share in sites if share]
+        shown = self.strongest[:_N_EXAMPLES]
+        return sentence_html(f"Feature {self.latent}", *facts) + table_html(
+            ("value", "rollout", "position", "example"),
+            [(f"{one.value:.3g}", str(one.rollout), str(one.position)) for one in shown],
+            [passage_html(one.tokens, one.target) for one in shown],
+        )
