@@ -25,6 +25,8 @@ from lorascope.causal.gradients import (
 from lorascope.causal.study import open_report
 from lorascope.cli import call
 from lorascope.errors import ArtifactError, ConfigError, NumberError
+from lorascope.features.collect import CollectConfig
+from lorascope.features.collect import run as collect
 from lorascope.sites import Site, SiteLayout
 from lorascope.subject.intervene import RowEditor
 from lorascope.subject.load import WEIGHTS, Adapter, Base, Subject
@@ -339,6 +341,36 @@ def test_the_report_says_where_adapter_and_base_differ_and_which_features_contri
             )
             assert parts == pytest.approx(one["adapter"] - one["base"], rel=0.2, abs=0.05)
             assert all(place < one["token"] for _, _, place, _ in one["behind"])
+
+
+def test_the_complete_rollouts_of_an_index_are_compared_and_the_first_explained(
+    attributed, dirs, store, sae, tmp_path
+):
+    """What both predict is what the two models give by themselves."""
+    sae.save(tmp_path / "sae")
+    index = collect(
+        CollectConfig(data_dir=store.path, sae=tmp_path / "sae", output=tmp_path / "features.h5")
+    )
+    out = attributed(rollouts_of=index, max_rollouts=1, steps=1, check_rollouts=0, tokens=2)
+    data = open_report(out)
+    assert [len(one["targets"]) for one in data["rollouts"]] == [2, 0, 0]
+    subject, text = load(dirs[1], dirs[0]), data["rollouts"][2]
+    at = list(store.rollout_id).index(text["rollout"])
+    ids = store.token_ids[slice(*store.rollout_start[at : at + 2].tolist())]
+    with torch.no_grad(), RowEditor(subject) as editor:
+        tokens = torch.from_numpy(ids.astype(np.int64))[None]
+        logits = {"adapter": editor.run(tokens).logits, "base": editor.base(tokens)}
+    likely, n = text["likely"], len(ids)
+    stops = np.cumsum(likely["count"])
+    assert len(stops) == n and likely["count"][0] == 0 and min(likely["count"][1:]) > 0
+    for t in (1, n // 2, n - 1):
+        run = slice(stops[t - 1], stops[t])
+        named = likely["token_id"][run]
+        assert {str(i) for i in named} <= data["vocabulary"].keys()
+        for who, values in logits.items():
+            p = values[0, t - 1].double().softmax(-1)
+            np.testing.assert_allclose(likely[who][run], p[named], atol=1e-4)  # four digits
+            assert int(p.argmax()) in named
 
 
 def test_rise_is_what_the_adapter_adds_to_the_tokens_log_probability(attributed, dirs, store):

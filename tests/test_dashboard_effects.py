@@ -8,6 +8,9 @@ import pytest
 from builders.effect_reports import HOSTILE, ablation, attribution, direct, write, write_all
 from builders.indexes import synthetic
 
+from lorascope.causal.effect_options import AttributeConfig
+from lorascope.config import flag_of
+
 
 @pytest.fixture(scope="module")
 def index():
@@ -165,6 +168,71 @@ def test_contributions_to_a_prediction_are_listed_when_its_token_is_selected(
     assert int(marked.get_attribute("data-at")) == one["behind"][0][2]
     shown.part("contribution").nth(1).locator("a").focus()
     assert int(marked.get_attribute("data-at")) == one["behind"][1][2]
+
+
+def test_a_switch_says_what_colours_a_rollout(show: Any, index, tmp_path):
+    rollout = int(index.text_rollout[0])
+    shown = show(index, f"#/rollout/{rollout}?token=2", effects=write_all(tmp_path, index))
+    shown.page.wait_for_selector(".token.selected")
+    tokens = shown.part("rollout-text").get_by_test_id("token")
+    pressed = shown.page.locator(".color-choice [aria-pressed=true]")
+    assert pressed.text_content() == "where adapter and base differ"
+    shown.part("color-fires").click()
+    codes = slice(*index.text_code_offset[2:4].tolist())
+    largest = np.nan_to_num(index.latent_max)
+    fires = np.flatnonzero(np.diff(index.special_offset))
+    first = index.special_value[index.special_offset[fires]]
+    largest[fires] = np.maximum(largest[fires], first)
+    shares = index.text_value[codes] / largest[index.text_latent[codes]]
+    share = float(tokens.nth(2).get_attribute("data-share"))
+    assert share == pytest.approx(min(1, shares.max(initial=0)), rel=1 / 250)
+    assert shown.part("kl-legend").count() == 0 and shown.part("share-legend").count() == 1
+    shown.page.wait_for_url("**token=2&color=fires")
+    shown.page.reload()
+    shown.page.wait_for_selector(".token.selected")
+    assert pressed.text_content() == "what fires"
+    shown.part("color-paint").focus()
+    shown.press("Enter")  # begins with the strongest at the selected token
+    best = int(index.text_latent[codes][shares.argmax()]) if len(shares) else None
+    if best is not None:
+        assert shown.part("painted").locator("a").get_attribute("data-feature") == str(best)
+    assert shown.page.evaluate("document.activeElement.dataset.testid") == "color-paint"
+    shown.part("color-kl").click()
+    assert shown.part("painted").count() == 0 and shown.part("kl-legend").count() == 1
+
+
+def test_a_token_shows_what_both_models_predict_and_the_command_that_explains_it(
+    show: Any, index, tmp_path
+):
+    rollout = int(index.text_rollout[0])
+    shown = show(index, f"#/rollout/{rollout}", effects=write_all(tmp_path, index))
+    shown.page.wait_for_selector("[data-testid=largest-kl]")
+    tokens = shown.part("rollout-text").get_by_test_id("token")
+    own = tokens.nth(2).text_content()
+    assert shown.part("kl-top").count() <= 1
+    tokens.nth(2).hover()
+    tip = shown.part("tooltip")
+    said = {
+        who: tip.get_by_test_id(f"predicted-{who}").text_content() for who in ("base", "adapter")
+    }
+    assert said == {
+        "base": f"base{own}90\u00a0%",
+        "adapter": f"adapter{HOSTILE}75\u00a0%{own}25\u00a0%",
+    }
+    assert shown.page.locator("img").count() == 0
+    explained = [one["token"] for one in attribution(index)["rollouts"][0]["targets"]]
+    for token in (2, next(t for t in range(3, 9) if t not in explained)):
+        tokens.nth(token).click()
+        if token in explained:
+            assert shown.part("attribute-command").count() == 0
+            continue
+        words = shown.text("attribute-command").split()
+        assert words[:2] == ["lorascope", "attribute"]
+        given = dict(zip(words[2::2], words[3::2], strict=True))
+        assert (given["--rollouts"], given["--positions"]) == (str(rollout), str(token))
+        assert {flag_of(name) for name in AttributeConfig.names()} >= given.keys()
+    tokens.nth(0).click()
+    assert "Nothing predicts the first token" in shown.text("contributions")
 
 
 @pytest.mark.slow

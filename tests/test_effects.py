@@ -13,6 +13,7 @@ from lorascope.causal.effects import (
     cross_entropy,
     kl_and_loss,
     kl_divergence,
+    likeliest,
     log_probabilities,
     ratio_of_sums,
     select_measured,
@@ -35,6 +36,27 @@ def test_kl_by_hand_and_its_direction():
     assert float(kl_divergence(q, p)) == pytest.approx(
         0.25 * math.log(0.5) + 0.75 * math.log(1.5), abs=1e-7
     )
+
+
+def test_the_likeliest_tokens_are_the_first_three_of_each_run_once():
+    """Token 0 leads in both, 4 is in neither first three, 3 is below 0.01 in both."""
+    adapter = [0.6, 0.3, 0.09, 0.005, 0.005]
+    base = [0.5, 0.4, 0.001, 0.009, 0.09]
+    ids, p = likeliest(*(torch.tensor([one, one[::-1]]).log() for one in (adapter, base)))
+    assert ids.tolist() == [[0, 1, 2, 4, -1, -1], [4, 3, 2, 0, -1, -1]]
+    expected = [[base[i] for i in (0, 1, 2, 4)], [adapter[i] for i in (0, 1, 2, 4)]]
+    assert_same_up_to_rounding(p[:, 0, :4], torch.tensor(expected), n_terms=5)
+    assert_same_up_to_rounding(p[:, 1, :4], torch.tensor(expected), n_terms=5)
+
+
+@pytest.mark.parametrize("n", [1, 2, 300])
+def test_the_first_token_of_each_run_is_named_however_unlikely_it_is(n):
+    even, other = torch.zeros(2, n), torch.zeros(2, n)
+    other[:, -1] = 0.1
+    ids, p = likeliest(even, other)
+    assert (ids[0] >= 0).sum() == min(2, n)
+    assert n - 1 in ids[0].tolist()
+    assert (p <= 1).all()
 
 
 def test_kl_and_loss_are_those_of_float64():

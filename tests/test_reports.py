@@ -117,6 +117,53 @@ def test_attributions_of_whole_texts_are_the_reports_up_to_rounding(index, tmp_p
         np.testing.assert_allclose(raw["behind_value"], [p[1] for p in behind], rtol=1 / 256)
 
 
+def test_the_page_says_what_both_models_predict_where_they_differ(index, tmp_path):
+    payload = payload_of(index, tmp_path, "attribution")
+    core = json.loads(payload.core())
+    for number in range(payload.n_rollouts):
+        raw = block({"block_columns": core["rollout_columns"]}, payload.rollout(number))
+        assert raw["likely_count"] == [2 if t == 2 else 0 for t in range(len(raw["token"]))]
+        hostile, itself = raw["likely_token"]
+        assert (core["token_texts"][hostile - 1], itself) == (HOSTILE, 0)
+        assert raw["likely_base"] == [0, 90]
+        assert raw["likely_change"] == [75, 25 - 90]
+
+
+def test_a_rollout_without_an_explained_token_takes_less_room(index, tmp_path):
+    report = attribution(index)
+    report["rollouts"][1]["targets"] = []
+    path = write(tmp_path / "attribution.json", "attribution", index, report)
+    payload = Payload(index, "T", Reports.open([path], index, Path("features.h5")))
+    core = json.loads(payload.core())
+    assert report["rollouts"][1]["rollout"] not in core["effects"]["attribution"]["rollouts"]
+    raw = block({"block_columns": core["rollout_columns"]}, payload.rollout(1))
+    assert raw["rise"] == []
+    for found, kl in zip(raw["kl"][1:], report["rollouts"][1]["kl"][1:], strict=True):
+        assert found == (0 if kl < 0.001 else pytest.approx(kl, rel=1 / 15))
+
+
+def test_attributions_of_one_page_are_joined(index, tmp_path):
+    first, second = attribution(index), attribution(index)
+    rollout = first["rollouts"][0]["rollout"]
+    own = first["rollouts"][0]["targets"]
+    added = {**own[0], "token": 2, "features": 0.125}
+    second["rollouts"] = [{**first["rollouts"][0], "targets": [added]}]
+    paths = [
+        write(tmp_path / f"{i}.json", "attribution", index, one)
+        for i, one in enumerate((first, second))
+    ]
+    reports = Reports.open(paths, index, Path("features.h5"))
+    raw = reports.text(rollout)
+    assert raw["target_token"].tolist() == sorted({2, *(one["token"] for one in own)})
+    assert 0.125 in raw["target_parts"]
+    assert len(reports.about()["attribution"]["rollouts"]) == len(first["rollouts"])
+    assert {"effects attribution", "effects attribution 2"} <= reports.parents.keys()
+    second["target"] = "logprob"
+    write(paths[1], "attribution", index, second)
+    with pytest.raises(ArtifactError, match="attributions of the same --target"):
+        Reports.open(paths, index, Path("features.h5"))
+
+
 def test_without_reports_the_page_has_nothing_of_them(index):
     core = json.loads(Payload(index, "T").core())
     assert core["effects"] == {}
@@ -157,6 +204,7 @@ TOKEN = ("features", 0, "promoted", 0)
 TOKENS = [{"token_id": NEW_TOKEN, "token": "x", "z": 1.0}] * 9
 TARGET_ONE = ("rollouts", 0, "targets", 0)
 CAUSES = (*TARGET_ONE, "behind")
+LIKELY = ("rollouts", 0, "likely")
 
 
 @pytest.mark.parametrize(
@@ -193,6 +241,10 @@ CAUSES = (*TARGET_ONE, "behind")
         (attribution, lambda r: r["completeness"].update(gap="much"), "completeness.gap"),
         (attribution, lambda r: r["rollouts"].append(r["rollouts"][0]), "twice"),
         (attribution, lambda r: r["rollouts"][0]["kl"].append(0.1), "tokens of rollout"),
+        (attribution, lambda r: first_of(r, *LIKELY)["count"].append(1), "likely tokens of roll"),
+        (attribution, lambda r: first_of(r, *LIKELY)["base"].pop(), "likely tokens of rollout"),
+        (attribution, lambda r: first_of(r, *LIKELY)["token_id"].__setitem__(0, 8), "a likely tok"),
+        (attribution, lambda r: r["vocabulary"].update({"7": "zz"}), "vocabulary"),
     ],
 )
 def test_a_report_that_is_not_what_it_says_is_one_line(index, tmp_path, make, change, words):

@@ -182,13 +182,23 @@ def direct(index: FeatureIndex) -> dict[str, Any]:
 
 
 def attribution(index: FeatureIndex) -> dict[str, Any]:
-    """KL and rise of every token of the complete rollouts; the two strongest are explained."""
+    """KL and rise of every token of the complete rollouts; the two strongest are explained.
+
+    Of each rollout, the token at 2 is likely in both models, a hostile one in the adapter only, and
+    two others hardly.
+    """
     rng = np.random.default_rng(2)
+    others = [i for i in index.token_id.tolist() if i >= 0][:2]
+    named = {NEW_TOKEN: HOSTILE.encode()}
     rollouts = []
     for number, rollout in enumerate(index.text_rollout.tolist()):
         n = int(np.diff(index.text_offset)[number])
         kl = [None, *(10 ** rng.uniform(-4, 1, n - 1)).tolist()]
+        kl[2] = 0.5
         order = sorted(range(1, n), key=lambda t: -kl[t])[:2]
+        itself = int(index.text_token_id[index.text_offset[number] + 2])
+        hardly = [i for i in others if i != itself]
+        named |= {i: index.token_bytes(i) for i in [itself, *hardly]}
         rollouts.append(
             {
                 "rollout": rollout,
@@ -213,6 +223,12 @@ def attribution(index: FeatureIndex) -> dict[str, Any]:
                     }
                     for t in sorted(order)
                 ],
+                "likely": {
+                    "count": [2 + len(hardly) if t == 2 else 0 for t in range(n)],
+                    "token_id": [NEW_TOKEN, itself, *hardly],
+                    "base": [0.001, 0.9, *([0.02] * len(hardly))],
+                    "adapter": [0.75, 0.2499, *([0.01] * len(hardly))],
+                },
             }
         )
     return {
@@ -234,6 +250,7 @@ def attribution(index: FeatureIndex) -> dict[str, Any]:
         "agreement": None,
         "features": [],
         "rollouts": rollouts,
+        "vocabulary": {str(i): raw.hex() for i, raw in named.items()},
     }
 
 

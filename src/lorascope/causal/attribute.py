@@ -1,7 +1,8 @@
 """Find the features behind a prediction: contributions of features, by gradients of the rows.
 
 1. For every token of some rollouts: how far the adapter's prediction is from the base model's, as
-   KL and as the rise of the log-probability of the token that follows.
+   KL and as the rise of the log-probability of the token that follows, and the likeliest tokens of
+   both.
 2. For the tokens with the highest KL in each rollout, or those that you name: what each feature at
    each earlier token contributed to the prediction (`gradients`). The contributions of features,
    of the SAE's bias, of what it leaves unexplained and of rows that it does not read add up to the
@@ -22,9 +23,9 @@ import torch
 from torch import Tensor
 
 from lorascope.activations.store import ActivationStore
-from lorascope.causal.attribution_report import TokenAttribution, summarize, table
+from lorascope.causal.attribution_report import ComparedRollout, TokenAttribution, summarize, table
 from lorascope.causal.effect_options import AttributeConfig
-from lorascope.causal.effects import cross_entropy, kl_divergence, select_measured
+from lorascope.causal.effects import cross_entropy, kl_divergence, likeliest, select_measured
 from lorascope.causal.gradients import (
     RowDecomposition,
     Targets,
@@ -51,7 +52,9 @@ def run(config: AttributeConfig) -> Path:
     def make() -> Made:
         held_out = open_held_out(config, sae)
         if chosen:
-            held_out = replace(held_out, rollouts=np.array(chosen)[: config.max_rollouts])
+            # Of an index, all rollouts are compared, which is fast, and only the first explained.
+            n = config.max_rollouts if config.rollouts_of is None else None
+            held_out = replace(held_out, rollouts=np.array(chosen)[:n])
         report = measure(held_out, sae, config)
         return Made(report, held_out.subject.layout, describe_run(held_out, config.sae))
 
@@ -94,9 +97,9 @@ def measure(held_out: HeldOut, sae: SAE, config: AttributeConfig) -> Attribution
         study.compare()
         study.explain()
     return summarize(
-        study.by_id(),
-        study.usual,
+        study.compared,
         study.attributions,
+        held_out.store.vocabulary,
         sae.d_sae,
         target=config.target,
         steps=config.steps,
@@ -113,16 +116,18 @@ class _Study:
         self.editor, self.held_out, self.sae, self.config = editor, held_out, sae, config
         start = held_out.store.rollout_start
         self.start = {int(i): int(start[i]) for i in held_out.rollouts}
-        sizes = {i: int(start[i + 1]) - first for i, first in self.start.items()}
-        # for each rollout, by position: KL and rise, and whether the token counts
-        self.numbers = {i: np.full((2, n), np.nan) for i, n in sizes.items()}
-        self.usual = {i: np.zeros(n, bool) for i, n in sizes.items()}
+        self.rollouts = {
+            i: ComparedRollout.of_length(
+                int(held_out.store.rollout_id[i]), int(start[i + 1]) - first
+            )
+            for i, first in self.start.items()
+        }
         self.attributions: list[TokenAttribution] = []
 
-    def by_id(self) -> dict[int, npt.NDArray[np.float64]]:
-        """Return KL and rise of every token of each rollout, by the rollout's id."""
-        ids = self.held_out.store.rollout_id
-        return {int(ids[i]): numbers for i, numbers in self.numbers.items()}
+    @property
+    def compared(self) -> list[ComparedRollout]:
+        """The numbers of every token of each rollout."""
+        return list(self.rollouts.values())
 
     @torch.no_grad()
     def compare(self) -> None:
@@ -136,29 +141,34 @@ class _Study:
             position = batch.measured - self.start[rollout] + 1
             kl = kl_divergence(adapter, base)
             rise = cross_entropy(base, targets) - cross_entropy(adapter, targets)
-            self.numbers[rollout][:, position] = torch.stack([kl, rise]).cpu().numpy()
-            self.usual[rollout][position] = self.held_out.is_usual(batch.measured).numpy()
+            compared, (ids, p) = self.rollouts[rollout], likeliest(adapter, base)
+            compared.numbers[:, position] = torch.stack([kl, rise]).cpu().numpy()
+            compared.usual[position] = self.held_out.is_usual(batch.measured).numpy()
+            n = ids.shape[1]
+            compared.likely_id[position, :n] = ids.cpu().numpy()
+            compared.likely_p[:, position, :n] = p.cpu().numpy()
 
     def explain(self) -> None:
         """Do steps 2 to 4 at the tokens to explain."""
-        positions = {i: self._positions_to_explain(i) for i in self.start}
+        explained = list(self.start)[: self.config.max_rollouts]
+        positions = {i: self._positions_to_explain(i) for i in explained}
         checked = set(list(self.start)[: self.config.check_rollouts])
         for rollout, batch in self.held_out.alone("attribute"):
             position = batch.measured - self.start[rollout] + 1
-            is_target = np.isin(position, positions[rollout])
+            is_target = np.isin(position, positions.get(rollout, ()))
             here = np.flatnonzero(batch.mask[0].numpy())[is_target]
             if len(here):
                 self._explain(rollout, batch, torch.from_numpy(here) + 1, rollout in checked)
 
     def _positions_to_explain(self, rollout: int) -> npt.NDArray[np.int64]:
         """Return the positions that the config names, or those of highest KL."""
-        kl = self.numbers[rollout][0]
+        kl, usual = self.rollouts[rollout].numbers[0], self.rollouts[rollout].usual
         if self.config.positions:
             beyond = [position for position in self.config.positions if position >= len(kl)]
             if beyond:
                 raise ConfigError(f"--positions has {beyond[0]}, the rollout has {len(kl)} tokens")
             return np.array(self.config.positions)
-        kl = np.where(self.usual[rollout], kl, -1)
+        kl = np.where(usual, kl, -1)
         order = np.argsort(-kl, kind="stable")[: self.config.tokens]
         return order[kl[order] >= 0]
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from lorascope.activations.shards import Vocabulary
 from lorascope.causal.effect_options import TargetKind
-from lorascope.causal.effects import correlation, rank_correlation
+from lorascope.causal.effects import MOST_LIKELY, correlation, rank_correlation
 from lorascope.causal.report_records import (
     Agreement,
     AttributedRollout,
@@ -16,6 +17,7 @@ from lorascope.causal.report_records import (
     Completeness,
     ExplainedToken,
     FeatureContributions,
+    Likely,
     RemovalAgreement,
     Source,
 )
@@ -29,6 +31,44 @@ _OTHERS = ("bias", "unexplained", "special", "other_columns")
 
 Floats = npt.NDArray[np.float32]
 _Pair = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedRollout:
+    """How adapter and base predict each token of a rollout, filled in by position.
+
+    `numbers` has KL and rise, NaN where nothing is predicted; `usual` marks the tokens that count;
+    `likely_id` and `likely_p` are what `effects.likeliest` returns, -1 for no further token.
+    """
+
+    rollout: int
+    numbers: npt.NDArray[np.float64]  # (2, tokens)
+    usual: npt.NDArray[np.bool_]
+    likely_id: npt.NDArray[np.int32]  # (tokens, n)
+    likely_p: Floats  # (2, tokens, n): base, adapter
+
+    @classmethod
+    def of_length(cls, rollout: int, n: int) -> "ComparedRollout":
+        """Return a rollout of `n` tokens of which nothing is known yet."""
+        return cls(
+            rollout=rollout,
+            numbers=np.full((2, n), np.nan),
+            usual=np.zeros(n, bool),
+            likely_id=np.full((n, MOST_LIKELY), -1, np.int32),
+            likely_p=np.zeros((2, n, MOST_LIKELY), np.float32),
+        )
+
+    @property
+    def likely(self) -> Likely:
+        """What both models predict; probabilities have four digits."""
+        known = self.likely_id >= 0
+        base, adapter = np.clip(self.likely_p, 0, 1)[:, known].astype(np.float64).round(4).tolist()
+        return Likely(
+            count=tuple(known.sum(1).tolist()),
+            token_id=tuple(self.likely_id[known].tolist()),
+            base=tuple(base),
+            adapter=tuple(adapter),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,24 +142,18 @@ class TokenAttribution:
 
 
 def summarize(
-    rollouts: Mapping[int, npt.NDArray[np.float64]],
-    usual: Mapping[int, npt.NDArray[np.bool_]],
+    rollouts: Sequence[ComparedRollout],
     attributions: Sequence[TokenAttribution],
+    vocabulary: Vocabulary,
     d_sae: int,
     *,
     target: TargetKind,
     steps: int,
     top: int,
 ) -> AttributionReport:
-    """Return the report.
-
-    `rollouts` has KL and rise of each token, `(2, n_tokens)`, by the rollout's id; `usual` marks
-    the tokens that count, in the same order of rollouts.
-    """
-    kl = np.concatenate(
-        [numbers[0][mask] for numbers, mask in zip(rollouts.values(), usual.values(), strict=True)]
-    )
-    by_rollout: dict[int, list[TokenAttribution]] = {rollout: [] for rollout in rollouts}
+    """Return the report; `vocabulary` has the bytes of each token id."""
+    kl = np.concatenate([one.numbers[0][one.usual] for one in rollouts])
+    by_rollout: dict[int, list[TokenAttribution]] = {one.rollout: [] for one in rollouts}
     for one in sorted(attributions, key=lambda one: one.token):
         by_rollout[one.rollout].append(one)
     return AttributionReport(
@@ -135,13 +169,19 @@ def summarize(
         features=sum_by_feature(attributions, d_sae),
         rollouts=tuple(
             AttributedRollout(
-                rollout=rollout,
-                kl=_shortest(numbers[0]),
-                rise=_shortest(numbers[1]),
-                targets=tuple(one.to_record(top) for one in by_rollout[rollout]),
+                rollout=one.rollout,
+                kl=_shortest(one.numbers[0]),
+                rise=_shortest(one.numbers[1]),
+                targets=tuple(target.to_record(top) for target in by_rollout[one.rollout]),
+                likely=one.likely,
             )
-            for rollout, numbers in rollouts.items()
+            for one in rollouts
         ),
+        vocabulary={
+            # logits of a padded vocabulary have more tokens than the tokenizer
+            str(i): vocabulary[i].hex() if i < len(vocabulary) else ""
+            for i in sorted({int(i) for one in rollouts for i in np.unique(one.likely_id)} - {-1})
+        },
     )
 
 

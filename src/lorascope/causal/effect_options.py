@@ -188,7 +188,10 @@ class AttributeConfig(EffectOptions):
         (), help="ids of the rollouts to read; default: held-out ones"
     )
     rollouts_of: Path | None = option(
-        None, help="feature index whose complete rollouts to read instead", identity=False
+        None,
+        help="feature index whose complete rollouts to compare, all of them, and to explain, "
+        "the first --max-rollouts of them",
+        identity=False,
     )
     tokens: int = option(10, help="tokens to explain in each rollout: those of highest KL")
     positions: tuple[int, ...] = option(

@@ -20,6 +20,9 @@ _CHUNK = (1 << 18, 1 << 25)  # logits converted to float32 at a time, on the CPU
 _LARGEST_RATIO = 80.0  # of the logarithm of two probabilities: float32 holds e^88
 _ROUNDING_KL = 2.0**-46  # nats a token: float32's rounding step squared
 _N_DRAWS = 2000
+_N_LIKELY = 3  # tokens of each run
+MOST_LIKELY = 2 * _N_LIKELY  # of both
+_LEAST_LIKELY = 0.01  # probability
 _PERCENTILES = (2.5, 97.5)  # a 95 % interval
 
 
@@ -57,6 +60,29 @@ def cross_entropy(
 def log_probabilities(logits: Float[Tensor, "token vocab"]) -> Float[Tensor, "token vocab"]:
     """Return `log p` of each token of the vocabulary, float32. Takes logits of any type."""
     return torch.cat([chunk.float().log_softmax(-1) for chunk in _chunks(logits)])
+
+
+def likeliest(
+    adapter: Float[Tensor, "token vocab"], base: Float[Tensor, "token vocab"]
+) -> tuple[Int[Tensor, "token n"], Float[Tensor, "2 token n"]]:
+    """Return the likeliest tokens of two runs, and their probabilities in the base and the adapter.
+
+    They are the `_N_LIKELY` likeliest of each run, without those below `_LEAST_LIKELY` in both, but
+    with the first of each; in descending order of the adapter's probability. -1: no further token.
+    """
+    n, ids, p = min(_N_LIKELY, adapter.shape[-1]), [], []
+    for chunks in zip(_chunks(adapter), _chunks(base), strict=True):
+        of_adapter, of_base = (chunk.float().softmax(-1) for chunk in chunks)
+        own, other = (side.topk(n).indices for side in (of_adapter, of_base))
+        both = torch.cat([own, other], dim=1)
+        pair = torch.stack([side.gather(1, both) for side in (of_base, of_adapter)])
+        kept = pair.amax(0) >= _LEAST_LIKELY
+        kept[:, [0, n]] = True
+        kept[:, n:] &= (other[:, :, None] != own[:, None, :]).all(2)
+        order = pair[1].masked_fill(~kept, -1).argsort(stable=True, dim=1, descending=True)
+        ids.append(both.masked_fill(~kept, -1).gather(1, order))
+        p.append(pair.gather(2, order.expand_as(pair)))
+    return torch.cat(ids), torch.cat(p, dim=1)
 
 
 def kl_and_loss(

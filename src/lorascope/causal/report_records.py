@@ -353,13 +353,32 @@ class ExplainedToken:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Likely:
+    """The likeliest tokens of each prediction, and their probabilities in base and adapter.
+
+    `count` has the number of entries of each token of the rollout, 0 for the first. The entries are
+    the three likeliest of each model, those of at least 0.01 in one of them and always the first,
+    in descending order of the adapter's probability.
+    """
+
+    count: tuple[Annotated[int, Range(0, 6)], ...]
+    token_id: tuple[TokenId, ...]
+    base: tuple[Share, ...]
+    adapter: tuple[Share, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttributedRollout:
-    """KL(adapter ‖ base) and the rise of log p at each token; None for the first, not predicted."""
+    """KL(adapter ‖ base) and the rise of log p at each token; None for the first, not predicted.
+
+    `likely` is what both models predict, None in a report that does not say.
+    """
 
     rollout: int
     kl: tuple[Amount | None, ...]
     rise: tuple[float | None, ...]
     targets: tuple[ExplainedToken, ...]
+    likely: Likely | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -408,7 +427,10 @@ class FeatureContributions:
 
 @dataclass(frozen=True, kw_only=True)
 class AttributionReport(ReportRecord):
-    """What `attribute` measures; `unit` is that of the target's numbers."""
+    """What `attribute` measures; `unit` is that of the target's numbers.
+
+    `vocabulary` has the bytes of the tokens that are likely somewhere, in hexadecimal.
+    """
 
     kind = "attribution"
     target: Literal["kl", "logprob", "logit-difference"]
@@ -422,6 +444,7 @@ class AttributionReport(ReportRecord):
     agreement: Agreement | None
     features: tuple[FeatureContributions, ...]
     rollouts: tuple[AttributedRollout, ...]
+    vocabulary: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

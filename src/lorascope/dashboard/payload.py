@@ -276,6 +276,10 @@ class Payload:
         }
         if self.reports.attribution is not None:
             values |= self.reports.text(int(index.text_rollout[number]))
+            entries = self._token_table.entries_of_ids(values["likely_token"].astype(np.int32))
+            counts = values["likely_count"].astype(int)
+            itself = np.repeat(values["token"][: len(counts)], counts)
+            values["likely_token"] = np.where(entries == itself, 0, entries + 1)
         return pack(values, self._rollout_columns)
 
     def _top_tokens(self) -> npt.NDArray[np.int64]:
@@ -339,7 +343,9 @@ class Payload:
         """Column of a whole rollout -> type."""
         attribution = {} if self.reports.attribution is None else TEXT_COLUMNS
         types = {"token": self._token_type, "latent": narrowest_type(len(self.index))}
-        return {**_ROLLOUT_COLUMNS, **types, **attribution}
+        if attribution:
+            types["likely_token"] = self._token_type
+        return {**_ROLLOUT_COLUMNS, **attribution, **types}
 
     @cached_property
     def _direct_tokens(self) -> dict[str, tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:

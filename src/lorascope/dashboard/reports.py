@@ -2,15 +2,16 @@
 
 A page takes at most one report of each kind: `evaluation` (how much of the adapter the SAE
 recovers), `ablation` (the effect of removing each feature), `direct` (the tokens that it promotes)
-and `attribution` (at each token of the complete rollouts, how far adapter and base differ, and the
-features behind it). `causal.report_records` checks each report by itself. Here it is compared with
-the index: both must be of the same SAE and, for attributions, of the same store, and every feature,
-token and position must exist.
+and `attribution` (at each token of the complete rollouts, how far adapter and base differ, what
+both predict, and the features behind it). Several attributions of one target become one report.
+`causal.report_records` checks each report by itself. Here it is compared with the index: both must
+be of the same SAE and, for attributions, of the same store, and every feature, token and position
+must exist.
 """
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,11 @@ SIDES = ("promoted", "suppressed")
 TARGET = ("adapter", "base", "features", "bias", "unexplained", "special", "other_columns")
 TEXT_COLUMNS = {
     "kl": "<b2",  # of each token; empty if the rollout was not attributed
-    "rise": "<b2",
+    "rise": "<b2",  # empty too if no token is explained
+    "likely_count": "|u1",  # likely tokens of each token's prediction; empty if not reported
+    "likely_token": "<u4",  # index into the token table + 1, or 0 for the token itself
+    "likely_base": "|u1",  # percent
+    "likely_change": "|i1",  # from the base to the adapter
     "target_token": "<u4",
     "target_parts": "<f4",  # of each target, in the order of TARGET
     "behind_count": "<u4",
@@ -55,6 +60,9 @@ _EFFECTS = {  # column of the page -> field of `FeatureRemoval`
     "effect_fired": "n_fired",
 }
 _MOST_TOKENS = 1000  # that the page shows on each side of a feature
+_LIKELY = 0.05  # probability from which the page names a token that either model predicts
+_DIFFERS = 0.01  # nats; smallest KL of a prediction of which it names them
+_COLOURED = 0.001  # nats; assets/attribution.js has the same
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -81,10 +89,6 @@ class Reports:
         parents: dict[str, str] = {}
         for path in paths:
             report, manifest = read_report(path, KINDS)
-            if report.kind in reports:
-                raise ArtifactError(
-                    f"{path} is a second report of kind {report.kind}; give only one of them"
-                )
             _require_parents(path, manifest, index, source)
             problem = next(_mismatches(report, index), None)
             if problem is not None:
@@ -92,8 +96,17 @@ class Reports:
                     f"{path}: {problem}; make the report again, from the SAE and the store of "
                     f"{source}"
                 )
+            name, earlier = f"effects {report.kind}", reports.get(report.kind)
+            if earlier is not None:
+                if getattr(earlier, "target", None) != getattr(report, "target", ""):
+                    raise ArtifactError(
+                        f"{path} is a second report of kind {report.kind}; give only one of them, "
+                        "or several attributions of the same --target"
+                    )
+                report = _joined(earlier, report)
+                name += f" {sum(other.startswith(name) for other in parents) + 1}"
             reports[report.kind] = report
-            parents[f"effects {report.kind}"] = digest_file(path)
+            parents[name] = digest_file(path)
         return cls(len(index), **reports, parents=parents)
 
     def about(self) -> dict[str, Any]:
@@ -116,7 +129,7 @@ class Reports:
                 "steps": self.attribution.steps,
                 "gap": self.attribution.completeness.gap,
                 "parts": list(TARGET),
-                "rollouts": [one.rollout for one in self.attribution.rollouts],
+                "rollouts": [one.rollout for one in self.attribution.rollouts if one.targets],
             }
         return facts
 
@@ -155,9 +168,9 @@ class Reports:
 
     @cached_property
     def vocabulary(self) -> dict[int, bytes]:
-        """The bytes of the tokens that are promoted or suppressed, by id."""
-        named = {} if self.direct is None else self.direct.vocabulary
-        return {int(i): bytes.fromhex(raw) for i, raw in named.items()}
+        """The bytes of the tokens that are promoted, suppressed or predicted, by id."""
+        named = [one.vocabulary for one in (self.direct, self.attribution) if one is not None]
+        return {int(i): bytes.fromhex(raw) for some in named for i, raw in (some or {}).items()}
 
     @cached_property
     def _rollouts(self) -> dict[int, AttributedRollout]:
@@ -165,15 +178,19 @@ class Reports:
         return {rollout.rollout: rollout for rollout in self.attribution.rollouts}
 
     def text(self, rollout: int) -> Arrays:
-        """Return the columns of a complete rollout, by name; empty if it was not attributed."""
+        """Return the columns of a complete rollout, by name; empty if it was not attributed.
+
+        `likely_token` has token ids, and `likely_count` says whose they are.
+        """
         attributed = self._rollouts.get(rollout)
         if attributed is None:
             return {name: np.zeros(0) for name in TEXT_COLUMNS}
         targets = attributed.targets
         causes = [cause for target in targets for cause in target.behind]
         columns: dict[str, Any] = {
-            "kl": _floats(attributed.kl),
-            "rise": _floats(attributed.rise),
+            "kl": _floats(attributed.kl) if targets else _coarse(_floats(attributed.kl)),
+            "rise": _floats(attributed.rise if targets else ()),
+            **_likely_columns(attributed),
             "target_token": [target.token for target in targets],
             "target_parts": [getattr(target, name) for target in targets for name in TARGET],
             "behind_count": [len(target.behind) for target in targets],
@@ -183,6 +200,60 @@ class Reports:
             "behind_removal": _floats([cause.removal for cause in causes]),
         }
         return {name: np.asarray(values) for name, values in columns.items()}
+
+
+def _likely_columns(rollout: AttributedRollout) -> Arrays:
+    """Return what both models predict where they differ.
+
+    Tokens below `_LIKELY` are left out, except for the first of each model. Probabilities are
+    rounded to percents, so that they take little room.
+    """
+    likely = rollout.likely
+    if likely is None:
+        return {name: np.zeros(0) for name in TEXT_COLUMNS if name.startswith("likely")}
+    p = np.array([likely.base, likely.adapter])
+    owner = np.repeat(np.arange(len(likely.count)), likely.count)
+    kept = p.max(axis=0) >= _LIKELY
+    for side in p:
+        order = np.lexsort((-side, owner))
+        kept[order[np.flatnonzero(np.diff(owner[order], prepend=-1))]] = True
+    kept &= (_floats(rollout.kl) >= _DIFFERS)[owner]
+    base, adapter = np.rint(100 * p[:, kept])
+    return {
+        "likely_count": np.bincount(owner[kept], minlength=len(likely.count)),
+        "likely_token": np.array(likely.token_id, np.int32)[kept],
+        "likely_base": base,
+        "likely_change": adapter - base,
+    }
+
+
+def _joined(one: AttributionReport, other: AttributionReport) -> AttributionReport:
+    """Return the rollouts and explained tokens of both reports as one; the second one's win."""
+    rollouts = {rollout.rollout: rollout for rollout in one.rollouts}
+    for rollout in other.rollouts:
+        earlier = rollouts.get(rollout.rollout, rollout)
+        targets = {target.token: target for target in (*earlier.targets, *rollout.targets)}
+        rollouts[rollout.rollout] = replace(
+            rollout,
+            targets=tuple(targets[token] for token in sorted(targets)),
+            likely=rollout.likely or earlier.likely,
+        )
+    gaps = [gap for each in (one, other) if (gap := each.completeness.gap) is not None]
+    return replace(
+        one,
+        completeness=replace(one.completeness, gap=max(gaps, default=None)),
+        rollouts=tuple(rollouts.values()),
+        vocabulary={**(one.vocabulary or {}), **(other.vocabulary or {})},
+    )
+
+
+def _coarse(kl: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return KL with four significant bits, and 0 where the page has no colour: it takes less room.
+
+    The error is at most 1/16 of the number, or `_COLOURED`.
+    """
+    mantissa, exponent = np.frexp(kl)
+    return np.where(kl < _COLOURED, 0, np.ldexp(np.rint(16 * mantissa) / 16, exponent))
 
 
 def _floats(values: Sequence[float | None]) -> npt.NDArray[np.float32]:
@@ -216,11 +287,7 @@ def _direct_mismatches(report: DirectReport, index: FeatureIndex) -> Iterator[st
         yield f"it has {len(report.features)} features, the index has {len(index)}"
     if not 1 <= report.n_tokens <= _MOST_TOKENS:
         yield f"n_tokens is {report.n_tokens}, expected 1 to {_MOST_TOKENS}"
-    for key, raw in report.vocabulary.items():
-        if not re.fullmatch("[0-9]{1,10}", key) or not re.fullmatch("(?:[0-9a-f]{2})*", raw):
-            yield f"vocabulary has {key!a}: {raw[:20]!a}, expected a token id and hexadecimal bytes"
-        elif int(key) in index.token_id and index.token_bytes(int(key)) != bytes.fromhex(raw):
-            yield f"token {key} is another one in the index"
+    yield from _vocabulary_mismatches(report.vocabulary, index)
     known = {int(key) for key in report.vocabulary}
     for feature in report.features:
         for tokens in (feature.promoted, feature.suppressed):
@@ -233,6 +300,14 @@ def _direct_mismatches(report: DirectReport, index: FeatureIndex) -> Iterator[st
                 yield f"feature {feature.feature} names a token that is not in its vocabulary"
 
 
+def _vocabulary_mismatches(vocabulary: Mapping[str, str], index: FeatureIndex) -> Iterator[str]:
+    for key, raw in vocabulary.items():
+        if not re.fullmatch("[0-9]{1,10}", key) or not re.fullmatch("(?:[0-9a-f]{2})*", raw):
+            yield f"vocabulary has {key!a}: {raw[:20]!a}, expected a token id and hexadecimal bytes"
+        elif int(key) in index.token_id and index.token_bytes(int(key)) != bytes.fromhex(raw):
+            yield f"token {key} is another one in the index"
+
+
 def _attribution_mismatches(report: AttributionReport, index: FeatureIndex) -> Iterator[str]:
     lengths = dict(
         zip(index.text_rollout.tolist(), np.diff(index.text_offset).tolist(), strict=True)
@@ -240,6 +315,9 @@ def _attribution_mismatches(report: AttributionReport, index: FeatureIndex) -> I
     rollouts = [rollout.rollout for rollout in report.rollouts]
     if len(set(rollouts)) < len(rollouts):
         yield "a rollout is there twice"
+    vocabulary = report.vocabulary or {}
+    yield from _vocabulary_mismatches(vocabulary, index)
+    known = {int(key) for key in vocabulary}
     for rollout in report.rollouts:
         name, n = f"rollout {rollout.rollout}", len(rollout.kl)
         if {n, len(rollout.rise), lengths.get(rollout.rollout, n)} != {n}:
@@ -251,6 +329,13 @@ def _attribution_mismatches(report: AttributionReport, index: FeatureIndex) -> I
         if len(set(tokens)) < len(tokens):
             yield f"a token of {name} is explained twice"
         yield from _unknown_features([cause.feature for cause in causes], index)
+        if (likely := rollout.likely) is None:
+            continue
+        sizes = {len(likely.token_id), len(likely.base), len(likely.adapter), sum(likely.count)}
+        if len(likely.count) != n or len(sizes) > 1:
+            yield f"likely tokens of {name} do not fit its {n} tokens"
+        if not known.issuperset(likely.token_id):
+            yield f"{name} has a likely token that is not in the vocabulary"
 
 
 def _require_parents(path: Path, manifest: Manifest, index: FeatureIndex, source: Path) -> None:

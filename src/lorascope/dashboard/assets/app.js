@@ -265,7 +265,7 @@ function drawHeader() {
     fact.append(element("dt", "", label), element("dd", "", value), meaning);
     byId("facts").append(fact);
   }
-  byId("about").open = matchMedia("(min-width: 821px)").matches;
+  byId("about").open = matchMedia("(min-width: 1200px) and (min-height: 800px)").matches;
   document.querySelector("[data-tab=rollout]").hidden = !nRollouts;
   document.querySelector("[data-tab=map]").hidden = !hasMap;
 }

@@ -9,6 +9,7 @@ import { drawLink } from "./related.js";
 
 const MIN_KL = 0.001; // nats; tokens below are not coloured
 const N_LISTED = 10; // tokens in the list of a rollout
+const N_PREDICTED = 3; // likeliest tokens of each model
 const TARGETS = { kl: "KL(prediction \u2016 base)", logprob: "log p of this token",
   "logit-difference": "its logit minus the logit of the base's likeliest other token" };
 const OTHER_PARTS = { bias: "the SAE's bias", unexplained: "unexplained by the SAE",
@@ -47,9 +48,44 @@ export function drawKlLegend(data) {
 // Returns lines about token `t` for its tooltip.
 export function klNotes(data, t) {
   if (!isAttributed(data) || Number.isNaN(data.kl[t])) return [];
-  const lines = [`KL(adapter \u2016 base): ${three(data.kl[t])} nats`,
-    `log-probability gain: ${signed(data.rise[t])} nats`];
+  const lines = [`KL(adapter \u2016 base): ${klText(data, t)} nats`];
+  if (data.rise.length) lines.push(`log-probability gain: ${signed(data.rise[t])} nats`);
   return lines.map((line) => element("span", "tip-fired", line));
+}
+
+function klText(data, t) {
+  return data.kl[t] > 0 || data.rise.length ? three(data.kl[t]) : `below ${MIN_KL}`;
+}
+
+// Returns a line for each model: the tokens that it predicts where token `t` is, likeliest first.
+export function predictionNotes(data, t) {
+  const first = data.likelyStart[t];
+  const all = Array.from({ length: data.likelyStart[t + 1] - first || 0 }, (_, i) => {
+    const entry = data.likely_token[first + i];
+    const base = data.likely_base[first + i];
+    return { entry: entry ? entry - 1 : data.token[t], base, adapter: base + data.likely_change[first + i] };
+  });
+  return all.length ? ["base", "adapter"].map((who) => drawPredicted(who, all)) : [];
+}
+
+function drawPredicted(who, all) {
+  const line = element("span", "predicted");
+  line.dataset.testid = `predicted-${who}`;
+  line.append(element("span", "predicted-who", who));
+  const best = [...all].sort((a, b) => b[who] - a[who]).slice(0, N_PREDICTED);
+  best.forEach((one, i) => {
+    if (i && !one[who]) return;
+    const token = element("span", "predicted-token");
+    writeToken(token, one.entry);
+    const p = one[who] >= 100 ? ">\u00a099" : one[who] <= 0 ? "<\u00a01" : String(one[who]);
+    line.append(token, element("span", "predicted-p", `${p}\u00a0%`));
+  });
+  return line;
+}
+
+// Returns whether the contributions to the prediction of token `t` are known.
+export function isExplained(data, t) {
+  return data.target_token?.includes(t) ?? false;
 }
 
 // Lists the tokens of a rollout with the largest KL; `go` shows one of them. Those of messages,
@@ -79,11 +115,13 @@ function fillLargest(list, data, go, isListed) {
     .filter((t) => data.kl[t] > 0 && isListed(data.role[t]))
     .sort((a, b) => data.kl[b] - data.kl[a]).slice(0, N_LISTED);
   list.replaceChildren();
+  const top = Array.from(data.kl.keys()).reduce((a, b) => (data.kl[b] > data.kl[a] ? b : a), 1);
+  if (!order.includes(top) && data.kl[top] > 0) order.push(top); // the end of the legend's scale
   for (const t of order) {
     const item = element("li", "kl-row");
     const button = element("button", "kl-token");
     button.type = "button";
-    button.dataset.testid = "kl-token";
+    button.dataset.testid = isListed(data.role[t]) ? "kl-token" : "kl-top";
     button.dataset.at = t;
     const token = element("span", "ranked-token");
     writeToken(token, data.token[t]);
@@ -91,26 +129,30 @@ function fillLargest(list, data, go, isListed) {
     number.dataset.value = String(data.kl[t]);
     button.append(token, number);
     button.addEventListener("click", () => go(t));
-    item.append(button, meter(data.kl[t] / data.kl[order[0]]));
+    if (!isListed(data.role[t])) number.textContent = `${core.roles[data.role[t]]} ${number.textContent}`;
+    item.append(button, meter(data.kl[t] / data.kl[top]));
     list.append(item);
   }
 }
 
-// Returns the panel of contributions to the prediction of token `t`. `mark(source, on)` highlights
-// the token from which a feature acts.
-export function drawContributions(data, t, mark) {
+// Returns the panel of contributions to the prediction of token `t` of a rollout, or of the command
+// that computes them. `mark(source, on)` highlights the token from which a feature acts.
+export function drawContributions(data, t, rollout, mark) {
   const report = core.effects.attribution;
-  const numbers = element("p", "figure-note", `KL(adapter \u2016 base): ${three(data.kl[t])} nats. ` +
-    `Log-probability gain: ${signed(data.rise[t])} nats.`);
-  numbers.dataset.testid = "token-kl";
-  numbers.dataset.value = String(data.kl[t]);
   const title = `Contributions to the prediction of token ${whole(t)}`;
-  const target = data.target_token.indexOf(t);
-  if (target < 0) {
-    const note = "Contributions were not computed for this token. The option --tokens of " +
-      "lorascope attribute chooses tokens.";
-    return panel(title, note, numbers, { testid: "contributions" });
+  if (t === 0) return panel(title, "Nothing predicts the first token.", [], { testid: "contributions" });
+  const numbers = drawNumbers(data, t);
+  if (!isExplained(data, t)) {
+    const note = "Not computed for this token. This command computes them; then make the page " +
+      "again with its report next to the others in --effects.";
+    const target = report && report.target !== "kl" ? ` --target ${report.target}` : "";
+    const code = element("code", "command", "lorascope attribute --data-dir STORE --sae SAE " +
+      `--lora-path ADAPTER --rollouts ${rollout} --positions ${t}${target} ` +
+      `--output attribution-${rollout}-${t}.json`);
+    code.dataset.testid = "attribute-command";
+    return panel(title, note, [code, ...numbers], { testid: "contributions" });
   }
+  const target = data.target_token.indexOf(t);
   const n = report.parts.length;
   const parts = Object.fromEntries(report.parts.map((name, i) => [
     name, data.target_parts[n * target + i],
@@ -138,7 +180,18 @@ export function drawContributions(data, t, mark) {
   const note = `Each feature's contribution to ${name}, which is ${three(parts.base)} without the ` +
     `adapter and ${three(parts.adapter)} ${report.unit} with it. The parts below add up to the difference${error}. Point at a feature to see the token from ` +
     "which it acts.";
-  return panel(title, note, [numbers, list, rest], { testid: "contributions" });
+  return panel(title, note, [...numbers, list, rest], { testid: "contributions" });
+}
+
+// Returns what is known of a prediction without its contributions.
+function drawNumbers(data, t) {
+  if (!isAttributed(data)) return [];
+  const gain = data.rise.length ? ` Log-probability gain: ${signed(data.rise[t])} nats.` : "";
+  const text = `KL(adapter \u2016 base): ${klText(data, t)} nats.${gain}`;
+  const numbers = element("p", "figure-note", text);
+  numbers.dataset.testid = "token-kl";
+  numbers.dataset.value = String(data.kl[t]);
+  return [numbers, ...predictionNotes(data, t)];
 }
 
 function drawContribution(data, i, top, mark) {

@@ -106,6 +106,7 @@ async function decodeBlock(id) {
 async function decodeRollout(id) {
   const rollout = await unpack(id, core.rollout_columns);
   rollout.codes = startsOf(rollout.n_fired);
+  rollout.likelyStart = startsOf(rollout.likely_count ?? []);
   return rollout;
 }
 

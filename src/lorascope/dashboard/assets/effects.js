@@ -50,7 +50,14 @@ function drawAblation(id) {
   });
 }
 
-// Returns whether a feature's effect differs from other changes of the same size, in a sentence.
+// Returns whether a feature's effect differs from other changes of the same size; "" if not measured.
+export function verdictOf(id) {
+  if (!isMeasured(id)) return "";
+  if (Number.isNaN(column.effect_p[id])) return "too few firings";
+  return column.effect_excess_low[id] > 0 ? "specific" : "not distinguishable";
+}
+
+// Says the same in a sentence.
 function sayVerdict(value) {
   if (Number.isNaN(value("p"))) {
     return "Too few firings to say whether this effect is specific to the feature.";

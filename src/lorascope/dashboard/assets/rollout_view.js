@@ -1,15 +1,18 @@
 // One whole rollout: its roles, what fires at each token, and features highlighted in colour.
 import {
-  colorByKl, drawContributions, drawKlLegend, drawLargestKl, isAttributed, klNotes,
+  drawContributions, drawLargestKl, isAttributed, isExplained, klNotes, predictionNotes,
 } from "./attribution.js";
 import { column, core, largest, rolloutData } from "./data.js";
-import { LEVELS, drawToken, lineEnd } from "./examples.js";
+import { three, verdictOf } from "./effects.js";
+import { drawToken, lineEnd } from "./examples.js";
 import { drawMessage } from "./feature_view.js";
 import { meter, panel } from "./figures.js";
 import { element, short, whole } from "./format.js";
 import { drawLink } from "./related.js";
 import { reasonsOf, rolloutStats } from "./rollout_list.js";
 import { amend } from "./route.js";
+import { drawMeanings, mainRole, mainSite } from "./stats.js";
+import { COLORS, colorTokens, colorsOf, shareOf } from "./token_colors.js";
 import { watchTokens } from "./tooltip.js";
 
 const area = document.getElementById("rollout-view");
@@ -28,7 +31,8 @@ export async function showRollout(number, query) {
   const token = Number(asked.get("token") ?? -1);
   const painted = (asked.get("paint") ?? "").split(",").filter((name) => /^\d{1,9}$/.test(name))
     .map(Number).filter((id) => id < core.n_features).slice(0, MAX_PAINTED);
-  shown = { number, data, nodes: [], painted, selected: -1 };
+  const colors = colorsOf(asked.get("color"), data, painted);
+  shown = { number, data, nodes: [], painted, selected: -1, colors };
   const body = element("div", "reading");
   body.dataset.testid = "rollout-text";
   body.dataset.walk = "";
@@ -36,7 +40,7 @@ export async function showRollout(number, query) {
   shown.atToken = element("div", "firing-panels");
   shown.paints = element("div", "paints");
   shown.legend = element("div");
-  side.append(shown.paints, shown.atToken);
+  side.append(shown.atToken, shown.paints);
   const layout = element("div", "feature-body");
   layout.append(body, side);
   area.replaceChildren(drawStats(number), shown.legend, layout);
@@ -51,27 +55,21 @@ export async function showRollout(number, query) {
 }
 
 function drawStats(number) {
-  const stats = element("dl", "stats");
-  for (const [label, name, value, text, note] of rolloutStats(number)) {
-    if (!text) continue;
+  const stats = element("dl", "stats compact");
+  const rows = rolloutStats(number).filter(([, , , text]) => text);
+  const reasons = reasonsOf(number).join(", ");
+  const why = "why this rollout is in the page, among all that were read";
+  if (reasons) rows.push(["selected for", "reasons", "", reasons, why]);
+  for (const [label, name, value, text, note] of rows) {
     const cell = element("div", "stat");
+    cell.title = note;
     const shownValue = element("dd", "stat-value", text);
     shownValue.dataset.testid = `rollout-${name}`;
     shownValue.dataset.value = String(value);
-    cell.append(element("dt", "", label), shownValue, element("dd", "stat-note", note));
+    cell.append(element("dt", "", label), shownValue);
     stats.append(cell);
   }
-  const reasons = reasonsOf(number);
-  if (reasons.length) {
-    const cell = element("div", "stat");
-    cell.append(
-      element("dt", "", "selected for"),
-      element("dd", "stat-value small", reasons.join(", ")),
-      element("dd", "stat-note", "why this rollout is in the page, among all that were read"),
-    );
-    stats.append(cell);
-  }
-  return stats;
+  return drawMeanings(stats, rows.map(([label, , , , note]) => [label, note]));
 }
 
 // Draws the tokens in runs of one role, each below the role's name.
@@ -113,41 +111,50 @@ function firingAt(t) {
   return pairs.sort((a, b) => b[1] - a[1]);
 }
 
-// Colours tokens by the chosen features: one feature on the heat ramp, several in one colour each.
-// Without any, colours them by KL if the page has an attribution.
+// Colours the tokens, and draws the switch of colours with its legend.
 function paint() {
-  const { data, nodes, painted } = shown;
-  const colorOf = new Map(painted.map((id, i) => [id, i]));
-  nodes.forEach((node, t) => {
-    node.className = node.className.replace(/ ?\b(heat|paint)-\d\b/g, "");
-    delete node.dataset.value;
-    delete node.dataset.kl;
-    if (!painted.length) return;
-    let [best, level, value] = [-1, 0, 0];
-    for (let c = data.codes[t]; c < data.codes[t + 1]; c++) {
-      const i = colorOf.get(data.latent[c]);
-      if (i === undefined) continue;
-      const share = data.value[c] / (largest(data.latent[c]) || data.value[c]);
-      if (share > level) [best, level, value] = [i, Math.min(1, share), data.value[c]];
-    }
-    node.dataset.value = String(value);
-    if (best < 0) return;
-    if (painted.length === 1) node.classList.add(`heat-${Math.max(1, Math.ceil(LEVELS * level))}`);
-    else node.classList.add(`paint-${best + 1}`);
-    node.style.setProperty("--level", `${Math.round(15 + 40 * level)}%`);
-  });
-  const showsKl = !painted.length && isAttributed(data);
-  if (showsKl) colorByKl(data, nodes);
-  shown.legend.replaceChildren(...(showsKl ? [drawKlLegend(data)] : []));
+  const { data, nodes, painted, colors } = shown;
+  const choice = element("div", "color-choice");
+  choice.setAttribute("role", "group");
+  choice.setAttribute("aria-label", "What colours the text");
+  choice.append(element("span", "", "colour by"));
+  for (const [name, text] of Object.entries(COLORS)) {
+    if (name === "kl" && !isAttributed(data)) continue;
+    const button = element("button", "small", text);
+    button.type = "button";
+    button.dataset.testid = `color-${name}`;
+    button.setAttribute("aria-pressed", String(name === colors));
+    button.addEventListener("click", () => setColors(name));
+    choice.append(button);
+  }
+  shown.legend.replaceChildren(choice, ...colorTokens(colors, data, nodes, painted));
 }
 
-function setPainted(ids) {
+// Changes what colours the text. Features are those at the selected token, or the most active one.
+function setColors(name) {
+  const { selected } = shown;
+  const strongest = selected >= 0 ? firingAt(selected) : mostActive();
+  shown.colors = name;
+  if (name !== "paint") setPainted([], name);
+  else setPainted(strongest.slice(0, 1).map(([id]) => id));
+  shown.legend.querySelector(`[data-testid=color-${name}]`).focus();
+}
+
+function setPainted(ids, asked = "") {
   shown.painted = ids.slice(-MAX_PAINTED);
-  const query = shown.painted.length ? `paint=${shown.painted.join(",")}` : "";
-  amend("rollout", column.kept_rollout[shown.number], query);
+  shown.colors = colorsOf(asked, shown.data, shown.painted);
+  keepAddress();
   drawPaints();
   paint();
   drawFiring(shown.selected);
+}
+
+// Keeps the token and the colours in the address.
+function keepAddress() {
+  const { number, data, painted, selected, colors } = shown;
+  const parts = [selected >= 0 && `token=${selected}`, painted.length && `paint=${painted.join(",")}`,
+    colors === "fires" && isAttributed(data) && "color=fires"];
+  amend("rollout", column.kept_rollout[number], parts.filter(Boolean).join("&"));
 }
 
 function drawPaints() {
@@ -176,9 +183,8 @@ function drawPaints() {
     const id = /^\d{1,9}$/.test(input.value.trim()) ? Number(input.value) : -1;
     if (id >= 0 && id < core.n_features && !painted.includes(id)) setPainted([...painted, id]);
   });
-  const note = "Colours show the activation as a share of the feature's maximum. Up to four " +
-    "features." + (isAttributed(shown.data) ? " Without any, colours show KL(adapter \u2016 base)." : "");
-  const parts = panel("Highlighted features", note, [chips, form], { testid: "paints" });
+  const note = "Up to four features colour the text.";
+  const parts = panel("Chosen features", note, [chips, form], { testid: "paints" });
   shown.paints.replaceChildren(parts);
 }
 
@@ -203,6 +209,8 @@ function drawFiring(t) {
       setPainted(on ? shown.painted.filter((other) => other !== id) : [...shown.painted, id]);
     });
     item.append(link, meter(t < 0 ? value / pairs[0][1] : value / (largest(id) || value)), button);
+    const known = whatIsKnown(id);
+    if (known) item.append(element("span", "fired-known", known));
     list.append(item);
   }
   const n = whole(pairs.length);
@@ -214,10 +222,20 @@ function drawFiring(t) {
       "here. Bar: activation as a share of the feature's maximum.", list,
     { testid: "firing-panel" });
   const { data } = shown;
-  const effects = !isAttributed(data) ? [] : [
-    t < 0 ? drawLargestKl(data, goTo) : drawContributions(data, t, markSource),
-  ];
-  shown.atToken.replaceChildren(...effects, firing);
+  if (t < 0) {
+    shown.atToken.replaceChildren(...(isAttributed(data) ? [drawLargestKl(data, goTo)] : []), firing);
+    return;
+  }
+  const why = drawContributions(data, t, column.kept_rollout[shown.number], markSource);
+  shown.atToken.replaceChildren(...(isExplained(data, t) ? [why, firing] : [firing, why]));
+}
+
+// Returns what is known of a feature: where it is written, its role, and its effect.
+function whatIsKnown(id) {
+  const effect = column.effect_kl?.[id];
+  const verdict = verdictOf(id);
+  return [mainSite(id), mainRole(id), effect >= 0 && `effect ${three(effect)}`, verdict]
+    .filter(Boolean).join(" \u00b7 ");
 }
 
 // Returns [feature, sum of its activations] of the rollout, largest first.
@@ -225,8 +243,7 @@ function mostActive() {
   const { data } = shown;
   const sums = new Map();
   data.latent.forEach((id, c) => {
-    const share = data.value[c] / (largest(id) || data.value[c]);
-    sums.set(id, (sums.get(id) ?? 0) + share);
+    sums.set(id, (sums.get(id) ?? 0) + shareOf(data, c));
   });
   return [...sums].sort((a, b) => b[1] - a[1]);
 }
@@ -234,8 +251,6 @@ function mostActive() {
 // Selects a token and scrolls to it.
 function goTo(t) {
   selectToken(t);
-  const paint = shown.painted.length ? `&paint=${shown.painted.join(",")}` : "";
-  amend("rollout", column.kept_rollout[shown.number], `token=${t}${paint}`);
   shown.nodes[t].scrollIntoView({ block: "center" });
   shown.nodes[t].focus({ preventScroll: true });
 }
@@ -248,6 +263,7 @@ function selectToken(t) {
   area.querySelector(".selected")?.classList.remove("selected");
   shown.nodes[t].classList.add("selected");
   drawFiring(t);
+  keepAddress();
 }
 
 // Shows a message instead of a rollout.
@@ -268,7 +284,7 @@ watchTokens(area, (token) => {
   }
   const more = pairs.length - N_IN_TOOLTIP;
   if (more > 0) lines.push(element("span", "tip-note", `and ${more} more`));
-  lines.push(...klNotes(shown.data, t));
+  lines.push(...klNotes(shown.data, t), ...predictionNotes(shown.data, t));
   return lines;
 });
 area.addEventListener("click", (event) => {

@@ -23,10 +23,9 @@ export function mainRole(id) {
 
 // Returns one row of numbers, and below it, folded, what they mean.
 export function drawStats(id) {
-  const part = element("div", "stats-part");
   const stats = element("dl", "stats compact");
   stats.dataset.testid = "stats";
-  const meanings = element("dl", "stat-meanings");
+  const meanings = [];
   for (const [label, name, value, text, note] of rows(id)) {
     if (!text) continue;
     const cell = element("div", "stat");
@@ -36,10 +35,20 @@ export function drawStats(id) {
     number.dataset.value = String(value);
     cell.append(element("dt", "", label), number);
     stats.append(cell);
-    meanings.append(element("dt", "", label), element("dd", "", note));
+    meanings.push([label, note]);
+  }
+  return drawMeanings(stats, meanings);
+}
+
+// Returns statistics, and below them, folded, what they mean: [label, meaning] of each.
+export function drawMeanings(stats, meanings) {
+  const part = element("div", "stats-part");
+  const list = element("dl", "stat-meanings");
+  for (const [label, note] of meanings) {
+    list.append(element("dt", "", label), element("dd", "", note));
   }
   const more = element("details", "stat-more");
-  more.append(element("summary", "", "What these numbers mean"), meanings);
+  more.append(element("summary", "", "What these numbers mean"), list);
   part.append(stats, more);
   return part;
 }
