@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorascope.causal.continuation import Change, continue_prompt
+from lorascope.causal.continuation import Change, Opening, continue_prompts
 from lorascope.runtime import progress
 from lorascope.subject.intervene import RowEditor
 from lorascope.subject.load import Subject
@@ -27,6 +27,7 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from demo_problems import Problem, answer_of
 
 Rebuild = Callable[[Tensor], Tensor]
+_BATCH = 50  # problems that all arms answer together
 
 
 def prompts_of(problems: Sequence[Problem], tokenizer: Any) -> list[Rollout]:
@@ -68,20 +69,28 @@ def solved(
 ) -> dict[str, list[bool]]:
     """Return for each arm whether it solved each problem, in the problems' order."""
     special = ROLES.index("special")
-    is_right: dict[str, list[bool]] = {name: [] for name in arms}
-    prompts = prompts_of(problems, subject.tokenizer)
-    with RowEditor(subject) as editor, progress(len(prompts), "solve", "problems") as bar:
-        for prompt, problem in zip(prompts, problems, strict=True):
-            written = continue_prompt(
+    openings = [
+        Opening(
+            torch.from_numpy(prompt.token_ids.astype(np.int64)),
+            torch.from_numpy(prompt.roles != special),
+        )
+        for prompt in prompts_of(problems, subject.tokenizer)
+    ]
+    by_length = sorted(range(len(problems)), key=lambda i: len(openings[i].token_ids))
+    is_right = {name: [False] * len(problems) for name in arms}
+    with RowEditor(subject) as editor, progress(len(problems), "solve", "problems") as bar:
+        for start in range(0, len(problems), _BATCH):
+            some = by_length[start : start + _BATCH]
+            written = continue_prompts(
                 editor,
-                torch.from_numpy(prompt.token_ids.astype(np.int64)),
-                torch.from_numpy(prompt.roles != special),
+                [openings[i] for i in some],
                 list(arms.values()),
                 max_new_tokens=max_new_tokens,
                 everywhere=True,
             )
-            for name, (answer,) in zip(arms, written, strict=True):
-                text = str(subject.tokenizer.decode(answer.token_ids))
-                is_right[name].append(answer_of(text) == problem.answer)
-            bar.update(1)
+            for i, answers in zip(some, written, strict=True):
+                for name, (answer,) in zip(arms, answers, strict=True):
+                    text = str(subject.tokenizer.decode(answer.token_ids))
+                    is_right[name][i] = answer_of(text) == problems[i].answer
+            bar.update(len(some))
     return is_right

@@ -8,7 +8,7 @@ from builders.subjects import N_TERMS, load, save_adapter
 from builders.tolerance import assert_same_up_to_rounding, kl_rounding, rounding
 
 from lorascope.activations.store import ActivationStore
-from lorascope.causal.continuation import Change, continue_prompt
+from lorascope.causal.continuation import Change, Opening, continue_prompt, continue_prompts
 from lorascope.subject.intervene import RowEditor
 from lorascope.subject.sampling import sample_rollouts
 from lorascope.texts.roles import ROLES
@@ -86,6 +86,42 @@ def test_token_by_token_is_one_pass_over_the_whole_text(subject):
     surprise = -log_p.gather(-1, torch.from_numpy(one.token_ids)[:, None])[:, 0].numpy()
     np.testing.assert_allclose(one.surprise, surprise, rtol=0, atol=2 * of_logits)
     assert_same_up_to_rounding(one.rows, clean.rows[0, 6:-1], n_terms=N_TERMS)
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_prompts_of_other_lengths_in_the_batch_change_nothing(subject, everywhere):
+    """Text marks, noise, the end of each text and the changed rows are a prompt's own."""
+    prompts = [
+        Opening(ids, torch.arange(len(ids)) % 2 == 0, (7, i))
+        for i, ids in enumerate((PROMPT[:2], PROMPT, PROMPT[1:4], PROMPT.flip(0)))
+    ]
+
+    def of_text(rows, is_text):
+        added = torch.zeros_like(rows)
+        added[..., 3] = 4.0 * is_text
+        return added
+
+    changes = [None, Change(of_text), Change(lambda rows, _: -rows, held=True)]
+    how = {"samples": 2, "max_new_tokens": 8, "temperature": 1.0, "everywhere": everywhere}
+    with RowEditor(subject) as editor:
+        together = continue_prompts(editor, prompts, changes, **how)
+        alone = [
+            continue_prompt(editor, ids, is_text, changes, seed=seed, **how)
+            for ids, is_text, seed in prompts
+        ]
+        largest = float(editor.run(PROMPT[None]).logits.abs().max())
+    of_logits = 4 * rounding(N_TERMS, largest)  # those of the changed texts are larger
+    for prompt, one in zip(together, alone, strict=True):
+        for change, expected in zip(prompt, one, strict=True):
+            for text, other in zip(change, expected, strict=True):
+                assert text.token_ids.tolist() == other.token_ids.tolist()
+                assert text.is_text.tolist() == other.is_text.tolist()
+                assert_same_up_to_rounding(text.rows, other.rows, n_terms=N_TERMS)
+                np.testing.assert_allclose(text.surprise, other.surprise, rtol=0, atol=of_logits)
+                gap = np.abs(text.kl - other.kl)
+                assert (gap <= [kl_rounding(x, of_logits) for x in other.kl]).all()
+    assert len({tuple(x.token_ids) for texts in together for row in texts for x in row}) > 12
+    assert any(text.kl.max() > 0.1 for texts in together for text in texts[1])
 
 
 @torch.inference_mode()

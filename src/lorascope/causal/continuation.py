@@ -1,4 +1,4 @@
-"""Let the subject continue a prompt while its rows are changed, several changes in one batch.
+"""Let the subject continue prompts while its rows are changed, several changes in one batch.
 
 A feature's value at a token depends on the token's whole row, late layers included. So every token
 takes two passes, each with its own cache:
@@ -11,7 +11,8 @@ takes two passes, each with its own cache:
    that depends on seed, prompt, sample and position only. All changes meet the same noise, so texts
    differ where the change matters and not by chance.
 
-All copies of a prompt have the same length, so nothing is padded.
+Nothing is padded: all texts of a batch begin at position 0 and grow by one token at a time. While
+they are shorter than their prompt, the next token is the prompt's own.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lorascope.causal.effects import cross_entropy, kl_divergence
 from lorascope.subject.intervene import Edit, RowEditor
@@ -58,51 +60,72 @@ class Continuation:
     is_text: Bool[Tensor, "read"]
 
 
-@torch.inference_mode()
+class Opening(NamedTuple):
+    """A prompt to continue: token ids, which of them are text, and the seed of the noise."""
+
+    token_ids: Int[Tensor, "seq"]
+    is_text: Bool[Tensor, "seq"]
+    seed: Sequence[int] = (0,)
+
+
 def continue_prompt(
     editor: RowEditor,
     prompt: Int[Tensor, "seq"],
     is_text: Bool[Tensor, "seq"],
     changes: Sequence[Change | None],
     *,
+    seed: Sequence[int] = (0,),
+    **how: Any,
+) -> list[list[Continuation]]:
+    """Return what is written after one prompt, `[change][sample]`; see `continue_prompts`."""
+    return continue_prompts(editor, [Opening(prompt, is_text, seed)], changes, **how)[0]
+
+
+@torch.inference_mode()
+def continue_prompts(
+    editor: RowEditor,
+    prompts: Sequence[Opening],
+    changes: Sequence[Change | None],
+    *,
     samples: int = 1,
     max_new_tokens: int,
     temperature: float = 0.0,
-    seed: Sequence[int] = (0,),
     everywhere: bool = False,
-) -> list[list[Continuation]]:
-    """Return what is written after a prompt, `[change][sample]`; None among `changes` is no change.
+) -> list[list[list[Continuation]]]:
+    """Return what is written after each prompt, `[prompt][change][sample]`.
 
-    `is_text` marks the prompt's tokens of text. Rows are changed at the prompt's last token, which
-    predicts the first new one, and at all written tokens; with `everywhere`, at the whole prompt.
-    `seed` must name the prompt too. A text ends with a token that ends a turn, which is kept, or
-    at `max_new_tokens`, or at the end of the model's context, where the prompt must leave room.
+    None among `changes` is no change. Rows are changed at a prompt's last token, which predicts the
+    first new one, and at all written tokens; with `everywhere`, at the whole prompt. Prompts need
+    different seeds. A text ends with a token that ends a turn, which is kept, or at
+    `max_new_tokens`, or at the end of the model's context, where each prompt must leave room.
     """
     subject = editor.subject
-    copies = len(changes) * samples
     ends = torch.tensor(end_ids(subject))
     special = torch.tensor(special_ids(subject.tokenizer))
-    room = (subject.max_length or 1 << 62) - len(prompt)
+    copied = [prompt for _ in changes for prompt in prompts for _ in range(samples)]
+    own_ids = pad_sequence([prompt.token_ids for prompt in copied], batch_first=True)
+    own_text = pad_sequence([prompt.is_text for prompt in copied], batch_first=True)
+    length = torch.tensor([len(prompt.token_ids) for prompt in copied])
+    longest = (length + max_new_tokens).clamp(max=subject.max_length or 1 << 62)
+    first = int(length.min())
+    ids, text_mask = own_ids[:, :first], own_text[:, :first]
     caches: list[Any] = [True, True]
-    ids = prompt.expand(copies, -1)
     n_read = 0
-    text_mask = is_text.expand(copies, -1)
-    active = torch.ones_like(text_mask)
-    active[:, :-1] = everywhere
     steps: list[_Step] = []
-    done = torch.zeros(copies, dtype=torch.bool)
-    for step in range(min(max_new_tokens, room)):
+    done = torch.zeros(len(copied), dtype=torch.bool)
+    while not done.all():
         n = ids.shape[1]
         if n_read and subject.length_class(n) != subject.length_class(n_read):
             caches, n_read = [True, True], 0  # the whole text now has other rotary frequencies
         clean = editor.run(ids[:, n_read:], cache=caches[0])
-        edit = _combined_edit(
-            changes, samples, clean.rows, text_mask[:, n_read:], active[:, n_read:]
-        )
+        active = (torch.arange(n_read, n) >= length[:, None] - 1) | everywhere
+        edit = _combined_edit(changes, clean.rows, text_mask[:, n_read:], active)
         changed = editor.run(ids[:, n_read:], edit, cache=caches[1])
         caches, n_read = [clean.cache, changed.cache], n
         p, q = clean.logits[:, -1].float(), changed.logits[:, -1].float()
-        drawn = draw(q, temperature, [(*seed, step, i % samples) for i in range(copies)]).cpu()
+        written = (n - length).clamp(min=0).tolist()
+        seeds = [(*copied[i].seed, step, i % samples) for i, step in enumerate(written)]
+        drawn = draw(q, temperature, seeds).cpu()
         steps.append(
             _Step(
                 drawn,
@@ -112,24 +135,32 @@ def continue_prompt(
                 text_mask[:, -1],
             )
         )
-        done |= torch.isin(drawn, ends)
-        if done.all():
-            break
-        new = drawn[:, None]
-        ids = torch.cat([ids, new], 1)
-        text_mask = torch.cat([text_mask, ~torch.isin(new, special)], 1)
-        active = torch.cat([active, torch.ones_like(new, dtype=torch.bool)], 1)
+        done |= (n >= length) & (torch.isin(drawn, ends) | (n + 1 >= longest))
+        new, is_text = drawn, ~torch.isin(drawn, special)
+        if n < own_ids.shape[1]:
+            new = torch.where(n < length, own_ids[:, n], new)
+            is_text = torch.where(n < length, own_text[:, n], is_text)
+        ids = torch.cat([ids, new[:, None]], 1)
+        text_mask = torch.cat([text_mask, is_text[:, None]], 1)
     every = _Step(*map(torch.stack, zip(*steps, strict=True)))
+    texts = [
+        _continuation(_Step(*(x[n - first : m - first, i] for x in every)), ends)
+        for i, (n, m) in enumerate(zip(length.tolist(), longest.tolist(), strict=True))
+    ]
+    per_change = len(prompts) * samples
     return [
-        [_continuation(every, i * samples + sample, ends) for sample in range(samples)]
-        for i in range(len(changes))
+        [
+            texts[start + i * samples : start + (i + 1) * samples]
+            for start in range(0, len(texts), per_change)
+        ]
+        for i in range(len(prompts))
     ]
 
 
 class _Step(NamedTuple):
     """A step of all copies: the token drawn, its numbers, and the row that predicted it.
 
-    Stacked, all steps of all copies, `(step, copy, ...)`.
+    Stacked, all steps of all copies, `(step, copy, ...)`, or of one, `(step, ...)`.
     """
 
     token: Tensor
@@ -141,17 +172,17 @@ class _Step(NamedTuple):
 
 def _combined_edit(
     changes: Sequence[Change | None],
-    samples: int,
     rows: Tensor,
     is_text: Tensor,
     active: Tensor,
 ) -> Edit:
-    """Return the edit of a batch in which each change has `samples` copies, one after another."""
+    """Return the edit of a batch in which each change has as many copies, one after another."""
+    size = len(rows) // len(changes)
     written, held = torch.zeros_like(rows), torch.zeros(len(rows), dtype=torch.bool)
     for i, change in enumerate(changes):
         if change is None:
             continue
-        copies = slice(i * samples, (i + 1) * samples)
+        copies = slice(i * size, (i + 1) * size)
         computed = change.compute(rows[copies], is_text[copies].to(rows.device)).to(rows.device)
         held[copies] = change.held
         where = active[copies, :, None].to(rows.device)
@@ -165,15 +196,14 @@ def _combined_edit(
     return edit
 
 
-def _continuation(steps: _Step, copy: int, ends: Tensor) -> Continuation:
+def _continuation(steps: _Step, ends: Tensor) -> Continuation:
     """Return what one copy wrote, up to the token that ends it."""
-    token_ids = steps.token[:, copy]
-    stops = torch.isin(token_ids, ends).nonzero()
-    n = int(stops[0]) + 1 if len(stops) else len(token_ids)
+    stops = torch.isin(steps.token, ends).nonzero()
+    n = int(stops[0]) + 1 if len(stops) else len(steps.token)
     return Continuation(
-        token_ids=token_ids[:n].numpy(),
-        kl=steps.kl[:n, copy].double().numpy(),
-        surprise=steps.surprise[:n, copy].double().numpy(),
-        rows=steps.row[1:n, copy],  # step i reads the token that step i - 1 drew
-        is_text=steps.is_text[1:n, copy],
+        token_ids=steps.token[:n].numpy(),
+        kl=steps.kl[:n].double().numpy(),
+        surprise=steps.surprise[:n].double().numpy(),
+        rows=steps.row[1:n],  # step i reads the token that step i - 1 drew
+        is_text=steps.is_text[1:n],
     )
