@@ -1,5 +1,6 @@
 """Effects on the page: the numbers of the reports, read back in a browser."""
 
+import csv
 import json
 from typing import Any
 
@@ -272,11 +273,13 @@ def test_the_saved_table_has_the_effects(show: Any, index, tmp_path):
     shown = show(index, "#/feature/0?dead=1", effects=write_all(tmp_path, index))
     with shown.page.expect_download() as download:
         shown.part("save-table").click()
-    lines = download.value.path().read_text().splitlines()
-    names = lines[0].split(",")
-    cells = dict(zip(names, lines[4].split(","), strict=False))
+    with download.value.path().open(newline="") as file:
+        cells = list(csv.DictReader(file))[3]
     one = ablation(index)["features"][3]
     assert float(cells["kl"]) == pytest.approx(one["kl"], rel=1e-6)
     assert float(cells["kl_control"]) == pytest.approx(one["kl_control"], rel=1e-6)
     assert float(cells["pull"]) == pytest.approx(one["pull"], rel=1e-6)
     assert json.loads(cells["direct_share"]) == 0.625
+    told = direct(index)["features"][3]
+    for side in ("promoted", "suppressed"):
+        assert cells[side] == " | ".join(token["token"] for token in told[side])

@@ -177,6 +177,7 @@ def test_the_table_is_saved_in_list_order_without_formulas(show: Any):
     assert [float(row["max"]) for row in rows] == [3.0, 1.0]
     assert [row["token"] for row in rows] == ['a "b",\n', "'=1+1"]
     assert rows[1]["label"] == "'@x"
+    assert [row["tokens_mean"] for row in rows] == ["", ""]  # this index ranks no tokens
     assert rows[0]["stability"] == ""
 
 
@@ -186,13 +187,60 @@ def test_a_figure_is_saved_as_svg_with_its_colours(show: Any):
     latent = feature_with(index, lambda feature: feature.stats.histogram.sum() > 3)
     shown = show(index, f"#/feature/{latent}")
     with shown.page.expect_download() as download:
-        shown.part("fingerprint").locator("button").click()
+        shown.part("fingerprint").locator("summary").click()
+        shown.part("fingerprint").get_by_test_id("save-svg").click()
     shown.complaints[:] = [text for text in shown.complaints if not text.startswith("blob:")]
     assert download.value.suggested_filename == f"feature-{latent}-sites.svg"
     drawing = ElementTree.fromstring(download.value.path().read_text())
     fills = {node.get("fill") for node in drawing.iter() if node.tag.endswith("rect")}
     assert len(fills) > 2
     assert all(fill and fill.startswith(("rgb", "color")) for fill in fills)
+
+
+def test_panels_are_copied_as_tables_in_which_text_is_no_markup(show: Any):
+    index = full_index()
+    latent = feature_with(index, lambda feature: len(feature.similar) > 1)
+    shown = show(index, f"#/feature/{latent}")
+    tsv = [line.split("\t") for line in shown.copied("similar", "Copy as TSV").splitlines()]
+    assert tsv[0] == ["feature", "label", "score"]
+    assert [int(row[0]) for row in tsv[1:]] == [i for i, _ in index[latent].similar]
+    lines = shown.copied("roles", "Copy as Markdown").splitlines()
+    assert lines[:2] == ["| role | firings | tokens | density |", "| --- | --- | --- | --- |"]
+    assert shown.copied("histogram", "Copy as SVG").startswith("<svg")
+    assert "tokens at which it fires" in shown.copied("stats-part", "Copy as TSV")
+
+
+def test_the_labels_in_a_copied_table_are_no_markup_and_no_formula(show: Any):
+    index = full_index()
+    latent = feature_with(index, lambda feature: len(feature.similar) > 1)
+    other = index[latent].similar[0][0]
+    shown = show(index, f"#/feature/{other}")
+    shown.part("label").fill("=1+1 | <b>`x`")
+    shown.page.evaluate(f"location.hash = '#/feature/{latent}'")
+    shown.wait_for(latent)
+    shown.page.wait_for_selector("[data-testid=similar]")
+    line = shown.copied("similar", "Copy as TSV").splitlines()[1]
+    assert line.split("\t")[:2] == [str(other), "'=1+1 | <b>`x`"]
+    line = shown.copied("similar", "Copy as Markdown").splitlines()[2]
+    assert line.startswith(f"| {other} | =1+1 \\| \\<b\\>\\`x\\` | ")
+
+
+def test_starred_features_are_printed_on_pages_of_their_own(show: Any):
+    shown = show(small_index())
+    shown.page.evaluate("window.print = () => {}")
+    shown.part("print-starred").click()
+    assert "No feature is starred" in shown.text("files-status")
+    shown.press("s", "ArrowRight", "s")
+    shown.part("print-starred").click()
+    shown.page.wait_for_selector("body.printing-starred", state="attached")
+    shown.page.emulate_media(media="print")
+    heads = shown.part("sheet").locator("h2").all_text_contents()
+    assert heads == ["Feature 0", "Feature 2"]
+    assert shown.part("sheet").nth(1).get_by_test_id("example").first.is_visible()
+    assert not shown.part("feature-view").is_visible()
+    shown.page.evaluate("dispatchEvent(new Event('afterprint'))")
+    shown.page.emulate_media(media="screen")
+    assert shown.part("sheet").count() == 0 and shown.part("feature-view").is_visible()
 
 
 @pytest.mark.slow

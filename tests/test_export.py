@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders.indexes import example, index_of, manifest_of, small_index
+from builders.effect_reports import direct
+from builders.effect_reports import write as write_report
+from builders.indexes import example, index_of, manifest_of, small_index, synthetic
 
 from lorascope.artifact import read_manifest
 from lorascope.errors import ArtifactError, ConfigError
@@ -45,6 +47,26 @@ def write(path: Path, data: Any) -> Path:
 
 def read(tmp_path: Path, data: Any) -> FeatureIndex:
     return read_published(write(tmp_path / "features.json", data))
+
+
+def test_the_table_has_the_tokens_of_a_direct_report(tmp_path: Path):
+    index = synthetic(150, 3, 4, n_texts=4, n_rollouts=20, n_layers=2)
+    index.save(tmp_path / "features.h5")
+    report = write_report(tmp_path / "direct.json", "direct", index, direct(index))
+    given = {"input": tmp_path / "features.h5", "output": tmp_path / "out.csv"}
+    with run(ExportConfig(**given, effects=report)).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row, one in zip(rows, direct(index)["features"], strict=True):
+        assert row["promoted"] == " | ".join(token["token"] for token in one["promoted"])
+        assert row["suppressed"] == " | ".join(token["token"] for token in one["suppressed"])
+    write_report(report, "direct", small_index(), direct(index))
+    with pytest.raises(ArtifactError, match="another SAE"):
+        run(ExportConfig(**given, effects=report))
+    report.write_text(report.read_text().replace("0.625", "0.626"))
+    with pytest.raises(ArtifactError, match="damaged"):
+        run(ExportConfig(**given, effects=report))
+    with pytest.raises(ConfigError, match="adds columns"):
+        ExportConfig(input=report, output=tmp_path / "out.json", effects=report)
 
 
 def test_the_json_has_the_published_fields(tmp_path: Path):

@@ -58,6 +58,19 @@ class Shown:
         for key in keys:
             self.page.keyboard.press(key)
 
+    def copied(self, testid: str, name: str) -> str:
+        """The text that an entry of a panel's copy menu gives to the clipboard."""
+        self.page.evaluate(
+            """() => Object.defineProperty(navigator, "clipboard", { configurable: true, value:
+              { writeText: async (text) => { window.copiedText = text; } } })"""
+        )
+        menu = self.part(testid).locator(".copy-menu")
+        menu.locator("summary").focus()
+        self.press("Enter")
+        menu.get_by_role("button", name=name).click()
+        menu.get_by_text("Copied").wait_for()
+        return self.page.evaluate("window.copiedText")
+
     def wait_for(self, feature: int) -> None:
         self.page.wait_for_selector(f"[data-testid=feature-view][data-feature='{feature}']")
         assert self.text("heading") == f"Feature {feature}"

@@ -1,15 +1,19 @@
 """Write a feature index in a format that other tools read; the output's suffix says which.
 
 - `.json`: the published schema, for the published dashboard script and for `dashboard`.
-- `.csv`: the table of statistics, one line per feature.
+- `.csv`: the table of statistics, one line per feature; with the tokens that it promotes and
+  suppresses, if a report of `direct` says them.
 
 In: `features.h5`, or a features JSON of the published schema. The same index gives the same bytes.
 """
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
-from lorascope.artifact import read_manifest, replacing
+from lorascope.artifact import check_seal, open_manifest, read_manifest, replacing
 from lorascope.config import Config, option
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.features.index import FeatureIndex
@@ -30,6 +34,12 @@ class ExportConfig(Config):
         help="file to write: .json is the published schema, .csv the table of statistics",
         identity=False,
     )
+    effects: Path | None = option(
+        None,
+        help="report of lorascope direct: its promoted and suppressed tokens become columns of the "
+        ".csv",
+        identity=False,
+    )
     overwrite: bool = option(False, help="replace an output with other contents", identity=False)
 
     def check(self) -> None:
@@ -37,6 +47,8 @@ class ExportConfig(Config):
         super().check()
         if self.output.suffix not in (".json", ".csv"):
             raise ConfigError(f"--output is {self.output}, expected a .json or .csv file")
+        if self.effects is not None and self.output.suffix != ".csv":
+            raise ConfigError("--effects adds columns to a .csv, --output is a .json; leave it out")
 
 
 def run(config: ExportConfig) -> Path:
@@ -47,17 +59,19 @@ def run(config: ExportConfig) -> Path:
     """
     source, out = config.input.expanduser(), config.output.expanduser()
     index = read_index(source)
-    export = _export_json if out.suffix == ".json" else _export_csv
-    return export(index, source, out, overwrite=config.overwrite)
+    if out.suffix == ".json":
+        return _export_json(index, source, out, overwrite=config.overwrite)
+    direct = {} if config.effects is None else _direct_tokens(config.effects, index)
+    return _export_csv(csv_of(index, direct), out, overwrite=config.overwrite)
 
 
-def csv_of(index: FeatureIndex) -> bytes:
-    """Return the table of statistics as UTF-8 CSV.
+def csv_of(index: FeatureIndex, added: Mapping[str, Sequence[str]] = MappingProxyType({})) -> bytes:
+    """Return the table of statistics as UTF-8 CSV, with `added` columns of text at its end.
 
     Unknown values are empty cells. A text that a spreadsheet could run as a formula gets a leading
     apostrophe.
     """
-    table = index.table()
+    table = index.table().assign(**added)
     for name in table.columns:
         if table[name].dtype.kind not in "iuf":
             table[name] = [_cell(str(value)) for value in table[name]]
@@ -81,9 +95,29 @@ def _export_json(index: FeatureIndex, source: Path, out: Path, *, overwrite: boo
     return built(out, manifest.identity, make, overwrite=overwrite)
 
 
-def _export_csv(index: FeatureIndex, _: Path, out: Path, *, overwrite: bool) -> Path:
+def _direct_tokens(path: Path, index: FeatureIndex) -> dict[str, list[str]]:
+    """Return the promoted and the suppressed tokens of every feature, from a report of `direct`.
+
+    Raises ArtifactError if it is damaged, of another kind or of another SAE.
+    """
+    manifest = open_manifest(path, "direct", 1)
+    if damage := check_seal(path):
+        raise ArtifactError(f"{path} is damaged ({damage}); make it again")
+    features = json.loads(path.read_text(encoding="utf-8"))["features"]
+    sae = index.manifest.parents.get("sae")
+    if sae is None or manifest.parents.get("sae") != sae or len(features) != len(index):
+        raise ArtifactError(
+            f"{path} is of another SAE than the feature index, so its features are others; make "
+            "both from the same SAE"
+        )
+    return {
+        side: [" | ".join(token["token"] for token in one[side]) for one in features]
+        for side in ("promoted", "suppressed")
+    }
+
+
+def _export_csv(data: bytes, out: Path, *, overwrite: bool) -> Path:
     """Write the table. A CSV has no manifest, so an existing file is compared byte by byte."""
-    data = csv_of(index)
     if out.exists() and not overwrite:
         if not out.is_file() or out.read_bytes() != data:
             raise ArtifactError(

@@ -2,7 +2,7 @@
 import {
   annotate, exportAnnotations, importAnnotations, isStarred, isStored, labelOf, nAnnotations, noteOf,
 } from "./annotations.js";
-import { saveFile } from "./downloads.js";
+import { saveFile } from "./copying.js";
 import { whole } from "./format.js";
 
 const byId = (id) => document.getElementById(id);

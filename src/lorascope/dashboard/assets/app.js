@@ -1,8 +1,9 @@
 // Decides what is shown, and moves between the overview, features, rollouts and the map.
 import { editLabel, editNote, showAnnotations, toggleStar } from "./annotation_form.js";
 import { onAnnotations } from "./annotations.js";
+import { saveFile } from "./copying.js";
 import { column, core, feature, featureNow, hasExample, prefetch } from "./data.js";
-import { saveDrawing, saveFile, saveTable } from "./downloads.js";
+import { saveTable } from "./downloads.js";
 import { listIndex, listed, onChoose, redraw, select } from "./feature_list.js";
 import { drawFeature, drawMessage } from "./feature_view.js";
 import { clearFilters, filters, onList, query, refill, setFilters } from "./filter_form.js";
@@ -13,6 +14,7 @@ import { hasMap, mapImage, onOpen, showMap } from "./map.js";
 import { drawOverview } from "./overview.js";
 import { firstRollout, markRollout, nRollouts } from "./rollout_list.js";
 import { showNoRollout, showRollout } from "./rollout_view.js";
+import { printStarred } from "./print_starred.js";
 import { address, amend, onRoute, push } from "./route.js";
 import { switchTheme } from "./theme.js";
 import { hideTooltip, watchTokens } from "./tooltip.js";
@@ -309,6 +311,10 @@ previous.addEventListener("click", () => step(-1));
 next.addEventListener("click", () => step(1));
 byId("help-button").addEventListener("click", openHelp);
 byId("save-table").addEventListener("click", () => saveTable(listed()));
+byId("print-starred").addEventListener("click", async () => {
+  const n = await printStarred();
+  if (!n) byId("files-status").textContent = "No feature is starred. The star is next to its label.";
+});
 byId("goto").addEventListener("submit", (event) => {
   event.preventDefault();
   const name = number.value.trim().replace(/^#/, "");
@@ -326,8 +332,7 @@ byId("browse").addEventListener("click", (event) => {
 addEventListener("click", (event) => {
   const button = event.target.closest?.("[data-save]");
   if (!button) return;
-  if (button.dataset.save === "map") mapImage().then((image) => saveFile("map.png", image));
-  else saveDrawing(button.closest("figure").querySelector("svg"), button.dataset.save);
+  mapImage().then((image) => saveFile("map.png", image));
 });
 
 showAddress().then(() =>

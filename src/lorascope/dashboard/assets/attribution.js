@@ -4,8 +4,8 @@ import { core } from "./data.js";
 import { signed, three } from "./effects.js";
 import { LEVELS } from "./examples.js";
 import { meter, panel } from "./figures.js";
-import { element, percent, whole, writeToken } from "./format.js";
-import { drawLink } from "./related.js";
+import { element, percent, textOf, whole, writeToken } from "./format.js";
+import { drawLink, nameText } from "./related.js";
 
 const MIN_KL = 0.001; // nats; tokens below are not coloured
 const N_LISTED = 10; // tokens in the list of a rollout
@@ -107,7 +107,13 @@ export function drawLargestKl(data, go) {
   part.append(choice, list);
   const note = "Tokens with the largest KL(adapter \u2016 base), in nats. Select one to see " +
     "which features contributed to it.";
-  return panel("Where the adapter changes predictions", note, part, { testid: "largest-kl" });
+  return panel("Where the adapter changes predictions", note, part, {
+    testid: "largest-kl",
+    rows: () => [["position", "role", "token", "KL in nats"], ...Array.from(list.children, (item) => {
+      const t = Number(item.querySelector("button").dataset.at);
+      return [t, core.roles[data.role[t]], textOf(data.token[t]), data.kl[t]];
+    })],
+  });
 }
 
 function fillLargest(list, data, go, isListed) {
@@ -180,7 +186,14 @@ export function drawContributions(data, t, rollout, mark) {
   const note = `Each feature's contribution to ${name}, which is ${three(parts.base)} without the ` +
     `adapter and ${three(parts.adapter)} ${report.unit} with it. The parts below add up to the difference${error}. Point at a feature to see the token from ` +
     "which it acts.";
-  return panel(title, note, [...numbers, list, rest], { testid: "contributions" });
+  const behind = Array.from({ length: stop - first }, (_, i) => first + i);
+  return panel(title, note, [...numbers, list, rest], {
+    testid: "contributions",
+    rows: () => [["part", "label", "contribution", "from token"],
+      ...behind.map((i) => [data.behind_latent[i], nameText(data.behind_latent[i]),
+        data.behind_value[i], data.behind_source[i]]),
+      ...["features", ...Object.keys(OTHER_PARTS)].map((name) => [name, "", parts[name], NaN])],
+  });
 }
 
 // Returns what is known of a prediction without its contributions.

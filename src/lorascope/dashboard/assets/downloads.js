@@ -1,23 +1,19 @@
-// Files to download: the table as CSV, figures as SVG, the map as PNG, labels as JSON.
-import { column, core, hasExample } from "./data.js";
+// The list as a CSV file.
+import { saveFile } from "./copying.js";
+import { column, core, feature, hasExample } from "./data.js";
 import { isStarred, labelOf, noteOf } from "./annotations.js";
 import { authorOf, categoryOf, givenName, hasLabels, kindOf, labelScore } from "./labels.js";
 import { density, mainRole, mainSite } from "./stats.js";
 
-const PAINT = ["fill", "stroke", "font-size", "font-family", "text-anchor", "opacity"];
+// Column -> the list of a feature's record whose tokens it has, as in the CSV of lorascope export.
+const LISTS = [["tokens_mean", (record) => record.ranked.mean],
+  ["tokens_lift", (record) => record.ranked.lift]];
+const DIRECT = [["promoted", (record) => record.promoted],
+  ["suppressed", (record) => record.suppressed]];
 
-// Downloads a file.
-export function saveFile(name, content, type) {
-  const link = document.createElement("a");
-  const blob = content instanceof Blob ? content : new Blob([content], { type });
-  link.href = URL.createObjectURL(blob);
-  link.download = name;
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-}
-
-// Saves the statistics of the given features, one line each.
-export function saveTable(ids) {
+// Saves the statistics of the given features, one line each, with their tokens.
+export async function saveTable(ids) {
+  const tokens = await tokensOf(ids);
   const known = (value) => (Number.isNaN(value) || value < 0 ? "" : value);
   const real = (value) => (Number.isNaN(value) ? "" : value);
   const columns = {
@@ -55,31 +51,27 @@ export function saveTable(ids) {
     role: (id) => cell(mainRole(id)),
     site: (id) => cell(mainSite(id)),
     token: (id) => cell(hasExample(id) ? core.token_texts[column.top_token[id]] : ""),
+    ...Object.fromEntries(LISTS.map(([name]) => [name, (id) => cell(tokens.get(id)?.[name] ?? "")])),
+    ...(column.direct_share && Object.fromEntries(
+      DIRECT.map(([name]) => [name, (id) => cell(tokens.get(id)?.[name] ?? "")]))),
   };
   const lines = [Object.keys(columns).join(",")];
   for (const id of ids) lines.push(Object.values(columns).map((write) => write(id)).join(","));
   saveFile("features.csv", `${lines.join("\r\n")}\r\n`, "text/csv");
 }
 
-// Saves a drawing with its colours on the page.
-export function saveDrawing(drawing, name) {
-  const copy = drawing.cloneNode(true);
-  const nodes = [...drawing.querySelectorAll("*")];
-  [...copy.querySelectorAll("*")].forEach((node, i) => {
-    const style = getComputedStyle(nodes[i]);
-    for (const property of PAINT) node.setAttribute(property, style.getPropertyValue(property));
-    for (const name of ["class", "tabindex", "role", "aria-label"]) node.removeAttribute(name);
-    if (nodes[i].dataset.tip) {
-      const title = document.createElementNS("http://www.w3.org/2000/svg", "title");
-      title.textContent = nodes[i].dataset.tip;
-      node.append(title);
-      node.removeAttribute("data-tip");
-    }
-  });
-  const [, , width, height] = copy.getAttribute("viewBox").split(" ");
-  copy.setAttribute("width", 2 * width);
-  copy.setAttribute("height", 2 * height);
-  saveFile(`${name}.svg`, new XMLSerializer().serializeToString(copy), "image/svg+xml");
+// Returns the tokens of each list of features, by feature. Reads block after block, so that each is
+// decoded once.
+async function tokensOf(ids) {
+  const found = new Map();
+  for (const id of [...ids].sort((a, b) => a - b)) {
+    const record = await feature(id).catch(() => null); // damage is reported when it is shown
+    if (!record) continue;
+    found.set(id, Object.fromEntries([...LISTS, ...DIRECT].map(([name, of]) => [
+      name, of(record).map(([entry]) => core.token_texts[entry]).join(" | "),
+    ])));
+  }
+  return found;
 }
 
 // Returns text as a CSV cell. A token may be "=cmd()", which a spreadsheet would run, so such text

@@ -1,7 +1,7 @@
 // The effects of a feature: of removing it, and on tokens directly through the residual stream.
 import { column, core } from "./data.js";
 import { meter, panel, svg } from "./figures.js";
-import { element, percent, short, whole, writeToken } from "./format.js";
+import { element, percent, short, textOf, whole, writeToken } from "./format.js";
 
 const [WIDTH, ROW] = [320, 26]; // of the figure, in SVG units
 const SIDES = [["promoted", "+"], ["suppressed", "\u2212"]];
@@ -47,6 +47,9 @@ function drawAblation(id) {
   }
   return panel(title, note, [verdict, drawKlAxis(id, rows, floor), list], {
     testid: "effect", file: `feature-${id}-effect`,
+    rows: () => [["number", "value", "meaning"],
+      ...factsOf(value).map(([label, , number, , meaning]) => [label, number, meaning]),
+      ...rows.slice(2).map(([label, number]) => [label, number, "KL without any row, nats per token"])],
   });
 }
 
@@ -162,7 +165,11 @@ function drawDirect(record) {
     }
     parts.push(element("h4", "", `${sign} ${side}`), list);
   }
-  return panel(title, note, parts, { testid: "direct" });
+  return panel(title, note, parts, {
+    testid: "direct",
+    rows: () => [["side", "token", "score"], ...SIDES.flatMap(([side]) =>
+      record[side].map(([entry, z]) => [side, textOf(entry), z]))],
+  });
 }
 
 // Returns a number with three digits: effects are not known more precisely.

@@ -1,4 +1,5 @@
 // Figures of one feature: histograms, densities by role and position, and a grid of its sites.
+import { copyMenu } from "./copying.js";
 import { column, core } from "./data.js";
 import { element, percent, short, whole } from "./format.js";
 
@@ -13,19 +14,14 @@ export function svg(tag, attributes = {}, text = "") {
   return node;
 }
 
-// Returns a panel with a title, a definition, a drawing, and a button that saves the drawing.
-export function panel(title, note, drawing, { testid = "", file = "" } = {}) {
+// Returns a panel with a title, a definition, a drawing, and a menu that copies it: `rows` returns
+// its numbers, the names of the columns first; `file` names its SVG.
+export function panel(title, note, drawing, { testid = "", file = "", rows = null } = {}) {
   const figure = element("figure", "panel");
   figure.dataset.testid = testid;
   const head = element("div", "panel-head");
   head.append(element("h3", "", title));
-  if (file) {
-    const save = element("button", "save", "SVG");
-    save.type = "button";
-    save.dataset.save = file;
-    save.setAttribute("aria-label", `Save the figure \u201c${title}\u201d as SVG`);
-    head.append(save);
-  }
+  if (rows || file) head.append(copyMenu(title, figure, rows, file));
   figure.append(head, element("figcaption", "", note), ...[drawing].flat());
   return figure;
 }
@@ -46,6 +42,8 @@ export function drawHistogram({ id, histogram: all }) {
   const note = `Tokens by activation (logarithmic axis). Tallest bar: ${whole(top)} tokens.`;
   return panel("How strongly it fires", note, drawing, {
     testid: "histogram", file: `feature-${id}-activations`,
+    rows: () => [["from", "to", "tokens"],
+      ...Array.from(histogram, (n, i) => [edges[i], edges[i + 1], n])],
   });
 }
 
@@ -82,6 +80,8 @@ export function drawDensities({ id }) {
   const note = `Features by density (logarithmic axis). Dark: this feature, at ${density}.`;
   return panel("How common it is", note, drawing, {
     testid: "densities", file: `feature-${id}-densities`,
+    rows: () => [["density from", "to", "features"],
+      ...counts.map((n, i) => [first + i, first + i + 1].map((at) => 10 ** (at / PER_DECADE)).concat(n))],
   });
 }
 
@@ -102,6 +102,7 @@ export function drawPositions({ id, byPosition }) {
   const note = `Density in each tenth of a rollout. Tallest bar: ${percent(Math.max(...shares))}.`;
   return panel("Where in a rollout", note, drawing, {
     testid: "positions", file: `feature-${id}-positions`,
+    rows: () => [["tenth of the rollout", "density"], ...shares.map((share, i) => [i + 1, share])],
   });
 }
 
@@ -125,6 +126,8 @@ export function drawRoles({ byRole }) {
   });
   return panel("By role", "Density among the tokens of each role.", table, {
     testid: "roles",
+    rows: () => [["role", "firings", "tokens", "density"], ...shares
+      .map((share, i) => [core.roles[i], byRole[i], core.n_by_role[i], share]).filter((row) => row[2])],
   });
 }
 
@@ -151,6 +154,7 @@ export function drawFingerprint({ id, shares }) {
   const note = "Share of its write at each layer (across) and projection (down).";
   return panel("Where it acts", note, [grid, most], {
     testid: "fingerprint", file: `feature-${id}-sites`,
+    rows: () => [["site", "share of its write"], ...names.map((name, i) => [name, shares[i]])],
   });
 }
 

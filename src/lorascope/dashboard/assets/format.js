@@ -17,6 +17,11 @@ export function element(tag, className = "", text = "") {
   return node;
 }
 
+// Returns the text of a token-table entry.
+export function textOf(entry) {
+  return core.token_texts[entry];
+}
+
 // Fills `node` with the text of a token-table entry; its textContent is then exactly that text.
 export function writeToken(node, entry) {
   const whole = core.token_texts[entry];

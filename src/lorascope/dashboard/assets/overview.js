@@ -55,7 +55,11 @@ function drawShifts(shifts) {
     for (const item of own) item.hidden = left-- <= 0;
   }
   if (left < 0) body.push(showAll([...items.flat(2)], shifts.length));
-  return panel("What it does to predictions", note, body, { testid: "shifts" });
+  return panel("What it does to predictions", note, body, {
+    testid: "shifts",
+    rows: () => [["where", "token", "", "share", "p base", "p adapter"], ...shifts.map((one) => [
+      one.role, one.token, one.side, one.share, one.example.p_base, one.example.p_adapter])],
+  });
 }
 
 // Returns a button that shows hidden nodes.
@@ -106,7 +110,11 @@ function drawAnswers(answers) {
   const note = "Both answer the same prompts with the same noise at each position. Marked: from " +
     "the first token at which they differ.";
   if (body.length > 1) body.push(showAll([...body], body.length));
-  return panel("Base and adapter side by side", note, body, { testid: "answers" });
+  return panel("Base and adapter side by side", note, body, {
+    testid: "answers",
+    rows: () => [["after", "base", "with the adapter"], ...answers.map(({ prompt, same, base, adapter }) => [
+      prompt, same + base, same + adapter])],
+  });
 }
 
 function drawGauges(gauges) {
@@ -143,7 +151,13 @@ function drawGauges(gauges) {
   });
   const note = "Share of the adapter's effect that stays when its rows are replaced by what the " +
     "features say. Ticks: what simpler accounts of the same size reach.";
-  return panel("How far the features stand for it", note, body.flat(), { testid: "gauges" });
+  const names = [...new Set(gauges.flatMap((gauge) => Object.keys(gauge.baselines)))];
+  return panel("How far the features stand for it", note, body.flat(), {
+    testid: "gauges",
+    rows: () => [["effect on", "features", "from", "to", ...names], ...gauges.map((gauge) => [
+      gauge.over, gauge.recovered, ...(gauge.interval ?? [NaN, NaN]),
+      ...names.map((name) => gauge.baselines[name] ?? NaN)])],
+  });
 }
 
 function drawFeatures(features) {
@@ -174,7 +188,13 @@ function drawFeatures(features) {
       "Shares of several features do not add up."
     : !features.length ? "No single feature has a measurable part of the effect."
       : "Features with most activation. What removing them does was not measured.";
-  return panel("What it learned", note, parts, { testid: "top-features" });
+  return panel("What it learned", note, parts, {
+    testid: "top-features",
+    rows: features.length && (() => [
+      ["feature", "label", "fires", "site", "effect", "verdict", "before", "token", "after"],
+      ...features.map((one) => [one.feature, nameOf(one.feature), one.role, one.site,
+        one.effect ?? NaN, one.verdict ?? "", one.before, one.token, one.after])]),
+  });
 }
 
 function titleOf(one) {
@@ -208,7 +228,11 @@ function drawGroups(groups) {
   }
   const note = `Features that fire together, with their part of the sum of all (${
     core.overview.ranked_by}).`;
-  return panel("Groups of features", note, table, { testid: "groups" });
+  return panel("Groups of features", note, table, {
+    testid: "groups",
+    rows: () => [["group", "share", "features", "the largest"], ...groups.map((group) => [
+      group.name, group.share, group.n_features, group.features.join(", ")])],
+  });
 }
 
 function drawPlaces(places) {
@@ -225,6 +249,8 @@ function drawPlaces(places) {
     "(down).";
   return panel("Where it lives", note, [grid, element("p", "figure-note", text)], {
     testid: "places", file: "modules",
+    rows: () => [["layer", "projection", "KL", "KL of a random direction"], ...places.map((one) => [
+      one.layer, one.projection, one.kl, one.kl_random])],
   });
 }
 
@@ -236,7 +262,10 @@ function drawFacts(facts) {
       element("dd", "effect-note", meaning));
     list.append(line);
   }
-  return panel("How sure this is", "", list, { testid: "sureness" });
+  return panel("How sure this is", "", list, {
+    testid: "sureness",
+    rows: () => [["number", "value", "meaning"], ...facts.map(Object.values)],
+  });
 }
 
 function drawGaps(gaps) {

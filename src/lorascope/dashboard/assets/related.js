@@ -2,7 +2,7 @@
 import { column, hasExample } from "./data.js";
 import { meter, panel } from "./figures.js";
 import { nameOf } from "./labels.js";
-import { element, percent, short, writeToken } from "./format.js";
+import { element, percent, short, textOf, writeToken } from "./format.js";
 
 const RANKED = [
   ["mean", "Strongest tokens", "tokens by its mean activation", short],
@@ -26,7 +26,10 @@ export function drawRankings({ ranked }) {
       item.append(token, meter(score / top), number);
       list.append(item);
     }
-    return panel(title, note, list, { testid: `ranked-${name}` });
+    return panel(title, note, list, {
+      testid: `ranked-${name}`,
+      rows: () => [["token", "score"], ...ranked[name].map(([entry, score]) => [textOf(entry), score])],
+    });
   });
 }
 
@@ -48,7 +51,10 @@ export function drawNeighbours({ similar, cofiring }) {
       item.append(link);
       list.append(item);
     }
-    return panel(title, note, list, { testid });
+    return panel(title, note, list, {
+      testid,
+      rows: () => [["feature", "label", "score"], ...pairs.map(([id, score]) => [id, nameText(id), score])],
+    });
   });
 }
 
@@ -59,6 +65,11 @@ export function drawLink(id) {
   link.dataset.feature = id;
   link.append(element("span", "link-id", String(id)), drawName(id));
   return link;
+}
+
+// Returns the same as text, for a table.
+export function nameText(id) {
+  return nameOf(id) || (hasExample(id) ? textOf(column.top_token[id]) : "");
 }
 
 // Returns a feature's label, or its strongest token.

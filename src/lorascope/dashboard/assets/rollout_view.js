@@ -8,7 +8,7 @@ import { drawToken, lineEnd } from "./examples.js";
 import { drawMessage } from "./feature_view.js";
 import { meter, panel } from "./figures.js";
 import { element, short, whole } from "./format.js";
-import { drawLink } from "./related.js";
+import { drawLink, nameText } from "./related.js";
 import { reasonsOf, rolloutStats } from "./rollout_list.js";
 import { amend } from "./route.js";
 import { drawMeanings, mainRole, mainSite } from "./stats.js";
@@ -214,13 +214,15 @@ function drawFiring(t) {
     list.append(item);
   }
   const n = whole(pairs.length);
+  const rows = () => [["feature", "label", t < 0 ? "sum" : "activation", "known"],
+    ...pairs.map(([id, value]) => [id, nameText(id), value, whatIsKnown(id)])];
   const firing = t < 0
     ? panel("Most active features in this rollout", "By the sum of their activations, each as a " +
       "share of the feature's maximum. Select a token to see what fires there.", list,
-    { testid: "firing-panel" })
+    { testid: "firing-panel", rows })
     : panel(`At token ${whole(t)}`, `${n} feature${pairs.length === 1 ? " fires" : "s fire"} ` +
       "here. Bar: activation as a share of the feature's maximum.", list,
-    { testid: "firing-panel" });
+    { testid: "firing-panel", rows });
   const { data } = shown;
   if (t < 0) {
     shown.atToken.replaceChildren(...(isAttributed(data) ? [drawLargestKl(data, goTo)] : []), firing);

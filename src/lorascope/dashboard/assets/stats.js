@@ -1,4 +1,5 @@
 // The statistics of one feature, each with a one-line definition.
+import { copyMenu } from "./copying.js";
 import { UNKNOWN, column, core } from "./data.js";
 import { element, percent, short, whole } from "./format.js";
 
@@ -37,7 +38,11 @@ export function drawStats(id) {
     stats.append(cell);
     meanings.push([label, note]);
   }
-  return drawMeanings(stats, meanings);
+  const part = drawMeanings(stats, meanings);
+  part.dataset.testid = "stats-part";
+  part.lastChild.append(copyMenu("statistics", part, () => [["number", "value", "meaning"], ...rows(id)
+    .filter(([, , , text]) => text).map(([label, , value, , note]) => [label, value, note])]));
+  return part;
 }
 
 // Returns statistics, and below them, folded, what they mean: [label, meaning] of each.
@@ -49,7 +54,9 @@ export function drawMeanings(stats, meanings) {
   }
   const more = element("details", "stat-more");
   more.append(element("summary", "", "What these numbers mean"), list);
-  part.append(stats, more);
+  const foot = element("div", "stats-foot");
+  foot.append(more);
+  part.append(stats, foot);
   return part;
 }
 
