@@ -78,6 +78,27 @@ def test_it_lowers_the_divergence_on_held_out_rollouts_and_keeps_the_l0(config, 
     assert "kl" in load_sae(after).manifest.content["fine_tuning"]["log"][-1]
 
 
+def test_a_step_keeps_the_inputs_of_layers_and_nothing_inside_them(config, monkeypatch):
+    """With `lean` off, everything inside the layers is kept as well: attention, MLP, norms."""
+    config = replace(config, objective="kl", kl_passes=0.1, epochs=1)
+    kept = dict.fromkeys((True, False), 0)
+
+    def measure(tensor):
+        kept[is_lean] += tensor.numel() * tensor.element_size()
+        return tensor
+
+    own = RowEditor.run
+    for is_lean in kept:
+        monkeypatch.setattr(
+            RowEditor,
+            "run",
+            lambda *args, lean=False, _on=is_lean, **how: own(*args, lean=lean and _on, **how),
+        )
+        with torch.autograd.graph.saved_tensors_hooks(measure, lambda tensor: tensor):
+            run(replace(config, output=config.output.with_name(f"{is_lean}.pt")))
+    assert 0 < kept[True] < kept[False] / 2
+
+
 @pytest.mark.slow
 def test_broken_off_and_continued_it_gives_the_same_bytes_and_the_same_log(
     config, tmp_path, monkeypatch

@@ -3,7 +3,8 @@
 1. Replay a batch of training rollouts with the adapter: rows `x` and next-token probabilities.
 2. Choose the sites to splice: all of them in even steps, each with probability 1/2 in odd ones.
    With all sites only, a site could learn to compensate for the error of another.
-3. Run the batch again with `x_hat` of the rows of step 1 at these sites, and `x` at the others.
+3. Run the batch again with `x_hat` of the rows of step 1 at these sites, and `x` at the others. The
+   backward pass runs each decoder layer once more, so only their inputs are kept.
 4. The loss is `KL(adapter || spliced) / KL_0 + 4 · objective / objective_0`: the mean over
    generated tokens (think and answer; all tokens if there are none), and the loss of training
    (`objective.py`) on the batch's rows, which keeps the reconstruction, the L0 and the latents
@@ -135,7 +136,7 @@ class SplicedStep:
         )
         whole = torch.zeros_like(rows)
         whole[own] = mixed
-        out = self.editor.run(batch.token_ids, lambda here, _values: whole[..., here])
+        out = self.editor.run(batch.token_ids, held=whole, lean=True)
         log_q = out.logits[self._aimed_at(batch)].float().log_softmax(-1)
         return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 

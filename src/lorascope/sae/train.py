@@ -304,7 +304,7 @@ def _fine_tune(
     with ExitStack() as stack:
         stop = stack.enter_context(stop_between_steps())
         step = SplicedStep(
-            stack.enter_context(RowEditor(replay.subject)),
+            stack.enter_context(RowEditor(replay.subject, fast=True)),
             replay,
             scale=run.scale.float().to(run.device),
             constant=torch.from_numpy(run.moments.mean).float().to(run.device),
