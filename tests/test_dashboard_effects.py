@@ -81,11 +81,54 @@ def test_promoted_and_suppressed_tokens_are_shown_as_text(show: Any, index, tmp_
     assert number(shown, "direct-share") == 0.625
 
 
+def is_template(index, one) -> bool:
+    return index.stats(one["feature"]).is_template
+
+
+def first_rows(shown: Any, n: int) -> list[int]:
+    shown.page.evaluate("document.getElementById('list').scrollTop = 0")
+    shown.page.wait_for_selector("[data-testid=row][aria-posinset='1']")
+    rows = shown.part("row").evaluate_all(
+        "rows => rows.map(r => [Number(r.ariaPosInSet), Number(r.dataset.feature)])"
+    )
+    return [feature for _, feature in sorted(rows)][:n]
+
+
+def test_the_list_begins_with_specific_effects_and_ranks_template_features_if_asked(
+    show: Any, index, tmp_path
+):
+    shown = show(index, effects=write_all(tmp_path, index))
+    entries = [one for one in ablation(index)["features"] if index.alive[one["feature"]]]
+    order = ("specific", "not distinguishable", "too few firings")
+
+    def ranked(entries):
+        keys = [(order.index(one["verdict"]), -one["kl"], one["feature"]) for one in entries]
+        return [feature for *_, feature in sorted(keys)]
+
+    of_text = ranked([one for one in entries if not is_template(index, one)])
+    assert len(of_text) < len(entries)
+    assert first_rows(shown, 6) == of_text[:6]
+    shown.wait_for(of_text[0])
+    first = shown.page.locator(f"[data-testid=row][data-feature='{of_text[0]}']")
+    assert "specific" in first.locator(".row-badge").text_content()
+    assert shown.part("clear").is_hidden()
+    shown.part("rank-template").check()
+    assert first_rows(shown, 6) == ranked(entries)[:6]
+    shown.page.wait_for_url("**ranked=1")
+    shown.part("clear").click()
+    assert first_rows(shown, 6) == of_text[:6]
+    template = next(one["feature"] for one in entries if is_template(index, one))
+    shown.part("goto").fill(str(template))
+    shown.press("Enter")
+    row = shown.page.locator(f"[data-testid=row][data-feature='{template}']")
+    assert row.locator(".row-badge").text_content() == "template"
+
+
 @pytest.mark.slow
 def test_the_list_sorts_by_effect_and_the_address_keeps_it(show: Any, index, tmp_path):
     paths = write_all(tmp_path, index)
     shown = show(index, "#/feature/0?dead=1&sort=effect", effects=paths)
-    entries = ablation(index)["features"]
+    entries = [one for one in ablation(index)["features"] if not is_template(index, one)]
     best = sorted(entries, key=lambda one: (-one["kl"], one["feature"]))[:5]
     rows = shown.part("row").evaluate_all(
         "rows => rows.map(r => [Number(r.style.top.slice(0, -2)), Number(r.dataset.feature)])"
@@ -270,7 +313,7 @@ def test_a_rollout_without_an_attribution_shows_no_kl(show: Any, index, tmp_path
 
 @pytest.mark.slow
 def test_the_saved_table_has_the_effects(show: Any, index, tmp_path):
-    shown = show(index, "#/feature/0?dead=1", effects=write_all(tmp_path, index))
+    shown = show(index, "#/feature/0?dead=1&sort=id", effects=write_all(tmp_path, index))
     with shown.page.expect_download() as download:
         shown.part("save-table").click()
     with download.value.path().open(newline="") as file:

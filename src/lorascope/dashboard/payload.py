@@ -112,9 +112,21 @@ class Payload:
 
     @cached_property
     def first_block(self) -> int:
-        """Block of the first feature with an example, which the page shows first."""
-        alive = np.flatnonzero(self.index.alive)
-        return int(alive[0]) // BLOCK if len(alive) else 0
+        """Block of the feature that is first in the list, which the page shows first.
+
+        Where effects were measured, that is the specific one of the largest effect (filters.js).
+        """
+        index, ablation = self.index, self.reports.ablation
+        ranked = () if ablation is None else ablation.features or ()
+        kept = index.alive & (index.latent_n_special <= np.maximum(index.latent_n_active, 0))
+        best = max(
+            (one for one in ranked if kept[one.feature]),
+            key=lambda one: (one.verdict == "specific", one.kl, -one.feature),
+            default=None,
+        )
+        alive = np.flatnonzero(index.alive)
+        first = best.feature if best is not None else int(alive[0]) if len(alive) else 0
+        return first // BLOCK
 
     def core(self) -> str:
         """Return the core as JSON that is safe inside a script element."""

@@ -1,6 +1,7 @@
 // The list of features: filtered, sorted, and drawn only where it is visible.
 import { column, core, hasExample, isTemplate } from "./data.js";
 import { isStarred, labelOf } from "./annotations.js";
+import { verdictOf } from "./effects.js";
 import { categoryOf, kindOf, nameOf, scoreText } from "./labels.js";
 import { element, percent, short, whole, writeToken } from "./format.js";
 
@@ -111,18 +112,25 @@ function row(at) {
   fill.style.width = `${100 * logDensity(id)}%`;
   bar.append(fill);
   const number = element("span", "row-id", isStarred(id) ? `\u2605 ${id}` : String(id));
-  node.append(number, token, element("span", "row-note", note(id)), bar);
+  const notes = element("span", "row-note", note(id));
+  const badge = isTemplate(id) ? "template" : verdictOf(id) === "specific" ? "specific" : "";
+  if (badge && badge !== notes.textContent) {
+    notes.prepend(element("span", `chip row-badge verdict-${badge}`, badge), " ");
+  }
+  node.append(number, token, notes, bar);
   return node;
 }
 
 // What a row shows, by what the list is sorted by; the bar shows how often the feature fires.
-const number = (values) => (id) => (values?.[id] > -Infinity ? short(values[id]) : "\u2014");
+const number = (values) => (id) => (
+  values?.[id] > -Infinity ? short(Number(values[id].toPrecision(3))) : "\u2014");
 const VALUES = {
   often: frequency,
   rare: frequency,
   max: number(column.max),
   mean: number(column.mean),
   stable: number(column.stability),
+  verdict: number(column.effect_kl),
   effect: number(column.effect_kl),
   each: number(column.effect_each),
   specific: number(column.effect_excess_low),

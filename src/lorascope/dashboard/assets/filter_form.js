@@ -1,5 +1,6 @@
 // The search field and the filters of the list.
 import { column, core, isTemplate } from "./data.js";
+import { nAnnotations } from "./annotations.js";
 import { choose, fromQuery, noFilters, toQuery } from "./filters.js";
 import { fill, listed } from "./feature_list.js";
 import { hasLabels } from "./labels.js";
@@ -92,7 +93,8 @@ function show(share, moves) {
   byId("list").setAttribute("aria-busy", String(share < 1));
   const more = nMore(now);
   byId("filter-count").textContent = more ? ` (${more})` : "";
-  byId("clear").hidden = toQuery({ ...now, sort: "id" }) === "";
+  byId("clear").hidden = toQuery({ ...now, sort: noFilters().sort }) === "";
+  byId("sort-label").hidden = !hasLabels && !nAnnotations() && now.sort !== "label";
   relisted(moves);
 }
 
@@ -111,8 +113,12 @@ function addOptions(name, values) {
   }
 }
 
+// Takes away what needs something that the page does not have. Safari shows hidden options.
 function hide(need) {
-  for (const node of form.querySelectorAll(`[data-need="${need}"]`)) node.hidden = true;
+  for (const node of document.querySelectorAll(`[data-need="${need}"]`)) {
+    if (node.tagName === "OPTION") node.remove();
+    else node.hidden = true;
+  }
 }
 
 byId("full-count").textContent = core.top_k;
@@ -126,21 +132,17 @@ if (core.sites && column.main_site.length) {
 } else {
   hide("site");
 }
-if (!column.n_special.some((_, id) => isTemplate(id))) hide("template");
+const hasTemplate = column.n_special.some((_, id) => isTemplate(id));
+if (!hasTemplate) hide("template");
+if (!hasTemplate || !column.effect_kl) hide("ranked");
 if (hasLabels) {
   addOptions("kind", [...core.labels.kinds, "none"]);
   addOptions("category", core.labels.categories);
 } else {
-  for (const node of form.querySelectorAll('option[data-need="label"]')) node.remove();
-  for (const node of document.querySelectorAll('[data-need="label"]')) node.hidden = true;
+  hide("label");
 }
-if (!column.effect_kl) {
-  for (const node of form.querySelectorAll('[data-need="effect"]')) node.remove();
-}
-if (!column.stability.some((value) => !Number.isNaN(value))) {
-  hide("stability");
-  for (const node of form.querySelectorAll('option[data-need="stability"]')) node.remove();
-}
+if (!column.effect_kl) hide("effect");
+if (!column.stability.some((value) => !Number.isNaN(value))) hide("stability");
 
 form.addEventListener("input", (event) => {
   clearTimeout(timer);

@@ -1,12 +1,14 @@
 // Chooses which features are in the list, and their order.
 import { UNKNOWN, column, core, hasExample, isTemplate } from "./data.js";
 import { isStarred, labelOf, noteOf } from "./annotations.js";
+import { verdictOf } from "./effects.js";
 import { categoryOf, kindOf, labelScore, nameOf } from "./labels.js";
 import { density } from "./stats.js";
 
 // Name in the address -> the value without a filter. The controls of the form have these names.
 const NONE = {
-  q: "", in: "fires", sort: "id", full: false, dead: false, template: false, role: "", layer: "", projection: "",
+  q: "", in: "fires", sort: column.effect_kl ? "verdict" : "id", full: false, dead: false, ranked: false,
+  template: false, role: "", layer: "", projection: "",
   mark: "", dmin: "", dmax: "", amin: "", amax: "", nmin: "", smin: "", lasso: "",
   kind: "", category: "", lmin: "",
 };
@@ -14,7 +16,11 @@ const WIDTH = UNKNOWN - 1; // of the map
 const GRID = 999; // a lasso's corners are rounded to this many steps across the map
 
 const LEAST = -Infinity;
+const VERDICTS = ["specific", "not distinguishable", "too few firings", ""];
+const STEP = 1e6; // nats; every effect is smaller
+const BY_EFFECT = ["verdict", "effect", "each", "specific"];
 const SORTS = {
+  verdict: (id) => STEP * VERDICTS.indexOf(verdictOf(id)) - (column.effect_kl?.[id] || 0),
   often: (id) => -column.n_active[id],
   rare: (id) => column.n_active[id],
   max: (id) => -(Number.isNaN(column.max[id]) ? LEAST : column.max[id]),
@@ -60,7 +66,9 @@ export function choose(filters, found = null) {
     if (tests.every((test) => test(id))) ids.push(id);
   }
   const key = SORTS[filters.sort];
-  if (key) ids.sort((a, b) => key(a) - key(b) || a - b);
+  // An effect at template tokens is that of the template, so those features come after the others.
+  const isLast = BY_EFFECT.includes(filters.sort) && !filters.ranked ? isTemplate : () => false;
+  if (key) ids.sort((a, b) => isLast(a) - isLast(b) || key(a) - key(b) || a - b);
   else if (filters.sort === "label") {
     ids.sort((a, b) => (labelOf(b) !== "") - (labelOf(a) !== "") ||
       (nameOf(b) !== "") - (nameOf(a) !== "") || nameOf(a).localeCompare(nameOf(b)) || a - b);
