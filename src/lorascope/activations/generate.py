@@ -87,8 +87,10 @@ class Corpus:
 
 
 def run(config: GenerateConfig, plan: "Callable[[Base, int], None] | None" = None) -> Path:
-    """Make an activation store, unless it is finished already, and return its folder.
+    """Run the adapted model on texts, and return the folder of its activations, a store.
 
+    A finished store of the same settings is kept, and an interrupted one is continued. Raises
+    AdapterError, DatasetError or NumberError if the adapter, the texts or a value cannot be used.
     `plan` gets the base and the number of tokens before any model is loaded, and may raise.
     """
     from lorascope.activations.capture import compare_likelihood

@@ -44,7 +44,12 @@ from lorascope.subject.intervene import RowEditor
 
 
 def run(config: AttributeConfig) -> Path:
-    """Write the report unless it is finished already, and return its file."""
+    """Explain single predictions by features, and return the report's file (JSON).
+
+    Contributions are in the units of the target: nats for a KL or a log-probability, logits for a
+    difference of logits. A finished report of the same settings is kept. Raises ArtifactError if
+    inputs do not belong together.
+    """
     store = ActivationStore.open(config.data_dir)
     sae = load_sae(config.sae, store)
     chosen = _chosen_rollouts(config, store)

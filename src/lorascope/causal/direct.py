@@ -42,7 +42,11 @@ _N_NAMED = 4  # tokens of each
 
 
 def run(config: DirectConfig) -> Path:
-    """Write the report unless it is finished already, and return its file."""
+    """Find the tokens that each feature promotes directly, and return the report's file (JSON).
+
+    It reads weights alone: no texts and no store. A finished report of the same settings is kept.
+    Raises ArtifactError if inputs do not belong together.
+    """
     sae = load_sae(config.sae)
     adapter = inspect_adapter(config.lora_path, config.adapter_name)
     base = find_base(adapter, config.base_model, config.base_revision)

@@ -69,7 +69,12 @@ _RUNS = ("base", "patched", "folded")
 
 
 def run(config: EditConfig) -> Path:
-    """Write the folder unless it is finished already, and return it."""
+    """Remove, weaken or strengthen features of an adapter, and return the folder of the result.
+
+    The folder has an adapter with changed weights, or a `Patch`. Its `report.json` says which, how
+    much of the edit weights miss, and KL in nats a token. A finished result of the same settings is
+    kept. Raises ArtifactError if inputs do not belong together.
+    """
     store = ActivationStore.open(config.data_dir)
     sae = load_sae(config.sae, store)
     require_features(config.features, sae)

@@ -58,7 +58,12 @@ log = logging.getLogger(__name__)
 
 
 def run(config: EvaluateConfig) -> Path:
-    """Write the report unless it is finished already, and return its file."""
+    """Measure how far an SAE stands for the adapter, and return the report's file (JSON).
+
+    Shares recovered are 1 − KL(adapter ‖ run) / KL(adapter ‖ base), in nats a token, on held-out
+    rollouts. A finished report of the same settings is kept. Raises ArtifactError if inputs do not
+    belong together.
+    """
     store = ActivationStore.open(config.data_dir)
     sae = load_sae(config.sae, store)
     others = {f"against {path.name}": load_sae(path, store) for path in config.against}

@@ -58,7 +58,12 @@ Floats = npt.NDArray[np.float64]
 
 
 def run(config: SteerConfig) -> Path:
-    """Write the report unless it is finished already, and return its file."""
+    """Let the model write with features at several doses, and return the report's file (JSON).
+
+    KL(adapter ‖ steered) is in nats a token, beside that of a random direction of the same size. A
+    finished report of the same settings is kept. Raises ArtifactError if inputs do not belong
+    together.
+    """
     store = ActivationStore.open(config.data_dir)
     sae = load_sae(config.sae, store)
     require_features(config.features, sae)

@@ -113,7 +113,12 @@ class CollectConfig(CollectOptions):
 
 
 def run(config: CollectConfig) -> Path:
-    """Make a feature index, or find the finished one, and return its path."""
+    """Keep the best examples of every latent, and return the path of the feature index.
+
+    The file is `features.h5`, or JSON in the published schema if the output's name ends in .json. A
+    finished index of the same settings is kept. Raises ArtifactError if store and SAE do not belong
+    together.
+    """
     from lorascope.sae.model import load_sae
 
     data_dir = config.data_dir or _published_store(config.sae)

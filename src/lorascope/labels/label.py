@@ -118,7 +118,11 @@ class LabelConfig(LabelOptions):
 
 
 def run(config: LabelConfig) -> Path:
-    """Label the features, or find the finished labels, and return their file."""
+    """Say in words what each feature responds to, and return the file of the labels (JSON).
+
+    Scores are balanced accuracies on rollouts that chose no label; 0.5 is chance. Finished labels
+    of the same settings are kept. Raises ArtifactError if inputs do not belong together.
+    """
     from lorascope.sae.model import load_sae
 
     source = config.input.expanduser()

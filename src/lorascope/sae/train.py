@@ -62,7 +62,7 @@ _AUTO_EPOCHS = 20
 
 
 def run(config: TrainConfig) -> Path:
-    """Train as configured and return the SAE's path; a finished SAE is left as it is.
+    """Train an SAE on a store, and return its path; a finished SAE is left as it is.
 
     For a sweep, return the path of its table, a JSON file.
     """
