@@ -124,6 +124,8 @@ def test_an_index_and_a_feature_show_their_numbers_labels_and_examples(tmp_path)
     text = Parsed(index._repr_html_()).text
     assert "4 features, 3 of them fire; 1,234 tokens" in text
     assert "a < b" in text
+    assert repr(index) == "FeatureIndex(4 features, 3 of them fire; 1,234 tokens)"
+    assert repr(index[0]).startswith("Feature(0; a < b; balanced accuracy 0.90; fires at 1 tokens")
     html = index[0]._repr_html_()
     example = index[0].examples[0]
     assert (

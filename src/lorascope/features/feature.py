@@ -66,7 +66,7 @@ class FeatureStats:
         return (self.n_special or 0) > (self.n_active or 0)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Feature:
     """The record of one latent.
 
@@ -98,8 +98,10 @@ class Feature:
             return (*self.at_special, *self.examples)
         return (*self.examples, *self.at_special)
 
-    def _repr_html_(self) -> str:
-        """Return its label, its statistics and its strongest examples, for a notebook."""
+    def __repr__(self) -> str:
+        return f"Feature({'; '.join([str(self.latent), *self._facts()])})"
+
+    def _facts(self) -> list[str]:
         stats, label = self.stats, self.label
         facts = [] if label is None else [label.name]
         if label is not None and label.balanced_accuracy is not None:
@@ -111,8 +113,12 @@ class Feature:
             facts.append(f"at {stats.n_special:,} special tokens")
         sites = sorted(self.fingerprint.items(), key=lambda item: -item[1])[:_N_SITES]
         facts += [f"{percentage(share)} of its effect at {name}" for name, share in sites if share]
+        return facts
+
+    def _repr_html_(self) -> str:
+        """Return its label, its statistics and its strongest examples, for a notebook."""
         shown = self.strongest[:_N_EXAMPLES]
-        return sentence_html(f"Feature {self.latent}", *facts) + table_html(
+        return sentence_html(f"Feature {self.latent}", *self._facts()) + table_html(
             ("value", "rollout", "position", "example"),
             [(f"{one.value:.3g}", str(one.rollout), str(one.position)) for one in shown],
             [passage_html(one.tokens, one.target) for one in shown],

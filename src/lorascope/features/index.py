@@ -35,7 +35,7 @@ _ONLY = {"example": ("n_alike",), "sample": ("quantile",)}  # fields of an `Exam
 _WINDOW_END = b"\xff"  # never part of UTF-8 text, so no match spans two windows
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FeatureIndex:
     """The examples and statistics of all latents as arrays; `arrays.FIELDS` has types and axes.
 
@@ -149,12 +149,21 @@ class FeatureIndex:
             label=self.label(latent),
         )
 
-    def _repr_html_(self) -> str:
-        """Return what the index is, and the features that fire at most tokens, for a notebook."""
-        content, layout = self.content, self.manifest.layout
-        counts = {"tokens": content.get("n_tokens"), "rollouts": content.get("n_rollouts")}
+    def __repr__(self) -> str:
+        return f"FeatureIndex({'; '.join(self._facts())})"
+
+    def _facts(self) -> list[str]:
+        counts = {
+            "tokens": self.content.get("n_tokens"),
+            "rollouts": self.content.get("n_rollouts"),
+        }
         known = [f"{n:,} {name}" for name, n in counts.items() if isinstance(n, int)]
         about = f"{len(self):,} features, {int(self.alive.sum()):,} of them fire"
+        return [about, ", ".join(known)] if known else [about]
+
+    def _repr_html_(self) -> str:
+        """Return what the index is, and the features that fire at most tokens, for a notebook."""
+        layout = self.manifest.layout
         order = np.argsort(-self.latent_n_active, kind="stable")
         shown = [self[i] for i in order[self.alive[order]][:_N_SHOWN].tolist()]
         rows = []
@@ -175,9 +184,7 @@ class FeatureIndex:
             for one in feature.strongest[:1]
         ]
         names = ("feature", "label", "fires", "role", "site", "strongest example")
-        return sentence_html("Feature index", about, ", ".join(known)) + table_html(
-            names, rows, passages
-        )
+        return sentence_html("Feature index", *self._facts()) + table_html(names, rows, passages)
 
     def label(self, latent: int) -> Label | None:
         """Return the label of a latent, or None."""

@@ -27,8 +27,7 @@ def percentage(share: float | None) -> str:
 
 def sentence_html(title: str, *parts: str) -> str:
     """Return a line with a title and what is known."""
-    text = "; ".join(filter(None, parts))
-    return f"<p{_PLAIN}><b>{_text(title)}</b>: {_text(text)}</p>"
+    return f"<p{_PLAIN}><b>{_text(title)}</b>: {_text('; '.join(parts))}</p>"
 
 
 def passage_html(tokens: Sequence[str], target: int) -> str:
