@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo test test-all test-lowest lint smollm2 clean
+.PHONY: demo test test-all test-lowest lint docs smollm2 clean
 
 demo: $(VENV)/.installed
 	$(BIN)/lorascope demo --output demo-output
@@ -31,6 +31,11 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# The site, into build/site; with the demo's page if `make demo` has made it.
+docs: $(VENV)/.installed-docs
+	OMP_NUM_THREADS=1 $(BIN)/python docs/make_site.py
+	@echo build/site/index.html
+
 $(VENV)/.made:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lorascope needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +47,10 @@ $(VENV)/.installed: $(VENV)/.made $(SOURCES)
 
 $(VENV)/.installed-test: $(VENV)/.made $(SOURCES)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: $(VENV)/.made $(SOURCES)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
 	@touch $@ $(VENV)/.installed
 
 # An extra that nothing else needs: the whole pipeline on a real pretrained model, with the adapter
