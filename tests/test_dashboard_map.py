@@ -7,6 +7,7 @@ import pytest
 from builders.indexes import full_index
 
 from lorascope.dashboard.layout import layout
+from lorascope.labels.groups import groups_of
 
 
 def open_map(show: Any, address: str = "#/map") -> Any:
@@ -141,10 +142,50 @@ def test_the_visible_features_become_the_list(show: Any):
     assert 0 < count < alive
 
 
+def test_groups_have_names_and_colours_on_the_map(show: Any):
+    index = full_index()
+    shown = open_map(show)
+    assert shown.part("map-color").input_value() == "group"
+    shown.page.wait_for_selector("canvas[data-named]", state="attached")
+    groups = groups_of(index)
+    named = shown.part("canvas").get_attribute("data-named").split(",")
+    assert named[0] == "0"  # the largest comes first
+    assert all(len(groups[int(number)].latents) >= 5 for number in named)
+    names = shown.page.locator(".legend-kind").all_text_contents()
+    assert names[:2] == [group.name for group in groups[:2]]
+    shown.page.mouse.move(*dot_of(shown, isolated()))
+    own = next(group.name for group in groups if isolated() in group.latents)
+    assert own in shown.text("tooltip")
+
+
+def test_a_finger_on_the_map_scrolls_the_page_and_draws_a_lasso(show: Any):
+    shown = open_map(show)
+    canvas, session = shown.part("canvas"), shown.page.context.new_cdp_session(shown.page)
+    shown.page.set_viewport_size({"width": 390, "height": 600})
+
+    def swipe() -> float:
+        box, before = canvas.bounding_box(), shown.page.evaluate("scrollY")
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        for kind, moved in (("touchStart", 0), *(("touchMove", d) for d in range(10, 160, 10))):
+            touch = {"type": kind, "touchPoints": [{"x": x, "y": y - moved}]}
+            session.send("Input.dispatchTouchEvent", touch)
+        session.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+        return shown.page.evaluate("scrollY") - before
+
+    for is_drawing in (True, False):
+        shown.part("lasso").evaluate("node => node.click()")
+        canvas.evaluate("node => node.scrollIntoView({ block: 'start' })")
+        shown.page.evaluate("scrollBy(0, -200)")
+        shown.page.wait_for_timeout(300)  # until the browser knows what a finger does there
+        assert (swipe() < 1) == is_drawing
+
+
 @pytest.mark.slow
 def test_colours_have_a_legend(show: Any):
     shown = open_map(show)
-    assert "frequent" in shown.text("map")
+    for choice, words in (("density", "frequent"), ("layer", "layer 0")):
+        shown.part("map-color").select_option(choice)
+        shown.page.get_by_text(words, exact=True).wait_for()
     shown.part("map-color").select_option("projection")
     shown.page.wait_for_function("() => document.querySelectorAll('.legend-kind').length === 7")
     shown.part("map-color").select_option("role")

@@ -50,6 +50,18 @@ def test_planted_clusters_are_separate_on_the_map():
     assert np.mean(apart.min(axis=1) > 2 * width) > 0.9
 
 
+def test_latents_that_fire_together_are_close_wherever_they_are_written():
+    rng = np.random.default_rng(0)
+    group = np.arange(300) % 10
+    near = np.array([rng.choice(np.flatnonzero(group == g), 6, replace=False) for g in group])
+    jaccard = rng.uniform(0.2, 0.6, near.shape)
+    index = index_with_decoder(rng.standard_normal((300, 16)), np.zeros(300, dtype=bool))
+    latents = {"near_decoder": index.near_decoder, "near_cosine": index.near_cosine}
+    latents |= {"near_cofiring": near, "near_jaccard": jaccard}
+    positions = layout(index_of([[example(1.0, 9, [1, 2], 0)]] * 300, latents=latents))
+    assert np.mean(group[nearest(positions, 5)] == group[:, None]) > 0.95
+
+
 def test_neighbours_on_a_sheet_stay_neighbours():
     rng = np.random.default_rng(0)
     sheet = rng.random((800, 2))

@@ -13,7 +13,7 @@ that fills it:
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ from lorascope.dashboard.facts import Fact, Gap, gaps_of, sureness
 from lorascope.dashboard.headline import Gauge, RoleShare, has_no_weights, headline_of
 from lorascope.dashboard.reports import Reports
 from lorascope.features.index import FeatureIndex
-from lorascope.labels.groups import groups_of
+from lorascope.labels.groups import FeatureGroup, groups_of
 
 N_FEATURES = 24
 N_SHIFTS = 16
@@ -108,8 +108,10 @@ class Overview(ReportRecord):
     answers: tuple[Answer, ...] = ()
 
 
-def overview_of(index: FeatureIndex, reports: Reports) -> Overview:
-    """Return the overview of an index and the reports about it."""
+def overview_of(
+    index: FeatureIndex, reports: Reports, groups: Sequence[FeatureGroup] | None = None
+) -> Overview:
+    """Return the overview of an index and the reports about it; `groups` if they are known."""
     evaluation, ablation = reports.evaluation, reports.ablation
     roles, kl = _roles(evaluation)
     gauges = _gauges(evaluation)
@@ -123,7 +125,7 @@ def overview_of(index: FeatureIndex, reports: Reports) -> Overview:
         shifts=_shifts(evaluation) if has_effect else (),
         gauges=gauges if has_effect else (),
         ranked_by="effect of removal" if effects else "share of all activation",
-        groups=_groups(index, weights) if has_effect else (),
+        groups=_groups(groups or groups_of(index), weights) if has_effect else (),
         features=_features(index, effects, weights) if has_effect else (),
         floor=None if ablation is None else ablation.floor.rounding,
         places=_places(index, ablation) if has_effect else (),
@@ -244,7 +246,7 @@ def _feature(index: FeatureIndex, latent: int, effects: _Effects | None) -> TopF
     )
 
 
-def _groups(index: FeatureIndex, weights: npt.NDArray[np.float64]) -> tuple[Group, ...]:
+def _groups(found: Sequence[FeatureGroup], weights: npt.NDArray[np.float64]) -> tuple[Group, ...]:
     """Return groups of features that fire together, largest share first."""
     known = np.nan_to_num(weights)
     total = max(float(known.sum()), 1e-30)
@@ -255,7 +257,7 @@ def _groups(index: FeatureIndex, weights: npt.NDArray[np.float64]) -> tuple[Grou
             n_features=len(latents),
             features=tuple(sorted(latents, key=lambda i: -float(known[i]))[:_N_OF_GROUP]),
         )
-        for name, latents in groups_of(index)
+        for name, latents in found
     ]
     return tuple(sorted(groups, key=lambda group: -group.share)[:N_GROUPS])
 

@@ -1,4 +1,4 @@
-// The map: every feature is a dot, close to features with similar decoder rows.
+// The map: every feature is a dot, close to features that fire with it; groups have names.
 import { UNKNOWN, column, core } from "./data.js";
 import { toLasso } from "./filters.js";
 import { setLasso } from "./filter_form.js";
@@ -15,6 +15,9 @@ const WIDTH = UNKNOWN - 1;
 const NEAR = 14; // pixels: the pointer selects a feature within this distance
 const KINDS = 7; // category colours in colors.css; further categories share the last one
 const LEVELS = 9;
+const N_NAMED = 5; // features of a group from which its name is on the map
+const MAX_NAME = [26, 48]; // characters, on a narrow and on a wide map
+const MIN_EFFECT = 1e-4; // share of the largest effect that has the lowest colour
 
 const area = document.getElementById("map");
 const canvas = element("canvas", "canvas");
@@ -55,12 +58,16 @@ function size() {
   return Math.min(canvas.clientWidth, canvas.clientHeight) * 0.94;
 }
 
-function toScreen(id) {
+function pointOf(x, y) {
   const width = size() * view.zoom;
   return [
-    canvas.clientWidth / 2 + (column.x[id] / WIDTH - view.x) * width,
-    canvas.clientHeight / 2 + (column.y[id] / WIDTH - view.y) * width,
+    canvas.clientWidth / 2 + (x / WIDTH - view.x) * width,
+    canvas.clientHeight / 2 + (y / WIDTH - view.y) * width,
   ];
+}
+
+function toScreen(id) {
+  return pointOf(column.x[id], column.y[id]);
 }
 
 function toMap([x, y]) {
@@ -77,19 +84,45 @@ const densityLevel = (id) => {
   return Math.max(1, Math.min(LEVELS, Math.round(LEVELS + 1.8 * Math.log10(share))));
 };
 
-// Returns the ways to colour dots: name -> [categories or null, colour number of a feature].
+// Returns the colour level of a feature's effect, on a logarithmic scale from the noise level on.
+function effectLevel() {
+  const known = column.effect_kl.filter((kl) => kl > 0);
+  const top = known.reduce((a, b) => Math.max(a, b), 1e-30);
+  const least = Math.max(known.reduce((a, b) => Math.min(a, b), top), top * MIN_EFFECT);
+  return (id) => (column.effect_kl[id] > 0
+    ? rampLevel(Math.log(column.effect_kl[id] / least), Math.log(top / least)) : 0);
+}
+
+function rampLevel(part, whole) {
+  return Math.max(1, Math.min(LEVELS, Math.ceil((LEVELS * part) / (whole || 1))));
+}
+
+// Returns the ways to colour dots: name -> [categories or null, colour number of a feature, and
+// without categories the names of both ends of the ramp]. The first one is shown first.
 function colorings() {
-  const choices = { density: [null, densityLevel] };
+  const choices = {};
   const byName = (names, valueOf) => [
     names, (id) => Math.min(KINDS, names.indexOf(valueOf(id)) + 1),
   ];
+  if (core.groups.length > 1) {
+    const names = core.groups.slice(0, KINDS - 1);
+    if (core.groups.length > names.length) names.push("other groups");
+    choices.group = [names, (id) => (column.group[id] === UNKNOWN ? 0
+      : Math.min(KINDS, column.group[id] + 1))];
+  }
   const roles = core.roles.filter((_, i) => core.n_by_role?.[i] > 0);
   if (roles.length) choices.role = byName(roles, mainRole);
+  if (column.effect_kl) choices.effect = [null, effectLevel(), "little effect", "large effect"];
   if (core.sites) {
+    const layers = core.sites.map(([layer]) => layer);
+    const [first, last] = [Math.min(...layers), Math.max(...layers)];
+    choices.layer = [null, (id) => rampLevel(core.sites[column.main_site[id]]?.[0] - first + 1, last - first + 1) || 0,
+      `layer ${first}`, `layer ${last}`];
     const projections = [...new Set(core.sites.map(([, projection]) => projection))];
     choices.projection = byName(projections, (id) => core.sites[column.main_site[id]]?.[1]);
   }
   if (hasLabels) choices.category = byName(core.labels.categories, categoryOf);
+  choices.density = [null, densityLevel, "rare", "frequent"];
   return choices;
 }
 const COLORINGS = colorings();
@@ -109,7 +142,7 @@ function draw() {
   pen.setTransform(ratio, 0, 0, ratio, 0, 0);
   pen.fillStyle = ink("--panel");
   pen.fillRect(0, 0, width, height);
-  const [kinds, kindOf] = COLORINGS[color.value];
+  const [kinds, kindOf, ...ends] = COLORINGS[color.value];
   const colors = Array.from({ length: 10 }, (_, i) => ink(kinds ? `--kind-${i}` : `--deep-${i}`));
   const few = Math.sqrt(4000 / Math.max(1, onMap.length));
   const radius = Math.max(1, Math.min(5, 3.4 * few * Math.sqrt(view.zoom)));
@@ -139,9 +172,54 @@ function draw() {
     pen.arc(x, y, radius + 4, 0, 7);
     pen.stroke();
   }
+  drawGroupNames(pen, ink, width, height);
   drawLabels(pen, ink, width, height);
   if (lasso) drawLasso(pen, ink);
-  drawLegend(kinds);
+  drawLegend(kinds, ends);
+}
+
+// Returns where each group is: the median position of its features, for those of `N_NAMED` or more.
+function centres() {
+  const members = core.groups.map(() => []);
+  for (const id of onMap) if (column.group[id] !== UNKNOWN) members[column.group[id]].push(id);
+  const middle = (values) => values.sort((a, b) => a - b)[values.length >> 1];
+  return members.map((ids, group) => ({ group, n: ids.length,
+    x: middle(ids.map((id) => column.x[id])), y: middle(ids.map((id) => column.y[id])) }))
+    .filter(({ n }) => n >= N_NAMED).sort((a, b) => b.n - a.n);
+}
+let named = null; // centres, once they are needed
+
+// Writes the names of groups where they do not cover each other, those of most features first.
+function drawGroupNames(pen, ink, width, height) {
+  named ??= centres();
+  pen.font = "500 11.5px system-ui, sans-serif";
+  pen.textAlign = "center";
+  const taken = [];
+  const drawn = [];
+  for (const { group, x: mapX, y: mapY } of named) {
+    const name = shortName(core.groups[group]);
+    const half = pen.measureText(name).width / 2 + 4;
+    const [x, y] = pointOf(mapX, mapY);
+    if (x < 0 || y < 0 || x > width || y > height) continue;
+    const at = Math.min(Math.max(x, half), width - half); // all of the name is on the canvas
+    const isCovered = taken.some(([x0, x1, y0]) => at - half < x1 && at + half > x0 && Math.abs(y - y0) < 17);
+    if (isCovered) continue;
+    taken.push([at - half, at + half, y]);
+    drawn.push(group);
+    pen.globalAlpha = 0.82;
+    pen.fillStyle = ink("--panel");
+    pen.fillRect(at - half, y - 8, 2 * half, 16);
+    pen.globalAlpha = 1;
+    pen.fillStyle = ink("--ink");
+    pen.fillText(name, at, y + 4);
+  }
+  pen.textAlign = "start";
+  canvas.dataset.named = drawn.join();
+}
+
+function shortName(name) {
+  const most = MAX_NAME[Number(canvas.clientWidth > 600)];
+  return name.length > most ? `${name.slice(0, most - 1)}\u2026` : name;
 }
 
 function drawLabels(pen, ink, width, height) {
@@ -164,7 +242,7 @@ function drawLasso(pen, ink) {
   pen.setLineDash([]);
 }
 
-function drawLegend(kinds) {
+function drawLegend(kinds, [low, high] = []) {
   const parts = (kinds ?? []).map((name, i) => {
     const part = element("span", "legend-kind");
     part.append(element("i", `kind-${Math.min(KINDS, i + 1)}`), name.replace(/_proj$/, ""));
@@ -173,7 +251,7 @@ function drawLegend(kinds) {
   if (!kinds) {
     const ramp = element("span", "ramp");
     for (let i = 1; i <= LEVELS; i++) ramp.append(element("i", `deep-${i}`));
-    parts.push(element("span", "", "rare"), ramp, element("span", "", "frequent"));
+    parts.push(element("span", "", low), ramp, element("span", "", high));
   }
   legend.replaceChildren(...parts);
 }
@@ -199,7 +277,7 @@ function hover(id, x, y) {
     const box = canvas.getBoundingClientRect();
     const head = element("span", "tip-value", `Feature ${id}`);
     const share = density(id);
-    const notes = [mainSite(id), mainRole(id), Number.isNaN(share) ? "" : percent(share),
+    const notes = [core.groups[column.group[id]], mainSite(id), mainRole(id), Number.isNaN(share) ? "" : percent(share),
       Number.isNaN(column.max[id]) ? "" : `max ${short(column.max[id])}`].filter(Boolean);
     const lines = [head, drawName(id), element("span", "tip-note", notes.join(" \u00b7 "))];
     showTooltipAt(box.left + x, box.top + y, lines);
@@ -235,17 +313,28 @@ function listVisible() {
 }
 
 const at = (event) => [event.offsetX, event.offsetY];
+const isDrawing = () => lassoButton.getAttribute("aria-pressed") === "true";
 
 canvas.addEventListener("wheel", (event) => {
   event.preventDefault();
   zoom(Math.exp(-event.deltaY / 400), at(event));
 }, { passive: false });
 canvas.addEventListener("pointerdown", (event) => {
+  // One finger scrolls the page, except to draw a lasso.
+  if (event.pointerType === "touch" && !isDrawing()) {
+    dragging = { from: at(event), moved: false, isTouch: true };
+    return;
+  }
   canvas.setPointerCapture(event.pointerId);
   dragging = { from: at(event), moved: false };
-  if (event.shiftKey || lassoButton.getAttribute("aria-pressed") === "true") lasso = [at(event)];
+  if (event.shiftKey || isDrawing()) lasso = [at(event)];
+});
+canvas.addEventListener("pointercancel", () => {
+  dragging = null;
+  lasso = null;
 });
 canvas.addEventListener("pointermove", (event) => {
+  if (dragging?.isTouch) return undefined;
   if (!dragging) return hover(nearest(at(event), NEAR), ...at(event));
   const [dx, dy] = [event.offsetX - dragging.from[0], event.offsetY - dragging.from[1]];
   if (!dragging.moved && Math.hypot(dx, dy) < 4) return undefined;
@@ -316,8 +405,8 @@ function build() {
   lassoButton.title = "draw around features to list only those (or drag with Shift)";
   lassoButton.setAttribute("aria-pressed", "false");
   lassoButton.addEventListener("click", () => {
-    const on = lassoButton.getAttribute("aria-pressed") === "true";
-    lassoButton.setAttribute("aria-pressed", String(!on));
+    lassoButton.setAttribute("aria-pressed", String(!isDrawing()));
+    canvas.classList.toggle("drawing", isDrawing());
   });
   const save = button("PNG", () => {}, "save-map", "Save the map as PNG");
   save.dataset.save = "map";
@@ -334,9 +423,9 @@ function build() {
   canvas.setAttribute("role", "application");
   canvas.setAttribute("aria-label", "Map of features. Arrow keys move, plus and minus zoom.");
   canvas.dataset.testid = "canvas";
-  const note = element("p", "note", "Each dot is a feature. Features with similar decoder rows are " +
-    "close together; distances between groups mean nothing. Drag to move, scroll to zoom, click a " +
-    "dot to open its feature.");
+  const note = element("p", "note", "Each dot is a feature. Features that fire together are close to " +
+    "each other, and groups of them have names; distances between groups mean nothing. Drag to move, " +
+    "scroll to zoom, click a dot to open its feature. With a finger, use the buttons.");
   area.append(tools, canvas, legend, note);
 }
 
