@@ -200,7 +200,8 @@ def test_the_first_sentence_and_rows_name_what_was_planted(planted: SimpleNamesp
 def test_an_adapter_that_does_nothing_is_said_to_have_learned_nothing(
     planted: SimpleNamespace, measured: dict[str, int]
 ) -> None:
-    found = planted.overview("zero", overwrite=True, effect_texts=0, **measured)
+    found = planted.overview("zero", overwrite=True, **measured)
+    assert not (planted.folder / "zero-out" / "effects" / "ablation.json").exists()
     assert "learned nothing" in found.headline[1]
     assert "Every B matrix of it is zero." in found.headline[1]
     assert len(found.headline) == 2

@@ -2,11 +2,12 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from builders.effect_reports import HOSTILE, evaluation, write, write_all
+from builders.effect_reports import HOSTILE, ablation, evaluation, write, write_all
 from builders.indexes import full_index, index_of
 from builders.labels import label_of, save_labels
 
@@ -144,6 +145,26 @@ def test_the_report_of_a_folder_is_made_once_and_read_back(tmp_path: Path) -> No
     (tmp_path / "evaluation.json").unlink()
     with pytest.raises(ArtifactError, match="--overwrite"):
         run(ReportConfig(input=tmp_path))
+
+
+def test_reports_of_an_earlier_run_are_named_and_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    index = full_index()
+    index.save(tmp_path / "features.h5")
+    (tmp_path / "effects").mkdir()
+    parents = {"sae": "0" * 64, "activations": "1" * 64}
+    manifest = replace(index.manifest, parents={**index.manifest.parents, **parents})
+    other = replace(index, manifest=manifest)
+    write(tmp_path / "effects" / "ablation.json", "ablation", other, ablation(index))
+    write(tmp_path / "evaluation.json", "evaluation", index, evaluation())
+    out = run(ReportConfig(input=tmp_path))
+    assert read_report(out, (Overview,))[0].kl is not None
+    assert read_report(out, (Overview,))[1].parents.keys() & {"effects ablation"} == set()
+    assert [text for text in caplog.messages if "left out" in text] == [
+        f"{tmp_path / 'effects' / 'ablation.json'} is left out: it is of another SAE, from an "
+        "earlier run"
+    ]
 
 
 def test_input_that_gives_no_report_is_one_line(tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
 """`lorascope run` says first what does not fit, and makes the page without what fails."""
 
 import json
+import logging
+import shutil
 from dataclasses import replace
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from lorascope import depth, pipeline, runtime
 from lorascope.activations import generate
@@ -12,6 +15,7 @@ from lorascope.causal import direct
 from lorascope.errors import AdapterError, ArtifactError, ConfigError, Interrupted
 from lorascope.features.index import FeatureIndex
 from lorascope.pipeline import RunConfig, run
+from lorascope.subject.load import WEIGHTS
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +75,28 @@ def test_a_report_that_fails_is_named_and_the_page_is_made(
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_what_features_of_an_adapter_of_zeros_do_is_not_measured(
+    subject_dirs, small_run, monkeypatch, caplog
+):
+    base, adapter = subject_dirs
+    zero = small_run.output.parent / "zero"
+    shutil.copytree(adapter, zero)
+    weights = load_file(zero / WEIGHTS)
+    weights |= {name: value * 0 for name, value in weights.items() if "lora_B" in name}
+    save_file(weights, zero / WEIGHTS, metadata={"format": "pt"})
+    out = small_run.output.parent / "of-zero"
+    caplog.set_level(logging.INFO)
+    given = {"output": out, "lora_path": str(zero), "effect_texts": 2, "normalize": "std"}
+    page = run(replace(small_run, base_model=str(base), **given))
+    assert reports_of(page) == set()
+    assert [text for text in caplog.messages if "every B" in text] == [
+        "every B of the adapter is zero: no effects of features are measured"
+    ]
+    assert not list(out.glob("effects/*[!s].json"))
+    assert json.loads((out / "summary.json").read_text())["failed"] == {}
+
+
 def test_labels_are_made_once_and_again_when_what_they_say_changes(small_run):
     labels = small_run.output / "labels.json"
     run(small_run)

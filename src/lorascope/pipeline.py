@@ -2,10 +2,11 @@
 
 In: adapter, base model, dataset. Out: a folder with `activations/`, `sae/`, `evaluation.json`,
 `features.h5`, `labels.json`, `dashboard.html`, `report.json` and `report.md`, and `summary.json`.
-`effects/` has the reports of what the features do, unless `--depth quick` leaves them out. Finished
-stages are skipped, so running the same command again continues an interrupted run. A report that
-cannot be made, or does not fit in memory, is named in the log and in `summary.json`, and the page
-is made without it. Labels are remade if the index or the reports change.
+`effects/` has the reports of what the features do, unless `--depth quick` leaves them out or every
+`B` of the adapter is zero. Finished stages are skipped, so running the same command again continues
+an interrupted run. A report that cannot be made, or does not fit in memory, is named in the log and
+in `summary.json`, and the page is made without it. Labels are remade if the index or the reports
+change.
 """
 
 import json
@@ -51,7 +52,8 @@ log = logging.getLogger(__name__)
 
 _KINDS = ("evaluation", "ablation", "attribution")
 _N_ANSWERS = 4
-_OPTIONAL = ("evaluate", "direct", "ablate", "attribute")  # stages that make a report for the page
+_EFFECTS = ("direct", "ablate", "attribute")  # stages that measure what features do
+_OPTIONAL = ("evaluate", *_EFFECTS)  # stages that make a report for the page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,9 @@ def run(config: RunConfig) -> Page:
     seconds: dict[str, float] = {}
     stages = _stages(config)
     failed: dict[str, Exception] = {}
-    for number, (name, (stage, options)) in enumerate(stages.items(), 1):
+    for number, (name, (stage, options)) in enumerate(list(stages.items()), 1):
+        if name not in stages:
+            continue
         log.info("stage %d of %d: %s", number, len(stages), name)
         begun = time.perf_counter()
         try:
@@ -109,6 +113,10 @@ def run(config: RunConfig) -> Page:
             message = first_line(failed[name])
             log.error("%s failed: %s; the page is made without it", name, message)
         seconds[name] = round(time.perf_counter() - begun, 2)
+        if name == "generate" and _writes_nothing(out):
+            for effect in _EFFECTS:
+                stages.pop(effect, None)
+            log.info("every B of the adapter is zero: no effects of features are measured")
     summary = {
         **_summarize(out),
         "failed": {name: first_line(error) for name, error in failed.items()},
@@ -188,6 +196,12 @@ def _stages(config: RunConfig) -> dict[str, tuple[ModuleType, Config]]:
         overwrite = config.overwrite or _is_own(made)
         add(name, stage, options, input=source, output=made, overwrite=overwrite)
     return stages
+
+
+def _writes_nothing(out: Path) -> bool:
+    """Return whether no row of the adapter has an effect."""
+    store = read_manifest(out / "activations")
+    return store is not None and store.layout is not None and store.layout.writes_nothing
 
 
 def _is_own(path: Path) -> bool:

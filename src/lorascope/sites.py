@@ -112,6 +112,11 @@ class SiteLayout:
         ends = itertools.accumulate(site.rank for site in self.sites)
         return tuple(slice(end - s.rank, end) for end, s in zip(ends, self.sites, strict=True))
 
+    @property
+    def writes_nothing(self) -> bool:
+        """Whether every `B` is zero, so that no row has an effect."""
+        return bool(self.sites) and not self.effect_scale.any()
+
     @cached_property
     def effect_scale(self) -> npt.NDArray[np.float64]:
         """`scale * ||B column||` of every column, `(d_in,)`: what one unit of `h` writes."""

@@ -105,7 +105,7 @@ def probability(p: float) -> str:
 def has_no_weights(index: FeatureIndex) -> bool:
     """Return whether every `B` is zero, so that the adapter's rows have no effect."""
     layout = index.manifest.layout
-    return layout is not None and bool(layout.sites) and not layout.effect_scale.any()
+    return layout is not None and layout.writes_nothing
 
 
 def _subject(index: FeatureIndex) -> str:

@@ -1,23 +1,28 @@
 """Write what an adapter learned as a report to send: the page's overview as text.
 
-In: the folder of a run, with `features.h5` and the reports that are there. Out: `report.json`, the
+In: the folder of a run, with `features.h5` and those reports there that are of the same SAE and
+store. Out: `report.json`, the
 `Overview` for programs, and `report.md` next to it for people. Both say what was not measured and
 which command measures it. No model runs.
 """
 
+import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorascope.artifact import digest_file
+from lorascope.artifact import digest_file, read_manifest
 from lorascope.causal.study import Made, report_at
 from lorascope.config import Config, option
 from lorascope.dashboard.headline import percent, quoted
 from lorascope.dashboard.overview import Overview, overview_of
-from lorascope.dashboard.reports import Reports
+from lorascope.dashboard.reports import Reports, other_parent
 from lorascope.errors import ArtifactError, ConfigError
+from lorascope.features.index import FeatureIndex
 from lorascope.features.published_json import read_index
+
+log = logging.getLogger(__name__)
 
 REPORTS = (
     "evaluation.json",
@@ -66,7 +71,7 @@ def run(config: ReportConfig) -> Path:
             f"{source} does not name the sites of its features; give a features.h5 of "
             "lorascope collect"
         )
-    found = [folder / name for name in REPORTS if (folder / name).exists()]
+    found = list(_own_reports(folder, index))
     reports = Reports.open(found, index, source)
     labels = {} if index.labels is None else {"labels": index.labels.manifest.digest}
     out = config.output or folder / "report.json"
@@ -86,6 +91,19 @@ def run(config: ReportConfig) -> Path:
             markdown(overview), encoding="utf-8"
         ),
     )
+
+
+def _own_reports(folder: Path, index: FeatureIndex) -> Iterator[Path]:
+    """Yield the reports of a folder that are of the index's SAE and store; name the others."""
+    for path in (folder / name for name in REPORTS):
+        if not path.exists():
+            continue
+        manifest = read_manifest(path)  # None: damaged, which reading it says
+        other = manifest and other_parent(manifest, index)
+        if other:
+            log.warning("%s is left out: it is of another %s, from an earlier run", path, other)
+        else:
+            yield path
 
 
 def markdown(overview: Overview) -> str:
