@@ -10,7 +10,7 @@ from builders.labels import label_of
 from lorascope.artifact import Identity
 from lorascope.features.index import FeatureIndex
 from lorascope.features.label_file import KIND, SCHEMA, Labels, RulePart
-from lorascope.labels.groups import groups_of
+from lorascope.labels.groups import communities, groups_of
 
 N, FIRST = 14, 6  # features, and those of the first planted group; the last one fires alone
 
@@ -84,3 +84,45 @@ def test_features_of_special_tokens_are_one_group_whatever_they_fire_with():
     names = {latent: one.name for one in groups_of(index) for latent in one.latents}
     assert names[1] == names[8] == "at special tokens and template headers"
     assert names[0] == "in think segments"
+
+
+def noisy_groups(n_groups, size, rng):
+    """Edges of planted groups: four of a node's five go to its own group, one goes anywhere."""
+    n = n_groups * size
+    one = np.repeat(np.arange(n), 5)
+    inside = one // size * size + rng.integers(0, size, 5 * n)
+    other = np.where(np.arange(5 * n) % 5 < 4, inside, rng.integers(0, n, 5 * n))
+    is_edge = one != other
+    return n, one[is_edge], other[is_edge], rng.uniform(0.1, 0.5, is_edge.sum())
+
+
+def modularity(one, other, weight, community):
+    degree = np.bincount(one, weight, len(community)) + np.bincount(other, weight, len(community))
+    inside = weight[community[one] == community[other]].sum() / weight.sum()
+    return inside - (np.bincount(community, degree) ** 2).sum() / degree.sum() ** 2
+
+
+def test_planted_communities_are_found_between_random_edges():
+    n, one, other, weight = noisy_groups(40, 50, np.random.default_rng(0))
+    found, planted = communities(n, one, other, weight), np.arange(n) // 50
+    assert modularity(one, other, weight, found) >= modularity(one, other, weight, planted) * 0.99
+    pairs = np.unique(planted * n + found, return_counts=True)[1]
+    assert np.sort(pairs)[-40:].sum() >= 0.95 * n, "each group is one community, nearly"
+
+
+def test_communities_do_not_depend_on_the_order_or_the_direction_of_edges():
+    rng = np.random.default_rng(1)
+    n, one, other, _ = noisy_groups(10, 20, rng)
+    weight = (one + other) % 7 / 10  # of both directions
+    order, turned = rng.permutation(len(one)), rng.random(len(one)) < 0.5
+    again = np.where(turned, other, one)[order], np.where(turned, one, other)[order]
+    expected = communities(n, one, other, weight)
+    assert communities(n, *again, weight[order]).tolist() == expected.tolist()
+
+
+def test_nodes_without_edges_are_communities_of_their_own():
+    nothing = np.zeros(0, np.int64)
+    assert communities(0, nothing, nothing, []).tolist() == []
+    assert communities(3, nothing, nothing, []).tolist() == [0, 1, 2]
+    assert communities(4, np.array([0]), np.array([3]), [0.5]).tolist() == [0, 1, 2, 0]
+    assert communities(2, np.array([0]), np.array([1]), [0]).tolist() == [0, 0]
