@@ -150,6 +150,38 @@ def test_a_server_without_schemas_is_asked_in_words(cache: Path) -> None:
         assert len(server.requests) == 3, "the refusal is remembered"
 
 
+def test_a_server_that_refuses_or_ignores_schemas_is_shown_an_example(cache: Path) -> None:
+    asked = [question(text)._replace(example=("0?", '{"n": 0}')) for text in "abc"]
+
+    def roles(body: Any) -> list[str]:
+        return [message["role"] for message in body["messages"]]
+
+    def plain(body: Any, _: int) -> Reply | str:
+        return Reply("no response_format", 400) if "response_format" in body else '{"n": 1}'
+
+    def ignores(body: Any, _: int) -> str:
+        return '{"n": 1}' if "assistant" in roles(body) else "The answer is one."
+
+    for number, answer in enumerate((plain, ignores)):
+        with chat_server(answer) as server:
+            path = cache.with_name(f"{number}.jsonl")
+            assert chat(server.url, path).ask(asked, read, "test") == [1, 1, 1]
+            assert len(server.requests) == 4, "the others are asked with the example at once"
+            for body in server.requests[-2:]:
+                assert [m["content"] for m in body["messages"][1:3]] == ["0?", '{"n": 0}']
+    with chat_server(lambda *_: '{"n": 1}') as server:
+        chat(server.url, cache).ask(asked, read, "test")
+        assert all(roles(body) == ["system", "user"] for body in server.requests)
+
+
+def test_of_a_list_that_is_cut_off_the_whole_values_count(cache: Path) -> None:
+    def read_list(answer: Any) -> Any:
+        return answer["n"]
+
+    with chat_server(lambda *_: '{"n": [true, false, tr') as server:
+        assert chat(server.url, cache).ask([question("?")], read_list, "test") == [[True, False]]
+
+
 @pytest.mark.parametrize("status", [301, 401, 404])
 def test_a_refusal_ends_in_one_line(cache: Path, status: int) -> None:
     with chat_server(lambda *_: '{"n": 1}') as elsewhere:

@@ -16,14 +16,8 @@ from hypothesis import strategies as st
 from lorascope.features.index import FeatureIndex
 from lorascope.features.label_file import KINDS
 from lorascope.labels.chat import Chat
-from lorascope.labels.explain import (
-    Excerpts,
-    HeldOutTexts,
-    explain,
-    explain_question,
-    is_held_out,
-    read_explanation,
-)
+from lorascope.labels.excerpts import Excerpts, HeldOutTexts, is_held_out
+from lorascope.labels.explain import explain, explain_question, read_explanation
 
 WORDS = {1: " one", 2: " two", 3: " three", 4: " four", 5: " «5»", 6: "<|im_end|>"}
 N_LATENTS = 4  # latent i fires at word i + 1, and nowhere else
@@ -128,10 +122,11 @@ def test_no_text_can_leave_its_quotes(texts: list[str], tokens: list[str]) -> No
         {"name": "a", "sentence": "b", "kind": "new"},
         {"name": " ", "sentence": "b", "kind": "token"},
         {"name": 3, "sentence": "b", "kind": "token"},
+        json.loads((explain_question(Excerpts((), (), ()), [], []).example or ("", ""))[1]),
     ],
 )
 def test_an_explanation_of_another_form_is_refused(answer: Any) -> None:
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(ValueError, match="expected|of the example"):
         read_explanation(answer)
 
 
@@ -147,9 +142,15 @@ def test_an_explanation_is_one_clean_line() -> None:
     assert found.sentence.startswith("<script>alert(1)</script> y") and len(found.sentence) <= 300
 
 
+def data_of(body: dict[str, Any]) -> Any:
+    """The question's data: the last message of the user that is no word on a wrong answer."""
+    texts = [m["content"] for m in body["messages"] if m["role"] == "user"]
+    return json.loads([text for text in texts if text.startswith("{")][-1])
+
+
 def honest(body: dict[str, Any], _: int) -> str:
     """A model that names the marked word, and a judge that believes the name."""
-    data = json.loads(body["messages"][1]["content"])
+    data = data_of(body)
     if "strongest" in data:
         word = marked(data["strongest"][0]).split("|")[0].strip()
         return json.dumps({"name": word, "sentence": f"the word {word}", "kind": "token"})
@@ -175,7 +176,7 @@ def test_true_labels_score_one_and_shuffled_ones_do_not(tmp_path: Path) -> None:
 
 def test_a_judge_that_always_says_yes_scores_chance(tmp_path: Path) -> None:
     def yes(body: dict[str, Any], number: int) -> str:
-        data = json.loads(body["messages"][1]["content"])
+        data = data_of(body)
         if "excerpts" in data:
             return json.dumps({"fires": [True] * len(data["excerpts"])})
         return honest(body, number)
@@ -185,6 +186,17 @@ def test_a_judge_that_always_says_yes_scores_chance(tmp_path: Path) -> None:
         found = explain(planted_index(), chat, chat, range(N_LATENTS), {})
     assert {one.detection.balanced_accuracy for one in found.values()} == {0.5}
     assert {one.picked_output for one in found.values()} == {None}
+
+
+def test_a_judge_that_does_not_count_is_judged_by_the_first_answers(tmp_path: Path) -> None:
+    def goes_on(body: dict[str, Any], number: int) -> str:
+        answer = json.loads(honest(body, number))
+        return json.dumps({"fires": answer["fires"] + [True] * 90} if "fires" in answer else answer)
+
+    with chat_server(goes_on) as server:
+        chat = Chat(server.url, "goes on", tmp_path / "answers.jsonl")
+        found = explain(planted_index(), chat, chat, range(N_LATENTS), {})
+    assert {one.detection.balanced_accuracy for one in found.values()} == {1}
 
 
 def test_features_without_an_answer_are_left_out(tmp_path: Path) -> None:

@@ -306,6 +306,19 @@ def test_a_model_that_the_judge_confirms_replaces_the_rule(label, tmp_path, capl
     assert "grades its own labels" in caplog.text
 
 
+@pytest.mark.needs("openai")
+def test_the_model_is_asked_about_the_features_that_are_named(label, tmp_path):
+    says = json.dumps({"name": "a", "sentence": "b", "kind": "token", "fires": [True] * 10})
+    with chat_server(lambda *_: says) as server:
+        given = {"llm_model": "a", "llm_base_url": server.url, "features": (RANDOM,)}
+        label(output=tmp_path / "by-model.json", **given)
+        described = [m for m in server.requests if "strongest" in m["messages"][1]["content"]]
+        assert len(described) == 1
+    for numbers in ((DEAD,), (99,)):
+        with pytest.raises(ConfigError, match=f"--features has {numbers[0]}, expected"):
+            label(output=tmp_path / "other.json", **{**given, "features": numbers})
+
+
 def test_a_model_without_a_server_is_refused(label, monkeypatch):
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     with pytest.raises(ConfigError, match="--llm-base-url"):

@@ -4,10 +4,11 @@
    the model's name, is the key of the cache.
 2. Answers that the cache has are not asked again. The others go to the server from several threads.
    The `openai` client waits and tries again after time-outs, 429 and 5xx.
-3. The schema goes along as `response_format`. Servers that refuse this get the question alone, and
-   the first JSON object of the text counts. `<think>` segments are dropped.
-4. An answer that is cut off or does not have the schema is asked for once more, with the reason.
-   After that the question has no answer.
+3. The schema goes along as `response_format`. Servers that refuse it, or answer without any JSON,
+   get questions after an example with its answer from then on. The first JSON object of the text
+   counts. `<think>` segments are dropped. Of a list that is cut off, the whole values count.
+4. An answer that is cut off or does not have the schema is asked for once more, with the example
+   and the reason. After that the question has no answer.
 5. Each answer is appended to the cache at once. A run that was killed continues from there, and a
    repeated run asks nothing.
 
@@ -21,6 +22,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -38,21 +40,30 @@ log = logging.getLogger(__name__)
 
 _CHARACTERS_PER_TOKEN = 3.5  # of English text with punctuation, for estimates only
 _THINK = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
-_MOST_SHOWN = 200  # characters of a server's message
+_MOST_SHOWN = 200  # characters of a server's message, or of a wrong answer
 
 
 class Question(NamedTuple):
-    """What a model is asked. `schema` describes the JSON object of the answer."""
+    """What a model is asked. `schema` describes the JSON object of the answer.
+
+    `example` is another user message and its answer, for servers that take no schema.
+    """
 
     system: str
     user: str
     schema: dict[str, Any]
     max_tokens: int
+    example: tuple[str, str] | None = None
 
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self, *, with_example: bool = False) -> list[dict[str, str]]:
         """Return the messages in the form of the protocol."""
+        shown = self.example if with_example and self.example else ()
         return [
             {"role": "system", "content": self.system},
+            *(
+                {"role": role, "content": text}
+                for role, text in zip(("user", "assistant"), shown, strict=False)
+            ),
             {"role": "user", "content": self.user},
         ]
 
@@ -72,11 +83,12 @@ class Chat:
     model: str
     cache: Path
     n_parallel: int = 8
-    timeout: float = 120.0
+    timeout: float = 600.0  # for an answer; a slow server works on in vain if nobody waits
     max_retries: int = 6
     usage: Counter[str] = field(default_factory=Counter)  # what this object asked so far
     _answers: dict[str, str] = field(default_factory=dict, repr=False)
     _is_plain: bool = False  # the server refuses `response_format`
+    _shows_form: bool = False  # or does not keep to it
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
@@ -163,48 +175,49 @@ class Chat:
             ) from error
 
     def _ask(self, client: "openai.OpenAI", question: Question, read: Reader) -> Any:
-        messages, max_tokens = question.messages(), question.max_tokens
-        fault = ""
+        fault, again = "", list[dict[str, str]]()
         for attempt in range(2):
             digest = self._digest(question, attempt)
             text = self._answers.get(digest)
             if text is not None:
                 self._count("cached")
             else:
-                text = self._request(client, messages, question.schema, max_tokens)
+                text = self._request(client, question, again)
                 self._keep(digest, text)
             try:
                 return read(_json_object(text))
             except ValueError as error:
                 fault = str(error)
-            messages = [
-                *question.messages(),
-                {"role": "assistant", "content": text[:2000]},
+            if "{" not in _THINK.sub("", text) and not self._shows_form:
+                log.info("%s does not keep to JSON schemas; giving examples", self.base_url)
+                self._shows_form = True
+            again = [
+                {"role": "assistant", "content": text[:_MOST_SHOWN]},
                 {"role": "user", "content": f"Not valid: {fault}. Answer with the JSON alone."},
             ]
-            max_tokens *= 2
         self._count("without answer")
         log.debug("%s gave no valid answer (%s)", self.model, fault)
         return None
 
     def _request(
-        self,
-        client: "openai.OpenAI",
-        messages: list[dict[str, str]],
-        schema: dict[str, Any],
-        max_tokens: int,
+        self, client: "openai.OpenAI", question: Question, again: Sequence[dict[str, str]]
     ) -> str:
+        """Return the answer to a question; `again` follows it at the second attempt."""
         import openai
 
-        form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+        form = {"name": "answer", "schema": question.schema}
         while True:
             is_plain = self._is_plain
-            options: dict[str, Any] = {} if is_plain else {"response_format": form}
+            options: dict[str, Any] = {}
+            if not is_plain:
+                options = {"response_format": {"type": "json_schema", "json_schema": form}}
+            shows_form = is_plain or self._shows_form or bool(again)
+            messages = [*question.messages(with_example=shows_form), *again]
             try:
                 reply = client.chat.completions.create(
                     model=self.model,
                     messages=cast("list[ChatCompletionMessageParam]", messages),
-                    max_tokens=max_tokens,
+                    max_tokens=question.max_tokens * (2 if again else 1),
                     temperature=0,
                     **options,
                 )
@@ -231,7 +244,7 @@ class Chat:
         )
 
     def _digest(self, question: Question, attempt: int = 0) -> str:
-        return digest_of([self.model, *question, attempt])
+        return digest_of([self.model, *question[:4], attempt])  # without the example
 
     def _keep(self, digest: str, text: str) -> None:
         line = json.dumps({"question": digest, "answer": text}).encode() + b"\n"
@@ -242,13 +255,18 @@ class Chat:
 
 
 def _json_object(text: str) -> Any:
-    """Return the first JSON object in a text. Raises ValueError if there is none."""
+    """Return the first JSON object in a text. Raises ValueError if there is none.
+
+    A list that is cut off ends after its last whole value.
+    """
     text = _THINK.sub("", text)
     decoder = json.JSONDecoder()
-    at = text.find("{")
+    first = at = text.find("{")
     while at >= 0:
         try:
             return decoder.raw_decode(text, at)[0]
         except (ValueError, RecursionError):
             at = text.find("{", at + 1)
+    with suppress(ValueError, RecursionError):
+        return json.loads(text[first:].rpartition(",")[0] + "]}")
     raise ValueError("it has no complete JSON object")

@@ -13,7 +13,9 @@
 4. Output: the judge picks the feature's promoted tokens among those of three other features.
 
 Texts are data. They are quoted as JSON strings, the marks that they contain are replaced, and of an
-answer only the fields of its schema are used, without control characters and cut to length.
+answer only the fields of its schema are used, without control characters and cut to length. Small
+models repeat the example that shows them the form: that is no answer. Of a list of verdicts that
+goes on and on, the first count.
 """
 
 import json
@@ -24,24 +26,17 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from lorascope.features.feature import Example
 from lorascope.features.index import FeatureIndex
 from lorascope.features.label_file import KINDS, Kind, Label
 from lorascope.labels.chat import Chat, Question
+from lorascope.labels.excerpts import Excerpts, HeldOutTexts
 from lorascope.labels.score import Score, rounded, score_answers
-from lorascope.texts.tokens import display_texts
 
 log = logging.getLogger(__name__)
 
-N_STRONGEST = 6  # examples that the explainer sees
-N_TYPICAL = 6  # and samples of the fifths
-N_EXCERPTS = 10  # in one question of detection; half of them firings
-N_DRAWS = 2
 N_OPTIONS = 4
 N_WRITTEN = 8  # promoted tokens that are shown
-_OPEN, _CLOSE = "«", "»"
 _MOST_NAME, _MOST_SENTENCE = 60, 300  # characters
 
 _DATA = (
@@ -80,6 +75,32 @@ class Explanation(NamedTuple):
     kind: Kind
 
 
+def _example(answer: Mapping[str, Any], **data: Any) -> tuple[str, str]:
+    """Return data and an answer as the texts of an example."""
+    return json.dumps(data, ensure_ascii=False), json.dumps(answer)
+
+
+_FRUIT = Explanation("names of fruit", "Fires on words for fruit.", "context")
+_FRUIT_EXCERPTS = ("three« red» apples", "no« pears» were left", "He« sold» a plum", "two« figs»")
+_EXAMPLES = {
+    _EXPLAIN: _example(
+        _FRUIT._asdict(),
+        strongest=("three red« apples|9» at", "a« fig|8»."),
+        typical=("« kiwi|5»",),
+    ),
+    _DETECT: _example(
+        {"fires": [False, True, False, True]},
+        description=_FRUIT.sentence,
+        excerpts=_FRUIT_EXCERPTS,
+    ),
+    _OUTPUT: _example(
+        {"choice": 1},
+        description=f"{_FRUIT.name}. {_FRUIT.sentence}",
+        options=(("=", "+"), ("pie",)),
+    ),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Explained:
     """The label of one feature by a model, with its scores; None: not measured."""
@@ -88,14 +109,6 @@ class Explained:
     detection: Score
     shuffled: Score
     picked_output: bool | None
-
-
-class Excerpts(NamedTuple):
-    """The texts about one feature: what its author sees, and draws of what the judge sees."""
-
-    strongest: tuple[str, ...]
-    typical: tuple[str, ...]
-    draws: tuple[tuple[tuple[str, bool], ...], ...]  # excerpts and whether the feature fires
 
 
 def explain(
@@ -149,8 +162,8 @@ def explain(
 
     judged: dict[tuple[int, bool], list[tuple[bool, bool]]] = {}
     for (latent, shuffled, truth), verdict in zip(tests, verdicts, strict=True):
-        if verdict is not None and len(verdict) == len(truth):
-            judged.setdefault((latent, shuffled), []).extend(zip(truth, verdict, strict=True))
+        if verdict is not None and len(verdict) >= len(truth):
+            judged.setdefault((latent, shuffled), []).extend(zip(truth, verdict, strict=False))
     return {
         latent: Explained(
             explanation=explanation,
@@ -222,7 +235,7 @@ def explain_question(
     schema = _object(
         name={"type": "string"}, sentence={"type": "string"}, kind={"enum": list(KINDS)}
     )
-    return Question(_EXPLAIN, json.dumps(data, ensure_ascii=False), schema, 200)
+    return _question(_EXPLAIN, data, schema, 200)
 
 
 def detect_question(sentence: str, texts: Sequence[str]) -> Question:
@@ -230,7 +243,7 @@ def detect_question(sentence: str, texts: Sequence[str]) -> Question:
     n = len(texts)
     fires = {"type": "array", "items": {"type": "boolean"}, "minItems": n, "maxItems": n}
     data = {"description": sentence, "excerpts": texts}
-    return Question(_DETECT, json.dumps(data, ensure_ascii=False), _object(fires=fires), 20 + 6 * n)
+    return _question(_DETECT, data, _object(fires=fires), 20 + 6 * n)
 
 
 def output_question(explanation: Explanation, options: Sequence[Sequence[str]]) -> Question:
@@ -239,9 +252,12 @@ def output_question(explanation: Explanation, options: Sequence[Sequence[str]]) 
         "description": f"{explanation.name}. {explanation.sentence}",
         "options": [option[:N_WRITTEN] for option in options],
     }
-    return Question(
-        _OUTPUT, json.dumps(data, ensure_ascii=False), _object(choice={"type": "integer"}), 30
-    )
+    return _question(_OUTPUT, data, _object(choice={"type": "integer"}), 30)
+
+
+def _question(system: str, data: Any, schema: dict[str, Any], max_tokens: int) -> Question:
+    user = json.dumps(data, ensure_ascii=False)
+    return Question(system, user, schema, max_tokens, _EXAMPLES[system])
 
 
 def _object(**properties: Any) -> dict[str, Any]:
@@ -257,6 +273,8 @@ def read_explanation(answer: Any) -> Explanation:
     """Return the explanation in an answer. Raises ValueError if a field is missing or wrong."""
     fields = answer if isinstance(answer, dict) else {}
     name, sentence = (_clean(fields.get(key)) for key in ("name", "sentence"))
+    if sentence == _FRUIT.sentence:
+        raise ValueError("that is the answer of the example")
     if not name or not sentence:
         raise ValueError("name and sentence are expected as strings that are not empty")
     kind = fields.get("kind")
@@ -284,122 +302,3 @@ def _read_choice(answer: Any) -> int:
     if isinstance(choice, bool) or not isinstance(choice, int):
         raise ValueError("choice is expected as a whole number")
     return choice
-
-
-def is_held_out(rollout: int) -> bool:
-    """Return whether a rollout is kept from the author of labels."""
-    return rollout % 2 == 1
-
-
-class HeldOutTexts:
-    """The rollouts that an index keeps whole and that authors of labels do not see."""
-
-    def __init__(self, index: FeatureIndex) -> None:
-        self._index = index
-        lengths = np.diff(index.text_offset)
-        held_out = np.repeat([is_held_out(i) for i in index.text_rollout.tolist()], lengths)
-        self._held_out = held_out.astype(bool)  # (text_token,)
-        special = index.token_id[index.token_special != 0]
-        self._is_special = np.isin(index.text_token_id, special)
-        self._text_of = np.repeat(np.arange(len(lengths)), lengths)
-        n_fired = np.diff(index.text_code_offset)
-        order = np.argsort(index.text_latent, kind="stable")
-        self._token_of_firing = np.repeat(np.arange(len(n_fired)), n_fired)[order]
-        counts = np.bincount(index.text_latent, minlength=len(index))
-        self._firing_offset = np.concatenate([[0], np.cumsum(counts)])
-        self._reach = int(index.content.get("context_window") or 10)
-
-    def excerpts(self, latent: int, seed: int) -> Excerpts:
-        """Return the excerpts of a latent; draws are empty if too few rollouts are held out."""
-        feature = self._index[latent]
-        rng = np.random.default_rng((seed, latent))
-
-        def shown(examples: Sequence[Example]) -> tuple[str, ...]:
-            return tuple(_with_strengths(e, feature.stats.max) for e in examples)
-
-        strongest, samples = feature.examples, feature.samples
-        if feature.stats.is_template:
-            strongest, samples = feature.at_special, ()
-        seen = [e for e in strongest if not is_held_out(e.rollout)]
-        typical = [e for e in samples if not is_held_out(e.rollout)]
-        step = max(1, len(typical) // N_TYPICAL)
-        firing = [e for e in (*samples, *strongest) if is_held_out(e.rollout)]
-        usable = self._held_out & (feature.stats.is_template | ~self._is_special)
-        silent = self._silent(latent, (*strongest, *samples), usable, rng)
-        n = N_EXCERPTS // 2
-        draws = []
-        for draw in range(N_DRAWS):
-            some = firing[draw::N_DRAWS][:n]
-            others = silent[draw::N_DRAWS][: len(some)]
-            both = [
-                *((_excerpt(e.tokens, {e.target: ""}), True) for e in some),
-                *((self._around(token), False) for token in others),
-            ]
-            if some and others:
-                draws.append(tuple(both[i] for i in rng.permutation(len(both))))
-        return Excerpts(
-            strongest=shown(seen[:N_STRONGEST]),
-            typical=shown(typical[::step][:N_TYPICAL]),
-            draws=tuple(draws),
-        )
-
-    def _fires(self, latent: int) -> npt.NDArray[np.int64]:
-        """Return the tokens of whole rollouts at which a latent fires."""
-        return self._token_of_firing[slice(*self._firing_offset[latent : latent + 2].tolist())]
-
-    def _silent(
-        self,
-        latent: int,
-        firing: Sequence[Example],
-        usable: npt.NDArray[np.bool_],
-        rng: np.random.Generator,
-    ) -> list[int]:
-        """Return silent ones of the usable tokens: near misses first, each kind in turn."""
-        index = self._index
-        usable[self._fires(latent)] = False
-        ids = {int(e.token_ids[e.target]) for e in firing}
-        of_near = np.zeros(len(usable), bool)
-        for near in (index.near_decoder, index.near_cofiring):
-            for other in near[latent, :3].tolist():
-                if other >= 0:
-                    of_near[self._fires(other)] = True
-        kinds = [
-            np.flatnonzero(usable & np.isin(index.text_token_id, list(ids))),
-            np.flatnonzero(usable & of_near),
-            np.flatnonzero(usable),
-        ]
-        wanted = N_DRAWS * N_EXCERPTS // 2
-        drawn = [rng.permutation(kind)[:wanted].tolist() for kind in kinds]
-        turns = [
-            token for turn in range(wanted) for kind in drawn for token in kind[turn : turn + 1]
-        ]
-        return list(dict.fromkeys(turns))[:wanted]
-
-    def _around(self, token: int) -> str:
-        """Return the excerpt around a token of the whole rollouts, with this token marked."""
-        index = self._index
-        first, last = index.text_offset[self._text_of[token] : self._text_of[token] + 2].tolist()
-        start, stop = max(first, token - self._reach), min(last, token + self._reach + 1)
-        ids = index.text_token_id[start:stop].tolist()
-        tokens = display_texts([index.token_bytes(i) for i in ids])
-        return _excerpt(tokens, {token - start: ""})
-
-
-def _with_strengths(example: Example, largest: float | None) -> str:
-    """Return an example with its firing tokens marked, and their strength from 0 to 9."""
-    scale = largest or max(1e-30, float(np.max(example.activations)))
-    marks = {
-        i: f"|{min(9, int(10 * value / scale))}"
-        for i, value in enumerate(np.asarray(example.activations).tolist())
-        if value > 0
-    }
-    return _excerpt(example.tokens, marks)
-
-
-def _excerpt(tokens: Sequence[str], marks: Mapping[int, str]) -> str:
-    """Return tokens as a text, with some of them marked. Marks in the text itself are replaced."""
-    plain = [token.replace(_OPEN, "‹").replace(_CLOSE, "›") for token in tokens]
-    return "".join(
-        f"{_OPEN}{token}{marks[i]}{_CLOSE}" if i in marks else token
-        for i, token in enumerate(plain)
-    )

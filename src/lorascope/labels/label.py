@@ -100,6 +100,9 @@ class LabelConfig(LabelOptions):
         help="model on the server that tests the descriptions; default: --llm-model, which then "
         "grades itself",
     )
+    features: tuple[int, ...] = option(
+        (), help="numbers of the features that the model describes; default: all that fire"
+    )
     llm_parallel: int = option(8, help="questions to ask at the same time", identity=False)
     output: Path | None = option(
         None, help="JSON file to write; default: labels.json beside the index", identity=False
@@ -113,8 +116,10 @@ class LabelConfig(LabelOptions):
         self.require("llm_parallel", 1)
         if self.output is not None and self.output.suffix != ".json":
             raise ConfigError(f"--output is {self.output}, expected a .json file")
-        if self.llm_model is None and (self.llm_base_url or self.judge_model):
-            raise ConfigError("--llm-base-url and --judge-model need --llm-model; add it")
+        if self.llm_model is None and (self.llm_base_url or self.judge_model or self.features):
+            raise ConfigError(
+                "--llm-base-url, --judge-model and --features need --llm-model; add it"
+            )
 
 
 def run(config: LabelConfig) -> Path:
@@ -195,7 +200,12 @@ def ask_model(
     else:
         log.warning("%s grades its own labels; give another --judge-model", config.llm_model)
     written = {} if direct is None else _written(direct)
-    said = explain(index, explainer, judge, sorted(labels), written)
+    asked = sorted(config.features or labels)
+    if unknown := [latent for latent in asked if latent not in labels]:
+        raise ConfigError(
+            f"--features has {unknown[0]}, expected features that fire, below {len(index)}"
+        )
+    said = explain(index, explainer, judge, asked, written)
     for chat in {id(chat): chat for chat in (explainer, judge)}.values():
         log.info("%s", chat.describe_usage())
     return with_model(labels, said, explainer.model, judge.model)
