@@ -27,6 +27,8 @@ from lorascope.causal.study import open_report
 from lorascope.errors import ConfigError
 from lorascope.subject.intervene import RowEditor
 
+DIGITS = 0.02  # of a term p·d²/2: d is 1e-3 or more, and rounded by some 1e-6 in each logit
+
 
 @pytest.fixture(scope="module")
 def dirs(make_subject, tmp_path_factory):
@@ -204,6 +206,7 @@ def test_a_feature_is_taken_out_at_every_token_on_which_it_fires(dirs, store, tm
     (entry,) = found["features"]
     subject = load(dirs[1], dirs[0])
     total, here, n, n_fired = 0.0, 0.0, 0, 0
+    surely, at_most = bounds = torch.zeros(2, subject.causal.config.vocab_size, dtype=torch.float64)
     with RowEditor(subject) as editor:
         for i in range(store.n_rollouts):
             first, last = store.rollout_start[i : i + 2]
@@ -219,12 +222,25 @@ def test_a_feature_is_taken_out_at_every_token_on_which_it_fires(dirs, store, tm
             total += float(kl[usual].sum())
             here += float(kl[usual & fires[:-1]].sum())
             n, n_fired = n + int(usual.sum()), n_fired + int(fires[:-1].sum())
+            p, q = (x[0, :-1].double().softmax(-1) for x in (out.logits, other))
+            terms = torch.where(q < p, p * (p / q).log() - p + q, 0.0)[usual]
+            for i_bound, factor in enumerate((1 + DIGITS, 1 - DIGITS)):
+                differs = kl[usual] >= factor * kl[usual].topk(16).values[-1]
+                falls = terms >= factor * terms.topk(3).values[:, -1:]
+                bounds[i_bound] += (terms * falls)[differs].sum(0)
     assert entry["feature"] == 3
     assert entry["n_fired"] == n_fired
     assert entry["kl"] == pytest.approx(total / n, rel=1e-3)
     assert entry["kl_each"] == pytest.approx(total / n_fired, rel=1e-3)
     assert entry["share_here"] == pytest.approx(here / total, rel=1e-3)
     assert entry["kl_control"] > 0
+    assert len(entry["falls"]) == 10
+    shares = {fall["token_id"]: fall["share"] * total for fall in entry["falls"]}
+    assert list(shares.values()) == sorted(shares.values(), reverse=True)
+    for token, nats in shares.items():
+        assert (1 - DIGITS) * surely[token] <= nats <= (1 + DIGITS) * at_most[token]
+    others = [nats for i, nats in enumerate(surely.tolist()) if i not in shares]
+    assert max(others) <= (1 + DIGITS) * min(shares.values())
 
 
 @pytest.mark.slow

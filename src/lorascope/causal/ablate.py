@@ -56,6 +56,7 @@ from lorascope.causal.report_records import (
     PartRemoval,
     PartRollouts,
     Removal,
+    TokenFall,
 )
 from lorascope.causal.specificity import Judgement, Specificity
 from lorascope.causal.study import Made, format_interval, format_number, format_table, report_at
@@ -65,6 +66,7 @@ from lorascope.subject.intervene import RowEditor
 from lorascope.texts.roles import SPECIAL
 
 _N_SHOWN = 10  # features in the table
+_N_FALLS = 10  # tokens of a removed feature that lose most
 _FEWEST_RANKED = 5  # removed features, for a rank correlation
 _KINDS = {"site": "sites", "projection": "projections", "layer": "layers", "block": "blocks"}
 
@@ -234,13 +236,15 @@ class _Study:
         order = np.argsort(-found.kl[numbers].sum(1), kind="stable")
         removed = numbers if chosen else np.sort(numbers[order[:verify]])
         totals = np.zeros((4, sae.d_sae, len(self.counts)))
+        falls: dict[int, dict[int, float]] = {latent: {} for latent in removed.tolist()}
         for rollout, batch in self.held_out.alone("features"):
             rows = self.editor.run(batch.token_ids).rows
             self.held_out.require_rows(batch, rows)
             code = found.code(batch.rows[0].numpy(), rows[0])
             fired = removed[(code[:, removed] > 0).any(0).numpy()]
             changes = [found.removal(code, latent) for latent in fired.tolist()]
-            sums = run_held(self.editor, self.held_out, batch, rows[0], changes)
+            counters = [falls[latent] for latent in fired.tolist()]
+            sums = run_held(self.editor, self.held_out, batch, rows[0], changes, counters)
             totals[:, fired, self.number[rollout]] += sums
         return tuple(
             self._feature_removal(
@@ -250,6 +254,7 @@ class _Study:
                 found.kl[latent],
                 float(np.median(found.kl_controls[latent])) / self.n_tokens,
                 judgement,
+                falls.get(latent, {}),
             )
             for latent, judgement in zip(numbers.tolist(), found.judge(numbers), strict=True)
         )
@@ -262,6 +267,7 @@ class _Study:
         estimates: npt.NDArray[np.float64],
         control: float,
         judgement: Judgement,
+        falls: Mapping[int, float],
     ) -> FeatureRemoval:
         """Return the entry of a feature; `sums` by rollout are None if it was not removed."""
         kl = estimates if sums is None else sums.kl
@@ -281,6 +287,15 @@ class _Study:
             pull=judgement.pull,
             pull_excess=judgement.interval,
             p=judgement.p,
+            falls=tuple(
+                TokenFall(
+                    token_id=i,
+                    token=self.held_out.store.vocabulary[i].decode(errors="replace"),
+                    share=term / float(kl.sum()),
+                )
+                for i, term in sorted(falls.items(), key=lambda one: (-one[1], one[0]))[:_N_FALLS]
+                if term > 0 and i < len(self.held_out.store.vocabulary)
+            ),
         )
 
 

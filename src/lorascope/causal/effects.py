@@ -103,13 +103,29 @@ def kl_and_loss(
     return torch.cat(kl), torch.cat(loss)
 
 
+def largest_falls(
+    log_p: Float[Tensor, "token vocab"], logits: Float[Tensor, "token vocab"], n: int
+) -> tuple[Float[Tensor, "token n"], Int[Tensor, "token n"]]:
+    """Return the `n` largest terms of each `kl_divergence` with p > q, and the tokens they are of.
+
+    `log_p` are the reference's `log_probabilities`. A term is 0 where fewer tokens fall.
+    """
+    log_q = log_probabilities(logits)
+    terms = torch.where(log_q < log_p, _kl_terms(log_p, log_q), 0.0)
+    return terms.topk(min(n, terms.shape[1]), dim=1)
+
+
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return Σ p·(e^d − 1 − d) of each token, with d = log q − log p."""
+    return _kl_terms(log_p, log_q).sum(-1)
+
+
+def _kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return p·(e^d − 1 − d) of each token of the vocabulary, with d = log q − log p."""
     d = log_q - log_p
     terms = torch.expm1(d).sub_(d).mul_(log_p.exp())
     if (far := ~(d <= _LARGEST_RATIO)).any():  # e^d may overflow; there p is 0, or as good as 0
         terms[far] = log_q[far].exp()
-    return terms.sum(-1)
+    return terms
 
 
 def _chunks(logits: Tensor) -> tuple[Tensor, ...]:

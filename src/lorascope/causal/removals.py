@@ -10,7 +10,8 @@
    Layers below the first live change run once, too: their output is the adapter's, or, where all
    sites there are removed, the base's.
 4. For each change the sums over the rollout's tokens are kept: KL(reference ‖ change), the rise of
-   the loss on the next token, and KL at marked tokens.
+   the loss on the next token, and KL at marked tokens. For held changes, the tokens whose
+   probability falls most are counted too, on the predictions that differ most.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,13 +24,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lorascope.causal.effects import kl_and_loss, log_probabilities, select_measured
+from lorascope.causal.effects import (
+    kl_and_loss,
+    largest_falls,
+    log_probabilities,
+    select_measured,
+)
 from lorascope.causal.held_out import Batch, HeldOut
 from lorascope.sae.model import SAE
 from lorascope.sites import PROJECTIONS, SiteLayout
 from lorascope.subject.intervene import Outcome, RowEditor, repeat_cache
 
 _MOST_COPIES = 64  # of a rollout in one batch; more are not faster
+_N_PREDICTIONS, _N_FALLS = 16, 3  # of a rollout that differ most, and tokens of each that fall
 _BLOCKS = {"mlp": PROJECTIONS[:3], "attention": PROJECTIONS[3:]}
 
 
@@ -213,14 +220,25 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def run_held(
-    editor: RowEditor, held_out: HeldOut, batch: Batch, rows: Tensor, changes: Sequence[HeldChange]
+    editor: RowEditor,
+    held_out: HeldOut,
+    batch: Batch,
+    rows: Tensor,
+    changes: Sequence[HeldChange],
+    falls: Sequence[dict[int, float]] = (),
 ) -> TokenSums:
-    """Return the sums of held changes to one rollout; `rows` are the adapter's own."""
+    """Return the sums of held changes to one rollout; `rows` are the adapter's own.
+
+    `falls` has a dictionary for each change; the KL in nats of tokens that fall is added there, by
+    token id.
+    """
     sums = np.zeros((4, len(changes)))
     runs = held_runs(editor, held_out, batch.token_ids, rows, changes, with_reference=True)
     for chunk, start, logits in runs:
         at = [changes[i].positions for i in chunk]
-        sums[:, chunk] = _compare(logits, held_out, batch, at, start)
+        sums[:, chunk] = _compare(
+            logits, held_out, batch, at, start, [falls[i] for i in chunk] if falls else ()
+        )
     return TokenSums(*sums)
 
 
@@ -274,10 +292,11 @@ def _compare(
     batch: Batch,
     changed: Sequence[Tensor | None],
     start: int = 0,
+    falls: Sequence[dict[int, float]] = (),
 ) -> TokenSums:
     """Compare copies 1 and later with copy 0, from position `start` on.
 
-    `changed` are the positions of each change's own tokens.
+    `changed` are the positions of each change's own tokens. Tokens that fall are added to `falls`.
     """
     mask = batch.mask[0, start:]
     targets = batch.targets[0, start:][mask].to(logits.device)
@@ -290,6 +309,12 @@ def _compare(
     for i, positions in enumerate(changed):
         kl, rise = kl_and_loss(reference, logits[i + 1, at], targets)
         kl, rise = kl.double().cpu(), (rise - loss).double().cpu()
+        if falls:
+            n = min(_N_PREDICTIONS, int(usual.sum()))
+            most = torch.where(usual, kl, -1.0).topk(n).indices.to(logits.device)
+            found = largest_falls(reference[most], logits[i + 1, at][most], _N_FALLS)
+            for term, token in zip(*(part.flatten().tolist() for part in found), strict=True):
+                falls[i][token] = falls[i].get(token, 0.0) + term
         here = usual
         if positions is not None:
             here = torch.zeros_like(batch.mask[0]).index_fill_(0, positions.cpu(), True)

@@ -24,6 +24,7 @@ class ReportRecord:
 
     kind: ClassVar[str]
     schema: ClassVar[int] = 1
+    oldest: ClassVar[int | None] = None  # schema that can be read, if older ones can
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,13 +256,23 @@ class PartRollouts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenFall:
+    """A token that is less likely without a feature, and its share of the removal's KL."""
+
+    token_id: TokenId
+    token: str
+    share: Share
+
+
+@dataclass(frozen=True, kw_only=True)
 class FeatureRemoval:
     """The removal of one feature, its controls, and whether it differs from them.
 
     A feature that was not removed has the estimate as its KL, and no rise of the loss. `kl_each` is
     KL for each token on which it fires, `share_here` the share of KL at these tokens, `kl_control`
     the median estimate of the controls. `pull` is by how much log p of the token that the adapter
-    raises most falls at each firing, `p` and `pull_excess` compare it with the controls'.
+    raises most falls at each firing, `p` and `pull_excess` compare it with the controls'. `falls`
+    are the tokens of text that lose most without the feature, if it was removed, largest first.
     """
 
     feature: Count
@@ -278,6 +289,7 @@ class FeatureRemoval:
     pull: float | None
     pull_excess: Interval
     p: Share | None
+    falls: tuple[TokenFall, ...] = ()
 
     @property
     def is_removed(self) -> bool:
@@ -294,7 +306,8 @@ class AblationReport(ReportRecord):
     """
 
     kind = "ablation"
-    schema = 3
+    schema = 4
+    oldest = 3  # without `falls`
     n_rollouts: Count
     n_tokens: Count
     n_special: Count

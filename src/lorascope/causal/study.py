@@ -84,7 +84,7 @@ def read_report(path: Path, records: Sequence[type[R]]) -> tuple[R, Manifest]:
         raise ArtifactError(
             f"{path} is a report of kind {manifest.kind}, expected {', '.join(by_kind)}"
         )
-    open_manifest(path, record.kind, record.schema, oldest=record.schema)
+    open_manifest(path, record.kind, record.schema, oldest=record.oldest or record.schema)
     return from_json(record, parts, str(path)), manifest
 
 
