@@ -68,6 +68,7 @@ def main() -> None:
                 np.concatenate(part),
                 np.zeros(int(half.sum()), np.int32),
                 np.flatnonzero(half),
+                rng.exponential(size=sum(map(len, part))).astype(np.float32),
             )
             for part, half in zip(parts, (chooses, ~chooses), strict=True)
         )

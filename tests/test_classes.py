@@ -25,7 +25,7 @@ def halves():
         words = {i: word.encode() for i, word in enumerate(WORDS)}
         corpus = read_clues(ids, roles, np.arange(N) // LENGTH, words)
         empty = np.zeros(0, np.int64)
-        parts.append(Half(corpus, empty, empty, ids, np.arange(N)))
+        parts.append(Half(corpus, empty, empty, ids, np.arange(N), np.zeros(0, np.float32)))
     return Halves(*parts)
 
 

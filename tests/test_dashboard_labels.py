@@ -18,7 +18,19 @@ from lorascope.features.index import FeatureIndex
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\u202e"
 LABELS = {
-    0: label_of("carrots", category="word", balanced_accuracy=0.95, interval=(0.9, 1.0)),
+    0: label_of(
+        "carrots",
+        category="word",
+        balanced_accuracy=0.95,
+        interval=(0.9, 1.0),
+        clarity=0.75,
+        clarity_interval=(0.5, 0.875),
+        purity=0.5,
+        purity_interval=(0.25, 0.625),
+        covered=0.125,
+        picked_effect=0.625,
+        picked_effect_shuffled=0.25,
+    ),
     1: label_of(HOSTILE, kind="context", category="symbol"),
     3: label_of(
         "unclear: mostly peas",
@@ -60,6 +72,12 @@ def test_the_label_is_the_title_and_the_line_in_the_list_with_its_score_beside(s
     assert "chance is 0.50, labels of other features 0.50" in shown.text("label-score")
     shown.page.locator(".label-why summary").click()
     assert shown.text("label-recall") == "90\u00a0%"
+    assert shown.text("label-clarity").replace("\u00a0", " ") == "75 % (50 % to 87.5 %)"
+    assert shown.text("label-purity").replace("\u00a0", " ") == "50 % (25 % to 62.5 %)"
+    assert shown.text("label-picked_effect").replace("\u00a0", " ") == "62.5 %"
+    why = shown.text("label-card").replace("\u00a0", " ")
+    assert "in order of strength; 12.5 % is chance" in why
+    assert "20 % is chance, labels of other features 25 %" in why
     row = shown.page.locator(".row[data-feature='0']")
     assert row.locator(".row-token").text_content() == "carrots"
     assert row.locator(".row-note").text_content() == "0.95"

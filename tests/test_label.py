@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from builders.chat_server import chat_server
-from builders.effect_reports import write
+from builders.effect_reports import ablation, write
 from builders.stores import layout_of, write_store
 
 from lorascope.artifact import Manifest
@@ -144,6 +144,49 @@ def test_what_a_feature_promotes_describes_it_where_no_rule_does(label, made, tm
     assert labels[WAIT].sentence == 'Fires on the token "wait". Promotes " é".'
     weak = write(tmp_path / "weak.json", "direct", index, promotes(THE, z=1.0))
     assert label(effects=(weak,), output=tmp_path / "b.json").features[WAIT].output is None
+
+
+def test_promoted_tokens_are_tested_on_what_removing_the_feature_changes(label, made, tmp_path):
+    """Each feature promotes its own token, which falls when it is removed, but one's does not."""
+    index = FeatureIndex.open(made / "features.h5")
+    report = promotes(THE)
+    for effect in report["features"]:
+        effect["promoted"][0]["token_id"] = effect["feature"]
+    direct = write(tmp_path / "direct.json", "direct", index, report)
+    removals = ablation(index)
+    removals["features"] = [
+        {
+            **removals["features"][0],
+            "feature": latent,
+            "falls": [{"token_id": 99 if latent == RANDOM else latent, "token": "x", "share": 0.5}],
+        }
+        for latent in (WAIT, AFTER_WAIT, SPECIAL, RANDOM, D_SAE - 1)
+    ]
+    removed = write(tmp_path / "ablation.json", "ablation", index, removals)
+    labels = label(effects=(direct, removed))
+    found = {i: one.picked_effect for i, one in labels.features.items()}
+    assert found == {WAIT: 1, AFTER_WAIT: 1, SPECIAL: 1, RANDOM: 0.2, D_SAE - 1: 1}
+    content = labels.manifest.content
+    assert content["picked_effect"] == 0.84
+    assert content["n_picked_effect"] == 5
+    assert content["picked_effect_shuffled"] < 0.2
+    assert {"direct", "ablation"} <= labels.manifest.parents.keys()
+    alone = label(effects=(direct,), output=tmp_path / "b.json")
+    assert {one.picked_effect for one in alone.features.values()} == {None}
+    assert "picked_effect" not in alone.manifest.content
+    with pytest.raises(ConfigError, match="expected one report of direct and one of ablate"):
+        label(effects=(direct, direct), output=tmp_path / "c.json")
+
+
+def test_values_rank_the_tokens_of_a_true_rule_first(label):
+    labels = label()
+    for latent in (WAIT, AFTER_WAIT, SPECIAL):
+        found = labels.features[latent]
+        assert found.clarity == found.purity == 1
+        assert found.clarity_interval[0] < 1
+    assert labels.features[WAIT].covered == pytest.approx(2 / 7, abs=0.05)
+    content = labels.manifest.content
+    assert content["purity_chance"] < content["purity"] <= 1
 
 
 def test_labels_by_hand_win_and_have_no_scores(label, made, tmp_path):

@@ -22,7 +22,17 @@ def index(tmp_path):
 
 PROMOTED = Output(tokens=("a",), share=0.5, balanced_accuracy=0.75, interval=(0.7, 0.8))
 LABELS = {
-    0: label_of("</script>", rule=((RulePart(of="token", values=("</script>",)),),)),
+    0: label_of(
+        "</script>",
+        clarity=-0.5,
+        clarity_interval=(-0.75, 0.0),
+        purity=0.5,
+        purity_interval=(0.25, 0.75),
+        covered=0.125,
+        picked_effect=0.2,
+        picked_effect_shuffled=0.25,
+        rule=((RulePart(of="token", values=("</script>",)),),),
+    ),
     2: label_of("second", output=PROMOTED),
     3: label_of("", name="by a person", author="person", balanced_accuracy=None, interval=None),
 }
@@ -32,7 +42,7 @@ def test_labels_come_back_as_they_were_written(index):
     path = save_labels(index, LABELS)
     assert read_labels(path).features == LABELS
     assert verify(path) == []
-    assert describe(str(path)).startswith("labels, schema 1")
+    assert describe(str(path)).startswith("labels, schema 2")
 
 
 def test_the_index_reads_the_labels_next_to_it(index):
@@ -45,6 +55,19 @@ def test_the_index_reads_the_labels_next_to_it(index):
     table = found.table()
     assert table.label.tolist()[:4] == ["</script>", "", "second", "by a person"]
     assert table.label_score.notna().tolist()[:4] == [True, False, True, False]
+
+
+def test_labels_without_the_scores_of_schema_2_are_read(index):
+    path = save_labels(index, LABELS)
+    data = json.loads(path.read_text())
+    new = "clarity clarity_interval purity purity_interval covered picked_effect".split()
+    for label in data["features"].values():
+        for name in (*new, "picked_effect_shuffled"):
+            label.pop(name, None)
+    data["metadata"]["lorascope"] |= {"schema": 1, "seal": "lorascope-sha256:" + "0" * 64}
+    path.write_text(sealed(json.dumps(data)))
+    assert read_labels(path).features[0].clarity is None
+    assert FeatureIndex.open(index)[0].label.name == "</script>"
 
 
 def test_labels_of_another_index_are_left_alone_with_a_warning(index, caplog):
@@ -71,6 +94,9 @@ def test_a_file_that_only_has_the_same_name_is_left_alone(index):
         (lambda f: f["0"].update(extra=1), "features.0 has the unknown key extra"),
         (lambda f: f["0"].update(interval=None), "lacks its interval"),
         (lambda f: f["0"].update(interval=[0.1, 0.2]), "outside its interval"),
+        (lambda f: f["0"].update(clarity=-2), "features.0.clarity is -2"),
+        (lambda f: f["0"].update(clarity_interval=[0.1, 0.2]), "outside its interval"),
+        (lambda f: f["0"].update(purity=None), "an interval without a score"),
         (lambda f: f["2"]["output"].update(interval=[0.1, 0.2]), "outside its interval"),
         (lambda f: f["0"].update(name="two\nlines"), "name is not one line"),
         (lambda f: f.update({"x": f["0"]}), "'x', which is not a number"),

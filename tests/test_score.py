@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 
 from lorascope.labels.clues import Corpus
-from lorascope.labels.score import Score, against, against_same_token, score, score_answers, wilson
+from lorascope.labels.score import (
+    Ranking,
+    Score,
+    against,
+    against_same_token,
+    draw_rollouts,
+    rank,
+    score,
+    score_answers,
+    wilson,
+)
 
 
 def corpus_of(rollout, token=None):
@@ -129,3 +139,79 @@ def test_the_interval_of_a_judge_covers_the_truth() -> None:
         assert found.interval is not None
         covered += found.interval[0] <= 0.75 <= found.interval[1]
     assert covered / 400 >= 0.93  # nominal 0.95; 0.93 is two standard errors below
+
+
+def edges(interval):
+    assert interval is not None
+    return interval
+
+
+def ranked(rollout, covered, values):
+    corpus, firings = corpus_of(rollout), np.flatnonzero(values)
+    return rank(corpus, covered, firings, values[firings], draw_rollouts(corpus))
+
+
+def test_clarity_and_purity_are_those_of_all_pairs_and_of_the_sorted_list():
+    rng = np.random.default_rng(0)
+    values = np.round(rng.exponential(size=300) * (rng.random(300) < 0.4), 1).astype(np.float32)
+    covered = rng.random(300) < 0.1 + 0.5 * (values > 1)
+    found = ranked(np.arange(300) // 10, covered, values)
+    pairs = np.sign(values[covered][:, None] - values[~covered][None])
+    assert found.clarity == pytest.approx(pairs.mean())
+    purity, before = 0.0, 0.0
+    for level in np.unique(values)[::-1]:
+        recall = (covered & (values >= level)).sum() / covered.sum()
+        purity += (recall - before) * covered[values >= level].mean()
+        before = recall
+    assert found.purity == pytest.approx(purity)
+    assert found.covered == covered.mean()
+    for value, interval in (
+        (found.clarity, found.clarity_interval),
+        (found.purity, found.purity_interval),
+    ):
+        low, high = edges(interval)
+        assert value is not None and low < value < high
+
+
+def test_perfect_and_random_rankings_score_what_theory_says():
+    rng = np.random.default_rng(1)
+    rollout, values = np.arange(4000) // 20, rng.exponential(size=4000).astype(np.float32)
+    perfect = ranked(rollout, values > 2, values)
+    assert (perfect.clarity, perfect.purity) == (1, 1)
+    low, high = edges(perfect.clarity_interval)
+    assert low < 1 == pytest.approx(high)
+    by_chance = ranked(rollout, rng.random(4000) < 0.3, values)
+    low, high = edges(by_chance.clarity_interval)
+    assert low < 0 < high
+    low, high = edges(by_chance.purity_interval)
+    assert by_chance.covered is not None and low < by_chance.covered < high
+    against_it = ranked(rollout, values < 0.1, values)
+    assert against_it.clarity == -1
+
+
+@pytest.mark.parametrize("covered", [np.zeros(20, bool), np.ones(20, bool)])
+def test_without_covered_or_other_tokens_there_is_no_ranking(covered):
+    assert ranked(np.arange(20), covered, np.ones(20, np.float32)) == Ranking()
+    assert ranked(np.arange(20), np.arange(20) < 3, np.zeros(20, np.float32)) == Ranking()
+
+
+def test_the_intervals_of_rankings_contain_the_truth_as_often_as_they_say():
+    """Rollouts differ in how far covered tokens stand out, so tokens of one are alike."""
+    rng = np.random.default_rng(5)
+    n_rollouts, length, n_draws = 50, 30, 300
+
+    def drawn(n):
+        rollout = np.repeat(np.arange(n), length)
+        covered = np.tile(np.arange(length) < 6, n)
+        shift = rng.normal(1, 0.5, n)[rollout] * covered
+        return rollout, covered, np.exp(rng.normal(size=len(rollout)) + shift).astype(np.float32)
+
+    truth = ranked(*drawn(5_000))
+    n_in = np.zeros(2)
+    for _ in range(n_draws):
+        found = ranked(*drawn(n_rollouts))
+        for i, name in enumerate(("clarity", "purity")):
+            low, high = getattr(found, f"{name}_interval")
+            n_in[i] += low <= getattr(truth, name) <= high
+    slack = 3 * (0.95 * 0.05 / n_draws) ** 0.5
+    assert np.all(n_in / n_draws >= 0.95 - slack - 0.01), n_in / n_draws

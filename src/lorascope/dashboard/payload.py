@@ -83,7 +83,11 @@ _COLUMNS = {
     **dict.fromkeys((f"{name}_score" for name in RANKINGS), "<b2"),
 }
 _LABEL_COLUMNS = {"sentence": "|u1", "sentence_length": "<u4"}  # UTF-8, feature after feature
-_LABEL_SCORES = ("balanced_accuracy", "precision", "recall", "same_token", "near", "shuffled")
+_LABEL_SCORES = (
+    "balanced_accuracy precision recall same_token near shuffled clarity purity covered "
+    "picked_effect picked_effect_shuffled"
+).split()
+_LABEL_EDGES = {"": "interval", "clarity_": "clarity_interval", "purity_": "purity_interval"}
 _ROLLOUT_COLUMNS = {
     "token": "<u4",
     "role": "|u1",
@@ -405,9 +409,10 @@ def _label_core(
     for key in _LABEL_SCORES:
         scores = [getattr(label, key) if label else None for label in labels]
         columns[f"label_{key}"] = ("<f4", np.array(scores, float))
-    edges = [(label and label.interval) or (None, None) for label in labels]
-    for key, values in zip(("low", "high"), np.array(edges, float).reshape(-1, 2).T, strict=True):
-        columns[f"label_{key}"] = ("<f4", values)
+    for name, key in _LABEL_EDGES.items():
+        edges = [(label and getattr(label, key)) or (None, None) for label in labels]
+        low, high = np.array(edges, float).reshape(-1, 2).T
+        columns |= {f"label_{name}low": ("<f4", low), f"label_{name}high": ("<f4", high)}
     core = {
         "names": [label.name if label else "" for label in labels],
         "kinds": list(KINDS),

@@ -397,8 +397,10 @@ class FeatureIndex:
             keys = {"label": "name", "label_kind": "kind", "label_author": "author"}
             for name, key in keys.items():
                 columns[name] = ["" if label is None else getattr(label, key) for label in labels]
-            scores = [None if label is None else label.balanced_accuracy for label in labels]
-            columns["label_score"] = np.array(scores, float)
+            scores = {"score": "balanced_accuracy", "clarity": "clarity", "purity": "purity"}
+            for name, key in scores.items():
+                values = [None if label is None else getattr(label, key) for label in labels]
+                columns[f"label_{name}"] = np.array(values, float)
         for ranking in ("mean", "lift"):
             tokens = [self.ranked_tokens(latent, ranking) for latent in range(len(self))]
             columns[f"tokens_{ranking}"] = [" | ".join(text for text, _ in row) for row in tokens]

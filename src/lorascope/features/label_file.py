@@ -19,7 +19,7 @@ from lorascope.texts.tokens import visible
 log = logging.getLogger(__name__)
 
 KIND = "labels"
-SCHEMA = 1
+SCHEMA = 2  # 1 had no scores of strengths and of removals
 FILE = "labels.json"
 Kind = Literal["token", "context", "position", "output", "unclear"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -29,6 +29,7 @@ _BY_HAND_FORMAT = "lorascope labels 1"
 _LONGEST_NAME, _LONGEST_NOTE = 200, 20_000  # characters of a label by hand
 
 Share = Annotated[float, Range(0, 1)]
+Gini = Annotated[float, Range(-1, 1)]
 Count = Annotated[int, Range(0)]
 
 
@@ -65,6 +66,11 @@ class Label:
     of other features' rules on this feature. `n_fired` counts its firings there. A model's label is
     scored by another model, `judge`, on excerpts that are half firings; `picked_output` says
     whether it found the promoted tokens among those of other features.
+
+    `clarity` and `purity` say how well the feature's values rank the tokens that a rule covers;
+    `covered` is the share of these, which is the purity of a random order. `picked_effect` is how
+    often the label finds the feature's removal among five, `picked_effect_shuffled` how often
+    labels of others do; a judge picks once.
     """
 
     name: str
@@ -84,6 +90,13 @@ class Label:
     output: Output | None = None
     judge: str | None = None
     picked_output: bool | None = None
+    clarity: Gini | None = None
+    clarity_interval: tuple[Gini, Gini] | None = None
+    purity: Share | None = None
+    purity_interval: tuple[Share, Share] | None = None
+    covered: Share | None = None
+    picked_effect: Share | None = None
+    picked_effect_shuffled: Share | None = None
 
 
 @dataclass(frozen=True)
@@ -212,15 +225,18 @@ def with_hand_labels(
 def _faults(label: Label) -> Iterator[str]:
     if not label.name or len(label.name.splitlines()) > 1:
         yield "whose name is not one line"
-    for what in (label, label.output):
-        if what is None:
-            continue
-        if (what.interval is None) != (what.balanced_accuracy is None):
+    scores = [
+        (label.balanced_accuracy, label.interval),
+        (label.clarity, label.clarity_interval),
+        (label.purity, label.purity_interval),
+    ]
+    if label.output is not None:
+        scores.append((label.output.balanced_accuracy, label.output.interval))
+    for score, interval in scores:
+        if (interval is None) != (score is None):
             yield "with a score that lacks its interval, or an interval without a score"
-        elif what.interval is not None and what.balanced_accuracy is not None:
-            low, high = what.interval
-            if not low <= what.balanced_accuracy <= high:
-                yield "whose score is outside its interval"
+        if interval and score is not None and not interval[0] <= score <= interval[1]:
+            yield "whose score is outside its interval"
 
 
 def _damaged(path: Path, fault: str) -> ArtifactError:

@@ -6,11 +6,13 @@
    tokens that it covers on the other half with the firings (`score`). The rules of other features,
    scored in the same way, show what a wrong label gets.
 3. With a report of `direct`, the tokens that a feature promotes describe its output. They are
-   scored by how well the next token tells where the feature fires.
+   scored by how well the next token tells where the feature fires and, with a report of `ablate`,
+   by how often they find the feature's removal among others (`output_score`).
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +23,17 @@ from lorascope.errors import DatasetError
 from lorascope.features.index import FeatureIndex
 from lorascope.features.label_file import BY_RULE, Kind, Label, Output
 from lorascope.labels.clues import CLUES, Corpus, Ints, Mask, read_clues
+from lorascope.labels.output_score import Falls, pick_removals
 from lorascope.labels.rules import Miner, Rule, covers
-from lorascope.labels.score import Score, against, against_same_token, rounded, score
+from lorascope.labels.score import (
+    Score,
+    against,
+    against_same_token,
+    draw_rollouts,
+    rank,
+    rounded,
+    score,
+)
 from lorascope.labels.wording import kind_of, name_of, parts_of, quoted, sentence_of, shortened
 from lorascope.texts.roles import ROLES, has_role
 from lorascope.texts.tokens import visible
@@ -53,9 +64,9 @@ _CATEGORIES = {  # by the clue that most firings have; the first that fits
 class Half(NamedTuple):
     """Tokens of one half of the rollouts, and each feature's firings among them.
 
-    Feature i fires at the tokens `rows[offset[i]:offset[i + 1]]`, in ascending order. `next_id`
-    `(token,)` is the id of the token that follows in the rollout, -1 for the last one, `row`
-    `(token,)` the token's row in the store.
+    Feature i fires at the tokens `rows[offset[i]:offset[i + 1]]`, in ascending order, with `value`
+    of the same slice. `next_id` `(token,)` is the id of the token that follows in the rollout, -1
+    for the last one, `row` `(token,)` the token's row in the store.
     """
 
     corpus: Corpus
@@ -63,10 +74,15 @@ class Half(NamedTuple):
     rows: Ints
     next_id: npt.NDArray[np.int32]
     row: Ints
+    value: npt.NDArray[np.float32]
 
     def firings(self, latent: int) -> Ints:
         """Return the tokens on which a feature fires."""
         return self.rows[self.offset[latent] : self.offset[latent + 1]]
+
+    def values(self, latent: int) -> npt.NDArray[np.float32]:
+        """Return how strongly a feature fires at `firings`."""
+        return self.value[self.offset[latent] : self.offset[latent + 1]]
 
 
 class Halves(NamedTuple):
@@ -109,7 +125,7 @@ def read_halves(store: ActivationStore, sae: "SAE", index: FeatureIndex, n_token
     corpus = read_clues(token_ids, roles, rollout, spelling)
     next_id = np.append(token_ids[1:], -1)
     next_id[np.flatnonzero(np.diff(rollout))] = -1
-    row, latent = _fired(store, sae, rows)
+    row, latent, value = _fired(store, sae, rows)
     read = has_role(roles, index.manifest.settings.get("roles", ROLES))
     chooses = np.zeros(len(rollouts), bool)
     chooses[np.searchsorted(rollouts, order[::2])] = True
@@ -120,32 +136,40 @@ def read_halves(store: ActivationStore, sae: "SAE", index: FeatureIndex, n_token
         counts = np.bincount(latent[here], minlength=sae.d_sae)
         offset = np.concatenate([[0], np.cumsum(counts)])
         where = np.flatnonzero(tokens)
-        return Half(corpus.take(where), offset, new_row[row[here]], next_id[where], rows[where])
+        return Half(
+            corpus.take(where), offset, new_row[row[here]], next_id[where], rows[where], value[here]
+        )
 
     return Halves(half(read & chooses[rollout]), half(read & ~chooses[rollout]))
 
 
-def _fired(store: ActivationStore, sae: "SAE", rows: Ints) -> tuple[Ints, Ints]:
-    """Return the firings at some rows of the store, as index into them and latent, by latent."""
+def _fired(
+    store: ActivationStore, sae: "SAE", rows: Ints
+) -> tuple[Ints, Ints, npt.NDArray[np.float32]]:
+    """Return the firings at some rows of the store, by latent: index into them, latent, value."""
     import torch
 
-    parts: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]] = []
+    parts: list[tuple[npt.NDArray[Any], ...]] = []
     with runtime.progress(len(rows), "label", "tokens") as bar:
         for start in range(0, len(rows), _ROWS):
             chunk = rows[start : start + _ROWS]
             code = sae.encode(torch.from_numpy(store.take(chunk)).to(sae.b_enc.device))
             row = np.repeat(np.arange(len(chunk)) + start, code.l0.cpu().numpy())
-            parts.append((row.astype(np.int32), code.latents.cpu().numpy().astype(np.int32)))
+            latents, values = code.latents.cpu().numpy(), code.values.float().cpu().numpy()
+            parts.append((row.astype(np.int32), latents.astype(np.int32), values))
             bar.update(len(chunk))
-    row, latent = (np.concatenate(column) for column in zip(*parts, strict=True))
+    row, latent, value = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.argsort(latent, kind="stable")
-    return row[order].astype(np.int64), latent[order].astype(np.int64)
+    return row[order].astype(np.int64), latent[order].astype(np.int64), value[order]
 
 
 def label_features(
-    halves: Halves, index: FeatureIndex, direct: "DirectReport | None" = None
+    halves: Halves,
+    index: FeatureIndex,
+    direct: "DirectReport | None" = None,
+    falls: Mapping[int, Falls] | None = None,
 ) -> dict[int, Label]:
-    """Return the labels by rule of all features that fire."""
+    """Return the labels by rule of all features that fire; `falls` are those of removals."""
     choosing, scoring = halves
     alive = np.flatnonzero(index.alive).tolist()
     miner = Miner(choosing.corpus)
@@ -157,6 +181,7 @@ def label_features(
     shuffled = _shuffled(scoring, rules)
     near = np.concatenate([index.near_decoder[:, :_N_NEAR], index.near_cofiring[:, :_N_NEAR]], 1)
     labels: dict[int, Label] = {}
+    draws = draw_rollouts(scoring.corpus)
     for latent in alive:
         rule, firings = rules[latent], scoring.firings(latent)
         covered = covers(scoring.corpus, rule)
@@ -193,8 +218,31 @@ def label_features(
             shuffled=rounded(shuffled.get(latent)),
             rule=() if is_output else parts_of(rule, choosing.corpus.texts),
             output=output,
+            **rank(scoring.corpus, covered, firings, scoring.values(latent), draws)
+            .rounded()
+            ._asdict(),
         )
-    return labels
+    return labels if direct is None else _with_picks(labels, direct, falls or {})
+
+
+def _with_picks(
+    labels: Mapping[int, Label], direct: "DirectReport", falls: Mapping[int, Falls]
+) -> dict[int, Label]:
+    """Return the labels with how well their promoted tokens find removals."""
+    promoted = {i: [token.token_id for token in _promoted(direct, i)] for i in labels}
+    picked = pick_removals(
+        {i: tokens for i, tokens in promoted.items() if tokens},
+        {i: some for i, some in falls.items() if i in labels},
+        {i: label.category for i, label in labels.items()},
+    )
+    return {
+        i: replace(
+            label,
+            picked_effect=rounded(picked.own.get(i)),
+            picked_effect_shuffled=rounded(picked.shuffled.get(i)),
+        )
+        for i, label in labels.items()
+    }
 
 
 def describe(

@@ -10,7 +10,9 @@
    where the feature does not fire, tokens where similar features fire, and random ones.
 3. The same excerpts are judged by the description of another feature. This *shuffled* score is what
    the judge reaches without knowing the feature.
-4. Output: the judge picks the feature's promoted tokens among those of three other features.
+4. Output: the judge picks the feature's promoted tokens among those of three other features, and
+   the tokens that lose most when the feature is removed among those of four other removals, of
+   features of the same category. Once more with the description of another feature (`shuffled`).
 
 Texts are data. They are quoted as JSON strings, the marks that they contain are replaced, and of an
 answer only the fields of its schema are used, without control characters and cut to length. Small
@@ -31,11 +33,12 @@ from lorascope.features.index import FeatureIndex
 from lorascope.features.label_file import KINDS, Kind, Label
 from lorascope.labels.chat import Chat, Question
 from lorascope.labels.excerpts import Excerpts, HeldOutTexts
-from lorascope.labels.score import Score, rounded, score_answers
+from lorascope.labels.output_score import N_OPTIONS as N_REMOVALS
+from lorascope.labels.score import Ranking, Score, rounded, score_answers
 
 log = logging.getLogger(__name__)
 
-N_OPTIONS = 4
+N_OPTIONS = 4  # lists of promoted tokens from which the judge picks
 N_WRITTEN = 8  # promoted tokens that are shown
 _MOST_NAME, _MOST_SENTENCE = 60, 300  # characters
 
@@ -65,6 +68,9 @@ _OUTPUT = (
     "tokens that some feature makes more likely. " + _DATA + "Pick the list that fits the "
     'description best. Answer with JSON: {"choice": index of the list, from 0}'
 )
+_EFFECT = _OUTPUT.replace(
+    "tokens that some feature makes more likely", "tokens that are less likely without some feature"
+)
 
 
 class Explanation(NamedTuple):
@@ -93,10 +99,13 @@ _EXAMPLES = {
         description=_FRUIT.sentence,
         excerpts=_FRUIT_EXCERPTS,
     ),
-    _OUTPUT: _example(
-        {"choice": 1},
-        description=f"{_FRUIT.name}. {_FRUIT.sentence}",
-        options=(("=", "+"), ("pie",)),
+    **dict.fromkeys(
+        (_OUTPUT, _EFFECT),
+        _example(
+            {"choice": 1},
+            description=f"{_FRUIT.name}. {_FRUIT.sentence}",
+            options=(("=", "+"), ("pie",)),
+        ),
     ),
 }
 
@@ -109,6 +118,8 @@ class Explained:
     detection: Score
     shuffled: Score
     picked_output: bool | None
+    picked_effect: bool | None
+    picked_effect_shuffled: bool | None
 
 
 def explain(
@@ -117,13 +128,16 @@ def explain(
     judge: Chat,
     latents: Sequence[int],
     written: Mapping[int, tuple[Sequence[str], Sequence[str]]],
+    falls: Mapping[int, Sequence[str]] | None = None,
+    rivals: Mapping[int, Sequence[int]] | None = None,
     seed: int = 0,
 ) -> dict[int, Explained]:
     """Return the labels of the latents for which the explainer gave a valid answer.
 
     Latents without an example in its half of the rollouts are not asked about.
 
-    `written` has the tokens that features promote and suppress, best first.
+    `written` has the tokens that features promote and suppress, best first. `falls` has those that
+    lose most when features are removed, `rivals` the removals among which to find each.
     """
     corpus = HeldOutTexts(index)
     excerpts = {latent: corpus.excerpts(latent, seed) for latent in latents}
@@ -147,18 +161,14 @@ def explain(
                 tests.append((latent, True, truth))
     verdicts = judge.ask(asked, _read_verdicts, "detect")
 
-    rng = np.random.default_rng(seed)
-    rivals = [i for i in said if written.get(i, ((), ()))[0]]
-    choices: dict[int, int] = {}
-    pick: list[Question] = []
-    for latent in rivals:
-        others = [i for i in rivals if i != latent]
-        if len(others) >= N_OPTIONS - 1:
-            options = [others[j] for j in rng.choice(len(others), N_OPTIONS - 1, replace=False)]
-            choices[latent] = int(rng.integers(N_OPTIONS))
-            options.insert(choices[latent], latent)
-            pick.append(output_question(said[latent], [written[i][0] for i in options]))
-    picked = dict(zip(choices, judge.ask(pick, _read_choice, "output"), strict=True))
+    promoted = {i: written[i][0] for i in said if written.get(i, ((), ()))[0]}
+    others = {i: [other for other in promoted if other != i] for i in promoted}
+    picked = _picks(judge, _OUTPUT, said, promoted, others, N_OPTIONS, seed)
+    removed, rivals = falls or {}, rivals or {}
+    found, wrong = (
+        _picks(judge, _EFFECT, texts, removed, rivals, N_REMOVALS, seed)
+        for texts in (said, {i: said[of_other[i]] for i in said if of_other[i] != i})
+    )
 
     judged: dict[tuple[int, bool], list[tuple[bool, bool]]] = {}
     for (latent, shuffled, truth), verdict in zip(tests, verdicts, strict=True):
@@ -169,10 +179,37 @@ def explain(
             explanation=explanation,
             detection=score_answers(judged.get((latent, False), [])),
             shuffled=score_answers(judged.get((latent, True), [])),
-            picked_output=None if picked.get(latent) is None else picked[latent] == choices[latent],
+            picked_output=picked.get(latent),
+            picked_effect=found.get(latent),
+            picked_effect_shuffled=wrong.get(latent),
         )
         for latent, explanation in said.items()
     }
+
+
+def _picks(
+    judge: Chat,
+    system: str,
+    said: Mapping[int, Explanation],
+    tokens: Mapping[int, Sequence[str]],
+    rivals: Mapping[int, Sequence[int]],
+    n_options: int,
+    seed: int,
+) -> dict[int, bool | None]:
+    """Return whether the judge finds the tokens of each feature among those of some rivals."""
+    rng = np.random.default_rng(seed)
+    choices: dict[int, int] = {}
+    asked: list[Question] = []
+    for latent in said:
+        others = rivals.get(latent, ())
+        if len(others) < n_options - 1:
+            continue
+        options = [others[j] for j in rng.choice(len(others), n_options - 1, replace=False)]
+        choices[latent] = int(rng.integers(n_options))
+        options.insert(choices[latent], latent)
+        asked.append(_pick_question(system, said[latent], [tokens[i] for i in options]))
+    picked = dict(zip(choices, judge.ask(asked, _read_choice, "output"), strict=True))
+    return {i: None if pick is None else pick == choices[i] for i, pick in picked.items()}
 
 
 def _estimate(
@@ -221,8 +258,15 @@ def with_model(
                 shuffled=rounded(one.shuffled.balanced_accuracy),
                 judge=judge,
                 picked_output=one.picked_output,
+                picked_effect=_number(one.picked_effect),
+                picked_effect_shuffled=_number(one.picked_effect_shuffled),
+                **Ranking()._asdict(),
             )
     return merged
+
+
+def _number(picked: bool | None) -> float | None:
+    return None if picked is None else float(picked)
 
 
 def explain_question(
@@ -246,13 +290,15 @@ def detect_question(sentence: str, texts: Sequence[str]) -> Question:
     return _question(_DETECT, data, _object(fires=fires), 20 + 6 * n)
 
 
-def output_question(explanation: Explanation, options: Sequence[Sequence[str]]) -> Question:
-    """Return the question which tokens a feature promotes."""
+def _pick_question(
+    system: str, explanation: Explanation, options: Sequence[Sequence[str]]
+) -> Question:
+    """Return the question which of some lists of tokens fits a description."""
     data = {
         "description": f"{explanation.name}. {explanation.sentence}",
         "options": [option[:N_WRITTEN] for option in options],
     }
-    return _question(_OUTPUT, data, _object(choice={"type": "integer"}), 30)
+    return _question(system, data, _object(choice={"type": "integer"}), 30)
 
 
 def _question(system: str, data: Any, schema: dict[str, Any], max_tokens: int) -> Question:

@@ -13,16 +13,18 @@ you name a server. `labels.answers.jsonl` beside it keeps the server's answers.
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from lorascope import runtime
 from lorascope.activations.store import ActivationStore
-from lorascope.artifact import Identity, digest_file
+from lorascope.artifact import Identity, digest_file, read_manifest
+from lorascope.causal.report_records import AblationReport, DirectReport, TokenFall
+from lorascope.causal.study import format_number
 from lorascope.config import Config, option
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.features.index import FeatureIndex
@@ -42,14 +44,15 @@ from lorascope.features.published_json import digest_of_index, read_index
 from lorascope.labels.by_rule import LEAST_SHARE, label_features, read_halves
 from lorascope.labels.chat import Chat
 from lorascope.labels.explain import explain, with_model
+from lorascope.labels.output_score import CHANCE, mean_over_features, rivals_of
 from lorascope.labels.score import rounded
 from lorascope.stage import Build, built
 
 if TYPE_CHECKING:
-    from lorascope.causal.report_records import DirectReport
     from lorascope.sae.model import SAE
 
 log = logging.getLogger(__name__)
+R = TypeVar("R", AblationReport, DirectReport)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +81,10 @@ class LabelConfig(LabelOptions):
     )
     sae: Path | None = option(None, help="SAE of the index; default: sae beside it", identity=False)
     effects: tuple[Path, ...] = option(
-        (), help="report of direct; default: effects/direct.json beside the index", identity=False
+        (),
+        help="reports of direct and ablate; default: effects/direct.json and effects/ablation.json "
+        "beside the index",
+        identity=False,
     )
     by_hand: Path | None = option(
         None,
@@ -137,7 +143,11 @@ def run(config: LabelConfig) -> Path:
     store = sae.narrow(store)
     require_parents(index, source, store, sae)
     inputs = _inputs(config)
-    direct = _read_direct(inputs["direct"], sae) if "direct" in inputs else None
+    direct = _read_effects(inputs["direct"], sae, DirectReport) if "direct" in inputs else None
+    falls: dict[int, tuple[TokenFall, ...]] = {}
+    if "ablation" in inputs:
+        ablation = _read_effects(inputs["ablation"], sae, AblationReport)
+        falls = {one.feature: one.falls for one in ablation.features or () if one.falls}
     by_hand = {}
     if "by_hand" in inputs:
         by_hand = read_by_hand(inputs["by_hand"], sae.digest, len(index))
@@ -146,9 +156,12 @@ def run(config: LabelConfig) -> Path:
     def make(build: Build) -> None:
         on_device = sae.to(runtime.pick_device(config.device))
         halves = read_halves(store, on_device, index, config.label_tokens)
-        labels = label_features(halves, index, direct)
+        shares = {i: {one.token_id: one.share for one in some} for i, some in falls.items()}
+        labels = label_features(halves, index, direct, shares)
         if config.llm_model is not None:
-            labels = ask_model(labels, index, direct, config, out.with_suffix(".answers.jsonl"))
+            labels = ask_model(
+                labels, index, direct, falls, config, out.with_suffix(".answers.jsonl")
+            )
         labels = with_hand_labels(labels, by_hand)
         content = {"n_features": len(index), **halves.sizes(), **summarize(labels)}
         manifest = identity.manifest(None, content)
@@ -167,23 +180,34 @@ def identity_of(config: LabelConfig) -> Identity:
 
 
 def _inputs(config: LabelConfig) -> dict[str, Path]:
-    """Return the report of `direct` and the labels by hand: those given, or those found."""
+    """Return the reports and the labels by hand: those given, or those found."""
     folder = config.input.expanduser().parent
-    if len(config.effects) > 1:
-        raise ConfigError(f"--effects has {len(config.effects)} reports, expected one of direct")
-    given = {"direct": next(iter(config.effects), None), "by_hand": config.by_hand}
-    beside = {"direct": folder / "effects" / "direct.json", "by_hand": folder / BY_HAND_FILE}
-    for path in given.values():
-        if path is not None and not path.is_file():
-            raise ArtifactError(f"{path} does not exist; give a file, or leave out the option")
-    found = {name: path or beside[name] for name, path in given.items()}
+    if config.by_hand is not None and not config.by_hand.is_file():
+        raise ArtifactError(f"{config.by_hand} does not exist; give a file, or leave out --by-hand")
+    found = {
+        "direct": folder / "effects" / "direct.json",
+        "ablation": folder / "effects" / "ablation.json",
+        "by_hand": config.by_hand or folder / BY_HAND_FILE,
+    }
+    if config.effects:
+        found = {"by_hand": found["by_hand"]}
+    for path in config.effects:
+        manifest = read_manifest(path)
+        kind = None if manifest is None else manifest.kind
+        if kind not in ("direct", "ablation") or kind in found:
+            raise ConfigError(
+                f"--effects has {path} of kind {kind}, expected one report of direct and one of "
+                "ablate at most"
+            )
+        found[kind] = path
     return {name: path for name, path in found.items() if path.is_file()}
 
 
 def ask_model(
     labels: Mapping[int, Label],
     index: FeatureIndex,
-    direct: "DirectReport | None",
+    direct: DirectReport | None,
+    falls: Mapping[int, tuple[TokenFall, ...]],
     config: LabelConfig,
     cache: Path,
 ) -> dict[int, Label]:
@@ -205,13 +229,22 @@ def ask_model(
         raise ConfigError(
             f"--features has {unknown[0]}, expected features that fire, below {len(index)}"
         )
-    said = explain(index, explainer, judge, asked, written)
+    known = {i: some for i, some in falls.items() if i in labels}
+    said = explain(
+        index,
+        explainer,
+        judge,
+        asked,
+        written,
+        {i: [fall.token for fall in some] for i, some in known.items()},
+        rivals_of(known, {i: label.category for i, label in labels.items()}),
+    )
     for chat in {id(chat): chat for chat in (explainer, judge)}.values():
         log.info("%s", chat.describe_usage())
     return with_model(labels, said, explainer.model, judge.model)
 
 
-def _written(direct: "DirectReport") -> dict[int, tuple[list[str], list[str]]]:
+def _written(direct: DirectReport) -> dict[int, tuple[list[str], list[str]]]:
     """Return the tokens that features promote and suppress, where their effect is direct."""
     return {
         effect.feature: (
@@ -236,6 +269,30 @@ def summarize(labels: Mapping[int, Label]) -> dict[str, Any]:
         "share_above_0.85": rounded(float((scores >= 0.85).mean())) if len(scores) else None,
         "shuffled": rounded(float(np.mean(shuffled))) if shuffled else None,
         "chance": 0.5,
+        **{name: _mean([getattr(x, name) for x in by_rule]) for name in ("clarity", "purity")},
+        "purity_chance": _mean([label.covered for label in by_rule]),
+        **_picks(by_rule),
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean of those that are known."""
+    known = [value for value in values if value is not None]
+    return rounded(float(np.mean(known))) if known else None
+
+
+def _picks(labels: Sequence[Label]) -> dict[str, Any]:
+    """Return how often labels find the removals of their features; nothing without removals."""
+    picked = [label.picked_effect for label in labels if label.picked_effect is not None]
+    if not picked:
+        return {}
+    mean, (low, high) = mean_over_features(picked)
+    return {
+        "n_picked_effect": len(picked),
+        "picked_effect": rounded(mean),
+        "picked_effect_interval": [rounded(low), rounded(high)],
+        "picked_effect_shuffled": _mean([label.picked_effect_shuffled for label in labels]),
+        "picked_effect_chance": CHANCE,
     }
 
 
@@ -249,7 +306,17 @@ def table(content: Mapping[str, Any]) -> str:
         f"{content['n_rollouts_scoring']:,} held-out rollouts",
         "0.85 or more": f"{content['share_above_0.85'] or 0:.0%} of the features",
         "shuffled labels": f"{content['shuffled'] or 0.5:.3f} (chance: 0.5)",
+        "clarity": format_number(content["clarity"], ".3f"),
+        "purity": f"{format_number(content['purity'], '.3f')} (chance: "
+        f"{format_number(content['purity_chance'], '.3f')})",
     }
+    if "picked_effect" in content:
+        low, high = content["picked_effect_interval"]
+        rows["removal picked"] = (
+            f"{content['picked_effect']:.3f} ({low:.3f} to {high:.3f}) of "
+            f"{content['n_picked_effect']:,} features, shuffled "
+            f"{format_number(content['picked_effect_shuffled'], '.3f')} (chance: {CHANCE:.1f})"
+        )
     return "\n".join(f"  {name:<18} {value}" for name, value in rows.items())
 
 
@@ -268,12 +335,15 @@ def require_parents(index: FeatureIndex, source: Path, store: ActivationStore, s
             )
 
 
-def _read_direct(path: Path, sae: "SAE") -> "DirectReport":
-    """Return a report of `direct`. Raises ArtifactError if it is of another SAE."""
-    from lorascope.causal.report_records import DirectReport
+def _read_effects(path: Path, sae: "SAE", record: type[R]) -> R:
+    """Return a report of effects. Raises ArtifactError if it is of another SAE."""
     from lorascope.causal.study import read_report
 
-    report, manifest = read_report(path, (DirectReport,))
-    if manifest.parents.get("sae") != sae.digest or len(report.features) != sae.d_sae:
+    report, manifest = read_report(path, (record,))
+    features = report.features or ()
+    is_other = any(one.feature >= sae.d_sae for one in features)
+    if isinstance(report, DirectReport):
+        is_other = len(features) != sae.d_sae
+    if manifest.parents.get("sae") != sae.digest or is_other:
         raise ArtifactError(f"{path} is of another SAE; make the report again with this one")
     return report

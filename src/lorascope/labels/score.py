@@ -9,6 +9,13 @@
   as in Newcombe (1998): the distances to the bounds add up in squares.
 - *Hard cases*: the specificity among tokens with the text of a firing, weighted as the firings are,
   and among tokens at which the feature's neighbours fire. Each with the same recall.
+- *Clarity* and *purity* look at how strongly the feature fires, 0 where it is silent (both from
+  FADE, Puri et al. 2025, arXiv 2502.16994). Clarity is 2 · AUROC − 1, the Gini index: how often a
+  covered token has a larger value than another one, less how often it has a smaller one. Purity is
+  the average precision of the tokens in order of their values: Σ (share of the covered tokens that
+  a value adds) · (share of the tokens up to it that are covered), equal values at once. A random
+  order has the share of covered tokens. Both intervals are Wilson's again, the variance from draws
+  of rollouts, in which values are cut into `_N_LEVELS` levels.
 """
 
 import math
@@ -22,6 +29,8 @@ from lorascope.labels.clues import Corpus, Ints, Mask
 
 CLEAR = 0.7  # lower bound of the balanced accuracy of a clear label
 _Z = 1.959963984540054  # of a 95 % interval
+_N_DRAWS = 200
+_N_LEVELS = 64
 _FEWEST_CASES = 10  # tokens of a hard case; of fewer it has no score
 
 
@@ -63,6 +72,101 @@ def score(corpus: Corpus, covered: Mask, firings: Ints) -> Score:
         return Score(n_fired=n_fired)
     precision = int(hit.sum()) / n_covered if n_covered else None
     return _balanced(_share(hit, fired), _share(others - wrong, others), precision, n_fired)
+
+
+Edges = tuple[float, float]
+Floats = npt.NDArray[np.float64]
+
+
+class Ranking(NamedTuple):
+    """Clarity, from -1 to 1, and purity with their intervals; `covered` is purity's chance."""
+
+    clarity: float | None = None
+    clarity_interval: Edges | None = None
+    purity: float | None = None
+    purity_interval: Edges | None = None
+    covered: float | None = None
+
+    def rounded(self) -> "Ranking":
+        """Return the scores with four decimals, as labels have them."""
+        clarity, edges, purity, purity_edges, covered = self
+        if edges is None or purity_edges is None:
+            return self
+        return Ranking(
+            rounded(clarity),
+            (round(edges[0], 4), round(edges[1], 4)),
+            rounded(purity),
+            (round(purity_edges[0], 4), round(purity_edges[1], 4)),
+            rounded(covered),
+        )
+
+
+def draw_rollouts(corpus: Corpus) -> Floats:
+    """Return how often each rollout of a corpus counts in each of some draws, `(draw, rollout)`."""
+    sizes = np.bincount(corpus.rollout)
+    read = sizes > 0
+    n = int(read.sum())
+    draws = np.zeros((_N_DRAWS, len(sizes)))
+    draws[:, read] = np.random.default_rng(2).multinomial(n, np.full(n, 1 / n), size=_N_DRAWS)
+    return draws
+
+
+def rank(
+    corpus: Corpus, covered: Mask, firings: Ints, values: npt.NDArray[np.float32], draws: Floats
+) -> Ranking:
+    """Return how well a feature's values `(firing,)` rank the tokens that a description covers.
+
+    It is unknown where the feature is silent, or the description covers no token or all of them.
+    """
+    n_covered, n = int(covered.sum()), len(corpus)
+    if not len(firings) or not 0 < n_covered < n:
+        return Ranking()
+    order = np.argsort(-values, kind="stable")
+    ends = np.flatnonzero(np.append(np.diff(values[order]) != 0, True))  # of equal values
+    hits = np.cumsum(covered[firings[order]])[ends]
+    clarity, purity = _ranked(
+        np.append(hits, n_covered).astype(float)[None], np.append(ends + 1, n).astype(float)[None]
+    )
+    last = np.repeat(ends, np.diff(ends, prepend=-1))  # with the value of each firing
+    level = last * _N_LEVELS // len(firings)
+    n_rollouts = draws.shape[1]
+    cell = corpus.rollout[firings[order]] * (_N_LEVELS + 1) + level
+    is_hit = covered[firings[order]]
+    sums: list[Floats] = []
+    for cells, tokens in ((cell[is_hit], corpus.rollout[covered]), (cell, corpus.rollout)):
+        table = np.bincount(cells, minlength=n_rollouts * (_N_LEVELS + 1)).astype(float)
+        table = table.reshape(n_rollouts, -1)
+        table[:, -1] = np.bincount(tokens, minlength=n_rollouts) - table.sum(1)  # silent tokens
+        sums.append((draws @ table).cumsum(1))
+    known = (sums[0][:, -1] > 0) & (sums[0][:, -1] < sums[1][:, -1])
+    drawn = _ranked(sums[0][known], sums[1][known])
+    n_with = len(np.unique(corpus.rollout[covered]))
+    area = _wilson_of_draws((float(clarity[0]) + 1) / 2, (drawn[0] + 1) / 2, n_with, n_covered)
+    share = _wilson_of_draws(float(purity[0]), drawn[1], n_with, n_covered)
+    return Ranking(
+        float(clarity[0]),
+        (2 * area.low - 1, 2 * area.high - 1),
+        share.value,
+        (share.low, share.high),
+        n_covered / n,
+    )
+
+
+def _ranked(hits: Floats, tokens: Floats) -> tuple[Floats, Floats]:
+    """Return clarity and purity from sums of covered and all tokens up to each value."""
+    added, n_covered = np.diff(hits, prepend=0), hits[:, -1]
+    others = np.diff(tokens - hits, prepend=0)
+    above = (others * (hits - added / 2)).sum(1) / (n_covered * (tokens[:, -1] - n_covered))
+    with np.errstate(invalid="ignore"):
+        precision = np.nan_to_num(hits / tokens)
+    return 2 * above - 1, (added * precision).sum(1) / n_covered
+
+
+def _wilson_of_draws(value: float, draws: Floats, n_rollouts: int, n: int) -> "Share":
+    variance = float(draws.var()) if len(draws) else 0.0
+    value = min(max(value, 0.0), 1.0)  # sums are rounded
+    size = min(value * (1 - value) / variance, n) if variance else n_rollouts
+    return wilson(value, max(size, 1.0))
 
 
 def score_answers(answers: Sequence[tuple[bool, bool]]) -> Score:

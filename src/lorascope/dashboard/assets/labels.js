@@ -80,7 +80,22 @@ const WHY = [
   ["same token", "same_token", "balanced accuracy among tokens of the same text; 50 % is chance"],
   ["neighbours", "near",
     "balanced accuracy among tokens at which similar features fire; 50 % is chance"],
+  ["clarity", "clarity",
+    "how much more often a covered token has the larger value than the smaller; 0 % is chance"],
+  ["purity", "purity", (id) =>
+    `average precision of tokens in order of strength; ${percent(labelScore(id, "covered"))} is chance`],
+  ["picks the effect", "picked_effect", (id) => {
+    const wrong = labelScore(id, "picked_effect_shuffled");
+    return "how often it finds what removing the feature changes, among five removals; 20 % is chance" +
+      (Number.isNaN(wrong) ? "" : `, labels of other features ${percent(wrong)}`);
+  }],
 ];
+
+// Returns the interval of a score in brackets, "" if it has none.
+function between(id, name) {
+  const edges = [`${name}_low`, `${name}_high`].map((key) => column[`label_${key}`]?.[id] ?? NaN);
+  return edges.some(Number.isNaN) ? "" : ` (${edges.map((edge) => percent(edge)).join(" to ")})`;
+}
 
 function drawWhy(id, facts) {
   const why = element("details", "label-why");
@@ -88,9 +103,10 @@ function drawWhy(id, facts) {
   const list = element("dl", "effect-facts");
   for (const [label, name, note] of facts) {
     const fact = element("div", "effect-fact");
-    const value = element("dd", "", percent(labelScore(id, name)));
+    const value = element("dd", "", percent(labelScore(id, name)) + between(id, name));
     value.dataset.testid = `label-${name}`;
-    fact.append(element("dt", "", label), value, element("dd", "effect-note", note));
+    const words = typeof note === "string" ? note : note(id);
+    fact.append(element("dt", "", label), value, element("dd", "effect-note", words));
     list.append(fact);
   }
   why.append(list);
