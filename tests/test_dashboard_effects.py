@@ -50,6 +50,8 @@ def test_the_effect_of_removing_a_feature_is_shown_with_its_control(show: Any, i
     dots = shown.part("effect").locator("circle")
     places = [float(dots.nth(i).get_attribute("cx")) for i in range(3)]
     assert places[1] < places[0] < places[2]  # the control is half as large, the adapter larger
+    assert places[2] - places[1] > 100  # the axis spans the values, not the floor far below them
+    assert "numerical noise level, 3.00e-12" in shown.text("effect")
 
 
 @pytest.mark.slow

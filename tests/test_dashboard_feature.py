@@ -70,6 +70,38 @@ def test_a_template_feature_says_so_and_shows_its_special_tokens_first(show: Any
         assert shown.part("no-examples").count() == 0
 
 
+def test_one_word_from_right_to_left_does_not_mirror_its_text(show: Any):
+    tokens = {1: "\u0633\u0644\u0627\u0645".encode(), 2: b" is a greeting", 3: b" in Arabic"}
+    shown = show(index_of([[example(2.0, 9, [1, 2, 3], 0)]], tokens))
+    assert shown.part("window").evaluate("one => getComputedStyle(one).direction") == "ltr"
+    only = index_of([[example(2.0, 9, [1, 1], 0)]], tokens)
+    shown = show(only)
+    assert shown.part("window").evaluate("one => getComputedStyle(one).direction") == "rtl"
+
+
+def test_bars_show_how_far_the_first_example_is_above_the_others(show: Any):
+    values = (12.0, 3.0, 1.5)
+    rows = [example(value, 9 + 10 * i, [1, 2], 0) for i, value in enumerate(values)]
+    shown = show(index_of([rows]))
+    widths = (
+        shown.part("example-share")
+        .locator(".meter-fill")
+        .evaluate_all("bars => bars.map(bar => bar.getBoundingClientRect().width)")
+    )
+    assert [round(width / widths[0], 2) for width in widths] == [1, 0.25, 0.12]
+    titles = [bar.get_attribute("title") for bar in shown.part("example-share").all()]
+    assert titles[1] == "25\u00a0% of the feature's maximum"
+
+
+def test_the_first_example_is_on_the_first_screen_of_a_phone(show: Any):
+    index = full_index()
+    latent = feature_with(index, lambda feature: not feature.stats.is_template)
+    shown = show(index, f"#/feature/{latent}", width=390)
+    box = shown.part("example").first.bounding_box()
+    assert box["y"] + 60 < 800
+    assert shown.page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
 def test_repeated_tokens_are_shown_once_with_their_count(show: Any):
     shown = show(small_index())
     assert shown.part("repeats").all_text_contents() == ["×3"]
@@ -131,7 +163,7 @@ def test_the_grid_of_sites_tells_shares_on_hover_and_arrow_keys(show: Any):
     told = float(shown.text("tooltip").partition(": ")[2].split("\u00a0")[0])
     assert told == pytest.approx(100 * shares.max(), rel=0.01)
     shown.page.mouse.move(0, 0)
-    shown.part("fingerprint").locator("button").focus()
+    shown.part("fingerprint").locator("summary").focus()
     shown.press("Tab")
     assert place in shown.text("tooltip")
     before = shown.text("tooltip")
@@ -147,7 +179,7 @@ def test_arrow_keys_read_the_bars_of_a_histogram(show: Any):
     index = full_index()
     latent = feature_with(index, lambda feature: feature.stats.histogram.sum() > 3)
     shown = show(index, f"#/feature/{latent}")
-    shown.part("histogram").locator("button").focus()
+    shown.part("histogram").locator("summary").focus()
     told = []
     shown.press("Tab", "Home")
     used = int((index.latent_histogram_edges[:-1] <= np.nanmax(index.latent_max)).sum())
@@ -173,7 +205,7 @@ def test_a_feature_is_marked_in_the_histogram_of_densities(show: Any):
     mine = int(np.floor(4 * np.log10(density[latent]))) - bins.min()
     assert [i for i, tip in enumerate(tips) if "this one" in tip] == [mine]
     assert panel.locator("rect.here").count() == 1
-    panel.locator("button").focus()
+    panel.locator("summary").focus()
     shown.press("Tab", "End")
     assert shown.text("tooltip") == tips[-1]
 

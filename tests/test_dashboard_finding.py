@@ -84,6 +84,39 @@ def test_a_search_finds_a_number_and_a_label(show: Any):
     wait_listed(shown, [0])
 
 
+def test_what_was_searched_is_marked_in_the_examples_over_tokens(show: Any):
+    shown = show(few_features())
+    shown.part("search").fill("EF MA")
+    wait_listed(shown, [0])
+    shown.page.wait_for_function(
+        """() => [...CSS.highlights.get("found")].map(String).join() === "ef ma" """
+    )
+    shown.part("search").fill("(")
+    wait_listed(shown, [])
+    shown.part("clear").click()
+    assert shown.page.evaluate("CSS.highlights.get('found').size") == 0
+
+
+def test_a_link_with_an_order_opens_the_map_and_keeps_it(show: Any):
+    shown = show(full_index(), "#/feature/1")
+    shown.page.evaluate("location.hash = '#/map?sort=max'")
+    shown.page.wait_for_selector("body[data-view=map]")
+    shown.page.wait_for_timeout(300)  # an address that is amended comes late
+    assert shown.page.evaluate("location.hash") == "#/map?sort=max"
+    assert shown.page.locator("body").get_attribute("data-view") == "map"
+    assert shown.part("sort").input_value() == "max"
+
+
+def test_the_list_has_room_on_a_small_screen_with_all_filters_open(show: Any):
+    shown = show(full_index())
+    shown.page.set_viewport_size({"width": 1366, "height": 768})
+    shown.part("more-filters").click()
+    shown.page.evaluate("scrollTo(0, 999)")
+    box = shown.part("list").bounding_box()
+    assert box["height"] >= 300
+    assert min(768, box["y"] + box["height"]) - box["y"] >= 240
+
+
 def test_a_search_without_results_says_so_and_can_be_cleared(show: Any):
     shown = show(few_features())
     shown.part("search").fill("nowhere")

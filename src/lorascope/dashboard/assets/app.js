@@ -8,6 +8,7 @@ import { listIndex, listed, onChoose, redraw, select } from "./feature_list.js";
 import { drawFeature, drawMessage } from "./feature_view.js";
 import { clearFilters, filters, onList, query, refill, setFilters } from "./filter_form.js";
 import { element, whole } from "./format.js";
+import { highlightFound } from "./found.js";
 import { openHelp, setKeys } from "./keys.js";
 import { nameOf } from "./labels.js";
 import { hasMap, mapImage, onOpen, showMap } from "./map.js";
@@ -52,12 +53,18 @@ async function show(id) {
   requestAnimationFrame(() => setTimeout(() => {
     if (request !== latest) return;
     drawn.later();
+    markFound();
     featureView.dataset.complete = id;
     const at = listIndex(id);
     if (at < 0) return;
     prefetch(listed()[at + 1]);
     prefetch(listed()[at - 1]);
   }));
+}
+
+// Marks what was searched for in the texts of the feature that is shown.
+function markFound() {
+  highlightFound(filters().q, [...featureView.querySelectorAll(".window, .ranked, .label-sentence")]);
 }
 
 function showMessage(title, message) {
@@ -118,6 +125,7 @@ async function showAddress() {
     isListed = true;
     return openRollout(name, asked);
   }
+  if (target === "map" && hasMap) showView("map"); // else a new list would show its first feature
   if (asked !== undefined || !isListed) setFilters(asked, isListed && name === undefined);
   isListed = true;
   if (target === "map" && hasMap) return openMap();
@@ -234,6 +242,7 @@ function stepRollout(by) {
 
 // After the list changes, keeps the feature that is shown if it may; else goes to the next listed.
 function onRelisted(moves) {
+  markFound();
   if (!moves && (current >= 0 || view !== "feature" || !isListed)) {
     if (view === "feature" && current >= 0) {
       select(current);

@@ -97,10 +97,10 @@ function factsOf(value) {
 
 // Draws values as dots on a logarithmic axis, with the numerical noise level as a line.
 function drawKlAxis(id, rows, floor) {
-  const values = [floor, ...rows.flatMap(([, value, edges]) => [value, ...edges])]
-    .filter((value) => value > 0);
-  const low = Math.floor(Math.log10(Math.max(1e-13, Math.min(...values, 1e-9)))) - 0.2;
-  const high = Math.ceil(Math.log10(Math.max(...values, 1e-9)));
+  const values = rows.flatMap(([, value, edges]) => [value, ...edges]).filter((value) => value > 0);
+  if (!values.length) values.push(floor || 1);
+  const low = Math.floor(Math.log10(Math.max(1e-13, Math.min(...values)))) - 0.2;
+  const high = Math.ceil(Math.log10(Math.max(...values)) + 0.01);
   const [left, right] = [104, WIDTH - 8];
   const at = (value) => left +
     (right - left) * Math.max(0, (Math.log10(value) - low) / (high - low));
@@ -117,9 +117,12 @@ function drawKlAxis(id, rows, floor) {
       svg("text", { x, y: height + 12, class: "tick middle" }, `1e${power}`));
   }
   if (floor > 0) {
+    // Far below the dots it is at the axis' edge, and its number says where it is.
+    const isBelow = Math.log10(floor) < low;
     const line = { x1: at(floor), x2: at(floor), y1: 0, y2: height, class: "floor-line" };
+    const text = isBelow ? `\u2190 numerical noise level, ${three(floor)}` : "numerical noise level";
     drawing.append(svg("line", line),
-      svg("text", { x: at(floor) + 4, y: height - 3, class: "tick start" }, "numerical noise level"));
+      svg("text", { x: at(floor) + 4, y: height - 3, class: "tick start" }, text));
   }
   rows.forEach(([label, value, [from, to], kind], i) => {
     const y = ROW * (i + 0.5);

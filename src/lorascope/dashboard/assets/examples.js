@@ -1,6 +1,7 @@
 // Examples and samples of one feature: tokens in their context, coloured by activation.
 import { column, core, isTemplate, largest } from "./data.js";
-import { element, short, whole, writeToken } from "./format.js";
+import { meter } from "./figures.js";
+import { directionOf, element, percent, short, whole, writeToken } from "./format.js";
 
 export const LEVELS = 9; // of the heat ramp in colors.css, evenly spaced in lightness
 const MAX_TOKENS = 29; // a longer window is folded
@@ -91,10 +92,15 @@ function drawCard(example, rank, id, scale, name) {
 
 function drawHead(example, rank, id, name) {
   const head = element("header", "card-head");
+  // The column of bars shows how far the first example may be above the others.
+  const share = Math.min(1, Math.abs(example.value) / (Math.abs(largest(id)) || 1));
+  const strength = meter(share);
+  strength.dataset.testid = `${name}-share`;
+  strength.title = `${percent(Number(share.toPrecision(2)))} of the feature's maximum`;
   const value = element("span", "card-value", short(example.value));
   value.dataset.testid = `${name}-value`;
   value.dataset.value = String(example.value);
-  head.append(element("span", "card-rank", String(rank)), value);
+  head.append(element("span", "card-rank", String(rank)), value, strength);
   if (example.repeats > 1) {
     const repeats = element("span", "repeats", `\u00d7${whole(example.repeats)}`);
     repeats.dataset.testid = "repeats";
@@ -124,7 +130,7 @@ function drawHead(example, rank, id, name) {
 
 function drawWindow(example, scale) {
   const text = element("p", "window");
-  text.dir = "auto";
+  text.dir = directionOf(example.tokens);
   text.dataset.testid = "window";
   text.dataset.walk = "";
   text.setAttribute("role", "group");

@@ -7,6 +7,8 @@ const MAX_CHARACTERS = 400; // of one token; the rest of a longer one is cut
 // Joiners are not among them, because emoji and scripts need them; nor are Arabic number signs.
 const INVISIBLE =
   /(?![\u200c\u200d\u0600-\u0605\u06dd\u070f\u08e2])[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}\u00a0]/gu;
+const RIGHT_TO_LEFT =
+  /[\p{Script=Arabic}\p{Script=Hebrew}\p{Script=Syriac}\p{Script=Thaana}\p{Script=Nko}]/u;
 const ONLY_JOINERS = /^[\u200c\u200d\ufe00-\ufe0f]+$/;
 const MARKS = { "\n": "\u21b5", "\t": "\u21e5", "\r": "CR", "\u00a0": "NBSP" };
 
@@ -20,6 +22,19 @@ export function element(tag, className = "", text = "") {
 // Returns the text of a token-table entry.
 export function textOf(entry) {
   return core.token_texts[entry];
+}
+
+// Returns in which direction tokens are read: that of most of their letters. `dir=auto` would follow
+// the first letter, and mirror a text because of one word. (Isolated tokens would break the letters
+// of joined scripts, which meet across tokens.)
+export function directionOf(entries) {
+  let rightToLeft = 0;
+  for (const entry of entries) {
+    for (const [letter] of core.token_texts[entry].matchAll(/\p{L}/gu)) {
+      rightToLeft += RIGHT_TO_LEFT.test(letter) ? 1 : -1;
+    }
+  }
+  return rightToLeft > 0 ? "rtl" : "ltr";
 }
 
 // Fills `node` with the text of a token-table entry; its textContent is then exactly that text.

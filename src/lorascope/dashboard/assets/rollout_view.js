@@ -7,7 +7,7 @@ import { three, verdictOf } from "./effects.js";
 import { drawToken, lineEnd } from "./examples.js";
 import { drawMessage } from "./feature_view.js";
 import { meter, panel } from "./figures.js";
-import { element, short, whole } from "./format.js";
+import { directionOf, element, short, whole } from "./format.js";
 import { drawLink, nameText } from "./related.js";
 import { reasonsOf, rolloutStats } from "./rollout_list.js";
 import { amend } from "./route.js";
@@ -17,6 +17,7 @@ import { watchTokens } from "./tooltip.js";
 
 const area = document.getElementById("rollout-view");
 const CHUNK = 2500; // tokens drawn at a time, so that the page stays responsive
+const DIRECTION = 200; // tokens that say in which direction a segment is written
 const MAX_PAINTED = 4;
 const N_AT_TOKEN = 40; // features listed at a token
 const N_IN_ROLLOUT = 12; // features listed for the rollout
@@ -82,7 +83,7 @@ async function drawTokens(body, token) {
     if (data.role[t] !== role) {
       role = data.role[t];
       run = element("p", "run");
-      run.dir = "auto";
+      run.dir = directionOf(data.token.subarray(t, t + DIRECTION));
       const name = core.roles[role];
       if (name && name !== "special") body.append(element("h3", "role", name));
       if (name === "special") run.classList.add("between");
