@@ -59,7 +59,8 @@ def frame(page: str, height: int) -> str:
     """Return a sandboxed frame with the text of a page."""
     content = page.replace("&", "&amp;").replace('"', "&quot;")
     return (
-        '<iframe sandbox="allow-scripts allow-downloads" referrerpolicy="no-referrer" '
-        f'style="width: 100%; height: {height:d}px; border: 1px solid #8888" srcdoc="{content}">'
+        '<iframe title="lorascope" sandbox="allow-scripts allow-downloads" '
+        f'referrerpolicy="no-referrer" srcdoc="{content}" '
+        f'style="width: 100%; height: {height:d}px; border: 1px solid #8888">'
         "</iframe>"
     )
