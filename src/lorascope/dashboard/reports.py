@@ -98,7 +98,7 @@ class Reports:
                 )
             name, earlier = f"effects {report.kind}", reports.get(report.kind)
             if earlier is not None:
-                if getattr(earlier, "target", None) != getattr(report, "target", ""):
+                if not isinstance(report, AttributionReport) or earlier.target != report.target:
                     raise ArtifactError(
                         f"{path} is a second report of kind {report.kind}; give only one of them, "
                         "or several attributions of the same --target"
