@@ -10,7 +10,7 @@ from builders.chat_server import chat_server
 from builders.effect_reports import ablation, write
 from builders.stores import layout_of, write_store
 
-from lorascope.artifact import Manifest
+from lorascope.artifact import Manifest, sealed
 from lorascope.causal.report_records import DirectEffect, DirectReport, ScoredToken
 from lorascope.cli import call
 from lorascope.errors import ArtifactError, ConfigError, DatasetError
@@ -174,6 +174,15 @@ def test_promoted_tokens_are_tested_on_what_removing_the_feature_changes(label, 
     alone = label(effects=(direct,), output=tmp_path / "b.json")
     assert {one.picked_effect for one in alone.features.values()} == {None}
     assert "picked_effect" not in alone.manifest.content
+    folder = tmp_path / "copy"
+    shutil.copytree(made, folder)
+    (folder / "effects").mkdir()
+    data = json.loads(removed.read_text())
+    del data["metadata"]["lorascope"]["parents"]["sae"]  # of parts of the adapter alone
+    data["metadata"]["lorascope"]["seal"] = "lorascope-sha256:" + "0" * 64
+    (folder / "effects" / "ablation.json").write_text(sealed(json.dumps(data)))
+    found = label(input=folder / "features.h5", output=None)
+    assert found.manifest.parents.keys() == {"features"}
     with pytest.raises(ConfigError, match="expected one report of direct and one of ablate"):
         label(effects=(direct, direct), output=tmp_path / "c.json")
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from lorascope import depth, pipeline, runtime
 from lorascope.activations import generate
-from lorascope.artifact import read_manifest
+from lorascope.artifact import read_manifest, sealed
 from lorascope.causal import direct
 from lorascope.errors import AdapterError, ArtifactError, ConfigError, Interrupted
 from lorascope.features.index import FeatureIndex
@@ -112,6 +112,27 @@ def test_labels_are_made_once_and_again_when_what_they_say_changes(small_run):
     index = FeatureIndex.open(small_run.output / "features.h5")
     assert index[0].label.name == "by hand"
     assert read_manifest(page).parents["labels"] == index.labels.manifest.digest
+
+
+def test_labels_of_an_older_version_are_made_again_unless_they_have_other_settings(small_run):
+    labels = small_run.output / "labels.json"
+    run(small_run)
+    new = labels.read_bytes()
+
+    def as_before(**settings):
+        data = json.loads(new)
+        manifest = data["metadata"]["lorascope"]
+        manifest |= {"schema": 1, "seal": "lorascope-sha256:" + "0" * 64}
+        del manifest["settings"]["features"]
+        manifest["settings"] |= settings
+        labels.write_text(sealed(json.dumps(data)))
+
+    as_before()
+    run(small_run)
+    assert labels.read_bytes() == new
+    as_before(llm_model="one that was paid for")
+    with pytest.raises(ArtifactError, match="llm_model one that was paid for there"):
+        run(small_run)
 
 
 def test_a_dictionary_that_cannot_fit_is_refused_before_the_first_stage(

@@ -220,7 +220,12 @@ def _completed(
     if isinstance(options, LabelConfig) and options.output is not None:
         own = read_manifest(options.output) if options.output.is_file() else None
         if own is not None and own.kind == label.KIND:
-            is_old = own.parents != label.identity_of(options).parents
+            identity = label.identity_of(options)
+            parents = dict(identity.parents)
+            if is_before := own.schema < label.SCHEMA:  # neither removals nor all settings
+                parents.pop("ablation", None)
+                is_before = own.settings.items() <= identity.settings.items()
+            is_old = own.parents != parents or is_before
             return replace(options, overwrite=options.overwrite or is_old)
     if isinstance(options, DashboardConfig):
         made = [stages[name][1] for name in _OPTIONAL if name in stages and name not in failed]

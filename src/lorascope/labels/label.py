@@ -151,7 +151,7 @@ def run(config: LabelConfig) -> Path:
     by_hand = {}
     if "by_hand" in inputs:
         by_hand = read_by_hand(inputs["by_hand"], sae.digest, len(index))
-    out, identity = config.output or source.with_name(FILE), identity_of(config)
+    out, identity = config.output or source.with_name(FILE), _identity(config, inputs)
 
     def make(build: Build) -> None:
         on_device = sae.to(runtime.pick_device(config.device))
@@ -174,7 +174,11 @@ def run(config: LabelConfig) -> Path:
 
 def identity_of(config: LabelConfig) -> Identity:
     """Return what decides the labels. Raises ArtifactError if a file is missing."""
-    digests = {name: digest_file(path) for name, path in _inputs(config).items()}
+    return _identity(config, _inputs(config))
+
+
+def _identity(config: LabelConfig, inputs: Mapping[str, Path]) -> Identity:
+    digests = {name: digest_file(path) for name, path in inputs.items()}
     parents = {"features": digest_of_index(config.input.expanduser()), **digests}
     return Identity(kind=KIND, schema=SCHEMA, settings=config.settings(), parents=parents)
 
@@ -189,6 +193,11 @@ def _inputs(config: LabelConfig) -> dict[str, Path]:
         "ablation": folder / "effects" / "ablation.json",
         "by_hand": config.by_hand or folder / BY_HAND_FILE,
     }
+    index = read_manifest(config.input.expanduser())
+    for name in () if config.effects else ("direct", "ablation"):
+        own = read_manifest(found[name]) if found[name].is_file() else None
+        if index is not None and own and own.parents.get("sae") != index.parents.get("sae"):
+            log.warning("%s is left out: it is not of the index's SAE", found.pop(name))
     if config.effects:
         found = {"by_hand": found["by_hand"]}
     for path in config.effects:
