@@ -39,6 +39,23 @@ def small_config(make_store, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("d_in", "n_steps", "lowest", "highest"),
+    [
+        (448, 97, 1.2e-2, 1.6e-2),
+        (448, 390, 5e-3, 7e-3),
+        (448, 1171, 3e-3, 4e-3),
+        (112, 3906, 5e-3, 1e-2),
+        (56, 2738, 1e-2, 2e-2),
+        (56, 10_951, 1e-2, 2e-2),
+        (2, 10, 0.03, 0.03),
+    ],
+)
+def test_the_automatic_rate_is_one_of_the_best_that_were_measured(d_in, n_steps, lowest, highest):
+    """`docs/training.md` has the runs."""
+    assert lowest <= train.auto_lr(d_in, n_steps) <= highest
+
+
 def test_a_run_writes_an_sae_with_a_threshold_and_a_report(small_config, caplog):
     caplog.set_level(logging.INFO)
     path = run(small_config)

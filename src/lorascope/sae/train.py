@@ -368,10 +368,10 @@ def auto_epochs(n_tokens: int) -> int:
 def auto_lr(d_in: int, n_steps: int) -> float:
     """Return the peak learning rate for rows of `d_in` columns and a run of `n_steps`.
 
-    The best rates on planted rows of 20, 56 and 448 columns fell with the square root of both
-    (`docs/training.md`).
+    The best rates on rows of 20 to 448 columns fell with the square root of the columns, and with
+    that of the steps up to a thousand; in longer runs they did not fall (`docs/training.md`).
     """
-    return min(0.08 / math.sqrt(d_in) * math.sqrt(1000 / max(n_steps, 60)), 0.03)
+    return min(0.08 / math.sqrt(d_in) * math.sqrt(1000 / min(max(n_steps, 60), 1000)), 0.03)
 
 
 def _evenly_spread(rows: RowNumbers, n: int) -> RowNumbers:
