@@ -197,6 +197,20 @@ def test_std_does_not_see_how_a_and_b_share_their_size():
     assert np.allclose(before, after * factor, rtol=1e-5)
 
 
+def test_the_first_tokens_of_texts_do_not_set_the_scale():
+    rows = torch.randn(300, 14, generator=torch.Generator().manual_seed(0))
+    rows[:, 5] = 2.0  # constant but for the sink
+    typical = ColumnMoments.from_blocks([rows])
+    sink = torch.full((3, 14), -250.0)
+    everything = typical.merge(ColumnMoments.from_blocks([sink]))
+    scale = column_scale("std", everything, typical)
+    usual = np.arange(14) != 5
+    ratio = scale[usual] / column_scale("std", typical)[usual]
+    assert np.allclose(ratio, ratio[0])
+    assert scale[5] == pytest.approx(scale[0] * typical.std[0] / everything.std[5])
+    assert column_scale("std", everything)[0] < 0.1 * scale[0]
+
+
 def test_a_store_whose_columns_are_all_constant_is_refused():
     with pytest.raises(ArtifactError, match="every column of the store is constant"):
         column_scale("std", ColumnMoments.from_blocks([torch.ones(9, 7)]))

@@ -228,19 +228,24 @@ class _Step(torch.autograd.Function):
         return None, -(grad * near).sum(0) / JUMP_WIDTH
 
 
-def column_scale(normalize: str, moments: ColumnMoments) -> Columns:
+def column_scale(
+    normalize: str, moments: ColumnMoments, typical: ColumnMoments | None = None
+) -> Columns:
     """Return the factor of each raw column, `(d_in,)`, so that the mean variance is 1.
 
     - `std`: every column has variance 1. The default: it stays the same if A is multiplied and B
       divided by a number, and no column can drown the others.
     - `none`: raw columns.
 
-    A column that is constant gets 0. Raises ArtifactError if all are.
+    Variances are those of `typical` rows, if they are given: without the first token of each text,
+    which in many models is an attention sink, with values far beyond all others (Xiao et al. 2023,
+    arXiv 2309.17453). A column with one value in all rows gets 0. Raises ArtifactError if all do.
     """
     if moments.constant.all():
         raise ArtifactError("every column of the store is constant, so there is nothing to learn")
+    std = moments.std if typical is None else np.where(typical.constant, moments.std, typical.std)
     factor = np.where(moments.constant, 0.0, 1.0)
     if normalize == "std":
-        factor = np.divide(factor, moments.std, out=factor, where=~moments.constant)
-    variance = np.square(factor * moments.std)[factor > 0].mean()
+        factor = np.divide(factor, std, out=factor, where=~moments.constant)
+    variance = np.square(factor * std)[factor > 0].mean()
     return factor / math.sqrt(variance)

@@ -15,6 +15,7 @@ moment, the same command resumes there and writes the same bytes (on a CPU). Und
 processes share every batch, and rank 0 writes.
 """
 
+import functools
 import logging
 import math
 import time
@@ -151,10 +152,15 @@ def _prepare(
         store.d_in,
         store.layout.initials,
     )
-    moments = ColumnMoments.from_blocks(read_blocks(store, plan.rows))
+    is_first = np.isin(plan.rows, store.rollout_start)
+    first, later = (
+        [ColumnMoments.from_blocks(read_blocks(store, rows))] if len(rows) else []
+        for rows in (plan.rows[is_first], plan.rows[~is_first])
+    )
+    moments = functools.reduce(ColumnMoments.merge, later + first)
     for _ in read_blocks(store, held_out):
         pass  # raises now, not after training, if a value is not finite
-    scale = column_scale(config.normalize, moments)
+    scale = column_scale(config.normalize, moments, *later)
     if left_out := [store.layout.column_names[i] for i in np.flatnonzero(scale == 0)]:
         log.warning(
             "%d of %d columns are constant and are left out: %s",
