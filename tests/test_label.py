@@ -146,7 +146,9 @@ def test_what_a_feature_promotes_describes_it_where_no_rule_does(label, made, tm
     assert label(effects=(weak,), output=tmp_path / "b.json").features[WAIT].output is None
 
 
-def test_promoted_tokens_are_tested_on_what_removing_the_feature_changes(label, made, tmp_path):
+def test_promoted_tokens_are_tested_on_what_removing_the_feature_changes(
+    label, made, tmp_path, caplog
+):
     """Each feature promotes its own token, which falls when it is removed, but one's does not."""
     index = FeatureIndex.open(made / "features.h5")
     report = promotes(THE)
@@ -164,6 +166,7 @@ def test_promoted_tokens_are_tested_on_what_removing_the_feature_changes(label, 
     ]
     removed = write(tmp_path / "ablation.json", "ablation", index, removals)
     labels = label(effects=(direct, removed))
+    assert "picked_effect" not in caplog.text
     found = {i: one.picked_effect for i, one in labels.features.items()}
     assert found == {WAIT: 1, AFTER_WAIT: 1, SPECIAL: 1, RANDOM: 0.2, D_SAE - 1: 1}
     content = labels.manifest.content
@@ -183,6 +186,15 @@ def test_promoted_tokens_are_tested_on_what_removing_the_feature_changes(label, 
     (folder / "effects" / "ablation.json").write_text(sealed(json.dumps(data)))
     found = label(input=folder / "features.h5", output=None)
     assert found.manifest.parents.keys() == {"features"}
+    for entry in removals["features"]:
+        del entry["falls"]
+    old = write(tmp_path / "old.json", "ablation", index, removals)
+    caplog.clear()
+    label(effects=(direct, old), output=tmp_path / "old-labels.json")
+    assert [text for text in caplog.messages if "picked_effect" in text] == [
+        f"{old} has no tokens that fall, so picked_effect stays empty: it is of an older version; "
+        "run lorascope ablate again with --overwrite"
+    ]
     with pytest.raises(ConfigError, match="expected one report of direct and one of ablate"):
         label(effects=(direct, direct), output=tmp_path / "c.json")
 

@@ -162,8 +162,8 @@ def test_reports_of_an_earlier_run_are_named_and_left_out(
     assert read_report(out, (Overview,))[0].kl is not None
     assert read_report(out, (Overview,))[1].parents.keys() & {"effects ablation"} == set()
     assert [text for text in caplog.messages if "left out" in text] == [
-        f"{tmp_path / 'effects' / 'ablation.json'} is left out: it is of another SAE, from an "
-        "earlier run"
+        f"{tmp_path / 'effects' / 'ablation.json'} is left out: it is not of the index's SAE; "
+        "make it again"
     ]
 
 

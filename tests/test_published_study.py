@@ -1,6 +1,7 @@
 """`lorascope study`: planted features have one meaning and columns that mix them do not."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -171,6 +172,12 @@ def test_the_command_prints_its_tables_and_refuses_what_does_not_fit(made, tmp_p
     foreign = effect_reports.write(
         tmp_path / "foreign.json", "ablation", other, effect_reports.ablation(index)
     )
+    beside = shutil.copytree(made, tmp_path / "copy") / "effects" / "ablation.json"
+    beside.parent.mkdir()
+    shutil.copy(foreign, beside)
+    found = run(StudyConfig(input=beside.parents[1] / "features.h5", directions=4))
+    assert read_report(found, (StudyReport,))[1].parents.keys() == {"features"}
+    assert f"{beside} is left out: it is not of the index's SAE" in capsys.readouterr().err
     given = {"input": made / "features.h5", "output": out}
     with pytest.raises(ArtifactError, match="of another SAE"):
         run(StudyConfig(effects=(foreign,), **given))

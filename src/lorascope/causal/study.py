@@ -88,6 +88,24 @@ def read_report(path: Path, records: Sequence[type[R]]) -> tuple[R, Manifest]:
     return from_json(record, parts, str(path)), manifest
 
 
+def is_of_index(path: Path, index: Manifest) -> bool:
+    """Say whether a report that was found beside an index is of its SAE and store; warn if not.
+
+    True for a damaged report: reading it names the damage.
+    """
+    manifest = read_manifest(path)
+    if manifest is None:
+        return True
+    of_index, of_report = index.parents, manifest.parents
+    both = {"sae"} | of_index.keys() & of_report.keys() & {"activations"}
+    others = [name for name in sorted(both) if of_report.get(name) != of_index.get(name)]
+    if others or "sae" not in of_report:
+        name = "activation store" if others == ["activations"] else "SAE"
+        log.warning("%s is left out: it is not of the index's %s; make it again", path, name)
+        return False
+    return True
+
+
 def format_interval(edges: Sequence[float] | None, digits: str) -> str:
     """Return an interval for a table, each edge in the format `digits`; a dash for None."""
     return "—" if edges is None else f"{edges[0]:{digits}} to {edges[1]:{digits}}"

@@ -1,28 +1,24 @@
 """Write what an adapter learned as a report to send: the page's overview as text.
 
 In: the folder of a run, with `features.h5` and those reports there that are of the same SAE and
-store. Out: `report.json`, the
-`Overview` for programs, and `report.md` next to it for people. Both say what was not measured and
-which command measures it. No model runs.
+store. Out: `report.json`, the `Overview` for programs, and `report.md` next to it for people. Both
+say what was not measured and which command measures it. No model runs.
 """
 
-import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorascope.artifact import digest_file, read_manifest
-from lorascope.causal.study import Made, report_at
+from lorascope.artifact import digest_file
+from lorascope.causal.study import Made, is_of_index, report_at
 from lorascope.config import Config, option
 from lorascope.dashboard.headline import percent, quoted
 from lorascope.dashboard.overview import Overview, overview_of
-from lorascope.dashboard.reports import Reports, other_parent
+from lorascope.dashboard.reports import Reports
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.features.index import FeatureIndex
 from lorascope.features.published_json import read_index
-
-log = logging.getLogger(__name__)
 
 REPORTS = (
     "evaluation.json",
@@ -94,15 +90,9 @@ def run(config: ReportConfig) -> Path:
 
 
 def _own_reports(folder: Path, index: FeatureIndex) -> Iterator[Path]:
-    """Yield the reports of a folder that are of the index's SAE and store; name the others."""
+    """Yield the reports of a folder that are of the index's SAE and store."""
     for path in (folder / name for name in REPORTS):
-        if not path.exists():
-            continue
-        manifest = read_manifest(path)  # None: damaged, which reading it says
-        other = manifest and other_parent(manifest, index)
-        if other:
-            log.warning("%s is left out: it is of another %s, from an earlier run", path, other)
-        else:
+        if path.exists() and is_of_index(path, index.manifest):
             yield path
 
 

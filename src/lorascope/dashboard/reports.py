@@ -338,16 +338,6 @@ def _attribution_mismatches(report: AttributionReport, index: FeatureIndex) -> I
             yield f"{name} has a likely token that is not in the vocabulary"
 
 
-def other_parent(manifest: Manifest, index: FeatureIndex) -> str | None:
-    """Return of which other thing than the index a report is, in words; None if of the same."""
-    of_index, of_report = index.manifest.parents, manifest.parents
-    if of_report.get("sae") is None or of_index.get("sae") != of_report["sae"]:
-        return "SAE"
-    known = {"activations"} & of_index.keys() & of_report.keys()
-    is_other = known and of_index["activations"] != of_report["activations"]
-    return "activation store" if is_other else None
-
-
 def _require_parents(path: Path, manifest: Manifest, index: FeatureIndex, source: Path) -> None:
     """Raise ArtifactError at a report of another SAE, or of another store that the index names."""
     of_index, of_report = index.manifest.parents, manifest.parents

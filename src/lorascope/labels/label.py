@@ -24,7 +24,7 @@ from lorascope import runtime
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import Identity, digest_file, read_manifest
 from lorascope.causal.report_records import AblationReport, DirectReport, TokenFall
-from lorascope.causal.study import format_number
+from lorascope.causal.study import format_number, is_of_index, read_report
 from lorascope.config import Config, option
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.features.index import FeatureIndex
@@ -143,11 +143,17 @@ def run(config: LabelConfig) -> Path:
     store = sae.narrow(store)
     require_parents(index, source, store, sae)
     inputs = _inputs(config)
-    direct = _read_effects(inputs["direct"], sae, DirectReport) if "direct" in inputs else None
+    direct = read_effects(inputs["direct"], sae, DirectReport) if "direct" in inputs else None
     falls: dict[int, tuple[TokenFall, ...]] = {}
     if "ablation" in inputs:
-        ablation = _read_effects(inputs["ablation"], sae, AblationReport)
-        falls = {one.feature: one.falls for one in ablation.features or () if one.falls}
+        removals = read_effects(inputs["ablation"], sae, AblationReport).features or ()
+        falls = {one.feature: one.falls for one in removals if one.falls}
+        if not falls and any(one.is_removed and one.kl > 0 for one in removals):
+            log.warning(
+                "%s has no tokens that fall, so picked_effect stays empty: it is of an older "
+                "version; run lorascope ablate again with --overwrite",
+                inputs["ablation"],
+            )
     by_hand = {}
     if "by_hand" in inputs:
         by_hand = read_by_hand(inputs["by_hand"], sae.digest, len(index))
@@ -195,9 +201,8 @@ def _inputs(config: LabelConfig) -> dict[str, Path]:
     }
     index = read_manifest(config.input.expanduser())
     for name in () if config.effects else ("direct", "ablation"):
-        own = read_manifest(found[name]) if found[name].is_file() else None
-        if index is not None and own and own.parents.get("sae") != index.parents.get("sae"):
-            log.warning("%s is left out: it is not of the index's SAE", found.pop(name))
+        if index is not None and found[name].is_file() and not is_of_index(found[name], index):
+            del found[name]
     if config.effects:
         found = {"by_hand": found["by_hand"]}
     for path in config.effects:
@@ -344,10 +349,8 @@ def require_parents(index: FeatureIndex, source: Path, store: ActivationStore, s
             )
 
 
-def _read_effects(path: Path, sae: "SAE", record: type[R]) -> R:
+def read_effects(path: Path, sae: "SAE", record: type[R]) -> R:
     """Return a report of effects. Raises ArtifactError if it is of another SAE."""
-    from lorascope.causal.study import read_report
-
     report, manifest = read_report(path, (record,))
     features = report.features or ()
     is_other = any(one.feature >= sae.d_sae for one in features)

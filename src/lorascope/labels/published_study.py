@@ -21,16 +21,16 @@ from lorascope.activations.store import ActivationStore
 from lorascope.artifact import Manifest, digest_file
 from lorascope.causal.effect_options import ReportOptions, require_json_name
 from lorascope.causal.report_records import AblationReport
-from lorascope.causal.study import Made, read_report, report_at
+from lorascope.causal.study import Made, is_of_index, report_at
 from lorascope.config import option
-from lorascope.errors import ArtifactError, ConfigError, DatasetError
+from lorascope.errors import ConfigError, DatasetError
 from lorascope.features.index import FeatureIndex
 from lorascope.features.label_file import BY_HAND, BY_RULE, FILE
 from lorascope.features.published_json import digest_of_index, read_index
 from lorascope.labels import classes, directions
 from lorascope.labels.by_rule import Halves, read_halves
 from lorascope.labels.groups import groups_of
-from lorascope.labels.label import LabelOptions, require_parents
+from lorascope.labels.label import LabelOptions, read_effects, require_parents
 from lorascope.labels.rules import Miner
 from lorascope.labels.study_report import (
     Estimate,
@@ -89,11 +89,10 @@ def run(config: StudyConfig) -> Path:
     store = ActivationStore.open(config.data_dir or source.parent / "activations")
     sae = load_sae(config.sae or source.parent / "sae", store)
     require_parents(index, source, store, sae)
-    beside = source.parent / "effects" / "ablation.json"
-    path = next(iter(config.effects), beside if beside.is_file() else None)
-    ablation = None if path is None else read_report(path, (AblationReport,))
-    if ablation is not None and ablation[1].parents.get("sae") != sae.digest:
-        raise ArtifactError(f"{path} is of another SAE; make the report again with this one")
+    path = next(iter(config.effects), source.parent / "effects" / "ablation.json")
+    if not config.effects and not (path.is_file() and is_of_index(path, index.manifest)):
+        path = None
+    ablation = None if path is None else read_effects(path, sae, AblationReport)
     parents = {"features": digest_of_index(source)}
     parents |= {} if index.labels is None else {"labels": digest_file(source.with_name(FILE))}
     parents |= {} if path is None else {"ablation": digest_file(path)}
@@ -112,7 +111,7 @@ def run(config: StudyConfig) -> Path:
         report = StudyReport(
             n_rollouts_scoring=len(np.unique(scoring.rollout)),
             n_tokens_scoring=len(scoring),
-            groups=_shares(index, halves, None if ablation is None else ablation[0], config),
+            groups=_shares(index, halves, ablation, config),
             by_model=_judged(index),
             **measure(kinds, halves, config.seed),
         )
