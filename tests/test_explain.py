@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from builders.chat_server import chat_server
 from builders.indexes import example, index_of
+from builders.labels import label_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +18,7 @@ from lorascope.features.index import FeatureIndex
 from lorascope.features.label_file import KINDS
 from lorascope.labels.chat import Chat
 from lorascope.labels.excerpts import Excerpts, HeldOutTexts, is_held_out
-from lorascope.labels.explain import explain, explain_question, read_explanation
+from lorascope.labels.explain import explain, explain_question, read_explanation, with_model
 
 WORDS = {1: " one", 2: " two", 3: " three", 4: " four", 5: " «5»", 6: "<|im_end|>"}
 N_LATENTS = 4  # latent i fires at word i + 1, and nowhere else
@@ -172,6 +173,36 @@ def test_true_labels_score_one_and_shuffled_ones_do_not(tmp_path: Path) -> None:
         assert one.detection.balanced_accuracy == 1
         assert (one.shuffled.balanced_accuracy or 0) < 0.75
         assert one.picked_output
+
+
+@pytest.mark.parametrize(("off_by", "score"), [(0, 1.0), (1, 0.0), (None, None)])
+def test_the_judge_is_asked_for_the_tokens_that_a_removal_lowers(
+    tmp_path: Path, off_by: int | None, score: float | None
+) -> None:
+    """Prose stands around its choice; off by one it is wrong, and prose alone is no answer."""
+    falls = {i: [f"after {WORDS[i + 1].strip()}", "x"] for i in range(N_LATENTS + 1)}
+    rivals = {i: [other for other in falls if other != i] for i in falls}
+
+    def chatty(body: dict[str, Any], number: int) -> str:
+        answer = json.loads(honest(body, number))
+        if "choice" not in answer:
+            return json.dumps(answer)
+        assert "less likely without" in body["messages"][0]["content"]
+        if off_by is None:
+            return "None of them fits."
+        answer["choice"] = (answer["choice"] + off_by) % len(falls)
+        return f"Of the lists I pick this one: {json.dumps(answer)} I hope that it helps."
+
+    with chat_server(chatty) as server:
+        chat = Chat(server.url, "chatty", tmp_path / "answers.jsonl")
+        found = explain(planted_index(), chat, chat, range(N_LATENTS), {}, falls, rivals)
+    rules = {i: label_of("unclear", kind="unclear") for i in range(N_LATENTS)}
+    for label in with_model(rules, found, "chatty", "chatty").values():
+        assert label.picked_effect == score
+        wrong = label.picked_effect_shuffled
+        assert wrong is None if off_by is None else wrong in (0, 1)
+        assert wrong == 0 or off_by != 0, "another's description finds another's tokens"
+        assert label.picked_output is None
 
 
 def test_a_judge_that_always_says_yes_scores_chance(tmp_path: Path) -> None:
