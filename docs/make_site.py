@@ -43,6 +43,7 @@ PAGES = {  # the navigation; README.md comes first
         "Metrics": "docs/metrics.md",
         "Training": "docs/training.md",
         "Labels": "docs/labels.md",
+        "Audit": "docs/audit.md",
         "Causal evidence": "docs/causal.md",
         "Glossary": "docs/glossary.md",
     },

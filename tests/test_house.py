@@ -12,7 +12,7 @@ from lorascope.cli import COMMANDS
 ROOT = Path(lorascope.__file__).parent
 ORDER = (
     "version errors sites config arrayfile artifact record_json hub runtime stage kernels texts "
-    "subject activations sae features causal labels dashboard depth pipeline demo inspection "
+    "subject activations sae features causal labels dashboard audit depth pipeline demo inspection "
     "completion cli __main__"
 ).split()
 

@@ -167,6 +167,13 @@ COMMANDS = {
         "list the tokens that each feature promotes and suppresses, from weights alone",
         "lorascope direct --lora-path my-adapter --sae out/sae",
     ),
+    "audit": Command(
+        "start here",
+        "lorascope.audit.audit",
+        "lorascope.audit.audit_options.AuditConfig",
+        "say what to know of an adapter before using it; needs no texts and no SAE",
+        "lorascope audit --lora-path stranger/adapter",
+    ),
     "steer": Command(
         "evidence",
         "lorascope.causal.steer",

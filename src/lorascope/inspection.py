@@ -130,6 +130,11 @@ def verify(path: Path) -> list[str]:
             from lorascope.causal.study import read_report
 
             read_report(path, REPORTS)
+        elif kind == "audit":
+            from lorascope.audit.audit_report import AuditReport
+            from lorascope.causal.study import read_report
+
+            read_report(path, (AuditReport,))
         elif kind == "study":
             from lorascope.causal.study import read_report
             from lorascope.labels.study_report import StudyReport

@@ -5,6 +5,7 @@ Norms are Frobenius norms of the whole matrices. The effect of a site is `‖sca
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from lorascope.subject.adapter import (
     unsupported_reason,
 )
 
-_Matrix = npt.NDArray[np.float64]
+Matrix = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +117,19 @@ def inventory(adapter: Adapter) -> Inventory:
     )
 
 
+def factors(adapter: Adapter, modules: Sequence[str]) -> dict[str, tuple[Matrix, Matrix]]:
+    """Return `A` (rank, d_x) and `B` (d_y, rank) of some sites, whole."""
+    tensors, file = lora_tensors(adapter.shapes), adapter.open()
+    return {
+        module: _dense(
+            adapter,
+            module,
+            *(file.read(tensors[module][part]) for part in ("lora_A", "lora_B")),
+        )
+        for module in modules
+    }
+
+
 def to_json(adapter: Adapter) -> dict[str, Any]:
     """Return the inventory as plain JSON values."""
     held = inventory(adapter)
@@ -186,7 +200,7 @@ def _table(sites: tuple[SiteSize, ...]) -> list[str]:
     ]
 
 
-def _dense(adapter: Adapter, module: str, a: _Matrix, b: _Matrix) -> tuple[_Matrix, _Matrix]:
+def _dense(adapter: Adapter, module: str, a: Matrix, b: Matrix) -> tuple[Matrix, Matrix]:
     """Return `A` and `B` whole. BD-LoRA stores only the diagonal blocks of one of them."""
     blocks = adapter.config.get("use_bdlora") or {}
     n_blocks = int(blocks.get("nblocks", 1))
@@ -197,7 +211,7 @@ def _dense(adapter: Adapter, module: str, a: _Matrix, b: _Matrix) -> tuple[_Matr
     return a, b
 
 
-def _block_diagonal(stacked: _Matrix, n_blocks: int) -> _Matrix:
+def _block_diagonal(stacked: Matrix, n_blocks: int) -> Matrix:
     height, width = stacked.shape[0] // n_blocks, stacked.shape[1]
     whole = np.zeros((stacked.shape[0], width * n_blocks))
     for i in range(n_blocks):

@@ -1,0 +1,232 @@
+"""Say what a careful person wants to know of an adapter before using it.
+
+1. Its weights are read: how much is written where, and what sites read of each other (`weights`).
+2. Base and adapter read a neutral corpus that comes with lorascope, and the user's texts if there
+   are any: `generate` makes a store of each.
+3. On half of the rollouts the two are compared: KL(adapter ‖ base), losses, the tokens whose
+   probability moves most, and how much of that a constant row does, which is fitted on the others.
+4. The mean row of the first tokens of neutral texts is read through `scale·B` and the unembedding:
+   what the adapter adds wherever it is (Minder et al. 2025, arXiv 2510.13900, for activations).
+5. Both answer eight prompts, with the same noise (`answers`).
+
+In: adapter, base model, texts. Out: a folder with `audit.json`, `audit.md` and `audit.html`, which
+say the same, and the two stores. Nothing here is a verdict, and finding nothing proves nothing.
+"""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lorascope import runtime
+from lorascope.activations import generate
+from lorascope.activations.batches import read_blocks
+from lorascope.activations.generate import GenerateConfig
+from lorascope.activations.replay import fitting_tokens, load_subject_of
+from lorascope.activations.store import ActivationStore
+from lorascope.audit.audit_options import AuditConfig
+from lorascope.audit.audit_report import (
+    Applied,
+    AuditReport,
+    EffectOn,
+    as_html,
+    as_markdown,
+    as_text,
+)
+from lorascope.audit.weights import read_weights
+from lorascope.causal.answers import answers_of
+from lorascope.causal.baselines import ConstantRows, rows_of
+from lorascope.causal.effects import bootstrap_interval, log_probabilities, recovered, sum_by
+from lorascope.causal.held_out import HeldOut
+from lorascope.causal.openings import openings_of
+from lorascope.causal.report_records import ScoredToken
+from lorascope.causal.shifts import ShiftTally
+from lorascope.causal.splice import Compared, SplicedBatch
+from lorascope.causal.study import Made, report_at
+from lorascope.config import Config
+from lorascope.errors import AdapterError, ConfigError
+from lorascope.sites import SiteLayout
+from lorascope.subject.base import other_base
+from lorascope.subject.intervene import RowEditor
+from lorascope.subject.load import Subject
+from lorascope.subject.unembedding import Unembedding, residual_writes
+from lorascope.texts.tokens import special_ids, token_bytes
+
+log = logging.getLogger(__name__)
+
+NEUTRAL = Path(__file__).parent / "neutral.jsonl"
+_N_ANSWERS = 8
+_N_PROMOTED = 10
+_FIRST = slice(1, 5)  # positions of a text whose rows are read; position 0 is often a sink
+
+
+def run(config: AuditConfig) -> Path:
+    """Write the report unless it is finished already, and return its page."""
+    out = config.output
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--output is {out}, which is a file, expected a folder")
+    stores = {}
+    if config.dataset is not None:
+        stores["texts"] = _store(config, config.dataset, out / "texts", config.num_examples)
+    stores["neutral"] = _store(config, str(NEUTRAL), out / "neutral", 1000)
+
+    def make() -> Made:
+        report, layout = _audit(config, stores)
+        return Made(report, layout, {"n_neutral": stores["neutral"].n_rollouts})
+
+    def draw(report: AuditReport, _: object) -> None:
+        for name, text in (("audit.md", as_markdown(report)), ("audit.html", as_html(report))):
+            (out / name).write_text(text, encoding="utf-8")
+
+    report_at(
+        out / "audit.json",
+        AuditReport,
+        settings=config.settings(),
+        parents={name: store.digest for name, store in stores.items()},
+        overwrite=config.overwrite,
+        make=make,
+        table=as_text,
+        draw=draw,
+    )
+    return out / "audit.html"
+
+
+def _store(config: AuditConfig, dataset: str, folder: Path, n: int) -> ActivationStore:
+    """Make the store of some texts unless it is there, and open it."""
+    given: dict[str, Config | object] = {"dataset": dataset, "num_examples": n, "output": folder}
+    if dataset == str(NEUTRAL):
+        given |= {"columns": (), "split": "train"}
+    options = GenerateConfig.from_shared(config, **given, skip_unhookable=True)
+    return ActivationStore.open(generate.run(options))
+
+
+@torch.inference_mode()
+def _audit(
+    config: AuditConfig, stores: dict[str, ActivationStore]
+) -> tuple[AuditReport, SiteLayout]:
+    neutral = stores["neutral"]
+    subject = load_subject_of(neutral, config, device=config.device, dtype="auto")
+    tokens = fitting_tokens(subject)
+    halves = {  # the rollouts on which constant rows are fitted, and those that are compared
+        name: (np.arange(0, store.n_rollouts, 2), np.arange(1, store.n_rollouts, 2))
+        for name, store in stores.items()
+    }
+    held = {
+        name: HeldOut(subject, store, halves[name][1], tokens) for name, store in stores.items()
+    }
+    own = held.get("texts", held["neutral"])
+    rows = torch.cat(list(read_blocks(neutral, np.arange(neutral.n_rows))))
+    layout = neutral.layout
+    with RowEditor(subject) as editor:
+        effects = {
+            name: _effect_on(editor, one, halves[name][0], config.seed)
+            for name, one in held.items()
+        }
+        plain = not (subject.unseen or subject.unhooked) and all(
+            site.lora_kind == "lora" for site in layout.sites
+        )
+        answers = answers_of(editor, own, _N_ANSWERS, config.seed) if plain else ()
+    spread = rows.std(0) > 0
+    report = AuditReport(
+        applied=Applied(
+            n_sites=len(layout.sites),
+            silent=tuple(
+                site.name
+                for site, columns in zip(layout.sites, layout.slices, strict=True)
+                if not spread[columns].any()
+            ),
+            unread=subject.unhooked,
+            unseen=subject.unseen,
+            base=subject.base.name,
+            other_base=other_base(subject.adapter, subject.base),
+        ),
+        weights=read_weights(subject.adapter),
+        neutral=effects["neutral"],
+        texts=effects.get("texts"),
+        mean_row=_read_mean_row(subject, neutral, rows),
+        answers=answers,
+    )
+    return report, layout
+
+
+def _effect_on(editor: RowEditor, held_out: HeldOut, fitted: np.ndarray, seed: int) -> EffectOn:
+    """Compare base and adapter on rollouts, and with constant rows fitted on other ones."""
+    store, layout = held_out.store, held_out.subject.layout
+    training = rows_of(store, fitted)
+    constant = ConstantRows(store, training, torch.cat(list(read_blocks(store, training))))
+    shifts, floor = ShiftTally(), 0.0
+    measured: list[np.ndarray] = []
+    found: dict[str, list[Compared]] = {"base": [], "adapter": [], "constant": []}
+    with runtime.progress(held_out.n_tokens, "compare", "tokens") as bar:
+        for batch in held_out.batches():
+            spliced = SplicedBatch(editor, batch, np.arange(layout.d_in))
+            base = spliced.base()
+            usual = constant.at(batch.rows.numpy().ravel()).view(spliced.x.shape)
+            found["base"].append(spliced.compared(base))
+            found["adapter"].append(spliced.adapter())
+            found["constant"].append(spliced.written(usual.to(spliced.x.device)))
+            floor = max(floor, float(spliced.written(spliced.x).kl.mean()))
+            predicted = held_out.role_of(batch.measured)
+            shifts.add(spliced.log_p, log_probabilities(base), batch.measured, predicted)
+            measured.append(batch.measured)
+            bar.update(int(batch.own.sum()))
+    rows = np.concatenate(measured)
+    runs = {
+        name: Compared(*map(np.concatenate, zip(*parts, strict=True)))
+        for name, parts in found.items()
+    }
+    _, owner = np.unique(store.rollout_of(rows), return_inverse=True)
+    n = int(owner.max()) + 1
+
+    def sums(values: np.ndarray) -> np.ndarray:
+        return sum_by(owner, values, n)
+
+    per_rollout = sums(np.ones(len(rows)))
+    kl = sums(runs["base"].kl)
+    share = recovered(sums(runs["constant"].kl), kl, len(rows), seed)
+    told = held_out.is_generated(rows)
+    told = told if told.any() else ~told
+    interval = bootstrap_interval(kl, per_rollout, seed)
+    return EffectOn(
+        n_rollouts=n,
+        n_tokens=len(rows),
+        kl=float(kl.sum()) / len(rows),
+        kl_interval=None if interval is None else (max(interval[0], 0.0), max(interval[1], 0.0)),
+        floor=floor,
+        ce_base=float(runs["base"].ce[told].mean(dtype=np.float64)),
+        ce_adapter=float(runs["adapter"].ce[told].mean(dtype=np.float64)),
+        constant=share.recovered,
+        constant_interval=share.recovered_interval,
+        shifts=shifts.strongest(held_out),
+        openings=openings_of(store, rows, (runs["base"].ce, runs["adapter"].ce)),
+    )
+
+
+def _read_mean_row(
+    subject: Subject, store: ActivationStore, rows: torch.Tensor
+) -> tuple[ScoredToken, ...]:
+    """Return the tokens that the mean row of the first tokens of texts promotes most."""
+    try:
+        head = Unembedding(subject)
+    except AdapterError as error:
+        log.warning("%s", error)
+        return ()
+    starts = store.rollout_start[:-1]
+    position = np.arange(store.n_rows) - np.repeat(starts, np.diff(store.rollout_start))
+    mean = rows[torch.from_numpy((position >= _FIRST.start) & (position < _FIRST.stop))].mean(0)
+    written = torch.zeros(head.width)
+    for writer in residual_writes(subject, store.layout):
+        written += writer.matrix @ mean[writer.columns]
+    if not written.any():
+        return ()
+    logits = head.logits(written[None])[0]
+    z = (logits - logits.mean()) / logits.std().clamp(min=1e-30)
+    spelled = token_bytes(subject.tokenizer, len(z))
+    nameless = [i for i, text in enumerate(spelled) if not text]
+    z[[*nameless, *(i for i in special_ids(subject.tokenizer) if i < len(z))]] = -torch.inf
+    best = z.topk(_N_PROMOTED)
+    return tuple(
+        ScoredToken(token_id=i, token=spelled[i].decode(errors="replace"), z=value)
+        for i, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    )

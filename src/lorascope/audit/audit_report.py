@@ -1,0 +1,346 @@
+"""What `audit` reports: typed records, and the same as sections to read.
+
+`sections` says everything once: the terminal, the Markdown and the page show the same sentences and
+tables. KL and losses are in nats a token, intervals are 95 % over rollouts.
+"""
+
+import html
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from lorascope.causal.report_records import (
+    Amount,
+    AmountInterval,
+    Answer,
+    Count,
+    Interval,
+    Opening,
+    ReportRecord,
+    ScoredToken,
+    Share,
+    TokenShift,
+)
+from lorascope.causal.study import format_interval, format_number, format_table
+from lorascope.dashboard.headline import percent, probability, quoted
+from lorascope.dashboard.report import plain, table
+
+_N_SHIFTS = 12
+_LONGEST = 60  # characters of a text in a table
+_SMALLEST_KL = 1e-10  # nats a token: rounding
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdatePart:
+    """The sites of one projection or layer: their share of the squared update, the largest norm.
+
+    `effective_rank` is the mean over sites of the exponential of the spectrum's entropy.
+    """
+
+    name: str
+    n_sites: Count
+    share: Share
+    largest: Amount
+    effective_rank: Amount
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meeting:
+    """A site that writes what a later site reads: the largest cosine of the two."""
+
+    writer: str
+    reader: str
+    cosine: Share
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """What the weights say. `norm` is the Frobenius norm of all updates together.
+
+    `n_silent` sites write nothing. `expected_cosine` is about the largest of `n_pairs` cosines of
+    random directions, None without pairs.
+    """
+
+    n_sites: Count
+    n_silent: Count
+    norm: Amount
+    projections: tuple[UpdatePart, ...]
+    layers: tuple[UpdatePart, ...]
+    n_pairs: Count
+    expected_cosine: Amount | None
+    meetings: tuple[Meeting, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Applied:
+    """Whether the adapter is applied at all: what fired, and on which base.
+
+    `silent` names sites whose rows are the same at every token; `other_base` is the base that the
+    adapter names where another one is used.
+    """
+
+    n_sites: Count
+    silent: tuple[str, ...]
+    unread: tuple[str, ...]
+    unseen: tuple[str, ...]
+    base: str
+    other_base: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EffectOn:
+    """What the adapter does to the predictions of some texts.
+
+    `ce_base` and `ce_adapter` are the losses on the texts' own tokens that a model would write, or
+    on all tokens if there are none. `constant` is the share of KL(adapter ‖ base) that stays if
+    each row is replaced by the mean of its role and place in the template; it is None where KL is
+    rounding.
+    """
+
+    n_rollouts: Count
+    n_tokens: Count
+    kl: Amount
+    kl_interval: AmountInterval
+    floor: Amount
+    ce_base: Amount
+    ce_adapter: Amount
+    constant: float | None
+    constant_interval: Interval
+    shifts: tuple[TokenShift, ...]
+    openings: tuple[Opening, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditReport(ReportRecord):
+    """What `audit` finds. `texts` is None without a dataset.
+
+    `mean_row` are the tokens that the mean row of the first tokens of neutral texts promotes.
+    """
+
+    kind = "audit"
+    applied: Applied
+    weights: Weights
+    neutral: EffectOn
+    texts: EffectOn | None = None
+    mean_row: tuple[ScoredToken, ...] = ()
+    answers: tuple[Answer, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Section:
+    """A title, sentences, and tables, each with a caption."""
+
+    title: str
+    sentences: list[str] = field(default_factory=list)
+    tables: list[tuple[Sequence[str], Sequence[Sequence[str]]]] = field(default_factory=list)
+
+
+def as_text(report: AuditReport) -> str:
+    """Return the report for the terminal: sentences, and tables with aligned columns."""
+    lines: list[str] = []
+    for one in _sections(report):
+        lines += ["", one.title, *(f"  {sentence}" for sentence in one.sentences)]
+        for head, rows in one.tables:
+            lines += [f"  {line}" for line in format_table(head, rows)]
+    return "\n".join(lines[1:])
+
+
+def as_markdown(report: AuditReport) -> str:
+    """Return the report as Markdown, in which text of the corpus is escaped."""
+    lines = ["# Audit of an adapter", ""]
+    for one in _sections(report):
+        lines += [f"## {one.title}", ""]
+        for sentence in one.sentences:
+            lines += [plain(sentence), ""]
+        for head, rows in one.tables:
+            lines += table(head, rows)
+    return "\n".join(lines)
+
+
+def as_html(report: AuditReport) -> str:
+    """Return the report as one page without scripts, in which all text is escaped."""
+    parts = []
+    for one in _sections(report):
+        parts.append(f"<h2>{html.escape(one.title)}</h2>")
+        parts += [f"<p>{_shown(sentence)}</p>" for sentence in one.sentences]
+        for head, rows in one.tables:
+            cells = ["".join(f"<th scope=col>{_shown(cell)}</th>" for cell in head)]
+            cells += ["".join(f"<td>{_shown(cell)}</td>" for cell in row) for row in rows]
+            body = "".join(f"<tr>{row}</tr>" for row in cells)
+            parts.append(f"<div class=table tabindex=0><table>{body}</table></div>")
+    return _PAGE.replace("BODY", "\n".join(parts))
+
+
+def _shown(text: str) -> str:
+    """Return text as HTML, isolated from the direction of the text around it."""
+    return f"<bdi>{html.escape(text)}</bdi>"
+
+
+_PAGE = """<!doctype html>
+<html lang=en><meta charset=utf-8>
+<meta name=viewport content="width=device-width">
+<meta http-equiv=Content-Security-Policy content="default-src 'none'; style-src 'unsafe-inline'">
+<title>Audit of an adapter</title>
+<style>
+:root { color-scheme: light dark }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem }
+h2 { margin: 2rem 0 .5rem; font-size: 1.2rem }
+p { margin: .4rem 0; max-width: 45rem }
+.table { overflow-x: auto; margin: .8rem 0 }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
+th, td { padding: .2rem .9rem .2rem 0; text-align: left; vertical-align: top;
+  border-bottom: 1px solid color-mix(in srgb, currentColor 20%, transparent) }
+</style>
+<main><h1>Audit of an adapter</h1>
+BODY
+</main></html>
+"""
+
+
+def _line(text: str) -> str:
+    """Return text on one line, not too long for a cell."""
+    text = text.replace("\n", "⏎")
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
+def _sections(report: AuditReport) -> Iterator[_Section]:
+    yield _applied(report)
+    yield _reach(report)
+    yield _change(report)
+    if report.answers:
+        rows = [
+            (
+                quoted(one.prompt[-80:]),
+                *(_line(f"{one.same} ▸ {x}") for x in (one.base, one.adapter)),
+            )
+            for one in report.answers
+        ]
+        yield _Section(
+            "Base and adapter side by side",
+            ["Both answer the same prompts with the same noise; ▸ marks where they part."],
+            [(("after", "base", "with the adapter"), rows)],
+        )
+    yield _of_weights(report)
+    yield _Section(
+        "Not looked for",
+        [
+            "Triggers: texts after which the adapter does what it does nowhere in these. That "
+            "nothing here looks wrong is no proof that nothing is."
+        ],
+    )
+
+
+def _applied(report: AuditReport) -> _Section:
+    applied, own = report.applied, report.texts or report.neutral
+    one = _Section("Is it applied?")
+    say = one.sentences.append
+    fired = applied.n_sites - len(applied.silent)
+    say(f"{fired} of {applied.n_sites} sites have rows that differ from token to token.")
+    if applied.silent:
+        say(f"The same at every token: {', '.join(applied.silent[:8])}.")
+    if report.weights.n_silent:
+        say(f"{report.weights.n_silent} sites have a B of zero and write nothing.")
+    if applied.other_base:
+        say(f"It names the base {applied.other_base}, and was read on {applied.base}.")
+    if applied.unread:
+        say(f"Active, but without a row for each token: {', '.join(applied.unread[:8])}.")
+    if applied.unseen:
+        say(f"Changed outside LoRA, which rows do not show: {', '.join(applied.unseen[:8])}.")
+    if own.kl <= max(10 * own.floor, _SMALLEST_KL):
+        say("It changes no prediction by more than rounding.")
+    elif own.ce_adapter > own.ce_base:
+        say(
+            f"It makes the texts less likely: {own.ce_adapter:.3f} nats a token with it and "
+            f"{own.ce_base:.3f} without. Check that this is the base that it was trained on."
+        )
+    else:
+        say(
+            f"It makes the texts more likely: {own.ce_adapter:.3f} nats a token with it and "
+            f"{own.ce_base:.3f} without."
+        )
+    return one
+
+
+def _reach(report: AuditReport) -> _Section:
+    one = _Section("Narrow or broad, constant or conditional?")
+    named = {"your texts": report.texts, "neutral texts": report.neutral}
+    effects = {name: effect for name, effect in named.items() if effect is not None}
+    if report.texts is None:
+        one.sentences.append("No texts were given, so its reach cannot be compared: --dataset.")
+    elif report.texts.kl > 0:
+        ratio = report.neutral.kl / report.texts.kl
+        one.sentences.append(
+            f"A token of neutral text changes {ratio:.2g} times as much as one of your texts."
+        )
+    rows = [
+        (
+            name,
+            f"{effect.n_rollouts}",
+            f"{effect.kl:.3g}",
+            format_interval(effect.kl_interval, ".3g"),
+            "—" if effect.constant is None else percent(max(effect.constant, 0.0)),
+            format_interval(effect.constant_interval, ".2f"),
+        )
+        for name, effect in effects.items()
+    ]
+    head = ("on", "texts", "KL, nats a token", "95 %", "constant part", "95 %")
+    one.tables.append((head, rows))
+    one.sentences.append(
+        "Constant part: what stays if each row is replaced by the mean of its role and place."
+    )
+    if report.mean_row:
+        tokens = ", ".join(f"{quoted(token.token)} ({token.z:.1f})" for token in report.mean_row)
+        one.sentences.append(
+            f"The mean row of the first tokens of neutral texts promotes {tokens}; numbers are "
+            "standard deviations over the vocabulary."
+        )
+    return one
+
+
+def _change(report: AuditReport) -> _Section:
+    own = report.texts or report.neutral
+    one = _Section("What it changes")
+    for opening in own.openings:
+        one.sentences.append(
+            f"{quoted(opening.text)} before a segment of the role {opening.role}: from "
+            f"{probability(opening.p_base)} to {probability(opening.p_adapter)}."
+        )
+    rows = [
+        (
+            shift.role,
+            quoted(shift.token),
+            shift.side,
+            percent(shift.share),
+            " → ".join(map(probability, (shift.example.p_base, shift.example.p_adapter))),
+            quoted(shift.example.before[-40:]),
+        )
+        for shift in own.shifts[:_N_SHIFTS]
+    ]
+    head = ("where", "token", "", "share of KL", "base → adapter", "example, after")
+    one.tables.append((head, rows))
+    return one
+
+
+def _of_weights(report: AuditReport) -> _Section:
+    weights = report.weights
+    one = _Section("What the weights say")
+    one.sentences.append(f"{weights.n_sites} sites, Frobenius norm {weights.norm:.3g} in all.")
+    for name, parts in (("projection", weights.projections), ("layer", weights.layers)):
+        rows = [
+            (
+                part.name,
+                f"{part.n_sites}",
+                percent(part.share),
+                f"{part.largest:.3g}",
+                f"{part.effective_rank:.2f}",
+            )
+            for part in parts
+        ]
+        one.tables.append(((name, "sites", "share", "largest norm", "effective rank"), rows))
+    if weights.meetings:
+        meetings = ", ".join(f"{m.writer} → {m.reader} {m.cosine:.2f}" for m in weights.meetings)
+        one.sentences.append(
+            f"Sites that write what later ones read, by cosine: {meetings}. The largest of "
+            f"{weights.n_pairs:,} random pairs is about "
+            f"{format_number(weights.expected_cosine, '.2f')}."
+        )
+    return one
