@@ -62,7 +62,7 @@ def demo_run(problems: Path, config: DemoConfig) -> pipeline.RunConfig:
     """Return the config of the demo's run.
 
     With k 3, eight latents a column recover more of the generated tokens than four, and sixteen no
-    more than eight. Small batches, many passes and a high rate fit them best (`docs/training.md`).
+    more than eight. Small batches and many passes fit them best (`docs/training.md`).
     """
     return pipeline.RunConfig(
         lora_path=str(SUBJECT / "adapter"),
@@ -72,8 +72,7 @@ def demo_run(problems: Path, config: DemoConfig) -> pipeline.RunConfig:
         expansion_factor=8,
         k=3,
         batch_size=512,
-        epochs=40,
-        lr="0.0107",
+        epochs=60,
         depth=config.depth,
         evaluate_texts=config.evaluate_texts,
         effect_texts=config.effect_texts,
