@@ -23,6 +23,7 @@ from lorascope.causal.removals import (
     run_held,
     run_live,
 )
+from lorascope.causal.report_records import N_SLICES
 from lorascope.causal.study import open_report
 from lorascope.errors import ConfigError
 from lorascope.subject.intervene import RowEditor
@@ -205,7 +206,7 @@ def test_a_feature_is_taken_out_at_every_token_on_which_it_fires(dirs, store, tm
     found = ablated(dirs, store, tmp_path, each_column(store), features=(3,), greedy="none")
     (entry,) = found["features"]
     subject = load(dirs[1], dirs[0])
-    total, here, n, n_fired = 0.0, 0.0, 0, 0
+    total, here, n, n_fired, by_rollout = 0.0, 0.0, 0, 0, []
     surely, at_most = bounds = torch.zeros(2, subject.causal.config.vocab_size, dtype=torch.float64)
     with RowEditor(subject) as editor:
         for i in range(store.n_rollouts):
@@ -220,6 +221,7 @@ def test_a_feature_is_taken_out_at_every_token_on_which_it_fires(dirs, store, tm
             kl = kl_divergence(out.logits[0, :-1], other[0, :-1])
             usual = text[1:]
             total += float(kl[usual].sum())
+            by_rollout.append(float(kl.sum()))
             here += float(kl[usual & fires[:-1]].sum())
             n, n_fired = n + int(usual.sum()), n_fired + int(fires[:-1].sum())
             p, q = (x[0, :-1].double().softmax(-1) for x in (out.logits, other))
@@ -234,6 +236,9 @@ def test_a_feature_is_taken_out_at_every_token_on_which_it_fires(dirs, store, tm
     assert entry["kl_each"] == pytest.approx(total / n_fired, rel=1e-3)
     assert entry["share_here"] == pytest.approx(here / total, rel=1e-3)
     assert entry["kl_control"] > 0
+    assert store.n_rollouts <= N_SLICES
+    permille = 1000 * np.array(by_rollout) / sum(by_rollout)
+    assert np.abs(entry["spread"] - permille).max() <= 0.5 + 2, "rounded, and of sums to 1e-3"
     assert len(entry["falls"]) == 10
     shares = {fall["token_id"]: fall["share"] * total for fall in entry["falls"]}
     assert list(shares.values()) == sorted(shares.values(), reverse=True)

@@ -17,8 +17,10 @@ from lorascope.causal.effects import (
     log_probabilities,
     ratio_of_sums,
     select_measured,
+    spread,
     sum_by,
 )
+from lorascope.causal.report_records import N_SLICES
 
 INF = math.inf
 
@@ -157,6 +159,16 @@ def test_the_interval_resamples_rollouts_and_has_the_width_of_their_spread():
     assert high == pytest.approx(above.mean() + 1.96 * error, abs=0.2 * error)
     assert bootstrap_interval(above, np.ones(400)) == (low, high)
     assert bootstrap_interval(above, np.ones(400), seed=1) != (low, high)
+
+
+def test_a_sum_is_spread_over_slices_of_the_rollouts_in_order():
+    assert spread(np.array([1.0, 0.0, 2.0, 1.0])) == (250, 0, 500, 250)
+    values = np.zeros(3 * N_SLICES + 5)  # slices of three and of four rollouts
+    values[[0, -1]] = 1.0, 3.0
+    assert spread(values) == (250, *[0] * (N_SLICES - 2), 750)
+    assert sum(spread(np.ones(len(values)))) == pytest.approx(1000, abs=N_SLICES / 2)
+    assert min(spread(np.ones(len(values)))) >= 3 * 1000 // len(values)
+    assert spread(np.zeros(4)) == ()
 
 
 def test_where_a_draw_has_no_ratio_there_is_no_interval():

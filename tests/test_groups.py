@@ -4,13 +4,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from builders import effect_reports
 from builders.indexes import full_index
 from builders.labels import label_of
 
 from lorascope.artifact import Identity
+from lorascope.causal.report_records import N_SLICES, AblationReport
 from lorascope.features.index import FeatureIndex
 from lorascope.features.label_file import KIND, SCHEMA, Labels, RulePart
-from lorascope.labels.groups import communities, groups_of
+from lorascope.labels.groups import FeatureGroup, communities, effect_intervals, groups_of
+from lorascope.record_json import from_json
 
 N, FIRST = 14, 6  # features, and those of the first planted group; the last one fires alone
 
@@ -126,3 +129,41 @@ def test_nodes_without_edges_are_communities_of_their_own():
     assert communities(3, nothing, nothing, []).tolist() == [0, 1, 2]
     assert communities(4, np.array([0]), np.array([3]), [0.5]).tolist() == [0, 1, 2, 0]
     assert communities(2, np.array([0]), np.array([1]), [0]).tolist() == [0, 0]
+
+
+def removals(
+    index: FeatureIndex, kl: dict[int, float], spread: dict[int, list[int]]
+) -> AblationReport:
+    """A report of 40 rollouts with these effects, in nats a token, and their spread."""
+    report: dict = effect_reports.ablation(index) | {"n_rollouts": 40}
+    entry = report["features"][0] | {"kl_special": None}
+    report["features"] = [
+        entry | {"feature": i, "kl": one, "spread": spread[i]} for i, one in kl.items()
+    ]
+    return from_json(AblationReport, report, "here")
+
+
+def test_the_interval_of_a_groups_share_is_that_of_slices_drawn_with_repetition():
+    """The first group has all of a slice's effect or none: its share is binomial, of 16 draws."""
+    in_even, in_odd = ([125 * ((i + shift) % 2) for i in range(N_SLICES)] for shift in (1, 0))
+    groups = [FeatureGroup("even", (0, 1)), FeatureGroup("odd", (2,)), FeatureGroup("none", (3,))]
+    spreads = {0: in_even, 1: in_even, 2: in_odd, 3: []}
+    report = removals(planted(), {0: 0.1, 1: 0.3, 2: 0.4, 3: 0.0}, spreads)
+    even, odd, none = effect_intervals(groups, report)
+    assert even is not None and odd is not None
+    assert even == pytest.approx((0.25, 0.75)), "P(X <= 3) = 0.011 < 0.025 < P(X <= 4) = 0.038"
+    assert odd == pytest.approx((1 - even[1], 1 - even[0]))
+    assert none == (0, 0)
+    assert effect_intervals([FeatureGroup("all", (0, 1, 2, 3))], report) == ((1, 1),)
+
+
+def test_effects_that_are_spread_alike_have_a_share_without_doubt_and_old_reports_no_interval():
+    rng = np.random.default_rng(0)
+    spread = rng.multinomial(1000, [1 / N_SLICES] * N_SLICES).tolist()
+    groups = [FeatureGroup("one", (0,)), FeatureGroup("two", (1,))]
+    kl = {0: 0.1, 1: 0.3}
+    found = effect_intervals(groups, removals(planted(), kl, {0: spread, 1: spread}))
+    assert found == (pytest.approx((0.25, 0.25)), pytest.approx((0.75, 0.75)))
+    for missing in ([], spread[:-1]):
+        old = removals(planted(), kl, {0: spread, 1: missing})
+        assert effect_intervals(groups, old) == (None, None)

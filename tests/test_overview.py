@@ -13,6 +13,7 @@ from builders.labels import label_of, save_labels
 
 from lorascope.artifact import check_seal
 from lorascope.causal.study import read_report
+from lorascope.dashboard.headline import percent
 from lorascope.dashboard.overview import Overview, overview_of
 from lorascope.dashboard.report import ReportConfig, markdown, plain, run
 from lorascope.dashboard.reports import Reports
@@ -99,6 +100,17 @@ def test_what_was_not_measured_is_a_gap_with_its_command(tmp_path: Path) -> None
     assert found.features, "features are ranked by activation"
     assert {one.effect for one in found.features} == {None}
     assert sum(group.share for group in found.groups) == pytest.approx(1)
+
+
+def test_the_share_of_a_group_has_an_interval_where_its_rollouts_are_known(tmp_path: Path) -> None:
+    found = overview(tmp_path)
+    assert len(found.groups) > 1
+    for group in found.groups:
+        assert group.interval is not None
+        assert group.interval[0] <= group.share <= group.interval[1]
+    low, high = found.groups[0].interval or (0, 0)
+    assert f"| {percent(low)} to {percent(high)} |" in markdown(found)
+    assert overview_of(full_index(), Reports(len(full_index()))).groups[0].interval is None
 
 
 def test_larger_effects_come_first(tmp_path: Path) -> None:
@@ -192,6 +204,8 @@ def test_the_page_opens_on_the_overview(show: Any, tmp_path: Path) -> None:
     (answer,) = found.answers
     sides = visit.part("answers").locator(".answer p").all_text_contents()
     assert sides == [answer.prompt, answer.same + answer.base, answer.same + answer.adapter]
+    edges = " to ".join(map(percent, found.groups[0].interval or ()))
+    assert f"95 % interval {edges}; " in visit.text("groups")
     marked = visit.part("answers").locator("mark").all_text_contents()
     assert marked == ["", answer.base, answer.adapter]
     first = visit.part("top-features").get_by_role("link").first

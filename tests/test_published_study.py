@@ -108,6 +108,22 @@ def test_shares_of_effect_are_those_of_the_sum_of_removals(study, made, tmp_path
     for one in report.groups:
         expected = sum(nats.get(latent, 0) for latent in one.features) / sum(nats.values())
         assert one.effect == pytest.approx(expected)
+        assert one.effect_interval is not None
+        assert one.effect_interval[0] <= one.effect <= one.effect_interval[1]
+
+
+@pytest.mark.parametrize("schema", [3, 4])
+def test_a_report_of_ablate_from_before_slices_gives_shares_without_an_interval(
+    study, made, tmp_path, schema
+):
+    index = FeatureIndex.open(made / "features.h5")
+    removals = effect_reports.ablation(index)
+    for entry in removals["features"]:
+        del entry["spread"]
+    path = effect_reports.write(tmp_path / "ablation.json", "ablation", index, removals, schema)
+    report, _ = study(effects=(path,))
+    assert sum(one.effect or 0 for one in report.groups) == pytest.approx(1)
+    assert {one.effect_interval for one in report.groups} == {None}
 
 
 def test_labels_name_groups_and_those_of_a_model_are_counted_apart(study, made, tmp_path):

@@ -14,11 +14,13 @@ NEW_TOKEN = 900_001  # not in any index: its text is hostile
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 
 
-def write(path: Path, kind: str, index: FeatureIndex, report: dict[str, Any]) -> Path:
-    """Write a report with its checksum, as of the index's SAE and store."""
+def write(
+    path: Path, kind: str, index: FeatureIndex, report: dict[str, Any], schema: int | None = None
+) -> Path:
+    """Write a report with its checksum, as of the index's SAE and store; default: new schema."""
     manifest = Manifest(
         kind=kind,
-        schema=next(record.schema for record in REPORTS if record.kind == kind),
+        schema=schema or next(record.schema for record in REPORTS if record.kind == kind),
         settings={},
         parents=index.manifest.parents,
         layout=None,
@@ -113,7 +115,7 @@ def evaluation() -> dict[str, Any]:
 
 def ablation(index: FeatureIndex) -> dict[str, Any]:
     """An entry for each feature but the last two; 1 never fires, 2 fires in one rollout only."""
-    rng = np.random.default_rng(1)
+    rng, slices = np.random.default_rng(1), np.random.default_rng(2)
     entries = []
     for latent in range(max(len(index) - 2, 0)):
         kl = 0.0 if latent == 1 else float(10 ** rng.uniform(-6, -2))
@@ -135,6 +137,7 @@ def ablation(index: FeatureIndex) -> dict[str, Any]:
                 "pull": None if p is None else 0.5,
                 "pull_excess": None if p is None else [0.2 if p < 0.05 else -0.3, 0.9 + latent],
                 "p": p,
+                "spread": [] if latent == 1 else slices.multinomial(1000, [0.2] * 5).tolist(),
             }
         )
     whole = {"kl": 0.3, "kl_interval": [0.2, 0.4], "ce_rise": 0.1, "kl_special": None}

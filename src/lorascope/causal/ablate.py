@@ -36,6 +36,7 @@ from lorascope.causal.effects import (
     ratio_of_sums,
     recovered,
     select_measured,
+    spread,
 )
 from lorascope.causal.figures import draw_ablation
 from lorascope.causal.gradients import no_weight_gradients
@@ -296,6 +297,7 @@ class _Study:
                 for i, term in sorted(falls.items(), key=lambda one: (-one[1], one[0]))[:_N_FALLS]
                 if term > 0 and i < len(self.held_out.store.vocabulary)
             ),
+            spread=spread(kl if sums is None else kl + sums.special),
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lorascope.causal.report_records import Interval, Recovered
+from lorascope.causal.report_records import N_SLICES, Interval, Recovered
 
 Values = npt.NDArray[np.float32]
 Sums = npt.NDArray[np.float64]
@@ -167,6 +167,18 @@ def bootstrap_interval(numerator: Sums, denominator: Sums, seed: int = 0) -> Int
         return None
     low, high = np.percentile(top / bottom, _PERCENTILES)
     return float(low), float(high)
+
+
+def spread(values: Sums) -> tuple[int, ...]:
+    """Return the permille of a sum over rollouts in each of `N_SLICES` slices of them, in order.
+
+    Each slice is one rollout if there are no more. Empty for a sum of 0.
+    """
+    n, total = min(N_SLICES, len(values)), float(values.sum())
+    if not total:
+        return ()
+    sums = sum_by(np.arange(len(values)) * n // len(values), values, n)
+    return tuple(np.rint(1000 * sums / total).astype(int).tolist())
 
 
 def recovered(kl: Sums, zero: Sums, n_tokens: int, seed: int) -> Recovered:

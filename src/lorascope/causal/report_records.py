@@ -15,7 +15,11 @@ Amount = Annotated[float, Range(0)]  # a KL, a loss or a size
 Share = Annotated[float, Range(0, 1.001)]  # rounding may take a share slightly above 1
 Interval = tuple[float, float] | None  # 95 %; None where it is undefined
 AmountInterval = tuple[Amount, Amount] | None
+Permille = Annotated[int, Range(0, 1000)]
 TokenId = Annotated[int, Range(0, (1 << 31) - 1)]
+
+
+N_SLICES = 16  # of the rollouts: enough for intervals; more would take more room
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,6 +277,8 @@ class FeatureRemoval:
     the median estimate of the controls. `pull` is by how much log p of the token that the adapter
     raises most falls at each firing, `p` and `pull_excess` compare it with the controls'. `falls`
     are the tokens of text that lose most without the feature, if it was removed, largest first.
+    `spread` is the permille of its effect on all predictions in each of `N_SLICES` slices of the
+    rollouts, or in each rollout if there are fewer; it is empty without an effect.
     """
 
     feature: Count
@@ -290,6 +296,7 @@ class FeatureRemoval:
     pull_excess: Interval
     p: Share | None
     falls: tuple[TokenFall, ...] = ()
+    spread: tuple[Permille, ...] = ()
 
     @property
     def is_removed(self) -> bool:
@@ -306,8 +313,8 @@ class AblationReport(ReportRecord):
     """
 
     kind = "ablation"
-    schema = 4
-    oldest = 3  # without `falls`
+    schema = 5
+    oldest = 3  # without `falls`; 4 is without `spread`
     n_rollouts: Count
     n_tokens: Count
     n_special: Count

@@ -24,6 +24,7 @@ from lorascope.causal.report_records import (
     AblationReport,
     Answer,
     EvaluationReport,
+    Interval,
     ReportRecord,
     TokenShift,
 )
@@ -31,7 +32,7 @@ from lorascope.dashboard.facts import Fact, Gap, gaps_of, sureness
 from lorascope.dashboard.headline import Gauge, RoleShare, has_no_weights, headline_of
 from lorascope.dashboard.reports import Reports
 from lorascope.features.index import FeatureIndex
-from lorascope.labels.groups import FeatureGroup, groups_of
+from lorascope.labels.groups import FeatureGroup, effect_intervals, groups_of
 
 N_FEATURES = 24
 N_SHIFTS = 16
@@ -66,12 +67,16 @@ class TopFeature:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Features that fire together; `share` is their part of the sum of all effects."""
+    """Features that fire together; `share` is their part of the sum of all effects.
+
+    `interval` is its 95 % interval over rollouts, None where it is not known.
+    """
 
     name: str
     share: float
     n_features: int
     features: tuple[int, ...]
+    interval: Interval = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +130,7 @@ def overview_of(
         shifts=_shifts(evaluation) if has_effect else (),
         gauges=gauges if has_effect else (),
         ranked_by="effect of removal" if effects else "share of all activation",
-        groups=_groups(groups or groups_of(index), weights) if has_effect else (),
+        groups=_groups(groups or groups_of(index), weights, ablation) if has_effect else (),
         features=_features(index, effects, weights) if has_effect else (),
         floor=None if ablation is None else ablation.floor.rounding,
         places=_places(index, ablation) if has_effect else (),
@@ -246,18 +251,24 @@ def _feature(index: FeatureIndex, latent: int, effects: _Effects | None) -> TopF
     )
 
 
-def _groups(found: Sequence[FeatureGroup], weights: npt.NDArray[np.float64]) -> tuple[Group, ...]:
+def _groups(
+    found: Sequence[FeatureGroup],
+    weights: npt.NDArray[np.float64],
+    ablation: AblationReport | None,
+) -> tuple[Group, ...]:
     """Return groups of features that fire together, largest share first."""
     known = np.nan_to_num(weights)
     total = max(float(known.sum()), 1e-30)
+    intervals = [None] * len(found) if ablation is None else effect_intervals(found, ablation)
     groups = [
         Group(
             name=name,
             share=float(known[list(latents)].sum()) / total,
             n_features=len(latents),
             features=tuple(sorted(latents, key=lambda i: -float(known[i]))[:_N_OF_GROUP]),
+            interval=interval,
         )
-        for name, latents in found
+        for (name, latents), interval in zip(found, intervals, strict=True)
     ]
     return tuple(sorted(groups, key=lambda group: -group.share)[:N_GROUPS])
 

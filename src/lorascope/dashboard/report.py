@@ -172,11 +172,12 @@ def markdown(overview: Overview) -> str:
     if overview.groups:
         lines += ["## Groups of features", ""]
         lines += table(
-            ("group", "share", "features", "the largest"),
+            ("group", "share", "95 % interval", "features", "the largest"),
             (
                 (
                     one.name,
                     percent(one.share),
+                    " to ".join(map(percent, one.interval)) if one.interval else "—",
                     f"{one.n_features:,}",
                     ", ".join(map(str, one.features)),
                 )

@@ -28,6 +28,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from lorascope.causal.report_records import N_SLICES, AblationReport, Interval
 from lorascope.features.index import FeatureIndex
 from lorascope.features.label_file import Label
 from lorascope.labels.clues import Ints
@@ -68,6 +69,27 @@ class FeatureGroup(NamedTuple):
 
     name: str
     latents: tuple[int, ...]
+
+
+def effect_intervals(
+    groups: Sequence[FeatureGroup], ablation: AblationReport
+) -> tuple[Interval, ...]:
+    """Return the 95 % interval of each group's share of the sum of all effects.
+
+    Slices of the rollouts are resampled. None where the report is too old to have them.
+    """
+    from lorascope.causal.effects import bootstrap_interval
+
+    n = min(N_SLICES, ablation.n_rollouts)
+    found = {one.feature: one for one in ablation.features or () if ablation.nats(one)[0] > 0}
+    if not found or any(len(one.spread) != n for one in found.values()):
+        return (None,) * len(groups)
+    sums = {i: ablation.nats(one)[0] * np.array(one.spread) for i, one in found.items()}
+    nothing, whole = np.zeros(n), np.sum(list(sums.values()), axis=0)
+    return tuple(
+        bootstrap_interval(sum((sums.get(i, nothing) for i in group.latents), nothing), whole)
+        for group in groups
+    )
 
 
 def groups_of(index: FeatureIndex) -> tuple[FeatureGroup, ...]:

@@ -29,7 +29,7 @@ from lorascope.features.label_file import BY_HAND, BY_RULE, FILE
 from lorascope.features.published_json import digest_of_index, read_index
 from lorascope.labels import classes, directions
 from lorascope.labels.by_rule import Halves, read_halves
-from lorascope.labels.groups import groups_of
+from lorascope.labels.groups import effect_intervals, groups_of
 from lorascope.labels.label import LabelOptions, read_effects, require_parents
 from lorascope.labels.rules import Miner
 from lorascope.labels.study_report import (
@@ -222,12 +222,14 @@ def _shares(
         for removal in ablation.features or ():
             nats[removal.feature] = ablation.nats(removal)[0]
     whole = nats.sum()
+    intervals = [None] * len(found) if ablation is None else effect_intervals(found, ablation)
     shares = [
         GroupShare(
             name=one.name,
             features=one.latents,
             firings=estimate(parts[i]),
             effect=float(nats[list(one.latents)].sum() / whole) if whole else None,
+            effect_interval=intervals[i],
         )
         for i, one in enumerate(found)
     ]

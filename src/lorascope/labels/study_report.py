@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorascope.artifact import Manifest
 from lorascope.causal.figures import INK, LINE, SOFT, draw_header, drawing, plain
-from lorascope.causal.report_records import Amount, Count, ReportRecord, Share
-from lorascope.causal.study import format_table
+from lorascope.causal.report_records import Amount, Count, Interval, ReportRecord, Share
+from lorascope.causal.study import format_number, format_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,13 +63,14 @@ class Judged:
 class GroupShare:
     """A group, the features in it, and its parts of all firings and of the sum of all effects.
 
-    `effect` is None without a report of `ablate`, which has no sums of rollouts for an interval.
+    `effect` is None without a report of `ablate`, its interval also if that is too old to have one.
     """
 
     name: str
     features: tuple[Count, ...]
     firings: Estimate
     effect: Amount | None
+    effect_interval: Interval = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +126,9 @@ def table(report: StudyReport) -> str:
                 one.name,
                 f"{len(one.features):,}",
                 _percent(one.firings),
-                "—" if one.effect is None else f"{one.effect:.1%}",
+                _percent(Estimate(one.effect, *one.effect_interval))
+                if one.effect is not None and one.effect_interval
+                else format_number(one.effect, ".1%"),
             )
             for one in report.groups
         ),

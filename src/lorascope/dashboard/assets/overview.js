@@ -216,7 +216,8 @@ function drawGroups(groups) {
     const row = element("div", "group-row");
     const name = element("span", "meter-name", group.name);
     const links = element("span", "group-links");
-    links.append(`${whole(group.n_features)} features: `);
+    const range = group.interval?.map(percent2).join(" to ");
+    links.append(`${range ? `95 % interval ${range}; ` : ""}${whole(group.n_features)} features: `);
     for (const id of group.features) {
       const link = element("a", "", String(id));
       link.href = `#/feature/${id}`;
@@ -230,8 +231,9 @@ function drawGroups(groups) {
     core.overview.ranked_by}).`;
   return panel("Groups of features", note, table, {
     testid: "groups",
-    rows: () => [["group", "share", "features", "the largest"], ...groups.map((group) => [
-      group.name, group.share, group.n_features, group.features.join(", ")])],
+    rows: () => [["group", "share", "low", "high", "features", "the largest"], ...groups.map((group) => [
+      group.name, group.share, ...(group.interval ?? ["", ""]), group.n_features,
+      group.features.join(", ")])],
   });
 }
 
