@@ -151,6 +151,31 @@ def test_arrow_keys_go_to_the_next_rollout_and_links_to_features(show: Any):
     assert not shown.part("rollout-view").is_visible()
 
 
+def test_the_buttons_lead_to_the_rollouts_beside_the_one_that_is_shown(show: Any):
+    index = full_index()
+    first, second, *_, last = index.text_rollout.tolist()
+    shown = show(index, "#/feature")  # the first one: no feature is before it
+    shown.page.wait_for_selector("[data-testid=feature-view][data-feature]")
+    assert shown.part("previous").is_disabled()
+    shown.page.evaluate(f"location.hash = '#/rollout/{second}'")
+    wait_for_rollout(shown, second)
+    assert shown.part("previous").get_attribute("aria-label") == "previous rollout"
+    shown.part("previous").click()
+    wait_for_rollout(shown, first)
+    assert shown.part("previous").is_disabled() and shown.part("next").is_enabled()
+    shown.page.evaluate(f"location.hash = '#/rollout/{last}'")
+    wait_for_rollout(shown, last)
+    assert shown.part("next").is_disabled()
+    shown.part("rollout-search").fill("no such words")
+    shown.page.wait_for_selector("[data-testid=previous]:disabled")
+    shown.part("rollout-search").fill("")
+    shown.page.wait_for_selector("[data-testid=previous]:enabled")
+    shown.page.evaluate("location.hash = '#/rollout/99999'")
+    shown.part("message").wait_for()
+    shown.part("previous").click()  # from a message, to an end of the list
+    wait_for_rollout(shown, last)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("word", ["99", "-1", "x", "%3Cb%3E", "%"])
 def test_a_link_to_a_missing_rollout_shows_a_message(show: Any, word: str):

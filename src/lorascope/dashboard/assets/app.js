@@ -13,7 +13,7 @@ import { openHelp, setKeys } from "./keys.js";
 import { nameOf } from "./labels.js";
 import { hasMap, mapImage, onOpen, showMap } from "./map.js";
 import { drawOverview } from "./overview.js";
-import { firstRollout, markRollout, nRollouts } from "./rollout_list.js";
+import { firstRollout, listedRollouts, markRollout, nRollouts, onRefilled } from "./rollout_list.js";
 import { showNoRollout, showRollout } from "./rollout_view.js";
 import { printStarred } from "./print_starred.js";
 import { address, amend, onRoute, push } from "./route.js";
@@ -96,9 +96,17 @@ function drawPosition() {
   if (at >= 0) count.textContent = `feature ${whole(at + 1)} of ${whole(listed().length)}`;
   else if (current >= 0) count.textContent = "hidden by the filters";
   else count.textContent = "";
-  const n = listed().length;
+  setPager("feature", at, listed().length);
+}
+
+// Names the buttons that lead on, and enables those that lead somewhere from place `at` of `n`.
+function setPager(what, at, n) {
   previous.disabled = at < 0 ? !n : at === 0;
   next.disabled = at < 0 ? !n : at === n - 1;
+  for (const [button, word, key] of [[previous, "previous", "left"], [next, "next", "right"]]) {
+    button.setAttribute("aria-label", `${word} ${what}`);
+    button.title = `${word} ${what} (${key} arrow key)`;
+  }
 }
 
 function showView(name) {
@@ -159,6 +167,7 @@ async function openRollout(name, asked) {
   setTitle(at < 0 ? "Not found" : `Rollout ${whole(id)}`, at < 0 ? "" : `rollout ${id}`);
   count.textContent = "";
   markRollout(at);
+  pageRollouts();
   if (at < 0) {
     const shown = String(name ?? "").slice(0, 40);
     return showNoRollout(`Rollout ${shown} is not in this page. Choose one from the list.`);
@@ -169,6 +178,11 @@ async function openRollout(name, asked) {
     if (request === latest) showNoRollout(`This rollout cannot be shown. ${error.message}`);
   }
   return undefined;
+}
+
+function pageRollouts() {
+  const order = listedRollouts();
+  if (view === "rollout") setPager("rollout", order.indexOf(rollout), order.length);
 }
 
 function openOverview() {
@@ -232,9 +246,9 @@ function step(by) {
 }
 
 function stepRollout(by) {
-  const links = [...document.querySelectorAll("#rollouts a")];
-  const order = links.map((link) => Number(link.dataset.rollout));
-  const to = order[order.indexOf(rollout) + by];
+  const order = listedRollouts();
+  const at = order.indexOf(rollout);
+  const to = at < 0 ? order.at(by > 0 ? 0 : -1) : order[at + by];
   if (to === undefined) return;
   push("rollout", column.kept_rollout[to]);
   openRollout(String(column.kept_rollout[to]));
@@ -308,6 +322,7 @@ drawHeader();
 onChoose(jump);
 onOpen(jump);
 onList(onRelisted);
+onRefilled(pageRollouts);
 onRoute(showAddress);
 onAnnotations((id) => {
   redraw();

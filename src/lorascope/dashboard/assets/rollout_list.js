@@ -14,7 +14,8 @@ export const nRollouts = column.kept_rollout.length;
 let latest = 0;
 let timer = 0;
 let current = -1;
-let first = -1; // rollout at the top of the list
+let listed = []; // rollouts in the list, in its order
+let refilled = () => {};
 
 // Returns a rollout's statistics: [label, name, number, text for people, definition] of each.
 export function rolloutStats(at) {
@@ -42,7 +43,17 @@ function why(at) {
 
 // Returns the rollout at the top of the list, -1 if the list is empty.
 export function firstRollout() {
-  return first;
+  return listed[0] ?? -1;
+}
+
+// Returns the rollouts in the list, in its order.
+export function listedRollouts() {
+  return listed;
+}
+
+// Calls `action` when the list has other rollouts.
+export function onRefilled(action) {
+  refilled = action;
 }
 
 // Marks the rollout that is shown.
@@ -79,10 +90,11 @@ async function refill() {
     if (request !== latest) return;
     if (hit) hits.push([at, hit]);
   }
-  first = hits.length ? hits[0][0] : -1;
+  listed = hits.map(([at]) => at);
   list.replaceChildren(...hits.map(([at, hit]) => drawRow(at, hit)));
   byId("rollout-count").textContent = `${whole(hits.length)} of ${whole(nRollouts)} rollouts`;
   markRollout(current);
+  refilled();
 }
 
 // Returns where a rollout contains the searched text: the first token, and some text around it.
