@@ -11,6 +11,8 @@ from builders.indexes import synthetic
 
 from lorascope.causal.effect_options import AttributeConfig
 from lorascope.config import flag_of
+from lorascope.dashboard.overview import overview_of
+from lorascope.dashboard.reports import Reports
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,7 @@ def test_the_effect_of_removing_a_feature_is_shown_with_its_control(show: Any, i
         assert number(shown, f"effect-{name}") == pytest.approx(one[key], rel=1e-6)
     assert number(shown, "stat-effect") == pytest.approx(one["kl"], rel=1e-6)
     assert "25" in shown.text("effect-at-firing")
+    assert "tokens of text" in shown.text("effect")
     assert "held-out rollouts" in shown.text("effect")
     said = shown.text("effect-verdict")
     assert said.startswith("Specific: at each firing") and f"{len(index) - 3} features" in said
@@ -52,6 +55,11 @@ def test_the_effect_of_removing_a_feature_is_shown_with_its_control(show: Any, i
     assert places[1] < places[0] < places[2]  # the control is half as large, the adapter larger
     assert places[2] - places[1] > 100  # the axis spans the values, not the floor far below them
     assert "numerical noise level, 3.00e-12" in shown.text("effect")
+    reports = Reports.open([tmp_path / "ablation.json"], index, tmp_path)
+    top = overview_of(index, reports).features[0]
+    shown.page.evaluate(f"location.hash = '#/feature/{top.feature}'")
+    shown.wait_for(top.feature)
+    assert number(shown, "effect-share") == pytest.approx(top.effect, rel=1e-6)
 
 
 @pytest.mark.slow

@@ -58,6 +58,12 @@ def test_effects_of_features_are_the_reports_own_numbers(index, tmp_path):
     assert np.isnan([low[2], high[2]]).all() and low[0] < high[0]
     low, high = column(core, "effect_excess_low"), column(core, "effect_excess_high")
     assert np.isnan([low[1], high[1]]).all() and low[3] > 0 > low[0]
+    report = ablation(index)
+    sums = [one["kl"] * report["n_tokens"] + (one["kl_special"] or 0) * report["n_special"]
+            for one in [report["without_adapter"], *report["features"]]]  # fmt: skip
+    for one, total in zip(report["features"], sums[1:], strict=True):
+        share = column(core, "effect_share")[one["feature"]]
+        assert np.isnan(share) if one["ce_rise"] is None else np.isclose(share, total / sums[0])
     assert core["effects"]["ablation"] == {
         "n_rollouts": 5, "n_tokens": 400, "whole": 0.3, "floor": 3e-12,
         "n_judged": len(index) - 3,

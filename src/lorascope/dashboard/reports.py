@@ -148,6 +148,11 @@ class Reports:
                 edges = [getattr(one, key) or (None, None) for one in removals]
                 known[name.format("low")] = [low for low, _ in edges]
                 known[name.format("high")] = [high for _, high in edges]
+            whole, _ = self.ablation.nats(self.ablation.without_adapter)
+            known["effect_share"] = [
+                self.ablation.nats(one)[0] / whole if one.is_removed and whole else None
+                for one in removals
+            ]
             for name, values in known.items():
                 columns[name] = np.full(self.n_features, np.nan, np.float32)
                 columns[name][[one.feature for one in removals]] = _floats(values)

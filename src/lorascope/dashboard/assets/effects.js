@@ -23,7 +23,7 @@ function drawAblation(id) {
   const { n_rollouts: rollouts, n_tokens: tokens, whole: all, floor } = core.effects.ablation;
   const title = "Effect of removing this feature";
   const note = "KL(adapter \u2016 adapter without this feature), in nats per token, on " +
-    `${whole(tokens)} tokens of ${whole(rollouts)} held-out rollouts (logarithmic axis).`;
+    `${whole(tokens)} tokens of text in ${whole(rollouts)} held-out rollouts (logarithmic axis).`;
   if (!isMeasured(id) || column.effect_fired[id] === 0) {
     const why = element("p", "figure-note", isMeasured(id)
       ? "No effect: it never fires in these rollouts."
@@ -77,13 +77,17 @@ function sayVerdict(value) {
 
 // Returns [label, name, number, text for people, definition] of each number.
 function factsOf(value) {
+  const all = core.effects.ablation.whole;
   const [low, high] = [value("low"), value("high")];
   const edges = Number.isNaN(low) ? "" : ` (${three(low)} to ${three(high)})`;
   const known = (number, write) => (Number.isNaN(number) ? "\u2013" : write(number));
   return [
     ["KL", "kl", value("kl"), three(value("kl")) + edges,
-      "average over all tokens, with a 95 % interval over rollouts" +
+      "average over tokens of text, with a 95 % interval over rollouts" +
       (Number.isNaN(value("ce")) ? "; estimated from gradients, because it was not removed" : "")],
+    ["share of the adapter's", "share", value("share"), known(value("share"), percent),
+      "KL over all predictions, special tokens and template headers too, divided by that of removing " +
+      `the whole adapter; at tokens of text alone ${percent(value("kl") / all)}`],
     ["per firing", "per-firing", value("each"), known(value("each"), three),
       `total KL divided by the number of tokens at which it fires, ${whole(value("fired"))}`],
     ["share at firing tokens", "at-firing", value("here"), known(value("here"), percent),

@@ -82,7 +82,7 @@ function rows(id) {
       "average activation over the ordinary tokens at which it fires"],
     ["std", "std", column.std[id], real("std"), "standard deviation over the same tokens"],
     ["effect", "effect", column.effect_kl?.[id], effect(id),
-      "KL(adapter \u2016 adapter without it), nats per token, on held-out rollouts"],
+      "KL(adapter \u2016 adapter without it), nats per token of text, on held-out rollouts"],
     ["examples", "n_examples", column.n_examples[id], String(column.n_examples[id]),
       `strongest tokens kept, at most ${core.top_k}`],
     ["stability", "stability", column.stability[id], real("stability"),
