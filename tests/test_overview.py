@@ -129,6 +129,8 @@ def test_markdown_shows_hostile_text_and_obeys_none(tmp_path: Path) -> None:
     text = markdown(overview(tmp_path))
     assert "script" in text
     assert "▸ “short”" in text
+    assert "| 0.1\u00a0% → 99.9\u00a0% |" in text
+    assert "Share: part of the sum of all features (effect of removal)." in text
     assert not re.search(r"(?<!\\)<", text), "every tag is escaped"
     for line in text.splitlines():
         cells = len(re.findall(r"(?<!\\)\|", line))
@@ -201,6 +203,13 @@ def test_the_page_opens_on_the_overview(show: Any, tmp_path: Path) -> None:
     assert visit.part("headline").locator("p").all_text_contents() == list(found.headline)
     tokens = visit.part("shifts").locator(".token-chip").all_text_contents()
     assert tokens == ["<think>", HOSTILE, "\n"]
+    heads = visit.part("shifts").locator("h4").all_text_contents()
+    assert [head.split("\u00a0")[0] for head in heads] == [
+        "At special tokens and template headers75",
+        "In think segments25",
+    ]
+    changes = visit.part("shifts").locator(".shift-p").all_text_contents()
+    assert changes[0] == "0.1\u00a0% \u2192 99.9\u00a0%", "no probability is rounded to all"
     (answer,) = found.answers
     sides = visit.part("answers").locator(".answer p").all_text_contents()
     assert sides == [answer.prompt, answer.same + answer.base, answer.same + answer.adapter]
@@ -208,6 +217,8 @@ def test_the_page_opens_on_the_overview(show: Any, tmp_path: Path) -> None:
     assert f"95 % interval {edges}; " in visit.text("groups")
     marked = visit.part("answers").locator("mark").all_text_contents()
     assert marked == ["", answer.base, answer.adapter]
+    lines = visit.copied("sureness", "Copy as TSV").splitlines()
+    assert lines[1:] == [f"{one.name}\t{one.value}\t{one.meaning}" for one in found.facts]
     first = visit.part("top-features").get_by_role("link").first
     assert first.get_attribute("href") == f"#/feature/{found.features[0].feature}"
     first.click()

@@ -13,7 +13,7 @@ from pathlib import Path
 from lorascope.artifact import digest_file
 from lorascope.causal.study import Made, is_of_index, report_at
 from lorascope.config import Config, option
-from lorascope.dashboard.headline import percent, quoted
+from lorascope.dashboard.headline import percent, probability, quoted
 from lorascope.dashboard.overview import Overview, overview_of
 from lorascope.dashboard.reports import Reports
 from lorascope.errors import ArtifactError, ConfigError
@@ -28,6 +28,10 @@ REPORTS = (
 )
 _MARKDOWN = re.compile(r"[\\`*_\[\]<>#|~$&@!]|:(?=//)|(?<=www)\.")  # signs; begins of links
 NO_FEATURE = "No single feature has a measurable part of the effect."
+_EFFECT = (
+    "Effect: KL after removal of the feature, as a share of KL after removal of the adapter. "
+    "Shares of several features do not add up."
+)
 _PROMPT_SHOWN = 120  # characters
 _ARROWS = {"rises": "▲", "falls": "▼"}
 
@@ -112,7 +116,7 @@ def markdown(overview: Overview) -> str:
                     quoted(shift.token),
                     _ARROWS[shift.side],
                     percent(shift.share),
-                    f"{percent(shift.example.p_base)} → {percent(shift.example.p_adapter)}",
+                    f"{probability(shift.example.p_base)} → {probability(shift.example.p_adapter)}",
                     f"{quoted(shift.example.before[-40:])} → {quoted(shift.token)}",
                 )
                 for shift in overview.shifts
@@ -153,6 +157,8 @@ def markdown(overview: Overview) -> str:
     if overview.facts:
         lines += ["## What it learned", ""]
         lines += [f"Features by {overview.ranked_by}." if overview.features else NO_FEATURE, ""]
+        if any(one.effect is not None for one in overview.features):
+            lines += [_EFFECT, ""]
     if overview.features:
         lines += table(
             ("feature", "label", "fires", "site", "effect", "verdict", "strongest example"),
@@ -171,6 +177,7 @@ def markdown(overview: Overview) -> str:
         )
     if overview.groups:
         lines += ["## Groups of features", ""]
+        lines += [f"Share: part of the sum of all features ({overview.ranked_by}).", ""]
         lines += table(
             ("group", "share", "95 % interval", "features", "the largest"),
             (

@@ -1,7 +1,7 @@
 // The first view: what the adapter learned, from dashboard/overview.py, with links to the evidence.
 import { core } from "./data.js";
 import { drawSiteGrid, meter, panel, svg } from "./figures.js";
-import { element, percent, short, whole, writeText } from "./format.js";
+import { element, short, whole, writeText } from "./format.js";
 import { nameOf } from "./labels.js";
 
 const [WIDTH, GAUGE] = [320, 26]; // of a gauge, in SVG units
@@ -38,7 +38,7 @@ function drawShifts(shifts) {
   const items = [];
   for (const role of new Set(shifts.map((shift) => shift.role))) {
     const share = core.overview.roles.find((one) => one.role === role)?.share ?? NaN;
-    const head = element("h4", "", `At ${ROLES[role] ?? role}`);
+    const head = element("h4", "", `${role === "special" ? "At" : "In"} ${ROLES[role] ?? role}`);
     if (Number.isFinite(share)) head.append(element("span", "role-share", percent2(share)));
     const list = element("ol", "shifts");
     const own = shifts.filter((shift) => shift.role === role).map(drawShift);
@@ -266,7 +266,7 @@ function drawFacts(facts) {
   }
   return panel("How sure this is", "", list, {
     testid: "sureness",
-    rows: () => [["number", "value", "meaning"], ...facts.map(Object.values)],
+    rows: () => [["number", "value", "meaning"], ...facts.map((one) => [one.name, one.value, one.meaning])],
   });
 }
 
@@ -310,7 +310,7 @@ function percent2(share) {
 }
 
 function probability(p) {
-  return p >= 0.001 ? percent(Number(p.toPrecision(2))) : "<\u00a00.1\u00a0%";
+  return p >= 0.001 ? percent2(p) : "<\u00a00.1\u00a0%";
 }
 
 // Returns the last characters of a text, whole code points.
