@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.effect_reports import direct, evaluation, write
+from builders.indexes import full_index
 from builders.records import s1_records
 from builders.saes import make_sae
 from builders.stores import write_store
@@ -180,6 +182,34 @@ def test_info_reads_headers_without_torch(place):
         assert done.returncode == 0, done.stderr
         assert "columns: 14 at 14 sites" in done.stdout
         assert max(map(len, done.stdout.splitlines())) < 500
+
+
+def test_info_of_the_folder_of_a_run_lists_what_is_there(place, capsys):
+    run = place["tmp"] / "run"
+    (run / "effects").mkdir(parents=True)
+    index = full_index()
+    write(run / "evaluation.json", "evaluation", index, evaluation())
+    write(run / "effects" / "direct.json", "direct", index, direct(index))
+    (run / "texts.json").write_text("{}")
+    assert call(["info", str(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(", schema")[0] for line in lines] == [
+        "effects/direct.json: direct",
+        "evaluation.json: evaluation",
+    ]
+    assert call(["verify", str(run)]) == 0
+    capsys.readouterr()
+    (run / "effects" / "direct.json").write_text("{")
+    assert call(["info", "--json", str(run)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["evaluation.json"]["kind"] == "evaluation"
+    assert found["effects/direct.json"] is None
+    assert call(["verify", str(run)]) == 1, "a file that lost its header is not passed over"
+    assert "direct.json: is no artifact" in capsys.readouterr().err
+    empty = place["tmp"] / "empty"
+    empty.mkdir()
+    assert call(["info", str(empty)]) == 2
+    assert "holds nothing that lorascope made" in capsys.readouterr().err
 
 
 def test_info_as_json_is_the_whole_manifest(place, capsys):

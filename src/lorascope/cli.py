@@ -399,7 +399,7 @@ def _tool_parser(name: str) -> argparse.ArgumentParser:
         return parser
     path = "a store, an SAE, a feature index, a report or a page"
     if name == "info":
-        path += "; or an adapter: a folder or a hub id"
+        path += "; the folder of a run; or an adapter: a folder or a hub id"
         parser.add_argument("--json", action="store_true", help="print everything, as JSON")
         parser.add_argument("--adapter-name", help="which adapter of a folder that holds several")
         parser.add_argument("path", help=path)

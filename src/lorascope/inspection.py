@@ -6,7 +6,7 @@ they mean.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,18 @@ from lorascope.errors import ArtifactError, LorascopeError
 from lorascope.hub import find_folder
 
 _FOREIGN = "is no artifact of this version of lorascope, or its header is damaged"
+_OF_RUN = (
+    "activations",
+    "sae",
+    "features.h5",
+    "labels.json",
+    "dashboard.html",
+    "report.json",
+    "evaluation.json",
+    "effects/direct.json",
+    "effects/ablation.json",
+    "effects/attribution.json",
+)  # what a run makes, so that one without a header is damaged
 
 
 def describe(name: str, adapter_name: str | None = None, *, as_json: bool = False) -> str:
@@ -33,10 +45,23 @@ def describe(name: str, adapter_name: str | None = None, *, as_json: bool = Fals
         return inventory.describe(adapter)
     manifest = read_manifest(path)
     if manifest is None:
+        if parts := _parts_of(path):
+            return _describe_run(path, parts, as_json=as_json)
         raise ArtifactError(f"{path} {_why_foreign(path)}")
     if as_json:
         return json.dumps(manifest.to_json(), indent=1, ensure_ascii=False)
     return "\n".join(_summary(manifest))
+
+
+def _describe_run(folder: Path, parts: Mapping[Path, Manifest | None], *, as_json: bool) -> str:
+    """Return what the artifacts in the folder of a run are, a line each."""
+    named = {path.relative_to(folder).as_posix(): one for path, one in parts.items()}
+    if as_json:
+        found = {name: one and one.to_json() for name, one in named.items()}
+        return json.dumps(found, indent=1, ensure_ascii=False)
+    return "\n".join(
+        f"{name}: {next(_summary(one)) if one else _FOREIGN}" for name, one in named.items()
+    )
 
 
 def _why_foreign(path: Path) -> str:
@@ -47,6 +72,8 @@ def _why_foreign(path: Path) -> str:
         return f"is a file of an adapter; give its folder {path.parent}"
     if (path / "config.json").is_file():
         return "holds a full model; give the folder of an adapter, or what lorascope made"
+    if path.is_dir() and not (path / "manifest.json").exists():
+        return "holds nothing that lorascope made"
     return _FOREIGN
 
 
@@ -89,10 +116,18 @@ def _short(value: Any) -> str:
 
 def artifacts_in(path: Path) -> list[Path]:
     """Return the path itself, or what lorascope made in the folder of a run."""
+    return list(_parts_of(path)) or [path]
+
+
+def _parts_of(path: Path) -> dict[Path, Manifest | None]:
+    """Return the artifacts in the folder of a run, None if the header is damaged; else nothing."""
     if not path.is_dir() or (path / "manifest.json").exists():
-        return [path]
-    found = [p for p in sorted([*path.iterdir(), *path.glob("effects/*")]) if read_manifest(p)]
-    return found or [path]
+        return {}
+    found = {one: read_manifest(one) for one in sorted([*path.iterdir(), *path.glob("effects/*")])}
+    if not any(found.values()):
+        return {}
+    of_run = {path / name for name in _OF_RUN}
+    return {one: manifest for one, manifest in found.items() if manifest or one in of_run}
 
 
 def verify(path: Path) -> list[str]:
