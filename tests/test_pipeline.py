@@ -75,7 +75,6 @@ def test_a_report_that_fails_is_named_and_the_page_is_made(
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_what_features_of_an_adapter_of_zeros_do_is_not_measured(
     subject_dirs, small_run, monkeypatch, caplog
 ):
