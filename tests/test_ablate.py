@@ -150,6 +150,7 @@ def test_the_batch_changes_numbers_by_rounding_only(dirs, store, report, tmp_pat
         assert one["kl"] == pytest.approx(other["kl"], rel=1e-3, abs=near)
 
 
+@pytest.mark.slow
 def test_parts_can_be_removed_on_fewer_rollouts_than_features(dirs, store, report, tmp_path):
     sae = each_column(store)
     few = ablated(dirs, store, tmp_path, sae, "few", part_rollouts=1, greedy="none")

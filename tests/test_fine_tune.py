@@ -68,6 +68,7 @@ def held_out_kl(config, path):
     return total / n_tokens
 
 
+@pytest.mark.slow
 def test_it_lowers_the_divergence_on_held_out_rollouts_and_keeps_the_l0(config, tmp_path):
     before = run(config)
     after = run(replace(config, objective="kl", kl_passes=20, output=tmp_path / "kl.pt"))

@@ -46,6 +46,7 @@ def reports_of(page):
     return manifest.parents.keys() - {"features", "labels"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "raised"), [(AdapterError("no norm"), None), (KeyError("a bug"), KeyError)]
 )
@@ -113,6 +114,7 @@ def test_labels_are_made_once_and_again_when_what_they_say_changes(small_run):
     assert read_manifest(page).parents["labels"] == index.labels.manifest.digest
 
 
+@pytest.mark.slow
 def test_labels_of_an_older_version_are_made_again_unless_they_have_other_settings(small_run):
     labels = small_run.output / "labels.json"
     run(small_run)
