@@ -172,8 +172,10 @@ def test_what_is_no_page_is_refused_and_elsewhere_a_browser_opens_it(tmp_path, m
     monkeypatch.setattr("webbrowser.open", opened.append)
     other = tmp_path / "other.html"
     other.write_text("<p>hello", encoding="utf-8")
-    for path in (other, tmp_path / "none.html", tmp_path):
-        with pytest.raises(ArtifactError, match="is not a page; give the HTML file"):
+    with pytest.raises(ArtifactError, match="is not a page; give the HTML file"):
+        lorascope.show(other)
+    for path in (tmp_path / "none.html", tmp_path):
+        with pytest.raises(ArtifactError, match="html does not exist; check the path"):
             lorascope.show(path)
     page = page_of(small_index(), tmp_path)
     page.rename(tmp_path / "dashboard.html")

@@ -43,7 +43,7 @@ def show(page: Path | str, *, height: int = 800) -> None:
     """
     path = Path(page).expanduser()
     path = path / "dashboard.html" if path.is_dir() else path
-    manifest = read_manifest(path) if path.is_file() else None
+    manifest = read_manifest(path)
     if manifest is None or manifest.kind != KIND:
         raise ArtifactError(f"{path} is not a page; give the HTML file of lorascope dashboard")
     if not runtime.in_notebook():
