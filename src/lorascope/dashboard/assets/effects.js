@@ -85,9 +85,10 @@ function factsOf(value) {
     ["KL", "kl", value("kl"), three(value("kl")) + edges,
       "average over tokens of text, with a 95 % interval over rollouts" +
       (Number.isNaN(value("ce")) ? "; estimated from gradients, because it was not removed" : "")],
-    ["share of the adapter's", "share", value("share"), known(value("share"), percent),
-      "KL over all predictions, special tokens and template headers too, divided by that of removing " +
-      `the whole adapter; at tokens of text alone ${percent(value("kl") / all)}`],
+    ...(Number.isNaN(value("share")) ? [] : [
+      ["share of the adapter's", "share", value("share"), percent(value("share")),
+        "KL over all predictions, special tokens and template headers too, divided by that of " +
+        `removing the whole adapter; at tokens of text alone ${percent(value("kl") / all)}`]]),
     ["per firing", "per-firing", value("each"), known(value("each"), three),
       `total KL divided by the number of tokens at which it fires, ${whole(value("fired"))}`],
     ["share at firing tokens", "at-firing", value("here"), known(value("here"), percent),
