@@ -57,6 +57,7 @@ export async function showRollout(number, query) {
 
 function drawStats(number) {
   const stats = element("dl", "stats compact");
+  stats.tabIndex = 0; // on a phone it scrolls
   const rows = rolloutStats(number).filter(([, , , text]) => text);
   const reasons = reasonsOf(number).join(", ");
   const why = "why this rollout is in the page, among all that were read";

@@ -25,6 +25,7 @@ export function mainRole(id) {
 // Returns one row of numbers, and below it, folded, what they mean.
 export function drawStats(id) {
   const stats = element("dl", "stats compact");
+  stats.tabIndex = 0; // on a phone it scrolls
   stats.dataset.testid = "stats";
   const meanings = [];
   for (const [label, name, value, text, note] of rows(id)) {
