@@ -106,7 +106,7 @@ def test_labels_tell_where_features_fire_on_rollouts_that_did_not_choose_them(fo
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("name", {"anna", "ben", "carla", "chloé", "david", "emma", "felix", "grace", "hugo"}),
+        ("name", {"in a name", "anna", "ben", "carla", "chloé", "david", "emma", "grace", "hugo"}),
         ("operator", {"+", "−", "×", "÷", "plus", "minus", "times"}),
         ("check", {"check", "wait", "verify", "right", "hmm", "✓"}),
         ("answer_marker", {"answer", "final", "swer", ":"}),
@@ -119,7 +119,7 @@ def test_rules_of_features_name_what_the_generator_says_they_are(
     index = FeatureIndex.open(folder / "features.h5")
     best = meaning.score_latents(load_sae(folder / "sae", store), store, labels)[name]
     label = index[int(best.candidate.removeprefix("latent "))].label
-    said = {value for term in label.rule for part in term for value in part.values}
+    said = {word for term in label.rule for part in term for word in (part.of, *part.values)}
     assert said & words
     rollout = store.rollout_of(np.arange(store.n_rows))
     spelling = {i: store.vocabulary[i] for i in np.unique(store.token_ids).tolist()}
