@@ -69,6 +69,7 @@ def few_answers(monkeypatch):
     monkeypatch.setattr("lorascope.audit.audit._N_ANSWERS", 1)
 
 
+@pytest.mark.slow
 def test_the_effect_is_kl_of_base_and_adapter_on_texts_and_neutral_ones(
     subject_dirs, dataset_file, tmp_path
 ):

@@ -116,6 +116,7 @@ def trained(weights: Weights, x: torch.Tensor, n_steps: int, **options) -> Train
     return trainer
 
 
+@pytest.mark.slow
 def test_training_finds_planted_directions():
     """Share with cosine > 0.9, as the mean cosine is high for raw data already."""
     x, directions = planted(16_384, 32, 16)

@@ -97,6 +97,7 @@ def test_what_features_of_an_adapter_of_zeros_do_is_not_measured(
     assert json.loads((out / "summary.json").read_text())["failed"] == {}
 
 
+@pytest.mark.slow
 def test_labels_are_made_once_and_again_when_what_they_say_changes(small_run):
     labels = small_run.output / "labels.json"
     run(small_run)

@@ -144,6 +144,7 @@ def test_labels_name_groups_and_those_of_a_model_are_counted_apart(study, made, 
     assert "labels" in manifest.parents
 
 
+@pytest.mark.slow
 def test_a_stopped_and_repeated_command_gives_the_same_bytes(made, tmp_path, monkeypatch):
     def command(name):
         return StudyConfig(input=made / "features.h5", output=tmp_path / name)
