@@ -313,6 +313,7 @@ def test_bash_completes_commands_flags_choices_and_files(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_every_shell_gets_every_command_and_every_flag():
     scripts = {shell: lorascope("completion", shell).stdout for shell in ("zsh", "fish")}
     for name, command in COMMANDS.items():

@@ -28,6 +28,7 @@ def test_samples_of_each_fifth_are_shown_below_the_examples(show: Any):
     assert len(titles) == len({sample.quantile for sample in samples})
 
 
+@pytest.mark.slow
 def test_a_template_feature_says_so_and_shows_its_special_tokens_first(show: Any):
     index = full_index()
     latents = range(len(index))

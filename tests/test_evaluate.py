@@ -466,6 +466,7 @@ def test_an_adapter_that_does_nothing_has_no_share_to_recover(subject_dirs, data
     assert (tmp_path / "report.png").exists()
 
 
+@pytest.mark.slow
 def test_the_report_a_picture_and_a_table_are_left_and_made_once(
     store, report_of, tmp_path, caplog
 ):

@@ -176,6 +176,7 @@ def test_verify_names_what_is_not_a_study(study, tmp_path):
     assert verify(path)
 
 
+@pytest.mark.slow
 def test_the_command_prints_its_tables_and_refuses_what_does_not_fit(made, tmp_path, capsys):
     out = tmp_path / "study.json"
     command = ["study", "--input", str(made / "features.h5"), "--output", str(out)]
