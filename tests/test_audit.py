@@ -21,6 +21,7 @@ from lorascope.audit.audit_report import AuditReport, as_html, as_markdown, as_t
 from lorascope.audit.weights import read_weights
 from lorascope.causal.report_records import ScoredToken
 from lorascope.causal.study import read_report
+from lorascope.errors import ConfigError, DatasetError
 from lorascope.inspection import verify
 from lorascope.subject.adapter import WEIGHTS, inspect_adapter
 from lorascope.subject.intervene import adapter_off
@@ -103,11 +104,14 @@ def test_the_effect_is_kl_of_base_and_adapter_on_texts_and_neutral_ones(
 
 
 def test_an_adapter_of_zeros_changes_nothing(changed, subject_dirs, tmp_path):
-    found = audit(changed(lora_B=0.0), subject_dirs[0], tmp_path)
+    zero = str(changed(lora_B=0.0))
+    found = audit(Path(zero), subject_dirs[0], tmp_path)
     assert found.weights.n_silent == found.weights.n_sites == 14
     assert found.neutral.kl == 0
     assert found.neutral.constant is None
     assert found.mean_row == ()
+    (tmp_path / "audit.md").unlink()  # as if the run had been killed before it was written
+    run(AuditConfig(lora_path=zero, base_model=str(subject_dirs[0]), output=tmp_path))
     text = (tmp_path / "audit.md").read_text(encoding="utf-8")
     assert "It changes no prediction by more than rounding" in text
     assert "14 sites have a B of zero" in text
@@ -140,12 +144,17 @@ def test_norms_ranks_and_meetings_are_those_of_the_weights(make_subject, tmp_pat
 
 
 def test_an_output_that_is_a_file_is_refused_in_one_line(subject_dirs, tmp_path):
-    from lorascope.errors import ConfigError
-
     (tmp_path / "out").write_text("mine")
     with pytest.raises(ConfigError, match="which is a file, expected a folder"):
         audit(subject_dirs[1], subject_dirs[0], tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_one_text_is_too_few_and_says_so(subject_dirs, dataset_file, tmp_path):
+    one = tmp_path / "one.jsonl"
+    one.write_text(dataset_file.read_text(encoding="utf-8").splitlines()[0], encoding="utf-8")
+    with pytest.raises(DatasetError, match="one usable text, audit needs two"):
+        audit(subject_dirs[1], subject_dirs[0], tmp_path / "out", dataset=str(one))
 
 
 def test_the_neutral_texts_are_plain_texts_and_chats():

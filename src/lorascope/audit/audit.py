@@ -25,6 +25,7 @@ from lorascope.activations.batches import read_blocks
 from lorascope.activations.generate import GenerateConfig
 from lorascope.activations.replay import fitting_tokens, load_subject_of
 from lorascope.activations.store import ActivationStore
+from lorascope.artifact import write_text
 from lorascope.audit.audit_options import AuditConfig
 from lorascope.audit.audit_report import (
     Applied,
@@ -43,9 +44,9 @@ from lorascope.causal.openings import openings_of
 from lorascope.causal.report_records import ScoredToken
 from lorascope.causal.shifts import ShiftTally
 from lorascope.causal.splice import Compared, SplicedBatch
-from lorascope.causal.study import Made, report_at
+from lorascope.causal.study import Made, read_report, report_at
 from lorascope.config import Config
-from lorascope.errors import AdapterError, ConfigError
+from lorascope.errors import AdapterError, ConfigError, DatasetError
 from lorascope.sites import SiteLayout
 from lorascope.subject.base import other_base
 from lorascope.subject.intervene import RowEditor
@@ -75,11 +76,7 @@ def run(config: AuditConfig) -> Path:
         report, layout = _audit(config, stores)
         return Made(report, layout, {"n_neutral": stores["neutral"].n_rollouts})
 
-    def draw(report: AuditReport, _: object) -> None:
-        for name, text in (("audit.md", as_markdown(report)), ("audit.html", as_html(report))):
-            (out / name).write_text(text, encoding="utf-8")
-
-    report_at(
+    path = report_at(
         out / "audit.json",
         AuditReport,
         settings=config.settings(),
@@ -87,8 +84,10 @@ def run(config: AuditConfig) -> Path:
         overwrite=config.overwrite,
         make=make,
         table=as_text,
-        draw=draw,
     )
+    report, _ = read_report(path, (AuditReport,))
+    write_text(out / "audit.md", as_markdown(report))
+    write_text(out / "audit.html", as_html(report))
     return out / "audit.html"
 
 
@@ -98,7 +97,13 @@ def _store(config: AuditConfig, dataset: str, folder: Path, n: int) -> Activatio
     if dataset == str(NEUTRAL):
         given |= {"columns": (), "split": "train"}
     options = GenerateConfig.from_shared(config, **given, skip_unhookable=True)
-    return ActivationStore.open(generate.run(options))
+    store = ActivationStore.open(generate.run(options))
+    if store.n_rollouts < 2:
+        raise DatasetError(
+            f"{dataset} has one usable text, audit needs two or more: it fits constant rows on one "
+            "half of the texts and compares on the other; give more"
+        )
+    return store
 
 
 @torch.inference_mode()
