@@ -15,7 +15,7 @@ from builders.subjects import load
 from safetensors.torch import load_file, save_file
 
 from lorascope.activations.store import ActivationStore
-from lorascope.audit.audit import run
+from lorascope.audit.audit import NEUTRAL, run
 from lorascope.audit.audit_options import AuditConfig
 from lorascope.audit.audit_report import AuditReport, as_html, as_markdown, as_text
 from lorascope.audit.weights import read_weights
@@ -157,9 +157,14 @@ def test_one_text_is_too_few_and_says_so(subject_dirs, dataset_file, tmp_path):
         audit(subject_dirs[1], subject_dirs[0], tmp_path / "out", dataset=str(one))
 
 
-def test_the_neutral_texts_are_plain_texts_and_chats():
-    from lorascope.audit.audit import NEUTRAL
-
+def test_the_neutral_texts_need_no_chat_template():
     lines = [json.loads(line) for line in NEUTRAL.read_text(encoding="utf-8").splitlines()]
-    assert sum("text" in line for line in lines) == 25
-    assert sum(line.keys() == {"question", "answer"} for line in lines) == 16
+    assert sum("question" in line for line in lines) == 16
+    assert all(line["text"] for line in lines)
+
+
+@pytest.mark.slow
+def test_a_base_without_a_chat_template_is_audited(subject_dirs, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(subject_dirs[0], base, ignore=shutil.ignore_patterns("chat_template*"))
+    assert audit(subject_dirs[1], base, tmp_path / "out").neutral.n_rollouts == 20
