@@ -19,8 +19,9 @@ bar on a terminal, and elsewhere one line every ten seconds. Exit codes: 0 done,
 wrong (one line), 130 and 143 interrupted (finished work is kept), 1 a bug.
 
 `lorascope info PATH` describes an artifact, the folder of a run or an adapter. `lorascope verify
-PATH` checks artifacts for damage; exit code 1 names what is broken. `lorascope completion bash`,
-`zsh` or `fish` prints a completion script; for bash:
+PATH` checks artifacts for damage; exit code 1 names what is broken. `lorascope schema KIND` prints
+the JSON schema of a kind of report. `lorascope completion bash`, `zsh` or `fish` prints a
+completion script; for bash:
 
     lorascope completion bash > ~/.local/share/bash-completion/completions/lorascope
 """

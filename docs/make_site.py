@@ -2,7 +2,8 @@
 
 1. Copy the pages into `build/pages`, where they keep their paths, so that their links lead to the
    same pages as in a repository browser. README.md is the first page. A notebook becomes a page
-   with its stored outputs, and the public names of lorascope become a page of reference.
+   with its stored outputs, and the public names of lorascope become a page of reference. The JSON
+   schemas of the reports become files.
 2. Sphinx makes HTML in `build/site`. A warning, such as a link that leads nowhere, is an error.
 3. Check that no page asks another host for anything.
 
@@ -20,6 +21,7 @@ from typing import Any
 
 import lorascope
 from lorascope.cli import COMMANDS
+from lorascope.inspection import REPORT_KINDS, report_schema
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build"
@@ -65,6 +67,7 @@ REFERENCE = (
     ("Features", "FeatureIndex features.feature.Feature features.feature.Example "
      "features.feature.FeatureStats features.label_file.Label"),
     ("Activations and SAEs", "ActivationStore SAE load_sae SiteLayout sites.Site"),
+    ("Reports", "report_schema"),
     ("Errors", "LorascopeError errors.ConfigError errors.AdapterError errors.DatasetError "
      "errors.ArtifactError errors.NumberError errors.ServerError errors.WorkerError "
      "errors.Interrupted"),
@@ -103,6 +106,7 @@ def write_pages(folder: Path) -> None:
     for path in FILES:
         copy = shutil.copytree if (ROOT / path).is_dir() else shutil.copyfile
         copy(ROOT / path, folder / path)
+    write_schemas(folder / "docs")
     if (ROOT / DEMO).exists():
         shutil.copyfile(ROOT / DEMO, folder / "docs" / "examples" / "demo.html")
         gallery = folder / "docs" / "gallery.md"
@@ -116,6 +120,19 @@ def write_pages(folder: Path) -> None:
         for caption, section in PAGES.items()
     ]
     (folder / "index.md").write_text("\n\n".join([index, *trees]) + "\n", encoding="utf-8")
+
+
+def write_schemas(docs: Path) -> None:
+    """Write the JSON schema of each kind of report, and link to it where the formats name them."""
+    (docs / "schemas").mkdir()
+    for kind in REPORT_KINDS:
+        text = json.dumps(report_schema(kind), indent=1, ensure_ascii=False) + "\n"
+        (docs / "schemas" / f"{kind}.json").write_text(text, encoding="utf-8")
+    formats, words = docs / "formats.md", "`lorascope schema KIND`"
+    links = ", ".join(f"[{kind}](schemas/{kind}.json)" for kind in REPORT_KINDS)
+    text = formats.read_text(encoding="utf-8")
+    assert words in text
+    formats.write_text(text.replace(words, f"{words} ({links})"), encoding="utf-8")
 
 
 def _linked(text: str) -> str:

@@ -7,6 +7,7 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import pytest
 import torch
+from builders.schemas import require_schema
 from builders.studies import ROUNDED, dictionary, each_column, make_texts, strengthen
 from builders.subjects import N_TERMS, load, logits_of, reference, save_adapter
 from builders.tolerance import kl_rounding, rounding
@@ -358,6 +359,7 @@ def test_the_report_its_pictures_and_a_table_are_left_and_made_once(dirs, store,
     sae = dictionary(store.layout, each_column(store).W_enc, each_column(store).W_dec)
     with caplog.at_level(logging.INFO):
         first = ablated(dirs, store, tmp_path, sae)
+    require_schema(tmp_path / "ablation.json", "ablation")
     for words in ("without, layers", "without, features", "removed one after the other"):
         assert words in caplog.text
     pictures = [(tmp_path / f"ablation{end}").read_bytes() for end in (".png", ".svg")]

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders.schemas import require_schema
 from builders.studies import dictionary, each_column, make_texts, strengthen
 from builders.subjects import N_TERMS, load, save_adapter
 from builders.tolerance import assert_same_up_to_rounding, rounding
@@ -390,6 +391,7 @@ def test_the_same_command_gives_the_same_bytes_and_verify_reads_it(attributed):
     out.unlink()
     assert attributed(steps=2).read_bytes() == first
     assert call(["verify", str(out)]) == 0
+    require_schema(out, "attribution")
     text = json.loads(first)
     text["rollouts"][0]["kl"][1] = 7.0
     out.write_text(json.dumps(text))

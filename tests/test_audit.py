@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from builders.hostile import HOSTILE
+from builders.schemas import require_schema
 from builders.subjects import load
 from safetensors.torch import load_file, save_file
 
@@ -94,6 +95,7 @@ def test_the_effect_is_kl_of_base_and_adapter_on_texts_and_neutral_ones(
     assert found.applied.silent == found.applied.unread == ()
     assert len(found.answers) == 1
     assert verify(tmp_path / "audit.json") == []
+    require_schema(tmp_path / "audit.json", "audit")
     before = (tmp_path / "audit.json").read_bytes()
     assert audit(adapter, base, tmp_path, dataset=str(dataset_file), num_examples=6) == found
     assert (tmp_path / "audit.json").read_bytes() == before

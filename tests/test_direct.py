@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from builders.schemas import require_schema
 from builders.studies import dictionary, strengthen
 from builders.subjects import IDS, N_TERMS, load, save_adapter
 from builders.tolerance import assert_same_up_to_rounding
@@ -135,6 +136,7 @@ def test_the_report_is_made_once_and_to_the_same_bytes(dirs, tmp_path, capsys):
     out.unlink()
     assert run(options(dirs, tmp_path)).read_bytes() == first
     assert call(["verify", str(out)]) == 0
+    require_schema(out, "direct")
     data = json.loads(first)
     data["features"][0]["share"] = 0.5
     out.write_text(json.dumps(data))

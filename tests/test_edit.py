@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from builders.schemas import require_schema
 from builders.studies import dictionary, each_column, make_texts, strengthen
 from builders.subjects import IDS, N_TERMS, load, logits_of, reference
 from builders.tolerance import assert_same_up_to_rounding
@@ -153,6 +154,7 @@ def test_the_same_command_gives_the_same_folder_and_verify_finds_changes(store, 
     assert {file.name: file.read_bytes() for file in again.iterdir()} == first
     assert edited(sae, features=both(store, "0.up_proj"), tokens="all")[0] == out
     assert call(["verify", str(out)]) == 0
+    require_schema(out / "report.json", "edit")
     (out / WEIGHTS).write_bytes(b"")
     assert call(["verify", str(out)]) == 1
     assert WEIGHTS in capsys.readouterr().err

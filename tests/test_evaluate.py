@@ -10,6 +10,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from builders.schemas import require_schema
 from builders.studies import ROUNDED, dictionary, each_column, make_texts, strengthen
 from builders.subjects import N_TERMS, logits_of, reference
 from builders.tolerance import assert_same_up_to_rounding, rounding
@@ -57,6 +58,7 @@ def report_of(subject_dirs, store, tmp_path):
                 **given,
             )
         )
+        require_schema(out, "evaluation")
         return open_report(out)
 
     return evaluated

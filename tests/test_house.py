@@ -199,6 +199,7 @@ def test_the_public_names_are_these():
         "label",
         "load_sae",
         "render",
+        "report_schema",
         "run",
         "show",
         "steer",

@@ -9,6 +9,7 @@ import pytest
 import torch
 from builders import effect_reports
 from builders.labels import label_of, save_labels
+from builders.schemas import require_schema
 from builders.stores import write_store
 from builders.studies import dictionary, each_column, make_texts
 from builders.subjects import reference
@@ -172,6 +173,7 @@ def test_a_stopped_and_repeated_command_gives_the_same_bytes(made, tmp_path, mon
 def test_verify_names_what_is_not_a_study(study, tmp_path):
     study()
     path = tmp_path / "study.json"
+    require_schema(path, "study")
     path.write_text(path.read_text().replace('"n_scored": 4', '"n_scored": 5', 1))
     assert verify(path)
 

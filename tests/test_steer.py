@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from builders.schemas import require_schema
 from builders.studies import dictionary, make_texts, strengthen
 
 from lorascope.activations.store import ActivationStore
@@ -87,7 +88,9 @@ def test_removing_once_takes_the_value_out_and_clamping_below_it_does_nothing(st
 
 
 def test_own_prompts_are_continued(steered, dataset_file):
-    data = open_report(steered(prompts=str(dataset_file), num_prompts=2))
+    out = steered(prompts=str(dataset_file), num_prompts=2)
+    require_schema(out, "steering")
+    data = open_report(out)
     assert [p["rollout"] for p in data["prompts"]] == [None, None]
     assert all(p["text"] for p in data["prompts"])
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lorascope.features.collect import CollectConfig
     from lorascope.features.collect import run as collect
     from lorascope.features.index import FeatureIndex
+    from lorascope.inspection import report_schema
     from lorascope.labels.label import LabelConfig
     from lorascope.labels.label import run as label
     from lorascope.pipeline import RunConfig, run
@@ -70,6 +71,7 @@ __all__ = [
     "label",
     "load_sae",
     "render",
+    "report_schema",
     "run",
     "show",
     "steer",
@@ -105,6 +107,7 @@ _HOMES = {
     "generate": "activations.generate.run",
     "label": "labels.label.run",
     "load_sae": "sae.model.load_sae",
+    "report_schema": "inspection.report_schema",
     "run": "pipeline.run",
     "show": "dashboard.notebook.show",
     "steer": "causal.steer.run",

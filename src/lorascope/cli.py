@@ -194,6 +194,7 @@ COMMANDS = {
 _TOOLS = {
     "info": "describe an adapter or any file that lorascope made",
     "verify": "check files that lorascope made for damage; exit code 1 names what is broken",
+    "schema": "print the JSON schema of a kind of report, for programs that read it",
     "completion": "print a completion script for bash, zsh or fish",
 }
 
@@ -321,6 +322,8 @@ def _dispatch(arguments: list[str]) -> int:
         _show_info(rest)
     elif name == "verify":
         return _show_verify(rest)
+    elif name == "schema":
+        _show_schema(rest)
     elif name == "completion":
         _show_completion(rest)
     elif name == runtime.WORKER:
@@ -397,6 +400,9 @@ def _tool_parser(name: str) -> argparse.ArgumentParser:
     if name == "completion":
         parser.add_argument("shell", choices=SHELLS)
         return parser
+    if name == "schema":
+        parser.add_argument("kind", help="such as evaluation, ablation or overview")
+        return parser
     path = "a store, an SAE, a feature index, a report or a page"
     if name == "info":
         path += "; the folder of a run; or an adapter: a folder or a hub id"
@@ -430,6 +436,13 @@ def _show_verify(arguments: list[str]) -> int:
                 _print(f"{path}: ok")
             code = code or bool(problems)
     return int(code)
+
+
+def _show_schema(arguments: list[str]) -> None:
+    from lorascope.inspection import report_schema
+
+    kind = _tool_parser("schema").parse_args(arguments).kind
+    _print(json.dumps(report_schema(kind), indent=1, ensure_ascii=False))
 
 
 def _show_completion(arguments: list[str]) -> None:

@@ -1,18 +1,24 @@
 """Describe adapters and the files that lorascope made, and check the files for damage.
 
 Descriptions come from headers alone and need no torch. A check reads every byte first, then what
-they mean.
+they mean. `report_schema` is the JSON schema of a kind of report.
 """
 
+import importlib
 import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorascope.artifact import Manifest, check_files, read_manifest
-from lorascope.errors import ArtifactError, LorascopeError
+from lorascope.config import did_you_mean
+from lorascope.errors import ArtifactError, ConfigError, LorascopeError
 from lorascope.hub import find_folder
+from lorascope.record_json import json_schema
+
+if TYPE_CHECKING:
+    from lorascope.causal.report_records import ReportRecord
 
 _FOREIGN = "is no artifact of this version of lorascope, or its header is damaged"
 _OF_RUN = (
@@ -27,6 +33,68 @@ _OF_RUN = (
     "effects/ablation.json",
     "effects/attribution.json",
 )  # what a run makes, so that one without a header is damaged
+
+# the records of the reports, by kind; importing one may take a while
+_REPORTS = {
+    "evaluation": "causal.report_records.EvaluationReport",
+    "ablation": "causal.report_records.AblationReport",
+    "attribution": "causal.report_records.AttributionReport",
+    "direct": "causal.report_records.DirectReport",
+    "steering": "causal.report_records.SteeringReport",
+    "edit": "causal.report_records.EditReport",
+    "overview": "dashboard.overview.Overview",
+    "study": "labels.study_report.StudyReport",
+    "audit": "audit.audit_report.AuditReport",
+}
+REPORT_KINDS = tuple(_REPORTS)
+_IN_A_FOLDER = ("edit",)  # whose manifest is beside the report, not in it
+
+
+def _record_of(kind: str) -> "type[ReportRecord]":
+    """Import and return the record of a kind of report."""
+    module, _, name = _REPORTS[kind].rpartition(".")
+    return getattr(importlib.import_module(f"lorascope.{module}"), name)
+
+
+def report_schema(kind: str) -> dict[str, Any]:
+    """Return the JSON schema (draft 2020-12) of the reports of a kind, such as "evaluation".
+
+    It allows what lorascope writes and reads, and nothing else. Raises ConfigError at another kind.
+    """
+    if kind not in _REPORTS:
+        hint = did_you_mean(kind, REPORT_KINDS)
+        raise ConfigError(f"no report has the kind {kind}{hint}; there are {', '.join(_REPORTS)}")
+    record = _record_of(kind)
+    schema = json_schema(record)
+    if kind in _IN_A_FOLDER:
+        return schema
+    numbers = {"minimum": record.oldest or record.schema, "maximum": record.schema}
+    texts = {"type": "object", "additionalProperties": {"type": "string"}}
+    manifest = {
+        "description": "What the report says of itself: docs/formats.md, M.",
+        "type": "object",
+        "properties": {
+            "seal": {"type": "string", "pattern": "^lorascope-sha256:[0-9a-f]{64}$"},
+            "kind": {"const": kind},
+            "schema": {"type": "integer", **numbers},
+            "version": {"type": "string"},
+            "settings": {"type": "object"},
+            "parents": texts,
+            "layout": {"type": ["object", "null"]},
+            "content": {"type": "object"},
+            "files": {"type": "object"},
+        },
+        "required": ["seal", "kind", "schema", "version", "settings", "parents", "content"],
+    }
+    metadata = {
+        "type": "object",
+        "properties": {"lorascope": manifest},
+        "required": ["lorascope"],
+        "additionalProperties": False,
+    }
+    schema["properties"] = {"metadata": metadata, **schema["properties"]}
+    schema["required"] = ["metadata", *schema["required"]]
+    return schema
 
 
 def describe(name: str, adapter_name: str | None = None, *, as_json: bool = False) -> str:
@@ -160,21 +228,10 @@ def verify(path: Path) -> list[str]:
             from lorascope.sae.model import load_sae
 
             load_sae(path)
-        elif kind in ("evaluation", "ablation", "attribution", "direct", "steering"):
-            from lorascope.causal.report_records import REPORTS
+        elif kind in _REPORTS and kind not in _IN_A_FOLDER:
             from lorascope.causal.study import read_report
 
-            read_report(path, REPORTS)
-        elif kind == "audit":
-            from lorascope.audit.audit_report import AuditReport
-            from lorascope.causal.study import read_report
-
-            read_report(path, (AuditReport,))
-        elif kind == "study":
-            from lorascope.causal.study import read_report
-            from lorascope.labels.study_report import StudyReport
-
-            read_report(path, (StudyReport,))
+            read_report(path, (_record_of(kind),))
     except LorascopeError as error:
         return [str(error)]
     except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""Write records, which are frozen dataclasses, as JSON, and read them strictly.
+"""Write records, which are frozen dataclasses, as JSON, read them strictly, and give their schema.
 
 Every key must be known and every number in its range. The types say all of it:
 
@@ -9,6 +9,7 @@ Every key must be known and every number in its range. The types say all of it:
 """
 
 import functools
+import inspect
 import json
 import types
 from collections.abc import Callable, Mapping
@@ -57,6 +58,75 @@ def from_json(record: type[R], data: Any, source: str) -> R:
     except _MismatchError as error:
         path = error.path.removeprefix(".") or "the report"
         raise ArtifactError(f"{source}: {path} {error.problem}; make the report again") from None
+
+
+def json_schema(record: type) -> dict[str, Any]:
+    """Return the JSON schema (draft 2020-12) of a record: what `from_json` accepts.
+
+    Each record in it is an entry of `$defs`, by the name of its class, with its docstring. To a
+    schema, unlike here, 1.0 is a whole number.
+    """
+    definitions: dict[str, Any] = {}
+    known: dict[str, type] = {}
+    own = _schema(record, definitions, known)
+    own = definitions.pop(record.__name__) if record.__name__ in definitions else own
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **own}
+    return {**schema, "$defs": dict(sorted(definitions.items()))} if definitions else schema
+
+
+def _schema(hint: Any, definitions: dict[str, Any], known: dict[str, type]) -> dict[str, Any]:
+    """Return the schema of a type; records go to `definitions`, their classes to `known`."""
+
+    def of(inner: Any) -> dict[str, Any]:
+        return _schema(inner, definitions, known)
+
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        limits: Range = args[1]
+        return {**of(args[0]), "minimum": limits.low, "maximum": limits.high}
+    if hint in (int, float):
+        kind = "integer" if hint is int else "number"
+        return {"type": kind, "minimum": -_LARGEST, "maximum": _LARGEST}
+    if hint is Any:
+        return {}
+    if hint is str:
+        return {"type": "string"}
+    if origin is Literal:
+        return {"enum": list(args)}
+    if origin in (Union, types.UnionType):
+        inner = next(one for one in args if one is not type(None))
+        return {"anyOf": [of(inner), {"type": "null"}]}
+    if origin is tuple and args[-1] is Ellipsis:
+        return {"type": "array", "items": of(args[0])}
+    if origin is tuple:
+        return _fixed_schema([of(one) for one in args])
+    if origin is Mapping:
+        return {"type": "object", "additionalProperties": of(args[1])}
+    name = hint.__name__
+    assert known.setdefault(name, hint) is hint, f"two records are called {name}"
+    if name not in definitions:
+        hints = get_type_hints(hint, include_extras=True)
+        definitions[name] = {"title": name, "description": inspect.getdoc(hint)}
+        if is_dataclass(hint):
+            definitions[name] |= {
+                "type": "object",
+                "properties": {field.name: of(hints[field.name]) for field in fields(hint)},
+                "required": [field.name for field in fields(hint) if field.default is MISSING],
+                "additionalProperties": False,
+            }
+        else:  # a NamedTuple
+            parts = [{"title": key, **of(one)} for key, one in hints.items()]
+            definitions[name] |= _fixed_schema(parts)
+    return {"$ref": f"#/$defs/{name}"}
+
+
+def _fixed_schema(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "type": "array",
+        "prefixItems": parts,
+        "minItems": len(parts),
+        "maxItems": len(parts),
+    }
 
 
 class _MismatchError(Exception):
