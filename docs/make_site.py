@@ -36,6 +36,7 @@ PAGES = {  # the navigation; README.md comes first
     },
     "How to": {
         "Give texts": "docs/texts.md",
+        "Look into results from Python": "docs/drill-down.md",
         "Know what works with what": "docs/compatibility.md",
         "Plan a large run": "docs/scale.md",
         "Know what can go wrong": "docs/limits.md",
@@ -61,6 +62,9 @@ OTHERS = ("src/lorascope/demo/subject/README.md", "examples/smollm2/README.md")
 FILES = ("docs/images", "docs/examples/smollm2.html")
 REFERENCE = (
     ("A run and its page", "run RunConfig show render DashboardConfig"),
+    ("Results", "Study dashboard.overview.Overview dashboard.overview.TopFeature "
+     "causal.report_records.FeatureRemoval causal.report_records.DirectEffect "
+     "causal.report_records.SteeringReport causal.report_records.Answer"),
     ("Stages", "generate GenerateConfig train TrainConfig collect CollectConfig label LabelConfig"),
     ("What features do", "evaluate EvaluateConfig ablate AblateConfig attribute AttributeConfig "
      "direct DirectConfig steer SteerConfig edit EditConfig Patch"),

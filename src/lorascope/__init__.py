@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from lorascope.labels.label import LabelConfig
     from lorascope.labels.label import run as label
     from lorascope.pipeline import RunConfig, run
+    from lorascope.results import Study
     from lorascope.sae.model import SAE, load_sae
     from lorascope.sae.settings import TrainConfig
     from lorascope.sae.train import run as train
@@ -60,6 +61,7 @@ __all__ = [
     "RunConfig",
     "SiteLayout",
     "SteerConfig",
+    "Study",
     "TrainConfig",
     "ablate",
     "attribute",
@@ -96,6 +98,7 @@ _HOMES = {
     "RunConfig": "pipeline.RunConfig",
     "SiteLayout": "sites.SiteLayout",
     "SteerConfig": "causal.steer.SteerConfig",
+    "Study": "results.Study",
     "TrainConfig": "sae.settings.TrainConfig",
     "ablate": "causal.ablate.run",
     "attribute": "causal.attribute.run",

@@ -27,8 +27,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lorascope.causal.effects import cross_entropy, kl_divergence
+from lorascope.errors import DatasetError
 from lorascope.subject.intervene import Edit, RowEditor
+from lorascope.subject.load import Subject
 from lorascope.subject.sampling import draw, end_ids
+from lorascope.texts.roles import SPECIAL
+from lorascope.texts.rollouts import load_rollouts
 from lorascope.texts.tokens import special_ids
 
 
@@ -66,6 +70,36 @@ class Opening(NamedTuple):
     token_ids: Int[Tensor, "seq"]
     is_text: Bool[Tensor, "seq"]
     seed: Sequence[int] = (0,)
+
+
+def read_prompts(dataset: str, limit: int, subject: Subject) -> list[Opening]:
+    """Return the prompts of a dataset's first `limit` records, with the records' numbers as seeds.
+
+    Raises DatasetError if none is usable, or if one leaves no room in the model's context.
+    """
+    rollouts, _ = load_rollouts(
+        dataset=dataset,
+        split="train",
+        limit=limit,
+        template="auto",
+        prompts=True,
+        tokenizer=subject.tokenizer,
+    )
+    room = subject.max_length or 1 << 62
+    for rollout in rollouts:
+        if (n := len(rollout.token_ids)) >= room:
+            raise DatasetError(
+                f"prompt {rollout.id} of {dataset} has {n} tokens, which leaves no room "
+                f"in the model's context of {room}; shorten it"
+            )
+    return [
+        Opening(
+            torch.from_numpy(rollout.token_ids.astype(np.int64)),
+            torch.from_numpy(rollout.roles != SPECIAL),
+            (rollout.id,),
+        )
+        for rollout in rollouts
+    ]
 
 
 def continue_prompt(

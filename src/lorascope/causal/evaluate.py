@@ -36,7 +36,7 @@ from torch import Tensor
 from lorascope import runtime
 from lorascope.activations.batches import read_blocks
 from lorascope.activations.store import ActivationStore
-from lorascope.causal.answers import answers_of
+from lorascope.causal.answers import answers_of, zero_is_base
 from lorascope.causal.baselines import CURVES, ConstantRows, Rebuild, fit_rebuilds, rows_of
 from lorascope.causal.effect_options import EvaluateConfig
 from lorascope.causal.effects import log_probabilities
@@ -152,11 +152,7 @@ def measure(
     subject = held_out.subject
     layout, columns = subject.layout.select(sae.layout.adapter_types)
     has_all_columns = layout.d_in == subject.layout.d_in
-    zero_is_base = (
-        has_all_columns
-        and not (subject.unseen or subject.unhooked)
-        and all(site.lora_kind == "lora" for site in layout.sites)
-    )
+    is_plain = has_all_columns and zero_is_base(subject)
     found: dict[Any, list[Compared]] = {}
     measured: list[npt.NDArray[np.int64]] = []
     shifts = ShiftTally()
@@ -179,7 +175,7 @@ def measure(
                 inside = torch.from_numpy(group).to(x.device)
                 written[kind, name, "sae"] = torch.where(inside, written["sae"], x)
                 written[kind, name, "zero"] = torch.where(inside, zeros, x)
-            if not zero_is_base:
+            if not is_plain:
                 written["zero"] = zeros
             opened, closed, change = spliced.closed_loop(
                 lambda rows: rebuilt("sae", rows), written.pop("sae"), sae.scale.to(x.device)
@@ -204,7 +200,7 @@ def measure(
                 )
             measured.append(batch.measured)
             bar.update(int(batch.own.sum()))
-        answers = answers_of(editor, held_out, config.answers, config.seed) if zero_is_base else ()
+        answers = answers_of(editor, held_out, config.answers, config.seed) if is_plain else ()
     assert floor is not None
     rows = np.concatenate(measured)
     values = {

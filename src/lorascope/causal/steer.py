@@ -28,7 +28,12 @@ from torch import Tensor
 from lorascope import runtime
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import digest_file
-from lorascope.causal.continuation import Change, Continuation, continue_prompt
+from lorascope.causal.continuation import (
+    Change,
+    Continuation,
+    continue_prompt,
+    read_prompts,
+)
 from lorascope.causal.effect_options import SteerConfig, require_features
 from lorascope.causal.effects import bootstrap_interval, cross_entropy, ratio_of_sums, sum_by
 from lorascope.causal.figures import draw_steering
@@ -41,12 +46,11 @@ from lorascope.causal.report_records import (
     SteeringReport,
 )
 from lorascope.causal.study import Made, format_number, format_table, report_at
-from lorascope.errors import ArtifactError, DatasetError
+from lorascope.errors import ArtifactError
 from lorascope.sae.model import SAE, load_sae
 from lorascope.subject.intervene import RowEditor
 from lorascope.subject.sampling import log_ignored_settings
-from lorascope.texts.roles import SPECIAL, has_role
-from lorascope.texts.rollouts import load_rollouts
+from lorascope.texts.roles import has_role
 
 log = logging.getLogger(__name__)
 
@@ -167,30 +171,10 @@ def measure(held_out: HeldOut, sae: SAE, config: SteerConfig) -> SteeringReport:
 
 def _prompts(held_out: HeldOut, config: SteerConfig) -> list[tuple[int | None, Tensor, Tensor]]:
     """Return each prompt's rollout (None: not of the store), token ids, and its mask of text."""
-    room = held_out.subject.max_length or 1 << 62
     if config.prompts is not None:
-        rollouts, _ = load_rollouts(
-            dataset=config.prompts,
-            split="train",
-            limit=config.num_prompts,
-            template="auto",
-            prompts=True,
-            tokenizer=held_out.subject.tokenizer,
-        )
-        for rollout in rollouts:
-            if (n := len(rollout.token_ids)) >= room:
-                raise DatasetError(
-                    f"prompt {rollout.id} of {config.prompts} has {n} tokens, which leaves no room "
-                    f"in the model's context of {room}; shorten it"
-                )
-        return [
-            (
-                None,
-                torch.from_numpy(rollout.token_ids.astype(np.int64)),
-                torch.from_numpy(rollout.roles != SPECIAL),
-            )
-            for rollout in rollouts
-        ]
+        given = read_prompts(config.prompts, config.num_prompts, held_out.subject)
+        return [(None, prompt.token_ids, prompt.is_text) for prompt in given]
+    room = held_out.subject.max_length or 1 << 62
     store, prompts = held_out.store, []
     for index in held_out.rollouts:
         first, last = (int(row) for row in store.rollout_start[index : index + 2])

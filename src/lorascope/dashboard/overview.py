@@ -40,6 +40,7 @@ N_GROUPS = 8
 _N_OF_GROUP = 4  # features that are named of a group
 _MIN_EFFECT = 0.0005  # share of the effect; smaller ones are shown as 0.0 %
 _CONTEXT = 8  # tokens on each side of an example
+ORDERS = ("effect", "effect_text", "specificity", "activation", "density", "label")
 _BASELINES = {"pca": "PCA", "columns": "columns", "constant": "constant row"}
 
 
@@ -120,7 +121,7 @@ def overview_of(
     evaluation, ablation = reports.evaluation, reports.ablation
     roles, kl = _roles(evaluation)
     gauges = _gauges(evaluation)
-    effects = _effects(ablation, len(index))
+    effects = effects_of(ablation, len(index))
     weights = effects.total if effects else _activation_shares(index)
     has_effect = kl != 0 and not (kl is None and has_no_weights(index))
     return Overview(
@@ -191,24 +192,56 @@ def _gauges(evaluation: EvaluationReport | None) -> tuple[Gauge, ...]:
     return tuple(gauges)
 
 
-class _Effects(NamedTuple):
-    """Effects of removal as shares of the adapter's, `(latent,)`; NaN: not measured."""
+class Effects(NamedTuple):
+    """Effects of removal as shares of the adapter's, `(latent,)`; NaN: not measured.
+
+    `excess` is the lower edge of the interval of the pull's excess over the controls', in nats.
+    """
 
     total: npt.NDArray[np.float64]
     text: npt.NDArray[np.float64]
+    excess: npt.NDArray[np.float64]
     verdict: Mapping[int, str]
 
 
-def _effects(ablation: AblationReport | None, n: int) -> _Effects | None:
+def effects_of(ablation: AblationReport | None, n: int) -> Effects | None:
+    """Return the effects of `n` features, None if none was measured."""
     if ablation is None or not ablation.features:
         return None
-
-    shares = np.full((n, 2), np.nan)
+    shares, excess = np.full((n, 2), np.nan), np.full(n, np.nan)
     whole = np.array(ablation.nats(ablation.without_adapter))
     for one in ablation.features:
         shares[one.feature] = ablation.nats(one) / np.where(whole, whole, np.nan)
+        if one.pull_excess is not None:
+            excess[one.feature] = one.pull_excess[0]
     verdicts = {one.feature: one.verdict for one in ablation.features}
-    return _Effects(shares[:, 0], shares[:, 1], verdicts)
+    return Effects(shares[:, 0], shares[:, 1], excess, verdicts)
+
+
+def ranked_features(index: FeatureIndex, effects: Effects | None, by: str) -> list[int] | None:
+    """Return the features that fire in one of `ORDERS`, largest first, ties by lower number.
+
+    Features for which the number is unknown are left out. None: it is known of no feature.
+    """
+    if by == "activation":
+        values = _activation_shares(index)
+    elif by == "density":
+        values = np.where(index.latent_n_active < 0, np.nan, index.latent_n_active)
+    elif by == "label":
+        labels = [index.label(latent) for latent in range(len(index))]
+        scores = [None if label is None else label.balanced_accuracy for label in labels]
+        values = np.array(scores, np.float64)
+    elif effects is None:
+        return None
+    else:
+        values = {
+            "effect": effects.total,
+            "effect_text": effects.text,
+            "specificity": effects.excess,
+        }[by]
+    known = np.flatnonzero(index.alive & ~np.isnan(values))
+    order = known[np.argsort(-values[known], kind="stable")].tolist()
+    return order or None
 
 
 def _activation_shares(index: FeatureIndex) -> npt.NDArray[np.float64]:
@@ -220,20 +253,22 @@ def _activation_shares(index: FeatureIndex) -> npt.NDArray[np.float64]:
 
 
 def _features(
-    index: FeatureIndex, effects: _Effects | None, weights: npt.NDArray[np.float64]
+    index: FeatureIndex, effects: Effects | None, weights: npt.NDArray[np.float64]
 ) -> tuple[TopFeature, ...]:
     """Return the features of largest weight, largest first, without effects of almost 0."""
     known = np.nan_to_num(weights)
     alive = np.flatnonzero(index.alive & (known > (_MIN_EFFECT if effects else 0))).tolist()
     largest = sorted(alive, key=lambda latent: -float(known[latent]))[:N_FEATURES]
-    return tuple(_feature(index, latent, effects) for latent in largest)
+    return tuple(top_feature(index, latent, effects) for latent in largest)
 
 
-def _feature(index: FeatureIndex, latent: int, effects: _Effects | None) -> TopFeature:
+def top_feature(index: FeatureIndex, latent: int, effects: Effects | None) -> TopFeature:
+    """Return a feature as the overview lists it; its example is empty if it never fires."""
     stats = index.stats(latent)
     examples = () if stats.is_template else index.examples(latent)
-    example = next(iter(examples or index.examples(latent, "special") or index.examples(latent)))
-    first, target = max(0, example.target - _CONTEXT), example.target
+    found = examples or index.examples(latent, "special") or index.examples(latent)
+    tokens, target = (found[0].tokens, found[0].target) if found else (("",), 0)
+    first = max(0, target - _CONTEXT)
     total, text = (effects.total[latent], effects.text[latent]) if effects else (math.nan, math.nan)
     label, layout, site = index.label(latent), index.manifest.layout, index.main_site[latent]
     return TopFeature(
@@ -245,9 +280,9 @@ def _feature(index: FeatureIndex, latent: int, effects: _Effects | None) -> TopF
         effect=None if math.isnan(total) else float(total),
         effect_text=None if math.isnan(text) else float(text),
         verdict=effects.verdict.get(latent) if effects else None,
-        before="".join(example.tokens[first:target]),
-        token=example.tokens[target],
-        after="".join(example.tokens[target + 1 : target + 1 + _CONTEXT]),
+        before="".join(tokens[first:target]),
+        token=tokens[target],
+        after="".join(tokens[target + 1 : target + 1 + _CONTEXT]),
     )
 
 

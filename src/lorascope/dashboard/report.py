@@ -58,23 +58,15 @@ def run(config: ReportConfig) -> Path:
 
     Raises ArtifactError if the folder has no feature index, or if a report belongs to another.
     """
-    given = config.input.expanduser()
-    folder, source = (given, given / "features.h5") if given.is_dir() else (given.parent, given)
-    if not source.exists():
-        raise ArtifactError(
-            f"{folder} has no features.h5; give the folder of a run, or a feature index"
-        )
-    index = read_index(source)
+    source, index, reports = open_results(config.input.expanduser())
     layout = index.manifest.layout
     if layout is None:
         raise ArtifactError(
             f"{source} does not name the sites of its features; give a features.h5 of "
             "lorascope collect"
         )
-    found = list(_own_reports(folder, index))
-    reports = Reports.open(found, index, source)
     labels = {} if index.labels is None else {"labels": index.labels.manifest.digest}
-    out = config.output or folder / "report.json"
+    out = config.output or source.with_name("report.json")
 
     def make() -> Made:
         return Made(overview_of(index, reports), layout, {"n_features": len(index)})
@@ -91,6 +83,24 @@ def run(config: ReportConfig) -> Path:
             markdown(overview), encoding="utf-8"
         ),
     )
+
+
+def open_results(
+    path: Path, effects: Sequence[Path] | None = None
+) -> tuple[Path, FeatureIndex, Reports]:
+    """Return the path of an index, the index, and its reports; `path` may be the folder of a run.
+
+    Reports are those of `effects`, or else those beside the index. Raises ArtifactError if there is
+    no index, or if a report is damaged or does not fit it.
+    """
+    source = path / "features.h5" if path.is_dir() else path
+    if not source.exists():
+        raise ArtifactError(
+            f"{source.parent} has no {source.name}; give the folder of a run, or a feature index"
+        )
+    index = read_index(source)
+    paths = list(_own_reports(source.parent, index)) if effects is None else effects
+    return source, index, Reports.open(paths, index, source)
 
 
 def _own_reports(folder: Path, index: FeatureIndex) -> Iterator[Path]:

@@ -133,8 +133,7 @@ class FeatureIndex:
 
     def __getitem__(self, latent: int) -> Feature:
         """Return the feature of a latent. Raises IndexError if the latent does not exist."""
-        if not 0 <= latent < len(self):
-            raise IndexError(f"latent {latent} does not exist, expected 0 to {len(self) - 1}")
+        self.require(latent)
         share = self.latent_fingerprint[latent].astype(float).tolist()
         return Feature(
             latent=latent,
@@ -148,6 +147,11 @@ class FeatureIndex:
             tokens={name: self.ranked_tokens(latent, name) for name in RANKINGS},
             label=self.label(latent),
         )
+
+    def require(self, latent: int) -> None:
+        """Raise IndexError if a latent does not exist."""
+        if not 0 <= latent < len(self):
+            raise IndexError(f"latent {latent} does not exist, expected 0 to {len(self) - 1}")
 
     def __repr__(self) -> str:
         return f"FeatureIndex({'; '.join(self._facts())})"
