@@ -193,3 +193,15 @@ def test_lora_kind_and_gauge_are_written_only_if_an_older_version_must_refuse_th
     layout = SiteLayout.from_sites([site])
     assert SiteLayout.from_json(layout.to_json()).sites == (site,)
     assert layout.digest != SiteLayout.from_sites([Site(layer=0, projection="q_proj")]).digest
+
+
+def test_a_joint_layout_names_the_adapter_of_each_column_in_rising_order():
+    layout = SiteLayout((Site(layer=0, projection="q_proj"),), "a")
+    with pytest.raises(ValueError, match="column order"):
+        SiteLayout.joint({"B": layout, "A": layout})
+    both = SiteLayout.joint({"A": layout, "B": layout})
+    assert both.column_names == ("A:0.q_proj", "B:0.q_proj")
+    assert both.columns_of("B").tolist() == [1]
+    assert SiteLayout.from_json(both.to_json()) == both
+    with pytest.raises(ArtifactError, match="of the adapters A, C"):
+        both.require_same(SiteLayout.joint({"A": layout, "C": layout}), "here", "there")

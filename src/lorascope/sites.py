@@ -6,6 +6,9 @@ inside a layer gate, up, down, q, k, v, o (then any other name, alphabetically),
 rank index. Every artifact holds its layout, and two artifacts are used together only if their
 layouts agree.
 
+A joint layout has the sites of several adapters of one base, those of the first adapter first: each
+of its sites names its adapter.
+
 A projection is named by the last part of its module's path: `gate_proj`. If several modules of a
 layer share the last part, more parts are added until they differ: `attn.c_proj` and `mlp.c_proj`.
 """
@@ -15,7 +18,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -38,7 +41,8 @@ class Site:
     `b_norms[i]` is the Euclidean norm of column i of `B`; it counts as 1.0 if `b_norms` is empty.
     `lora_kind` is `lora`, or the variant of LoRA that the module uses, such as `dora`. `gauge` is
     `raw` if the columns are those of the file's `A`, and `svd` if they are the singular directions
-    of `scale·B·A`; then `b_norms` belong to the matching `B`.
+    of `scale·B·A`; then `b_norms` belong to the matching `B`. `adapter` names one of several in a
+    joint layout; it is empty where there is only one.
     """
 
     layer: int
@@ -49,19 +53,30 @@ class Site:
     b_norms: tuple[float, ...] = ()
     lora_kind: str = "lora"
     gauge: str = "raw"
+    adapter: str = ""
 
     @property
     def name(self) -> str:
-        """Name of the site: `3.gate_proj`."""
-        return f"{self.layer}.{self.projection}" if self.layer >= 0 else self.module
+        """Name of the site: `3.gate_proj`, or `A:3.gate_proj` of the adapter A."""
+        return self._of_adapter(
+            f"{self.layer}.{self.projection}" if self.layer >= 0 else self.module
+        )
 
     @property
-    def order(self) -> tuple[int, int, str, str]:
-        """Sort key of the column order; sites outside any layer come last."""
+    def path(self) -> str:
+        """Path of the module, with the adapter's name before it where there are several."""
+        return self._of_adapter(self.module)
+
+    def _of_adapter(self, name: str) -> str:
+        return f"{self.adapter}:{name}" if self.adapter else name
+
+    @property
+    def order(self) -> tuple[str, int, int, str, str]:
+        """Sort key of the column order: adapters, layers; sites outside any layer come last."""
         known = self.projection in PROJECTIONS
         position = PROJECTIONS.index(self.projection) if known else len(PROJECTIONS)
         layer = self.layer if self.layer >= 0 else 1 << 30
-        return (layer, position, self.projection, self.module)
+        return (self.adapter, layer, position, self.projection, self.module)
 
 
 @dataclass(frozen=True)
@@ -86,6 +101,23 @@ class SiteLayout:
     def from_sites(cls, sites: Sequence[Site], adapter: str | None = None) -> "SiteLayout":
         """Make a layout from sites in any order."""
         return cls(tuple(sorted(sites, key=lambda site: site.order)), adapter)
+
+    @classmethod
+    def joint(cls, layouts: Mapping[str, "SiteLayout"]) -> "SiteLayout":
+        """Return the layout of several adapters' columns: all of the first name's, and so on.
+
+        Names must be in rising order. Raises ValueError if they are not.
+        """
+        sites = [
+            replace(site, adapter=name) for name, layout in layouts.items() for site in layout.sites
+        ]
+        digests = json.dumps([layout.adapter for layout in layouts.values()])
+        return cls(tuple(sites), hashlib.sha256(digests.encode()).hexdigest())
+
+    def columns_of(self, adapter: str) -> npt.NDArray[np.int64]:
+        """Return the columns of one of the adapters of a joint layout."""
+        here = [site.adapter == adapter for site in self.sites for _ in range(site.rank)]
+        return np.flatnonzero(here)
 
     @cached_property
     def d_in(self) -> int:
@@ -179,11 +211,13 @@ class SiteLayout:
             return
         raise ArtifactError(f"{found}: they come from different adapters; use a matching pair")
 
-    def _columns(self) -> list[tuple[int, str, int]]:
-        return [(site.layer, site.projection, site.rank) for site in self.sites]
+    def _columns(self) -> list[tuple[str, int, str, int]]:
+        return [(site.adapter, site.layer, site.projection, site.rank) for site in self.sites]
 
     def _summary(self) -> str:
-        return f"{self.initials} of layers {self.sites[0].layer}..{self.sites[-1].layer}"
+        names = ", ".join(dict.fromkeys(site.adapter for site in self.sites if site.adapter))
+        of = f" of the adapters {names}" if names else ""
+        return f"{self.initials} of layers {self.sites[0].layer}..{self.sites[-1].layer}{of}"
 
     def to_json(self) -> dict[str, Any]:
         """Return the layout as plain JSON values."""
@@ -200,6 +234,7 @@ class SiteLayout:
                     # written only if they are not the default, so that older versions read the rest
                     **({"variant": site.lora_kind} if site.lora_kind != "lora" else {}),
                     **({"gauge": site.gauge} if site.gauge != "raw" else {}),
+                    **({"adapter": site.adapter} if site.adapter else {}),
                 }
                 for site in self.sites
             ],
@@ -217,6 +252,8 @@ class SiteLayout:
             sites = [Site(**{**site, "b_norms": tuple(site["b_norms"])}) for site in fields]
             if not all(type(site.rank) is int and type(site.layer) is int for site in sites):
                 raise TypeError("a rank or a layer is no whole number")
+            if not all(isinstance(site.adapter, str) for site in sites):
+                raise TypeError("the name of an adapter is no text")
             return cls(tuple(sites), data["adapter"])
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(

@@ -351,7 +351,9 @@ class Payload:
         layout = self.index.manifest.layout
         if layout is None or len(layout.sites) != self.index.latent_fingerprint.shape[1]:
             return None
-        return [[site.layer, site.projection] for site in layout.sites] or None
+        return [
+            [site.layer, f"{site.adapter} {site.projection}".strip()] for site in layout.sites
+        ] or None
 
     @property
     def _token_type(self) -> str:

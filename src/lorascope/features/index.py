@@ -321,7 +321,7 @@ class FeatureIndex:
     @cached_property
     def _modules(self) -> tuple[str, ...]:
         layout = self.manifest.layout
-        return () if layout is None else tuple(site.module for site in layout.sites)
+        return () if layout is None else tuple(site.path for site in layout.sites)
 
     def ranked_tokens(self, latent: int, ranking: str) -> tuple[tuple[str, float], ...]:
         """Return the tokens of one of `RANKINGS` with their scores, best first."""
