@@ -86,12 +86,17 @@ class Corpus:
         return sum(len(rollout.token_ids) for rollout in self.rollouts)
 
 
-def run(config: GenerateConfig, plan: "Callable[[Base, int], None] | None" = None) -> Path:
+def run(
+    config: GenerateConfig,
+    plan: "Callable[[Base, int], None] | None" = None,
+    load: "Callable[..., Subject] | None" = None,
+) -> Path:
     """Run the adapted model on texts, and return the folder of its activations, a store.
 
     A finished store of the same settings is kept, and an interrupted one is continued. Raises
     AdapterError, DatasetError or NumberError if the adapter, the texts or a value cannot be used.
-    `plan` gets the base and the number of tokens before any model is loaded, and may raise.
+    `plan` gets the base and the number of tokens before any model is loaded, and may raise. `load`
+    is used instead of `load_subject`, as for several adapters on one base (`SharedBase.load`).
     """
     from lorascope.activations.capture import compare_likelihood
     from lorascope.subject.base import find_base, other_base
@@ -123,7 +128,7 @@ def run(config: GenerateConfig, plan: "Callable[[Base, int], None] | None" = Non
     identity = Identity(kind=KIND, schema=SCHEMA, settings=config.settings(), parents=parents)
 
     def make(build: Build) -> None:
-        subject = load_subject(
+        subject = (load or load_subject)(
             adapter,
             base,
             tokenizer,

@@ -41,6 +41,7 @@ from lorascope.subject.adapter import (
     Adapter,
     base_path,
     by_pattern,
+    changes_outside_lora,
     lora_kind,
     lora_tensors,
     unsupported_reason,
@@ -167,6 +168,12 @@ def _peft_config(adapter: Adapter) -> LoraConfig:
 
 def _is_empty(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, str | list | dict) and not value)
+
+
+def changes_base(adapter: Adapter) -> bool:
+    """Return whether an adapter changes weights of its base, or trained some of them itself."""
+    init = str(adapter.config.get("init_lora_weights"))
+    return init.lower().startswith(_BASE_CHANGING_INITS) or bool(changes_outside_lora(adapter))
 
 
 def _warn_if_base_changes(base: nn.Module, adapter: Adapter) -> None:
@@ -370,13 +377,10 @@ def _key(name: str) -> str:
     return re.sub(rf"(\.(?:{_PARAMETERS}))\.[^.]+(?:\.weight)?$", r"\1", name)
 
 
-def resize_embeddings(model: Any, adapter: Adapter, tokenizer: Any) -> None:
-    """Resize the embeddings of a transformers model in place, if the adapter needs it."""
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    found = {id(module): path for path, module in reversed(list(model.named_modules()))}
-    paths = [found[id(end)] for end in ends if end is not None]
-    weights = [model.get_submodule(path).get_parameter("weight") for path in paths]
-    saved, old = _saved_embeddings(adapter, paths), len(weights[0])
+def n_embeddings(model: Any, adapter: Adapter, tokenizer: Any) -> int | None:
+    """Return how many embeddings the adapter needs, or None if it needs those of the model."""
+    paths, saved = _embeddings(model, adapter)
+    old = len(model.get_submodule(paths[0]).get_parameter("weight"))
     held = {path: adapter.shapes[name][0] for path, name in saved.items()}
     modules = lora_tensors(adapter.shapes)
     for path in paths:
@@ -386,15 +390,35 @@ def resize_embeddings(model: Any, adapter: Adapter, tokenizer: Any) -> None:
     if len(set(held.values())) > 1:
         sizes = ", ".join(f"{rows} for {path}" for path, rows in held.items())
         raise AdapterError(f"adapter {adapter.name} holds embeddings of several sizes: {sizes}")
-    trained = adapter.config.get("trainable_token_indices") or []
-    lists = trained.values() if isinstance(trained, dict) else [trained]
-    tokens = {int(index) for indices in lists for index in indices}
-    known = {*tokens, old - 1}
+    known = {*_trained_tokens(adapter), old - 1}
     if (adapter.path / "tokenizer_config.json").is_file():
         known |= set(tokenizer.get_vocab().values())
     wanted = max(held.values(), default=max(known) + 1)
-    if wanted == old:
+    return None if wanted == old else wanted
+
+
+def _trained_tokens(adapter: Adapter) -> set[int]:
+    trained = adapter.config.get("trainable_token_indices") or []
+    lists = trained.values() if isinstance(trained, dict) else [trained]
+    return {int(index) for indices in lists for index in indices}
+
+
+def _embeddings(model: Any, adapter: Adapter) -> tuple[list[str], dict[str, str]]:
+    """Return the paths of the model's embeddings, and the file's names of whole ones by path."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    found = {id(module): path for path, module in reversed(list(model.named_modules()))}
+    paths = [found[id(end)] for end in ends if end is not None]
+    return paths, _saved_embeddings(adapter, paths)
+
+
+def resize_embeddings(model: Any, adapter: Adapter, tokenizer: Any) -> None:
+    """Resize the embeddings of a transformers model in place, if the adapter needs it."""
+    wanted = n_embeddings(model, adapter, tokenizer)
+    if wanted is None:
         return
+    paths, saved = _embeddings(model, adapter)
+    weights = [model.get_submodule(path).get_parameter("weight") for path in paths]
+    old, tokens = len(weights[0]), _trained_tokens(adapter)
     if any(weight.is_meta for weight in weights):
         raise AdapterError(
             f"adapter {adapter.name} needs {wanted} embeddings, the base has {old}, and offloaded "

@@ -9,8 +9,10 @@
 """
 
 import contextlib
+import copy
 import importlib.util
 import io
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -36,7 +38,13 @@ from lorascope.subject.adapter import (
     inspect_adapter,
     lora_kind,
 )
-from lorascope.subject.attach import attach, fit_prefix, resize_embeddings
+from lorascope.subject.attach import (
+    attach,
+    changes_base,
+    fit_prefix,
+    n_embeddings,
+    resize_embeddings,
+)
 from lorascope.subject.base import Base, find_base
 from lorascope.subject.bottlenecks import Bottleneck, find_bottlenecks, make_layout, probe
 from lorascope.subject.rotary import forget_lengths, length_class, require_rotary
@@ -47,6 +55,7 @@ __all__ = [
     "WEIGHTS",
     "Adapter",
     "Base",
+    "SharedBase",
     "Subject",
     "find_base",
     "inspect_adapter",
@@ -146,18 +155,21 @@ def load_subject(
     gauge: str = "auto",
     skip_unhookable: bool = False,
     device_map: str | dict[str, Any] | None = None,
+    causal: Any = None,
 ) -> Subject:
     """Load base and adapter, and check both as the module's docstring says.
 
     `dtype` is `auto` (float32 on the CPU, else the checkpoint's) or a key of `DTYPES`. `device_map`
     spreads the model over devices as transformers does; `device` then only decides the `auto`
     dtype. Raises AdapterError if some of the adapter's LoRA cannot be read. With `skip_unhookable`,
-    that LoRA stays active and is listed in `unhooked`.
+    that LoRA stays active and is listed in `unhooked`. `causal` is the base's model if it is loaded
+    already; it becomes the subject's.
     """
     quantized = None if base.gguf else _quantization(base.path)
     if quantized and device_map is None:  # a quantised model cannot move after loading
         device_map = {"": str(device)}
-    causal = _load_base(base, device, dtype, device_map)
+    if causal is None:
+        causal = _load_base(base, device, dtype, device_map)
     adapter = fit_prefix(causal, adapter)
     resize_embeddings(causal, adapter, tokenizer)
     model = attach(causal, adapter, base.name)
@@ -195,6 +207,43 @@ def load_subject(
         unseen=unseen,
         quantized="gguf" if base.gguf else quantized,
     )
+
+
+class SharedBase:
+    """Loads several adapters of one base, whose weights are in memory once where that is possible.
+
+    Each subject has modules of its own, with the same base weights in them. An adapter that changes
+    weights of the base, or the number of its embeddings, gets a base of its own; so does every
+    adapter of a quantised base, and with a device map.
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] = ()
+        self._causal: Any = None
+
+    def load(
+        self,
+        adapter: Adapter,
+        base: Base,
+        tokenizer: Any,
+        device: torch.device,
+        dtype: str,
+        *,
+        device_map: str | dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Subject:
+        """Load as `load_subject` does."""
+        given: dict[str, Any] = {"device_map": device_map, **options}
+        quantized = None if base.gguf else _quantization(base.path)
+        if quantized or device_map is not None or changes_base(adapter):
+            return load_subject(adapter, base, tokenizer, device, dtype, **given)
+        if self._key != (key := (base.digest, str(device), dtype)):
+            self._key, self._causal = key, _load_base(base, device, dtype, None).to(device)
+        if n_embeddings(self._causal, adapter, tokenizer) is not None:
+            return load_subject(adapter, base, tokenizer, device, dtype, **given)
+        tensors = itertools.chain(self._causal.parameters(), self._causal.buffers())
+        twin = copy.deepcopy(self._causal, {id(tensor): tensor for tensor in tensors})
+        return load_subject(adapter, base, tokenizer, device, dtype, causal=twin, **given)
 
 
 def _load_base(

@@ -8,15 +8,9 @@ from lorascope.texts.conversations import parse_columns
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterOptions(Config):
-    """Options that choose the adapter and its base model."""
+class BaseOptions(Config):
+    """Options that choose the base model."""
 
-    lora_path: str | None = option(
-        None, help="adapter: a folder or a hub id", identity=False, path=True
-    )
-    adapter_name: str | None = option(
-        None, help="adapter to use, if the folder holds several", identity=False
-    )
     base_model: str | None = option(
         None,
         help="base model: a folder, a GGUF file or a hub id; default: the one that the adapter "
@@ -33,8 +27,20 @@ class AdapterOptions(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SubjectOptions(AdapterOptions):
-    """Options that choose the model, its rollouts, and how to run them."""
+class AdapterOptions(BaseOptions):
+    """Options that choose the adapter and its base model."""
+
+    lora_path: str | None = option(
+        None, help="adapter: a folder or a hub id", identity=False, path=True
+    )
+    adapter_name: str | None = option(
+        None, help="adapter to use, if the folder holds several", identity=False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingOptions(BaseOptions):
+    """Options that choose the base model and the texts, and how texts are read."""
 
     skip_unhookable: bool = option(
         False, help="continue without the parts of the adapter that have no A·x for each token"
@@ -73,16 +79,6 @@ class SubjectOptions(AdapterOptions):
         "truncate",
         help="for longer rollouts: cut them, or read them in windows that overlap by half",
     )
-    sample: int | None = option(
-        None, help="rollouts that the model generates itself, from the records' prompts in turn"
-    )
-    max_new_tokens: int = option(512, help="longest continuation in tokens")
-    temperature: float = option(
-        0.0,
-        help="sampling temperature; 0 takes the likeliest token; of the base's "
-        "generation_config.json, only end-of-text tokens are used",
-    )
-    sample_seed: int = option(0, help="seed of the sampling")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", help="dtype of the model; auto: float32 on the CPU, else the checkpoint's"
     )
@@ -108,6 +104,26 @@ class SubjectOptions(AdapterOptions):
         self.require("max_length", 2, unit=" tokens")
         self.require("batch_tokens", 1)
         self.require("num_gpus", 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubjectOptions(ReadingOptions, AdapterOptions):
+    """Options that choose the adapter, its base model and its rollouts, and how to run them."""
+
+    sample: int | None = option(
+        None, help="rollouts that the model generates itself, from the records' prompts in turn"
+    )
+    max_new_tokens: int = option(512, help="longest continuation in tokens")
+    temperature: float = option(
+        0.0,
+        help="sampling temperature; 0 takes the likeliest token; of the base's "
+        "generation_config.json, only end-of-text tokens are used",
+    )
+    sample_seed: int = option(0, help="seed of the sampling")
+
+    def check(self) -> None:
+        """Raise ConfigError if a number is out of range."""
+        super().check()
         self.require("sample", 1)
         self.require("max_new_tokens", 1)
         require_temperature(self.temperature)
