@@ -35,6 +35,8 @@ def section(name: str, command: Command) -> str:
         lines.append(f"| **{group}** | | |")
         for field in fields:
             flags = [flag_of(word) for word in (field.name, *ALIASES.get(field.name, ()))]
+            if field.metadata["positional"]:
+                flags = [field.name.upper()]
             default = "required" if field.default is MISSING else default_text(field)
             names = ", ".join(f"`{flag}`" for flag in flags)
             lines.append(f"| {names} | {default} | {field.metadata['help']} |")

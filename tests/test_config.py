@@ -130,7 +130,8 @@ def test_every_option_of_every_command_has_a_help_sentence_and_survives_json(nam
         assert len(field.metadata["help"]) > 8, field.name
     hints = get_type_hints(config_class)
     needed = [f.name for f in dataclasses.fields(config_class) if f.default is MISSING]
-    given = {name: Path("x.json") if hints[name] is Path else (1,) for name in needed}
+    examples = {Path: Path("x.json"), tuple[str, ...]: ("x",)}
+    given = {name: examples.get(hints[name], (1,)) for name in needed}
     settings = config_class(**given).settings()
     assert json.loads(json.dumps(settings)) == settings
 

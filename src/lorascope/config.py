@@ -46,15 +46,23 @@ ALIASES = {  # other names of an option: those of the published scripts
 }
 
 
-def option(default: Any = MISSING, *, help: str, identity: bool = True, path: bool = False) -> Any:
+def option(
+    default: Any = MISSING,
+    *,
+    help: str,
+    identity: bool = True,
+    path: bool = False,
+    positional: bool = False,
+) -> Any:
     """Declare a field of a config.
 
     `identity` says whether the option decides what the artifact holds. Such options are recorded in
     the artifact, and an existing output with another value is not overwritten by accident. Paths
     of inputs are not recorded, because the digests of the inputs are. `path` marks a string that
-    may be a path: in a TOML file it is relative to that file.
+    may be a path: in a TOML file it is relative to that file. A `positional` option is given
+    without a flag on the command line.
     """
-    metadata = {"help": help, "identity": identity, "path": path}
+    metadata = {"help": help, "identity": identity, "path": path, "positional": positional}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -160,6 +168,13 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type[Config]) -> No
             kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
             if inner is not bool:
                 kind = {"nargs": "+" if many else None, "metavar": metavar}
+            if field.metadata["positional"]:
+                required.append(f"{field.name.upper()} ... ")
+                kind = {"nargs": "*", "metavar": field.name.upper()}
+                section.add_argument(
+                    field.name, help=field.metadata["help"], default=MISSING, **kind
+                )
+                continue
             kind |= {"dest": field.name, "default": MISSING}
             aliases = [flag_of(alias) for alias in ALIASES.get(field.name, ())]
             notes = [f"also {', '.join(aliases)}"] if aliases else []
@@ -188,6 +203,8 @@ def load_config(config_class: type[C], flags: Mapping[str, Any], files: Iterable
     values.update({name: flags[name] for name in names if flags.get(name, MISSING) is not MISSING})
     for field in dataclasses.fields(config_class):
         if field.default is MISSING and field.name not in values:
+            if field.metadata["positional"]:
+                raise ConfigError(f"{field.name} are missing: {field.metadata['help']}")
             raise ConfigError(
                 f"{flag_of(field.name)} is missing ({field.metadata['help']}); "
                 f"give the flag, or put {field.name} = ... into {CONFIG_FILE}"

@@ -2,7 +2,8 @@
 
 Every key must be known and every number in its range. The types say all of it:
 
-- `int`, `float`, `str`, `Literal`, `X | None`, `Mapping[str, X]` and records mean what they say;
+- `int`, `float`, `bool`, `str`, `Literal`, `X | None`, `Mapping[str, X]` and records mean what
+  they say;
 - `tuple[X, ...]` is a list; `tuple[X, Y]` and NamedTuples are lists of fixed length;
 - `Annotated[float, Range(low, high)]` limits a number; `Any` is not checked;
 - a field with a default may be missing, and is not written when it has that default.
@@ -89,6 +90,8 @@ def _schema(hint: Any, definitions: dict[str, Any], known: dict[str, type]) -> d
         return {"type": kind, "minimum": -_LARGEST, "maximum": _LARGEST}
     if hint is Any:
         return {}
+    if hint is bool:
+        return {"type": "boolean"}
     if hint is str:
         return {"type": "string"}
     if origin is Literal:
@@ -160,6 +163,8 @@ def _reader(hint: Any) -> _Reader:
         return _number(hint, Range())
     if hint is Any:
         return lambda value: value
+    if hint is bool:
+        return _choice(lambda value: type(value) is bool, "true or false")
     if hint is str:
         return _choice(lambda value: type(value) is str, "a string")
     if origin is Literal:
