@@ -47,6 +47,7 @@ PAGES = {  # the navigation; README.md comes first
         "Training": "docs/training.md",
         "Labels": "docs/labels.md",
         "Audit": "docs/audit.md",
+        "Compare": "docs/compare.md",
         "Causal evidence": "docs/causal.md",
         "Glossary": "docs/glossary.md",
     },

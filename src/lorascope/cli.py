@@ -174,6 +174,13 @@ COMMANDS = {
         "say what to know of an adapter before using it; needs no texts and no SAE",
         "lorascope audit --lora-path stranger/adapter",
     ),
+    "compare": Command(
+        "start here",
+        "lorascope.compare.compare",
+        "lorascope.compare.compare_options.CompareConfig",
+        "say what differs between adapters of one base, or between checkpoints",
+        "lorascope compare adapter-1 adapter-2 --null adapter-1-other-seed --dataset texts.jsonl",
+    ),
     "steer": Command(
         "evidence",
         "lorascope.causal.steer",
@@ -341,7 +348,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _run_stage(name: str, arguments: list[str]) -> None:
     parser = stage_parser(name)
-    flags, unknown = parser.parse_known_args(arguments)
+    flags, unknown = parser.parse_known_intermixed_args(arguments)
     if unknown:
         known = [flag for action in parser._actions for flag in action.option_strings]
         word = unknown[0].partition("=")[0]

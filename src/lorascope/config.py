@@ -25,8 +25,8 @@ C = TypeVar("C", bound="Config")
 
 
 OPTION_GROUPS = {  # the groups of `--help` with the options of all commands, most used first
-    "data": "dataset input data_dir num_examples rollouts rollouts_of prompts num_prompts "
-    "max_rollouts roles template columns split long_texts max_length duplicates sample "
+    "data": "adapters null dataset input data_dir num_examples rollouts rollouts_of prompts "
+    "num_prompts max_rollouts roles template columns split long_texts max_length duplicates sample "
     "max_new_tokens temperature sample_seed".split(),
     "model": "lora_path base_model base_revision adapter_types adapter_name dtype gauge device_map "
     "skip_unhookable".split(),

@@ -45,6 +45,7 @@ _REPORTS = {
     "overview": "dashboard.overview.Overview",
     "study": "labels.study_report.StudyReport",
     "audit": "audit.audit_report.AuditReport",
+    "comparison": "compare.compare_records.ComparisonReport",
 }
 REPORT_KINDS = tuple(_REPORTS)
 _IN_A_FOLDER = ("edit",)  # whose manifest is beside the report, not in it

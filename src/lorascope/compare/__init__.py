@@ -1,0 +1,1 @@
+"""Several adapters of one base: what differs between them, by features that they share or not."""

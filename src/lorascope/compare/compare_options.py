@@ -1,0 +1,53 @@
+"""The options of `compare`, apart from it so that `--help` needs no torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorascope.config import flag_of, option
+from lorascope.errors import ConfigError
+from lorascope.sae.settings import TrainOptions
+from lorascope.subject.options import ReadingOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(TrainOptions, ReadingOptions):
+    """Options of `compare`."""
+
+    adapters: tuple[str, ...] = option(
+        help="adapters of one base, each a folder or a hub id; or one folder of checkpoints",
+        identity=False,
+        path=True,
+        positional=True,
+    )
+    null: str | None = option(
+        None,
+        help="another seed of the first adapter: what differs between the two is no news",
+        identity=False,
+        path=True,
+    )
+    holdout: float = option(
+        0.2, help="share of the tokens held out for the report, by rollout; half of it is measured"
+    )
+    max_rollouts: int = option(100, help="held-out rollouts to measure, at most")
+    verify: int = option(
+        40, help="features of each pair that are really removed, those of largest contribution"
+    )
+    steps: int = option(4, help="points on the path from the base to the adapters")
+    output: Path = option(Path("lorascope-compare"), help="folder to write", identity=False)
+    device: str = option("auto", help="auto, cpu, cuda or cuda:N", identity=False)
+    overwrite: bool = option(False, help="replace outputs of other settings", identity=False)
+
+    def check(self) -> None:
+        """Refuse impossible numbers, and what would train several dictionaries."""
+        super().check()
+        if not self.adapters:
+            raise ConfigError("no adapter is given; name two or more, or a folder of checkpoints")
+        for name in ("max_rollouts", "verify", "steps"):
+            self.require(name, 1)
+        for name in ("k", "expansion_factor", "lr", "seed"):
+            if (n := len(self.values_of(name))) > 1:
+                raise ConfigError(
+                    f"compare trains one dictionary, {flag_of(name)} has {n} values; give one"
+                )
+        if self.objective == "kl":
+            raise ConfigError("compare trains on the rows of all adapters; use --objective mse")

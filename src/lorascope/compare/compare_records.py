@@ -1,0 +1,171 @@
+"""What `compare` reports, as typed records. KL is in nats a token, intervals are 95 %."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from lorascope.causal.report_records import (
+    Amount,
+    AmountInterval,
+    Count,
+    Interval,
+    ReportRecord,
+    Share,
+    TokenShift,
+)
+
+PRESENT = 0.1  # share of the larger part, or of both, from which a part counts as there
+
+FeatureKind = Literal["shared", "changed", "only in the first", "only in the second"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterRecord:
+    """One of the adapters. `folder` is the last part of what the user gave.
+
+    `kl_base` is KL(adapter ‖ base), `floor` KL of the adapter and itself with its rows held.
+    """
+
+    name: str
+    folder: str
+    digest: str
+    n_columns: Count
+    ranks: tuple[Count, ...]
+    kl_base: Amount
+    kl_base_interval: AmountInterval
+    floor: Amount
+    step: Count | None = None
+    loss: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleDifference:
+    """The difference where tokens of one role are predicted."""
+
+    n_tokens: Count
+    kl: Amount
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureDifference:
+    """What one feature has to do with the difference of a pair.
+
+    `share` is the second part's share of the sizes of what both parts write, `cosine` that of what
+    they write. `contribution` is its part of KL(first ‖ second), `chance` what 95 % of the features
+    would contribute at most, if they fired where this one does, at its size. `removed` is what the
+    KL loses when its parts are taken from both, None if it was not removed. `is_news` says that
+    `contribution` and all of `removed_interval` are above `chance` and above the pair's `level`.
+    """
+
+    feature: Count
+    kind: FeatureKind
+    share: Share
+    cosine: float
+    contribution: float
+    contribution_interval: Interval
+    chance: float
+    removed: float | None
+    removed_interval: Interval
+    is_news: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """KL(first ‖ second) without the features of largest contribution."""
+
+    n_features: Count
+    kl: Amount
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairDifference:
+    """The difference of two adapters: KL(first ‖ second).
+
+    `contributions` of features, `bias` and `unexplained` add up to `kl` up to the error of the
+    path. `level` is the largest loss of KL by one feature that a second seed of the first adapter
+    shows, or without one the floor. `seeds` is KL(first ‖ second seed), None without one. `n_kinds`
+    counts features that fire. `without_news` is the KL that stays without all that is news.
+    """
+
+    first: str
+    second: str
+    kl: Amount
+    kl_interval: AmountInterval
+    kl_reverse: Amount
+    roles: Mapping[str, RoleDifference]
+    contributions: float
+    bias: float
+    unexplained: float
+    level: Amount
+    seeds: Amount | None
+    n_kinds: Mapping[str, Count]
+    n_news: Count
+    without_news: Amount | None
+    steps: tuple[Step, ...]
+    shifts: tuple[TokenShift, ...]
+    features: tuple[FeatureDifference, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointExample:
+    """A token at which a feature fires, the text around it, and what each adapter's row adds.
+
+    `parts` are the products of each adapter's row, less the dictionary's bias, with the encoder.
+    """
+
+    rollout: int
+    value: float
+    before: str
+    token: str
+    after: str
+    parts: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointFeature:
+    """A feature of the joint dictionary. `sizes` is what each part writes at its mean value.
+
+    `born`, `peak` and `died` are steps of checkpoints: the first and the last at which the part is
+    there (`PRESENT` of its largest), and the largest. `died` is None if it is there in the end.
+    """
+
+    feature: Count
+    label: str
+    n_fired: Count
+    mean: Amount
+    sizes: Mapping[str, Amount]
+    examples: tuple[JointExample, ...]
+    born: Count | None = None
+    peak: Count | None = None
+    died: Count | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DifferentText:
+    """The beginning of a text and the KL of the first pair at the prediction of each token."""
+
+    rollout: int
+    tokens: tuple[str, ...]
+    kl: tuple[Amount | None, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonReport(ReportRecord):
+    """What `compare` finds. `null` names the adapter that is another seed of the first.
+
+    `fvu` and `l0` are those of the joint dictionary on held-out rows.
+    """
+
+    kind = "comparison"
+    base: str
+    null: str | None
+    adapters: tuple[AdapterRecord, ...]
+    n_rollouts: Count
+    n_tokens: Count
+    n_features: Count
+    n_fired: Count
+    fvu: float | None
+    l0: float | None
+    pairs: tuple[PairDifference, ...]
+    features: tuple[JointFeature, ...]
+    texts: tuple[DifferentText, ...]

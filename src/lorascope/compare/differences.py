@@ -1,0 +1,340 @@
+"""Measure how two adapters of one base differ, and which features of a joint dictionary do it.
+
+A latent of a joint dictionary has one value at a token, and a part of its decoder row for each
+adapter: what it stands for in that adapter's row. `_Writes` has the size of what each part writes.
+
+1. Both adapters read the same texts. The difference is `KL(first ‖ second)` of their predictions.
+2. `y(a)` is that KL if both rows are held at `a` times what they are: `y(0)` is 0, because both are
+   the base then, and `y(1)` is the difference. The gradients by both rows, averaged over `a` from 0
+   to 1 (integrated gradients: Sundararajan et al. 2017), give each latent its contribution,
+   `Σ value · (first part · G₁ + second part · G₂)`. Contributions of latents, of what rows share
+   with the dictionary's bias, and of what it leaves unexplained add up to the difference.
+3. A latent that does the same in both adapters contributes nothing, whatever its parts are: its
+   part of both rows moves both predictions alike. So it is no difference that two seeds store one
+   function in other directions.
+4. The latents of largest contribution are really removed: each part from the rows of its adapter,
+   at the tokens where the latent fires. What the KL loses is what the latent explains. Several
+   latents are removed together as well.
+5. Chance: what the same firings would contribute if they wrote what other latents write, at equal
+   size.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lorascope import runtime
+from lorascope.causal.effects import kl_and_loss, kl_divergence, log_probabilities, select_measured
+from lorascope.causal.gradients import fitting_graph, no_weight_gradients
+from lorascope.causal.held_out import Batch, HeldOut
+from lorascope.causal.removals import HeldChange, held_runs
+from lorascope.causal.shifts import ShiftTally
+from lorascope.errors import ArtifactError
+from lorascope.sae.model import SAE
+from lorascope.subject.bottlenecks import unmix
+from lorascope.subject.intervene import RowEditor
+from lorascope.subject.load import Subject
+
+Floats = npt.NDArray[np.float64]
+Pair = tuple[str, str]
+
+_N_CONTROLS = 64  # latents whose writes are tried at the firings of others
+_LARGEST_DRIFT = 0.05  # of rows from the store's, as a share of their norm
+_COPIES = 4  # times the memory of a plain run that a batch takes
+
+
+@dataclass
+class Predictions:
+    """KL in nats of each measured prediction, made at `rows`: by pair, to the base, and of noise.
+
+    `reverse` is KL(second ‖ first). `floor` is KL of an adapter and itself with its own rows held.
+    """
+
+    rows: npt.NDArray[np.int64]
+    pairs: dict[Pair, Floats]
+    reverse: dict[Pair, Floats]
+    to_base: dict[str, Floats]
+    floor: dict[str, Floats]
+    shifts: dict[Pair, ShiftTally]
+
+
+@dataclass
+class Contributions:
+    """What makes the difference of a pair, in nats, summed over the tokens of each rollout.
+
+    `of_latent` is `(latent, rollout)`, `bias` and `unexplained` `(rollout,)`. `controls` is
+    `(latent, control)` over all rollouts: what a latent's firings would contribute if they wrote
+    what some other latents write.
+    """
+
+    of_latent: Floats
+    bias: Floats
+    unexplained: Floats
+    controls: Floats
+
+
+@dataclass
+class Differences:
+    """Adapters that run side by side on some rollouts of their joint store, and a dictionary."""
+
+    subjects: Mapping[str, Subject]
+    held_out: HeldOut
+    sae: SAE
+    editors: dict[str, RowEditor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        layout = self.sae.layout
+        self.columns = {name: torch.from_numpy(layout.columns_of(name)) for name in self.subjects}
+        self.number = {int(index): i for i, index in enumerate(self.held_out.rollouts)}
+        self.n_rollouts = len(self.number)
+        self.n_fired = np.zeros(self.sae.d_sae, np.int64)
+        self.total = np.zeros(self.sae.d_sae)  # of values
+
+    def __enter__(self) -> "Differences":
+        with ExitStack() as stack:
+            for name, subject in self.subjects.items():
+                stack.enter_context(no_weight_gradients(subject))
+                self.editors[name] = stack.enter_context(RowEditor(subject, fast=True))
+            self._undo = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._undo.close()
+        self.editors.clear()
+
+    def _run(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the logits of each adapter, and their rows side by side."""
+        outs = {name: editor.run(batch.token_ids) for name, editor in self.editors.items()}
+        rows = torch.cat([out.rows for out in outs.values()], dim=-1)
+        return {name: out.logits for name, out in outs.items()}, rows
+
+    def _code(self, batch: Batch, rows: Tensor) -> Float[Tensor, "token latent"]:
+        """Return the code of the batch's own tokens; zero where the dictionary does not read."""
+        own = batch.rows[batch.own].numpy()
+        code = self.sae.encode_dense(rows[batch.own.to(rows.device)].cpu())
+        return code * self.held_out.is_read(self.sae, own)[:, None]
+
+    @torch.no_grad()
+    def predictions(self, pairs: Sequence[Pair]) -> Predictions:
+        """Do step 1. Raises ArtifactError if rows are not those of the store."""
+        parts: dict[str, list[npt.NDArray[np.float32]]] = {}
+        shifts = {pair: ShiftTally() for pair in pairs}
+        measured: list[npt.NDArray[np.int64]] = []
+
+        def keep(key: str, kl: Tensor) -> None:
+            parts.setdefault(key, []).append(kl.cpu().numpy())
+
+        first = next(iter(self.editors.values()))
+        with runtime.progress(self.held_out.n_tokens, "compare", "tokens") as bar:
+            for batch in self.held_out.batches(len(self.editors) + 1):
+                logits, rows = self._run(batch)
+                self._require_rows(batch, rows)
+                code = self._code(batch, rows)
+                self.n_fired += (code > 0).sum(0).numpy()
+                self.total += code.double().sum(0).numpy()
+                at = {name: select_measured(one, batch.mask) for name, one in logits.items()}
+                log_p = {name: log_probabilities(one) for name, one in at.items()}
+                base = select_measured(first.base(batch.token_ids), batch.mask)
+                targets = batch.targets[batch.mask].to(base.device)
+                for name, editor in self.editors.items():
+                    own = rows[..., self.columns[name].to(rows.device)]
+                    again = editor.run(batch.token_ids, held=own).logits
+                    keep(f"base {name}", kl_and_loss(log_p[name], base, targets)[0])
+                    again = select_measured(again, batch.mask)
+                    keep(f"floor {name}", kl_and_loss(log_p[name], again, targets)[0])
+                roles = self.held_out.role_of(batch.measured)
+                for one, other in pairs:
+                    kl = kl_and_loss(log_p[one], at[other], targets)[0]
+                    keep(f"kl {one} {other}", kl)
+                    keep(f"reverse {one} {other}", kl_and_loss(log_p[other], at[one], targets)[0])
+                    shifts[one, other].add(log_p[one], log_p[other], batch.measured, roles)
+                measured.append(batch.measured)
+                bar.update(int(batch.own.sum()))
+        whole = {key: np.concatenate(some).astype(np.float64) for key, some in parts.items()}
+        return Predictions(
+            rows=np.concatenate(measured),
+            pairs={pair: whole[f"kl {pair[0]} {pair[1]}"] for pair in pairs},
+            reverse={pair: whole[f"reverse {pair[0]} {pair[1]}"] for pair in pairs},
+            to_base={name: whole[f"base {name}"] for name in self.subjects},
+            floor={name: whole[f"floor {name}"] for name in self.subjects},
+            shifts=shifts,
+        )
+
+    def _require_rows(self, batch: Batch, rows: Tensor) -> None:
+        stored = self.held_out.store.take(batch.rows[batch.own].numpy()).astype(np.float32)
+        own = rows[batch.own.to(rows.device)].cpu()
+        drift = float((own - torch.from_numpy(stored)).norm() / max(np.linalg.norm(stored), 1e-30))
+        if drift > _LARGEST_DRIFT:
+            raise ArtifactError(
+                f"rows differ from those of {self.held_out.store.path} by {drift:.2g} of their "
+                f"norm, expected at most {_LARGEST_DRIFT}: it was made with another model or dtype"
+            )
+
+    def contributions(self, pair: Pair, steps: int, seed: int) -> Contributions:
+        """Do steps 2 and 5 for a pair of adapters."""
+        d_sae, n = self.sae.d_sae, self.n_rollouts
+        found = Contributions(
+            np.zeros((d_sae, n)), np.zeros(n), np.zeros(n), np.zeros((d_sae, _N_CONTROLS))
+        )
+        columns = torch.cat([self.columns[name] for name in pair])
+        W, bias = self.sae.W_dec[:, columns], self.sae.b_dec[columns]
+        size = self.writes.sizes(pair)
+        alive = np.flatnonzero((self.n_fired > 0) & (size > 0))
+        if not len(alive):
+            return found
+        drawn = np.random.default_rng([seed, d_sae]).choice(alive, _N_CONTROLS)
+        others = W[drawn] / torch.from_numpy(size[drawn]).float()[:, None]
+        kept = fitting_graph(self.subjects[pair[0]])
+        small = replace(self.held_out, batch_tokens=min(self.held_out.batch_tokens, kept))
+        with runtime.progress(small.n_tokens, f"explain {' and '.join(pair)}", "tokens") as bar:
+            for batch in small.batches(_COPIES):
+                with torch.no_grad():
+                    _, rows = self._run(batch)
+                    code = self._code(batch, rows)
+                own = rows[batch.own.to(rows.device)].cpu()[:, columns]
+                gradient = self._gradient(pair, batch, rows, steps, kept)
+                read = self.held_out.is_read(self.sae, batch.rows[batch.own].numpy())
+                left = (own - code @ W - bias) * gradient
+                moved = gradient @ W.T
+                wrong = gradient @ others.T
+                bounds = batch.own.sum(1).tolist()
+                owners = self.held_out.store.rollout_of(batch.rows[:, 0].numpy())
+                for owner, c, m, o, x, g, is_read, u in zip(
+                    owners.tolist(),
+                    *(p.split(bounds) for p in (code, moved, wrong, own, gradient, read, left)),
+                    strict=True,
+                ):
+                    i = self.number[owner]
+                    found.of_latent[:, i] += (c * m).double().sum(0).numpy()
+                    found.controls += (c.T @ o).double().numpy()
+                    found.bias[i] += float((g[is_read] @ bias).double().sum())
+                    found.unexplained[i] += float(u[is_read].double().sum())
+                    found.unexplained[i] += float((x * g)[~is_read].double().sum())
+                bar.update(int(batch.own.sum()))
+        found.controls *= size[:, None]
+        return found
+
+    def _gradient(
+        self, pair: Pair, batch: Batch, rows: Tensor, steps: int, kept: int
+    ) -> Float[Tensor, "token columns"]:
+        """Return the gradient of the KL by the rows of both, averaged over the path."""
+        points, weights = np.polynomial.legendre.leggauss(steps)
+        own = batch.own.to(rows.device)
+        ends = [rows[..., self.columns[name].to(rows.device)] for name in pair]
+        lean = batch.own.numel() > kept
+        total = torch.zeros(int(own.sum()), sum(end.shape[-1] for end in ends))
+        for point, weight in zip((points + 1) / 2, weights / 2, strict=True):
+            with torch.enable_grad():
+                leaves = [(float(point) * end).requires_grad_() for end in ends]
+                log_p, log_q = (
+                    select_measured(
+                        self.editors[name].run(batch.token_ids, held=leaf, lean=lean).logits,
+                        batch.mask,
+                    )
+                    .float()
+                    .log_softmax(-1)
+                    for name, leaf in zip(pair, leaves, strict=True)
+                )
+                out = log_p == -torch.inf
+                p, q = log_p.masked_fill(out, 0), log_q.masked_fill(out, 0)
+                kl = (log_p.exp() * (p - q)).sum()
+                gradients = torch.autograd.grad(kl, leaves)
+            total += float(weight) * torch.cat([g[own] for g in gradients], dim=-1).cpu()
+        return total
+
+    @torch.no_grad()
+    def removals(self, pair: Pair, sets: Sequence[npt.NDArray[np.int64]]) -> Floats:
+        """Do step 4: return what the KL loses without each set of latents, `(set, rollout)`."""
+        lost = np.zeros((len(sets), self.n_rollouts))
+        W = {name: self.sae.W_dec[:, self.columns[name]] for name in pair}
+        for rollout, batch in self.held_out.alone(f"remove from {' and '.join(pair)}"):
+            _, rows = self._run(batch)
+            code = self._code(batch, rows)
+            numbers, changes = [], {name: [] for name in pair}
+            for number, latents in enumerate(sets):
+                values = code[:, latents]
+                at = (values > 0).any(1).nonzero()[:, 0]
+                if not len(at):
+                    continue
+                numbers.append(number)
+                for name, some in changes.items():
+                    some.append(HeldChange(at, -values[at] @ W[name][latents]))
+            for chunk, kl in self._kl_of_changes(pair, batch, rows, changes):
+                here = [numbers[i] for i in chunk]
+                lost[here, self.number[rollout]] += kl[0] - kl[1:]
+        return lost
+
+    def _kl_of_changes(
+        self, pair: Pair, batch: Batch, rows: Tensor, changes: Mapping[str, list[HeldChange]]
+    ) -> Iterator[tuple[list[int], Floats]]:
+        """Yield the numbers of some changes and the sums of KL: without a change, with each."""
+        runs = [
+            held_runs(
+                self.editors[name],
+                self.held_out,
+                batch.token_ids,
+                rows[0][:, self.columns[name].to(rows.device)],
+                changes[name],
+                with_reference=True,
+            )
+            for name in pair
+        ]
+        for (chunk, start, one), (same, also, other) in zip(*runs, strict=True):
+            assert chunk == same and start == also, "both runs have the same changes"
+            mask = batch.mask[0, start:].to(one.device)
+            kl = [kl_divergence(p[mask], q[mask]).sum() for p, q in zip(one, other, strict=True)]
+            yield chunk, torch.stack(kl).double().cpu().numpy()
+
+    @cached_property
+    def writes(self) -> "Writes":
+        """What the latents' parts write."""
+        return Writes(self.subjects, self.sae)
+
+
+class Writes:
+    """What each latent's parts write into the outputs of the adapted modules, at a value of 1.
+
+    Parts of two adapters at one module write into the same space, so they can be compared there:
+    `gram[a, b][latent]` is the sum over modules of the inner products of what they write. It does
+    not depend on ranks, gauges or on how an update is split into A and B.
+    """
+
+    def __init__(self, subjects: Mapping[str, Subject], sae: SAE) -> None:
+        parts: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}  # by module: rows' part, and B
+        for name, subject in subjects.items():
+            decoder = sae.W_dec[:, torch.from_numpy(sae.layout.columns_of(name))]
+            for site, here, mix in zip(
+                subject.layout.sites, subject.layout.slices, subject.mixes, strict=True
+            ):
+                layer = subject.causal.get_submodule(site.module)
+                write = layer.lora_B[layer.active_adapters[0]]
+                whole = getattr(write, "weight_as_blockdiagonal_matrix", None)
+                b = (whole() if whole else write.weight).detach().float().cpu() * site.scale
+                b = b if mix is None else b @ unmix(mix.cpu())
+                parts.setdefault(site.module, {})[name] = decoder[:, here], b
+        self.gram = {(a, b): torch.zeros(sae.d_sae) for a in subjects for b in subjects}
+        for here in parts.values():
+            for a, (one, b_one) in here.items():
+                for b, (other, b_other) in here.items():
+                    self.gram[a, b] += (one @ (b_one.T @ b_other) * other).sum(1)
+
+    def size(self, name: str) -> Floats:
+        """Return the norm of what each latent's part writes with one adapter, `(latent,)`."""
+        return self.gram[name, name].clamp(min=0).sqrt().double().numpy()
+
+    def sizes(self, names: Sequence[str]) -> Floats:
+        """Return the norm of what each latent's parts write with some adapters together."""
+        return np.sqrt(sum(self.size(name) ** 2 for name in names))
+
+    def cosine(self, one: str, other: str) -> Floats:
+        """Return the cosine of what both parts write, `(latent,)`; 0 if one writes nothing."""
+        product = self.size(one) * self.size(other)
+        cosine = self.gram[one, other].double().numpy() / np.maximum(product, 1e-30)
+        return np.where(product > 0, cosine, 0.0)

@@ -1,0 +1,341 @@
+"""What `compare` says of adapters of which it is known."""
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from builders.hostile import HOSTILE
+from builders.schemas import require_schema
+from builders.subjects import load, save_adapter
+from safetensors.torch import load_file, save_file
+
+from lorascope.activations.store import ActivationStore
+from lorascope.causal.held_out import HeldOut
+from lorascope.causal.study import read_report
+from lorascope.cli import call
+from lorascope.compare import compare
+from lorascope.compare.compare_options import CompareConfig
+from lorascope.compare.compare_page import as_html, as_markdown, as_text
+from lorascope.compare.compare_records import ComparisonReport
+from lorascope.compare.differences import Differences
+from lorascope.compare.joint import find_members
+from lorascope.errors import AdapterError, ArtifactError, ConfigError
+from lorascope.inspection import verify
+from lorascope.sae.model import load_sae
+from lorascope.sites import SiteLayout
+from lorascope.subject.adapter import WEIGHTS, inspect_adapter
+from lorascope.subject.base import find_base
+from lorascope.subject.load import SharedBase, load_tokenizer
+
+SMALL = {
+    "num_examples": 24, "epochs": 2, "batch_size": 128, "k": 3, "expansion_factor": 2,
+    "holdout": 0.4, "verify": 3, "device": "cpu", "max_fvu": float("inf"),
+}  # fmt: skip
+
+
+def changed(adapter: Path, folder: Path, **factors: float) -> Path:
+    """Copy an adapter with some tensors times a factor, and return its folder."""
+    shutil.copytree(adapter, folder)
+    weights = load_file(folder / WEIGHTS)
+    for name, value in weights.items():
+        for part, factor in factors.items():
+            if part in name:
+                weights[name] = value * factor
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    return folder
+
+
+def compared(
+    adapters: Sequence[Path], base: Path, texts: Path, out: Path, **given: Any
+) -> ComparisonReport:
+    options = {**SMALL, "base_model": str(base), "dataset": str(texts), "output": out, **given}
+    page = compare.run(CompareConfig(adapters=tuple(map(str, adapters)), **options))
+    assert page == out / "compare.html"
+    return read_report(out / "compare.json", (ComparisonReport,))[0]
+
+
+@pytest.fixture(scope="module")
+def three(subject_dirs, dataset_file, tmp_path_factory):
+    """The first adapter, itself again under another digest, and with B = 0; one rank-2 adapter."""
+    base, adapter = subject_dirs
+    folder = tmp_path_factory.mktemp("three")
+    twin = changed(adapter, folder / "twin", lora_A=2.0, lora_B=0.5)
+    zero = changed(adapter, folder / "zero", lora_B=0.0)
+    save_adapter(base, folder / "other", r=2, target_modules=["q_proj", "up_proj"])
+    adapters = [adapter, twin, zero, folder / "other"]
+    return adapters, compared(adapters, base, dataset_file, folder / "out"), folder / "out"
+
+
+def test_an_adapter_against_itself_differs_by_rounding_and_has_no_news(three):
+    _, report, _ = three
+    pair = report.pairs[0]
+    assert (pair.first, pair.second) == ("A", "B")
+    eps = torch.finfo(torch.float32).eps
+    assert 0 <= pair.kl < 1000 * eps * report.adapters[0].kl_base
+    assert pair.n_news == 0
+    assert pair.n_kinds.keys() == {"shared"}
+    assert all(abs(one.share - 0.5) < 1e-3 for one in pair.features)
+    assert "They predict the same" in as_text(report) or "they predict the same" in as_text(report)
+
+
+def test_the_difference_from_an_adapter_that_writes_nothing_is_the_kl_to_the_base(three):
+    _, report, _ = three
+    pair = report.pairs[1]
+    assert pair.kl == pytest.approx(report.adapters[0].kl_base, rel=1e-4)
+    assert report.adapters[2].kl_base == pytest.approx(0, abs=1e-4 * pair.kl)
+    assert pair.n_kinds.keys() == {"only in the first"}
+
+
+def test_joint_rows_are_those_of_the_first_adapter_then_of_the_second(three):
+    _, report, out = three
+    joint = ActivationStore.open(out / "activations")
+    stores = [ActivationStore.open(out / "rows" / name) for name in "ABCD"]
+    whole = np.concatenate([one.rows(0, one.n_rows) for one in stores], axis=1)
+    np.testing.assert_array_equal(joint.rows(0, joint.n_rows), whole)
+    np.testing.assert_array_equal(joint.token_ids, stores[0].token_ids)
+    np.testing.assert_array_equal(joint.roles, stores[0].roles)
+    begin = stores[0].d_in
+    assert joint.layout.column_names[0] == "A:0.gate_proj"
+    assert joint.layout.column_names[begin] == "B:0.gate_proj"
+    assert joint.layout.column_names[-2:] == ("D:1.q_proj:0", "D:1.q_proj:1")
+    np.testing.assert_array_equal(joint.layout.columns_of("B"), np.arange(begin, 2 * begin))
+    assert SiteLayout.from_json(joint.layout.to_json()) == joint.layout
+    assert [one.n_columns for one in report.adapters] == [14, 14, 14, 8]
+    for name in ("activations", "sae", "features.h5", "labels.json", "dashboard.html"):
+        assert verify(out / name) == []
+    assert verify(out / "compare.json") == []
+    require_schema(out / "compare.json", "comparison")
+
+
+def test_one_adapter_never_goes_with_a_joint_store(three, capsys):
+    adapters, _, out = three
+    words = ["ablate", "--lora-path", str(adapters[0]), "--data-dir", str(out / "activations")]
+    assert call([*words, "--output", str(out / "no.json")]) == 2
+    assert "use a matching pair" in capsys.readouterr().err
+
+
+@pytest.fixture
+def differences(three, subject_dirs):
+    adapters, _, out = three
+    store = ActivationStore.open(out / "activations")
+    subjects = {
+        name: load(folder, subject_dirs[0]) for name, folder in zip("ABCD", adapters, strict=True)
+    }
+    held_out = HeldOut(subjects["A"], store, np.array([0, 5]), 512)
+    with Differences(subjects, held_out, load_sae(out / "sae")) as found:
+        yield found
+
+
+@torch.no_grad()
+def test_a_removal_takes_each_part_from_the_rows_of_its_adapter(differences):
+    found = differences
+    pair, sae, store = ("A", "D"), found.sae, found.held_out.store
+    rows = torch.from_numpy(store.rows(0, store.n_rows).astype(np.float32))
+    code = sae.encode_dense(rows)
+    latents = code.sum(0).topk(3).indices.numpy()
+    lost = found.removals(pair, [latents[:1], latents])
+    for i, rollout in enumerate(found.held_out.rollouts):
+        first, last = store.rollout_start[rollout : rollout + 2].tolist()
+        ids = torch.from_numpy(store.token_ids[first:last].astype(np.int64))[None]
+        live = torch.cat([e.run(ids).rows[0] for e in found.editors.values()], dim=1)
+        own = sae.encode_dense(live)
+
+        def kl(taken: np.ndarray, ids=ids, live=live, own=own) -> float:
+            left = live - own[:, taken] @ sae.W_dec[taken]
+            p, q = (
+                found.editors[name]
+                .run(ids, held=left[None, :, found.columns[name]])
+                .logits[0, :-1]
+                .double()
+                .log_softmax(-1)
+                for name in pair
+            )
+            return float((p.exp() * (p - q)).sum())
+
+        before = kl(latents[:0])
+        for number, taken in enumerate((latents[:1], latents)):
+            expected = before - kl(taken)
+            assert lost[number, i] == pytest.approx(expected, abs=1e-4 * before)
+
+
+def test_contributions_of_features_bias_and_rest_add_up_to_the_difference(
+    three, subject_dirs, tmp_path, monkeypatch
+):
+    """The adapters are made weak: a random model saturates before the second point of the path."""
+    monkeypatch.setattr("lorascope.compare.differences._LARGEST_DRIFT", np.inf)
+    adapters, _, out = three
+    weak = {
+        name: load(changed(adapters[i], tmp_path / name, lora_B=0.01), subject_dirs[0])
+        for i, name in enumerate("ABCD")
+    }
+    held_out = HeldOut(weak["A"], ActivationStore.open(out / "activations"), np.arange(3), 512)
+    with Differences(weak, held_out, load_sae(out / "sae")) as found:
+        measured = found.predictions([("A", "C"), ("A", "D")])
+        for pair, kl in measured.pairs.items():
+            parts = found.contributions(pair, 4, 0)
+            total = parts.of_latent.sum(0) + parts.bias + parts.unexplained
+            by_rollout = np.bincount(held_out.store.rollout_of(measured.rows), kl)
+            np.testing.assert_allclose(total, by_rollout, rtol=0.02)
+
+
+def test_what_parts_write_is_what_their_columns_of_b_write(differences):
+    writes, sae = differences.writes, differences.sae
+    rank_1 = differences.subjects["A"].layout.effect_scale
+    part = sae.W_dec[:, differences.columns["A"]].double().numpy()
+    np.testing.assert_allclose(writes.size("A"), np.sqrt(((part * rank_1) ** 2).sum(1)), rtol=1e-4)
+    # the twin writes the same into the same modules, though its A and B are scaled
+    alive = writes.size("A") > 1e-3 * writes.size("A").max()
+    assert writes.cosine("A", "B")[alive].min() > 0.99
+    assert (writes.cosine("A", "C") == 0).all()
+    # in the SVD gauge columns of B are orthogonal: the norm is that of the values
+    svd = differences.subjects["D"].layout.effect_scale
+    part = sae.W_dec[:, differences.columns["D"]].double().numpy()
+    np.testing.assert_allclose(writes.size("D"), np.sqrt(((part * svd) ** 2).sum(1)), rtol=1e-3)
+
+
+def test_adapters_of_one_base_share_its_weights_and_predict_as_if_alone(three, subject_dirs):
+    adapters, _, _ = three
+    shared, subjects = SharedBase(), []
+    for folder in adapters:
+        adapter = inspect_adapter(str(folder))
+        base = find_base(adapter, str(subject_dirs[0]))
+        tokenizer = load_tokenizer(adapter, base)
+        subjects.append(shared.load(adapter, base, tokenizer, torch.device("cpu"), "auto"))
+    weights = {subject.causal.get_input_embeddings().weight.data_ptr() for subject in subjects}
+    assert len(weights) == 1
+    ids = torch.arange(5, 25)[None]
+    for folder, subject in zip(adapters, subjects, strict=True):
+        with torch.inference_mode():
+            alone = load(folder, subject_dirs[0]).model(input_ids=ids).logits
+            assert torch.equal(subject.model(input_ids=ids).logits, alone)
+
+
+def test_an_adapter_that_trained_embeddings_gets_a_base_of_its_own(subject_dirs, tmp_path):
+    base, adapter = subject_dirs
+    save_adapter(base, tmp_path / "trained", modules_to_save=["embed_tokens"])
+    shared, pointers = SharedBase(), set()
+    for folder in (adapter, tmp_path / "trained"):
+        found = inspect_adapter(str(folder))
+        where = find_base(found, str(base))
+        tokenizer = load_tokenizer(found, where)
+        subject = shared.load(found, where, tokenizer, torch.device("cpu"), "auto")
+        pointers.add(subject.causal.get_submodule("model.norm").weight.data_ptr())
+    assert len(pointers) == 2
+
+
+def test_adapters_of_different_bases_are_refused_in_one_line(
+    make_subject, subject_dirs, dataset_file, tmp_path
+):
+    _, other = make_subject(seed=1)
+    options = {**SMALL, "dataset": str(dataset_file), "output": tmp_path / "out"}
+    with pytest.raises(AdapterError, match="compare takes adapters of one base") as caught:
+        compare.run(CompareConfig(adapters=(str(subject_dirs[1]), str(other)), **options))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ['<img src=x onerror="alert(1)">', "--output", "A\n| B |"])
+def test_names_of_adapters_are_inert_and_decide_no_path(name, subject_dirs, three, tmp_path):
+    _, report, _ = three
+    tokens = tuple(HOSTILE)
+    hostile = replace(
+        report,
+        base=name,
+        adapters=(replace(report.adapters[0], folder=name), *report.adapters[1:]),
+        features=tuple(replace(one, label=HOSTILE[0]) for one in report.features),
+        texts=(replace(report.texts[0], tokens=tokens, kl=(1.0,) * len(tokens)),),
+    )
+    page = as_html(hostile)
+    tags = set(re.findall(r"<\s*/?\s*([a-z0-9!]+)", page.lower()))
+    allowed = "!doctype html meta title style main h1 h2 h3 p a bdi div span table tr th td".split()
+    assert tags <= set(allowed)
+    assert "default-src 'none'" in page
+    assert 'onerror="' not in page
+    assert "<" not in as_markdown(hostile).replace("\\<", "")
+    shutil.copytree(subject_dirs[1], tmp_path / name)
+    members, _ = find_members((str(tmp_path / name), f"{tmp_path / name}/../{name}"), None)
+    assert [member.name for member in members] == ["A", "B"]  # of the folders in the output
+
+
+def test_a_killed_comparison_goes_on_and_a_finished_one_is_kept(
+    subject_dirs, dataset_file, tmp_path, monkeypatch
+):
+    base, adapter = subject_dirs
+    zero = changed(adapter, tmp_path / "zero", lora_B=0.0)
+    out = tmp_path / "out"
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    for target in ("write_shard", "shutil.copytree"):
+        with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+            broken.setattr(f"lorascope.compare.joint.{target}", stop)
+            compared([adapter, zero], base, dataset_file, out)
+        assert not (out / "activations").exists()
+    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+        broken.setattr("lorascope.compare.compare.Judge", stop)
+        compared([adapter, zero], base, dataset_file, out)
+    assert not (out / "compare.json").exists()
+    report = compared([adapter, zero], base, dataset_file, out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert compared([adapter, zero], base, dataset_file, out) == report
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    again = compared([adapter, zero], base, dataset_file, tmp_path / "again")
+    assert again == report
+    with pytest.raises(ArtifactError, match="other settings"):
+        compared([adapter, zero], base, dataset_file, out, steps=8)
+
+
+def test_checkpoints_say_when_a_feature_is_born_beside_the_loss(
+    subject_dirs, dataset_file, tmp_path
+):
+    base, adapter = subject_dirs
+    run = tmp_path / "run"
+    for step, factor in ((20, 0.0), (100, 0.9), (1000, 1.0)):
+        changed(adapter, run / f"checkpoint-{step}", lora_B=factor)
+    (run / "checkpoint-7").mkdir()  # not finished
+    history = [{"step": 10, "loss": 3.0}, {"step": 90, "loss": 2.0}, {"step": "x", "loss": 1.0}]
+    history += [{"step": 95, "eval_loss": 9.0}, {"step": 96, "loss": float("nan")}]
+    (run / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    report = compared([run], base, dataset_file, tmp_path / "out")
+    assert [one.name for one in report.adapters] == ["0020", "0100", "1000"]
+    assert [one.loss for one in report.adapters] == [3.0, 2.0, 2.0]
+    assert [(one.first, one.second) for one in report.pairs] == [("0020", "0100"), ("0100", "1000")]
+    assert report.adapters[0].kl_base < 1e-6 < report.adapters[1].kl_base
+    assert min(one.born for one in report.features) == 100  # before, B is 0
+    assert {one.born for one in report.features} <= {100, 1000}
+    assert {one.died for one in report.features} == {None}
+    page = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
+    assert "loss: 3 at step 20, 2 at step 100, 2 at step 1000" in page
+    assert page.count("<polyline") == 2 + min(len(report.features), 24)
+
+
+def test_what_cannot_be_compared_is_refused_in_one_line(subject_dirs, tmp_path):
+    adapter = str(subject_dirs[1])
+    with pytest.raises(ConfigError, match="expected two or more; name the adapters"):
+        find_members((adapter,), None)
+    with pytest.raises(ConfigError, match="no adapter is given"):
+        CompareConfig(adapters=())
+    with pytest.raises(ConfigError, match="compare trains one dictionary, --k has 2"):
+        CompareConfig(adapters=(adapter, adapter), k=(2, 3))
+    with pytest.raises(ConfigError, match="26 or fewer"):
+        find_members((adapter,) * 27, None)
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ConfigError, match="which is a file, expected a folder"):
+        compare.run(CompareConfig(adapters=(adapter, adapter), output=tmp_path / "out"))
+
+
+def test_adapters_may_stand_before_and_after_flags(monkeypatch, capsys):
+    seen: list[CompareConfig] = []
+    monkeypatch.setattr(compare, "run", lambda config: seen.append(config) or Path("page"))
+    assert call(["compare", "one", "--dataset", "x.jsonl", "two", "three", "--verify", "3"]) == 0
+    assert seen[0].adapters == ("one", "two", "three")
+    assert call(["compare", "--dataset", "x.jsonl"]) == 2
+    assert "adapters" in capsys.readouterr().err
