@@ -7,15 +7,23 @@ Writes a store of random rows (448 columns, float16) into a temporary folder, th
 a permutation of the whole store), and `copy`: a copy of as many bytes from one array in memory,
 the most that the machine can do. The files are in the page cache.
 
-Then, with the page cache dropped before each: `cold, in order`; all shuffled batches of the
+Then, with the page cache dropped before each: `disk`, its files read in order into one buffer, the
+most that the disk can do; `cold, in order`, through a map as float32; all shuffled batches of the
 `first epoch` as training takes them (`BatchPlan`: read in order, checked, kept in memory, taken in
 random order), and of the `second epoch`; and those of an epoch `streamed` through a buffer of a
-tenth of the store, as training takes a store larger than memory. Figures are medians of five.
+tenth of the store, as training takes a store larger than memory. Figures are medians of five;
+`CPU` is of all threads.
+
+    python benchmarks/store.py --gigabytes 6 --larger-than-memory
+
+is for a store that does not fit: only `disk` and `streamed`, three times, with what was read from
+the disk and the largest memory of the process. Run it where memory is limited, such as in a cgroup.
 """
 
 import argparse
 import gc
 import os
+import resource
 import statistics
 import tempfile
 import time
@@ -64,9 +72,13 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=1.0)
+    parser.add_argument("--larger-than-memory", action="store_true")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         store = make(Path(folder), int(given.gigabytes * 1e9 / 448 / 2))
+        if given.larger_than_memory:
+            _alternate_cold(Path(folder), {"disk": _disk, "streamed": _streamed}, 3)
+            return
         order = np.random.default_rng(1).permutation(store.n_rows)
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         array = store.shards[0].read("activations")[:]
@@ -85,23 +97,40 @@ def main() -> None:
             rate = n_batches * BATCH / sum(times)
             print(f"  {name:<14} {rate:>12,.0f} rows/s   {ratio:.2f} of in order")
         del store, array, ways  # their maps hold pages in memory
-        names = ("cold, in order", "first epoch", "second epoch", "streamed")
-        rates: dict[str, list[float]] = {name: [] for name in names}
-        for _ in range(5):
-            _drop(Path(folder))
-            begun = time.perf_counter()
-            n_rows = _in_order(ActivationStore.open(Path(folder)))
-            found = [n_rows / (time.perf_counter() - begun)]
-            _drop(Path(folder))
-            found += _epochs(ActivationStore.open(Path(folder)))
-            _drop(Path(folder))
-            found.append(_streamed(ActivationStore.open(Path(folder))))
-            for name, rate in zip(names, found, strict=True):
-                rates[name].append(rate)
-        slow = statistics.median(rates["cold, in order"])
-        for name, values in rates.items():
-            middle = statistics.median(values)
-            print(f"  {name:<14} {middle:>12,.0f} rows/s   {middle / slow:.2f} of cold, in order")
+        ways_cold = {"disk": _disk, "cold, in order": _in_order, "streamed": _streamed}
+        _alternate_cold(Path(folder), {**ways_cold, "first epoch": _epoch, "both": _epochs}, 5)
+
+
+def _alternate_cold(
+    folder: Path, ways: dict[str, Callable[[ActivationStore], int]], n_rounds: int
+) -> None:
+    """Print rates, CPU time and bytes read of ways to read a store that is not in memory."""
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
+    for _ in range(n_rounds):
+        for name, way in ways.items():
+            _drop(folder)
+            begun, cpu, read = time.perf_counter(), time.process_time(), _bytes_read()
+            n_rows = way(ActivationStore.open(folder))  # whose maps would hold pages in memory
+            seconds = time.perf_counter() - begun
+            cpu, read = time.process_time() - cpu, _bytes_read() - read
+            found[name].append((n_rows / seconds, 1e6 * cpu / n_rows, read / n_rows / 896))
+    for name, values in found.items():
+        rate, cpu, read = map(statistics.median, zip(*values, strict=True))
+        of_disk = statistics.median(
+            mine[0] / disk[0] for mine, disk in zip(values, found["disk"], strict=True)
+        )
+        print(
+            f"  {name:<14} {rate:>12,.0f} rows/s   {of_disk:.2f} of the disk   "
+            f"CPU {cpu:.2f} us/row   read {read:.2f} of the store"
+        )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"  largest memory of the process {peak / 1024:,.0f} MiB")
+
+
+def _bytes_read() -> int:
+    """Return the bytes that this process has caused to be read from disks."""
+    with Path("/proc/self/io").open() as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 
 
 def _alternate(ways: dict[str, Callable[[int], object]], n_batches: int) -> dict[str, list[float]]:
@@ -123,24 +152,27 @@ def _in_order(store: ActivationStore) -> int:
     return sum(len(wide(rows)) for _, rows in store.blocks(BATCH))
 
 
-def _epochs(store: ActivationStore) -> list[float]:
-    """Return the rows per second of the first epoch, loading included, and of the second."""
-    begun, rates = time.perf_counter(), []
-    plan = BatchPlan.from_store(store, np.arange(store.n_rows), BATCH, seed=0)
-    n = plan.n_batches(1)
-    for first in (0, n):
-        rows = sum(len(batch) for batch in plan.batches(first, first + n))
-        rates.append(rows / (time.perf_counter() - begun))
-        begun = time.perf_counter()
-    return rates
+def _disk(store: ActivationStore) -> int:
+    buffer = bytearray(4 << 20)
+    for shard in store.shards:
+        with shard.path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    return store.n_rows
 
 
-def _streamed(store: ActivationStore) -> float:
-    """Return the rows per second of an epoch of which a tenth at a time is shuffled in memory."""
-    begun, rows = time.perf_counter(), np.arange(store.n_rows)
-    plan = BatchPlan.from_store(store, rows, BATCH, seed=0, buffer_rows=-(-len(rows) // 10))
-    n_rows = sum(len(batch) for batch in plan.batches(0, plan.n_batches(1)))
-    return n_rows / (time.perf_counter() - begun)
+def _epochs(store: ActivationStore, n_epochs: int = 2, buffer_rows: int | None = None) -> int:
+    rows = np.arange(store.n_rows)
+    plan = BatchPlan.from_store(store, rows, BATCH, seed=0, buffer_rows=buffer_rows)
+    return sum(len(batch) for batch in plan.batches(0, plan.n_batches(n_epochs)))
+
+
+def _epoch(store: ActivationStore) -> int:
+    return _epochs(store, 1)
+
+
+def _streamed(store: ActivationStore) -> int:
+    return _epochs(store, 1, buffer_rows=-(-store.n_rows // 10))
 
 
 def _drop(folder: Path) -> None:

@@ -8,6 +8,7 @@ import time
 import tracemalloc
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -392,6 +393,25 @@ def test_two_pools_are_in_memory_at_most(make_store, monkeypatch):
     assert max(peaks) / min(peaks) < 1.25  # it does not grow with the batches
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_stream_reads_its_rows_once_and_maps_none_of_them(make_store):
+    """Otherwise a store larger than memory is read many times over."""
+    layout = layout_of(n_layers=40)  # 1120 bytes a row
+    store = make_store(layout=layout, n_rollouts=20, length=2000, rollouts_per_shard=5)
+    n_bytes = 40_000 * layout.d_in * 4
+    plan = BatchPlan.from_store(store, np.arange(40_000), 100, 0, buffer_rows=4000)
+    list(plan.batches(0, 2))
+
+    def of_process(file, name):
+        with Path("/proc/self", file).open() as lines:
+            return next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
+
+    read, mapped = of_process("io", "rchar"), of_process("status", "RssFile")
+    assert sum(map(len, plan.batches(0, 400))) == 40_000
+    assert n_bytes < of_process("io", "rchar") - read < 1.1 * n_bytes
+    assert 1024 * (of_process("status", "RssFile") - mapped) < n_bytes / 10
+
+
 def test_a_part_of_the_batches_keeps_that_part_of_the_pools_only(make_store, monkeypatch):
     layout = layout_of(n_layers=40)
     store = make_store(layout=layout, n_rollouts=20, length=1000, rollouts_per_shard=5)
@@ -407,18 +427,18 @@ def test_a_part_of_the_batches_keeps_that_part_of_the_pools_only(make_store, mon
 
 
 class Reads:
-    """Notes the rows that are read, instead of a store's `take`."""
+    """Notes the rows that are read by a store's `read_into`."""
 
     def __init__(self, monkeypatch):
         self.rows, self.before = [], lambda: None
-        take = ActivationStore.take
+        read_into = ActivationStore.read_into
 
-        def noted(store, rows):
+        def noted(store, out, rows):
             self.before()
             self.rows.append(rows.copy())
-            return take(store, rows)
+            return read_into(store, out, rows)
 
-        monkeypatch.setattr(ActivationStore, "take", noted)
+        monkeypatch.setattr(ActivationStore, "read_into", noted)
 
     def count(self):
         return sum(map(len, self.rows))
@@ -567,7 +587,7 @@ def test_a_forgotten_stream_ends_its_threads(small_store):
 def test_a_stream_may_be_closed_by_one_of_its_own_threads(small_store, monkeypatch, where):
     """As garbage collection does that happens to run in one."""
     place, name = {
-        "rows": (ActivationStore, "take"),
+        "rows": (ActivationStore, "read_into"),
         "pools": (Shuffle, "indices"),
         "batches": (batches, "_all_finite"),
     }[where]

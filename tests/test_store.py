@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from builders.stores import layout_of
 
+from lorascope.activations import shards
 from lorascope.activations.shards import Vocabulary
 from lorascope.activations.store import ActivationStore
+from lorascope.arrayfile import map_arrays
 from lorascope.artifact import Manifest, write_manifest
 from lorascope.errors import ArtifactError
 from lorascope.inspection import verify
@@ -25,6 +27,29 @@ def test_rows_come_back_across_shards_in_any_slice_and_any_order(make_store):
     picked = np.array([239, 0, 160, 159, 0])
     np.testing.assert_array_equal(store.take(picked), rows[picked])
     np.testing.assert_array_equal(np.concatenate([b for _, b in store.blocks(77)]), rows)
+
+
+@pytest.mark.parametrize("types", [PROJECTIONS, ["up_proj", "o_proj"]])
+def test_rising_rows_are_read_from_the_files_as_they_are_taken_from_maps(make_store, types):
+    store = make_store(dtype="float16").select(types)
+    for rows in ([*range(3, 9), 11, *range(150, 170), 239], [0], [159, 160], range(240), []):
+        picked = np.array(rows, np.int64)
+        out = np.full((len(picked), store.d_in), np.nan, np.float16)
+        store.read_into(out, picked)
+        np.testing.assert_array_equal(out, store.take(picked))
+
+
+def test_a_file_that_became_shorter_is_named_and_not_filled_up(make_store, monkeypatch):
+    store = make_store()
+    monkeypatch.setattr(shards, "map_arrays", lambda path, found=map_arrays: truncated(found, path))
+
+    def truncated(found, path):
+        arrays = found(path)
+        os.truncate(path, 5000)
+        return arrays
+
+    with pytest.raises(ArtifactError, match=r"shard-00000.h5 is damaged: it ends before its last"):
+        store.read_into(np.empty((160, 14), np.float32), np.arange(160))
 
 
 def test_a_row_knows_its_rollout(make_store):

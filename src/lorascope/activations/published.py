@@ -83,7 +83,8 @@ def open_published(path: Path) -> Published:
         token_ids = np.array([ids[text] for text in texts[number]], np.int32)
         n = len(token_ids)
         read = _File(files[number], order, (n, n_layers, len(types)), token_ids)
-        return Shard(files[number], n, np.array([0, n], np.int64), np.array([number]), read)
+        rows = np.array([0, n], np.int64)
+        return Shard(files[number], n, rows, np.array([number]), read, read.read_rows)
 
     digests = [[files[number].name, digest_in_part(files[number])] for number in numbers]
     return Published(
@@ -111,6 +112,10 @@ class _File(NamedTuple):
         if name == "token_ids":
             return self.token_ids
         return np.full(len(self.token_ids), ROLES.index("text"), np.uint8)
+
+    def read_rows(self, rows: npt.NDArray[np.int64], out: Rows) -> None:
+        """Copy rows to `out`; the file is read as a whole."""
+        out[:] = self("activations")[rows]
 
 
 @lru_cache(maxsize=64)

@@ -3,6 +3,7 @@
 A shard is mapped into memory when it is first read.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +39,8 @@ class Shard:
     """The rows of some rollouts in one file.
 
     `read(name)` returns `activations (n_rows, d_in)`, `token_ids (n_rows,)` or `role (n_rows,)`, as
-    memory maps if the file allows it.
+    memory maps if the file allows it. `read_rows(rows, out)` copies rows, given in rising order,
+    to `out (len(rows), d_in)`, and reads nothing else where the file allows it.
     """
 
     path: Path
@@ -46,6 +48,7 @@ class Shard:
     rollout_start: npt.NDArray[np.int64]
     rollout_id: npt.NDArray[np.int64]
     read: Callable[[str], npt.NDArray[Any]] = field(repr=False)
+    read_rows: Callable[[npt.NDArray[np.int64], Rows], None] = field(repr=False)
 
 
 def open_shard(path: Path, info: Mapping[str, Any], d_in: int) -> Shard:
@@ -73,7 +76,8 @@ def open_shard(path: Path, info: Mapping[str, Any], d_in: int) -> Shard:
         _refuse(path, f"its {len(ids)} rollouts do not cover rows 0 to {n_rows}")
     if (starts[1:] < starts[:-1]).any():
         _refuse(path, "the first rows of its rollouts are not in rising order")
-    return Shard(path, n_rows, starts, ids, _Mapped(path))
+    read = _Mapped(path)
+    return Shard(path, n_rows, starts, ids, read, read.read_rows)
 
 
 def count_rows(path: Path) -> int:
@@ -111,6 +115,25 @@ class _Mapped:
         if self._arrays is None:
             self._arrays = _open(self.path)
         return self._arrays[name]
+
+    def read_rows(self, rows: npt.NDArray[np.int64], out: Rows) -> None:
+        """Copy rows, given in rising order, from the file itself to contiguous memory.
+
+        Through a map, a system may read megabytes around each row, and counts all of them as this
+        process's memory.
+        """
+        start = map_arrays(self.path)[0]["files"]["activations"]["offset"]
+        ends = np.append(np.flatnonzero(np.diff(rows) != 1) + 1, len(rows)).tolist()
+        with self.path.open("rb", buffering=0) as file:
+            if len(ends) > 1 and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            for first, end in zip([0, *ends], ends, strict=False):
+                file.seek(start + int(rows[first]) * out[0].nbytes)
+                rest = memoryview(out[first:end]).cast("B")
+                while n_read := file.readinto(rest):
+                    rest = rest[n_read:]
+                if rest:
+                    _refuse(self.path, "it ends before its last row")
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "_arrays": None}
