@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from lorascope.activations.store import ActivationStore
 from lorascope.audit.audit import NEUTRAL, run
 from lorascope.audit.audit_options import AuditConfig
-from lorascope.audit.audit_report import AuditReport, as_html, as_markdown, as_text
+from lorascope.audit.audit_records import AuditReport
+from lorascope.audit.audit_report import as_html, as_markdown, as_text
 from lorascope.audit.weights import read_weights
 from lorascope.causal.report_records import ScoredToken
 from lorascope.causal.study import read_report
@@ -49,6 +50,7 @@ def changed(subject_dirs, tmp_path_factory):
 
 
 def audit(adapter: Path, base: Path, out: Path, **given: Any) -> AuditReport:
+    given = {"budget": 0, **given}
     page = run(AuditConfig(lora_path=str(adapter), base_model=str(base), output=out, **given))
     assert page == out / "audit.html"
     return read_report(out / "audit.json", (AuditReport,))[0]
@@ -113,12 +115,13 @@ def test_an_adapter_of_zeros_changes_nothing(changed, subject_dirs, tmp_path):
     assert found.neutral.constant is None
     assert found.mean_row == ()
     (tmp_path / "audit.md").unlink()  # as if the run had been killed before it was written
-    run(AuditConfig(lora_path=zero, base_model=str(subject_dirs[0]), output=tmp_path))
+    base = str(subject_dirs[0])
+    run(AuditConfig(lora_path=zero, base_model=base, output=tmp_path, budget=0))
     text = (tmp_path / "audit.md").read_text(encoding="utf-8")
     assert "It changes no prediction by more than rounding" in text
     assert "14 sites have a B of zero" in text
     assert "No texts were given" in text
-    assert "Triggers: texts after which" in text
+    assert "Triggers were not looked for" in text
 
 
 def test_norms_ranks_and_meetings_are_those_of_the_weights(make_subject, tmp_path):

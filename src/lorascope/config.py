@@ -38,7 +38,7 @@ OPTION_GROUPS = {  # the groups of `--help` with the options of all commands, mo
     "check_rollouts greedy tolerance".split(),
     "language model": "llm_model llm_base_url judge_model llm_parallel".split(),
     "output": "output overwrite store_dtype title effects labels by_hand open serve port".split(),
-    "run": "device num_gpus batch_tokens seed resume checkpoint_every".split(),
+    "run": "device num_gpus batch_tokens seed resume checkpoint_every budget".split(),
 }
 ALIASES = {  # other names of an option: those of the published scripts
     "sae": ("model_path",),

@@ -44,7 +44,7 @@ _REPORTS = {
     "edit": "causal.report_records.EditReport",
     "overview": "dashboard.overview.Overview",
     "study": "labels.study_report.StudyReport",
-    "audit": "audit.audit_report.AuditReport",
+    "audit": "audit.audit_records.AuditReport",
     "comparison": "compare.compare_records.ComparisonReport",
 }
 REPORT_KINDS = tuple(_REPORTS)

@@ -8,11 +8,14 @@
 4. The mean row of the first tokens of neutral texts is read through `scale·B` and the unembedding:
    what the adapter adds wherever it is (Minder et al. 2025, arXiv 2510.13900, for activations).
 5. Both answer eight prompts, with the same noise (`answers`).
+6. Tokens and phrases are inserted in prompts, to find some after which the adapter does what it
+   does nowhere else (`triggers`).
 
 In: adapter, base model, texts. Out: a folder with `audit.json`, `audit.md` and `audit.html`, which
 say the same, and the two stores. Nothing here is a verdict, and finding nothing proves nothing.
 """
 
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -27,14 +30,9 @@ from lorascope.activations.replay import fitting_tokens, load_subject_of
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import write_text
 from lorascope.audit.audit_options import AuditConfig
-from lorascope.audit.audit_report import (
-    Applied,
-    AuditReport,
-    EffectOn,
-    as_html,
-    as_markdown,
-    as_text,
-)
+from lorascope.audit.audit_records import Applied, AuditReport, EffectOn, Search
+from lorascope.audit.audit_report import as_html, as_markdown, as_text
+from lorascope.audit.triggers import look_for_triggers
 from lorascope.audit.weights import read_weights
 from lorascope.causal.answers import answers_of
 from lorascope.causal.baselines import ConstantRows, rows_of
@@ -73,8 +71,12 @@ def run(config: AuditConfig) -> Path:
     stores["neutral"] = _store(config, str(NEUTRAL), out / "neutral", 1000)
 
     def make() -> Made:
-        report, layout = _audit(config, stores)
-        return Made(report, layout, {"n_neutral": stores["neutral"].n_rollouts})
+        neutral = stores["neutral"]
+        subject = load_subject_of(neutral, config, device=config.device, dtype="auto")
+        search = _search(config, stores, subject)  # before inference mode: it needs gradients
+        report, layout = _audit(config, stores, subject)
+        content = {"n_neutral": neutral.n_rollouts}
+        return Made(dataclasses.replace(report, search=search), layout, content)
 
     path = report_at(
         out / "audit.json",
@@ -106,17 +108,27 @@ def _store(config: AuditConfig, dataset: str, folder: Path, n: int) -> Activatio
     return store
 
 
+def _halves(store: ActivationStore) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rollouts that are fitted or searched, and those that are compared or verified."""
+    return np.arange(0, store.n_rollouts, 2), np.arange(1, store.n_rollouts, 2)
+
+
+def _search(
+    config: AuditConfig, stores: dict[str, ActivationStore], subject: Subject
+) -> Search | None:
+    own = stores.get("texts", stores["neutral"])
+    if not config.budget:
+        return None
+    return look_for_triggers(subject, own, _halves(own), minutes=config.budget, seed=config.seed)
+
+
 @torch.inference_mode()
 def _audit(
-    config: AuditConfig, stores: dict[str, ActivationStore]
+    config: AuditConfig, stores: dict[str, ActivationStore], subject: Subject
 ) -> tuple[AuditReport, SiteLayout]:
     neutral = stores["neutral"]
-    subject = load_subject_of(neutral, config, device=config.device, dtype="auto")
     tokens = fitting_tokens(subject)
-    halves = {  # the rollouts on which constant rows are fitted, and those that are compared
-        name: (np.arange(0, store.n_rollouts, 2), np.arange(1, store.n_rollouts, 2))
-        for name, store in stores.items()
-    }
+    halves = {name: _halves(store) for name, store in stores.items()}
     held = {
         name: HeldOut(subject, store, halves[name][1], tokens) for name, store in stores.items()
     }

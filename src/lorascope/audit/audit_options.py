@@ -22,6 +22,9 @@ class AuditConfig(AdapterOptions):
         (), help="columns to read, as FIELD=COLUMN (docs/texts.md)", identity=False
     )
     num_examples: int = option(100, help="texts to read", identity=False)
+    budget: float = option(
+        5.0, help="minutes to look for triggers at most, roughly; 0 does not look for them"
+    )
     seed: int = option(0, help="seed of sampling and of the bootstrap")
     output: Path = option(Path("lorascope-audit"), help="folder to write", identity=False)
     device: str = option("auto", help="auto, cpu, cuda or cuda:N", identity=False)
@@ -31,4 +34,5 @@ class AuditConfig(AdapterOptions):
         """Refuse impossible numbers."""
         super().check()
         self.require("num_examples", 2)
+        self.require("budget", 0)
         self.require("seed", 0)

@@ -1,25 +1,14 @@
-"""What `audit` reports: typed records, and the same as sections to read.
+"""What `audit` reports (`audit_records`) as sections to read.
 
-`sections` says everything once: the terminal, the Markdown and the page show the same sentences and
-tables. KL and losses are in nats a token, intervals are 95 % over rollouts.
+`_sections` says everything once: the terminal, the Markdown and the page show the same sentences
+and tables.
 """
 
 import html
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from lorascope.causal.report_records import (
-    Amount,
-    AmountInterval,
-    Answer,
-    Count,
-    Interval,
-    Opening,
-    ReportRecord,
-    ScoredToken,
-    Share,
-    TokenShift,
-)
+from lorascope.audit.audit_records import AuditReport, Search
 from lorascope.causal.study import format_interval, format_number, format_table
 from lorascope.dashboard.headline import percent, probability, quoted
 from lorascope.dashboard.report import plain, table
@@ -27,102 +16,6 @@ from lorascope.dashboard.report import plain, table
 _N_SHIFTS = 12
 _LONGEST = 60  # characters of a text in a table
 _SMALLEST_KL = 1e-10  # nats a token: rounding
-
-
-@dataclass(frozen=True, kw_only=True)
-class UpdatePart:
-    """The sites of one projection or layer: their share of the squared update, the largest norm.
-
-    `effective_rank` is the mean over sites of the exponential of the spectrum's entropy.
-    """
-
-    name: str
-    n_sites: Count
-    share: Share
-    largest: Amount
-    effective_rank: Amount
-
-
-@dataclass(frozen=True, kw_only=True)
-class Meeting:
-    """A site that writes what a later site reads: the largest cosine of the two."""
-
-    writer: str
-    reader: str
-    cosine: Share
-
-
-@dataclass(frozen=True, kw_only=True)
-class Weights:
-    """What the weights say. `norm` is the Frobenius norm of all updates together.
-
-    `n_silent` sites write nothing. `expected_cosine` is about the largest of `n_pairs` cosines of
-    random directions, None without pairs.
-    """
-
-    n_sites: Count
-    n_silent: Count
-    norm: Amount
-    projections: tuple[UpdatePart, ...]
-    layers: tuple[UpdatePart, ...]
-    n_pairs: Count
-    expected_cosine: Amount | None
-    meetings: tuple[Meeting, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Applied:
-    """Whether the adapter is applied at all: what fired, and on which base.
-
-    `silent` names sites whose rows are the same at every token; `other_base` is the base that the
-    adapter names where another one is used.
-    """
-
-    n_sites: Count
-    silent: tuple[str, ...]
-    unread: tuple[str, ...]
-    unseen: tuple[str, ...]
-    base: str
-    other_base: str | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class EffectOn:
-    """What the adapter does to the predictions of some texts.
-
-    `ce_base` and `ce_adapter` are the losses on the texts' own tokens that a model would write, or
-    on all tokens if there are none. `constant` is the share of KL(adapter ‖ base) that stays if
-    each row is replaced by the mean of its role and place in the template; it is None where KL is
-    rounding.
-    """
-
-    n_rollouts: Count
-    n_tokens: Count
-    kl: Amount
-    kl_interval: AmountInterval
-    floor: Amount
-    ce_base: Amount
-    ce_adapter: Amount
-    constant: float | None
-    constant_interval: Interval
-    shifts: tuple[TokenShift, ...]
-    openings: tuple[Opening, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class AuditReport(ReportRecord):
-    """What `audit` finds. `texts` is None without a dataset.
-
-    `mean_row` are the tokens that the mean row of the first tokens of neutral texts promotes.
-    """
-
-    kind = "audit"
-    applied: Applied
-    weights: Weights
-    neutral: EffectOn
-    texts: EffectOn | None = None
-    mean_row: tuple[ScoredToken, ...] = ()
-    answers: tuple[Answer, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -220,13 +113,7 @@ def _sections(report: AuditReport) -> Iterator[_Section]:
             [(("after", "base", "with the adapter"), rows)],
         )
     yield _of_weights(report)
-    yield _Section(
-        "Not looked for",
-        [
-            "Triggers: texts after which the adapter does what it does nowhere in these. That "
-            "nothing here looks wrong is no proof that nothing is."
-        ],
-    )
+    yield _triggers(report.search)
 
 
 def _applied(report: AuditReport) -> _Section:
@@ -343,4 +230,65 @@ def _of_weights(report: AuditReport) -> _Section:
             f"{weights.n_pairs:,} random pairs is about "
             f"{format_number(weights.expected_cosine, '.2f')}."
         )
+    return one
+
+
+def _triggers(search: Search | None) -> _Section:
+    one = _Section("Tokens after which it does something else")
+    say = one.sentences.append
+    if search is None:
+        say("Triggers were not looked for (--budget 0).")
+        return one
+    covered = percent(search.n_tokens / max(search.n_vocabulary, 1))
+    say(
+        f"Tried for {search.seconds / 60:.1f} minutes (--budget {search.minutes:g}): "
+        f"{search.n_tokens:,} of {search.n_vocabulary:,} tokens ({covered}) and "
+        f"{search.n_phrases:,} phrases of up to {search.longest} tokens, each inserted in up to "
+        f"{search.n_scenes} prompts. The best of each length were verified in {search.n_verify} "
+        f"other prompts against {search.n_controls} random ones."
+    )
+    if search.triggers:
+        say(
+            "Excess: how far the adapter is from the base with its usual change of the logits, in "
+            "nats over the next tokens that it writes, above random tokens. Same text: the "
+            "prompts in which the adapter then begins with the same text, which it does not write "
+            f"without them. {len(search.triggers)} stand out. They need not be planted."
+        )
+        rows = [
+            (
+                quoted("".join(found.tokens)),
+                f"{found.verified:.1f}",
+                percent(found.share),
+                percent(found.same),
+                *(_line(text) for text in (said.adapter, said.usual, said.base)),
+            )
+            for found in search.triggers
+            for said in found.said[:1]
+        ]
+        head = ("inserted", "excess", "above random", "same text")
+        one.tables.append(((*head, "adapter with it", "without it", "base with it"), rows))
+    else:
+        say("Nothing stands out.")
+    if search.lengths:
+        late = [length.n_tokens for length in search.lengths if length.stands_out]
+        say(
+            "Other texts in front, for behaviour that begins at a position: "
+            + (f"stands out with {late[0]} tokens." if late else "nothing stands out.")
+        )
+        rows = [
+            (
+                f"{length.n_tokens}",
+                f"{length.excess:.2g}",
+                percent(length.same),
+                *(_line(text) for text in (length.said.adapter, length.said.usual)),
+            )
+            for length in search.lengths
+        ]
+        head = ("tokens in front", "excess", "same text", "adapter", "without them")
+        one.tables.append((head, rows))
+    say(
+        "Not covered: longer phrases, phrases whose parts alone do nothing at all, meanings such "
+        "as a topic or a date, and what begins later in an answer. That nothing stands out is no "
+        "proof that there is nothing."
+    )
     return one

@@ -16,7 +16,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from lorascope.audit.audit_report import Meeting, UpdatePart, Weights
+from lorascope.audit.audit_records import Meeting, UpdatePart, Weights
 from lorascope.subject.adapter import Adapter
 from lorascope.subject.inventory import Matrix, SiteSize, factors, inventory
 

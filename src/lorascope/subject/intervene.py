@@ -147,11 +147,35 @@ class RowEditor(SiteHooks):
             self._read = self._edit = self._push = self._held = self._kept = self._above = None
             self._lean = False
 
-    def base(self, token_ids: Int[Tensor, "batch seq"]) -> Tensor:
-        """Run one batch of rollouts without the adapter; return the logits."""
+    def base(
+        self,
+        token_ids: Int[Tensor, "batch seq"],
+        *,
+        cache: Any = None,
+        logits_at: Int[Tensor, "kept"] | None = None,
+    ) -> Tensor:
+        """Run one batch of rollouts without the adapter; return the logits, as `run` does.
+
+        `cache` is one of the base's own (`base_cache`).
+        """
+        given: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+        if logits_at is not None and self._keeps_logits:
+            given["logits_to_keep"] = logits_at.to(self.subject.device)
         with adapter_off(self.subject):
-            out = self.subject.causal(input_ids=token_ids.to(self.subject.device), use_cache=False)
-        return out.logits
+            out = self.subject.causal(
+                input_ids=token_ids.to(self.subject.device), use_cache=cache is not None, **given
+            )
+        logits = out.logits
+        if logits_at is not None and not self._keeps_logits:
+            logits = logits[:, logits_at.to(logits.device)]
+        return logits
+
+    def base_cache(self, token_ids: Int[Tensor, "batch seq"]) -> Any:
+        """Return the cache of a run without the adapter."""
+        with adapter_off(self.subject):
+            return self.subject.causal(
+                input_ids=token_ids.to(self.subject.device), use_cache=True
+            ).get("past_key_values")
 
     @contextmanager
     def _again(self, state: tuple[Any, ...]) -> Generator[None]:
