@@ -37,6 +37,7 @@ PAGES = {  # the navigation; README.md comes first
     "How to": {
         "Give texts": "docs/texts.md",
         "Look into results from Python": "docs/drill-down.md",
+        "Keep rows during training": "docs/during-training.md",
         "Know what works with what": "docs/compatibility.md",
         "Plan a large run": "docs/scale.md",
         "Know what can go wrong": "docs/limits.md",
@@ -71,7 +72,8 @@ REFERENCE = (
      "direct DirectConfig steer SteerConfig edit EditConfig Patch"),
     ("Features", "FeatureIndex features.feature.Feature features.feature.Example "
      "features.feature.FeatureStats features.label_file.Label"),
-    ("Activations and SAEs", "ActivationStore SAE load_sae SiteLayout sites.Site"),
+    ("Activations and SAEs", "ActivationStore callbacks.RowLogger SAE load_sae SiteLayout "
+     "sites.Site"),
     ("Reports", "report_schema"),
     ("Errors", "LorascopeError errors.ConfigError errors.AdapterError errors.DatasetError "
      "errors.ArtifactError errors.NumberError errors.ServerError errors.WorkerError "

@@ -12,8 +12,8 @@ from lorascope.cli import COMMANDS
 ROOT = Path(lorascope.__file__).parent
 ORDER = (
     "version errors sites config arrayfile artifact record_json hub runtime stage kernels texts "
-    "subject activations sae features causal labels dashboard results audit compare depth pipeline "
-    "demo inspection completion cli __main__"
+    "subject activations callbacks sae features causal labels dashboard results audit compare "
+    "depth pipeline demo inspection completion cli __main__"
 ).split()
 
 

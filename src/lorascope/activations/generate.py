@@ -143,32 +143,48 @@ def run(
         corpus = fit_to_context(rollouts, counts, config, subject.max_length)
         if config.sample is None and runtime.process_rank() == 0:
             compare_likelihood(subject, corpus.rollouts)
-        shards = _Shards(config, subject, corpus, build)
-        _require_space(config, shards.layout, corpus, out)
-        log.info(
-            "%d rollouts, %d tokens, %d columns (%s) of %s, base %s, on %s in %s",
-            len(corpus.rollouts),
-            corpus.n_tokens,
-            shards.layout.d_in,
-            shards.layout.initials,
-            adapter.name,
-            base.name,
-            subject.device,
-            str(subject.dtype).removeprefix("torch."),
-        )
-        shards.make()
-        if runtime.process_rank() > 0:
-            return
-        _vocabulary(subject).save(build.path / VOCABULARY)
-        _save_tokenizer(tokenizer, build.path / "tokenizer")
-        files = [*build.path.glob("*.h5"), *(build.path / "tokenizer").rglob("*")]
-        names = [file.relative_to(build.path).as_posix() for file in files if file.is_file()]
-        manifest = identity.manifest(shards.layout, _content(config, subject, corpus, shards))
-        build.publish_directory(manifest, names)
+        make_store(build, identity, config, subject, corpus)
 
     n_workers = 1 if config.device_map else runtime.n_workers(config.device, config.num_gpus)
     job = Job(n_workers, "generate", config)
     return built(out, identity, make, overwrite=config.overwrite, job=job)
+
+
+def make_store(
+    build: Build,
+    identity: Identity,
+    config: GenerateConfig,
+    subject: "Subject",
+    corpus: Corpus,
+    own_forward: bool | None = None,
+) -> bool:
+    """Do steps 3 and 4: read the corpus with a subject that is loaded, and publish the store.
+
+    `own_forward` is that of `RowReader`; None checks the rows first. Returns the one that was used.
+    """
+    shards = _Shards(config, subject, corpus, build, own_forward)
+    _require_space(config, shards.layout, corpus, build.out)
+    log.info(
+        "%d rollouts, %d tokens, %d columns (%s) of %s, base %s, on %s in %s",
+        len(corpus.rollouts),
+        corpus.n_tokens,
+        shards.layout.d_in,
+        shards.layout.initials,
+        subject.adapter.name,
+        subject.base.name,
+        subject.device,
+        str(subject.dtype).removeprefix("torch."),
+    )
+    shards.make()
+    if runtime.process_rank() > 0:
+        return shards.own_forward
+    _vocabulary(subject).save(build.path / VOCABULARY)
+    _save_tokenizer(subject.tokenizer, build.path / "tokenizer")
+    files = [*build.path.glob("*.h5"), *(build.path / "tokenizer").rglob("*")]
+    names = [file.relative_to(build.path).as_posix() for file in files if file.is_file()]
+    manifest = identity.manifest(shards.layout, _content(config, subject, corpus, shards))
+    build.publish_directory(manifest, names)
+    return shards.own_forward
 
 
 def load_corpus(config: SubjectOptions, tokenizer: Any) -> tuple[list[Rollout], dict[str, int]]:
@@ -241,7 +257,12 @@ class _Shards:
     """Makes this process's share of a store's shards."""
 
     def __init__(
-        self, config: GenerateConfig, subject: "Subject", corpus: Corpus, build: Build
+        self,
+        config: GenerateConfig,
+        subject: "Subject",
+        corpus: Corpus,
+        build: Build,
+        own_forward: bool | None,
     ) -> None:
         self.config, self.subject, self.corpus, self.build = config, subject, corpus, build
         available = subject.layout.adapter_types
@@ -249,6 +270,7 @@ class _Shards:
         self.layout, self.columns = subject.layout.select(types)
         n_work_units = -(-len(corpus.rollouts) // ROLLOUTS_PER_SHARD)
         self.paths = [build.path / f"shard-{i:05d}.h5" for i in range(n_work_units)]
+        self.is_checked, self.own_forward = own_forward is not None, own_forward is not False
         self.n_rows = 0  # rows in finished shards
         self._capture: Capture | None = None
         self._writing: list[Future[None]] = []
@@ -267,7 +289,8 @@ class _Shards:
             self.n_rows += n_rows
             bar.update(n_rows)
 
-        with RowReader(self.subject) as reader, bar, ThreadPoolExecutor(1) as writer:
+        own = RowReader(self.subject, own_forward=self.own_forward)
+        with own as reader, bar, ThreadPoolExecutor(1) as writer:
             locks = self.build.path / ".claims"
             for claim in runtime.claim_work_units(self.paths, locks, count, self._raise_failed):
                 with _errors_with_rank(claim.work_unit):
@@ -300,7 +323,7 @@ class _Shards:
         )
 
     def _open(self, reader: Any, rollouts: Sequence[Rollout]) -> "Capture":
-        """Return the capture. The first time, check its rows."""
+        """Return the capture. The first time, check its rows unless that was done before."""
         if self._capture is None:
             from lorascope.activations.capture import Capture
 
@@ -311,9 +334,11 @@ class _Shards:
                 batch_tokens=self.config.batch_tokens,
                 longest=self.corpus.longest,
             )
-            middle = sorted(rollouts, key=lambda rollout: len(rollout.token_ids))
-            self._capture.check(middle[len(middle) // 2])
-            self._capture.check_neighbours(rollouts)
+            if not self.is_checked:
+                middle = sorted(rollouts, key=lambda rollout: len(rollout.token_ids))
+                self._capture.check(middle[len(middle) // 2])
+                self._capture.check_neighbours(rollouts)
+                self.own_forward = reader.own_forward
         return self._capture
 
     def _write(self, pending: "Pending", claim: runtime.Claim) -> None:

@@ -153,7 +153,7 @@ def find_base(adapter: Adapter, base_model: str | None, revision: str | None = N
         folder = find_folder(source, "base model", patterns, revision=revision)
     except AdapterError as error:
         raise AdapterError(f"{error}; --base-model names the base of {adapter.name}") from error
-    return Base(name, folder, _digest_base(folder))
+    return Base(name, folder, digest_base(folder))
 
 
 def other_base(adapter: Adapter, base: Base) -> str | None:
@@ -169,7 +169,7 @@ def other_base(adapter: Adapter, base: Base) -> str | None:
         if path.exists() and path.resolve() == base.location.resolve():
             return None
         if (path / "config.json").is_file():
-            return None if _digest_base(path) == base.digest else str(own)
+            return None if digest_base(path) == base.digest else str(own)
     wanted = Path(str(own)).name.casefold()
     parts = {part.casefold().rpartition("--")[2] for part in (*base.path.parts, base.name)}
     parts |= {part.rpartition("/")[2] for part in parts}
@@ -208,7 +208,7 @@ def _find_gguf(path: Path) -> Path | None:
     return path
 
 
-def _digest_base(folder: Path) -> str:
+def digest_base(folder: Path) -> str:
     """Return a digest of a base model's config and of its weights, which may be 60 GB.
 
     Of each shard it reads the header and some blocks of every tensor. A copy has the same digest,

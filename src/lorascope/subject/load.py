@@ -182,6 +182,21 @@ def load_subject(
         raise AdapterError(
             f"module {training[0]} stays in training mode, where dropout changes rows"
         )
+    quantized = "gguf" if base.gguf else quantized
+    return find_sites(model, tokenizer, adapter, base, gauge, skip_unhookable, quantized)
+
+
+def find_sites(
+    model: Any,
+    tokenizer: Any,
+    adapter: Adapter,
+    base: Base,
+    gauge: str,
+    skip_unhookable: bool,
+    quantized: str | None,
+) -> Subject:
+    """Do step 5 with a model whose modules are in eval mode: return it as a subject."""
+    causal = model.get_submodule("base_model.model")
     embeddings = causal.get_input_embeddings()
     input_device = _device_of_inputs(embeddings)
     name = str(model.active_adapter)
@@ -205,7 +220,7 @@ def load_subject(
         mixes=mixes,
         unhooked=tuple(unhooked),
         unseen=unseen,
-        quantized="gguf" if base.gguf else quantized,
+        quantized=quantized,
     )
 
 
