@@ -59,6 +59,27 @@ def test_a_token_shows_what_fires_there_on_hover_click_and_enter(show: Any):
     assert "0 features fire here" in shown.text("firing-panel")
 
 
+def test_a_map_shows_at_which_layers_and_tokens_features_fire(show: Any):
+    index = full_index()
+    shown = show(index, "#/rollout")
+    wait_for_rollout(shown, int(index.text_rollout[0]))
+    layout, first = index.manifest.layout, slice(*index.text_offset[:2])
+    expected = {
+        (layout.sites[index.main_site[latent]].layer, t)
+        for t, row in enumerate(range(first.start, first.stop))
+        for latent in index.text_latent[slice(*index.text_code_offset[row : row + 2])].tolist()
+    }
+    cells = shown.part("layer-map").locator("[data-at]")
+    drawn = {
+        tuple(map(int, re.findall(r"\d+", tip)))
+        for tip in cells.evaluate_all("cells => cells.map(cell => cell.dataset.tip)")
+    }
+    assert drawn == expected
+    at = cells.nth(1).get_attribute("data-at")
+    cells.nth(1).click()
+    assert shown.page.locator(".token.selected").get_attribute("data-at") == at
+
+
 def test_the_codes_of_every_token_match_the_index(show: Any):
     index = full_index()
     rollout = int(index.text_rollout[1])

@@ -66,6 +66,7 @@ def test_a_page_works_in_a_notebook_and_cannot_reach_it(tab, tmp_path, notebook)
     lorascope.show(page, height=700)
     owner = tmp_path / "notebook.html"
     owner.write_text(OWNER + notebook[0]["text/html"], encoding="utf-8")
+    tab.complaints.clear()  # of the test before: the tab is shared
     tab.page.goto(owner.as_uri())
     (inner,) = tab.page.frames[1:]
     inner.wait_for_selector("html[data-ready=true]")

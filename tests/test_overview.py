@@ -131,6 +131,7 @@ def test_markdown_shows_hostile_text_and_obeys_none(tmp_path: Path) -> None:
     assert "▸ “short”" in text
     assert "| 0.1\u00a0% → 99.9\u00a0% |" in text
     assert "Share: part of the sum of all features (effect of removal)." in text
+    assert "→ 80\u00a0%" in text, "what a head looks at"
     assert not re.search(r"(?<!\\)<", text), "every tag is escaped"
     for line in text.splitlines():
         cells = len(re.findall(r"(?<!\\)\|", line))
@@ -215,6 +216,11 @@ def test_the_page_opens_on_the_overview(show: Any, tmp_path: Path) -> None:
     assert sides == [answer.prompt, answer.same + answer.base, answer.same + answer.adapter]
     edges = " to ".join(map(percent, found.groups[0].interval or ()))
     assert f"95 % interval {edges}; " in visit.text("groups")
+    heads = visit.part("attention").locator(".top-feature")
+    assert heads.count() == 1
+    assert "layer 1, head 1" in heads.text_content()
+    assert "60\u00a0%" in heads.text_content()
+    assert f"more at {HOSTILE} 0\u00a0% \u2192 80\u00a0%" in heads.text_content()
     marked = visit.part("answers").locator("mark").all_text_contents()
     assert marked == ["", answer.base, answer.adapter]
     lines = visit.copied("sureness", "Copy as TSV").splitlines()

@@ -110,6 +110,28 @@ def evaluation() -> dict[str, Any]:
                 "adapter": f"long | {HOSTILE}\n",
             }
         ],
+        "attention": {
+            "n_rollouts": 2,
+            "n_tokens": 30,
+            "layers": [0, 1],
+            "moved": [[0.1, 0.0], [0.02, 0.6]],
+            "heads": [
+                {
+                    "layer": 1,
+                    "head": 1,
+                    "moved": 0.6,
+                    "kl": 5.0,
+                    "example": {
+                        "rollout": 0,
+                        "position": 4,
+                        "before": f"see {HOSTILE}",
+                        "token": HOSTILE,
+                        "gains": [{"position": 1, "token": HOSTILE, "base": 0.0, "adapter": 0.8}],
+                        "losses": [{"position": 0, "token": "\n", "base": 0.9, "adapter": 0.1}],
+                    },
+                }
+            ],
+        },
     }
 
 

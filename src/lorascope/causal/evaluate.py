@@ -17,7 +17,8 @@
 7. With `--curve`, the same at other sparsities: the SAE with its threshold moved, columns and PCA.
 8. The tokens whose probability the adapter moves most are named, and where (`shifts`), and how
    likely it makes the headers that open a thought or an answer (`openings`).
-9. With `--answers`, base and adapter answer some prompts with the same noise (`answers`).
+9. The attention heads that look elsewhere than the base's are named (`attention`).
+10. With `--answers`, base and adapter answer some prompts with the same noise (`answers`).
 
 In: adapter, activation store, SAE. Out: a report (JSON) and its picture (.png); the table goes to
 stderr.
@@ -37,6 +38,7 @@ from lorascope import runtime
 from lorascope.activations.batches import read_blocks
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.answers import answers_of, zero_is_base
+from lorascope.causal.attention import attention_of
 from lorascope.causal.baselines import CURVES, ConstantRows, Rebuild, fit_rebuilds, rows_of
 from lorascope.causal.effect_options import EvaluateConfig
 from lorascope.causal.effects import log_probabilities
@@ -201,6 +203,7 @@ def measure(
             measured.append(batch.measured)
             bar.update(int(batch.own.sum()))
         answers = answers_of(editor, held_out, config.answers, config.seed) if is_plain else ()
+        attention = attention_of(editor, held_out) if is_plain else None
     assert floor is not None
     rows = np.concatenate(measured)
     values = {
@@ -255,6 +258,7 @@ def measure(
         "shifts": shifts.strongest(held_out),
         "openings": openings_of(held_out.store, rows, (values["base"].ce, values["adapter"].ce)),
         "answers": answers,
+        "attention": attention,
     }
 
 

@@ -204,20 +204,76 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttendedToken:
+    """A token that a head looks at, and its share of the attention in base and adapter."""
+
+    position: Count
+    token: str
+    base: Share
+    adapter: Share
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionExample:
+    """A token at which a head looks elsewhere: `before` is the text up to it.
+
+    `gains` and `losses` are the tokens whose share of the attention changes most.
+    """
+
+    rollout: int
+    position: Count
+    before: str
+    token: str
+    gains: tuple[AttendedToken, ...]
+    losses: tuple[AttendedToken, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadShift:
+    """The share of a head's attention that moves, its KL(adapter ‖ base), and where most moves.
+
+    Both are means over tokens; KL is in nats.
+    """
+
+    layer: Count
+    head: Count
+    moved: Share
+    kl: Amount
+    example: AttentionExample
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionShift:
+    """How attention differs between base and adapter, on the first tokens of some rollouts.
+
+    `moved[i][head]` is of layer `layers[i]`; `heads` are those of the largest.
+    """
+
+    n_rollouts: Count
+    n_tokens: Count
+    layers: tuple[Count, ...]
+    moved: tuple[tuple[Share, ...], ...]
+    heads: tuple[HeadShift, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationReport(ReportRecord):
     """What `evaluate` measures. `reconstruction` has the metrics of `sae.metrics.evaluate`.
 
     `shifts` are the tokens whose probability the adapter moves most, strongest first. `openings`
     are of the segments that the model writes, `answers` of as many prompts as were asked for.
+    `attention` is None if the model does not give its attention weights, or not for plain LoRA.
     """
 
     kind = "evaluation"
-    schema = 2
+    schema = 3
+    oldest = 2  # without `attention`
     reconstruction: Mapping[str, Any]
     faithfulness: Faithfulness
     shifts: tuple[TokenShift, ...] = ()
     openings: tuple[Opening, ...] = ()
     answers: tuple[Answer, ...] = ()
+    attention: AttentionShift | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

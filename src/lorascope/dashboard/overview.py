@@ -9,7 +9,8 @@ that fills it:
    of baselines, and the share that a constant row has (`evaluate`).
 3. *What it learned*: features by the effect of removing them, and groups of features (`ablate`).
    Without it, features by their share of all activation.
-4. *Where it lives*: KL after each adapted module is switched off (`ablate`).
+4. *Where it lives*: KL after each adapted module is switched off (`ablate`), and the heads whose
+   attention moves (`evaluate`).
 """
 
 import math
@@ -23,6 +24,7 @@ import numpy.typing as npt
 from lorascope.causal.report_records import (
     AblationReport,
     Answer,
+    AttentionShift,
     EvaluationReport,
     Interval,
     ReportRecord,
@@ -112,6 +114,7 @@ class Overview(ReportRecord):
     facts: tuple[Fact, ...]
     gaps: tuple[Gap, ...]
     answers: tuple[Answer, ...] = ()
+    attention: AttentionShift | None = None
 
 
 def overview_of(
@@ -136,6 +139,7 @@ def overview_of(
         floor=None if ablation is None else ablation.floor.rounding,
         places=_places(index, ablation) if has_effect else (),
         answers=evaluation.answers if evaluation is not None and has_effect else (),
+        attention=evaluation.attention if evaluation is not None and has_effect else None,
         facts=tuple(sureness(index, evaluation, ablation)) if has_effect else (),
         gaps=gaps_of(index, reports) if has_effect else (),
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorascope.artifact import digest_file
+from lorascope.causal.report_records import AttendedToken
 from lorascope.causal.study import Made, is_of_index, report_at
 from lorascope.config import Config, option
 from lorascope.dashboard.headline import percent, probability, quoted
@@ -31,6 +32,10 @@ NO_FEATURE = "No single feature has a measurable part of the effect."
 _EFFECT = (
     "Effect: KL after removal of the feature, as a share of KL after removal of the adapter. "
     "Shares of several features do not add up."
+)
+_ATTENTION = (
+    "Moved: share of a head's attention that goes to other tokens than in the base model, a mean "
+    "over tokens; then the token at which most moves, and shares of attention in base → adapter."
 )
 _PROMPT_SHOWN = 120  # characters
 _ARROWS = {"rises": "▲", "falls": "▼"}
@@ -212,6 +217,22 @@ def markdown(overview: Overview) -> str:
                 for kind in dict.fromkeys(place.projection for place in overview.places)
             ),
         )
+    if overview.attention is not None and overview.attention.heads:
+        lines += ["## Where its heads look", "", _ATTENTION, ""]
+        lines += table(
+            ("layer", "head", "moved", "most at", "looks more at", "less at"),
+            (
+                (
+                    str(one.layer),
+                    str(one.head),
+                    percent(one.moved),
+                    f"{quoted(one.example.before[-40:])} → {quoted(one.example.token)}",
+                    _attended(one.example.gains),
+                    _attended(one.example.losses),
+                )
+                for one in overview.attention.heads
+            ),
+        )
     if overview.facts:
         lines += ["## How sure this is", ""]
         facts = ((fact.name, fact.value, fact.meaning) for fact in overview.facts)
@@ -220,6 +241,12 @@ def markdown(overview: Overview) -> str:
         lines += ["## Not measured", ""]
         lines += [f"- {plain(gap.what)}: `{gap.command}`" for gap in overview.gaps] + [""]
     return "\n".join(lines)
+
+
+def _attended(tokens: Sequence[AttendedToken]) -> str:
+    return ", ".join(
+        f"{quoted(one.token)} {percent(one.base)} → {percent(one.adapter)}" for one in tokens
+    )
 
 
 def _percent(share: float | None) -> str:

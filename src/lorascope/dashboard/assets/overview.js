@@ -6,6 +6,7 @@ import { nameOf } from "./labels.js";
 
 const [WIDTH, GAUGE] = [320, 26]; // of a gauge, in SVG units
 const N_SHOWN = 8; // entries of a list before "show all"
+const N_HEADS = 3; // heads before "show all"
 const SIDES = { rises: ["\u25b2", "more likely"], falls: ["\u25bc", "less likely"] };
 const ROLES = {
   special: "special tokens and template headers", think: "think segments", answer: "answers",
@@ -15,7 +16,8 @@ const ROLES = {
 // Fills the view, once.
 export function drawOverview(area) {
   if (area.childElementCount) return;
-  const { headline, shifts, gauges, facts, features, groups, places, gaps, answers = [] } = core.overview;
+  const { headline, shifts, gauges, facts, features, groups, places, gaps, answers = [],
+    attention } = core.overview;
   const lead = element("section", "lead");
   lead.dataset.testid = "headline";
   const kinds = (i) => (!i ? "lead-subject" : i > 1 && i === headline.length - 1 ? "lead-rest" : "lead-text");
@@ -26,6 +28,7 @@ export function drawOverview(area) {
   if (gauges.length) rest.append(drawGauges(gauges));
   if (groups.length) rest.append(drawGroups(groups));
   if (places.length) rest.append(drawPlaces(places));
+  if (attention?.heads.length) rest.append(drawAttention(attention));
   if (facts.length) rest.append(drawFacts(facts));
   if (gaps.length) rest.append(drawGaps(gaps));
   area.append(lead);
@@ -253,6 +256,39 @@ function drawPlaces(places) {
     testid: "places", file: "modules",
     rows: () => [["layer", "projection", "KL", "KL of a random direction"], ...places.map((one) => [
       one.layer, one.projection, one.kl, one.kl_random])],
+  });
+}
+
+function drawAttention({ n_rollouts: nTexts, n_tokens: nTokens, layers, moved, heads }) {
+  const sites = layers.flatMap((layer, i) => moved[i].map((_, head) => [layer, `head ${head}`]));
+  const values = moved.flat();
+  const tips = values.map((share) => `${percent2(share)} of its attention moves`);
+  const grid = drawSiteGrid(sites, values, tips, "Share of each head's attention that moves");
+  const list = element("ol", "top-features");
+  heads.forEach(({ layer, head, moved: share, example }, i) => {
+    const item = element("li", "top-feature");
+    item.hidden = i >= N_HEADS;
+    const number = element("span", "meter-value", percent2(share));
+    const at = element("div", "shift-example");
+    at.append(...contextOf(tail(example.before, 40), example.token));
+    const where = element("span", "top-where");
+    for (const [words, [one]] of [["more at", example.gains], ["less at", example.losses]]) {
+      if (!one) continue;
+      const change = ` ${percent2(one.base)} \u2192 ${percent2(one.adapter)}`;
+      where.append(element("span", "", `${words} `), lineOf(one.token), change, element("br"));
+    }
+    const name = element("span", "", `layer ${layer}, head ${head}`);
+    item.append(name, meter(share / heads[0].moved), number, where, at);
+    list.append(item);
+  });
+  const parts = [grid, list];
+  if (heads.length > N_HEADS) parts.push(showAll([...list.children], heads.length));
+  const note = "Share of a head's attention that goes to other tokens than in the base model, by " +
+    `layer (across) and head (down): the mean over ${whole(nTokens)} tokens of ${whole(nTexts)} ` +
+    "texts. Below: the heads of the largest share, each at the token where most moves.";
+  return panel("Where its heads look", note, parts, {
+    testid: "attention", file: "heads",
+    rows: () => [["layer", "head", "moved"], ...sites.map(([layer, head], i) => [layer, head.slice(5), values[i]])],
   });
 }
 

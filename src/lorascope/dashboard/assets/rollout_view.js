@@ -8,6 +8,7 @@ import { drawToken, lineEnd } from "./examples.js";
 import { drawMessage } from "./feature_view.js";
 import { meter, panel } from "./figures.js";
 import { directionOf, element, short, whole } from "./format.js";
+import { drawLayerMap } from "./layer_map.js";
 import { drawLink, nameText } from "./related.js";
 import { reasonsOf, rolloutStats } from "./rollout_list.js";
 import { amend } from "./route.js";
@@ -44,7 +45,7 @@ export async function showRollout(number, query) {
   side.append(shown.atToken, shown.paints);
   const layout = element("div", "feature-body");
   layout.append(body, side);
-  area.replaceChildren(drawStats(number), shown.legend, layout);
+  area.replaceChildren(drawStats(number), ...drawLayerMap(data, goTo), shown.legend, layout);
   area.dataset.rollout = column.kept_rollout[number];
   drawPaints();
   drawFiring(-1);
