@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from lorascope.sites import SiteLayout
 from lorascope.subject.adapter import WEIGHTS, inspect_adapter
 from lorascope.subject.base import find_base
 from lorascope.subject.load import SharedBase, load_tokenizer
+from lorascope.texts.roles import ROLES
 
 SMALL = {
     "num_examples": 24, "epochs": 2, "batch_size": 128, "k": 3, "expansion_factor": 2,
@@ -82,7 +84,7 @@ def test_an_adapter_against_itself_differs_by_rounding_and_has_no_news(three):
     assert pair.n_news == 0
     assert pair.n_kinds.keys() == {"shared"}
     assert all(abs(one.share - 0.5) < 1e-3 for one in pair.features)
-    assert "They predict the same" in as_text(report) or "they predict the same" in as_text(report)
+    assert "they predict the same" in as_text(report)
 
 
 def test_the_difference_from_an_adapter_that_writes_nothing_is_the_kl_to_the_base(three):
@@ -140,29 +142,47 @@ def test_a_removal_takes_each_part_from_the_rows_of_its_adapter(differences):
     rows = torch.from_numpy(store.rows(0, store.n_rows).astype(np.float32))
     code = sae.encode_dense(rows)
     latents = code.sum(0).topk(3).indices.numpy()
-    lost = found.removals(pair, [latents[:1], latents])
+    removed = found.removals(pair, [latents[:1], latents])
     for i, rollout in enumerate(found.held_out.rollouts):
         first, last = store.rollout_start[rollout : rollout + 2].tolist()
         ids = torch.from_numpy(store.token_ids[first:last].astype(np.int64))[None]
         live = torch.cat([e.run(ids).rows[0] for e in found.editors.values()], dim=1)
         own = sae.encode_dense(live)
+        written = torch.from_numpy(found.written[first:last])
 
-        def kl(taken: np.ndarray, ids=ids, live=live, own=own) -> float:
+        def predicted(taken: np.ndarray, ids=ids, live=live, own=own, written=written) -> Any:
             left = live - own[:, taken] @ sae.W_dec[taken]
-            p, q = (
-                found.editors[name]
-                .run(ids, held=left[None, :, found.columns[name]])
-                .logits[0, :-1]
-                .double()
-                .log_softmax(-1)
-                for name in pair
-            )
+            for name in pair:
+                held = left[None, :, found.columns[name]]
+                logits = found.editors[name].run(ids, held=held).logits[0, written]
+                yield logits.double().log_softmax(-1)
+
+        def kl(p: torch.Tensor, q: torch.Tensor) -> float:
             return float((p.exp() * (p - q)).sum())
 
-        before = kl(latents[:0])
+        before = list(predicted(latents[:0]))
+        size = kl(*before)
         for number, taken in enumerate((latents[:1], latents)):
-            expected = before - kl(taken)
-            assert lost[number, i] == pytest.approx(expected, abs=1e-4 * before)
+            after = list(predicted(taken))
+            near = partial(pytest.approx, rel=1e-3, abs=1e-4 * size)
+            assert removed.lost[number, i] == near(size - kl(*after))
+            assert removed.first[number, i] == near(kl(before[0], after[0]))
+            assert removed.second[number, i] == near(kl(before[1], after[1]))
+
+
+def test_predictions_of_what_users_say_do_not_count(differences):
+    store = differences.held_out.store
+    roles = [ROLES[role] for role in store.roles]
+    for rollout in differences.held_out.rollouts.tolist():
+        first, last = store.rollout_start[rollout : rollout + 2].tolist()
+        here = [roles[row + 1] for row in range(first, last - 1) if differences.written[row]]
+        assert {"think", "answer"} <= set(here) <= {"think", "answer", "special"}
+        n = sum(role in ("think", "answer") for role in roles[first:last])
+        assert sum(role != "special" for role in here) == n
+        opening = [store.vocabulary[i] for i in store.token_ids[first:last]]
+        begin = int(np.flatnonzero(differences.written[first:last])[0]) + 1
+        assert b"".join(opening[begin:]).startswith(b"<|im_start|>think")
+        assert not differences.written[last - 1]
 
 
 def test_contributions_of_features_bias_and_rest_add_up_to_the_difference(
@@ -181,7 +201,8 @@ def test_contributions_of_features_bias_and_rest_add_up_to_the_difference(
         for pair, kl in measured.pairs.items():
             parts = found.contributions(pair, 4, 0)
             total = parts.of_latent.sum(0) + parts.bias + parts.unexplained
-            by_rollout = np.bincount(held_out.store.rollout_of(measured.rows), kl)
+            owner = held_out.store.rollout_of(measured.rows)
+            by_rollout = np.bincount(owner, kl * measured.written)
             np.testing.assert_allclose(total, by_rollout, rtol=0.02)
 
 

@@ -194,11 +194,8 @@ def _measure(
     with differences:
         found = differences.predictions([*null_pair, *pairs])
         judge = Judge(config, differences, found, seed)
-        levels = [judge.pair(pair, 0.0, None) for pair in null_pair]
-        seeds = levels[0].kl if levels else None
-        lost = [one.removed or 0.0 for pair in levels for one in pair.features]
-        level = max(lost, default=0.0)
-        reported = [*(judge.pair(pair, max(level, 0.0), seeds) for pair in pairs), *levels]
+        levels = [judge.seeds(pair) for pair in null_pair]
+        reported = [*map(judge.pair, pairs), *levels]
     chosen = {one.feature for pair in reported for one in pair.features}
     if by_step:
         chosen |= set(_strongest(differences))
@@ -207,7 +204,7 @@ def _measure(
         null=null,
         adapters=tuple(judge.adapter(member) for member in members),
         n_rollouts=len(rollouts),
-        n_tokens=len(found.rows),
+        n_tokens=int(found.written.sum()),
         n_features=sae.d_sae,
         n_fired=int((differences.n_fired > 0).sum()),
         fvu=sae.manifest.content["report"]["fvu"],

@@ -8,7 +8,7 @@ import html
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from lorascope.causal.study import format_interval, format_table
+from lorascope.causal.study import format_interval, format_number, format_table
 from lorascope.compare.compare_records import (
     ComparisonReport,
     DifferentText,
@@ -69,11 +69,20 @@ def as_html(report: ComparisonReport) -> str:
         parts += [f"<p>{_shown(sentence)}</p>" for sentence in one.sentences]
         for head, rows in one.tables:
             cells = ["".join(f"<th scope=col>{_shown(cell)}</th>" for cell in head)]
-            cells += ["".join(f"<td>{_shown(cell)}</td>" for cell in row) for row in rows]
+            linked = head[0] == "feature"
+            cells += [_cells(row, linked=linked) for row in rows]
             body = "".join(f"<tr>{row}</tr>" for row in cells)
             parts.append(f"<div class=table tabindex=0><table>{body}</table></div>")
         parts.append(one.figures)
     return _PAGE.replace("BODY", "\n".join(parts))
+
+
+def _cells(row: Sequence[str], *, linked: bool) -> str:
+    """Return a row's cells; the first of them, a feature's number, may lead to its page."""
+    first, *others = map(_shown, row)
+    if linked:
+        first = f'<a href="dashboard.html#/feature/{int(row[0])}">{first}</a>'
+    return "".join(f"<td>{cell}</td>" for cell in (first, *others))
 
 
 def _shown(text: str) -> str:
@@ -89,13 +98,14 @@ def _line(text: str) -> str:
 
 def _sections(report: ComparisonReport) -> Iterator[_Section]:
     yield _adapters(report)
-    for pair in report.pairs:
-        yield _difference(report, pair)
-        yield _explained(report, pair)
     if any(one.step is not None for one in report.adapters):
         yield _growth(report)
+    for number, pair in enumerate(report.pairs):
+        yield _difference(report, pair)
+        if not number:
+            yield _texts(report)
+        yield _explained(report, pair)
     yield _examples(report)
-    yield _texts(report)
     yield _Section(
         "What this cannot say",
         [
@@ -190,7 +200,8 @@ def _explained(report: ComparisonReport, pair: PairDifference) -> _Section:
     one = _Section(f"{a} and {b}: features")
     say = one.sentences.append
     counted = ", ".join(f"{n} {kind_in_words(kind, pair)}" for kind, n in pair.n_kinds.items())
-    say(f"Of the features that fire here: {counted}.")
+    matched = sum(n for kind, n in pair.n_kinds.items() if kind in ("shared", "changed"))
+    say(f"{matched} features are in both, of those that fire here: {counted}.")
     if pair.kl:
         shares = (pair.contributions, pair.unexplained, pair.bias)
         features, unexplained, bias = (f"{100 * one / pair.kl:.0f}\u00a0%" for one in shares)
@@ -202,13 +213,15 @@ def _explained(report: ComparisonReport, pair: PairDifference) -> _Section:
         )
     if b != report.null:
         if pair.n_news:
+            left = pair.without_news or 0.0
+            than = "chance" if report.null is None else "any feature of the seeds"
             say(
-                f"{pair.n_news} are news: each explains more than chance and more than "
-                f"{pair.level:.2g} nats a token. Without all of them KL({a} ‖ {b}) is "
-                f"{pair.without_news or 0.0:.3g}."
+                f"{pair.n_news} are news: each explains more than {than} (at least "
+                f"{pair.level:.2g} nats a token). Without all of them KL({a} ‖ {b}) is {left:.3g}, "
+                f"{percent(left / pair.kl)} of it."
             )
         else:
-            say("None is news: no feature explains more than chance and the noise level.")
+            say("None is news: no feature explains more than chance or seeds do.")
     if pair.steps:
         steps = ", ".join(f"{step.n_features}: {step.kl:.3g}" for step in pair.steps)
         say(
@@ -222,17 +235,20 @@ def _explained(report: ComparisonReport, pair: PairDifference) -> _Section:
             kind_in_words(feature.kind, pair),
             _line(names.get(feature.feature, "")),
             f"{feature.contribution:.2g}",
-            f"{feature.chance:.2g}",
-            "—" if feature.removed is None else f"{feature.removed:.2g}",
+            format_number(feature.removed, ".2g"),
             format_interval(feature.removed_interval, ".2g"),
+            f"{feature.chance:.2g}" if report.null is None else format_number(feature.seeds, ".2g"),
+            format_number(feature.effect_first, ".2g"),
+            format_number(feature.effect_second, ".2g"),
             f"{feature.share:.2f}",
             f"{feature.cosine:.2f}",
         )
         for feature in _ranked(pair)[:_N_FEATURES]
     ]
     head = (
-        "feature", "", "is", "fires at", "contributes", "by chance", "removed", "95 %",
-        f"share of {b}", "cosine",
+        "feature", "", "is", "fires at", "contributes", "explains", "95 %",
+        "chance" if report.null is None else "of seeds", f"effect in {a}", f"effect in {b}",
+        f"size in {b}", "cosine",
     )  # fmt: skip
     one.tables.append((head, rows))
     return one

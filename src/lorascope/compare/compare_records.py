@@ -23,7 +23,8 @@ FeatureKind = Literal["shared", "changed", "only in the first", "only in the sec
 class AdapterRecord:
     """One of the adapters. `folder` is the last part of what the user gave.
 
-    `kl_base` is KL(adapter ‖ base), `floor` KL of the adapter and itself with its rows held.
+    `kl_base` is KL(adapter ‖ base), `floor` KL of the adapter and itself with its rows changed by
+    one rounding step.
     """
 
     name: str
@@ -52,9 +53,10 @@ class FeatureDifference:
 
     `share` is the second part's share of the sizes of what both parts write, `cosine` that of what
     they write. `contribution` is its part of KL(first ‖ second), `chance` what 95 % of the features
-    would contribute at most, if they fired where this one does, at its size. `removed` is what the
-    KL loses when its parts are taken from both, None if it was not removed. `is_news` says that
-    `contribution` and all of `removed_interval` are above `chance` and above the pair's `level`.
+    would contribute at most, if they fired where this one does, at its size. The others are None if
+    it was not removed: `removed` is what the KL loses when its parts are taken from both, `seeds`
+    what KL(first ‖ second seed) loses, `excess_interval` that of the difference of the two;
+    `effect_first` and `effect_second` are KL(adapter ‖ without it).
     """
 
     feature: Count
@@ -66,6 +68,10 @@ class FeatureDifference:
     chance: float
     removed: float | None
     removed_interval: Interval
+    seeds: float | None
+    excess_interval: Interval
+    effect_first: Amount | None
+    effect_second: Amount | None
     is_news: bool
 
 
@@ -82,8 +88,8 @@ class PairDifference:
     """The difference of two adapters: KL(first ‖ second).
 
     `contributions` of features, `bias` and `unexplained` add up to `kl` up to the error of the
-    path. `level` is the largest loss of KL by one feature that a second seed of the first adapter
-    shows, or without one the floor. `seeds` is KL(first ‖ second seed), None without one. `n_kinds`
+    path. `level` is the most that one feature explains of KL(first ‖ second seed), or without a
+    second seed the floor. `seeds` is that KL, None without one. `n_kinds`
     counts features that fire. `without_news` is the KL that stays without all that is news.
     """
 
@@ -153,7 +159,8 @@ class DifferentText:
 class ComparisonReport(ReportRecord):
     """What `compare` finds. `null` names the adapter that is another seed of the first.
 
-    `fvu` and `l0` are those of the joint dictionary on held-out rows.
+    `n_tokens` counts predictions of what a model writes; all means are over these, but `roles` has
+    the others too. `fvu` and `l0` are those of the joint dictionary on held-out rows.
     """
 
     kind = "comparison"

@@ -3,7 +3,9 @@
 A latent of a joint dictionary has one value at a token, and a part of its decoder row for each
 adapter: what it stands for in that adapter's row. `_Writes` has the size of what each part writes.
 
-1. Both adapters read the same texts. The difference is `KL(first ‖ second)` of their predictions.
+1. Both adapters read the same texts. The difference is `KL(first ‖ second)` of their predictions
+   of what a model writes: in chats, from the opening of the first answer on, without what users
+   say. Fine-tuning leaves other predictions to chance.
 2. `y(a)` is that KL if both rows are held at `a` times what they are: `y(0)` is 0, because both are
    the base then, and `y(1)` is the difference. The gradients by both rows, averaged over `a` from 0
    to 1 (integrated gradients: Sundararajan et al. 2017), give each latent its contribution,
@@ -23,6 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +37,7 @@ from lorascope import runtime
 from lorascope.causal.effects import kl_and_loss, kl_divergence, log_probabilities, select_measured
 from lorascope.causal.gradients import fitting_graph, no_weight_gradients
 from lorascope.causal.held_out import Batch, HeldOut
+from lorascope.causal.openings import prompt_length
 from lorascope.causal.removals import HeldChange, held_runs
 from lorascope.causal.shifts import ShiftTally
 from lorascope.errors import ArtifactError
@@ -41,6 +45,7 @@ from lorascope.sae.model import SAE
 from lorascope.subject.bottlenecks import unmix
 from lorascope.subject.intervene import RowEditor
 from lorascope.subject.load import Subject
+from lorascope.texts.roles import has_role
 
 Floats = npt.NDArray[np.float64]
 Pair = tuple[str, str]
@@ -52,12 +57,15 @@ _COPIES = 4  # times the memory of a plain run that a batch takes
 
 @dataclass
 class Predictions:
-    """KL in nats of each measured prediction, made at `rows`: by pair, to the base, and of noise.
+    """KL in nats of each prediction, made at `rows`: by pair, to the base, and of noise.
 
-    `reverse` is KL(second ‖ first). `floor` is KL of an adapter and itself with its own rows held.
+    `written` marks those of what a model writes; `shifts` are of these.
+    `reverse` is KL(second ‖ first). `floor` is KL of an adapter and itself with its rows changed by
+    one rounding step.
     """
 
     rows: npt.NDArray[np.int64]
+    written: npt.NDArray[np.bool_]
     pairs: dict[Pair, Floats]
     reverse: dict[Pair, Floats]
     to_base: dict[str, Floats]
@@ -80,6 +88,17 @@ class Contributions:
     controls: Floats
 
 
+class Removals(NamedTuple):
+    """What removals of sets of latents do, in nats, `(set, rollout)` each.
+
+    `lost` is what KL(first ‖ second) loses, `first` and `second` are KL(adapter ‖ without) of each.
+    """
+
+    lost: Floats
+    first: Floats
+    second: Floats
+
+
 @dataclass
 class Differences:
     """Adapters that run side by side on some rollouts of their joint store, and a dictionary."""
@@ -94,6 +113,7 @@ class Differences:
         self.columns = {name: torch.from_numpy(layout.columns_of(name)) for name in self.subjects}
         self.number = {int(index): i for i, index in enumerate(self.held_out.rollouts)}
         self.n_rollouts = len(self.number)
+        self.written = written_rows(self.held_out)
         self.n_fired = np.zeros(self.sae.d_sae, np.int64)
         self.total = np.zeros(self.sae.d_sae)  # of values
 
@@ -108,6 +128,10 @@ class Differences:
     def __exit__(self, *error: object) -> None:
         self._undo.close()
         self.editors.clear()
+
+    def _only_written(self, batch: Batch) -> Batch:
+        """Return a batch in which only predictions of what a model writes are measured."""
+        return replace(batch, mask=batch.mask & torch.from_numpy(self.written)[batch.rows])
 
     def _run(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """Return the logits of each adapter, and their rows side by side."""
@@ -132,6 +156,7 @@ class Differences:
             parts.setdefault(key, []).append(kl.cpu().numpy())
 
         first = next(iter(self.editors.values()))
+        eps = torch.finfo(first.subject.dtype).eps
         with runtime.progress(self.held_out.n_tokens, "compare", "tokens") as bar:
             for batch in self.held_out.batches(len(self.editors) + 1):
                 logits, rows = self._run(batch)
@@ -145,7 +170,7 @@ class Differences:
                 targets = batch.targets[batch.mask].to(base.device)
                 for name, editor in self.editors.items():
                     own = rows[..., self.columns[name].to(rows.device)]
-                    again = editor.run(batch.token_ids, held=own).logits
+                    again = editor.run(batch.token_ids, held=own * (1 + eps)).logits
                     keep(f"base {name}", kl_and_loss(log_p[name], base, targets)[0])
                     again = select_measured(again, batch.mask)
                     keep(f"floor {name}", kl_and_loss(log_p[name], again, targets)[0])
@@ -154,12 +179,21 @@ class Differences:
                     kl = kl_and_loss(log_p[one], at[other], targets)[0]
                     keep(f"kl {one} {other}", kl)
                     keep(f"reverse {one} {other}", kl_and_loss(log_p[other], at[one], targets)[0])
-                    shifts[one, other].add(log_p[one], log_p[other], batch.measured, roles)
+                    here = self.written[batch.measured]
+                    at_written = torch.from_numpy(here).to(base.device)
+                    shifts[one, other].add(
+                        log_p[one][at_written],
+                        log_p[other][at_written],
+                        batch.measured[here],
+                        roles[here],
+                    )
                 measured.append(batch.measured)
                 bar.update(int(batch.own.sum()))
+        rows = np.concatenate(measured)
         whole = {key: np.concatenate(some).astype(np.float64) for key, some in parts.items()}
         return Predictions(
-            rows=np.concatenate(measured),
+            rows=rows,
+            written=self.written[rows],
             pairs={pair: whole[f"kl {pair[0]} {pair[1]}"] for pair in pairs},
             reverse={pair: whole[f"reverse {pair[0]} {pair[1]}"] for pair in pairs},
             to_base={name: whole[f"base {name}"] for name in self.subjects},
@@ -194,7 +228,7 @@ class Differences:
         kept = fitting_graph(self.subjects[pair[0]])
         small = replace(self.held_out, batch_tokens=min(self.held_out.batch_tokens, kept))
         with runtime.progress(small.n_tokens, f"explain {' and '.join(pair)}", "tokens") as bar:
-            for batch in small.batches(_COPIES):
+            for batch in map(self._only_written, small.batches(_COPIES)):
                 with torch.no_grad():
                     _, rows = self._run(batch)
                     code = self._code(batch, rows)
@@ -250,11 +284,12 @@ class Differences:
         return total
 
     @torch.no_grad()
-    def removals(self, pair: Pair, sets: Sequence[npt.NDArray[np.int64]]) -> Floats:
-        """Do step 4: return what the KL loses without each set of latents, `(set, rollout)`."""
-        lost = np.zeros((len(sets), self.n_rollouts))
+    def removals(self, pair: Pair, sets: Sequence[npt.NDArray[np.int64]]) -> Removals:
+        """Do step 4 for sets of latents."""
+        found = np.zeros((3, len(sets), self.n_rollouts))
         W = {name: self.sae.W_dec[:, self.columns[name]] for name in pair}
-        for rollout, batch in self.held_out.alone(f"remove from {' and '.join(pair)}"):
+        for rollout, whole in self.held_out.alone(f"remove from {' and '.join(pair)}"):
+            batch = self._only_written(whole)
             _, rows = self._run(batch)
             code = self._code(batch, rows)
             numbers, changes = [], {name: [] for name in pair}
@@ -268,13 +303,17 @@ class Differences:
                     some.append(HeldChange(at, -values[at] @ W[name][latents]))
             for chunk, kl in self._kl_of_changes(pair, batch, rows, changes):
                 here = [numbers[i] for i in chunk]
-                lost[here, self.number[rollout]] += kl[0] - kl[1:]
-        return lost
+                found[0, here, self.number[rollout]] += kl[0, 0] - kl[0, 1:]
+                found[1:, here, self.number[rollout]] += kl[1:, 1:]
+        return Removals(*found)
 
     def _kl_of_changes(
         self, pair: Pair, batch: Batch, rows: Tensor, changes: Mapping[str, list[HeldChange]]
     ) -> Iterator[tuple[list[int], Floats]]:
-        """Yield the numbers of some changes and the sums of KL: without a change, with each."""
+        """Yield the numbers of some changes, and KL without a change and with each.
+
+        KL are `(3, 1 + change)`: between both, then from each adapter without a change to itself.
+        """
         runs = [
             held_runs(
                 self.editors[name],
@@ -289,13 +328,32 @@ class Differences:
         for (chunk, start, one), (same, also, other) in zip(*runs, strict=True):
             assert chunk == same and start == also, "both runs have the same changes"
             mask = batch.mask[0, start:].to(one.device)
-            kl = [kl_divergence(p[mask], q[mask]).sum() for p, q in zip(one, other, strict=True)]
-            yield chunk, torch.stack(kl).double().cpu().numpy()
+            compared = (one, other), ([one[0]] * len(one), one), ([other[0]] * len(other), other)
+            kl = [
+                [kl_divergence(p[mask], q[mask]).double().sum() for p, q in zip(*both, strict=True)]
+                for both in compared
+            ]
+            yield chunk, torch.stack([torch.stack(row) for row in kl]).cpu().numpy()
 
     @cached_property
     def writes(self) -> "Writes":
         """What the latents' parts write."""
         return Writes(self.subjects, self.sae)
+
+
+def written_rows(held_out: HeldOut) -> npt.NDArray[np.bool_]:
+    """Return which rows predict what a model writes, `(n_rows,)`; all, if no text has a role."""
+    store = held_out.store
+    generated = has_role(store.roles, ("think", "answer"))
+    if not generated.any():
+        return np.ones(store.n_rows, bool)
+    predicted = np.zeros(store.n_rows, bool)  # by the token that is predicted
+    for index in held_out.rollouts.tolist():
+        first, last = store.rollout_start[index : index + 2].tolist()
+        if generated[first:last].any():
+            predicted[first + prompt_length(store, index) : last] = True
+    predicted &= ~has_role(store.roles, ("system", "user"))
+    return np.append(predicted[1:], False)
 
 
 class Writes:

@@ -1,18 +1,25 @@
 """Say of two adapters how they differ, of which kind each feature is, and whether it is news.
 
-- *only in* an adapter: the other's part writes less than a tenth of what both parts write.
-- *news*: to take the feature's parts away from both adapters lowers KL(first ‖ second), with all of
-  its 95 % interval over texts above chance (what other features would contribute where this one
-  fires) and above the level, which is the most that a feature lowers KL(first ‖ second seed).
+- *only in* an adapter: the feature's removal changes the predictions of the other by less than a
+  tenth of what it changes in both. A feature that was not removed is judged by what its parts
+  write.
+- *news*: its removal from both adapters lowers KL(first ‖ second) by more than the level, which is
+  the most that one feature explains of KL(first ‖ second seed), and by more than that of the seeds,
+  with all of the 95 % interval over texts of the difference above 0. Without a second seed, the
+  interval of what the removal lowers is above chance: what 95 % of the other features would
+  contribute where this one fires, at its size.
 - *changed*: in both, and news. *shared*: in both, and no news.
 """
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from lorascope.causal.effects import bootstrap_interval, sum_by
+from lorascope.causal.effects import Sums, bootstrap_interval, sum_by
+from lorascope.causal.report_records import Interval
 from lorascope.compare.compare_options import CompareConfig
 from lorascope.compare.compare_records import (
     PRESENT,
@@ -38,15 +45,20 @@ class Judge:
         self, config: CompareConfig, differences: Differences, found: Predictions, seed: int
     ) -> None:
         self.config, self.differences, self.found, self.seed = config, differences, found, seed
+        self.null_pair: Pair | None = None
+        self.null_kl: float | None = None
+        self.level = 0.0
         store = differences.held_out.store
         self.owner = np.array(
             [differences.number[i] for i in store.rollout_of(found.rows).tolist()]
         )
         self.role = differences.held_out.role_of(found.rows)
         self.counts = self._sums(np.ones(len(found.rows)))
+        self.floor = max(self._mean(self._sums(kl)) for kl in found.floor.values())
 
     def _sums(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        return sum_by(self.owner, values, self.differences.n_rollouts)
+        """Return the sums over what each text's model writes."""
+        return sum_by(self.owner, values * self.found.written, self.differences.n_rollouts)
 
     def _mean(self, sums: npt.NDArray[np.float64]) -> float:
         return float(sums.sum()) / float(self.counts.sum())
@@ -75,31 +87,56 @@ class Judge:
             loss=member.loss,
         )
 
-    def pair(self, pair: Pair, level: float, seeds: float | None) -> PairDifference:
-        """Return the difference of a pair. `level` is what the strongest feature of seeds loses."""
+    def seeds(self, pair: Pair) -> PairDifference:
+        """Return the difference of the first adapter and its second seed; it sets the level."""
+        self.null_pair = pair
+        found = self.pair(pair)
+        sure = [one.removed or 0.0 for one in found.features if _is_above_0(one.removed_interval)]
+        self.level, self.null_kl = max(sure, default=0.0), found.kl
+        return found
+
+    def pair(self, pair: Pair) -> PairDifference:
+        """Return the difference of a pair."""
         d, found = self.differences, self.found
-        floor = max(self._mean(self._sums(found.floor[name])) for name in pair)
-        level = max(level, floor)
+        level = max(self.level, self.floor)
         kl = self._sums(found.pairs[pair])
         parts = d.contributions(pair, self.config.steps, self.seed)
         total = parts.of_latent.sum(1)
         order = np.argsort(-total, kind="stable")
         tested = order[total[order] > 0][: self.config.verify]
         prefixes = [2**i for i in range(12) if 2**i < len(tested)] + [len(tested)]
-        sets = [*(tested[i : i + 1] for i in range(len(tested))), *(tested[:n] for n in prefixes)]
-        lost = d.removals(pair, sets) if len(tested) else np.zeros((0, d.n_rollouts))
-        removed = dict(zip(tested.tolist(), lost, strict=False))
-        reported = order[total[order] != 0][:N_REPORTED].tolist()
-        features = tuple(
-            self._feature(pair, latent, parts, removed.get(latent), level)
-            for latent in dict.fromkeys([*tested.tolist(), *reported])
-        )
+        singles = [tested[i : i + 1] for i in range(len(tested))]
+        sets = [*singles, *(tested[:n] for n in prefixes)] if singles else []
+        lost, *effects = d.removals(pair, sets)
+        null = None
+        if self.null_pair not in (None, pair):
+            null = d.removals(self.null_pair, singles).lost
+        reported = order[total[order] != 0][:N_REPORTED]
+        features = [
+            *(
+                self._removed(
+                    self._feature(pair, latent, parts),
+                    lost[i],
+                    (effects[0][i], effects[1][i]),
+                    None if null is None else null[i],
+                    level,
+                )
+                for i, latent in enumerate(tested.tolist())
+            ),
+            *(
+                self._feature(pair, latent, parts)
+                for latent in reported[~np.isin(reported, tested)].tolist()
+            ),
+        ]
         news = [one.feature for one in features if one.is_news]
         without = None
         if news:
-            without = max(self._mean(kl - d.removals(pair, [np.array(news)])[0]), 0.0)
-        fired = np.flatnonzero(d.n_fired).tolist()
-        kinds = [self._kind(pair, latent, latent in news) for latent in fired]
+            without = max(self._mean(kl - d.removals(pair, [np.array(news)]).lost[0]), 0.0)
+        kinds = {
+            latent: self._kind(self._share(pair, latent))
+            for latent in np.flatnonzero(d.n_fired).tolist()
+        }
+        kinds |= {one.feature: one.kind for one in features if d.n_fired[one.feature]}
         return PairDifference(
             first=pair[0],
             second=pair[1],
@@ -117,8 +154,8 @@ class Judge:
             bias=self._mean(parts.bias),
             unexplained=self._mean(parts.unexplained),
             level=level,
-            seeds=seeds,
-            n_kinds={kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
+            seeds=None if pair == self.null_pair else self.null_kl,
+            n_kinds=dict(Counter(kinds.values())),
             n_news=len(news),
             without_news=without,
             steps=tuple(
@@ -126,32 +163,56 @@ class Judge:
                 for n, one in zip(prefixes, lost[len(tested) :], strict=False)
             ),
             shifts=found.shifts[pair].strongest(d.held_out) if found.shifts[pair].total else (),
-            features=features,
+            features=tuple(features),
         )
 
-    def _feature(
-        self,
-        pair: Pair,
-        latent: int,
-        parts: Contributions,
-        removed: npt.NDArray[np.float64] | None,
-        level: float,
-    ) -> FeatureDifference:
-        contribution = parts.of_latent[latent]
-        chance = float(np.percentile(parts.controls[latent], _CHANCE)) / float(self.counts.sum())
-        interval = None if removed is None else self._interval(removed)
-        least = max(chance, level)
-        is_news = self._mean(contribution) > least and interval is not None and interval[0] > least
+    def _feature(self, pair: Pair, latent: int, parts: Contributions) -> FeatureDifference:
+        """Return what is known of a feature without removing it."""
+        contribution, share = parts.of_latent[latent], self._share(pair, latent)
         return FeatureDifference(
             feature=latent,
-            kind=self._kind(pair, latent, is_news),
-            share=self._share(pair, latent),
+            kind=self._kind(share),
+            share=share,
             cosine=float(self.differences.writes.cosine(*pair)[latent]),
             contribution=self._mean(contribution),
             contribution_interval=self._interval(contribution),
-            chance=chance,
-            removed=None if removed is None else self._mean(removed),
+            chance=float(np.percentile(parts.controls[latent], _CHANCE)) / float(self.counts.sum()),
+            removed=None,
+            removed_interval=None,
+            seeds=None,
+            excess_interval=None,
+            effect_first=None,
+            effect_second=None,
+            is_news=False,
+        )
+
+    def _removed(
+        self,
+        feature: FeatureDifference,
+        lost: Sums,
+        effects: tuple[Sums, Sums],
+        null: Sums | None,
+        level: float,
+    ) -> FeatureDifference:
+        """Return a feature with what its removal does, which decides its kind."""
+        removed, interval, excess = self._mean(lost), self._interval(lost), None
+        if null is not None:
+            excess = self._interval(lost - null)
+            is_news = removed > level and _is_above_0(excess)
+        else:
+            least = max(feature.chance, level)
+            is_news = self.null_pair is None and interval is not None and interval[0] > least
+        one, other = map(self._mean, effects)
+        share = other / (one + other) if one + other > self.floor else feature.share
+        return replace(
+            feature,
+            kind="changed" if is_news and self._kind(share) == "shared" else self._kind(share),
+            removed=removed,
             removed_interval=interval,
+            seeds=None if null is None else self._mean(null),
+            excess_interval=excess,
+            effect_first=one,
+            effect_second=other,
             is_news=is_news,
         )
 
@@ -159,10 +220,11 @@ class Judge:
         one, other = (float(self.differences.writes.size(name)[latent]) for name in pair)
         return other / (one + other) if one + other else 0.5
 
-    def _kind(self, pair: Pair, latent: int, is_news: bool) -> FeatureKind:
-        share = self._share(pair, latent)
+    def _kind(self, share: float) -> FeatureKind:
         if share < PRESENT:
             return "only in the first"
-        if share > 1 - PRESENT:
-            return "only in the second"
-        return "changed" if is_news else "shared"
+        return "only in the second" if share > 1 - PRESENT else "shared"
+
+
+def _is_above_0(interval: Interval) -> bool:
+    return interval is not None and interval[0] > 0
