@@ -82,6 +82,10 @@ def test_a_search_finds_a_number_and_a_label(show: Any):
     wait_listed(shown, [1])
     shown.part("search").fill("functions")
     wait_listed(shown, [0])
+    shown.part("search").fill("functions open")
+    wait_listed(shown, [0])
+    shown.part("search").fill("functions closed")
+    wait_listed(shown, [])
 
 
 def test_what_was_searched_is_marked_in_the_examples_over_tokens(show: Any):

@@ -1,4 +1,5 @@
-// Searches feature numbers, labels, notes, and the tokens of all windows.
+// Searches feature numbers, labels, notes, and the tokens of all windows. Labels and notes need all
+// words of the query, in any order; tokens need it as it is.
 //
 // 1. Check every entry of the token table once: does it contain the query, or could the query begin
 //    in it and continue in the next tokens?
@@ -25,7 +26,7 @@ export async function search(query, where, report) {
   const number = /^#?\d{1,15}$/.test(wanted.trim()) ? Number(wanted.trim().replace("#", "")) : -1;
   for (let id = 0; id < core.n_features; id++) {
     const words = [labelOf(id), noteOf(id), givenName(id)].filter(Boolean);
-    if (id === number || (words.length && words.join("\n").toLowerCase().includes(wanted))) {
+    if (id === number || (words.length && hasAll(words.join("\n").toLowerCase(), wanted))) {
       found[id] = 1;
     }
   }
@@ -72,7 +73,7 @@ function marksOf(wanted) {
 function searchBlock(part, first, wanted, marks, where, found) {
   const { counts, token, length, fires, ranked, sentences } = part;
   sentences.forEach((text, i) => {
-    if (text.includes(wanted)) found[first + i] = 1;
+    if (text && hasAll(text, wanted)) found[first + i] = 1;
   });
   let window = 0;
   let at = 0;
@@ -93,6 +94,11 @@ function searchBlock(part, first, wanted, marks, where, found) {
       if (entry && marks[entry - 1] & CONTAINS) found[first + Math.floor(i / each)] = 1;
     });
   });
+}
+
+// Returns whether a text has all words of a query.
+function hasAll(text, wanted) {
+  return wanted.split(/\s+/).every((word) => text.includes(word));
 }
 
 function isIn(token, fires, from, to, wanted, marks, where) {
