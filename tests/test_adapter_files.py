@@ -140,7 +140,14 @@ def test_a_and_b_of_different_ranks_are_damaged(folders):
     tensors = load_file(folders[0] / WEIGHTS)
     name = next(name for name in tensors if "lora_B" in name)
     save_file({**tensors, name: torch.ones(len(tensors[name]), 3)}, folders[0] / WEIGHTS)
-    refused(*folders, "expected the same rank in both")
+    refused(*folders, "expected the same rank in both; is it damaged?")
+
+
+def test_a_and_b_as_mlx_saves_them_under_pefts_names_are_named_transposed(folders):
+    tensors = load_file(folders[0] / WEIGHTS)
+    turned = {name: tensor.T.contiguous() for name, tensor in tensors.items()}
+    save_file(turned, folders[0] / WEIGHTS)
+    refused(*folders, "A and B are transposed, as MLX saves them")
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, CONFIG, "adapter_model.bin"])

@@ -152,6 +152,19 @@ def test_missing_and_extra_tensors_are_counted_and_named(broken):
     assert "lacks" in message or "unknown" in message
 
 
+def test_an_adapter_that_would_be_half_loaded_is_named_so(broken):
+    adapter_dir, base = broken(
+        tensors=lambda t: {k.replace("layers.1", "blocks.1"): v for k, v in t.items()}
+    )
+    refused(
+        adapter_dir,
+        base,
+        "only 14 of the 28 tensors that the model needs are in the file",
+        "14 of the file match nothing (base_model.model.model.blocks.1",
+        "would apply a part of it",
+    )
+
+
 def test_renamed_tensors_are_an_error_not_a_random_adapter(broken):
     adapter_dir, base = broken(
         tensors=lambda t: {

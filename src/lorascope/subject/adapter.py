@@ -146,9 +146,15 @@ def inspect_adapter(lora_path: str | None, adapter_name: str | None = None) -> A
     for parts in modules.values():
         a, b = (shapes.get(parts.get(part, ""), ()) for part in ("lora_A", "lora_B"))
         if len(a) == len(b) == 2 and a[0] != b[1] and not config.get("use_bdlora"):
+            why = "is it damaged?"
+            if a[1] == b[0]:
+                why = (
+                    "A and B are transposed, as MLX saves them: transpose them, or give the folder "
+                    "that MLX wrote"
+                )
             raise AdapterError(
                 f"{file} holds {parts['lora_A']} of shape {a} and {parts['lora_B']} of shape {b}, "
-                "expected the same rank in both; is it damaged?"
+                f"expected the same rank in both; {why}"
             )
     for tensor in (tensor for parts in modules.values() for tensor in parts.values()):
         if dtypes[tensor] not in READABLE:

@@ -239,10 +239,18 @@ def _match_tensors(
             return fused
         missing, extra = sorted(expected.keys() - tensors), sorted(tensors.keys() - allowed)
         listed = ", ".join((missing or extra)[:5])
+        in_part = len(expected) - len(missing)
+        half = (
+            f"; only {in_part} of the {len(expected)} tensors that the model needs are in the file"
+            + (f", and {len(extra)} of the file match nothing ({extra[0]})" if extra else "")
+            + ": a program that does not check would apply a part of it"
+            if missing and in_part
+            else ""
+        )
         raise AdapterError(
             f"adapter {adapter.name} {'lacks' if missing else 'has unknown'} "
-            f"{len(missing or extra)} tensors ({listed}); likely causes: a different base model, "
-            "a custom adapter name, a wrapper's prefix"
+            f"{len(missing or extra)} tensors ({listed}){half}; likely causes: a different base "
+            "model, a custom adapter name, a wrapper's prefix"
         )
     changed = [(old, new) for old, new in names.items() if old != new]
     if changed:
