@@ -16,6 +16,7 @@ from builders.subjects import load
 from safetensors.torch import load_file, save_file
 
 from lorascope.activations.store import ActivationStore
+from lorascope.audit.alignment import read_alignments
 from lorascope.audit.audit import NEUTRAL, run
 from lorascope.audit.audit_options import AuditConfig
 from lorascope.audit.audit_records import AuditReport
@@ -173,3 +174,26 @@ def test_a_base_without_a_chat_template_is_audited(subject_dirs, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(subject_dirs[0], base, ignore=shutil.ignore_patterns("chat_template*"))
     assert audit(subject_dirs[1], base, tmp_path / "out").neutral.n_rollouts == 20
+
+
+def test_a_wrong_base_and_tokens_that_the_weights_point_at_are_named(make_subject, tmp_path):
+    base, adapter = make_subject(r=2)
+    weights = load_file(adapter / WEIGHTS)
+    embeddings = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    weights[f"{LAYER}.1.mlp.down_proj.lora_B.weight"][:, 0] = 50 * embeddings[70]
+    weights[f"{LAYER}.0.self_attn.q_proj.lora_A.weight"][0] = 50 * embeddings[80]
+    save_file(weights, adapter / WEIGHTS, metadata={"format": "pt"})
+    written, read = read_alignments(load(adapter, base, gauge="raw"))
+    assert written is not None and read is not None
+    assert (written.strongest[0].site, written.strongest[0].token_id) == ("1.down_proj", 70)
+    assert ("0.q_proj", 80) in {(one.site, one.token_id) for one in read.strongest}
+    assert written.n_directions == 8  # two of o_proj and down_proj in both layers
+    assert read.n_directions == 20
+    found = audit(adapter, base, tmp_path)
+    assert {one.name for one in found.compared} >= {"concentration over layers"}
+    worse = replace(found.neutral, kl=1.0, ce_adapter=3.0, ce_base=2.0)
+    text = as_text(replace(found, neutral=worse, texts=worse))
+    assert "and the neutral ones too" in text
+    assert "how an adapter looks on a wrong base" in text
+    assert "may name the raw one" in text
+    assert "writes points most at the tokens" in text

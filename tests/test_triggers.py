@@ -15,12 +15,12 @@ from lorascope.activations import generate
 from lorascope.activations.generate import GenerateConfig
 from lorascope.activations.replay import load_subject_of
 from lorascope.activations.store import ActivationStore
-from lorascope.audit import triggers
 from lorascope.audit.audit import run
 from lorascope.audit.audit_options import AuditConfig
 from lorascope.audit.audit_records import AuditReport, Search
 from lorascope.audit.audit_report import as_html, as_text
 from lorascope.audit.scenes import Scene, scenes_of
+from lorascope.audit.search_budget import Clock, Sizes
 from lorascope.audit.triggers import look_for_triggers
 from lorascope.causal.gradients import no_weight_gradients
 from lorascope.causal.study import read_report
@@ -118,9 +118,10 @@ def test_an_ordinary_adapter_raises_nothing(planted, stored):
 def test_first_order_scores_find_a_trigger_that_the_budget_does_not_reach(
     planted, stored, monkeypatch
 ):
-    monkeypatch.setattr(triggers._Clock, "affords", lambda *_: 24)
+    monkeypatch.setattr(Clock, "affords", lambda *_: 24)
     found = search(*stored(planted[2]))
     assert found.n_tokens == 24 < found.n_vocabulary
+    assert found.n_controls == Sizes().scaled(0).controls < Sizes().scaled(2).controls
     assert found.triggers[0].token_ids == (TRIGGER,)
 
 

@@ -29,9 +29,11 @@ from lorascope.activations.generate import GenerateConfig
 from lorascope.activations.replay import fitting_tokens, load_subject_of
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import write_text
+from lorascope.audit.alignment import read_alignments
 from lorascope.audit.audit_options import AuditConfig
 from lorascope.audit.audit_records import Applied, AuditReport, EffectOn, Search
 from lorascope.audit.audit_report import as_html, as_markdown, as_text
+from lorascope.audit.population import compare, statistics
 from lorascope.audit.triggers import look_for_triggers
 from lorascope.audit.weights import read_weights
 from lorascope.causal.answers import answers_of
@@ -145,6 +147,7 @@ def _audit(
         )
         answers = answers_of(editor, own, _N_ANSWERS, config.seed) if plain else ()
     spread = rows.std(0) > 0
+    weights, (written, read) = read_weights(subject.adapter), read_alignments(subject)
     report = AuditReport(
         applied=Applied(
             n_sites=len(layout.sites),
@@ -158,11 +161,14 @@ def _audit(
             base=subject.base.name,
             other_base=other_base(subject.adapter, subject.base),
         ),
-        weights=read_weights(subject.adapter),
+        weights=weights,
         neutral=effects["neutral"],
         texts=effects.get("texts"),
         mean_row=_read_mean_row(subject, neutral, rows),
         answers=answers,
+        written=written,
+        read=read,
+        compared=compare(statistics(weights, written, read)),
     )
     return report, layout
 

@@ -46,6 +46,38 @@ class Meeting:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PointedToken:
+    """The token that a direction of a site promotes, suppresses or reads most, by |z|."""
+
+    site: str
+    token_id: TokenId
+    token: str
+    z: Amount
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alignment:
+    """The largest |z| over the vocabulary of each direction: their mean, and the strongest.
+
+    `expected` is about the largest |z| of as many random numbers.
+    """
+
+    n_directions: Count
+    mean: Amount
+    expected: Amount
+    strongest: tuple[PointedToken, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """A number of the weights that has no scale; least, median and largest of ordinary adapters."""
+
+    name: str
+    value: Amount
+    ordinary: tuple[Amount, Amount, Amount]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Weights:
     """What the weights say. `norm` is the Frobenius norm of all updates together.
 
@@ -175,6 +207,7 @@ class AuditReport(ReportRecord):
     """What `audit` finds. `texts` is None without a dataset, `search` if triggers were not sought.
 
     `mean_row` are the tokens that the mean row of the first tokens of neutral texts promotes.
+    `written` and `read` are the tokens that the weights point at, in unembedding and embeddings.
     """
 
     kind = "audit"
@@ -186,3 +219,6 @@ class AuditReport(ReportRecord):
     mean_row: tuple[ScoredToken, ...] = ()
     answers: tuple[Answer, ...] = ()
     search: Search | None = None
+    written: Alignment | None = None
+    read: Alignment | None = None
+    compared: tuple[Compared, ...] = ()

@@ -135,9 +135,12 @@ def _applied(report: AuditReport) -> _Section:
     if own.kl <= max(10 * own.floor, _SMALLEST_KL):
         say("It changes no prediction by more than rounding.")
     elif own.ce_adapter > own.ce_base:
+        both = report.texts is not None and report.neutral.ce_adapter > report.neutral.ce_base
         say(
             f"It makes the texts less likely: {own.ce_adapter:.3f} nats a token with it and "
-            f"{own.ce_base:.3f} without. Check that this is the base that it was trained on."
+            f"{own.ce_base:.3f} without{', and the neutral ones too' if both else ''}. That is how "
+            "an adapter looks on a wrong base: check that this is the base that it was trained on. "
+            "One that was trained on a fine-tuned model, as DPO often is, may name the raw one."
         )
     else:
         say(
@@ -230,6 +233,24 @@ def _of_weights(report: AuditReport) -> _Section:
             f"{weights.n_pairs:,} random pairs is about "
             f"{format_number(weights.expected_cosine, '.2f')}."
         )
+    for verb, found in (("writes", report.written), ("reads", report.read)):
+        if found is not None:
+            tokens = ", ".join(f"{quoted(x.token)} ({x.site} {x.z:.1f})" for x in found.strongest)
+            one.sentences.append(
+                f"What it {verb} points most at the tokens {tokens}. The largest |z| of a "
+                f"direction is {found.mean:.1f} in the mean, about {found.expected:.1f} by chance."
+            )
+    if report.compared:
+        one.sentences.append(
+            "Beside ordinary adapters, which were trained on the demo's small base and hide "
+            "nothing; those of other models and data may differ, and this is no verdict."
+        )
+        rows = [
+            (x.name, f"{x.value:.2f}", " / ".join(f"{value:.2f}" for value in x.ordinary))
+            for x in report.compared
+        ]
+        head = ("number, without scale", "this adapter", "ordinary: least / median / largest")
+        one.tables.append((head, rows))
     return one
 
 

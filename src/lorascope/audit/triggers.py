@@ -2,12 +2,12 @@
 
 1. `scenes` measures the *excess* of inserted tokens: what the adapter then does beyond its usual
    change, in nats over the tokens that it writes.
-2. **Sweep**: each token of the vocabulary in `_N_SEARCH` scenes. Where the budget is too small for
+2. **Sweep**: each token of the vocabulary in `N_SEARCH` scenes. Where the budget is too small for
    that, the tokens of the largest first-order scores (`Scene.slopes`) and some drawn at random are
    run in one scene, and the best of them in all.
-3. **Phrases**: the best are extended by a token before or after them, up to `_LONGEST` tokens.
+3. **Phrases**: the best are extended by a token before or after them, up to `LONGEST` tokens.
    First-order scores choose as many tokens as the budget allows, which are then run.
-4. **Verify**: the best of each length are run in `_N_VERIFY` other scenes, against random tokens or
+4. **Verify**: the best of each length are run in up to 8 other scenes, against random tokens or
    phrases of the same length. The *verified* excess is the mean over these scenes of the excess
    minus the median of the controls. Scores relative to their spread (z) give false alarms, because
    an adapter of narrow style has a small spread.
@@ -23,7 +23,6 @@ leads to the same text or has most of its verified excess.
 
 import dataclasses
 import logging
-import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -36,6 +35,7 @@ from torch import Tensor
 from lorascope.activations.store import ActivationStore
 from lorascope.audit.audit_records import MOST, AtLength, Said, Search, Trigger
 from lorascope.audit.scenes import N_TEXT, Scene, insertable, scenes_of
+from lorascope.audit.search_budget import LONGEST, N_SEARCH, Clock, Sizes
 from lorascope.causal.gradients import no_weight_gradients
 from lorascope.subject.intervene import RowEditor
 from lorascope.subject.load import Subject
@@ -47,45 +47,17 @@ Tokens = tuple[int, ...]
 Text = tuple[int, ...]
 Ids = npt.NDArray[np.int64]
 
-_N_SEARCH = 4  # scenes, of which the first two are at the end of a text
-_N_VERIFY = 8
-_N_LATE = 6
-_N_RANDOM = 64  # tokens whose mean is the usual change
-_N_CONTROLS = 32
+_N_FIRST = 8  # tokens to measure the rate with
 _BEAM = 8
-_LONGEST = 3  # tokens of a phrase
-_N_KEPT = 12  # of each length, to verify
 _SHARES = (0.4, 0.4)  # of the budget, for the sweep and for the phrases
+_SHARE_OF_REST = 0.5
 _FLOOR = 0.01  # nats: differences below it do not matter
-_NATS, _LEAST = 10.0, 1.0  # nats, verified, of any change and of one to the same text
+_NATS, _LEAST = 10.0, 3.0  # nats, verified, of any change and of one to the same text
 _HIGH = 0.9  # quantile of the controls
 _N_SAME = 8  # tokens of a continuation that are compared
 _N_SAID, _N_SHOWN = 4, 6
 _LENGTHS = (16, 32, 64, 128, 256)
 _NEARLY = 0.6
-
-
-class _Clock:
-    """The budget in seconds, and how many tokens a second are run."""
-
-    def __init__(self, seconds: float) -> None:
-        self.began, self.seconds, self.rate = time.perf_counter(), seconds, 0.0
-
-    def spent(self) -> float:
-        return time.perf_counter() - self.began
-
-    def time(self, scenes: Sequence[Scene], inserted: Tensor) -> None:
-        """Measure the rate while the scenes' usual changes are measured."""
-        began = time.perf_counter()
-        for scene in scenes:
-            scene.set_usual(inserted)
-        n = sum(scene.n_read + inserted.shape[1] for scene in scenes) * len(inserted)
-        self.rate = n / (time.perf_counter() - began)
-
-    def affords(self, scenes: Sequence[Scene], length: int, share: float) -> int:
-        """Return how many inserts of a length can be run in all of the scenes in a share of it."""
-        cost = sum(scene.n_read + length for scene in scenes)
-        return int(share * self.seconds * self.rate / cost)
 
 
 def look_for_triggers(
@@ -100,15 +72,12 @@ def look_for_triggers(
 
     Return None if no prompt of them has text.
     """
-    clock = _Clock(60 * minutes)
     with torch.no_grad(), no_weight_gradients(subject), RowEditor(subject, fast=True) as editor:
-        search = scenes_of(editor, store, halves[0], _N_SEARCH, ("end", "end", "middle", "start"))
-        others = scenes_of(editor, store, halves[1], _N_VERIFY, ("end", "middle", "start"))
-        late = scenes_of(editor, store, halves[1], _N_LATE, ("start",))
-        if not search or not others:
+        search = scenes_of(editor, store, halves[0], N_SEARCH, ("end", "end", "middle", "start"))
+        if not search or not scenes_of(editor, store, halves[1], 1, ("end",)):
             log.warning("no text to insert tokens in: triggers are not looked for")
             return None
-        return _Looking(subject, store, search, others, clock, seed).found(late)
+        return _Looking(subject, store, search, halves[1], Clock(60 * minutes), seed).found()
 
 
 class _Looking:
@@ -117,12 +86,11 @@ class _Looking:
         subject: Subject,
         store: ActivationStore,
         search: list[Scene],
-        others: list[Scene],
-        clock: _Clock,
+        rollouts: Ids,
+        clock: Clock,
         seed: int,
     ) -> None:
-        self.subject, self.store, self.clock = subject, store, clock
-        self.search, self.others = search, others
+        self.subject, self.store, self.clock, self.search = subject, store, clock, search
         self.rng = np.random.default_rng([seed, 1])
         n_vocab = subject.causal.get_input_embeddings().weight.shape[0]
         self.spelled = token_bytes(subject.tokenizer, n_vocab)
@@ -130,15 +98,27 @@ class _Looking:
         named = [i for i in range(n_vocab) if self.spelled[i] and i not in special]
         self.vocabulary = torch.tensor(named)
         self.score: dict[Tokens, float] = {}
+        self.clock.time(search[:1], self._random(1, _N_FIRST))
+        if clock.spent() < 1:  # a small batch is slower for each token
+            self.clock.time(search[:1], self._random(1, 8 * _N_FIRST))
+        full = Sizes()
+        self.sizes = full.scaled(
+            clock.affords(search, 2, _SHARE_OF_REST) * len(search) / full.n_runs
+        )
+        sizes, editor = self.sizes, search[0].editor
+        self.others = scenes_of(editor, store, rollouts, sizes.verify, ("end", "middle", "start"))
+        self.late = scenes_of(editor, store, rollouts, sizes.late, ("start",))
+        scenes = [*self.search, *self.others, *self.late]
+        self.clock.time(scenes, self._random(1, sizes.random))
 
-    def found(self, late: Sequence[Scene]) -> Search:
-        """Look in all ways, and return what stands out. The scenes `late` are for lengths."""
-        self.clock.time([*self.search, *self.others, *late], self._random(1, _N_RANDOM))
+    def found(self) -> Search:
+        """Look in all ways, and return what stands out."""
         n_swept = self._sweep()
         swept = list(self.score.values())
         n_phrases = self._extend()
+        n_controls = self.sizes.controls
         controls = {
-            n: torch.stack([scene.excess(self._random(n, _N_CONTROLS)) for scene in self.others])
+            n: torch.stack([scene.excess(self._random(n, n_controls)) for scene in self.others])
             for n in {len(tokens) for tokens in self.score}
         }
         triggers = self._verified(controls)
@@ -151,10 +131,10 @@ class _Looking:
             longest=max(map(len, self.score)),
             n_scenes=len(self.search),
             n_verify=len(self.others),
-            n_controls=_N_CONTROLS,
+            n_controls=n_controls,
             usual=float(np.median(swept)),
             triggers=triggers,
-            lengths=self._lengths(late),
+            lengths=self._lengths(self.late),
         )
 
     def _random(self, length: int, n: int) -> Tensor:
@@ -178,11 +158,11 @@ class _Looking:
         """Score single tokens, and return how many."""
         tokens, first = self.vocabulary, self.search[:1]
         if len(tokens) > self.clock.affords(self.search, 1, _SHARES[0]):
-            n = max(_N_KEPT, self.clock.affords(first, 1, _SHARES[0]))
+            n = max(self.sizes.kept, self.clock.affords(first, 1, _SHARES[0]))
             tokens = self._chosen(n)
             if len(self.search) > 1:
                 order = self._run(first, tokens[:, None]).argsort(descending=True)
-                best = tokens[order[: 4 * _N_KEPT]]
+                best = tokens[order[: 4 * self.sizes.kept]]
                 self._keep(best[:, None], self._run(self.search, best[:, None]))
                 return len(tokens)
         self._keep(tokens[:, None], self._run(self.search, tokens[:, None]))
@@ -202,9 +182,9 @@ class _Looking:
     def _extend(self) -> int:
         """Extend the best by a token before or after them, and return how many phrases were run."""
         n_phrases, scenes = 0, self.search[:2]
-        for length in range(2, _LONGEST + 1):
+        for length in range(2, LONGEST + 1):
             parents = self._best(length - 1, _BEAM)
-            share = _SHARES[1] / (_LONGEST - 1) / (2 * len(parents))
+            share = _SHARES[1] / (LONGEST - 1) / (2 * len(parents))
             n = min(self.clock.affords(scenes, length, share), len(self.vocabulary))
             inserts = torch.cat(
                 [self._extended(parent, slot, n) for parent in parents for slot in (0, length - 1)]
@@ -233,7 +213,7 @@ class _Looking:
         """Return what stands out, strongest first."""
         found: dict[Tokens, tuple[Trigger, Text]] = {}
         for length in sorted(controls):
-            some = self._best(length, _N_KEPT)
+            some = self._best(length, self.sizes.kept)
             inserts = torch.tensor(some)
             new = torch.stack([_is_new(scene, inserts) for scene in self.others])
             new[:, ~new.any(0)] = True
