@@ -6,16 +6,19 @@ import json
 import logging
 import re
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from builders.browser import open_browser
 from builders.indexes import example, index_of, manifest_of, small_index
-from builders.pages import block, column
+from builders.pages import block, bytes_of, column
 
 from lorascope.artifact import digest_file, read_manifest
 from lorascope.dashboard.facts import header
+from lorascope.dashboard.packs import pack, to_half_bits, to_text
 from lorascope.dashboard.payload import (
     BLOCK,
     FULL_SCALE,
@@ -23,7 +26,6 @@ from lorascope.dashboard.payload import (
     Payload,
     escape_json,
     manifest_comment,
-    to_half_bits,
     to_scaled_int16,
 )
 from lorascope.dashboard.render import DashboardConfig, bundle, read_glossary, run
@@ -89,6 +91,9 @@ def test_rounded_values_of_a_block_are_within_the_stated_error():
     assert data["peak"] == []
     units = np.array(data["scale"])[np.repeat([0, 2, 3, 0, 3], [9, 1, 5, 5, 3])] / FULL_SCALE
     shown = np.array(data["activation"]) * units
+    at = np.cumsum(data["length"]) - data["length"] + data["target"]
+    assert not shown[at].any()
+    shown[at] = data["value"]
     np.testing.assert_allclose(shown, index.window_activation, rtol=0, atol=units.max())
     assert np.array_equal(shown != 0, index.window_activation != 0)
     share = np.array(data["fingerprint"]).reshape(4, 2) * np.array(data["fingerprint_max"])[:, None]
@@ -131,6 +136,75 @@ def test_rounding_stays_within_its_bounds_and_never_hides_a_firing():
     assert np.abs(parts * (scale / FULL_SCALE) - values).max() <= scale / FULL_SCALE
     assert (np.sign(parts) == np.sign(values)).all()
     assert to_scaled_int16(np.zeros(2), np.zeros(2)).tolist() == [0, 0]
+
+
+def every_coding() -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Columns of ugly sizes and values in every type and coding."""
+    rng = np.random.default_rng(0)
+    edges = [0, 191, 192, 447, 448, 14_527, 14_528, 65_535, 80_063, 473_279, 473_280, 2**32 - 1]
+    halves = np.sort(rng.standard_normal(9))[::-1].astype("<f4").view("<u4") >> 16 << 16
+    values = {
+        "none": np.zeros(0),
+        "one": np.array([7]),
+        "signed": np.array([-128, 0, 127]),
+        "doubles": np.array([0.1, np.nan, -np.inf, 2.0**53]),
+        "floats": np.array([9.5, 9.25, 0, np.nan, 3e38], np.float32),
+        "half": halves.view("<f4"),
+        "zeros": np.zeros(17),
+        "shares": rng.integers(0, 2, 1001) * rng.integers(-32767, 32767, 1001),
+        "wide": np.array(edges),
+        "small": np.array(edges[:8]),
+        "no_entries": np.zeros(0),
+    }
+    types = [
+        *("<f4 falls", "<u2", "|i1", "<f8", "<f4 falls", "<b2 falls", "|u1 sparse"),
+        *("<i2 sparse", "<u4 entry", "<u2 entry", "<u2 entry"),
+    ]
+    return values, dict(zip(values, types, strict=True))
+
+
+def test_columns_keep_their_values_in_every_coding():
+    values, types = every_coding()
+    found = block({"block_columns": list(types.items())}, pack(values, types))
+    for name, wanted in values.items():
+        np.testing.assert_array_equal(np.array(found[name], wanted.dtype), wanted, name)
+
+
+@pytest.mark.parametrize("n", range(30))
+def test_any_number_of_bytes_is_text_that_no_parser_changes(n: int):
+    data = np.random.default_rng(n).bytes(n)
+    text = to_text(data)
+    assert bytes_of(text) == data
+    assert not re.search(r"""[^ -~]|["&<\\]""", text)
+
+
+@pytest.mark.slow
+def test_a_browser_reads_every_coding_as_python_does():
+    values, types = every_coding()
+    source = files("lorascope.dashboard").joinpath("assets", "unpack.js").read_text()
+    source = re.sub("^import .*$", "const packText = async () => packed;", source, flags=re.M)
+    source = re.sub("^export ", "", source, flags=re.M)
+    with open_browser() as browser:
+        found = browser.new_page().evaluate(
+            "([packed, types]) => {" + source + "; return unpack('', types).then((columns) => "
+            "Object.fromEntries(Object.entries(columns).map(([k, v]) => [k, Array.from(v)]))); }",
+            [pack(values, types), list(types.items())],
+        )
+    for name, wanted in values.items():
+        np.testing.assert_array_equal(np.array(found[name], wanted.dtype), wanted, name)
+
+
+def test_rows_say_rollout_and_position_unless_they_cannot():
+    index = many_features(100)
+    payload = Payload(index, "T")
+    assert len(payload._spans[0]) == 1
+    data = block(json.loads(payload.core()), payload.block(0))
+    assert data["rollout"] == data["position"] == []
+    index.example_rollout[0] += 1  # two rollouts at one row
+    payload = Payload(index, "T")
+    data = block(json.loads(payload.core()), payload.block(0))
+    assert data["rollout"] == index.example_rollout.tolist()
+    assert data["position"] == index.example_position.tolist()
 
 
 def test_the_first_block_is_that_of_the_first_feature_with_an_example():

@@ -20,7 +20,7 @@ import pytest
 from builders.browser import open_browser
 from builders.indexes import synthetic
 
-from lorascope.dashboard.payload import Payload
+from lorascope.dashboard.payload import BLOCK, Payload
 from lorascope.dashboard.render import DashboardConfig, policy, run, server_of
 from lorascope.dashboard.serve import PageServer
 from lorascope.errors import ConfigError
@@ -163,7 +163,7 @@ def test_the_served_page_shows_any_feature_and_rollout():
         assert complaints == []
         assert all(url.startswith(server.address) for url in requests)
         asked = {url.removeprefix(server.address).partition("#")[0] for url in requests}
-        assert {f"block-{last // 64}", "rollout-3"} <= asked
+        assert {f"block-{last // BLOCK}", "rollout-3"} <= asked
         assert server.server_port
     assert "connect-src 'self'" in policy(served=True)
     assert "connect-src" not in policy()
@@ -183,7 +183,7 @@ def test_a_served_page_says_that_its_server_has_stopped():
 
 
 def test_served_packs_are_those_of_the_file():
-    payload = Payload(synthetic(130, 2, 2, n_texts=2, n_rollouts=20, n_layers=1), "T")
+    payload = Payload(synthetic(2 * BLOCK + 2, 2, 2, n_texts=2, n_rollouts=20, n_layers=1), "T")
     server = server_of(payload, payload.index.manifest)
     server.server_close()
     assert server.pack("block-2") == payload.block(2)

@@ -8,9 +8,7 @@
 4. Tokens are indices into the token table (token_table.py).
 5. Reports of effects (reports.py), if there are any, add columns to all three.
 
-A *pack* has a header with one uint32 per column (its length in items), then the columns, little
-endian, each starting at a multiple of 8 bytes. All of it is compressed with zlib and written as
-base64. assets/unpack.js reads it.
+packs.py writes packs.
 
 Statistics, the values of examples and samples, and rows are the index's own bits. These numbers are
 rounded: activations in windows (error at most 1/32767 of the largest in the feature's windows),
@@ -19,11 +17,9 @@ and scores of neighbours and tokens, values in whole rollouts, KL and contributi
 number).
 """
 
-import base64
 import json
-import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -35,6 +31,7 @@ from lorascope.artifact import Manifest, canonical
 from lorascope.dashboard.facts import header
 from lorascope.dashboard.layout import layout
 from lorascope.dashboard.overview import overview_of
+from lorascope.dashboard.packs import base64_text, narrowest_type, pack, whole_type
 from lorascope.dashboard.reports import SIDES, TEXT_COLUMNS, Reports
 from lorascope.dashboard.token_table import TokenTable
 from lorascope.features.arrays import RANKINGS, WINDOWS
@@ -44,43 +41,42 @@ from lorascope.labels.groups import FeatureGroup, groups_of
 from lorascope.record_json import to_json
 from lorascope.texts.tokens import pack_tokens
 
-BLOCK = 64
+BLOCK = 128
 UNKNOWN = 65535  # a site that is not known, a latent that is not on the map or in a group
 _MAP_WIDTH = 65534  # of map coordinates
-_LEVEL = 7  # of zlib; 9 takes ten times as long to save 3 % (measured on 62,350 examples)
 FULL_SCALE = 32767  # stands for the largest activation in a feature's windows
 FULL_SHARE = 31  # stands for a feature's largest share in its fingerprint
 
-# Column of a block -> its type; assets/data.js uses the same names. `value` to `length` have one
-# entry per window: those of the block's examples, then of its samples, then of its examples at
-# special tokens.
+# Column of a block -> its type and coding (packs.py); assets/data.js uses the same names. `value`
+# to `length` have one entry per window: those of the block's examples, then of its samples, then of
+# its examples at special tokens. Types of whole numbers are narrowed to what the index needs.
 _COLUMNS = {
     "count": "<u4",  # examples of each feature of the block
     "sample_count": "<u4",
     "special_count": "<u4",
-    "value": "<f4",
+    "value": "<f4 falls",
     "peak": "<f4",  # activation of the target; empty if it always equals `value`
     "row": "<f8",
-    "rollout": "<f8",
+    "rollout": "<f8",  # empty if the core's spans say it; `position` too
     "position": "<i4",
     "n_repeats": "<f8",  # of examples
     "quantile": "|i1",  # of samples
     "target": "<u4",
     "length": "<u4",  # tokens in each window
-    "token": "<u4",  # index into the token table; "<u2" if the table is small
-    "activation": "<i2",  # share of the feature's `scale`, times FULL_SCALE
+    "token": "<u4 entry",  # index into the token table
+    "activation": "<i2 sparse",  # share of the feature's `scale`, times FULL_SCALE; 0 at targets
     "scale": "<f4",
     "histogram": "<u4",  # all bins of the first feature, then of the next
     "by_role": "<f8",
     "by_position": "<f8",
-    "fingerprint": "|u1",  # share of the feature's `fingerprint_max`, times FULL_SHARE
+    "fingerprint": "|u1 sparse",  # share of the feature's `fingerprint_max`, times FULL_SHARE
     "fingerprint_max": "<f4",
     "similar": "<u4",  # latent + 1, or 0 for none; `cofiring` too; rankings have token + 1
-    "cosine": "<b2",
+    "cosine": "<b2 falls",
     "cofiring": "<u4",
-    "jaccard": "<b2",
-    **dict.fromkeys(RANKINGS, "<u4"),
-    **dict.fromkeys((f"{name}_score" for name in RANKINGS), "<b2"),
+    "jaccard": "<b2 falls",
+    **dict.fromkeys(RANKINGS, "<u4 entry"),
+    **dict.fromkeys((f"{name}_score" for name in RANKINGS), "<b2 falls"),
 }
 _LABEL_COLUMNS = {"sentence": "|u1", "sentence_length": "<u4"}  # UTF-8, feature after feature
 _LABEL_SCORES = (
@@ -89,7 +85,7 @@ _LABEL_SCORES = (
 ).split()
 _LABEL_EDGES = {"": "interval", "clarity_": "clarity_interval", "purity_": "purity_interval"}
 _ROLLOUT_COLUMNS = {
-    "token": "<u4",
+    "token": "<u4 entry",
     "role": "|u1",
     "n_fired": "<u2",  # features that fire at each token
     "latent": "<u4",
@@ -144,7 +140,7 @@ class Payload:
             np.isnan(positions), UNKNOWN, np.rint(_MAP_WIDTH * np.nan_to_num(positions))
         )
         columns = {
-            "n_examples": ("<u4", index.n_examples),
+            "n_examples": (whole_type(index.n_examples), index.n_examples),
             "n_active": (_count_type(index.latent_n_active), index.latent_n_active),
             "n_special": (_count_type(index.latent_n_special), index.latent_n_special),
             "special_max": ("<f4", self._special_max()),
@@ -153,14 +149,17 @@ class Payload:
             "mean": ("<f4", index.latent_mean),
             "std": ("<f4", index.latent_std),
             "stability": ("<f4", index.latent_stability),
-            "top_token": ("<u4", self._top_tokens()),
+            "top_token": (self._token_type, self._top_tokens()),
             "main_role": ("|u1", self._main_role()),
             "main_site": ("<u2", np.where(index.main_site < 0, UNKNOWN, index.main_site)),
             "group": ("<u2", self._group_of()),
             "x": ("<u2", on_map[:, 0]),
             "y": ("<u2", on_map[:, 1]),
             "edges": ("<f4", index.latent_histogram_edges),
-            "token_id": ("<i4", table.token_ids),
+            "site_order": ("<u2", self._site_order),
+            "span_start": (whole_type(self._spans[0]), self._spans[0]),
+            "span_rollout": (whole_type(self._spans[1]), self._spans[1]),
+            "token_id": (_count_type(table.token_ids), table.token_ids),
             "token_flags": ("|u1", table.flags),
             "kept_rollout": ("<f8", index.text_rollout),
             "kept_why": ("|u1", index.text_why),
@@ -206,7 +205,7 @@ class Payload:
         return escape_json(canonical(data))
 
     def block(self, number: int) -> str:
-        """Return one block of features as base64 text."""
+        """Return one block of features as a pack."""
         index = self.index
         latents = slice(number * BLOCK, min((number + 1) * BLOCK, len(index)))
         offset_of = {part: getattr(index, f"{part}_offset") for part in WINDOWS}
@@ -235,7 +234,9 @@ class Payload:
         of_token = np.repeat(owner, lengths)
         scale = np.zeros(len(counts[0]), dtype=np.float32)
         np.maximum.at(scale, of_token, np.abs(activation))
-        value, peak = joined("value"), activation[np.cumsum(lengths) - lengths + target]
+        at_target = np.cumsum(lengths) - lengths + target
+        value, peak = joined("value"), activation[at_target]
+        activation[at_target] = 0  # the page takes it from `peak`, or from `value`
         share = np.nan_to_num(index.latent_fingerprint[latents].astype(np.float32))
         largest = share.max(axis=1, initial=0, keepdims=True)
         values = {
@@ -245,8 +246,8 @@ class Payload:
             "value": value,
             "peak": peak[:0] if np.array_equal(peak, value) else peak,
             "row": joined("row"),
-            "rollout": joined("rollout"),
-            "position": joined("position"),
+            "rollout": joined("rollout")[: 0 if len(self._spans[0]) else None],
+            "position": joined("position")[: 0 if len(self._spans[0]) else None],
             "n_repeats": index.example_n_alike[runs["example"]],
             "quantile": index.sample_quantile[runs["sample"]],
             "target": target,
@@ -259,7 +260,9 @@ class Payload:
             "histogram": index.latent_histogram[latents],
             "by_role": index.latent_by_role[latents],
             "by_position": index.latent_by_position[latents],
-            "fingerprint": np.rint(FULL_SHARE * share / np.where(largest > 0, largest, 1)),
+            "fingerprint": np.rint(FULL_SHARE * share / np.where(largest > 0, largest, 1))[
+                :, self._site_order
+            ],
             "fingerprint_max": largest,
             "similar": index.near_decoder[latents] + 1,
             "cosine": index.near_cosine[latents],
@@ -282,7 +285,7 @@ class Payload:
         return pack(values, self._columns)
 
     def rollout(self, number: int) -> str:
-        """Return one whole rollout, with the codes of all its tokens, as base64 text."""
+        """Return one whole rollout, with the codes of all its tokens, as a pack."""
         index = self.index
         first, last = index.text_offset[number : number + 2].tolist()
         code = index.text_code_offset[first : last + 1]
@@ -355,17 +358,63 @@ class Payload:
             [site.layer, f"{site.adapter} {site.projection}".strip()] for site in layout.sites
         ] or None
 
+    @cached_property
+    def _site_order(self) -> npt.NDArray[np.int64]:
+        """Return the sites projection by projection, as fingerprints have them.
+
+        Layers that are neighbours have similar shares.
+        """
+        projections = [projection for _, projection in self._sites or ()]
+        if not projections:
+            return np.arange(self.index.latent_fingerprint.shape[1])
+        return np.argsort([projections.index(name) for name in projections], kind="stable")
+
+    @cached_property
+    def _spans(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Return first rows and numbers of the rollouts that windows are of, in order of rows.
+
+        Both are empty where rows do not say the rollout, or where nearly every window has its own.
+        """
+        index = self.index
+        row, rollout, position = (
+            np.concatenate([getattr(index, f"{part}_{name}") for part in WINDOWS])
+            for name in ("row", "rollout", "position")
+        )
+        start, first = np.unique(row - position, return_index=True)
+        at = np.searchsorted(start, row, side="right") - 1
+        said = np.array_equal(start[at] + position, row)
+        if said and np.array_equal(rollout[first][at], rollout) and 4 * len(start) <= len(row):
+            return start, rollout[first]
+        return np.zeros(0), np.zeros(0)
+
     @property
     def _token_type(self) -> str:
         return narrowest_type(len(self._token_table.texts))
 
     @cached_property
     def _columns(self) -> dict[str, str]:
-        """Column of a block -> type, with the narrowest types for tokens and latents."""
+        """Column of a block -> type, with the narrowest types for this index."""
+        index = self.index
+        whole = {
+            "row": [getattr(index, f"{part}_row") for part in WINDOWS],
+            "n_repeats": [index.example_n_alike],
+            "histogram": [index.latent_histogram],
+            "by_role": [index.latent_by_role],
+            "by_position": [index.latent_by_position],
+            "length": [np.diff(index.window_offset)],
+            "target": [index.window_target],
+        }
         return {
             **_COLUMNS,
-            **dict.fromkeys(("token", *RANKINGS, *self._direct_tokens), self._token_type),
-            **dict.fromkeys(("similar", "cofiring"), narrowest_type(len(self.index))),
+            **{
+                name: whole_type(np.concatenate([part.ravel() for part in parts]))
+                + " sparse" * (name in ("histogram", "by_role"))
+                for name, parts in whole.items()
+            },
+            **dict.fromkeys(
+                ("token", *RANKINGS, *self._direct_tokens), f"{self._token_type} entry"
+            ),
+            **dict.fromkeys(("similar", "cofiring"), narrowest_type(len(index))),
             **dict.fromkeys((f"{side}_score" for side in self._direct_tokens), "<b2"),
             **({} if self.index.labels is None else _LABEL_COLUMNS),
         }
@@ -374,9 +423,10 @@ class Payload:
     def _rollout_columns(self) -> dict[str, str]:
         """Column of a whole rollout -> type."""
         attribution = {} if self.reports.attribution is None else TEXT_COLUMNS
-        types = {"token": self._token_type, "latent": narrowest_type(len(self.index))}
+        entry = f"{self._token_type} entry"
+        types = {"token": entry, "latent": f"{narrowest_type(len(self.index))} entry"}
         if attribution:
-            types["likely_token"] = self._token_type
+            types["likely_token"] = entry
         return {**_ROLLOUT_COLUMNS, **attribution, **types}
 
     @cached_property
@@ -425,32 +475,6 @@ def _label_core(
     return core, columns
 
 
-def pack(values: Mapping[str, npt.NDArray[Any]], types: Mapping[str, str]) -> str:
-    """Return columns as a pack, in the order of `types` (column name -> type)."""
-    lengths = [values[name].size for name in types]
-    pieces = [np.array(lengths, dtype="<u4").tobytes()]
-    for name, dtype in types.items():
-        pieces.append(bytes(-len(pieces[-1]) % 8))
-        column = to_half_bits(values[name]) if dtype == "<b2" else values[name]
-        pieces.append(np.ascontiguousarray(column, numpy_type(dtype)).tobytes())
-    return base64_text(zlib.compress(b"".join(pieces), _LEVEL))
-
-
-def numpy_type(dtype: str) -> str:
-    """Return NumPy's name of a column type; `<b2` is the upper half of a float32."""
-    return "<u2" if dtype == "<b2" else dtype
-
-
-def base64_text(data: bytes) -> str:
-    """Return bytes as base64."""
-    return base64.b64encode(data).decode("ascii")
-
-
-def narrowest_type(largest: int) -> str:
-    """Return the smallest type for whole numbers from 0 to `largest`."""
-    return "<u2" if largest < 1 << 16 else "<u4"
-
-
 def to_scaled_int16(values: npt.NDArray[Any], scale: npt.NDArray[Any]) -> npt.NDArray[np.int16]:
     """Return `FULL_SCALE * values / scale`, rounded; the error is at most `scale / FULL_SCALE`.
 
@@ -459,12 +483,6 @@ def to_scaled_int16(values: npt.NDArray[Any], scale: npt.NDArray[Any]) -> npt.ND
     share = values / np.where(scale > 0, scale, 1)
     rounded = np.rint(FULL_SCALE * share)
     return np.where((rounded == 0) & (values != 0), np.sign(values), rounded).astype(np.int16)
-
-
-def to_half_bits(values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint16]:
-    """Return the rounded upper halves of float32 values; the error is at most 1/256 of a value."""
-    bits = np.ascontiguousarray(values, "<f4").view("<u4").astype(np.uint64)
-    return np.where(np.isnan(values), 0x7FC0, (bits + 0x8000) >> 16).astype(np.uint16)
 
 
 def escape_json(text: str) -> str:
@@ -477,6 +495,8 @@ def manifest_comment(manifest: Manifest) -> str:
     return escape_json(json.dumps(manifest.to_sealed_json())).replace("--", "-\\u002d")
 
 
-def _count_type(counts: npt.NDArray[np.int64]) -> str:
+def _count_type(counts: npt.NDArray[Any]) -> str:
     """Return the type of counts in which -1 stands for unknown."""
+    if counts.min(initial=0) >= 0:
+        return whole_type(counts)
     return "<i4" if counts.max(initial=0) < 1 << 31 else "<f8"

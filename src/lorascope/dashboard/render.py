@@ -6,7 +6,7 @@
    then shows the first feature while it still reads the rest of a large file.
 
 The page's policy forbids all requests, and all scripts and styles except the two whose hashes it
-names. The data is JSON and base64 in script elements that no browser runs.
+names. The data is JSON and packs of text (packs.py) in script elements that no browser runs.
 
 `--serve` shows the same page at an address of this machine until Ctrl-C and writes no file. It
 encodes data when the page requests them (serve.py), so the index may be larger than a file can be.

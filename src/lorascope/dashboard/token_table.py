@@ -1,7 +1,8 @@
 """The token table: the text of every token on the page.
 
-The table has one entry per vocabulary token, in order of token ids. After these come extra entries
-for tokens whose text depends on their neighbours, because a character is split between tokens.
+The table has one entry per vocabulary token, and extra entries for tokens whose text depends on
+their neighbours, because a character is split between tokens. The entries that the page uses most
+come first: small numbers take less space.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,7 @@ class TokenTable:
     token: list[int]  # entry -> index into the vocabulary
     raw: list[bytes]  # (vocabulary,)
     partial: npt.NDArray[np.bool_]  # (vocabulary,), whether the bytes alone are not valid UTF-8
+    entry: Ints = field(default_factory=lambda: np.zeros(0, np.int64))  # (vocabulary + 1,)
     window_entries: dict[int, list[int]] = field(default_factory=dict)  # window -> entries
     rollout_entries: dict[int, list[int]] = field(default_factory=dict)  # whole rollout -> entries
 
@@ -53,6 +55,7 @@ class TokenTable:
             list(range(len(raw))),
             raw,
             partial,
+            np.arange(len(raw) + 1),
         )
         known = {(v, text): v for v, text in enumerate(table.texts)}
         for offset, ids, entries in (
@@ -61,7 +64,22 @@ class TokenTable:
         ):
             for sequence, tokens in table._sequences_with_partial(offset, ids):
                 entries[sequence] = table._entries(tokens, known)
+        table._sort()
         return table
+
+    def _sort(self) -> None:
+        """Put the entries into the order of their use in windows and whole rollouts."""
+        windows = self.entries_of_windows(0, len(self.index.window_offset) - 1)
+        rollouts = map(self.entries_of_rollout, range(len(self.index.text_offset) - 1))
+        n_used = np.bincount(np.concatenate([windows, *rollouts]), minlength=len(self.texts))
+        order = np.argsort(-n_used, kind="stable")
+        new = np.empty_like(order)
+        new[order] = np.arange(len(order))
+        self.entry = np.append(new[: len(self.raw)], 0)  # 0: of an id that stands for none
+        self.texts = [self.texts[i] for i in order]
+        self.token = [self.token[i] for i in order]
+        for known in (self.window_entries, self.rollout_entries):
+            known.update({key: new[entries].tolist() for key, entries in known.items()})
 
     @property
     def token_ids(self) -> npt.NDArray[np.int32]:
@@ -82,6 +100,9 @@ class TokenTable:
 
     def entries_of_ids(self, ids: npt.NDArray[np.int32]) -> Ints:
         """Return the vocabulary entries of token ids, whatever their neighbours are."""
+        return self.entry[self._vocabulary_index(ids)]
+
+    def _vocabulary_index(self, ids: npt.NDArray[np.int32]) -> Ints:
         return np.searchsorted(self.ids, ids)
 
     def entries_of_windows(self, first: int, last: int) -> Ints:
@@ -114,7 +135,7 @@ class TokenTable:
         self, offset: npt.NDArray[np.int64], ids: npt.NDArray[np.int32]
     ) -> Iterator[tuple[int, list[int]]]:
         """Yield (sequence, vocabulary indices) of sequences that contain part of a character."""
-        tokens = self.entries_of_ids(ids)
+        tokens = self._vocabulary_index(ids)
         partial = np.flatnonzero(self.partial[tokens]) if self.raw else np.zeros(0, dtype=np.int64)
         sequences = np.searchsorted(offset, partial, side="right") - 1
         for sequence in np.unique(sequences).tolist():

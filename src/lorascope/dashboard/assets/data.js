@@ -63,6 +63,11 @@ export async function searchable(number) {
   const id = `block-${number}`;
   const block = await (promised.get(id) ?? unpack(id, core.block_columns));
   const fires = Uint8Array.from(block.activation, (value) => Number(value !== 0));
+  let start = 0;
+  block.length.forEach((n, w) => {
+    fires[start + block.target[w]] = Number(activationAtTarget(block, w) !== 0);
+    start += n;
+  });
   const ranked = RANKINGS.map((name) => block[name].slice());
   const { count, sample_count, special_count, token, length } = block;
   return {
@@ -129,9 +134,10 @@ function record(block, id) {
     specials.push({ ...windowOf(block, nExamples + nSamples + s, i), repeats: -1, quantile: -1 });
   }
   const nSites = core.sites ? core.sites.length : 0;
-  const shares = Float32Array.from(
-    row(block.fingerprint, nSites), (part) => (part * block.fingerprint_max[i]) / FULL_SHARE,
-  );
+  const shares = new Float32Array(nSites);
+  row(block.fingerprint, nSites).forEach((part, j) => {
+    shares[column.site_order[j]] = (part * block.fingerprint_max[i]) / FULL_SHARE;
+  });
   return {
     id, examples, samples, specials, shares, sentence: sentenceOf(block, i),
     histogram: row(block.histogram, bins),
@@ -165,21 +171,37 @@ function directEffects(block, side, i) {
   return pairs(part(block[side]), part(block[`${side}_score`]));
 }
 
+function activationAtTarget(block, w) {
+  return block.peak.length ? block.peak[w] : block.value[w];
+}
+
 function windowOf(block, w, i) {
   const from = block.windowStart[w];
   const to = block.windowStart[w + 1];
   const step = block.scale[i] / FULL_SCALE;
   const activations = Float32Array.from(block.activation.subarray(from, to), (part) => part * step);
-  activations[block.target[w]] = block.peak.length ? block.peak[w] : block.value[w];
+  activations[block.target[w]] = activationAtTarget(block, w);
   return {
     value: block.value[w],
     row: block.row[w],
-    rollout: block.rollout[w],
-    position: block.position[w],
+    ...placeOf(block, w),
     target: block.target[w],
     tokens: block.token.subarray(from, to),
     activations,
   };
+}
+
+// Returns rollout and position of a window's target, which its row may say.
+function placeOf(block, w) {
+  const { span_start: starts, span_rollout: rollouts } = column;
+  if (!starts.length) return { rollout: block.rollout[w], position: block.position[w] };
+  let [low, high] = [0, starts.length]; // the last start that is not above the row is in between
+  while (high - low > 1) {
+    const middle = (low + high) >> 1;
+    if (starts[middle] <= block.row[w]) low = middle;
+    else high = middle;
+  }
+  return { rollout: rollouts[low], position: block.row[w] - starts[low] };
 }
 
 // Returns [number, score] pairs. Stored numbers count from 1; 0 stands for none.
