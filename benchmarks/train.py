@@ -27,8 +27,9 @@ run that the output already has is skipped.
 `memory`: the peak of resident memory (on CUDA: allocated memory) that training adds, one process
 per contender.
 
-The peers: `pip install lorascope[bench]`. With a CPU build of torch, torchvision must be a CPU
-build or absent (`pip uninstall torchvision`): some peers import it, and nothing here needs it.
+`make bench` installs the peers in an environment of their own and runs `speed`. By hand: `pip
+install lorascope[bench]`, then `pip uninstall torchvision`: one peer brings it, nothing here needs
+it, and it breaks transformers beside a CPU build of torch.
 """
 
 import argparse
@@ -353,7 +354,7 @@ def main() -> None:
         if name not in CONTENDERS:
             parser.error(f"{name} is not a contender; there are {', '.join(CONTENDERS)}")
         if missing := package(name):
-            print(f"{name} is left out: {missing} is not installed (pip install lorascope[bench])")
+            print(f"{name} is left out: {missing} is not installed (make bench installs it)")
             names = [other for other in names if other != name]
             given.runs = given.runs and [r for r in given.runs if r.split(":")[0] != name]
     _apply(given)
