@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo test test-all test-lowest lint docs smollm2 clean
+.PHONY: demo test test-all test-lowest lint docs smollm2 bench gpu-wheels gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/lorascope demo --output demo-output
@@ -76,5 +76,32 @@ smollm2: $(VENV)/.installed
 	  --effects smollm2-output/evaluation.json smollm2-output/direct.json \
 	  --title "SmolLM2-135M-Instruct with a rank-1 LoRA" --output smollm2-output/smollm2.html
 
+# The trainers of other libraries beside lorascope's, on the same rows: a table, in five minutes or
+# so. They get an environment of their own. One of them brings a torchvision, which nothing here
+# uses, and which breaks transformers beside a CPU build of torch.
+bench: $(VENV)-bench/.installed
+	$(VENV)-bench/bin/python benchmarks/train.py speed
+
+$(VENV)-bench/.installed: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)-bench
+	$(VENV)-bench/bin/pip install --quiet -c constraints.txt -e '.[bench]'
+	$(VENV)-bench/bin/pip uninstall --quiet --yes torchvision
+	@touch $@
+
+# For a GPU machine that has Python and torch but no network: `make gpu-wheels` fills a folder on a
+# machine with the same Python and platform; copy the repository with it, and `make gpu` there.
+# PYTHON is the Python that has torch. Results: build/gpu.json and build/gpu.md.
+GPU_WHEELS := build/gpu-wheels
+
+gpu-wheels: $(VENV)/.made
+	$(BIN)/python benchmarks/gpu.py --wheels $(GPU_WHEELS)
+
+build/gpu-packages/.installed:
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target $(@D) $(GPU_WHEELS)/*.whl
+	@touch $@
+
+gpu: build/gpu-packages/.installed
+	PYTHONPATH=src:build/gpu-packages $(PYTHON) benchmarks/gpu.py
+
 clean:
-	rm -rf $(VENV) build demo-output smollm2-output
+	rm -rf $(VENV) $(VENV)-bench build demo-output smollm2-output

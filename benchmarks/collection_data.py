@@ -42,21 +42,29 @@ class Setup(NamedTuple):
     k: int
 
 
-def make(folder: Path, n_tokens: int, d_sae: int, k: int) -> Setup:
-    """Make a store of `n_tokens` and an SAE, or find them in the folder."""
+def make(
+    folder: Path,
+    n_tokens: int,
+    d_sae: int,
+    k: int,
+    *,
+    training: int = TRAINING,
+    device: str = "cpu",
+) -> Setup:
+    """Make a store of `n_tokens` and an SAE of `training` tokens, or find them in the folder."""
     sae_path, collected = folder / f"sae-{d_sae}-{k}", _store(folder, n_tokens)
     layout = layout_of()
     if not (collected / MANIFEST).exists() or not (sae_path / MANIFEST).exists():
-        rows = planted(TRAINING + n_tokens, layout.d_in, dtype=torch.float16).rows.numpy()
-        _write(folder / TRAINED, layout, _rollouts(rows[:TRAINING], TRAINING, vary=False))
-        _write(collected, layout, _rollouts(rows[TRAINING:], n_tokens, vary=False))
+        rows = planted(training + n_tokens, layout.d_in, dtype=torch.float16).rows.numpy()
+        _write(folder / TRAINED, layout, _rollouts(rows[:training], training, vary=False))
+        _write(collected, layout, _rollouts(rows[training:], n_tokens, vary=False))
     config = TrainConfig(
         data_dir=folder / TRAINED,
         output=sae_path,
         expansion_factor=d_sae // layout.d_in,
         k=float(k),
         epochs=1,
-        device="cpu",
+        device=device,
     )
     train(config)
     return Setup(ActivationStore.open(collected), load_sae(sae_path), sae_path, k)

@@ -46,6 +46,22 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "vocab_size": 4096,
     },
+    "tiny": {  # for rehearsals
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 4096,
+    },
+    "qwen2.5-7b": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+    },
     "qwen2.5-32b": {
         "hidden_size": 5120,
         "intermediate_size": 27648,

@@ -34,9 +34,16 @@ class Timed(RowLogger):
 
     seconds = 0.0
 
-    def _record(self, model: Any, state: Any) -> None:
+    def on_train_begin(self, *events: Any, **given: Any) -> None:
+        """Count reading and tokenising the texts too."""
         begun = time.process_time()
-        super()._record(model, state)
+        super().on_train_begin(*events, **given)
+        self.seconds += time.process_time() - begun
+
+    def on_step_end(self, *events: Any, **given: Any) -> None:
+        """Count the recorded steps."""
+        begun = time.process_time()
+        super().on_step_end(*events, **given)
         self.seconds += time.process_time() - begun
 
 
@@ -70,7 +77,7 @@ def trained(texts: list[dict[str, Any]], steps: int, logger: Timed | None) -> Tr
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     for name, default in (("steps", 100), ("every", 50), ("texts", 16), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     flags = parser.parse_args()

@@ -100,6 +100,7 @@ TOPICS = {
     "file_systems",
     "fuzz",
     "golden_thread",
+    "gpu",
     "house",
     "jobs",
     "kill",
