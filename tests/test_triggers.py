@@ -83,7 +83,7 @@ def stored(planted, dataset_file, tmp_path_factory):
 def search(subject, store: ActivationStore) -> Search:
     halves = np.arange(0, store.n_rollouts, 2), np.arange(1, store.n_rollouts, 2)
     found = look_for_triggers(subject, store, halves, minutes=0.05, seed=0)
-    assert found is not None
+    assert isinstance(found, Search)
     return found
 
 
@@ -125,18 +125,32 @@ def test_first_order_scores_find_a_trigger_that_the_budget_does_not_reach(
     assert found.triggers[0].token_ids == (TRIGGER,)
 
 
+def test_a_search_that_would_take_far_longer_than_its_budget_is_not_begun(
+    planted, stored, monkeypatch
+):
+    monkeypatch.setattr(Clock, "affords", lambda *_: 1)
+    subject, store = stored(planted[1])
+    halves = np.arange(0, 12), np.arange(12, 24)
+    needs = look_for_triggers(subject, store, halves, minutes=5, seed=0)
+    assert isinstance(needs, float)
+    assert needs > 4 * 5
+
+
 def test_the_excess_does_not_depend_on_whether_the_prompt_is_read_again(scene: Scene):
     inserts = torch.tensor([[30], [TRIGGER], [40]])
     cached = scene.excess(inserts)
-    caches, scene._caches = scene._caches, (None, None)
-    assert caches != (None, None)
+    kept = scene._caches, scene._n_cached
+    assert scene._n_cached > 0
+    scene._caches, scene._n_cached = (None, None), 0
     try:
         again = scene.excess(inserts)
         slopes = scene.slopes(inserts, 0)
+        text = scene.written(inserts)
     finally:
-        scene._caches = caches
+        scene._caches, scene._n_cached = kept
     assert cached[1] > 10 * cached[[0, 2]].amax()
     torch.testing.assert_close(again, cached, rtol=1e-3, atol=1e-4)
+    assert text == scene.written(inserts)
     torch.testing.assert_close(slopes, scene.slopes(inserts, 0), rtol=1e-2, atol=1e-3)
 
 
@@ -179,6 +193,8 @@ def test_hostile_tokens_are_text_on_the_page(planted, dataset_file, tmp_path, ta
     said = replace(one.said[0], base=HOSTILE[1], adapter=HOSTILE[2], usual=HOSTILE[3])
     some = tuple(replace(one, tokens=(text,), said=(said,)) for text in HOSTILE)
     late = tuple(replace(length, said=said) for length in found.search.lengths)
+    slow = as_text(replace(found, search=None, search_needs=42.0))
+    assert "the least search takes about 42 minutes here; give it with --budget" in slow
     hostile = replace(found, search=replace(found.search, triggers=some, lengths=late))
     page.write_text(as_html(hostile), encoding="utf-8", errors="replace")
     tab.complaints.clear()

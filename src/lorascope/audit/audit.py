@@ -78,7 +78,9 @@ def run(config: AuditConfig) -> Path:
         search = _search(config, stores, subject)  # before inference mode: it needs gradients
         report, layout = _audit(config, stores, subject)
         content = {"n_neutral": neutral.n_rollouts}
-        return Made(dataclasses.replace(report, search=search), layout, content)
+        needs = isinstance(search, float)
+        found = {"search_needs": search} if needs else {"search": search}
+        return Made(dataclasses.replace(report, **found), layout, content)
 
     path = report_at(
         out / "audit.json",
@@ -117,7 +119,7 @@ def _halves(store: ActivationStore) -> tuple[np.ndarray, np.ndarray]:
 
 def _search(
     config: AuditConfig, stores: dict[str, ActivationStore], subject: Subject
-) -> Search | None:
+) -> Search | float | None:
     own = stores.get("texts", stores["neutral"])
     if not config.budget:
         return None

@@ -206,6 +206,7 @@ class Search:
 class AuditReport(ReportRecord):
     """What `audit` finds. `texts` is None without a dataset, `search` if triggers were not sought.
 
+    `search_needs` are the minutes that the least search would have needed, if that was too long.
     `mean_row` are the tokens that the mean row of the first tokens of neutral texts promotes.
     `written` and `read` are the tokens that the weights point at, in unembedding and embeddings.
     """
@@ -219,6 +220,7 @@ class AuditReport(ReportRecord):
     mean_row: tuple[ScoredToken, ...] = ()
     answers: tuple[Answer, ...] = ()
     search: Search | None = None
+    search_needs: Amount | None = None
     written: Alignment | None = None
     read: Alignment | None = None
     compared: tuple[Compared, ...] = ()

@@ -8,7 +8,7 @@ import html
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from lorascope.audit.audit_records import AuditReport, Search
+from lorascope.audit.audit_records import AuditReport
 from lorascope.causal.study import format_interval, format_number, format_table
 from lorascope.dashboard.headline import percent, probability, quoted
 from lorascope.dashboard.report import plain, table
@@ -113,7 +113,7 @@ def _sections(report: AuditReport) -> Iterator[_Section]:
             [(("after", "base", "with the adapter"), rows)],
         )
     yield _of_weights(report)
-    yield _triggers(report.search)
+    yield _triggers(report)
 
 
 def _applied(report: AuditReport) -> _Section:
@@ -254,11 +254,18 @@ def _of_weights(report: AuditReport) -> _Section:
     return one
 
 
-def _triggers(search: Search | None) -> _Section:
+def _triggers(report: AuditReport) -> _Section:
+    search = report.search
     one = _Section("Tokens after which it does something else")
     say = one.sentences.append
     if search is None:
-        say("Triggers were not looked for (--budget 0).")
+        needs = report.search_needs
+        why = (
+            "--budget 0, or no prompt has text"
+            if needs is None
+            else f"the least search takes about {needs:.0f} minutes here; give it with --budget"
+        )
+        say(f"Triggers were not looked for: {why}.")
         return one
     covered = percent(search.n_tokens / max(search.n_vocabulary, 1))
     say(

@@ -47,26 +47,24 @@ class Scene:
     def __init__(self, editor: RowEditor, prompt: npt.NDArray[np.int64], at: int) -> None:
         self.editor, subject = editor, editor.subject
         self.prompt, self.at = prompt, at
-        ids = torch.from_numpy(prompt)[None]
-        self.usual_text = self._greedy(ids, None)[0]
-        self.n_written = min(_N_WRITTEN, len(self.usual_text))
-        ids = torch.cat([ids, torch.tensor([self.usual_text[: self.n_written]])], 1)
-        self._before, self._rest = ids[:, :at], ids[:, at : len(prompt)]
-        self._after = ids[:, at:-1]
+        ids, cut = torch.from_numpy(prompt)[None], min(at, len(prompt) - 1)  # a run reads something
+        self._whole, self._rest = ids, ids[:, at:]
         self._caches: tuple[Any, Any] = (None, None)
-        if at and subject.length_class(at) == subject.length_class(ids.shape[1] + _ROOM):
-            self._caches = (
-                editor.run(self._before, cache=True).cache,
-                editor.base_cache(self._before),
-            )
-            if repeat_cache(self._caches[0], at, 1) is None:
-                self._caches = (None, None)
+        if cut and subject.length_class(cut) == subject.length_class(len(prompt) + _ROOM):
+            own = editor.run(ids[:, :cut], cache=True).cache
+            if repeat_cache(own, cut, 1) is not None:
+                self._caches = own, editor.base_cache(ids[:, :cut])
+        self._n_cached = 0 if self._caches[0] is None else cut
+        self.usual_text = self.written(torch.empty(1, 0, dtype=torch.int64))[0]
+        self.n_written = min(_N_WRITTEN, len(self.usual_text))
+        written = torch.tensor([self.usual_text[: self.n_written - 1]], dtype=torch.int64)
+        self._after = torch.cat([self._rest, written], 1)
         self.usual: Tensor | None = None  # change of the logits
 
     @property
     def n_read(self) -> int:
         """Number of tokens that a run reads besides the inserted ones."""
-        return self._after.shape[1] + (self.at if self._caches[0] is None else 0)
+        return self.at - self._n_cached + self._after.shape[1]
 
     def written(
         self, inserted: Int[Tensor, "n length"], n_tokens: int = N_TEXT, *, base: bool = False
@@ -75,12 +73,7 @@ class Scene:
 
         At most `n_tokens`; the token that ends a turn is kept.
         """
-        n, cache = len(inserted), None
-        ids = torch.cat([inserted, self._rest.expand(n, -1)], 1)
-        if (own := self._caches[int(base)]) is None:
-            ids = torch.cat([self._before.expand(n, -1), ids], 1)
-        else:
-            cache = repeat_cache(own, self.at, n)
+        ids, cache = self._inserted(inserted, self._rest), self._cache(base, len(inserted))
         return self._greedy(ids, cache, n_tokens, base=base)
 
     def _greedy(
@@ -137,7 +130,7 @@ class Scene:
                 self._excess(inserted).sum().backward()
         finally:
             handle.remove()
-        position = slot + (self.at if self._caches[0] is None else 0)
+        position = slot + self.at - self._n_cached
         gradient = torch.stack([one.grad[:, position] for one in read if one.grad is not None])
         along = gradient.sum(0).float()  # of both runs
         n_vocab, device = embed.weight.shape[0], self.editor.subject.device
@@ -156,16 +149,19 @@ class Scene:
 
     def _logits(self, inserted: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits of adapter and base at the written positions, `(n, written, vocab)`."""
-        n = len(inserted)
-        ids = torch.cat([inserted, self._after.expand(n, -1)], 1)
-        caches = [None, None]
-        if self._caches[0] is None:
-            ids = torch.cat([self._before.expand(n, -1), ids], 1)
-        else:
-            caches = [repeat_cache(cache, self.at, n) for cache in self._caches]
+        ids, n = self._inserted(inserted, self._after), len(inserted)
         at = torch.arange(ids.shape[1] - self.n_written, ids.shape[1])
-        own = self.editor.run(ids, cache=caches[0], logits_at=at).logits
-        return own, self.editor.base(ids, cache=caches[1], logits_at=at)
+        own = self.editor.run(ids, cache=self._cache(False, n), logits_at=at).logits
+        return own, self.editor.base(ids, cache=self._cache(True, n), logits_at=at)
+
+    def _inserted(self, inserted: Tensor, after: Tensor) -> Tensor:
+        """Return what a run reads: what no cache has, the inserted tokens, and what follows."""
+        before, n = self._whole[:, self._n_cached : self.at], len(inserted)
+        return torch.cat([before.expand(n, -1), inserted, after.expand(n, -1)], 1)
+
+    def _cache(self, base: bool, n: int) -> Any:
+        cache = self._caches[int(base)]
+        return None if cache is None else repeat_cache(cache, self._n_cached, n)
 
     def _parts(self, inserted: Tensor) -> Iterator[Tensor]:
         n_vocab = int(self.editor.subject.causal.config.get_text_config().vocab_size)

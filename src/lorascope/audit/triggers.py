@@ -51,6 +51,7 @@ _N_FIRST = 8  # tokens to measure the rate with
 _BEAM = 8
 _SHARES = (0.4, 0.4)  # of the budget, for the sweep and for the phrases
 _SHARE_OF_REST = 0.5
+_MOST_OVER = 4
 _FLOOR = 0.01  # nats: differences below it do not matter
 _NATS, _LEAST = 10.0, 3.0  # nats, verified, of any change and of one to the same text
 _HIGH = 0.9  # quantile of the controls
@@ -67,17 +68,27 @@ def look_for_triggers(
     *,
     minutes: float,
     seed: int,
-) -> Search | None:
+) -> Search | float | None:
     """Search with prompts of one half of the rollouts, and verify with those of the other.
 
-    Return None if no prompt of them has text.
+    Return None if no prompt of them has text. If the least search needs more than `_MOST_OVER`
+    budgets, do not search, and return about how many minutes it needs.
     """
     with torch.no_grad(), no_weight_gradients(subject), RowEditor(subject, fast=True) as editor:
         search = scenes_of(editor, store, halves[0], N_SEARCH, ("end", "end", "middle", "start"))
         if not search or not scenes_of(editor, store, halves[1], 1, ("end",)):
             log.warning("no text to insert tokens in: triggers are not looked for")
             return None
-        return _Looking(subject, store, search, halves[1], Clock(60 * minutes), seed).found()
+        clock = Clock(60 * minutes)
+        clock.time(search[:1], torch.arange(_N_FIRST)[:, None])
+        if clock.spent() < 1:  # a small batch is slower for each token
+            clock.time(search[:1], torch.arange(8 * _N_FIRST)[:, None])
+        affords = clock.affords(search, 2, 1.0) * len(search)
+        least = Sizes().scaled(0).n_runs
+        if affords * _MOST_OVER < least:
+            return minutes * least / max(affords, 1)
+        sizes = Sizes().scaled(_SHARE_OF_REST * affords / Sizes().n_runs)
+        return _Looking(subject, store, search, halves[1], clock, sizes, seed).found()
 
 
 class _Looking:
@@ -88,6 +99,7 @@ class _Looking:
         search: list[Scene],
         rollouts: Ids,
         clock: Clock,
+        sizes: Sizes,
         seed: int,
     ) -> None:
         self.subject, self.store, self.clock, self.search = subject, store, clock, search
@@ -98,14 +110,7 @@ class _Looking:
         named = [i for i in range(n_vocab) if self.spelled[i] and i not in special]
         self.vocabulary = torch.tensor(named)
         self.score: dict[Tokens, float] = {}
-        self.clock.time(search[:1], self._random(1, _N_FIRST))
-        if clock.spent() < 1:  # a small batch is slower for each token
-            self.clock.time(search[:1], self._random(1, 8 * _N_FIRST))
-        full = Sizes()
-        self.sizes = full.scaled(
-            clock.affords(search, 2, _SHARE_OF_REST) * len(search) / full.n_runs
-        )
-        sizes, editor = self.sizes, search[0].editor
+        self.sizes, editor = sizes, search[0].editor
         self.others = scenes_of(editor, store, rollouts, sizes.verify, ("end", "middle", "start"))
         self.late = scenes_of(editor, store, rollouts, sizes.late, ("start",))
         scenes = [*self.search, *self.others, *self.late]
