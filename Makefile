@@ -76,8 +76,8 @@ smollm2: $(VENV)/.installed
 	  --effects smollm2-output/evaluation.json smollm2-output/direct.json \
 	  --title "SmolLM2-135M-Instruct with a rank-1 LoRA" --output smollm2-output/smollm2.html
 
-# The trainers of other libraries beside lorascope's, on the same rows: a table, in five minutes or
-# so. They get an environment of their own. One of them brings a torchvision, which nothing here
+# The trainers of other libraries beside lorascope's, on the same rows: a table, in a few minutes.
+# They get an environment of their own. One of them brings a torchvision, which nothing here
 # uses, and which breaks transformers beside a CPU build of torch.
 bench: $(VENV)-bench/.installed
 	$(VENV)-bench/bin/python benchmarks/train.py speed

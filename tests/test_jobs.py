@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from lorascope import runtime
 from lorascope.activations import generate
 from lorascope.activations.generate import Corpus, GenerateConfig
-from lorascope.cli import call
+from lorascope.cli import COMMANDS, call, stage_parser
+from lorascope.config import load_config
 from lorascope.errors import ConfigError, WorkerError
 from lorascope.sae.team import join_team
 
@@ -326,3 +327,56 @@ def test_a_run_that_goes_on_needs_space_for_the_rest_only(tmp_path, monkeypatch)
         (tmp_path / "store.partial").mkdir(exist_ok=True)
         (tmp_path / "store.partial" / "shard-00000.h5").write_bytes(bytes(1000))
     assert asked[0] - asked[1] == 1000
+
+
+RECORD = """#!{python}
+import json, os, sys
+with open(os.environ["CALLS"], "a") as file:
+    file.write(json.dumps(sys.argv) + "\\n")
+"""
+
+
+def test_the_slurm_script_starts_what_torchrun_and_lorascope_understand(tmp_path):
+    """Run with programs that note how they are called, on two nodes that do not exist."""
+    from torch.distributed.run import get_args_parser
+
+    for name in ("torchrun", "lorascope"):
+        (tmp_path / name).write_text(RECORD.format(python=sys.executable), encoding="utf-8")
+    (tmp_path / "srun").write_text('#!/bin/sh\nexec "$@"\n', encoding="utf-8")
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nprintf 'node1\\nnode2\\n'\n", encoding="utf-8")
+    for program in tmp_path.iterdir():
+        program.chmod(0o755)
+    script = Path(__file__).parents[1] / "examples" / "slurm.sh"
+    environment = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "CALLS": str(tmp_path / "calls.jsonl"),
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_ID": "77",
+        "ADAPTER": "my adapter",
+        "TEXTS": "texts.jsonl",
+        "OUT": "/shared/out put",
+    }
+    subprocess.run(["bash", str(script)], env=environment, check=True)
+    calls = [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
+    commands = []
+    for program, *words in calls:
+        if Path(program).name == "torchrun":
+            flags = get_args_parser().parse_args(words)
+            assert (flags.nnodes, flags.nproc_per_node) == ("2", "4")
+            assert (flags.rdzv_backend, flags.rdzv_endpoint) == ("c10d", "node1:29500")
+            assert flags.rdzv_id == f"77-{flags.training_script_args[0]}"
+            assert flags.module and flags.training_script == "lorascope"
+            words = flags.training_script_args  # noqa: PLW2901
+        name, *rest = words
+        given = vars(stage_parser(name).parse_args(rest))
+        options = load_config(COMMANDS[name].config_class(), given, [])
+        commands.append(name)
+        assert str(getattr(options, "output", None) or "/shared").startswith("/shared")
+    assert commands == ["generate", "train", "collect", "evaluate", "label", "dashboard"]
+    text = script.read_text(encoding="utf-8")
+    assert f"#SBATCH --gpus-per-node={flags.nproc_per_node}\n" in text
+    assert f"#SBATCH --nodes={flags.nnodes}\n" in text
+    bare = {"PATH": "/bin"}
+    missing = subprocess.run(["bash", script], env=bare, capture_output=True, check=False)
+    assert b"set ADAPTER to a folder" in missing.stderr
