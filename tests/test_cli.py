@@ -505,3 +505,22 @@ def test_a_damaged_index_is_refused_before_anything_is_made_of_it(tmp_path, capf
     assert "features.h5 is damaged" in said
     assert "\n" not in said
     assert not name.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have another OpenMP")
+@pytest.mark.parametrize(
+    ("given", "wanted"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE")]
+)
+def test_threads_wait_asleep_unless_the_environment_says_otherwise(given, wanted):
+    """On busy cores, threads that spin made two threads several times as slow as one."""
+    known = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    code = "from lorascope.cli import main\ntry: main(['--version'])\nfinally: import torch"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**known, "OMP_DISPLAY_ENV": "true", **given},
+    )
+    assert f"OMP_WAIT_POLICY = '{wanted}'" in done.stderr

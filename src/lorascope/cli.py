@@ -227,7 +227,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line and exit."""
+    """Run the command line and exit.
+
+    OpenMP's threads, of which torch starts one per core, wait asleep unless the environment says
+    how they are to wait: spinning, they take from other programs the time that they wait for.
+    """
+    if "GOMP_SPINCOUNT" not in os.environ:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     sys.exit(call(sys.argv[1:] if argv is None else argv))
 
 

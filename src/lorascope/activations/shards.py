@@ -129,7 +129,7 @@ class _Mapped:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             for first, end in zip([0, *ends], ends, strict=False):
                 file.seek(start + int(rows[first]) * out[0].nbytes)
-                rest = memoryview(out[first:end]).cast("B")
+                rest = out[first:end].data.cast("B")
                 while n_read := file.readinto(rest):
                     rest = rest[n_read:]
                 if rest:
