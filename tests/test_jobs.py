@@ -380,3 +380,30 @@ def test_the_slurm_script_starts_what_torchrun_and_lorascope_understand(tmp_path
     bare = {"PATH": "/bin"}
     missing = subprocess.run(["bash", script], env=bare, capture_output=True, check=False)
     assert b"set ADAPTER to a folder" in missing.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.needs("moto")
+@pytest.mark.needs("s3fs")
+def test_a_store_comes_back_from_an_object_store_and_damage_is_found(make_store, tmp_path):
+    """As docs/scale.md does it, with a server that speaks S3."""
+    import fsspec
+    from moto.server import ThreadedMotoServer
+
+    store = make_store()
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        keys = {"key": "k", "secret": "s", "endpoint_url": f"http://{host}:{port}"}
+        files = fsspec.filesystem("s3", **keys)
+        files.mkdir("bucket")
+        files.put(f"{store.path}/", "bucket/activations/", recursive=True)
+        files.get("bucket/activations/", f"{tmp_path / 'local'}/", recursive=True)
+    finally:
+        server.stop()
+    assert content(tmp_path / "local") == content(store.path)
+    assert call(["verify", str(tmp_path / "local")]) == 0
+    shard = next((tmp_path / "local").glob("shard-*.h5"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert call(["verify", str(tmp_path / "local")]) == 1
