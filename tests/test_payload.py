@@ -261,6 +261,7 @@ def test_the_page_carries_its_manifest_and_its_parent(tmp_path: Path):
     assert manifest.kind == "dashboard"
     assert manifest.settings == {"title": "--> <x-title>"}
     features = read_manifest(tmp_path / "features.h5")
+    assert features is not None
     assert manifest.parents == {"features": features.digest}
     assert b"<x-title>" not in page.read_bytes()
 
