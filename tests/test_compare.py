@@ -285,6 +285,7 @@ def test_names_of_adapters_are_inert_and_decide_no_path(name, subject_dirs, thre
     assert [member.name for member in members] == ["A", "B"]  # of the folders in the output
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_goes_on_and_a_finished_one_is_kept(
     subject_dirs, dataset_file, tmp_path, monkeypatch
 ):
@@ -314,6 +315,34 @@ def test_a_killed_comparison_goes_on_and_a_finished_one_is_kept(
         compared([adapter, zero], base, dataset_file, out, steps=8)
 
 
+@pytest.mark.slow
+def test_what_two_seeds_show_as_well_is_no_news(subject_dirs, dataset_file, tmp_path):
+    """The null is as far from the first adapter as the second is: nothing is news."""
+    base, adapter = subject_dirs
+    zeros = [changed(adapter, tmp_path / name, lora_B=0.0) for name in ("zero", "null")]
+    twin = changed(adapter, tmp_path / "twin", lora_A=2.0, lora_B=0.5)
+    same = compared([adapter, zeros[0]], base, dataset_file, tmp_path / "same", null=str(zeros[1]))
+    pair, null = same.pairs
+    assert same.null == null.second == "C"
+    assert pair.seeds == pytest.approx(pair.kl, rel=1e-6)
+    assert pair.n_news == null.n_news == 0
+    assert all(
+        one.seeds == pytest.approx(one.removed, abs=0.02 * pair.kl)
+        for one in pair.features
+        if one.removed is not None
+    )
+    other = compared([adapter, zeros[0]], base, dataset_file, tmp_path / "other", null=str(twin))
+    pair, null = other.pairs
+    assert null.kl < 1e-6 * pair.kl
+    assert pair.level < 1e-3 * pair.kl
+    for one in pair.features:
+        if one.removed is not None:
+            surely = one.excess_interval is not None and one.excess_interval[0] > 0
+            assert one.is_news == (surely and one.removed > pair.level)
+    assert "C is another seed of A" in as_text(other)
+
+
+@pytest.mark.slow
 def test_checkpoints_say_when_a_feature_is_born_beside_the_loss(
     subject_dirs, dataset_file, tmp_path
 ):

@@ -119,7 +119,8 @@ def _sections(report: ComparisonReport) -> Iterator[_Section]:
 def _adapters(report: ComparisonReport) -> _Section:
     one = _Section("The adapters")
     one.sentences.append(
-        f"Adapters of {report.base} on {report.n_rollouts} texts, {report.n_tokens:,} predictions. "
+        f"Adapters of {report.base} on {report.n_rollouts} texts: {report.n_tokens:,} predictions "
+        "of what a model writes; others do not count. "
         f"One dictionary for all has {report.n_features:,} features, {report.n_fired:,} of which "
         "fire here."
     )
@@ -173,7 +174,7 @@ def _difference(report: ComparisonReport, pair: PairDifference) -> _Section:
         (role, f"{part.n_tokens:,}", f"{part.kl:.3g}")
         for role, part in sorted(pair.roles.items(), key=lambda item: -item[1].kl)
     ]
-    one.tables.append((("where", "predictions", "KL, nats a token"), rows))
+    one.tables.append((("where, all predictions", "number", "KL, nats a token"), rows))
     rows = [
         (
             shift.role,
@@ -313,7 +314,7 @@ def _growth(report: ComparisonReport) -> _Section:
             f"{feature.born}",
             f"{feature.peak}",
             "—" if feature.died is None else f"{feature.died}",
-            " ".join(f"{feature.sizes[name]:.2g}" for name in names),
+            " ".join(f"{feature.sizes[name]:.3g}" for name in names),
         )
         for feature in changed
     ]
@@ -354,7 +355,7 @@ def _figure(title: str, steps: Sequence[float], values: Sequence[float]) -> str:
     return (
         f'<figure><svg viewBox="0 0 {width} {height}" role=img aria-label="{html.escape(said)}">'
         f'<polyline points="{line}" />{dots}</svg>'
-        f"<figcaption>{_shown(_line(title))} <span>{top:.2g}</span></figcaption></figure>"
+        f"<figcaption>{_shown(_line(title))} <span>{top:.3g}</span></figcaption></figure>"
     )
 
 

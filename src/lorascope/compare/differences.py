@@ -204,7 +204,8 @@ class Differences:
     def _require_rows(self, batch: Batch, rows: Tensor) -> None:
         stored = self.held_out.store.take(batch.rows[batch.own].numpy()).astype(np.float32)
         own = rows[batch.own.to(rows.device)].cpu()
-        drift = float((own - torch.from_numpy(stored)).norm() / max(np.linalg.norm(stored), 1e-30))
+        drift = float((own - torch.from_numpy(stored)).norm())
+        drift /= max(float(np.linalg.norm(stored)), 1e-30)
         if drift > _LARGEST_DRIFT:
             raise ArtifactError(
                 f"rows differ from those of {self.held_out.store.path} by {drift:.2g} of their "
