@@ -76,7 +76,7 @@ def look_for_triggers(
     """
     with torch.no_grad(), no_weight_gradients(subject), RowEditor(subject, fast=True) as editor:
         search = scenes_of(editor, store, halves[0], N_SEARCH, ("end", "end", "middle", "start"))
-        if not search or not scenes_of(editor, store, halves[1], 1, ("end",)):
+        if not search or not any(insertable(store, index)[2] for index in halves[1].tolist()):
             log.warning("no text to insert tokens in: triggers are not looked for")
             return None
         clock = Clock(60 * minutes)
