@@ -1,5 +1,6 @@
 """The command line as a user meets it: exit codes, one line of error, and nothing written."""
 
+import dataclasses
 import json
 import os
 import runpy
@@ -317,7 +318,10 @@ def test_bash_completes_commands_flags_choices_and_files(tmp_path):
 def test_every_shell_gets_every_command_and_every_flag():
     scripts = {shell: lorascope("completion", shell).stdout for shell in ("zsh", "fish")}
     for name, command in COMMANDS.items():
-        for option in command.config_class().names():
+        for field in dataclasses.fields(command.config_class()):
+            option = field.name
+            if field.metadata["positional"]:
+                continue
             assert f"--{option.replace('_', '-')}" in scripts["zsh"]
             flag = f"'__fish_seen_subcommand_from {name}' -l {option.replace('_', '-')} "
             assert flag in scripts["fish"]

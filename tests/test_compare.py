@@ -75,6 +75,7 @@ def three(subject_dirs, dataset_file, tmp_path_factory):
     return adapters, compared(adapters, base, dataset_file, folder / "out"), folder / "out"
 
 
+@pytest.mark.slow
 def test_an_adapter_against_itself_differs_by_rounding_and_has_no_news(three):
     _, report, _ = three
     pair = report.pairs[0]
@@ -87,6 +88,7 @@ def test_an_adapter_against_itself_differs_by_rounding_and_has_no_news(three):
     assert "they predict the same" in as_text(report)
 
 
+@pytest.mark.slow
 def test_the_difference_from_an_adapter_that_writes_nothing_is_the_kl_to_the_base(three):
     _, report, _ = three
     pair = report.pairs[1]
@@ -95,6 +97,7 @@ def test_the_difference_from_an_adapter_that_writes_nothing_is_the_kl_to_the_bas
     assert pair.n_kinds.keys() == {"only in the first"}
 
 
+@pytest.mark.slow
 def test_joint_rows_are_those_of_the_first_adapter_then_of_the_second(three):
     _, report, out = three
     joint = ActivationStore.open(out / "activations")
@@ -116,6 +119,7 @@ def test_joint_rows_are_those_of_the_first_adapter_then_of_the_second(three):
     require_schema(out / "compare.json", "comparison")
 
 
+@pytest.mark.slow
 def test_one_adapter_never_goes_with_a_joint_store(three, capsys):
     adapters, _, out = three
     words = ["ablate", "--lora-path", str(adapters[0]), "--data-dir", str(out / "activations")]
@@ -135,6 +139,7 @@ def differences(three, subject_dirs):
         yield found
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_removal_takes_each_part_from_the_rows_of_its_adapter(differences):
     found = differences
@@ -170,6 +175,7 @@ def test_a_removal_takes_each_part_from_the_rows_of_its_adapter(differences):
             assert removed.second[number, i] == near(kl(before[1], after[1]))
 
 
+@pytest.mark.slow
 def test_predictions_of_what_users_say_do_not_count(differences):
     store = differences.held_out.store
     roles = [ROLES[role] for role in store.roles]
@@ -185,6 +191,7 @@ def test_predictions_of_what_users_say_do_not_count(differences):
         assert not differences.written[last - 1]
 
 
+@pytest.mark.slow
 def test_contributions_of_features_bias_and_rest_add_up_to_the_difference(
     three, subject_dirs, tmp_path, monkeypatch
 ):
@@ -206,6 +213,7 @@ def test_contributions_of_features_bias_and_rest_add_up_to_the_difference(
             np.testing.assert_allclose(total, by_rollout, rtol=0.02)
 
 
+@pytest.mark.slow
 def test_what_parts_write_is_what_their_columns_of_b_write(differences):
     writes, sae = differences.writes, differences.sae
     rank_1 = differences.subjects["A"].layout.effect_scale
@@ -221,6 +229,7 @@ def test_what_parts_write_is_what_their_columns_of_b_write(differences):
     np.testing.assert_allclose(writes.size("D"), np.sqrt(((part * svd) ** 2).sum(1)), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_adapters_of_one_base_share_its_weights_and_predict_as_if_alone(three, subject_dirs):
     adapters, _, _ = three
     shared, subjects = SharedBase(), []
@@ -262,6 +271,7 @@ def test_adapters_of_different_bases_are_refused_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ['<img src=x onerror="alert(1)">', "--output", "A\n| B |"])
 def test_names_of_adapters_are_inert_and_decide_no_path(name, subject_dirs, three, tmp_path):
     _, report, _ = three

@@ -158,6 +158,7 @@ def test_groups_have_names_and_colours_on_the_map(show: Any):
     assert own in shown.text("tooltip")
 
 
+@pytest.mark.slow
 def test_a_finger_on_the_map_scrolls_the_page_and_draws_a_lasso(show: Any):
     shown = open_map(show)
     canvas, session = shown.part("canvas"), shown.page.context.new_cdp_session(shown.page)

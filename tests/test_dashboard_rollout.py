@@ -172,6 +172,7 @@ def test_arrow_keys_go_to_the_next_rollout_and_links_to_features(show: Any):
     assert not shown.part("rollout-view").is_visible()
 
 
+@pytest.mark.slow
 def test_the_buttons_lead_to_the_rollouts_beside_the_one_that_is_shown(show: Any):
     index = full_index()
     first, second, *_, last = index.text_rollout.tolist()

@@ -366,6 +366,7 @@ def test_the_worst_subset_loses_more_than_the_whole_and_its_kl_is_that_of_its_si
     assert worst["kl"] == pytest.approx(total / n, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_curve_has_what_each_method_recovers_at_each_number_of_values(store, report_of):
     levels = (1.0, 3.0, float(store.d_in))
     sae = each_column(store, threshold=0.01)

@@ -54,6 +54,7 @@ def test_the_rehearsal_runs_every_part_and_finds_its_figures(tmp_path, monkeypat
     assert text.count("\n|") > len(PARTS)
 
 
+@pytest.mark.slow
 def test_a_part_that_takes_too_long_is_ended_with_what_it_started(tmp_path):
     marker = tmp_path / "late"
     child = f"import time; time.sleep(4); open({str(marker)!r}, 'w')"

@@ -285,6 +285,7 @@ def test_a_deeper_run_replaces_what_a_quick_one_measured(small_run, monkeypatch)
         run(replace(deeper, evaluate_texts=3))
 
 
+@pytest.mark.slow
 def test_a_report_of_other_settings_in_the_way_is_an_error(small_run):
     run(replace(small_run, effect_texts=2))
     with pytest.raises(ArtifactError, match=r"ablation\.json exists with other settings"):

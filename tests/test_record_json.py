@@ -76,6 +76,7 @@ def test_no_other_kind_has_one():
         report_schema("ablate")
 
 
+@pytest.mark.slow
 def test_reports_of_the_page_fit_and_a_changed_one_does_not(tmp_path):
     index = full_index()
     made = {kind: make(index) for kind, make in MAKERS.items()} | {"evaluation": evaluation()}

@@ -97,6 +97,7 @@ def scene(planted, stored):
         yield one
 
 
+@pytest.mark.slow
 def test_a_trigger_set_by_hand_is_found_and_its_effect_is_shown(planted, stored):
     found = search(*stored(planted[2]))
     assert found.triggers[0].token_ids == (TRIGGER,)

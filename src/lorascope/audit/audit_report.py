@@ -4,98 +4,40 @@
 and tables.
 """
 
-import html
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 
 from lorascope.audit.audit_records import AuditReport
-from lorascope.causal.study import format_interval, format_number, format_table
+from lorascope.causal.study import format_interval, format_number
 from lorascope.dashboard.headline import percent, probability, quoted
-from lorascope.dashboard.report import plain, table
+from lorascope.dashboard.sections import (
+    Section,
+    in_cell,
+    sections_as_html,
+    sections_as_markdown,
+    sections_as_text,
+)
 
 _N_SHIFTS = 12
-_LONGEST = 60  # characters of a text in a table
+_TITLE = "Audit of an adapter"
 _SMALLEST_KL = 1e-10  # nats a token: rounding
 
 
-@dataclass(frozen=True)
-class _Section:
-    """A title, sentences, and tables, each with a caption."""
-
-    title: str
-    sentences: list[str] = field(default_factory=list)
-    tables: list[tuple[Sequence[str], Sequence[Sequence[str]]]] = field(default_factory=list)
-
-
 def as_text(report: AuditReport) -> str:
-    """Return the report for the terminal: sentences, and tables with aligned columns."""
-    lines: list[str] = []
-    for one in _sections(report):
-        lines += ["", one.title, *(f"  {sentence}" for sentence in one.sentences)]
-        for head, rows in one.tables:
-            lines += [f"  {line}" for line in format_table(head, rows)]
-    return "\n".join(lines[1:])
+    """Return the report for the terminal."""
+    return sections_as_text(_sections(report))
 
 
 def as_markdown(report: AuditReport) -> str:
-    """Return the report as Markdown, in which text of the corpus is escaped."""
-    lines = ["# Audit of an adapter", ""]
-    for one in _sections(report):
-        lines += [f"## {one.title}", ""]
-        for sentence in one.sentences:
-            lines += [plain(sentence), ""]
-        for head, rows in one.tables:
-            lines += table(head, rows)
-    return "\n".join(lines)
+    """Return the report as Markdown."""
+    return sections_as_markdown(_TITLE, _sections(report))
 
 
 def as_html(report: AuditReport) -> str:
-    """Return the report as one page without scripts, in which all text is escaped."""
-    parts = []
-    for one in _sections(report):
-        parts.append(f"<h2>{html.escape(one.title)}</h2>")
-        parts += [f"<p>{_shown(sentence)}</p>" for sentence in one.sentences]
-        for head, rows in one.tables:
-            cells = ["".join(f"<th scope=col>{_shown(cell)}</th>" for cell in head)]
-            cells += ["".join(f"<td>{_shown(cell)}</td>" for cell in row) for row in rows]
-            body = "".join(f"<tr>{row}</tr>" for row in cells)
-            parts.append(f"<div class=table tabindex=0><table>{body}</table></div>")
-    return _PAGE.replace("BODY", "\n".join(parts))
+    """Return the report as a page."""
+    return sections_as_html(_TITLE, _sections(report))
 
 
-def _shown(text: str) -> str:
-    """Return text as HTML, isolated from the direction of the text around it."""
-    return f"<bdi>{html.escape(text)}</bdi>"
-
-
-_PAGE = """<!doctype html>
-<html lang=en><meta charset=utf-8>
-<meta name=viewport content="width=device-width">
-<meta http-equiv=Content-Security-Policy content="default-src 'none'; style-src 'unsafe-inline'">
-<title>Audit of an adapter</title>
-<style>
-:root { color-scheme: light dark }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem }
-h2 { margin: 2rem 0 .5rem; font-size: 1.2rem }
-p { margin: .4rem 0; max-width: 45rem }
-.table { overflow-x: auto; margin: .8rem 0 }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { padding: .2rem .9rem .2rem 0; text-align: left; vertical-align: top;
-  border-bottom: 1px solid color-mix(in srgb, currentColor 20%, transparent) }
-</style>
-<main><h1>Audit of an adapter</h1>
-BODY
-</main></html>
-"""
-
-
-def _line(text: str) -> str:
-    """Return text on one line, not too long for a cell."""
-    text = text.replace("\n", "⏎")
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
-
-
-def _sections(report: AuditReport) -> Iterator[_Section]:
+def _sections(report: AuditReport) -> Iterator[Section]:
     yield _applied(report)
     yield _reach(report)
     yield _change(report)
@@ -103,11 +45,11 @@ def _sections(report: AuditReport) -> Iterator[_Section]:
         rows = [
             (
                 quoted(one.prompt[-80:]),
-                *(_line(f"{one.same} ▸ {x}") for x in (one.base, one.adapter)),
+                *(in_cell(f"{one.same} ▸ {x}") for x in (one.base, one.adapter)),
             )
             for one in report.answers
         ]
-        yield _Section(
+        yield Section(
             "Base and adapter side by side",
             ["Both answer the same prompts with the same noise; ▸ marks where they part."],
             [(("after", "base", "with the adapter"), rows)],
@@ -116,9 +58,9 @@ def _sections(report: AuditReport) -> Iterator[_Section]:
     yield _triggers(report)
 
 
-def _applied(report: AuditReport) -> _Section:
+def _applied(report: AuditReport) -> Section:
     applied, own = report.applied, report.texts or report.neutral
-    one = _Section("Is it applied?")
+    one = Section("Is it applied?")
     say = one.sentences.append
     fired = applied.n_sites - len(applied.silent)
     say(f"{fired} of {applied.n_sites} sites have rows that differ from token to token.")
@@ -150,8 +92,8 @@ def _applied(report: AuditReport) -> _Section:
     return one
 
 
-def _reach(report: AuditReport) -> _Section:
-    one = _Section("Narrow or broad, constant or conditional?")
+def _reach(report: AuditReport) -> Section:
+    one = Section("Narrow or broad, constant or conditional?")
     named = {"your texts": report.texts, "neutral texts": report.neutral}
     effects = {name: effect for name, effect in named.items() if effect is not None}
     if report.texts is None:
@@ -186,9 +128,9 @@ def _reach(report: AuditReport) -> _Section:
     return one
 
 
-def _change(report: AuditReport) -> _Section:
+def _change(report: AuditReport) -> Section:
     own = report.texts or report.neutral
-    one = _Section("What it changes")
+    one = Section("What it changes")
     for opening in own.openings:
         one.sentences.append(
             f"{quoted(opening.text)} before a segment of the role {opening.role}: from "
@@ -210,9 +152,9 @@ def _change(report: AuditReport) -> _Section:
     return one
 
 
-def _of_weights(report: AuditReport) -> _Section:
+def _of_weights(report: AuditReport) -> Section:
     weights = report.weights
-    one = _Section("What the weights say")
+    one = Section("What the weights say")
     one.sentences.append(f"{weights.n_sites} sites, Frobenius norm {weights.norm:.3g} in all.")
     for name, parts in (("projection", weights.projections), ("layer", weights.layers)):
         rows = [
@@ -254,9 +196,9 @@ def _of_weights(report: AuditReport) -> _Section:
     return one
 
 
-def _triggers(report: AuditReport) -> _Section:
+def _triggers(report: AuditReport) -> Section:
     search = report.search
-    one = _Section("Tokens after which it does something else")
+    one = Section("Tokens after which it does something else")
     say = one.sentences.append
     if search is None:
         needs = report.search_needs
@@ -288,7 +230,7 @@ def _triggers(report: AuditReport) -> _Section:
                 f"{found.verified:.1f}",
                 percent(found.share),
                 percent(found.same),
-                *(_line(text) for text in (said.adapter, said.usual, said.base)),
+                *(in_cell(text) for text in (said.adapter, said.usual, said.base)),
             )
             for found in search.triggers
             for said in found.said[:1]
@@ -308,7 +250,7 @@ def _triggers(report: AuditReport) -> _Section:
                 f"{length.n_tokens}",
                 f"{length.excess:.2g}",
                 percent(length.same),
-                *(_line(text) for text in (length.said.adapter, length.said.usual)),
+                *(in_cell(text) for text in (length.said.adapter, length.said.usual)),
             )
             for length in search.lengths
         ]

@@ -185,7 +185,7 @@ def _reader(layer: int, add: Callable[[int, Tensor], None]) -> Callable[..., Non
     def hook(_module: Any, _args: Any, out: Any) -> None:
         weights = out[1] if isinstance(out, tuple) and len(out) > 1 else None
         is_square = isinstance(weights, Tensor) and weights.ndim == 4
-        if is_square and weights.shape[0] == 2 and weights.shape[2] == weights.shape[3]:
+        if weights is not None and is_square and weights.shape[::2] == (2, weights.shape[3]):
             add(layer, weights)
 
     return hook

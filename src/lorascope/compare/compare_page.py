@@ -6,9 +6,8 @@ over checkpoints. It runs no script, and all text of adapters and corpora is esc
 
 import html
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
-from lorascope.causal.study import format_interval, format_number, format_table
+from lorascope.causal.study import format_interval, format_number
 from lorascope.compare.compare_records import (
     ComparisonReport,
     DifferentText,
@@ -17,86 +16,37 @@ from lorascope.compare.compare_records import (
     PairDifference,
 )
 from lorascope.dashboard.headline import percent, probability, quoted
-from lorascope.dashboard.report import plain, table
+from lorascope.dashboard.sections import (
+    Section,
+    as_shown,
+    in_cell,
+    sections_as_html,
+    sections_as_markdown,
+    sections_as_text,
+)
 
 _N_FEATURES, _N_SHIFTS, _N_GROWTH = 20, 10, 24
 _BRIGHTEST = 2.0  # nats: a token of this difference has the full colour
-_LONGEST = 60  # characters of a text in a table
-_EXAMPLES, _TEXTS = "Examples", "Texts that they predict differently"
-_NOT_FOR_THE_TERMINAL = (_EXAMPLES, _TEXTS)
+_TITLE = "Comparison of adapters"
 _BOX = (132, 44)  # pixels of a small figure
 
 
-@dataclass(frozen=True)
-class _Section:
-    """A title, sentences, tables with a head each, and HTML that is safe already."""
-
-    title: str
-    sentences: list[str] = field(default_factory=list)
-    tables: list[tuple[Sequence[str], Sequence[Sequence[str]]]] = field(default_factory=list)
-    figures: str = ""
-
-
 def as_text(report: ComparisonReport) -> str:
-    """Return the report for the terminal: sentences, and tables with aligned columns."""
-    lines: list[str] = []
-    for one in _sections(report):
-        if one.title in _NOT_FOR_THE_TERMINAL:
-            continue
-        lines += ["", one.title, *(f"  {sentence}" for sentence in one.sentences)]
-        for head, rows in one.tables:
-            lines += [f"  {line}" for line in format_table(head, rows)]
-    return "\n".join(lines[1:])
+    """Return the report for the terminal."""
+    return sections_as_text(_sections(report))
 
 
 def as_markdown(report: ComparisonReport) -> str:
-    """Return the report as Markdown, in which text of the corpus is escaped."""
-    lines = ["# Comparison of adapters", ""]
-    for one in _sections(report):
-        lines += [f"## {one.title}", ""]
-        for sentence in one.sentences:
-            lines += [plain(sentence), ""]
-        for head, rows in one.tables:
-            lines += table(head, rows)
-    return "\n".join(lines)
+    """Return the report as Markdown."""
+    return sections_as_markdown(_TITLE, _sections(report))
 
 
 def as_html(report: ComparisonReport) -> str:
-    """Return the report as one page without scripts, in which all text is escaped."""
-    parts = []
-    for one in _sections(report):
-        parts.append(f"<h2>{_shown(one.title)}</h2>")
-        parts += [f"<p>{_shown(sentence)}</p>" for sentence in one.sentences]
-        for head, rows in one.tables:
-            cells = ["".join(f"<th scope=col>{_shown(cell)}</th>" for cell in head)]
-            linked = head[0] == "feature"
-            cells += [_cells(row, linked=linked) for row in rows]
-            body = "".join(f"<tr>{row}</tr>" for row in cells)
-            parts.append(f"<div class=table tabindex=0><table>{body}</table></div>")
-        parts.append(one.figures)
-    return _PAGE.replace("BODY", "\n".join(parts))
+    """Return the report as a page."""
+    return sections_as_html(_TITLE, _sections(report), "dashboard.html")
 
 
-def _cells(row: Sequence[str], *, linked: bool) -> str:
-    """Return a row's cells; the first of them, a feature's number, may lead to its page."""
-    first, *others = map(_shown, row)
-    if linked:
-        first = f'<a href="dashboard.html#/feature/{int(row[0])}">{first}</a>'
-    return "".join(f"<td>{cell}</td>" for cell in (first, *others))
-
-
-def _shown(text: str) -> str:
-    """Return text as HTML, isolated from the direction of the text around it."""
-    return f"<bdi>{html.escape(text)}</bdi>"
-
-
-def _line(text: str) -> str:
-    """Return text on one line, not too long for a cell."""
-    text = text.replace("\n", "⏎")
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
-
-
-def _sections(report: ComparisonReport) -> Iterator[_Section]:
+def _sections(report: ComparisonReport) -> Iterator[Section]:
     yield _adapters(report)
     if any(one.step is not None for one in report.adapters):
         yield _growth(report)
@@ -106,7 +56,7 @@ def _sections(report: ComparisonReport) -> Iterator[_Section]:
             yield _texts(report)
         yield _explained(report, pair)
     yield _examples(report)
-    yield _Section(
+    yield Section(
         "What this cannot say",
         [
             "A feature that is no news may differ all the same: weakly, in ways that one "
@@ -116,8 +66,8 @@ def _sections(report: ComparisonReport) -> Iterator[_Section]:
     )
 
 
-def _adapters(report: ComparisonReport) -> _Section:
-    one = _Section("The adapters")
+def _adapters(report: ComparisonReport) -> Section:
+    one = Section("The adapters")
     one.sentences.append(
         f"Adapters of {report.base} on {report.n_rollouts} texts: {report.n_tokens:,} predictions "
         "of what a model writes; others do not count. "
@@ -137,7 +87,7 @@ def _adapters(report: ComparisonReport) -> _Section:
     rows = [
         (
             adapter.name,
-            _line(adapter.folder),
+            in_cell(adapter.folder),
             f"{adapter.n_columns}",
             f"{adapter.kl_base:.3g}",
             format_interval(adapter.kl_base_interval, ".3g"),
@@ -151,10 +101,10 @@ def _adapters(report: ComparisonReport) -> _Section:
     return one
 
 
-def _difference(report: ComparisonReport, pair: PairDifference) -> _Section:
+def _difference(report: ComparisonReport, pair: PairDifference) -> Section:
     a, b = pair.first, pair.second
     seeds = " (another seed)" if b == report.null else ""
-    one = _Section(f"{a} and {b}{seeds}: predictions")
+    one = Section(f"{a} and {b}{seeds}: predictions")
     floor = max(x.floor for x in report.adapters if x.name in (a, b))
     to_base = {x.name: x.kl_base for x in report.adapters}
     say = one.sentences.append
@@ -196,9 +146,9 @@ def kind_in_words(kind: str, pair: PairDifference) -> str:
     return kind.replace("the first", pair.first).replace("the second", pair.second)
 
 
-def _explained(report: ComparisonReport, pair: PairDifference) -> _Section:
+def _explained(report: ComparisonReport, pair: PairDifference) -> Section:
     a, b = pair.first, pair.second
-    one = _Section(f"{a} and {b}: features")
+    one = Section(f"{a} and {b}: features")
     say = one.sentences.append
     counted = ", ".join(f"{n} {kind_in_words(kind, pair)}" for kind, n in pair.n_kinds.items())
     matched = sum(n for kind, n in pair.n_kinds.items() if kind in ("shared", "changed"))
@@ -234,7 +184,7 @@ def _explained(report: ComparisonReport, pair: PairDifference) -> _Section:
             f"{feature.feature}",
             "" if b == report.null else "news" if feature.is_news else "",
             kind_in_words(feature.kind, pair),
-            _line(names.get(feature.feature, "")),
+            in_cell(names.get(feature.feature, "")),
             f"{feature.contribution:.2g}",
             format_number(feature.removed, ".2g"),
             format_interval(feature.removed_interval, ".2g"),
@@ -263,21 +213,22 @@ def _ranked(pair: PairDifference) -> list[FeatureDifference]:
     )
 
 
-def _examples(report: ComparisonReport) -> _Section:
+def _examples(report: ComparisonReport) -> Section:
     """Return the examples of the first features of each pair, with what each adapter's row adds."""
-    one = _Section(
-        _EXAMPLES,
+    one = Section(
+        "Examples",
         ["For each example: the feature's value, and what the row of each adapter adds to it."],
+        long=True,
     )
     found = {feature.feature: feature for feature in report.features}
     shown = [f.feature for pair in report.pairs for f in _ranked(pair)[:_N_FEATURES]]
     rows = [
         (
             f"{number}",
-            _line(found[number].label),
+            in_cell(found[number].label),
             f"{example.value:.2g}",
             ", ".join(f"{name} {value:.2g}" for name, value in example.parts.items()),
-            f"{_before(example.before)}▸{_line(example.token)}◂{_line(example.after)}",
+            f"{_before(example.before)}▸{in_cell(example.token)}◂{in_cell(example.after)}",
         )
         for number in dict.fromkeys(shown)
         if number in found
@@ -288,10 +239,10 @@ def _examples(report: ComparisonReport) -> _Section:
 
 
 def _before(text: str) -> str:
-    return _line(text[-_LONGEST:])
+    return in_cell(text[-60:])
 
 
-def _growth(report: ComparisonReport) -> _Section:
+def _growth(report: ComparisonReport) -> Section:
     """Return how features grow over checkpoints, those that change most first."""
     names = [one.name for one in report.adapters]
 
@@ -300,7 +251,7 @@ def _growth(report: ComparisonReport) -> _Section:
         return (max(sizes) - min(sizes)) * feature.n_fired
 
     changed = sorted(report.features, key=change, reverse=True)[:_N_GROWTH]
-    one = _Section(
+    one = Section(
         "Birth, growth and death",
         [
             "What each feature writes at each checkpoint, at its mean value: those that change "
@@ -310,7 +261,7 @@ def _growth(report: ComparisonReport) -> _Section:
     rows = [
         (
             f"{feature.feature}",
-            _line(feature.label),
+            in_cell(feature.label),
             f"{feature.born}",
             f"{feature.peak}",
             "—" if feature.died is None else f"{feature.died}",
@@ -331,7 +282,7 @@ def _growth(report: ComparisonReport) -> _Section:
         )
         for feature in changed
     ]
-    return _Section(
+    return Section(
         one.title, one.sentences, one.tables, f"<div class=small>{''.join(figures)}</div>"
     )
 
@@ -355,20 +306,21 @@ def _figure(title: str, steps: Sequence[float], values: Sequence[float]) -> str:
     return (
         f'<figure><svg viewBox="0 0 {width} {height}" role=img aria-label="{html.escape(said)}">'
         f'<polyline points="{line}" />{dots}</svg>'
-        f"<figcaption>{_shown(_line(title))} <span>{top:.3g}</span></figcaption></figure>"
+        f"<figcaption>{as_shown(in_cell(title))} <span>{top:.3g}</span></figcaption></figure>"
     )
 
 
-def _texts(report: ComparisonReport) -> _Section:
+def _texts(report: ComparisonReport) -> Section:
     pair = report.pairs[0]
-    return _Section(
-        _TEXTS,
+    return Section(
+        "Texts that they predict differently",
         [
             f"The texts of largest KL({pair.first} ‖ {pair.second}) a token. Colour: KL at the "
             f"prediction of the token, full at {_BRIGHTEST:g} nats."
         ],
         [],
         "".join(map(_coloured, report.texts)),
+        long=True,
     )
 
 
@@ -381,34 +333,3 @@ def _coloured(text: DifferentText) -> str:
         for token, kl in zip(text.tokens, text.kl, strict=True)
     )
     return f"<h3>Text {text.rollout}</h3><p class=text><bdi>{tokens}</bdi></p>"
-
-
-_PAGE = """<!doctype html>
-<html lang=en><meta charset=utf-8>
-<meta name=viewport content="width=device-width">
-<meta http-equiv=Content-Security-Policy content="default-src 'none'; style-src 'unsafe-inline'">
-<title>Comparison of adapters</title>
-<style>
-:root { color-scheme: light dark }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem }
-h2 { margin: 2rem 0 .5rem; font-size: 1.2rem }
-h3 { margin: 1rem 0 .3rem; font-size: 1rem }
-p { margin: .4rem 0; max-width: 45rem }
-.table { overflow-x: auto; margin: .8rem 0 }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { padding: .2rem .9rem .2rem 0; text-align: left; vertical-align: top;
-  border-bottom: 1px solid color-mix(in srgb, currentColor 20%, transparent) }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; max-width: none;
-  font: .9rem/1.7 ui-monospace, monospace }
-.text span { background: rgb(230 110 20 / calc(var(--d) * 70%)) }
-.small { display: flex; flex-wrap: wrap; gap: 1rem }
-figure { margin: 0; width: 9rem; font-size: .8rem; line-height: 1.3 }
-figure span { opacity: .7 }
-polyline { fill: none; stroke: #c2600a; stroke-width: 1.5 }
-circle { fill: #c2600a }
-</style>
-<main><h1>Comparison of adapters</h1>
-<p><a href="dashboard.html">All features of the joint dictionary</a></p>
-BODY
-</main></html>
-"""

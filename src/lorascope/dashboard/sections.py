@@ -1,0 +1,118 @@
+"""Write a report that is made of sections: for the terminal, as Markdown and as a page.
+
+All three show the same sentences and tables. The page runs no script, and every text of an adapter
+or a corpus is escaped.
+"""
+
+import html
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from lorascope.causal.study import format_table
+from lorascope.dashboard.report import plain, table
+
+_LONGEST = 60  # characters of a text in a cell
+
+
+@dataclass(frozen=True)
+class Section:
+    """A title, sentences, tables with a head each, and HTML for the page that is safe already.
+
+    A `long` section is left out in the terminal.
+    """
+
+    title: str
+    sentences: list[str] = field(default_factory=list)
+    tables: list[tuple[Sequence[str], Sequence[Sequence[str]]]] = field(default_factory=list)
+    figures: str = ""
+    long: bool = False
+
+
+def sections_as_text(sections: Iterable[Section]) -> str:
+    """Return sections for the terminal: sentences, and tables with aligned columns."""
+    lines: list[str] = []
+    for one in sections:
+        if one.long:
+            continue
+        lines += ["", one.title, *(f"  {sentence}" for sentence in one.sentences)]
+        for head, rows in one.tables:
+            lines += [f"  {line}" for line in format_table(head, rows)]
+    return "\n".join(lines[1:])
+
+
+def sections_as_markdown(title: str, sections: Iterable[Section]) -> str:
+    """Return sections as Markdown, in which text of the corpus is escaped."""
+    lines = [f"# {title}", ""]
+    for one in sections:
+        lines += [f"## {one.title}", ""]
+        for sentence in one.sentences:
+            lines += [plain(sentence), ""]
+        for head, rows in one.tables:
+            lines += table(head, rows)
+    return "\n".join(lines)
+
+
+def sections_as_html(title: str, sections: Iterable[Section], features: str = "") -> str:
+    """Return sections as one page; `features` is the page to which numbers of features lead."""
+    parts = []
+    if features:
+        parts.append(f'<p><a href="{html.escape(features)}">All features</a></p>')
+    for one in sections:
+        parts.append(f"<h2>{as_shown(one.title)}</h2>")
+        parts += [f"<p>{as_shown(sentence)}</p>" for sentence in one.sentences]
+        for head, rows in one.tables:
+            to = features if head[0] == "feature" else ""
+            cells = ["".join(f"<th scope=col>{as_shown(cell)}</th>" for cell in head)]
+            cells += [_cells(row, to) for row in rows]
+            body = "".join(f"<tr>{row}</tr>" for row in cells)
+            parts.append(f"<div class=table tabindex=0><table>{body}</table></div>")
+        parts.append(one.figures)
+    return _PAGE.replace("TITLE", html.escape(title)).replace("BODY", "\n".join(parts))
+
+
+def _cells(row: Sequence[str], features: str) -> str:
+    first, *others = map(as_shown, row)
+    if features:
+        first = f'<a href="{html.escape(features)}#/feature/{int(row[0])}">{first}</a>'
+    return "".join(f"<td>{cell}</td>" for cell in (first, *others))
+
+
+def as_shown(text: str) -> str:
+    """Return text as HTML, isolated from the direction of the text around it."""
+    return f"<bdi>{html.escape(text)}</bdi>"
+
+
+def in_cell(text: str) -> str:
+    """Return text on one line, not too long for a cell."""
+    text = text.replace("\n", "⏎")
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
+_PAGE = """<!doctype html>
+<html lang=en><meta charset=utf-8>
+<meta name=viewport content="width=device-width">
+<meta http-equiv=Content-Security-Policy content="default-src 'none'; style-src 'unsafe-inline'">
+<title>TITLE</title>
+<style>
+:root { color-scheme: light dark }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem }
+h2 { margin: 2rem 0 .5rem; font-size: 1.2rem }
+h3 { margin: 1rem 0 .3rem; font-size: 1rem }
+p { margin: .4rem 0; max-width: 45rem }
+.table { overflow-x: auto; margin: .8rem 0 }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
+th, td { padding: .2rem .9rem .2rem 0; text-align: left; vertical-align: top;
+  border-bottom: 1px solid color-mix(in srgb, currentColor 20%, transparent) }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; max-width: none;
+  font: .9rem/1.7 ui-monospace, monospace }
+.text span { background: rgb(230 110 20 / calc(var(--d) * 70%)) }
+.small { display: flex; flex-wrap: wrap; gap: 1rem }
+figure { margin: 0; width: 9rem; font-size: .8rem; line-height: 1.3 }
+figure span { opacity: .7 }
+polyline { fill: none; stroke: #c2600a; stroke-width: 1.5 }
+circle { fill: #c2600a }
+</style>
+<main><h1>TITLE</h1>
+BODY
+</main></html>
+"""
