@@ -124,7 +124,8 @@ def test_hostile_texts_add_no_element_and_no_comment_to_the_page():
     assert found.tags == expected.tags
     assert found.comments == expected.comments
     assert text.isascii()
-    assert not any(set("<>&") & set(data) for data in found.data)
+    # Packs have ">", which ends nothing without "<".
+    assert not any(set("<&") & set(data) for data in found.data)
 
 
 @settings(max_examples=15, deadline=None)
