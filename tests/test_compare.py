@@ -98,6 +98,20 @@ def test_the_difference_from_an_adapter_that_writes_nothing_is_the_kl_to_the_bas
 
 
 @pytest.mark.slow
+def test_contributions_that_miss_most_of_the_difference_are_said_to_rank_nothing(three):
+    _, report, _ = three
+    pair = report.pairs[1]
+
+    def said(missed: float) -> str:
+        of_features = (1 + missed) * pair.kl - pair.bias - pair.unexplained
+        return as_text(replace(report, pairs=(replace(pair, contributions=of_features),)))
+
+    assert "too much to rely on" in said(0.51)
+    assert "too much to rely on" in said(-0.51)
+    assert "too much to rely on" not in said(0.49)
+
+
+@pytest.mark.slow
 def test_joint_rows_are_those_of_the_first_adapter_then_of_the_second(three):
     _, report, out = three
     joint = ActivationStore.open(out / "activations")

@@ -28,6 +28,7 @@ from lorascope.dashboard.sections import (
 _N_FEATURES, _N_SHIFTS, _N_GROWTH = 20, 10, 24
 _BRIGHTEST = 2.0  # nats: a token of this difference has the full colour
 _TITLE = "Comparison of adapters"
+_MOST_MISSED = 0.5  # of the difference, by contributions that are to rank features
 _BOX = (132, 44)  # pixels of a small figure
 
 
@@ -162,6 +163,12 @@ def _explained(report: ComparisonReport, pair: PairDifference) -> Section:
             f"what the dictionary leaves unexplained {unexplained}, its bias {bias}; they miss it "
             f"by {percent(missed)}."
         )
+        if missed > _MOST_MISSED:
+            say(
+                "That is too much to rely on: the ranking may leave out the features of the "
+                "difference, and none being news says little. Such a difference is small beside "
+                "what both adapters do, or far from linear; try other texts, or a larger --k."
+            )
     if b != report.null:
         if pair.n_news:
             left = pair.without_news or 0.0
