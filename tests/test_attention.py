@@ -113,3 +113,15 @@ def test_a_model_without_eager_attention_has_none(held_out, monkeypatch):
 
     monkeypatch.setattr(found.subject.causal, "set_attn_implementation", refuse)
     assert measured(found) is None
+
+
+def test_a_layer_whose_attention_is_nested_counts_once():
+    """The inner and the outer module give the same weights, as in GPT-Neo."""
+    base, own = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.25, 0.75]])
+    weights = torch.stack([base, own])[:, None]
+    heads = attention._Heads()
+    for rollout in range(2):
+        heads.begin(rollout)
+        heads.add(0, weights)
+        heads.add(0, weights)
+    assert heads.sums[0][0].tolist() == [1.5]

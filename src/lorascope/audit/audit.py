@@ -36,7 +36,7 @@ from lorascope.audit.audit_report import as_html, as_markdown, as_text
 from lorascope.audit.population import compare, statistics
 from lorascope.audit.triggers import look_for_triggers
 from lorascope.audit.weights import read_weights
-from lorascope.causal.answers import answers_of
+from lorascope.causal.answers import answers_of, zero_is_base
 from lorascope.causal.baselines import ConstantRows, rows_of
 from lorascope.causal.effects import bootstrap_interval, log_probabilities, recovered, sum_by
 from lorascope.causal.held_out import HeldOut
@@ -144,9 +144,7 @@ def _audit(
             name: _effect_on(editor, one, halves[name][0], config.seed)
             for name, one in held.items()
         }
-        plain = not (subject.unseen or subject.unhooked) and all(
-            site.lora_kind == "lora" for site in layout.sites
-        )
+        plain = zero_is_base(subject)
         answers = answers_of(editor, own, _N_ANSWERS, config.seed) if plain else ()
     spread = rows.std(0) > 0
     weights, (written, read) = read_weights(subject.adapter), read_alignments(subject)

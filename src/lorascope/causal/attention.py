@@ -60,7 +60,7 @@ def attention_of(editor: RowEditor, held_out: HeldOut) -> AttentionShift | None:
             longest = min(N_TOKENS, held_out.subject.max_length or N_TOKENS)
             rows = np.arange(first, min(last, first + longest))
             ids = torch.from_numpy(store.token_ids[rows].astype(np.int64)).expand(2, -1)
-            found.first_row = first
+            found.begin(first)
             editor.run(ids, _without_first, logits_at=torch.tensor([0]))
             n_tokens += max(0, len(rows) - 1)
     if not found.sums or not n_tokens:
@@ -90,9 +90,21 @@ class _Heads:
     first_row: int = 0
     sums: dict[int, npt.NDArray[np.float64]] = field(default_factory=dict)
     best: dict[tuple[int, int], _Best] = field(default_factory=dict)
+    _read: set[int] = field(default_factory=set)  # layers of the present rollout
+
+    def begin(self, first_row: int) -> None:
+        """Begin with the rollout whose first row is given."""
+        self.first_row = first_row
+        self._read.clear()
 
     def add(self, layer: int, weights: Float[Tensor, "2 head seq seq"]) -> None:
-        """Add the weights of one layer for one rollout."""
+        """Add the weights of one layer for one rollout.
+
+        Attention modules may be nested; the outer one gives the same weights again.
+        """
+        if layer in self._read:
+            return
+        self._read.add(layer)
         base, own = weights.float()
         kl = own * (own.clamp(min=_TINY) / base.clamp(min=_TINY)).log() - own + base
         moved = (own - base).abs().sum(-1) / 2
