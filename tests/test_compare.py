@@ -393,8 +393,14 @@ def test_checkpoints_say_when_a_feature_is_born_beside_the_loss(
 
 def test_what_cannot_be_compared_is_refused_in_one_line(subject_dirs, tmp_path):
     adapter = str(subject_dirs[1])
-    with pytest.raises(ConfigError, match="expected two or more; name the adapters"):
-        find_members((adapter,), None)
+    (tmp_path / "checkpoint-1").mkdir()
+    for alone, what in (
+        (adapter, "is one adapter"),
+        (str(tmp_path), "has 0 checkpoints"),
+        (str(tmp_path / "none"), "is not a folder"),
+    ):
+        with pytest.raises(ConfigError, match=f"{what}.*, expected two or more adapters"):
+            find_members((alone,), None)
     with pytest.raises(ConfigError, match="no adapter is given"):
         CompareConfig(adapters=())
     with pytest.raises(ConfigError, match="compare trains one dictionary, --k has 2"):

@@ -77,9 +77,14 @@ def _checkpoints(folder: Path) -> list[Member]:
     )
     steps = [(step, path) for step, path in steps if (path / CONFIG).is_file()]
     if len(steps) < 2:
+        found = f"has {len(steps)} checkpoints (checkpoint-100, …)"
+        if not folder.is_dir():
+            found = "is not a folder on this machine"
+        elif (folder / CONFIG).is_file():
+            found = "is one adapter"
         raise ConfigError(
-            f"{folder} is one adapter or has {len(steps)} checkpoints (checkpoint-100, …), "
-            "expected two or more; name the adapters to compare"
+            f"{folder} {found}, expected two or more adapters, or one folder with two or more "
+            "checkpoints"
         )
     width = len(str(steps[-1][0]))
     losses = _losses([folder, *(path for _, path in reversed(steps))])
