@@ -173,8 +173,9 @@ def _explained(report: ComparisonReport, pair: PairDifference) -> Section:
         if pair.n_news:
             left = pair.without_news or 0.0
             than = "chance" if report.null is None else "any feature of the seeds"
+            are = "is" if pair.n_news == 1 else "are"
             say(
-                f"{pair.n_news} are news: each explains more than {than} (at least "
+                f"{pair.n_news} {are} news: each explains more than {than} (at least "
                 f"{pair.level:.2g} nats a token). Without all of them KL({a} ‖ {b}) is {left:.3g}, "
                 f"{percent(left / pair.kl)} of it."
             )
