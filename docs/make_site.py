@@ -61,7 +61,12 @@ PAGES = {  # the navigation; README.md comes first
     },
 }
 OTHERS = ("src/lorascope/demo/subject/README.md", "examples/smollm2/README.md")
-FILES = ("examples/slurm.sh", "docs/images", "docs/examples/smollm2.html")
+FILES = (
+    "examples/slurm.sh",
+    "examples/kubernetes.yaml",
+    "docs/images",
+    "docs/examples/smollm2.html",
+)
 REFERENCE = (
     ("A run and its page", "run RunConfig show render DashboardConfig"),
     ("Results", "Study dashboard.overview.Overview dashboard.overview.TopFeature "

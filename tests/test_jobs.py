@@ -16,6 +16,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import yaml
 from builders.records import s1_records
 from builders.stores import layout_of
 from safetensors.torch import load_file, save_file
@@ -336,50 +337,88 @@ with open(os.environ["CALLS"], "a") as file:
 """
 
 
-def test_the_slurm_script_starts_what_torchrun_and_lorascope_understand(tmp_path):
-    """Run with programs that note how they are called, on two nodes that do not exist."""
+def commands_of(script: list[str], folder: Path, **environment: str) -> tuple[list, list[str]]:
+    """Run a script with programs that note how they are called; return torchrun's flags and the
+    commands of lorascope, both as their own parsers understand them."""
     from torch.distributed.run import get_args_parser
 
+    folder.mkdir(exist_ok=True)
     for name in ("torchrun", "lorascope"):
-        (tmp_path / name).write_text(RECORD.format(python=sys.executable), encoding="utf-8")
-    (tmp_path / "srun").write_text('#!/bin/sh\nexec "$@"\n', encoding="utf-8")
-    (tmp_path / "scontrol").write_text("#!/bin/sh\nprintf 'node1\\nnode2\\n'\n", encoding="utf-8")
-    for program in tmp_path.iterdir():
+        (folder / name).write_text(RECORD.format(python=sys.executable), encoding="utf-8")
+    (folder / "srun").write_text('#!/bin/sh\nexec "$@"\n', encoding="utf-8")
+    (folder / "scontrol").write_text("#!/bin/sh\nprintf 'node1\\nnode2\\n'\n", encoding="utf-8")
+    for program in folder.iterdir():
         program.chmod(0o755)
-    script = Path(__file__).parents[1] / "examples" / "slurm.sh"
-    environment = {
-        "PATH": f"{tmp_path}:/usr/bin:/bin",
-        "CALLS": str(tmp_path / "calls.jsonl"),
-        "SLURM_JOB_NODELIST": "node[1-2]",
-        "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_JOB_ID": "77",
-        "ADAPTER": "my adapter",
-        "TEXTS": "texts.jsonl",
-        "OUT": "/shared/out put",
-    }
-    subprocess.run(["bash", str(script)], env=environment, check=True)
-    calls = [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
-    commands = []
-    for program, *words in calls:
+    log = folder / "calls.jsonl"
+    own = {"PATH": f"{folder}:/usr/bin:/bin", "CALLS": str(log), "OUT": "/shared/out put"}
+    own |= {"ADAPTER": "my adapter", "TEXTS": "texts.jsonl", **environment}
+    subprocess.run(script, env=own, check=True)
+    all_flags, commands = [], []
+    for line in log.read_text().splitlines():
+        program, *words = json.loads(line)
         if Path(program).name == "torchrun":
             flags = get_args_parser().parse_args(words)
-            assert (flags.nnodes, flags.nproc_per_node) == ("2", "4")
-            assert (flags.rdzv_backend, flags.rdzv_endpoint) == ("c10d", "node1:29500")
-            assert flags.rdzv_id == f"77-{flags.training_script_args[0]}"
             assert flags.module and flags.training_script == "lorascope"
-            words = flags.training_script_args  # noqa: PLW2901
+            all_flags.append(flags)
+            words = flags.training_script_args
         name, *rest = words
         given = vars(stage_parser(name).parse_args(rest))
         options = load_config(COMMANDS[name].config_class(), given, [])
         commands.append(name)
         assert str(getattr(options, "output", None) or "/shared").startswith("/shared")
-    assert commands == ["generate", "train", "collect", "evaluate", "label", "dashboard"]
+    log.unlink()
+    return all_flags, commands
+
+
+ON_ALL, ON_ONE = ["generate", "train", "collect"], ["evaluate", "label", "dashboard"]
+
+
+def test_the_slurm_script_starts_what_torchrun_and_lorascope_understand(tmp_path):
+    """On two nodes that do not exist."""
+    script = Path(__file__).parents[1] / "examples" / "slurm.sh"
+    job = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "77"}
+    all_flags, commands = commands_of(["bash", str(script)], tmp_path / "bin", **job)
+    assert commands == ON_ALL + ON_ONE
     text = script.read_text(encoding="utf-8")
-    assert f"#SBATCH --gpus-per-node={flags.nproc_per_node}\n" in text
-    assert f"#SBATCH --nodes={flags.nnodes}\n" in text
+    for flags in all_flags:
+        assert (flags.rdzv_backend, flags.rdzv_endpoint) == ("c10d", "node1:29500")
+        assert flags.rdzv_id == f"77-{flags.training_script_args[0]}"
+        assert f"#SBATCH --gpus-per-node={flags.nproc_per_node}\n" in text
+        assert f"#SBATCH --nodes={flags.nnodes}\n" in text
     bare = {"PATH": "/bin"}
     missing = subprocess.run(["bash", script], env=bare, capture_output=True, check=False)
     assert b"set ADAPTER to a folder" in missing.stderr
+
+
+def test_the_kubernetes_job_starts_what_torchrun_and_lorascope_understand(tmp_path):
+    file = Path(__file__).parents[1] / "examples" / "kubernetes.yaml"
+    service, job = yaml.safe_load_all(file.read_text(encoding="utf-8"))
+    pods, name = job["spec"]["template"]["spec"], job["metadata"]["name"]
+    (container,) = pods["containers"]
+    assert (service["kind"], job["kind"]) == ("Service", "Job")
+    assert service["spec"]["clusterIP"] == "None"  # a headless service: it names the pods
+    assert service["spec"]["selector"] == {"job-name": name}  # a label that a Job gives its pods
+    assert pods["subdomain"] == service["metadata"]["name"]
+    assert job["spec"]["completionMode"] == "Indexed"  # sets JOB_COMPLETION_INDEX and host names
+    assert job["spec"]["completions"] == job["spec"]["parallelism"]
+    mounts = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in pods["volumes"]}
+    script = container["command"] + container["args"]
+    for index, expected in (("0", ON_ALL + ON_ONE), ("1", ON_ALL)):
+        all_flags, commands = commands_of(script, tmp_path / "bin", JOB_COMPLETION_INDEX=index)
+        assert commands == expected
+        for flags in all_flags:
+            assert int(flags.nnodes) == job["spec"]["completions"]
+            assert int(flags.nproc_per_node) == container["resources"]["limits"]["nvidia.com/gpu"]
+            assert flags.rdzv_endpoint == f"{name}-0.{pods['subdomain']}:29500"
+            assert flags.rdzv_id == flags.training_script_args[0]
+    done = tmp_path / "done"
+    (done / "activations").mkdir(parents=True)
+    again = {"JOB_COMPLETION_INDEX": "1", "OUT": str(done)}
+    (done / "sae").mkdir()
+    (done / "features.h5").touch()
+    with pytest.raises(FileNotFoundError):  # no program was called
+        commands_of(script, tmp_path / "bin", **again)
 
 
 @pytest.mark.slow
