@@ -267,14 +267,25 @@ def test_the_fast_forward_has_the_gradients_of_pefts(subject):
 
 @torch.inference_mode()
 def test_layers_that_run_again_for_the_backward_pass_give_the_same_gradients(subject):
-    """Also where several gradients are taken of one run, and another run lies between."""
-    found = {}
+    """Also where several gradients are taken of one run, and another run lies between.
+
+    Without `lean`, everything inside the layers is kept as well: attention, MLP, norms.
+    """
+    found, kept = {}, dict.fromkeys((False, True), 0)
+
+    def measure(tensor):
+        kept[lean] += tensor.numel()
+        return tensor
+
     with torch.inference_mode(False), RowEditor(subject, fast=True) as editor:
         values = editor.run(BATCH).rows.detach()
         for lean in (False, True):
+            hooks = torch.autograd.graph.saved_tensors_hooks(measure, lambda tensor: tensor)
             with torch.enable_grad():
                 leaf = values.clone().requires_grad_()
-                logits = editor.run(BATCH, held=leaf, lean=lean).logits.log_softmax(-1)
+                with hooks:
+                    out = editor.run(BATCH, held=leaf, lean=lean)
+                logits = out.logits.log_softmax(-1)
                 with torch.no_grad():
                     editor.run(BATCH[:1], nothing)
                 found[lean] = torch.stack(
@@ -283,5 +294,6 @@ def test_layers_that_run_again_for_the_backward_pass_give_the_same_gradients(sub
                         for token in (7, 200)
                     ]
                 )
+    assert 0 < kept[True] < kept[False] / 2
     assert found[True].abs().max() > 0
     assert_same_up_to_rounding(found[True], found[False], n_terms=10 * N_TERMS)

@@ -49,5 +49,3 @@ class CompareConfig(TrainOptions, ReadingOptions):
                 raise ConfigError(
                     f"compare trains one dictionary, {flag_of(name)} has {n} values; give one"
                 )
-        if self.objective == "kl":
-            raise ConfigError("compare trains on the rows of all adapters; use --objective mse")

@@ -89,18 +89,13 @@ class Weights:
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss of one batch and its parts. Only `total` and `x_hat` carry a gradient.
-
-    Only `objective` gives `x_hat`, the reconstruction. `kl` is of fine-tuning (`fine_tune.py`).
-    """
+    """The loss of one batch and its parts. Only `total` carries a gradient."""
 
     total: Float[Tensor, ""]
     fvu: Float[Tensor, ""]
     auxk: Float[Tensor, ""]
     l0: Float[Tensor, ""]
     fired: Bool[Tensor, "latent"]
-    x_hat: Float[Tensor, "batch d_in"] | None = None
-    kl: Float[Tensor, ""] | None = None
 
 
 def initial_weights(
@@ -175,7 +170,6 @@ def objective(
         auxk=auxk.detach(),
         l0=fires.sum() / len(x),
         fired=fires.any(0),
-        x_hat=x - residual,
     )
 
 

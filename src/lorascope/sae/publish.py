@@ -48,7 +48,6 @@ def publish(
     build: Build,
     members: Mapping[Path, tuple[SweepMember, Identity]],
     trainers: Mapping[Path, Trainer],
-    tuned: Mapping[Path, Trainer],
 ) -> None:
     """Fold, calibrate, evaluate and write one SAE of the run.
 
@@ -81,8 +80,6 @@ def publish(
         "base_weights": store_manifest.parents.get("base_weights") if store_manifest else None,
         "config": _published_config(config, member, store, trainer),
     }
-    if out in tuned:
-        content["fine_tuning"] = {"steps": tuned[out].n_steps, "log": tuned[out].log}
     if other_seeds:
         cosines = stability(trainer.weights.W_dec.detach(), other_seeds).tolist()
         content["stability"] = [round(value, 4) for value in cosines]
@@ -98,7 +95,7 @@ def publish(
     text = to_report[store.eligible[to_report]]
     of_text = evaluate(sae, read_blocks(store, text)) if len(text) else {}
     report["text"] = {name: of_text.get(name) for name in ("n_rows", "fvu", "l0")}
-    report["train"] = tuned.get(out, trainer).means()
+    report["train"] = trainer.means()
     report["n_calibrated"] = len(to_calibrate)
     _log_report(report, len(run.plan.rows), config, member)
     if report["fvu"] is not None and not report["fvu"] <= config.max_fvu:

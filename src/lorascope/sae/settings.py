@@ -16,7 +16,6 @@ from typing import Any, Literal, TypeVar
 
 from lorascope.config import Config, flag_of, option
 from lorascope.errors import ConfigError
-from lorascope.subject.options import AdapterOptions
 from lorascope.texts.roles import ROLES
 
 log = logging.getLogger(__name__)
@@ -72,14 +71,6 @@ class TrainOptions(Config):
         help="what a column is divided by before training: its standard deviation (std) or nothing "
         "(none)",
     )
-    objective: Literal["mse", "kl"] = option(
-        "mse",
-        help="what training aims at: reconstruct the rows (mse), and then fine-tune on what the "
-        "reconstruction does to the model's output (kl), which needs the model",
-    )
-    kl_passes: float = option(
-        3.0, help="passes over the training rollouts in which to fine-tune with --objective kl"
-    )
     roles: tuple[str, ...] = option(
         ROLES, help="roles of the tokens to train on; special: special tokens, template headers"
     )
@@ -121,8 +112,6 @@ class TrainOptions(Config):
             self.require(name, least)
         for name in ("warmup", "dead_after", "auxk_alpha", "max_fvu"):
             self.require(name, 0)
-        if not 0 < self.kl_passes < math.inf:
-            raise ConfigError(f"--kl-passes is {self.kl_passes:g}, expected a number above 0")
         if self.auxk_alpha == math.inf:
             raise ConfigError("--auxk-alpha is inf, expected a finite number")
         if round((k := min(self.values_of("k"), default=1)) * self.batch_size) < 1:
@@ -188,7 +177,7 @@ class TrainOptions(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(TrainOptions, AdapterOptions):
+class TrainConfig(TrainOptions):
     """Options of `train`."""
 
     data_dir: Path = option(
@@ -217,11 +206,6 @@ class TrainConfig(TrainOptions, AdapterOptions):
         """Raise ConfigError if a value is impossible whatever the store holds."""
         super().check()
         self.require("buffer_rows", 1)
-        if self.objective == "kl" and self.lora_path is None:
-            raise ConfigError(
-                "--objective kl runs the model: name its adapter with --lora-path, and the base "
-                "model with --base-model if the adapter does not"
-            )
         self.require("checkpoint_every", 0)
 
     def settings(self) -> dict[str, Any]:
@@ -230,8 +214,6 @@ class TrainConfig(TrainOptions, AdapterOptions):
         Which projections a spelling means is known with the store only.
         """
         own = {"k", "expansion_factor", "lr", "seed", "adapter_types"}
-        if self.objective == "mse":
-            own |= {"kl_passes"}  # decides nothing then
         shared = {name: value for name, value in super().settings().items() if name not in own}
         return shared | {"data_seed": self.values_of("seed")[0]}
 

@@ -5,9 +5,8 @@ the training log (`NAME.jsonl`).
 
 1. Split the rows by rollout, measure the columns of the training part, choose their scale.
 2. Train on whole batches (`trainer.py`); every SAE of a sweep sees the same ones (`settings.py`).
-3. With `--objective kl`, fine-tune on the model's output (`fine_tune.py`).
-4. Fold the scale into the weights, so that the SAE takes raw rows.
-5. Calibrate the threshold on one half of the held-out rollouts, evaluate on the other half, publish
+3. Fold the scale into the weights, so that the SAE takes raw rows.
+4. Calibrate the threshold on one half of the held-out rollouts, evaluate on the other half, publish
    (`publish.py`).
 
 A checkpoint next to the output holds everything that the next step depends on. Interrupted at any
@@ -23,7 +22,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -37,7 +35,6 @@ from lorascope.runtime import (
     pick_device,
     progress,
     stop_between_steps,
-    world_size,
 )
 from lorascope.sae.metrics import ColumnMoments
 from lorascope.sae.model import KIND, SCHEMA
@@ -50,13 +47,9 @@ from lorascope.sae.training_log import TrainingLog
 from lorascope.sites import parse_adapter_types
 from lorascope.stage import Build, building, is_made
 
-if TYPE_CHECKING:
-    from lorascope.activations.replay import Replay
-
 log = logging.getLogger(__name__)
 
 _CHECKPOINT = "checkpoint.safetensors"
-_FINE_TUNING = "fine-tuning.safetensors"
 _INITIAL_ROWS = 8192  # the first weights are made from at least this many rows
 _AUTO_TOKENS = 4_000_000
 _AUTO_EPOCHS = 20
@@ -72,10 +65,6 @@ def run(config: TrainConfig) -> Path:
     types = parse_adapter_types(config.adapter_types, available) or available
     store = store.select(types)
     config = config.for_columns(store.d_in)
-    if config.objective == "kl" and world_size() > 1:
-        raise ConfigError(
-            "--objective kl runs in one process; train under torchrun with --objective mse"
-        )
     output = config.output or Path(f"trained_sae_adapters_{store.layout.initials}.pt")
     members: dict[Path, tuple[SweepMember, Identity]] = {}
     sweep = config.sweep()
@@ -244,7 +233,6 @@ def _train(
         logs = {
             out: stack.enter_context(TrainingLog(sibling(out, ".jsonl"), step=trainers[out].step))
             for out in builds
-            if trainers[out].step < run.n_steps  # later lines are of fine-tuning
         }
         bar.update(step)
         saved = time.monotonic()
@@ -270,94 +258,14 @@ def _train(
     save()
     for trainer in trainers.values():
         trainer.release()
-    tuned: dict[Path, Trainer] = {}
-    if config.objective == "kl":
-        replay = _replay(run)
-        for out, trainer in trainers.items():
-            tuned[out] = _fine_tune(run, members[out][0], trainer, replay, builds.get(out))
     errors: list[NumberError] = []
     for out, build in builds.items():
         try:
-            publish(run, out, build, members, trainers, tuned)
+            publish(run, out, build, members, trainers)
         except NumberError as error:
             errors.append(error)  # the others of a sweep are published
     if errors:
         raise errors[0]
-
-
-def _replay(run: TrainingRun) -> "Replay":
-    """Load the subject, to run the training rollouts."""
-    from lorascope.activations.replay import Replay, fitting_tokens, load_subject_of
-    from lorascope.sae.fine_tune import BATCH_TOKENS
-
-    store = run.plan.store
-    subject = load_subject_of(store, run.config, device=str(run.device), dtype="auto")
-    rollouts = np.unique(store.rollout_of(run.plan.rows))
-    return Replay(subject, store, rollouts, fitting_tokens(subject, BATCH_TOKENS))
-
-
-def _fine_tune(
-    run: TrainingRun, member: SweepMember, trained: Trainer, replay: "Replay", build: Build | None
-) -> Trainer:
-    """Fine-tune the weights of a trained SAE, in place, and return the state of it.
-
-    Without a `build` there is no checkpoint and no log.
-    """
-    from lorascope.sae.fine_tune import LR, SplicedStep
-    from lorascope.subject.intervene import RowEditor
-
-    config = run.config
-    with ExitStack() as stack:
-        stop = stack.enter_context(stop_between_steps())
-        step = SplicedStep(
-            stack.enter_context(RowEditor(replay.subject, fast=True)),
-            replay,
-            scale=run.scale.float().to(run.device),
-            constant=torch.from_numpy(run.moments.mean).float().to(run.device),
-            rule=trained.rule,
-            seed=member.seed,
-            auxk_alpha=config.auxk_alpha,
-        )
-        tuned = Trainer(
-            trained.weights,  # shared, so changed in place
-            k=member.k,
-            n_steps=math.ceil(config.kl_passes * step.n_batches),
-            lr=LR,
-            architecture=config.architecture,
-            warmup=config.warmup,
-            dead_after=config.dead_after,
-            device=run.device,
-            spliced=step,
-        )
-        tuned.silent_tokens.copy_(trained.silent_tokens)
-        step.measure_divisors(tuned.weights, tuned.dead)
-        training_log = None
-        if build is not None:
-            if config.resume:
-                tuned.restore(build.path / _FINE_TUNING)
-            path = sibling(build.out, ".jsonl")
-            training_log = TrainingLog(path, step=run.n_steps + tuned.step)
-            stack.enter_context(training_log)
-        bar = stack.enter_context(progress(tuned.n_steps, "fine-tuning", "steps"))
-        bar.update(tuned.step)
-        saved = time.monotonic()
-        while tuned.step < tuned.n_steps:
-            tuned.take(step.read(tuned.step))
-            bar.update()
-            if tuned.log and tuned.log[-1]["step"] == tuned.step:
-                bar.set_postfix_str(tuned.summary())
-                if training_log is not None:
-                    values = {name: v for name, v in tuned.log[-1].items() if name != "step"}
-                    n_seen = run.n_steps * config.batch_size + step.n_tokens(tuned.step)
-                    training_log.write(run.n_steps + tuned.step, n_seen, values)
-            if build is not None and (stop or time.monotonic() - saved >= config.checkpoint_every):
-                tuned.save(build.path / _FINE_TUNING)
-                saved = time.monotonic()
-            if stop:
-                raise Interrupted(stop[0])
-        if build is not None:
-            tuned.save(build.path / _FINE_TUNING)
-    return tuned
 
 
 def _log(trainer: Trainer, training_log: TrainingLog, batch_size: int) -> None:

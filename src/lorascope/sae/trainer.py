@@ -18,7 +18,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import safetensors.torch
 import torch
@@ -33,9 +32,6 @@ from lorascope.sae.objective import Loss, Weights, aux_latents
 from lorascope.sae.sparsity import Rule
 from lorascope.sae.step import Step
 from lorascope.sae.team import Team
-
-if TYPE_CHECKING:
-    from lorascope.sae.fine_tune import SplicedStep
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +60,7 @@ class Trainer:
         bfloat16: bool = False,
         device: torch.device | None = None,
         team: Team | None = None,
-        spliced: "SplicedStep | None" = None,
     ) -> None:
-        """With `spliced`, fine-tune trained weights: it computes the gradients."""
         self.rule = Rule(architecture, k)
         self.n_steps, self.lr, self.dead_after = n_steps, lr, dead_after
         self.warmup = min(warmup, n_steps // 10)
@@ -89,19 +83,16 @@ class Trainer:
             fused=True,
             capturable=on_cuda,
         )
-        static = on_cuda and architecture != "jumprelu" and self.team.world == 1 and not spliced
+        static = on_cuda and architecture != "jumprelu" and self.team.world == 1
         k_aux = aux_latents(weights.b_dec.numel())
-        self._step = spliced or Step(
-            self.rule, k_aux, auxk_alpha, self.team, bfloat16, static=static
-        )
-        self._by_row_steps = 0 if spliced else _BY_ROW * n_steps
+        self._step = Step(self.rule, k_aux, auxk_alpha, self.team, bfloat16, static=static)
+        self._by_row_steps = _BY_ROW * n_steps
         self._graphs = _StepGraphs(self._update) if static else None
         self.step = 0
         self.log_every = max(n_steps // _LOG_POINTS, 1)
         self.log: list[dict[str, float]] = []
         self.silent_tokens = torch.zeros(weights.b_enc.numel(), dtype=torch.int64, device=device)
-        # weighted sums of fvu, l0, auxk and, if fine-tuning, kl
-        self.running = torch.zeros(4 if spliced else 3, device=device)
+        self.running = torch.zeros(3, device=device)  # weighted sums of fvu, l0 and auxk
 
     @property
     def dead(self) -> Bool[Tensor, "latent"]:
@@ -110,7 +101,7 @@ class Trainer:
 
     def take(self, x: Float[Tensor, "batch d_in"]) -> Loss:
         """Train one step on a batch of scaled rows, or on this process's part of it."""
-        if self.step == 0 and self._by_row_steps and self.weights.log_threshold is not None:
+        if self.step == 0 and self.weights.log_threshold is not None:
             self._first_threshold(x)
         by_row = self.rule.architecture != "jumprelu" and self.step < self._by_row_steps
         rate = self.lr * schedule(self.step, self.n_steps, self.warmup)
@@ -136,9 +127,7 @@ class Trainer:
             torch.nn.functional.normalize(W_dec, dim=1, out=W_dec)
             self.silent_tokens += self.team.share(len(x))[1]
             self.silent_tokens.masked_fill_(loss.fired, 0)
-            new = torch.stack(
-                [loss.fvu, loss.l0, loss.auxk, *([] if loss.kl is None else [loss.kl])]
-            )
+            new = torch.stack([loss.fvu, loss.l0, loss.auxk])
             self.running.mul_(_MEMORY).add_(new, alpha=1 - _MEMORY)
         return loss
 
@@ -161,7 +150,7 @@ class Trainer:
         Raises NumberError if the loss is not finite.
         """
         weight = 1 - _MEMORY**self.step  # the mean starts at 0
-        fvu, l0, auxk, *kl = (self.running / max(weight, 1e-9)).tolist()
+        fvu, l0, auxk = (self.running / max(weight, 1e-9)).tolist()
         if not math.isfinite(fvu):
             raise NumberError(
                 f"the loss is {fvu} at step {self.step} with --lr {self.lr:g}; use a lower --lr"
@@ -170,7 +159,6 @@ class Trainer:
             "fvu": fvu,
             "l0": l0,
             "auxk": auxk,
-            **({"kl": kl[0]} if kl else {}),
             "dead": float(self.dead.float().mean()),
             "lr": self.lr * schedule(self.step, self.n_steps, self.warmup),
         }
@@ -179,8 +167,7 @@ class Trainer:
     def summary(self) -> str:
         """Return the running means for the progress bar."""
         means = self.means()
-        kl = f", KL {means['kl']:.4f}" if "kl" in means else ""
-        return f"FVU {means['fvu']:.4f}, L0 {means['l0']:.1f}, dead {means['dead']:.1%}{kl}"
+        return f"FVU {means['fvu']:.4f}, L0 {means['l0']:.1f}, dead {means['dead']:.1%}"
 
     def release(self) -> None:
         """Free the gradients and Adam's moments, three quarters of the memory, after the end."""
