@@ -13,12 +13,13 @@ import sys
 import time
 import traceback
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed
+import torch.distributed.distributed_c10d as c10d
 from builders.saes import weights_of
 from builders.stores import planted_rows, write_store
 
@@ -100,10 +101,12 @@ def trained(together: Team) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def arrange(how: str, at: int) -> None:
-    """Let rank 1 be hit at a step: by SIGTERM, by SIGKILL, or by SIGTERM through torchrun."""
+    """Let rank 1 be hit at a step: by SIGTERM, itself or torchrun, by SIGKILL, or offline."""
     take, told = trainer.Trainer.take, []
 
     def hit(self, x):
+        if self.step == at and how == "offline":
+            c10d._set_pg_timeout(timedelta(seconds=3))
         if self.step == at and os.environ["RANK"] == "1":
             if how == "agent":
                 runtime.log.warning = lambda *words: told.append(words)  # as the signal arrives
@@ -111,6 +114,8 @@ def arrange(how: str, at: int) -> None:
                 end = time.monotonic() + 60
                 while not told and time.monotonic() < end:
                     time.sleep(0.01)
+            elif how == "offline":
+                subprocess.run(["ip", "link", "set", "eth0", "down"], check=True)
             else:
                 os.kill(os.getpid(), signal.SIGTERM if how == "term" else signal.SIGKILL)
         return take(self, x)
@@ -377,9 +382,10 @@ def test_a_signal_to_one_process_ends_all_with_143_and_loses_nothing(
 
 def test_a_killed_process_ends_the_others_and_one_alone_may_go_on(config, straight, pair, tmp_path):
     given = replace(config, output=tmp_path / "sae.pt")
-    codes, _ = pair(words=words_of(given), how="kill", at=7)
-    assert codes[1] == -signal.SIGKILL
-    assert codes[0] not in (0, -signal.SIGKILL)
+    codes, folder = pair(words=words_of(given), how="kill", at=7)
+    assert codes == [1, -signal.SIGKILL]
+    (line,) = [line for line in (folder / "0.err").read_text().splitlines() if "Error" in line]
+    assert "WorkerError: rank 0 of 2 has lost the others" in line
     assert not given.output.exists()
     assert_close(run(given), straight)
 
@@ -393,6 +399,63 @@ def test_a_signal_to_torchrun_is_passed_on_and_loses_nothing(config, straight, p
     codes, folder = pair(words=words_of(given))
     assert codes == [0, 0]
     assert "resuming from step 10 of" in (folder / "0.err").read_text()
+    assert digest_file(given.output) == digest_file(straight)
+
+
+TWO_NODES = """
+set -e
+mount -t tmpfs none /run
+mkdir /run/netns
+ip link add name bridge type bridge
+ip link set bridge up
+for i in 1 2; do
+  ip netns add node$i
+  ip link add port$i type veth peer name eth0 netns node$i
+  ip link set port$i master bridge up
+  ip -n node$i address add 10.7.0.$i/24 dev eth0
+  ip -n node$i link set eth0 up
+  ip -n node$i link set lo up
+done
+echo built
+job() {
+  for rank in 0 1; do
+    RANK=$rank AT=$1 ip netns exec node$((rank + 1)) "${@:2}" 2>&1 | sed "s/^/$rank: /" &
+  done
+  wait
+}
+job 9 "$@"
+ip -n node2 link set eth0 up
+job 100000 "$@"
+"""
+
+
+def test_a_network_that_drops_ends_both_nodes_and_the_next_job_continues(
+    config, straight, tmp_path
+):
+    """Two nodes are two network namespaces, in a user namespace of their own."""
+    given = replace(config, output=tmp_path / "sae.pt")
+    words = [sys.executable, __file__, *words_of(given)]
+    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "10.7.0.1", "MASTER_PORT": "29500"}
+    try:
+        done = subprocess.run(
+            ["unshare", "-Urnm", "bash", "-c", TWO_NODES, "bash", *words],
+            env=environment(**job, HOW="offline", GLOO_SOCKET_IFNAME="eth0"),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=200,
+        )
+    except FileNotFoundError:
+        pytest.skip("there is no unshare")
+    if "built" not in done.stdout:
+        pytest.skip(f"no network namespaces here: {done.stderr}")
+    lines = done.stdout.splitlines()
+    for rank in range(2):
+        assert any(
+            f"{rank}: WorkerError: rank {rank} of 2 has lost the others" in line for line in lines
+        ), done.stdout
+    assert not any("Traceback" in line for line in lines), done.stdout
+    assert any("0: resuming from step 9 of" in line for line in lines), done.stdout
     assert digest_file(given.output) == digest_file(straight)
 
 

@@ -2,12 +2,15 @@
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed
 
-from lorascope.errors import ConfigError
+from lorascope.errors import ConfigError, WorkerError
 from lorascope.runtime import process_rank, world_size
+
+_PATIENCE = timedelta(minutes=10)  # how long a process waits for the others
 
 
 class Team:
@@ -38,14 +41,16 @@ class Team:
         """Return the sum over the processes; the argument may be overwritten."""
         if self.world > 1:
             tensor = tensor.contiguous()
-            distributed.all_reduce(tensor)
+            with _exchange():
+                distributed.all_reduce(tensor)
         return tensor
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Return rank 0's tensor; the argument is overwritten."""
         if self.world > 1:
             contiguous = tensor.contiguous()
-            distributed.broadcast(contiguous, 0)
+            with _exchange():
+                distributed.broadcast(contiguous, 0)
             tensor.copy_(contiguous)
         return tensor
 
@@ -59,11 +64,13 @@ class Team:
             return [values]
         length = torch.tensor([len(values)], device=values.device)
         lengths = [torch.empty_like(length) for _ in range(self.world)]
-        distributed.all_gather(lengths, length)
+        with _exchange():
+            distributed.all_gather(lengths, length)
         padded = values.new_zeros(max(int(length) for length in lengths))
         padded[: len(values)] = values
         parts = [torch.empty_like(padded) for _ in range(self.world)]
-        distributed.all_gather(parts, padded)
+        with _exchange():
+            distributed.all_gather(parts, padded)
         return [part[: int(length)] for part, length in zip(parts, lengths, strict=True)]
 
 
@@ -71,6 +78,19 @@ def _count(n: int) -> Tensor:
     """Return a number as a tensor that the processes of the job can exchange."""
     on_gpu = distributed.get_backend() == "nccl"
     return torch.tensor([n], device="cuda" if on_gpu else "cpu")
+
+
+@contextmanager
+def _exchange() -> Generator[None]:
+    """Raise WorkerError if the other processes do not answer."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise WorkerError(
+            f"rank {process_rank()} of {world_size()} has lost the others: one of them ended, or "
+            f"the network is down ({error}); run again to continue from the last checkpoint",
+            exit_code=1,
+        ) from error
 
 
 @contextmanager
@@ -82,8 +102,9 @@ def join_team(device: torch.device) -> Generator[Team]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    except (ValueError, distributed.DistError) as error:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, timeout=_PATIENCE)
+    except (ValueError, RuntimeError) as error:
         raise ConfigError(
             f"WORLD_SIZE is {world_size()}, but the processes cannot meet ({error}); start them "
             "with torchrun, or unset WORLD_SIZE"
