@@ -5,18 +5,18 @@ store. Out: `report.json`, the `Overview` for programs, and `report.md` next to 
 say what was not measured and which command measures it. No model runs.
 """
 
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lorascope.artifact import digest_file
-from lorascope.causal.report_records import AttendedToken
+from lorascope.causal.report_records import AttendedToken, Interval
 from lorascope.causal.study import Made, is_of_index, report_at
 from lorascope.config import Config, option
 from lorascope.dashboard.headline import percent, probability, quoted
 from lorascope.dashboard.overview import Overview, overview_of
 from lorascope.dashboard.reports import Reports
+from lorascope.dashboard.sections import Section, plain, sections_as_markdown
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.features.index import FeatureIndex
 from lorascope.features.published_json import read_index
@@ -27,8 +27,9 @@ REPORTS = (
     "effects/ablation.json",
     "effects/attribution.json",
 )
-_MARKDOWN = re.compile(r"[\\`*_\[\]<>#|~$&@!]|:(?=//)|(?<=www)\.")  # signs; begins of links
 NO_FEATURE = "No single feature has a measurable part of the effect."
+_SHARE = "Share: part of KL(adapter ‖ base) that the rise (▲) or fall (▼) of the token makes."
+_SAME_NOISE = "Both answer the same prompts with the same noise; ▸ marks where they part."
 _EFFECT = (
     "Effect: KL after removal of the feature, as a share of KL after removal of the adapter. "
     "Shares of several features do not add up."
@@ -118,129 +119,110 @@ def _own_reports(folder: Path, index: FeatureIndex) -> Iterator[Path]:
 def markdown(overview: Overview) -> str:
     """Return the report as Markdown, in which text of the corpus is escaped."""
     subject, *sentences = overview.headline
-    lines = ["# What the adapter learned", "", plain(subject), ""]
-    for sentence in sentences:
-        lines += [f"**{plain(sentence)}**", ""]
+    lead = [plain(subject), *(f"**{plain(sentence)}**" for sentence in sentences)]
+    text = sections_as_markdown("What the adapter learned", _sections(overview), lead)
+    gaps = [f"- {plain(gap.what)}: `{gap.command}`" for gap in overview.gaps]
+    return "\n".join([text, "## Not measured", "", *gaps, ""]) if gaps else text
+
+
+def _sections(overview: Overview) -> Iterator[Section]:
     if overview.shifts:
-        lines += ["## What it does to predictions", ""]
-        lines += table(
-            ("where", "token", "", "share", "base → adapter", "example"),
+        head = ("where", "token", "", "share", "base → adapter", "example")
+        rows = [
             (
-                (
-                    shift.role,
-                    quoted(shift.token),
-                    _ARROWS[shift.side],
-                    percent(shift.share),
-                    f"{probability(shift.example.p_base)} → {probability(shift.example.p_adapter)}",
-                    f"{quoted(shift.example.before[-40:])} → {quoted(shift.token)}",
-                )
-                for shift in overview.shifts
-            ),
-        )
-        lines += [
-            "Share: part of KL(adapter ‖ base) that the rise (▲) or fall (▼) of the token makes.",
-            "",
+                shift.role,
+                quoted(shift.token),
+                _ARROWS[shift.side],
+                percent(shift.share),
+                f"{probability(shift.example.p_base)} → {probability(shift.example.p_adapter)}",
+                f"{quoted(shift.example.before[-40:])} → {quoted(shift.token)}",
+            )
+            for shift in overview.shifts
         ]
+        yield Section("What it does to predictions", [_SHARE], [(head, rows)])
     if overview.answers:
-        lines += ["## Base and adapter side by side", ""]
-        lines += ["Both answer the same prompts with the same noise; ▸ marks where they part.", ""]
-        lines += table(
-            ("after", "base", "with the adapter"),
+        rows = [
             (
-                (
-                    quoted(one.prompt[-_PROMPT_SHOWN:]),
-                    *(f"{quoted(one.same)} ▸ {quoted(own)}" for own in (one.base, one.adapter)),
-                )
-                for one in overview.answers
-            ),
-        )
+                quoted(one.prompt[-_PROMPT_SHOWN:]),
+                *(f"{quoted(one.same)} ▸ {quoted(own)}" for own in (one.base, one.adapter)),
+            )
+            for one in overview.answers
+        ]
+        head = ("after", "base", "with the adapter")
+        yield Section("Base and adapter side by side", [_SAME_NOISE], [(head, rows)])
     if overview.gauges:
-        lines += ["## How far the features stand for it", ""]
         names = sorted({name for gauge in overview.gauges for name in gauge.baselines})
-        lines += table(
-            ("effect on", "features", "95 % interval", *names),
+        rows = [
             (
-                (
-                    gauge.over,
-                    percent(gauge.recovered),
-                    " to ".join(map(percent, gauge.interval)) if gauge.interval else "—",
-                    *(_percent(gauge.baselines.get(name)) for name in names),
-                )
-                for gauge in overview.gauges
-            ),
-        )
+                gauge.over,
+                percent(gauge.recovered),
+                _range(gauge.interval),
+                *(_percent(gauge.baselines.get(name)) for name in names),
+            )
+            for gauge in overview.gauges
+        ]
+        head = ("effect on", "features", "95 % interval", *names)
+        yield Section("How far the features stand for it", [], [(head, rows)])
     if overview.facts:
-        lines += ["## What it learned", ""]
-        lines += [f"Features by {overview.ranked_by}." if overview.features else NO_FEATURE, ""]
-        if any(one.effect is not None for one in overview.features):
-            lines += [_EFFECT, ""]
-    if overview.features:
-        lines += table(
-            ("feature", "label", "fires", "site", "effect", "verdict", "strongest example"),
+        order = f"Features by {overview.ranked_by}." if overview.features else NO_FEATURE
+        is_effect = any(one.effect is not None for one in overview.features)
+        head = ("feature", "label", "fires", "site", "effect", "verdict", "strongest example")
+        rows = [
             (
-                (
-                    str(one.feature),
-                    one.name or "—",
-                    one.role,
-                    one.site,
-                    _percent(one.effect),
-                    one.verdict or "—",
-                    " ".join(map(quoted, (one.before, one.token, one.after))),
-                )
-                for one in overview.features
-            ),
+                str(one.feature),
+                one.name or "—",
+                one.role,
+                one.site,
+                _percent(one.effect),
+                one.verdict or "—",
+                " ".join(map(quoted, (one.before, one.token, one.after))),
+            )
+            for one in overview.features
+        ]
+        yield Section(
+            "What it learned", [order, *[_EFFECT] * is_effect], [(head, rows)] * bool(rows)
         )
     if overview.groups:
-        lines += ["## Groups of features", ""]
-        lines += [f"Share: part of the sum of all features ({overview.ranked_by}).", ""]
-        lines += table(
-            ("group", "share", "95 % interval", "features", "the largest"),
+        note = f"Share: part of the sum of all features ({overview.ranked_by})."
+        rows = [
             (
-                (
-                    one.name,
-                    percent(one.share),
-                    " to ".join(map(percent, one.interval)) if one.interval else "—",
-                    f"{one.n_features:,}",
-                    ", ".join(map(str, one.features)),
-                )
-                for one in overview.groups
-            ),
-        )
+                one.name,
+                percent(one.share),
+                _range(one.interval),
+                f"{one.n_features:,}",
+                ", ".join(map(str, one.features)),
+            )
+            for one in overview.groups
+        ]
+        head = ("group", "share", "95 % interval", "features", "the largest")
+        yield Section("Groups of features", [note], [(head, rows)])
     if overview.places:
-        lines += ["## Where it lives", "", "KL in nats a token after the module is off.", ""]
         layers = sorted({place.layer for place in overview.places})
         kl = {(place.projection, place.layer): f"{place.kl:.2g}" for place in overview.places}
-        lines += table(
-            ("projection", *map(str, layers)),
-            (
-                (kind, *(kl.get((kind, layer), "—") for layer in layers))
-                for kind in dict.fromkeys(place.projection for place in overview.places)
-            ),
-        )
+        rows = [
+            (kind, *(kl.get((kind, layer), "—") for layer in layers))
+            for kind in dict.fromkeys(place.projection for place in overview.places)
+        ]
+        head = ("projection", *map(str, layers))
+        note = "KL in nats a token after the module is off."
+        yield Section("Where it lives", [note], [(head, rows)])
     if overview.attention is not None and overview.attention.heads:
-        lines += ["## Where its heads look", "", _ATTENTION, ""]
-        lines += table(
-            ("layer", "head", "moved", "most at", "looks more at", "less at"),
+        rows = [
             (
-                (
-                    str(one.layer),
-                    str(one.head),
-                    percent(one.moved),
-                    f"{quoted(one.example.before[-40:])} → {quoted(one.example.token)}",
-                    _attended(one.example.gains),
-                    _attended(one.example.losses),
-                )
-                for one in overview.attention.heads
-            ),
-        )
+                str(one.layer),
+                str(one.head),
+                percent(one.moved),
+                f"{quoted(one.example.before[-40:])} → {quoted(one.example.token)}",
+                _attended(one.example.gains),
+                _attended(one.example.losses),
+            )
+            for one in overview.attention.heads
+        ]
+        head = ("layer", "head", "moved", "most at", "looks more at", "less at")
+        yield Section("Where its heads look", [_ATTENTION], [(head, rows)])
     if overview.facts:
-        lines += ["## How sure this is", ""]
-        facts = ((fact.name, fact.value, fact.meaning) for fact in overview.facts)
-        lines += table(("", "", ""), facts)
-    if overview.gaps:
-        lines += ["## Not measured", ""]
-        lines += [f"- {plain(gap.what)}: `{gap.command}`" for gap in overview.gaps] + [""]
-    return "\n".join(lines)
+        rows = [(fact.name, fact.value, fact.meaning) for fact in overview.facts]
+        yield Section("How sure this is", [], [(("", "", ""), rows)])
 
 
 def _attended(tokens: Sequence[AttendedToken]) -> str:
@@ -249,16 +231,9 @@ def _attended(tokens: Sequence[AttendedToken]) -> str:
     )
 
 
+def _range(interval: Interval) -> str:
+    return " to ".join(map(percent, interval)) if interval else "—"
+
+
 def _percent(share: float | None) -> str:
     return "—" if share is None else percent(share)
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Return the lines of a Markdown table, with an empty line after it."""
-    lines = [head, ["---"] * len(head), *([plain(cell) for cell in row] for row in rows)]
-    return [f"| {' | '.join(cells)} |" for cells in lines] + [""]
-
-
-def plain(text: str) -> str:
-    """Return text on one line that Markdown shows as it is."""
-    return _MARKDOWN.sub(r"\\\g<0>", " ".join(text.split("\n")))

@@ -5,13 +5,14 @@ or a corpus is escaped.
 """
 
 import html
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lorascope.causal.study import format_table
-from lorascope.dashboard.report import plain, table
 
 _LONGEST = 60  # characters of a text in a cell
+_MARKDOWN = re.compile(r"[\\`*_\[\]<>#|~$&@!]|:(?=//)|(?<=www)\.")  # signs; begins of links
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,20 @@ def sections_as_text(sections: Iterable[Section]) -> str:
     return "\n".join(lines[1:])
 
 
-def sections_as_markdown(title: str, sections: Iterable[Section]) -> str:
-    """Return sections as Markdown, in which text of the corpus is escaped."""
-    lines = [f"# {title}", ""]
+def sections_as_markdown(title: str, sections: Iterable[Section], lead: Sequence[str] = ()) -> str:
+    """Return sections as Markdown, in which text of the corpus is escaped; `lead` comes first."""
+    parts = [f"# {title}", *lead]
     for one in sections:
-        lines += [f"## {one.title}", ""]
-        for sentence in one.sentences:
-            lines += [plain(sentence), ""]
+        parts += [f"## {one.title}", *map(plain, one.sentences)]
         for head, rows in one.tables:
-            lines += table(head, rows)
-    return "\n".join(lines)
+            lines = [head, ["---"] * len(head), *([plain(cell) for cell in row] for row in rows)]
+            parts.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def plain(text: str) -> str:
+    """Return text on one line that Markdown shows as it is."""
+    return _MARKDOWN.sub(r"\\\g<0>", " ".join(text.split("\n")))
 
 
 def sections_as_html(title: str, sections: Iterable[Section], features: str = "") -> str:
