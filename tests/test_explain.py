@@ -80,7 +80,7 @@ def test_the_author_sees_one_half_of_the_rollouts_and_the_judge_the_other() -> N
     index = planted_index()
     corpus = HeldOutTexts(index)
     for latent in range(N_LATENTS):
-        excerpts = corpus.excerpts(latent, 0)
+        excerpts = corpus.excerpts(latent)
         seen = {
             "".join(e.tokens): is_held_out(e.rollout)
             for e in (*index[latent].examples, *index[latent].samples)
@@ -93,11 +93,11 @@ def test_the_author_sees_one_half_of_the_rollouts_and_the_judge_the_other() -> N
             assert {fires for _, fires in draw} == {True, False}
             for text, fires in draw:
                 assert (marked(text) == WORDS[latent + 1]) == fires
-    assert corpus.excerpts(0, 0) == HeldOutTexts(index).excerpts(0, 0)
+    assert corpus.excerpts(0) == HeldOutTexts(index).excerpts(0)
 
 
 def test_marks_in_the_corpus_are_no_marks() -> None:
-    excerpts = HeldOutTexts(planted_index()).excerpts(0, 0)
+    excerpts = HeldOutTexts(planted_index()).excerpts(0)
     texts = [*excerpts.strongest, *excerpts.typical, *(t for d in excerpts.draws for t, _ in d)]
     assert any("‹5›" in text for text in texts)
     assert not any("«5»" in text for text in texts)

@@ -305,7 +305,7 @@ def test_inputs_that_do_not_belong_together_are_refused_in_one_line(made, label,
     other = write_store(tmp_path / "other", n_rollouts=2)
     with pytest.raises(ArtifactError, match="made from another one: activations"):
         label(data_dir=other.path)
-    with pytest.raises(ConfigError, match="expected a .json file"):
+    with pytest.raises(ConfigError, match="ends in .json"):
         LabelConfig(input=made / "features.h5", output=tmp_path / "labels.txt")
     foreign = tmp_path / "foreign.json"
     foreign.write_text('{"features": {"0": {"examples": []}}}')

@@ -188,7 +188,7 @@ def test_input_that_gives_no_report_is_one_line(tmp_path: Path) -> None:
     index_of([]).save(tmp_path / "features.h5")
     with pytest.raises(ArtifactError, match="does not name the sites"):
         run(ReportConfig(input=tmp_path))
-    with pytest.raises(ConfigError, match=r"expected a \.json file"):
+    with pytest.raises(ConfigError, match=r"ends in \.json"):
         ReportConfig(input=tmp_path, output=tmp_path / "report.md")
 
 

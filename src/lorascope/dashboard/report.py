@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorascope.artifact import digest_file
+from lorascope.causal.effect_options import require_json_name
 from lorascope.causal.report_records import AttendedToken, Interval
 from lorascope.causal.study import Made, is_of_index, report_at
 from lorascope.config import Config, option
@@ -17,7 +18,7 @@ from lorascope.dashboard.headline import percent, probability, quoted
 from lorascope.dashboard.overview import Overview, overview_of
 from lorascope.dashboard.reports import Reports
 from lorascope.dashboard.sections import Section, plain, sections_as_markdown
-from lorascope.errors import ArtifactError, ConfigError
+from lorascope.errors import ArtifactError
 from lorascope.features.index import FeatureIndex
 from lorascope.features.published_json import read_index
 
@@ -55,8 +56,8 @@ class ReportConfig(Config):
     def check(self) -> None:
         """Check the output's suffix: the text is written beside it."""
         super().check()
-        if self.output is not None and self.output.suffix != ".json":
-            raise ConfigError(f"--output is {self.output}, expected a .json file")
+        if self.output is not None:
+            require_json_name(self.output)
 
 
 def run(config: ReportConfig) -> Path:

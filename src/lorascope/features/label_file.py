@@ -7,7 +7,7 @@ whose features they are is a parent. The page exports labels by hand as `hand-la
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -97,6 +97,15 @@ class Label:
     covered: Share | None = None
     picked_effect: Share | None = None
     picked_effect_shuffled: Share | None = None
+
+
+def rounded(value: Any) -> Any:
+    """Return a number, or a label or a tuple with its numbers, with four decimals."""
+    if isinstance(value, Label | Output):
+        return replace(value, **{name: rounded(part) for name, part in vars(value).items()})
+    if isinstance(value, tuple):
+        return tuple(map(rounded, value))
+    return round(value, 4) if isinstance(value, float) else value
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from lorascope import runtime
 from lorascope.activations.store import ActivationStore
 from lorascope.errors import DatasetError
 from lorascope.features.index import FeatureIndex
-from lorascope.features.label_file import BY_RULE, Kind, Label, Output
+from lorascope.features.label_file import BY_RULE, Kind, Label, Output, rounded
 from lorascope.labels.clues import CLUES, Corpus, Ints, Mask, read_clues
 from lorascope.labels.output_score import Falls, pick_removals
 from lorascope.labels.rules import Miner, Rule, covers
@@ -31,7 +31,6 @@ from lorascope.labels.score import (
     against_same_token,
     draw_rollouts,
     rank,
-    rounded,
     score,
 )
 from lorascope.labels.wording import kind_of, name_of, parts_of, quoted, sentence_of, shortened
@@ -187,10 +186,10 @@ def label_features(
         covered = covers(scoring.corpus, rule)
         output, is_output = None, False
         if direct is not None and (promoted := _promoted(direct, latent)):
-            found = _score_next(scoring, latent, promoted).rounded()
+            found = _score_next(scoring, latent, promoted)
             output = Output(
                 tokens=tuple(visible(token.token) for token in promoted),
-                share=round(min(direct.features[latent].share, 1.0), 4),
+                share=min(direct.features[latent].share, 1.0),
                 balanced_accuracy=found.balanced_accuracy,
                 interval=found.interval,
             )
@@ -212,17 +211,17 @@ def label_features(
             kind=kind,
             category=category,
             author=BY_RULE,
-            **found.rounded()._asdict(),
-            same_token=rounded(against_same_token(scoring.corpus, covered, firings)),
-            near=rounded(against(covered, firings, np.concatenate([*neighbours, firings[:0]]))),
-            shuffled=rounded(shuffled.get(latent)),
+            **found._asdict(),
+            same_token=against_same_token(scoring.corpus, covered, firings),
+            near=against(covered, firings, np.concatenate([*neighbours, firings[:0]])),
+            shuffled=shuffled.get(latent),
             rule=() if is_output else parts_of(rule, choosing.corpus.texts),
             output=output,
-            **rank(scoring.corpus, covered, firings, scoring.values(latent), draws)
-            .rounded()
-            ._asdict(),
+            **rank(scoring.corpus, covered, firings, scoring.values(latent), draws)._asdict(),
         )
-    return labels if direct is None else _with_picks(labels, direct, falls or {})
+    if direct is not None:
+        labels = _with_picks(labels, direct, falls or {})
+    return {latent: rounded(label) for latent, label in labels.items()}
 
 
 def _with_picks(
@@ -238,8 +237,8 @@ def _with_picks(
     return {
         i: replace(
             label,
-            picked_effect=rounded(picked.own.get(i)),
-            picked_effect_shuffled=rounded(picked.shuffled.get(i)),
+            picked_effect=picked.own.get(i),
+            picked_effect_shuffled=picked.shuffled.get(i),
         )
         for i, label in labels.items()
     }

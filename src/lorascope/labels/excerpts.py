@@ -56,10 +56,10 @@ class HeldOutTexts:
         self._firing_offset = np.concatenate([[0], np.cumsum(counts)])
         self._reach = int(index.content.get("context_window") or 10)
 
-    def excerpts(self, latent: int, seed: int) -> Excerpts:
+    def excerpts(self, latent: int) -> Excerpts:
         """Return the excerpts of a latent; draws are empty if too few rollouts are held out."""
         feature = self._index[latent]
-        rng = np.random.default_rng((seed, latent))
+        rng = np.random.default_rng((0, latent))
 
         def shown(examples: Sequence[Example]) -> tuple[str, ...]:
             return tuple(_with_strengths(e, feature.stats.max) for e in examples)

@@ -30,11 +30,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lorascope.features.index import FeatureIndex
-from lorascope.features.label_file import KINDS, Kind, Label
+from lorascope.features.label_file import KINDS, Kind, Label, rounded
 from lorascope.labels.chat import Chat, Question
 from lorascope.labels.excerpts import Excerpts, HeldOutTexts
 from lorascope.labels.output_score import N_OPTIONS as N_REMOVALS
-from lorascope.labels.score import Ranking, Score, rounded, score_answers
+from lorascope.labels.score import Ranking, Score, score_answers
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,6 @@ def explain(
     written: Mapping[int, tuple[Sequence[str], Sequence[str]]],
     falls: Mapping[int, Sequence[str]] | None = None,
     rivals: Mapping[int, Sequence[int]] | None = None,
-    seed: int = 0,
 ) -> dict[int, Explained]:
     """Return the labels of the latents for which the explainer gave a valid answer.
 
@@ -140,7 +139,7 @@ def explain(
     lose most when features are removed, `rivals` the removals among which to find each.
     """
     corpus = HeldOutTexts(index)
-    excerpts = {latent: corpus.excerpts(latent, seed) for latent in latents}
+    excerpts = {latent: corpus.excerpts(latent) for latent in latents}
     latents = [latent for latent in latents if excerpts[latent].strongest]
     questions = [explain_question(excerpts[i], *written.get(i, ((), ()))) for i in latents]
     _estimate(questions, excerpts, explainer, judge)
@@ -163,10 +162,10 @@ def explain(
 
     promoted = {i: written[i][0] for i in said if written.get(i, ((), ()))[0]}
     others = {i: [other for other in promoted if other != i] for i in promoted}
-    picked = _picks(judge, _OUTPUT, said, promoted, others, N_OPTIONS, seed)
+    picked = _picks(judge, _OUTPUT, said, promoted, others, N_OPTIONS)
     removed, rivals = falls or {}, rivals or {}
     found, wrong = (
-        _picks(judge, _EFFECT, texts, removed, rivals, N_REMOVALS, seed)
+        _picks(judge, _EFFECT, texts, removed, rivals, N_REMOVALS)
         for texts in (said, {i: said[of_other[i]] for i in said if of_other[i] != i})
     )
 
@@ -194,10 +193,9 @@ def _picks(
     tokens: Mapping[int, Sequence[str]],
     rivals: Mapping[int, Sequence[int]],
     n_options: int,
-    seed: int,
 ) -> dict[int, bool | None]:
     """Return whether the judge finds the tokens of each feature among those of some rivals."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     choices: dict[int, int] = {}
     asked: list[Question] = []
     for latent in said:
@@ -246,22 +244,23 @@ def with_model(
     for latent, one in said.items():
         rule, is_clear = labels[latent], one.detection.is_clear
         if rule.kind == "unclear" or is_clear:
-            merged[latent] = replace(
+            label = replace(
                 rule,
                 name=("" if is_clear else "unclear: ") + one.explanation.name,
                 sentence=one.explanation.sentence,
                 kind=one.explanation.kind if is_clear else "unclear",
                 author=author,
-                **one.detection.rounded()._asdict(),
+                **one.detection._asdict(),
                 same_token=None,
                 near=None,
-                shuffled=rounded(one.shuffled.balanced_accuracy),
+                shuffled=one.shuffled.balanced_accuracy,
                 judge=judge,
                 picked_output=one.picked_output,
                 picked_effect=_number(one.picked_effect),
                 picked_effect_shuffled=_number(one.picked_effect_shuffled),
                 **Ranking()._asdict(),
             )
+            merged[latent] = rounded(label)
     return merged
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from lorascope import runtime
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import Identity, digest_file, read_manifest
+from lorascope.causal.effect_options import require_json_name
 from lorascope.causal.report_records import AblationReport, DirectReport, TokenFall
 from lorascope.causal.study import format_number, is_of_index, read_report
 from lorascope.config import Config, option
@@ -37,6 +38,7 @@ from lorascope.features.label_file import (
     SCHEMA,
     Label,
     read_by_hand,
+    rounded,
     with_hand_labels,
     write_labels,
 )
@@ -45,7 +47,6 @@ from lorascope.labels.by_rule import LEAST_SHARE, label_features, read_halves
 from lorascope.labels.chat import Chat
 from lorascope.labels.explain import explain, with_model
 from lorascope.labels.output_score import CHANCE, mean_over_features, rivals_of
-from lorascope.labels.score import rounded
 from lorascope.stage import Build, built
 
 if TYPE_CHECKING:
@@ -70,16 +71,43 @@ class LabelOptions(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelConfig(LabelOptions):
-    """Options of `label`."""
+class IndexOptions(LabelOptions):
+    """Options that `study` shares: an index, with the store and the SAE that it is of."""
 
     input: Path = option(
-        help="feature index to label: features.h5, or JSON that collect wrote", identity=False
+        help="feature index: features.h5, or JSON that collect wrote", identity=False
     )
     data_dir: Path | None = option(
         None, help="activation store of the index; default: activations beside it", identity=False
     )
     sae: Path | None = option(None, help="SAE of the index; default: sae beside it", identity=False)
+
+    def open_index(self) -> "tuple[FeatureIndex, ActivationStore, SAE]":
+        """Return the three. Raises ArtifactError if they do not belong together."""
+        from lorascope.sae.model import load_sae
+
+        source = self.input.expanduser()
+        index = read_index(source)
+        store = ActivationStore.open(self.data_dir or source.parent / "activations")
+        sae = load_sae(self.sae or source.parent / "sae", store)
+        for name, digest, path in (
+            ("activations", store.digest, store.path),
+            ("sae", sae.digest, "the SAE"),
+        ):
+            known = index.manifest.parents.get(name)
+            if known != digest:
+                found = "does not say" if known is None else "was made from another one:"
+                raise ArtifactError(
+                    f"{source} {found} {name} {'' if known is None else known[:12]}, {path} is "
+                    f"{digest[:12]}; give the --data-dir and --sae that it was collected from"
+                )
+        return index, store, sae
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelConfig(IndexOptions):
+    """Options of `label`."""
+
     effects: tuple[Path, ...] = option(
         (),
         help="reports of direct and ablate; default: effects/direct.json and effects/ablation.json "
@@ -120,8 +148,8 @@ class LabelConfig(LabelOptions):
         """Check the output's suffix."""
         super().check()
         self.require("llm_parallel", 1)
-        if self.output is not None and self.output.suffix != ".json":
-            raise ConfigError(f"--output is {self.output}, expected a .json file")
+        if self.output is not None:
+            require_json_name(self.output)
         if self.llm_model is None and (self.llm_base_url or self.judge_model or self.features):
             raise ConfigError(
                 "--llm-base-url, --judge-model and --features need --llm-model; add it"
@@ -134,14 +162,7 @@ def run(config: LabelConfig) -> Path:
     Scores are balanced accuracies on rollouts that chose no label; 0.5 is chance. Finished labels
     of the same settings are kept. Raises ArtifactError if inputs do not belong together.
     """
-    from lorascope.sae.model import load_sae
-
-    source = config.input.expanduser()
-    index = read_index(source)
-    store = ActivationStore.open(config.data_dir or source.parent / "activations")
-    sae = load_sae(config.sae or source.parent / "sae", store)
-    store = sae.narrow(store)
-    require_parents(index, source, store, sae)
+    index, store, sae = config.open_index()
     inputs = _inputs(config)
     direct = read_effects(inputs["direct"], sae, DirectReport) if "direct" in inputs else None
     falls: dict[int, tuple[TokenFall, ...]] = {}
@@ -157,11 +178,14 @@ def run(config: LabelConfig) -> Path:
     by_hand = {}
     if "by_hand" in inputs:
         by_hand = read_by_hand(inputs["by_hand"], sae.digest, len(index))
-    out, identity = config.output or source.with_name(FILE), _identity(config, inputs)
+    out, identity = (
+        config.output or config.input.expanduser().with_name(FILE),
+        _identity(config, inputs),
+    )
 
     def make(build: Build) -> None:
         on_device = sae.to(runtime.pick_device(config.device))
-        halves = read_halves(store, on_device, index, config.label_tokens)
+        halves = read_halves(sae.narrow(store), on_device, index, config.label_tokens)
         shares = {i: {one.token_id: one.share for one in some} for i, some in falls.items()}
         labels = label_features(halves, index, direct, shares)
         if config.llm_model is not None:
@@ -332,21 +356,6 @@ def table(content: Mapping[str, Any]) -> str:
             f"{format_number(content['picked_effect_shuffled'], '.3f')} (chance: {CHANCE:.1f})"
         )
     return "\n".join(f"  {name:<18} {value}" for name, value in rows.items())
-
-
-def require_parents(index: FeatureIndex, source: Path, store: ActivationStore, sae: "SAE") -> None:
-    """Raise ArtifactError unless the index was collected from this store with this SAE."""
-    for name, digest, path in (
-        ("activations", store.digest, store.path),
-        ("sae", sae.digest, "the SAE"),
-    ):
-        known = index.manifest.parents.get(name)
-        if known != digest:
-            found = "does not say" if known is None else "was made from another one:"
-            raise ArtifactError(
-                f"{source} {found} {name} {'' if known is None else known[:12]}, {path} is "
-                f"{digest[:12]}; give the --data-dir and --sae that it was collected from"
-            )
 
 
 def read_effects(path: Path, sae: "SAE", record: type[R]) -> R:

@@ -26,14 +26,14 @@ from lorascope.config import option
 from lorascope.errors import ConfigError, DatasetError
 from lorascope.features.index import FeatureIndex
 from lorascope.features.label_file import BY_HAND, BY_RULE, FILE
-from lorascope.features.published_json import digest_of_index, read_index
+from lorascope.features.published_json import digest_of_index
 from lorascope.labels import classes, directions
 from lorascope.labels.by_rule import Halves, read_halves
 from lorascope.labels.groups import effect_intervals, groups_of
-from lorascope.labels.label import LabelOptions, read_effects, require_parents
+from lorascope.labels.label import IndexOptions, read_effects
 from lorascope.labels.rules import Miner
+from lorascope.labels.score import Estimate
 from lorascope.labels.study_report import (
-    Estimate,
     GroupShare,
     Judged,
     KindShares,
@@ -46,7 +46,7 @@ _N_DRAWS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyConfig(ReportOptions, LabelOptions):
+class StudyConfig(ReportOptions, IndexOptions):
     """Options of `study`."""
 
     lora_path: str | None = option(
@@ -55,11 +55,6 @@ class StudyConfig(ReportOptions, LabelOptions):
         identity=False,
         path=True,
     )
-    input: Path = option(help="feature index: features.h5", identity=False)
-    data_dir: Path | None = option(
-        None, help="activation store of the index; default: activations beside it", identity=False
-    )
-    sae: Path | None = option(None, help="SAE of the index; default: sae beside it", identity=False)
     effects: tuple[Path, ...] = option(
         (), help="report of ablate; default: effects/ablation.json beside the index", identity=False
     )
@@ -82,13 +77,8 @@ class StudyConfig(ReportOptions, LabelOptions):
 
 def run(config: StudyConfig) -> Path:
     """Write the report unless it is finished already, and return its file."""
-    from lorascope.sae.model import load_sae
-
+    index, store, sae = config.open_index()
     source = config.input.expanduser()
-    index = read_index(source)
-    store = ActivationStore.open(config.data_dir or source.parent / "activations")
-    sae = load_sae(config.sae or source.parent / "sae", store)
-    require_parents(index, source, store, sae)
     path = next(iter(config.effects), source.parent / "effects" / "ablation.json")
     if not config.effects and not (path.is_file() and is_of_index(path, index.manifest)):
         path = None

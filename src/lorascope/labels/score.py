@@ -34,6 +34,14 @@ _N_LEVELS = 64
 _FEWEST_CASES = 10  # tokens of a hard case; of fewer it has no score
 
 
+class Estimate(NamedTuple):
+    """A number with its 95 % interval over rollouts."""
+
+    value: float
+    low: float
+    high: float
+
+
 class Score(NamedTuple):
     """The scores of one description; None where there are no tokens to measure on."""
 
@@ -47,17 +55,6 @@ class Score(NamedTuple):
     def is_clear(self) -> bool:
         """Whether the interval begins at `CLEAR` or above."""
         return self.interval is not None and self.interval[0] >= CLEAR
-
-    def rounded(self) -> "Score":
-        """Return the scores with four decimals, as labels have them."""
-        mean, interval, precision, recall, n_fired = self
-        edges = None if interval is None else (round(interval[0], 4), round(interval[1], 4))
-        return Score(rounded(mean), edges, rounded(precision), rounded(recall), n_fired)
-
-
-def rounded(value: float | None) -> float | None:
-    """Return a number with four decimals."""
-    return None if value is None else round(value, 4)
 
 
 def score(corpus: Corpus, covered: Mask, firings: Ints) -> Score:
@@ -86,19 +83,6 @@ class Ranking(NamedTuple):
     purity: float | None = None
     purity_interval: Edges | None = None
     covered: float | None = None
-
-    def rounded(self) -> "Ranking":
-        """Return the scores with four decimals, as labels have them."""
-        clarity, edges, purity, purity_edges, covered = self
-        if edges is None or purity_edges is None:
-            return self
-        return Ranking(
-            rounded(clarity),
-            (round(edges[0], 4), round(edges[1], 4)),
-            rounded(purity),
-            (round(purity_edges[0], 4), round(purity_edges[1], 4)),
-            rounded(covered),
-        )
 
 
 def draw_rollouts(corpus: Corpus) -> Floats:
@@ -162,7 +146,7 @@ def _ranked(hits: Floats, tokens: Floats) -> tuple[Floats, Floats]:
     return 2 * above - 1, (added * precision).sum(1) / n_covered
 
 
-def _wilson_of_draws(value: float, draws: Floats, n_rollouts: int, n: int) -> "Share":
+def _wilson_of_draws(value: float, draws: Floats, n_rollouts: int, n: int) -> Estimate:
     variance = float(draws.var()) if len(draws) else 0.0
     value = min(max(value, 0.0), 1.0)  # sums are rounded
     size = min(value * (1 - value) / variance, n) if variance else n_rollouts
@@ -210,22 +194,16 @@ def against(covered: Mask, firings: Ints, others: Ints) -> float | None:
     return float(covered[firings].mean() + 1 - covered[others].mean()) / 2
 
 
-class Share(NamedTuple):
-    """A share with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-def wilson(value: float, n: float) -> Share:
+def wilson(value: float, n: float) -> Estimate:
     """Return a share of `n` cases with Wilson's interval."""
     centre = (value + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(value * (1 - value) / n + _Z**2 / (4 * n**2))
-    return Share(value, min(centre - half, value), max(centre + half, value))
+    return Estimate(value, min(centre - half, value), max(centre + half, value))
 
 
-def _balanced(recall: Share, specificity: Share, precision: float | None, n_fired: int) -> Score:
+def _balanced(
+    recall: Estimate, specificity: Estimate, precision: float | None, n_fired: int
+) -> Score:
     """Return the scores of a recall and a specificity."""
     mean = (recall.value + specificity.value) / 2
     below = math.hypot(recall.value - recall.low, specificity.value - specificity.low) / 2
@@ -234,7 +212,7 @@ def _balanced(recall: Share, specificity: Share, precision: float | None, n_fire
     return Score(mean, interval, precision, recall.value, n_fired)
 
 
-def _share(part: npt.NDArray[np.int64], whole: npt.NDArray[np.int64]) -> Share:
+def _share(part: npt.NDArray[np.int64], whole: npt.NDArray[np.int64]) -> Estimate:
     """Return the share of sums over rollouts."""
     some = whole > 0
     part, whole = part[some], whole[some]

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from lorascope.artifact import Manifest
 from lorascope.causal.figures import INK, LINE, SOFT, draw_header, drawing, plain
 from lorascope.causal.report_records import Amount, Count, Interval, ReportRecord, Share
 from lorascope.causal.study import format_number, format_table
+from lorascope.labels.score import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,14 +17,6 @@ if TYPE_CHECKING:
 _CLASSES = ("monosemantic", "broad", "polysemantic")
 _COLORS = ("#2f6f9f", "#a9c7dd", "#b35a10")
 _RING = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")  # Okabe, Ito
-
-
-class Estimate(NamedTuple):
-    """A number with its 95 % interval over rollouts."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, kw_only=True)
