@@ -3,6 +3,8 @@
 import errno
 import json
 import logging
+import os
+from pathlib import Path
 
 import pytest
 from builders.training_logs import timeless
@@ -13,9 +15,9 @@ from lorascope.sae.training_log import TrainingLog, read_training_log
 def write(path, first, last, *, step=0, clock=None):
     """Log steps `first` to `last` of 10 tokens each, as a run that resumed at `step` does."""
     given = {"clock": clock} if clock else {}
-    with TrainingLog(path, step=step, **given) as training_log:
-        for i in range(first, last + 1):
-            training_log.write(i, 10 * i, {"fvu": 1 / i, "l0": 5.0, "dead": 0})
+    training_log = TrainingLog(path, step=step, **given)
+    for i in range(first, last + 1):
+        training_log.write(i, 10 * i, {"fvu": 1 / i, "l0": 5.0, "dead": 0})
 
 
 def warnings_in(caplog):
@@ -42,14 +44,15 @@ def test_a_line_holds_what_was_measured_and_the_clock(tmp_path):
 
 
 def test_a_line_is_in_the_file_as_soon_as_it_is_logged(tmp_path):
-    with TrainingLog(tmp_path / "sae.jsonl") as training_log:
-        training_log.write(1, 10, {"fvu": 0.5})
-        assert [line["step"] for line in read_training_log(training_log.path)] == [1]
+    training_log = TrainingLog(tmp_path / "sae.jsonl")
+    for step in (1, 2):
+        training_log.write(step, 10 * step, {"fvu": 0.5})
+        assert read_training_log(training_log.path)[-1]["step"] == step
 
 
 def test_values_that_are_not_finite_are_null(tmp_path):
-    with TrainingLog(tmp_path / "sae.jsonl") as training_log:
-        training_log.write(1, 10, {"fvu": float("nan"), "auxk": float("inf"), "l0": None})
+    training_log = TrainingLog(tmp_path / "sae.jsonl")
+    training_log.write(1, 10, {"fvu": float("nan"), "auxk": float("inf"), "l0": None})
     assert "NaN" not in training_log.path.read_text(encoding="utf-8")
     (line,) = read_training_log(training_log.path)
     assert (line["fvu"], line["auxk"], line["l0"]) == (None, None, None)
@@ -90,37 +93,23 @@ def test_a_missing_log_reads_as_empty(tmp_path):
     assert read_training_log(tmp_path / "none.jsonl") == []
 
 
-class FullDisk:
-    """A file whose writes fail, or are cut short, while `full`."""
+def test_a_full_disk_costs_no_line_for_good_and_one_warning_only(tmp_path, monkeypatch, caplog):
+    path = tmp_path / "sae.jsonl"
+    training_log = TrainingLog(path)
+    training_log.write(1, 10, {"fvu": 0.9})
 
-    def __init__(self, file, kept):
-        self.file, self.kept, self.full = file, kept, True
+    def full(self, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-    def write(self, data):
-        if not self.full:
-            return self.file.write(data)
-        if self.kept is None:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return self.file.write(data[: self.kept])
-
-
-@pytest.mark.parametrize("kept", [None, 0, 7])
-def test_a_full_disk_costs_lines_and_one_warning_only(tmp_path, monkeypatch, caplog, kept):
-    with TrainingLog(tmp_path / "sae.jsonl") as training_log:
-        training_log.write(1, 10, {"fvu": 0.9})
-        disk = FullDisk(training_log._file, kept)
-        monkeypatch.setattr(training_log, "_file", disk)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
         training_log.write(2, 20, {"fvu": 0.8})
         training_log.write(3, 30, {"fvu": 0.7})
-        disk.full = False
-        training_log.write(4, 40, {"fvu": 0.6})
+    assert [line["step"] for line in read_training_log(path)] == [1]
+    training_log.write(4, 40, {"fvu": 0.6})
     (warning,) = warnings_in(caplog)
     assert "sae.jsonl (No space left on device)" in warning
-    lines = (tmp_path / "sae.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 4]
+    assert [line["step"] for line in read_training_log(path)] == [1, 2, 3, 4]
 
 
 def test_a_log_that_cannot_be_opened_is_one_warning_and_the_run_continues(tmp_path, caplog):

@@ -225,15 +225,8 @@ def _train(
             trainers[out].save(build.path / _CHECKPOINT)
 
     step = min(trainer.step for trainer in trainers.values())
-    with (
-        ExitStack() as stack,
-        stop_between_steps() as stop,
-        progress(run.n_steps, "training", "steps") as bar,
-    ):
-        logs = {
-            out: stack.enter_context(TrainingLog(sibling(out, ".jsonl"), step=trainers[out].step))
-            for out in builds
-        }
+    logs = {out: TrainingLog(sibling(out, ".jsonl"), step=trainers[out].step) for out in builds}
+    with stop_between_steps() as stop, progress(run.n_steps, "training", "steps") as bar:
         bar.update(step)
         saved = time.monotonic()
         part = (ranks.rank, ranks.world)
