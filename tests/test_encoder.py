@@ -1,10 +1,11 @@
 import pytest
 import torch
+from builders import definitions
 from builders.tolerance import assert_same_up_to_rounding, rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorascope.kernels import encoder, prefilter, reference
+from lorascope.kernels import encoder, prefilter
 from lorascope.kernels.encoder import Encoder
 
 
@@ -39,7 +40,7 @@ def dense(fired, n, n_latents):
 def test_no_pair_is_missed_and_none_is_added(rough, n, d_in, n_latents, spread):
     x, W_enc, b_enc, threshold = problem(n, d_in, n_latents, spread=spread)
     fired = Encoder(W_enc, b_enc, threshold)(x)
-    exact = reference.encode(x.double(), W_enc.double(), b_enc.double(), threshold.double())
+    exact = definitions.encode(x.double(), W_enc.double(), b_enc.double(), threshold.double())
     code = dense(fired, n, n_latents).double()
     pre = x.double() @ W_enc.double() + b_enc.double()
     largest = float(pre.abs().max()) if n else 0.0

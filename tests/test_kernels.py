@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from builders import definitions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorascope.kernels import cpu, reference
-from lorascope.sae.sparsity import Rule, choose
+from lorascope.kernels import cpu
+from lorascope.sae.sparsity import Rule
 
 
 def scores_of(rows, latents, levels, seed):
@@ -33,7 +34,7 @@ def test_the_best_of_a_batch_are_those_of_a_stable_sort(
     total = scores if bias is None else scores + bias
     n = round(k * rows)
     best = cpu.best_indices(scores, n, bias=bias, guess=guess)
-    assert torch.equal(best.indices, reference.best_indices(total, n))
+    assert torch.equal(best.indices, definitions.best_indices(total, n))
     assert torch.equal(best.values, total.flatten()[best.indices])
 
 
@@ -43,7 +44,7 @@ def test_the_best_of_rows_are_those_of_a_stable_sort(rows, latents, share, level
     scores = scores_of(rows, latents, levels, seed)
     rule = Rule("topk", share * latents)
     best = cpu.best_of_rows(scores, rule.k)
-    expected = choose(scores, rule, by_row=True).flatten().nonzero()[:, 0]
+    expected = definitions.choose(scores, rule, by_row=True).flatten().nonzero()[:, 0]
     assert torch.equal(best.indices, expected)
     assert torch.equal(best.values, scores.flatten()[expected])
 
@@ -70,14 +71,14 @@ def test_neither_guesses_nor_parts_change_a_choice_of_a_large_batch(shape, kind)
         scores = scores.bfloat16()
     for k in (0.37, 5, 40):
         n = round(k * shape[0])
-        expected = reference.best_indices(scores + bias, n)
+        expected = definitions.best_indices(scores + bias, n)
         guess = None
         for _ in range(2):
             best = cpu.best_indices(scores, n, bias=bias, guess=guess)
             assert torch.equal(best.indices, expected)
             guess = best.guess
         rows = cpu.best_of_rows(scores, k)
-        kept = choose(scores, Rule("topk", k), by_row=True)
+        kept = definitions.choose(scores, Rule("topk", k), by_row=True)
         assert torch.equal(rows.indices, kept.flatten().nonzero()[:, 0])
         assert torch.equal(rows.values, scores[kept])
 
@@ -119,13 +120,13 @@ def test_sums_and_products_of_pairs_and_their_gradients(n_pairs, n_rows, n_laten
     table = torch.randn(n_latents, d, generator=generator, dtype=torch.float64, requires_grad=True)
     out = torch.randn(n_rows, d, generator=generator, dtype=torch.float64)
     offsets = cpu.row_offsets(rows, n_rows)
-    expected = reference.gather_sum(values, latents, offsets, table)
+    expected = definitions.gather_sum(values, latents, offsets, table)
     expected.backward(out)
     with torch.no_grad():
         assert torch.allclose(cpu.gather_sum(values, latents, offsets, table), expected)
         to_values = cpu.pair_dot(out, rows, table, latents)
         assert torch.allclose(to_values, values.grad)
-        assert torch.allclose(to_values, reference.pair_dot(out, rows, table, latents))
+        assert torch.allclose(to_values, definitions.pair_dot(out, rows, table, latents))
         order, starts = cpu.by_latent(latents, n_latents)
         assert torch.equal(latents[order], latents.sort(stable=True).values)
         assert torch.equal(order, latents.argsort(stable=True))

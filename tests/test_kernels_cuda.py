@@ -16,13 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 triton = pytest.importorskip("triton")
 
+from builders import definitions  # noqa: E402
 from builders.interpreter import DEVICE, INTERPRETED, on_device, passed_in_the_interpreter  # noqa: E402
 
 from lorascope import kernels  # noqa: E402
 from lorascope.errors import ConfigError, NumberError  # noqa: E402
-from lorascope.kernels import cpu, cuda, reference  # noqa: E402
-from lorascope.sae.objective import Weights, objective  # noqa: E402
-from lorascope.sae.sparsity import Rule, choose  # noqa: E402
+from lorascope.kernels import cpu, cuda  # noqa: E402
+from lorascope.sae.objective import Weights  # noqa: E402
+from lorascope.sae.sparsity import Rule  # noqa: E402
 from lorascope.sae.step import Step  # noqa: E402
 from lorascope.sae.team import Team  # noqa: E402
 
@@ -50,7 +51,7 @@ def check_indices(scores, n, bias=None) -> None:
     there = scores.to(DEVICE)
     before = there.clone()
     best = cuda.best_indices(there, n, bias=None if bias is None else bias.to(DEVICE), guess=7.0)
-    check(best, reference.best_indices(total, n), total, min(n, total.numel()))
+    check(best, definitions.best_indices(total, n), total, min(n, total.numel()))
     assert torch.equal(there, before)
 
 
@@ -60,7 +61,7 @@ def check_rows(scores, k) -> None:
     best = cuda.best_of_rows(there, k)
     batch, whole = len(scores), int(k)
     n = min(batch * whole + round((k - whole) * batch), scores.numel())
-    fires = choose(scores.contiguous(), Rule("topk", k), by_row=True)
+    fires = definitions.choose(scores.contiguous(), Rule("topk", k), by_row=True)
     check(best, fires.flatten().nonzero()[:, 0], scores, n)
     assert torch.equal(there, before)
 
@@ -201,7 +202,7 @@ def steps(
     fast = weights_of(d_in, d_sae, torch.float32, DEVICE, **made)
     x = quarters(batch, d_in, seed=6, dtype=torch.float64)
     dead = torch.arange(d_sae) < n_dead
-    loss = objective(plain, x, rule, dead, k_aux=2, auxk_alpha=0.7, by_row=by_row)
+    loss = definitions.objective(plain, x, rule, dead, k_aux=2, auxk_alpha=0.7, by_row=by_row)
     loss.total.backward()
     step = Step(rule, k_aux=2, auxk_alpha=0.7, team=Team(), bfloat16=low, static=static)
     taken = step.take(fast, x.float().to(DEVICE), dead.to(DEVICE), by_row=by_row)

@@ -7,6 +7,7 @@ the same tests on CUDA.
 
 import pytest
 import torch
+from builders import definitions
 from builders.interpreter import DEVICE, INTERPRETED, on_device, passed_in_the_interpreter
 from builders.tolerance import assert_same_up_to_rounding
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 triton = pytest.importorskip("triton")
 
-from lorascope.kernels import cuda, reference  # noqa: E402
+from lorascope.kernels import cuda  # noqa: E402
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
@@ -24,7 +25,7 @@ def check_best(scores, n):
     """Compare with the reference: indices, and what fills the rest."""
     best = cuda.best_indices(scores.to(DEVICE), n)
     indices, values = best.indices.cpu(), best.values.cpu()
-    wanted = reference.best_indices(scores, n)
+    wanted = definitions.best_indices(scores, n)
     assert len(indices) == len(values) == min(n, scores.numel())
     assert indices[: len(wanted)].tolist() == wanted.tolist()
     assert (indices[len(wanted) :] == scores.numel() - 1).all()
@@ -130,7 +131,7 @@ def test_the_sums_of_bags_are_those_of_the_reference(case, dtype):
     ours = cuda.gather_sum(*(t.to(DEVICE) for t in given)).cpu()
     assert ours.dtype == dtype
     n_terms = max(len(given[1]), 4)
-    wanted = reference.gather_sum(*given)
+    wanted = definitions.gather_sum(*given)
     assert_same_up_to_rounding(ours, wanted, n_terms=n_terms, dtype=dtype)
 
 
@@ -150,7 +151,7 @@ def test_a_bfloat16_table_is_added_up_in_float32():
     values, index, offsets, table = bags([300, 3], 30, 20)
     table = table.bfloat16()
     sums = cuda.gather_sum(*(t.to(DEVICE) for t in (values, index, offsets, table)))
-    wanted = reference.gather_sum(values, index, offsets, table.float())
+    wanted = definitions.gather_sum(values, index, offsets, table.float())
     assert sums.dtype == torch.float32
     assert_same_up_to_rounding(sums.cpu(), wanted, n_terms=len(index))
 
@@ -163,7 +164,7 @@ def test_the_inner_products_of_pairs_are_those_of_the_reference(n_pairs, d):
     left_index = torch.randint(0, 7, (n_pairs,), generator=generator).sort().values
     right_index = torch.randint(0, 11, (n_pairs,), generator=generator)
     given_ = (left, left_index, right, right_index)
-    wanted = reference.pair_dot(*given_)
+    wanted = definitions.pair_dot(*given_)
     ours = cuda.pair_dot(*(t.to(DEVICE) for t in given_)).cpu()
     assert_same_up_to_rounding(ours, wanted, n_terms=d)
 
@@ -204,7 +205,7 @@ def test_a_step_by_pairs_is_the_dense_step_also_where_few_are_positive():
         given_ = (t.to(DEVICE) for t in (table, gradient))
         _, count, sums, of_values, of_table = step(scores.to(DEVICE), 63, *given_)
         code = torch.zeros(21 * 97)
-        chosen = reference.best_indices(scores, 63)
+        chosen = definitions.best_indices(scores, 63)
         code[chosen] = scores.view(-1)[chosen]
         code = code.view(21, 97)
         assert int(count) == len(chosen)

@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 import torch
+from builders.definitions import objective
 
 from lorascope.errors import ArtifactError, NumberError
 from lorascope.sae.metrics import ColumnMoments
-from lorascope.sae.objective import AUX_ROWS, Weights, column_scale, initial_weights, objective
+from lorascope.sae.objective import AUX_ROWS, Weights, column_scale, initial_weights
 from lorascope.sae.sparsity import Rule
 from lorascope.sae.trainer import Trainer, schedule
 

@@ -1,10 +1,11 @@
 import pytest
 import torch
+from builders.definitions import choose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorascope.errors import ConfigError
-from lorascope.sae.sparsity import Rule, SparseCode, calibrate_threshold, choose
+from lorascope.sae.sparsity import Rule, SparseCode, calibrate_threshold
 
 
 def by_sorting(scores: torch.Tensor, rule: Rule, by_row: bool) -> torch.Tensor:

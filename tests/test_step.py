@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from builders.definitions import objective
 from builders.saes import weights_of
 
-from lorascope.sae.objective import objective
 from lorascope.sae.sparsity import Rule
 from lorascope.sae.step import Step
 from lorascope.sae.team import Team

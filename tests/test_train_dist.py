@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.distributed_c10d as c10d
+from builders.definitions import objective
 from builders.saes import weights_of
 from builders.stores import planted_rows, write_store
 
@@ -28,7 +29,7 @@ from lorascope.artifact import digest_file
 from lorascope.cli import call
 from lorascope.sae import trainer
 from lorascope.sae.model import load_sae
-from lorascope.sae.objective import Weights, initial_weights, objective
+from lorascope.sae.objective import Weights, initial_weights
 from lorascope.sae.settings import TrainConfig
 from lorascope.sae.sparsity import Rule
 from lorascope.sae.step import Step

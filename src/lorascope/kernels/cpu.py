@@ -1,4 +1,4 @@
-"""The operations of `reference.py`, built from the torch operations that are fast on a CPU.
+"""The operations of this package, built from the torch operations that are fast on a CPU.
 
 `best_indices` reads the scores once if the guess is good:
 
@@ -13,19 +13,28 @@ The guess changes the time, never the choice.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from lorascope.kernels.reference import Best
-
 _SAMPLE = 1 << 16  # scores from which a bound is guessed
 _TRIES = 4  # bounds to try before marking every positive score
 _LOWER = 0.99  # the next batch's guess, as a share of this batch's bound
 _PARTS = 3  # parts of a row for each wanted latent
+
+
+class Best(NamedTuple):
+    """Chosen pairs: flat indices, rising; their scores; a guess of the bound for the next batch.
+
+    On CUDA the last pairs may be padding with value 0: see `cuda.py`.
+    """
+
+    indices: Int64[Tensor, "pair"]
+    values: Float[Tensor, "pair"]
+    guess: float
 
 
 def product(

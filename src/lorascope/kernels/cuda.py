@@ -33,8 +33,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from lorascope.errors import ConfigError, NumberError
-from lorascope.kernels.cpu import row_offsets
-from lorascope.kernels.reference import Best
+from lorascope.kernels.cpu import Best, row_offsets
 
 __all__ = [
     "best_indices",

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from lorascope.kernels import cpu
-from lorascope.kernels.reference import Best
+from lorascope.kernels.cpu import Best
 
 _SAFETY = 2.0  # margin for the next batch, as a multiple of the largest difference
 _ENOUGH = 1.25  # margin that suffices for a batch, as a multiple of its largest difference

@@ -1,4 +1,4 @@
-"""The loss that training minimises, by its plain definition, over scaled rows.
+"""The weights, and the loss that training minimises over scaled rows.
 
 1. `pre = (x - b_dec) @ W_enc + b_enc`. Decoder rows have unit norm, so no latent gains from a long
    row and a small value, and `pre` is the score.
@@ -16,13 +16,12 @@
    (arXiv 2407.14435, section 3): a rectangle of width `JUMP_WIDTH` around the threshold. The term
    `(L0 / k - 1)^2` keeps the L0 at `k` (their appendix on a fixed sparsity).
 
-`objective` is this definition, with dense products and automatic gradients, for any dtype.
-`step.py` computes the same gradients from the pairs that fire; the tests compare the two.
+`step.py` computes the gradients from the pairs that fire. The tests compare them with this
+definition in dense products and automatic gradients (`tests/builders/definitions.py`).
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +30,6 @@ from torch import Tensor
 
 from lorascope.errors import ArtifactError
 from lorascope.sae.metrics import ColumnMoments, Columns
-from lorascope.sae.sparsity import Rule, choose
 
 LEAST_SPREAD = 1e-4  # least spread of a batch per number: equal rows have none
 AUX_ROWS = 4  # aux-k uses one row in this many
@@ -131,95 +129,12 @@ def initial_weights(
     return weights
 
 
-def objective(
-    weights: Weights,
-    x: Float[Tensor, "batch d_in"],
-    rule: Rule,
-    dead: Bool[Tensor, "latent"],
-    *,
-    k_aux: int,
-    auxk_alpha: float,
-    by_row: bool = False,
-) -> Loss:
-    """Return the loss of a batch. `dead` marks the latents that aux-k should revive.
-
-    `by_row` chooses what fires row by row, whatever the rule. Aux-k adds nothing if no latent is
-    dead, and never a value that is not finite.
-    """
-    pre = (x - weights.b_dec) @ weights.W_enc + weights.b_enc
-    from_l0 = pre.new_zeros(())
-    if weights.log_threshold is not None:
-        threshold = weights.log_threshold.exp()
-        fires = pre > threshold
-        code = _Jump.apply(pre, threshold)
-        l0 = _Step.apply(pre, threshold).sum() / len(x)
-        from_l0 = JUMP_WEIGHT * (l0 / rule.k - 1).square()
-    else:
-        fires = choose(pre, rule, by_row=by_row)
-        code = pre * fires
-    spread = (x - x.mean(0)).square().sum().clamp(min=LEAST_SPREAD * x.numel())
-    losses, residual = [], x
-    for prefix in rule.prefixes(pre.shape[1]):
-        residual = x - code[:, :prefix] @ weights.W_dec[:prefix] - weights.b_dec
-        losses.append(residual.square().sum() / spread)
-    auxk = _auxk(weights, pre[::AUX_ROWS], residual[::AUX_ROWS].detach(), dead, k_aux)
-    auxk = auxk * len(x) / len(pre[::AUX_ROWS]) / spread
-    return Loss(
-        total=sum(losses[1:], losses[0]) / len(losses) + auxk_alpha * auxk + from_l0,
-        fvu=losses[-1].detach(),
-        auxk=auxk.detach(),
-        l0=fires.sum() / len(x),
-        fired=fires.any(0),
-    )
-
-
 def aux_latents(d_in: int) -> int:
     """Return how many dead latents aux-k uses in a row: about half the columns, a power of two.
 
     Gao et al., appendix A.2.
     """
     return 2 ** round(math.log2(max(d_in / 2, 1)))
-
-
-def _auxk(weights: Weights, pre: Tensor, residual: Tensor, dead: Tensor, k_aux: int) -> Tensor:
-    """Return the squared error of the dead latents' reconstruction of the residual."""
-    latents = dead.nonzero()[:, 0]
-    if len(latents) == 0:
-        return residual.new_zeros(())
-    values, chosen = pre[:, latents].topk(min(k_aux, len(latents)), sorted=False)
-    code = torch.zeros_like(pre[:, latents]).scatter(1, chosen, values)
-    error = (residual - code @ weights.W_dec[latents]).square().sum()
-    return error.nan_to_num(0.0, 0.0, 0.0)
-
-
-class _Jump(torch.autograd.Function):
-    """`pre * (pre > threshold)` with the pseudo-derivative of the threshold."""
-
-    @staticmethod
-    def forward(ctx: Any, pre: Tensor, threshold: Tensor) -> Tensor:
-        ctx.save_for_backward(pre, threshold)
-        return pre * (pre > threshold)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        pre, threshold = ctx.saved_tensors
-        near = (pre - threshold).abs() < JUMP_WIDTH / 2
-        return grad * (pre > threshold), -(threshold / JUMP_WIDTH) * (grad * near).sum(0)
-
-
-class _Step(torch.autograd.Function):
-    """`pre > threshold` as a number, with the pseudo-derivative of the threshold alone."""
-
-    @staticmethod
-    def forward(ctx: Any, pre: Tensor, threshold: Tensor) -> Tensor:
-        ctx.save_for_backward(pre, threshold)
-        return (pre > threshold).to(pre.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
-        pre, threshold = ctx.saved_tensors
-        near = (pre - threshold).abs() < JUMP_WIDTH / 2
-        return None, -(grad * near).sum(0) / JUMP_WIDTH
 
 
 def column_scale(

@@ -23,11 +23,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from lorascope.errors import ConfigError
-from lorascope.kernels import reference
 
 _HALF = 16  # bits in each half of a float32
 _PREFIXES = 5  # of a matryoshka: 1/16, 1/8, 1/4, 1/2 and all of the latents
@@ -76,31 +75,6 @@ class SparseCode:
         rows = torch.repeat_interleave(torch.arange(n_rows, device=dense.device), self.l0)
         dense[rows, self.latents] = self.values
         return dense.view(self.shape)
-
-
-@torch.no_grad()
-def choose(
-    scores: Float[Tensor, "batch latent"], rule: Rule, *, by_row: bool
-) -> Bool[Tensor, "batch latent"]:
-    """Return a mask of what fires, by the plain definition; for every rule except `jumprelu`.
-
-    `by_row` chooses like `topk` whatever the rule. Only positive scores fire. Ties go to the lower
-    flat index. If `k` has a fraction, `topk` gives each row `floor(k)` latents and spends the rest
-    on the batch's `round((k - floor(k)) * batch)` best next scores.
-    """
-    fires = torch.zeros_like(scores, dtype=torch.bool)
-    batch, flat = len(scores), fires.view(-1)
-    if not by_row and rule.architecture != "topk":
-        flat[reference.best_indices(scores, round(rule.k * batch))] = True
-        return fires
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    whole = int(rule.k)
-    fires.scatter_(1, order[:, :whole], value=True)
-    if n_more := round((rule.k - whole) * batch):
-        following = order[:, whole : whole + 1]
-        rows = scores.gather(1, following)[:, 0].argsort(descending=True, stable=True)[:n_more]
-        fires[rows, following[rows, 0]] = True
-    return fires & (scores > 0)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The gradients of `objective`, computed from the pairs that fire.
+"""The gradients of the loss (`objective.py`), computed from the pairs that fire.
 
 The encoder's product is the only dense one. The rule keeps `k` of the scores of each row, and
 everything else uses these pairs alone:
