@@ -45,8 +45,9 @@ from lorascope.audit.weights import read_weights
 from lorascope.causal.effects import kl_divergence
 from lorascope.demo.demo import SUBJECT
 from lorascope.subject.adapter import inspect_adapter
+from lorascope.subject.base import find_base
 from lorascope.subject.intervene import RowEditor
-from lorascope.subject.load import find_base, load_subject, load_tokenizer
+from lorascope.subject.load import load_subject, load_tokenizer
 
 _SEEN = {"thinks", "hence", "wait-again", "result"}
 _LEARNT = 0.9

@@ -32,7 +32,9 @@ from lorascope.demo.demo import SUBJECT
 from lorascope.sae.model import load_sae
 from lorascope.sae.settings import TrainConfig
 from lorascope.sae.train import run as train
-from lorascope.subject.load import find_base, inspect_adapter, load_subject, load_tokenizer
+from lorascope.subject.adapter import inspect_adapter
+from lorascope.subject.base import find_base
+from lorascope.subject.load import load_subject, load_tokenizer
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from demo_problems import make_problem, write_jsonl

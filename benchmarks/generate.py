@@ -33,8 +33,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lorascope.activations.capture import Capture, plan_batches
 from lorascope.sites import PROJECTIONS, Site, SiteLayout
+from lorascope.subject.adapter import Adapter
+from lorascope.subject.base import Base
 from lorascope.subject.hooks import RowReader
-from lorascope.subject.load import Adapter, Base, Subject
+from lorascope.subject.load import Subject
 from lorascope.texts.rollouts import Rollout
 
 MODELS: dict[str, dict[str, Any]] = {

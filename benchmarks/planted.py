@@ -54,14 +54,10 @@ from lorascope.labels.wording import sentence_of
 from lorascope.sae.model import SAE, load_sae
 from lorascope.sae.settings import TrainConfig
 from lorascope.sae.train import run as train
+from lorascope.subject.adapter import inspect_adapter
+from lorascope.subject.base import find_base
 from lorascope.subject.intervene import RowEditor
-from lorascope.subject.load import (
-    Subject,
-    find_base,
-    inspect_adapter,
-    load_subject,
-    load_tokenizer,
-)
+from lorascope.subject.load import Subject, load_subject, load_tokenizer
 from lorascope.texts.roles import ROLES
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))

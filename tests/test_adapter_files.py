@@ -15,9 +15,10 @@ from lorascope.errors import AdapterError, ArtifactError, DatasetError
 from lorascope.inspection import describe, verify
 from lorascope.sae.model import load_sae
 from lorascope.subject.adapter import CONFIG, WEIGHTS, inspect_adapter
+from lorascope.subject.base import find_base
 from lorascope.subject.inventory import describe as describe_adapter
 from lorascope.subject.inventory import inventory
-from lorascope.subject.load import find_base, load_tokenizer
+from lorascope.subject.load import load_tokenizer
 from lorascope.texts.records import read_records
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"

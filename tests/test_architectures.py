@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from lorascope.errors import AdapterError
 from lorascope.subject.adapter import WEIGHTS, inspect_adapter, ranks_by_projection
+from lorascope.subject.base import find_base
 from lorascope.subject.inventory import inventory
-from lorascope.subject.load import Subject, find_base, load_subject
+from lorascope.subject.load import Subject, load_subject
 from lorascope.subject.unembedding import Unembedding, residual_writes
 
 CPU = torch.device("cpu")

@@ -29,8 +29,11 @@ from lorascope.errors import ArtifactError, ConfigError, NumberError
 from lorascope.features.collect import CollectConfig
 from lorascope.features.collect import run as collect
 from lorascope.sites import Site, SiteLayout
+from lorascope.subject.adapter import Adapter
+from lorascope.subject.adapter_files import WEIGHTS
+from lorascope.subject.base import Base
 from lorascope.subject.intervene import RowEditor
-from lorascope.subject.load import WEIGHTS, Adapter, Base, Subject
+from lorascope.subject.load import Subject
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lorascope.errors import AdapterError, ConfigError
+from lorascope.subject.adapter_files import WEIGHTS
 from lorascope.subject.bottlenecks import Bottleneck, find_bottlenecks, probe, unmix
-from lorascope.subject.load import WEIGHTS
 
 
 def test_lora_on_embeddings_is_refused_by_name_or_left_active_and_unread(subject_dirs, tmp_path):

@@ -29,15 +29,10 @@ from lorascope import config as options
 from lorascope.cli import COMMANDS, call, stage_parser
 from lorascope.errors import LorascopeError
 from lorascope.inspection import describe
-from lorascope.subject.load import (
-    CONFIG,
-    WEIGHTS,
-    Subject,
-    find_base,
-    inspect_adapter,
-    load_subject,
-    load_tokenizer,
-)
+from lorascope.subject.adapter import CONFIG, inspect_adapter
+from lorascope.subject.adapter_files import WEIGHTS
+from lorascope.subject.base import find_base
+from lorascope.subject.load import Subject, load_subject, load_tokenizer
 from lorascope.subject.sampling import log_ignored_settings, sample_rollouts
 from lorascope.texts.conversations import FIELDS
 from lorascope.texts.rollouts import Rollout, load_rollouts

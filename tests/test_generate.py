@@ -19,13 +19,10 @@ from lorascope.artifact import read_manifest
 from lorascope.errors import ArtifactError, ConfigError, NumberError
 from lorascope.inspection import verify
 from lorascope.sites import PROJECTIONS
-from lorascope.subject.load import (
-    WEIGHTS,
-    find_base,
-    inspect_adapter,
-    load_subject,
-    load_tokenizer,
-)
+from lorascope.subject.adapter import inspect_adapter
+from lorascope.subject.adapter_files import WEIGHTS
+from lorascope.subject.base import find_base
+from lorascope.subject.load import load_subject, load_tokenizer
 from lorascope.texts.roles import ROLES
 from lorascope.texts.rollouts import Rollout
 

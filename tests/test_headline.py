@@ -19,7 +19,7 @@ from lorascope.causal.study import read_report
 from lorascope.dashboard.headline import percent, quoted
 from lorascope.dashboard.overview import Overview, overview_of
 from lorascope.dashboard.reports import Reports
-from lorascope.subject.load import WEIGHTS
+from lorascope.subject.adapter_files import WEIGHTS
 
 NBSP = "\u00a0"
 

@@ -21,8 +21,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lorascope.errors import AdapterError
+from lorascope.subject.adapter import CONFIG, inspect_adapter
+from lorascope.subject.adapter_files import WEIGHTS
+from lorascope.subject.base import find_base
 from lorascope.subject.base import other_base as other_base_of
-from lorascope.subject.load import CONFIG, WEIGHTS, find_base, inspect_adapter, load_tokenizer
+from lorascope.subject.load import load_tokenizer
 
 
 @pytest.fixture

@@ -17,8 +17,9 @@ from lorascope.activations.generate import run as generate
 from lorascope.activations.store import ActivationStore
 from lorascope.errors import AdapterError
 from lorascope.subject.adapter import CONFIG, WEIGHTS, inspect_adapter, other_purpose
+from lorascope.subject.base import find_base
 from lorascope.subject.inventory import describe
-from lorascope.subject.load import find_base, load_subject, load_tokenizer
+from lorascope.subject.load import load_subject, load_tokenizer
 from lorascope.subject.sampling import sample_rollouts
 from lorascope.subject.unembedding import Unembedding
 from lorascope.texts.rollouts import Rollout

@@ -15,7 +15,7 @@ from lorascope.causal import direct
 from lorascope.errors import AdapterError, ArtifactError, ConfigError, Interrupted
 from lorascope.features.index import FeatureIndex
 from lorascope.pipeline import RunConfig, run
-from lorascope.subject.load import WEIGHTS
+from lorascope.subject.adapter_files import WEIGHTS
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,9 @@ from lorascope.causal.continuation import continue_prompt
 from lorascope.causal.effect_options import SteerConfig
 from lorascope.errors import ConfigError
 from lorascope.subject import sampling
+from lorascope.subject.adapter import inspect_adapter
+from lorascope.subject.base import find_base
 from lorascope.subject.intervene import RowEditor
-from lorascope.subject.load import find_base, inspect_adapter
 from lorascope.subject.sampling import draw, end_ids, log_ignored_settings, sample_rollouts
 from lorascope.texts.roles import ROLES
 from lorascope.texts.rollouts import Rollout

@@ -17,16 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorascope.activations.capture import Capture
 from lorascope.errors import AdapterError
+from lorascope.subject.adapter import CONFIG, inspect_adapter
+from lorascope.subject.adapter_files import WEIGHTS
+from lorascope.subject.base import find_base
 from lorascope.subject.hooks import RowReader
-from lorascope.subject.load import (
-    CONFIG,
-    WEIGHTS,
-    Subject,
-    find_base,
-    inspect_adapter,
-    load_subject,
-    load_tokenizer,
-)
+from lorascope.subject.load import Subject, load_subject, load_tokenizer
 from lorascope.texts.rollouts import Rollout
 
 CPU = torch.device("cpu")

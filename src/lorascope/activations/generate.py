@@ -40,7 +40,8 @@ from lorascope.texts.tokens import special_ids, token_bytes
 
 if TYPE_CHECKING:
     from lorascope.activations.capture import Capture, Pending
-    from lorascope.subject.load import Base, Subject
+    from lorascope.subject.base import Base
+    from lorascope.subject.load import Subject
 
 log = logging.getLogger(__name__)
 

@@ -124,7 +124,8 @@ def load_subject_of(
 
     Raises ArtifactError when adapter, base and store do not belong together.
     """
-    from lorascope.subject.load import find_base, load_subject, load_tokenizer
+    from lorascope.subject.base import find_base
+    from lorascope.subject.load import load_subject, load_tokenizer
 
     manifest = read_manifest(store.path)
     if manifest is None:

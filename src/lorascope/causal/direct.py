@@ -25,13 +25,9 @@ from lorascope.causal.report_records import DirectEffect, DirectReport, ScoredTo
 from lorascope.causal.study import Made, format_table, report_at
 from lorascope.features.neighbours import effect_rows, fingerprint
 from lorascope.sae.model import SAE, load_sae
-from lorascope.subject.load import (
-    Subject,
-    find_base,
-    inspect_adapter,
-    load_subject,
-    load_tokenizer,
-)
+from lorascope.subject.adapter import inspect_adapter
+from lorascope.subject.base import find_base
+from lorascope.subject.load import Subject, load_subject, load_tokenizer
 from lorascope.subject.unembedding import Unembedding, residual_writes
 from lorascope.texts.tokens import special_ids, token_bytes
 

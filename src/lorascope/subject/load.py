@@ -30,14 +30,7 @@ from lorascope import runtime
 from lorascope.errors import AdapterError, ConfigError
 from lorascope.hub import first_line, read_json_object
 from lorascope.sites import SiteLayout
-from lorascope.subject.adapter import (
-    CONFIG,
-    WEIGHTS,
-    Adapter,
-    changes_outside_lora,
-    inspect_adapter,
-    lora_kind,
-)
+from lorascope.subject.adapter import CONFIG, Adapter, changes_outside_lora, lora_kind
 from lorascope.subject.attach import (
     attach,
     changes_base,
@@ -45,23 +38,9 @@ from lorascope.subject.attach import (
     n_embeddings,
     resize_embeddings,
 )
-from lorascope.subject.base import Base, find_base
+from lorascope.subject.base import Base
 from lorascope.subject.bottlenecks import Bottleneck, find_bottlenecks, make_layout, probe
 from lorascope.subject.rotary import forget_lengths, length_class, require_rotary
-
-__all__ = [
-    "CONFIG",
-    "DTYPES",
-    "WEIGHTS",
-    "Adapter",
-    "Base",
-    "SharedBase",
-    "Subject",
-    "find_base",
-    "inspect_adapter",
-    "load_subject",
-    "load_tokenizer",
-]
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,8 @@ from transformers import GenerationConfig
 
 from lorascope.errors import AdapterError
 from lorascope.hub import read_json_object
-from lorascope.subject.load import Base, Subject
+from lorascope.subject.base import Base
+from lorascope.subject.load import Subject
 from lorascope.texts.rollouts import Rollout, roles_of_generated
 
 log = logging.getLogger(__name__)
