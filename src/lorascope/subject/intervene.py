@@ -21,6 +21,7 @@ import math
 import re
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +55,20 @@ class Outcome(NamedTuple):
     layers: list[Tensor]
 
 
+@dataclass
+class _Run:
+    """What a forward changes, and what it has read so far."""
+
+    shape: tuple[int, ...]
+    edit: Edit | None
+    push: Tensor | None
+    held: tuple[Tensor, ...] | None  # per site
+    above: tuple[int, Tensor] | None
+    lean: bool
+    read: list[list[Tensor]]  # per site
+    layers: list[Tensor] | None
+
+
 class RowEditor(SiteHooks):
     """A context in which `run` runs the subject with an edit, and `base` runs it without adapter.
 
@@ -66,15 +81,8 @@ class RowEditor(SiteHooks):
         self.fast = fast
         self._backs = [None if mix is None else unmix(mix) for mix in subject.mixes]
         self._seed = seed
-        self._read: list[list[Tensor]] | None = None  # per site, while running
-        self._shape: tuple[int, ...] = ()
-        self._edit: Edit | None = None
-        self._push: Tensor | None = None
+        self._run: _Run | None = None
         self._directions: dict[int, Tensor] = {}  # of pushes, by site
-        self._held: tuple[Tensor, ...] | None = None  # per site
-        self._lean = False
-        self._kept: list[Tensor] | None = None
-        self._above: tuple[int, Tensor] | None = None
         takes = inspect.signature(subject.causal.forward).parameters
         self._keeps_logits = "logits_to_keep" in takes
 
@@ -122,30 +130,42 @@ class RowEditor(SiteHooks):
         AdapterError unless each site ran exactly once, for every token.
         """
         assert edit is None or held is None
-        self._read = [[] for _ in self.subject.sites]
-        self._edit, self._push, self._shape = edit, push, tuple(token_ids.shape)
-        self._lean = lean and torch.is_grad_enabled()
+        split = None
         if held is not None:
             held = held.to(self.subject.device, torch.float32)
-            self._held = held.split([site.rank for site in self.subject.layout.sites], dim=-1)
-            self._edit = lambda columns, _: held[..., columns]
+            split = held.split([site.rank for site in self.subject.layout.sites], dim=-1)
+            edit = lambda columns, _, rows=held: rows[..., columns]  # noqa: E731
+        run = self._run = _Run(
+            shape=tuple(token_ids.shape),
+            edit=edit,
+            push=push,
+            held=split,
+            above=above,
+            lean=lean and torch.is_grad_enabled(),
+            read=[[] for _ in self.subject.sites],
+            layers=[] if keep_layers else None,
+        )
+        try:
+            logits, cache = self._forward(token_ids, cache, logits_at)
+            rows = self._rows(run)
+            return Outcome(logits, rows if held is None else held, cache, run.layers or [])
+        finally:
+            self._run = None
+
+    def _forward(
+        self, token_ids: Tensor, cache: Any = None, logits_at: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
+        """Return the logits, as `run` does, and the cache."""
         given: dict[str, Any] = {} if cache in (None, True) else {"past_key_values": cache}
-        self._kept, self._above = [] if keep_layers else None, above
         if logits_at is not None and self._keeps_logits:
             given["logits_to_keep"] = logits_at.to(self.subject.device)
-        try:
-            out = self.subject.causal(
-                input_ids=token_ids.to(self.subject.device), use_cache=cache is not None, **given
-            )
-            logits = out.logits
-            if logits_at is not None and not self._keeps_logits:
-                logits = logits[:, logits_at.to(logits.device)]
-            rows = self._rows(self._read)
-            rows = rows if held is None else held
-            return Outcome(logits, rows, out.get("past_key_values"), self._kept or [])
-        finally:
-            self._read = self._edit = self._push = self._held = self._kept = self._above = None
-            self._lean = False
+        out = self.subject.causal(
+            input_ids=token_ids.to(self.subject.device), use_cache=cache is not None, **given
+        )
+        logits = out.logits
+        if logits_at is not None and not self._keeps_logits:
+            logits = logits[:, logits_at.to(logits.device)]
+        return logits, out.get("past_key_values")
 
     def base(
         self,
@@ -158,34 +178,13 @@ class RowEditor(SiteHooks):
 
         `cache` is one of the base's own (`base_cache`).
         """
-        given: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
-        if logits_at is not None and self._keeps_logits:
-            given["logits_to_keep"] = logits_at.to(self.subject.device)
         with adapter_off(self.subject):
-            out = self.subject.causal(
-                input_ids=token_ids.to(self.subject.device), use_cache=cache is not None, **given
-            )
-        logits = out.logits
-        if logits_at is not None and not self._keeps_logits:
-            logits = logits[:, logits_at.to(logits.device)]
-        return logits
+            return self._forward(token_ids, cache, logits_at)[0]
 
     def base_cache(self, token_ids: Int[Tensor, "batch seq"]) -> Any:
         """Return the cache of a run without the adapter."""
         with adapter_off(self.subject):
-            return self.subject.causal(
-                input_ids=token_ids.to(self.subject.device), use_cache=True
-            ).get("past_key_values")
-
-    @contextmanager
-    def _again(self, state: tuple[Any, ...]) -> Generator[None]:
-        """Run a part of an earlier run, for its backward pass, as it ran then."""
-        self._read = [[] for _ in self.subject.sites]
-        self._edit, self._push, self._held, self._shape = state
-        try:
-            yield
-        finally:
-            self._read = self._edit = self._push = self._held = None
+            return self._forward(token_ids, cache=True)[1]
 
     def _fast_forward(self, index: int, layer: Any) -> Callable[..., Tensor]:
         """Return the forward of a plain layer: read, edit and write its row in few passes."""
@@ -201,24 +200,22 @@ class RowEditor(SiteHooks):
         write = write.contiguous() if back is None else back.T.to(write) @ write
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if self._read is None:
-                return own(x, *args, **kwargs)  # not in `run`
-            self._require_tokens(index, x.numel() // x.shape[-1])
+            if (run := self._run) is None:
+                return own(x, *args, **kwargs)
+            self._require_tokens(run, index, x.numel() // x.shape[-1])
             out = layer.base_layer(x, *args, **kwargs)
-            if self._held is not None:
-                values = self._held[index].to(x.device)
-                self._read[index].append(values)
+            if run.held is not None:
+                values = run.held[index].to(x.device)
+                run.read[index].append(values)
             else:
                 values = nn.functional.linear(x.to(read.dtype), read).float()
-                values = values.view(*self._shape, -1)
-                self._read[index].append(values)
-                new = None if self._edit is None else self._edit(columns, values)
+                values = values.view(*run.shape, -1)
+                run.read[index].append(values)
+                new = None if run.edit is None else run.edit(columns, values)
                 values = values if new is None else new.to(x.device, torch.float32)
-            left = values.expand(*self._shape, -1).reshape(-1, len(write)).to(write.dtype)
-            if self._push is not None or out.dtype != write.dtype:
-                written = left @ write
-                if self._push is not None:
-                    written = self._pushed(index, written)
+            left = values.expand(*run.shape, -1).reshape(-1, len(write)).to(write.dtype)
+            if run.push is not None or out.dtype != write.dtype:
+                written = self._pushed(run, index, left @ write)
                 return (out + written.view_as(out)).to(out.dtype)
             flat = out.view(-1, out.shape[-1])
             if torch.is_grad_enabled():  # the gradient of an in-place sum would copy the output
@@ -236,25 +233,30 @@ class RowEditor(SiteHooks):
         own = layer.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._above is not None and index < self._above[0]:
-                return self._above[1]
-            if self._lean:
-                return self._checkpointed(own, *args, **kwargs)
+            if (run := self._run) is None:
+                return own(*args, **kwargs)
+            if run.above is not None and index < run.above[0]:
+                return run.above[1]
+            if run.lean:
+                return self._checkpointed(run, own, *args, **kwargs)
             out = own(*args, **kwargs)
-            if self._kept is not None and isinstance(out, Tensor):
-                self._kept.append(out)
+            if run.layers is not None and isinstance(out, Tensor):
+                run.layers.append(out)
             return out
 
         return forward
 
-    def _checkpointed(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        state = self._edit, self._push, self._held, self._shape
+    def _checkpointed(self, run: _Run, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a layer, and once more for its backward pass, with what changes it now."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._read is not None:
+            if self._run is not None:
                 return own(*args, **kwargs)
-            with self._again(state):
+            self._run = replace(run, read=[[] for _ in self.subject.sites])
+            try:
                 return own(*args, **kwargs)
+            finally:
+                self._run = None
 
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
@@ -264,14 +266,14 @@ class RowEditor(SiteHooks):
         columns, rank = layout.slices[index], layout.sites[index].rank
 
         def hook(_module: nn.Module, _args: Any, h: Tensor) -> Tensor | None:
-            if self._read is None:
-                return None  # not in `run`
-            self._require_tokens(index, h.numel() // rank)
+            if (run := self._run) is None:
+                return None
+            self._require_tokens(run, index, h.numel() // rank)
             flat = h.reshape(-1, rank)
             values = flat.float() if mix is None else flat.float() @ mix.T
-            values = values.view(*self._shape, rank)
-            self._read[index].append(values)
-            new = None if self._edit is None else self._edit(columns, values)
+            values = values.view(*run.shape, rank)
+            run.read[index].append(values)
+            new = None if run.edit is None else run.edit(columns, values)
             if new is None:
                 return None
             new = new.to(h.device, torch.float32).expand_as(values).reshape(-1, rank)
@@ -287,35 +289,36 @@ class RowEditor(SiteHooks):
 
     def _at_write(self, index: int) -> Callable[..., Tensor | None]:
         def hook(_module: nn.Module, _args: Any, out: Tensor) -> Tensor | None:
-            return None if self._push is None or self._read is None else self._pushed(index, out)
+            return None if self._run is None else self._pushed(self._run, index, out)
 
         return hook
 
-    def _pushed(self, index: int, written: Tensor) -> Tensor:
+    def _pushed(self, run: _Run, index: int, written: Tensor) -> Tensor:
         """Return what a site writes, with the push of its copy added."""
-        assert self._push is not None
-        flat = written.view(*self._shape, -1)
+        if run.push is None:
+            return written
+        flat = written.view(*run.shape, -1)
         if index not in self._directions:
             generator = torch.Generator().manual_seed(self._seed * _SITES + index)
             one = torch.randn(flat.shape[-1], generator=generator)
             self._directions[index] = (one / one.norm()).to(flat.device, flat.dtype)
-        share = self._push[:, index].to(written.device, written.dtype)
+        share = run.push[:, index].to(written.device, written.dtype)
         norm = flat.norm(dim=-1, keepdim=True)
         return (flat + share[:, None, None] * norm * self._directions[index]).view_as(written)
 
-    def _require_tokens(self, index: int, n_tokens: int) -> None:
-        expected = math.prod(self._shape)
+    def _require_tokens(self, run: _Run, index: int, n_tokens: int) -> None:
+        expected = math.prod(run.shape)
         if n_tokens != expected:
             raise AdapterError(
                 f"{self.subject.layout.sites[index].module} saw {n_tokens} of {expected} tokens, "
                 "expected all: an edit would miss some"
             )
 
-    def _rows(self, read: list[list[Tensor]]) -> Tensor:
-        lowest = -1 if self._above is None else self._above[0]
+    def _rows(self, run: _Run) -> Tensor:
+        lowest = -1 if run.above is None else run.above[0]
         ran = [
             self._require_once(site, values).to(self.subject.device)
-            for site, values in zip(self.subject.layout.sites, read, strict=True)
+            for site, values in zip(self.subject.layout.sites, run.read, strict=True)
             if not 0 <= site.layer < lowest
         ]
         return torch.cat(ran, dim=-1)
