@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from lorascope import kernels
@@ -133,21 +133,13 @@ class SAE:
         return store
 
     @torch.no_grad()
-    def encode(
-        self, rows: Float[Tensor, "*batch d_in"], latents: Int64[Tensor, "slice"] | None = None
-    ) -> SparseCode:
+    def encode(self, rows: Float[Tensor, "*batch d_in"]) -> SparseCode:
         """Return the code of raw rows, float16 or float32, with any leading axes.
 
-        `latents` keeps only those latents, under their own numbers. Raises ArtifactError without
-        a threshold, NumberError if a row is not finite.
+        Raises ArtifactError without a threshold, NumberError if a row is not finite.
         """
         flat = self._checked(rows)
-        if latents is None:
-            fired = self.encoder(flat)
-        else:
-            kept = latents.unique()
-            fired = self._encoder_of(kept)(flat)
-            fired = fired._replace(latents=kept[fired.latents])
+        fired = self.encoder(flat)
         return SparseCode(
             offsets=torch.searchsorted(
                 fired.rows, torch.arange(len(flat) + 1, device=fired.rows.device)
@@ -159,28 +151,15 @@ class SAE:
 
     @torch.no_grad()
     def encode_dense(
-        self, rows: Float[Tensor, "*batch d_in"], latents: Int64[Tensor, "slice"] | None = None
-    ) -> Float32[Tensor, "*batch slice"]:
-        """Return the dense code of raw rows; `latents` chooses and orders its columns.
-
-        The values are those of `encode`, bit for bit, and so are the errors.
-        """
-        flat = self._checked(rows)
-        fired = (self.encoder if latents is None else self._encoder_of(latents))(flat)
-        width = self.d_sae if latents is None else len(latents)
-        dense = self.b_enc.new_zeros(len(flat), width)
-        dense[fired.rows, fired.latents] = fired.values
-        return dense.view(*rows.shape[:-1], width)
+        self, rows: Float[Tensor, "*batch d_in"]
+    ) -> Float32[Tensor, "*batch latent"]:
+        """Return the dense code of raw rows: that of `encode`, bit for bit."""
+        return self.encode(rows).to_dense()
 
     @cached_property
     def encoder(self) -> Encoder:
         """Turns raw rows into the pairs that fire. Raises ArtifactError without a threshold."""
         return Encoder(self.W_enc, self.b_enc, self._require_threshold())
-
-    def _encoder_of(self, latents: Int64[Tensor, "slice"]) -> Encoder:
-        threshold = self._require_threshold()
-        weights = self.W_enc[:, latents].contiguous()
-        return Encoder(weights, self.b_enc[latents], threshold[latents])
 
     def decode(
         self, code: SparseCode | Float32[Tensor, "*batch latent"]
