@@ -53,6 +53,7 @@ def option(
     identity: bool = True,
     path: bool = False,
     positional: bool = False,
+    at_least: float | None = None,
 ) -> Any:
     """Declare a field of a config.
 
@@ -60,9 +61,16 @@ def option(
     the artifact, and an existing output with another value is not overwritten by accident. Paths
     of inputs are not recorded, because the digests of the inputs are. `path` marks a string that
     may be a path: in a TOML file it is relative to that file. A `positional` option is given
-    without a flag on the command line.
+    without a flag on the command line. `at_least` is the smallest allowed value of a number, or of
+    each number in a list.
     """
-    metadata = {"help": help, "identity": identity, "path": path, "positional": positional}
+    metadata = {
+        "help": help,
+        "identity": identity,
+        "path": path,
+        "positional": positional,
+        "at_least": at_least,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -73,8 +81,9 @@ class Config:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            object.__setattr__(self, field.name, _convert(field.name, hints[field.name], value))
+            value = _convert(field.name, hints[field.name], getattr(self, field.name))
+            _require_at_least(field, value)
+            object.__setattr__(self, field.name, value)
         self.check()
 
     @classmethod
@@ -109,12 +118,14 @@ class Config:
             if field.metadata.get("identity", True)
         }
 
-    def require(self, name: str, at_least: float, *, unit: str = "") -> None:
-        """Raise ConfigError unless option `name` is None or at least `at_least`."""
-        value = getattr(self, name)
-        if value is not None and not value >= at_least:
-            flag = flag_of(name)
-            raise ConfigError(f"{flag} is {value}, expected {at_least} or more{unit}")
+
+def _require_at_least(field: "Field[Any]", value: Any) -> None:
+    least = field.metadata.get("at_least")
+    if least is None or value is None:
+        return
+    for number in value if isinstance(value, tuple) else (value,):
+        if not number >= least:  # NaN too
+            raise ConfigError(f"{flag_of(field.name)} is {number}, expected {least} or more")
 
 
 def require_temperature(temperature: float) -> None:

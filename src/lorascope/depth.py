@@ -58,19 +58,15 @@ class DepthOptions(Config):
         None,
         help="held-out texts on which to measure how much of the adapter's effect the SAE "
         "recovers; 0: none; default: by --depth. The model runs about ten times on each",
+        at_least=0,
     )
     effect_texts: int | None = option(
         None,
         help="held-out texts on which to measure what each feature does; 0: none; default: by "
         "--depth. The model runs about a hundred times on each, and three times for each adapted "
         "module on some",
+        at_least=0,
     )
-
-    def check(self) -> None:
-        """Raise ConfigError at impossible numbers."""
-        super().check()
-        self.require("evaluate_texts", 0)
-        self.require("effect_texts", 0)
 
     @property
     def plan(self) -> Plan:

@@ -21,18 +21,13 @@ class AuditConfig(AdapterOptions):
     columns: tuple[str, ...] = option(
         (), help="columns to read, as FIELD=COLUMN (docs/texts.md)", identity=False
     )
-    num_examples: int = option(100, help="texts to read", identity=False)
+    num_examples: int = option(100, help="texts to read", identity=False, at_least=2)
     budget: float = option(
-        5.0, help="minutes to look for triggers at most, roughly; 0 does not look for them"
+        5.0,
+        help="minutes to look for triggers at most, roughly; 0 does not look for them",
+        at_least=0,
     )
-    seed: int = option(0, help="seed of sampling and of the bootstrap")
+    seed: int = option(0, help="seed of sampling and of the bootstrap", at_least=0)
     output: Path = option(Path("lorascope-audit"), help="folder to write", identity=False)
     device: str = option("auto", help="auto, cpu, cuda or cuda:N", identity=False)
     overwrite: bool = option(False, help="replace outputs of other settings", identity=False)
-
-    def check(self) -> None:
-        """Refuse impossible numbers."""
-        super().check()
-        self.require("num_examples", 2)
-        self.require("budget", 0)
-        self.require("seed", 0)

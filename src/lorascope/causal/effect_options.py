@@ -42,32 +42,24 @@ class EffectOptions(ReportOptions):
         identity=False,
     )
     max_rollouts: int | None = option(
-        None, help="largest number of held-out rollouts to run; default: all"
+        None, help="largest number of held-out rollouts to run; default: all", at_least=1
     )
     batch_tokens: int | None = option(
         None,
         help="tokens in one batch, padding included; changes results by rounding only; "
         "default: as many as keep the logits below 512 MB, at most 2048",
         identity=False,
+        at_least=1,
     )
-
-    def check(self) -> None:
-        """Refuse impossible numbers."""
-        super().check()
-        self.require("max_rollouts", 1)
-        self.require("batch_tokens", 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SeededEffectOptions(EffectOptions):
     """Options of the commands that draw random numbers."""
 
-    seed: int = option(0, help="seed of random directions, of sampling and of the bootstrap")
-
-    def check(self) -> None:
-        """Refuse impossible numbers."""
-        super().check()
-        self.require("seed", 0)
+    seed: int = option(
+        0, help="seed of random directions, of sampling and of the bootstrap", at_least=0
+    )
 
 
 def sae_option() -> Any:
@@ -110,6 +102,7 @@ class EvaluateConfig(SeededEffectOptions):
         0,
         help="random subsets of the sites to rebuild alone, and steps of the search for the "
         "subset that loses most; two runs for each subset, and about four for each step",
+        at_least=0,
     )
     curve: tuple[float, ...] = option(
         (),
@@ -120,16 +113,15 @@ class EvaluateConfig(SeededEffectOptions):
         0,
         help="held-out prompts that base and adapter both continue by up to 96 tokens, with the "
         "same noise, to be read side by side; plain LoRA only",
+        at_least=0,
     )
     output: Path | None = option(
         None, help="report to write; default: evaluation_{SAE's name}.json", identity=False
     )
 
     def check(self) -> None:
-        """Refuse impossible numbers, and an output that is not a JSON file."""
+        """Refuse an impossible curve, and an output that is not a JSON file."""
         super().check()
-        self.require("subsets", 0)
-        self.require("answers", 0)
         if min(self.curve, default=1) < 1 or not all(map(math.isfinite, self.curve)):
             raise ConfigError("--curve must be numbers of values per token, 1 or more")
         if self.output is not None:
@@ -152,11 +144,13 @@ class AblateConfig(SeededEffectOptions):
         64,
         help="features to really remove: those of largest estimated effect; the others keep their "
         "estimate; those of --features are all removed",
+        at_least=0,
     )
     part_rollouts: int | None = option(
         None,
         help="largest number of the rollouts on which to remove parts of the adapter, three runs "
         "for each part and rollout; default: all",
+        at_least=1,
     )
     greedy: Literal["none", "projection", "layer", "site"] = option(
         "projection", help="kind of part to remove step by step; n parts take n²/2 runs"
@@ -167,8 +161,6 @@ class AblateConfig(SeededEffectOptions):
         """Refuse impossible choices."""
         super().check()
         require_json_name(self.output)
-        self.require("verify", 0)
-        self.require("part_rollouts", 1)
         if self.features and self.sae is None:
             raise ConfigError("--features are those of an SAE; name it with --sae")
         require_features(self.features)
@@ -193,28 +185,30 @@ class AttributeConfig(EffectOptions):
         "the first --max-rollouts of them",
         identity=False,
     )
-    tokens: int = option(10, help="tokens to explain in each rollout: those of highest KL")
+    tokens: int = option(
+        10, help="tokens to explain in each rollout: those of highest KL", at_least=1
+    )
     positions: tuple[int, ...] = option(
         (),
         help="positions in the rollout, from 0, of the tokens to explain instead; needs exactly "
         "one of --rollouts",
     )
     steps: int = option(
-        16, help="points between base and adapter where gradients are taken; more are more exact"
+        16,
+        help="points between base and adapter where gradients are taken; more are more exact",
+        at_least=1,
     )
-    top: int = option(10, help="features to name for each token")
+    top: int = option(10, help="features to name for each token", at_least=1)
     check_rollouts: int = option(
-        2, help="rollouts in which every feature is really removed, for comparison"
+        2,
+        help="rollouts in which every feature is really removed, for comparison",
+        at_least=0,
     )
     output: Path = option(Path("attribution.json"), help="report to write", identity=False)
 
     def check(self) -> None:
         """Refuse impossible choices."""
         super().check()
-        self.require("tokens", 1)
-        self.require("steps", 1)
-        self.require("top", 1)
-        self.require("check_rollouts", 0)
         require_json_name(self.output)
         if self.rollouts and self.rollouts_of is not None:
             raise ConfigError(
@@ -233,13 +227,12 @@ class DirectConfig(ReportOptions):
     """Options of `direct`."""
 
     sae: Path = sae_option()
-    top: int = option(10, help="tokens to name on each side: promoted, and suppressed")
+    top: int = option(10, help="tokens to name on each side: promoted, and suppressed", at_least=1)
     output: Path = option(Path("direct.json"), help="report to write", identity=False)
 
     def check(self) -> None:
-        """Refuse impossible numbers."""
+        """Refuse an output that is not a JSON file."""
         super().check()
-        self.require("top", 1)
         require_json_name(self.output)
 
 
@@ -268,17 +261,15 @@ class SteerConfig(SeededEffectOptions):
         identity=False,
         path=True,
     )
-    num_prompts: int = option(8, help="prompts to continue")
-    samples: int = option(1, help="continuations of each prompt")
-    max_new_tokens: int = option(64, help="longest continuation in tokens")
+    num_prompts: int = option(8, help="prompts to continue", at_least=1)
+    samples: int = option(1, help="continuations of each prompt", at_least=1)
+    max_new_tokens: int = option(64, help="longest continuation in tokens", at_least=1)
     temperature: float = option(0.0, help="sampling temperature; 0 takes the likeliest token")
     output: Path = option(Path("steering.json"), help="report to write", identity=False)
 
     def check(self) -> None:
         """Refuse impossible choices."""
         super().check()
-        for name in ("num_prompts", "samples", "max_new_tokens"):
-            self.require(name, 1)
         require_temperature(self.temperature)
         require_json_name(self.output)
         if not self.features:
@@ -306,6 +297,7 @@ class EditConfig(SeededEffectOptions):
         0.05,
         help="largest share of the edit that weights may miss; above it the output is a runtime "
         "patch. 0: always a patch, unless weights miss nothing",
+        at_least=0,
     )
     output: Path = option(Path("edited-adapter"), help="folder to write", identity=False)
 
@@ -317,4 +309,3 @@ class EditConfig(SeededEffectOptions):
         require_features(self.features)
         if not math.isfinite(self.factor):
             raise ConfigError(f"--factor is {self.factor}, expected a finite number")
-        self.require("tolerance", 0)

@@ -28,22 +28,22 @@ class CompareConfig(TrainOptions, ReadingOptions):
     holdout: float = option(
         0.2, help="share of the tokens held out for the report, by rollout; half of it is measured"
     )
-    max_rollouts: int = option(100, help="held-out rollouts to measure, at most")
+    max_rollouts: int = option(100, help="held-out rollouts to measure, at most", at_least=1)
     verify: int = option(
-        40, help="features of each pair that are really removed, those of largest contribution"
+        40,
+        help="features of each pair that are really removed, those of largest contribution",
+        at_least=1,
     )
-    steps: int = option(4, help="points on the path from the base to the adapters")
+    steps: int = option(4, help="points on the path from the base to the adapters", at_least=1)
     output: Path = option(Path("lorascope-compare"), help="folder to write", identity=False)
     device: str = option("auto", help="auto, cpu, cuda or cuda:N", identity=False)
     overwrite: bool = option(False, help="replace outputs of other settings", identity=False)
 
     def check(self) -> None:
-        """Refuse impossible numbers, and what would train several dictionaries."""
+        """Refuse no adapter, and what would train several dictionaries."""
         super().check()
         if not self.adapters:
             raise ConfigError("no adapter is given; name two or more, or a folder of checkpoints")
-        for name in ("max_rollouts", "verify", "steps"):
-            self.require(name, 1)
         for name in ("k", "expansion_factor", "lr", "seed"):
             if (n := len(self.values_of(name))) > 1:
                 raise ConfigError(

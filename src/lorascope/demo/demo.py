@@ -31,14 +31,13 @@ class DemoConfig(DepthOptions):
     """Options of `demo`."""
 
     output: Path = option(Path("demo-output"), help="folder to make", identity=False)
-    num_examples: int = option(1000, help="problems to read, at most 2,000")
+    num_examples: int = option(1000, help="problems to read, at most 2,000", at_least=1)
     open: bool = option(False, help="open the page in a browser", identity=False)
     overwrite: bool = option(False, help="replace outputs of other settings", identity=False)
 
     def check(self) -> None:
         """Check the ranges of the numbers."""
         super().check()
-        self.require("num_examples", 1)
         if self.num_examples > N_PROBLEMS:
             raise ConfigError(
                 f"--num-examples is {self.num_examples}, expected {N_PROBLEMS} or fewer"

@@ -48,10 +48,12 @@ CONTEXT_REACH = 5  # tokens on each side that make up a firing's context
 class CollectOptions(Config):
     """Options that decide which examples are kept."""
 
-    top_k: int = option(10, help="examples kept per feature")
-    context_window: int = option(10, help="tokens shown on each side of an example")
+    top_k: int = option(10, help="examples kept per feature", at_least=1)
+    context_window: int = option(10, help="tokens shown on each side of an example", at_least=0)
     max_per_rollout: int = option(
-        3, help="largest number of a feature's examples from one rollout; 0 for no limit"
+        3,
+        help="largest number of a feature's examples from one rollout; 0 for no limit",
+        at_least=0,
     )
     same_context: Literal["collapse", "keep"] = option(
         "collapse",
@@ -59,18 +61,15 @@ class CollectOptions(Config):
         "them into the strongest, or keep all",
     )
     samples: int = option(
-        2, help="random examples from each fifth of a feature's firings, by value"
+        2,
+        help="random examples from each fifth of a feature's firings, by value",
+        at_least=0,
     )
     rollout_tokens: int = option(
-        20_000, help="tokens of the rollouts that are kept whole, with the features of every token"
+        20_000,
+        help="tokens of the rollouts that are kept whole, with the features of every token",
+        at_least=0,
     )
-
-    def check(self) -> None:
-        """Check the ranges of the numbers."""
-        super().check()
-        self.require("top_k", 1)
-        for name in ("context_window", "max_per_rollout", "samples", "rollout_tokens"):
-            self.require(name, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +92,14 @@ class CollectConfig(CollectOptions):
     roles: tuple[str, ...] = option(
         ROLES, help="read only tokens with these roles; special: special tokens, template headers"
     )
-    max_rollouts: int | None = option(None, help="read only the first rollouts; default: all")
+    max_rollouts: int | None = option(
+        None, help="read only the first rollouts; default: all", at_least=1
+    )
     batch_size: int = option(
-        2048, help="tokens encoded at once; affects speed only", identity=False
+        2048,
+        help="tokens encoded at once; affects speed only",
+        identity=False,
+        at_least=1,
     )
     num_gpus: int | None = option(
         None, help="GPUs to use, one process each; default: all", identity=False
@@ -104,10 +108,8 @@ class CollectConfig(CollectOptions):
     overwrite: bool = option(False, help="replace an output of other settings", identity=False)
 
     def check(self) -> None:
-        """Check the ranges of the numbers and the output's suffix."""
+        """Check the output's suffix."""
         super().check()
-        self.require("max_rollouts", 1)
-        self.require("batch_size", 1)
         if self.output is not None and self.output.suffix not in (".h5", ".json"):
             raise ConfigError(f"--output is {self.output}, expected a .h5 or .json file")
 

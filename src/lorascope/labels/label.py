@@ -61,13 +61,10 @@ class LabelOptions(Config):
     """Options that `run` shares."""
 
     label_tokens: int = option(
-        300_000, help="tokens of whole rollouts to read: one half chooses labels, the other scores"
+        300_000,
+        help="tokens of whole rollouts to read: one half chooses labels, the other scores",
+        at_least=1,
     )
-
-    def check(self) -> None:
-        """Check the range of the number."""
-        super().check()
-        self.require("label_tokens", 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +134,9 @@ class LabelConfig(IndexOptions):
     features: tuple[int, ...] = option(
         (), help="numbers of the features that the model describes; default: all that fire"
     )
-    llm_parallel: int = option(8, help="questions to ask at the same time", identity=False)
+    llm_parallel: int = option(
+        8, help="questions to ask at the same time", identity=False, at_least=1
+    )
     output: Path | None = option(
         None, help="JSON file to write; default: labels.json beside the index", identity=False
     )
@@ -147,7 +146,6 @@ class LabelConfig(IndexOptions):
     def check(self) -> None:
         """Check the output's suffix."""
         super().check()
-        self.require("llm_parallel", 1)
         if self.output is not None:
             require_json_name(self.output)
         if self.llm_model is None and (self.llm_base_url or self.judge_model or self.features):

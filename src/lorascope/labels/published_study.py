@@ -58,8 +58,10 @@ class StudyConfig(ReportOptions, IndexOptions):
     effects: tuple[Path, ...] = option(
         (), help="report of ablate; default: effects/ablation.json beside the index", identity=False
     )
-    directions: int = option(500, help="directions of each kind to score, drawn at random")
-    seed: int = option(0, help="seed of what is drawn, and of the bootstrap")
+    directions: int = option(
+        500, help="directions of each kind to score, drawn at random", at_least=1
+    )
+    seed: int = option(0, help="seed of what is drawn, and of the bootstrap", at_least=0)
     output: Path | None = option(
         None, help="JSON file to write; default: study.json beside the index", identity=False
     )
@@ -67,8 +69,6 @@ class StudyConfig(ReportOptions, IndexOptions):
     def check(self) -> None:
         """Refuse impossible choices."""
         super().check()
-        self.require("directions", 1)
-        self.require("seed", 0)
         if self.output is not None:
             require_json_name(self.output)
         if len(self.effects) > 1:

@@ -150,9 +150,7 @@ class SAE:
         )
 
     @torch.no_grad()
-    def encode_dense(
-        self, rows: Float[Tensor, "*batch d_in"]
-    ) -> Float32[Tensor, "*batch latent"]:
+    def encode_dense(self, rows: Float[Tensor, "*batch d_in"]) -> Float32[Tensor, "*batch latent"]:
         """Return the dense code of raw rows: that of `encode`, bit for bit."""
         return self.encode(rows).to_dense()
 

@@ -44,27 +44,32 @@ class TrainOptions(Config):
         None,
         help=f"latents per column of the store; default: {_MOST_PER_COLUMN}, or fewer if these are "
         f"more than {_MOST_LATENTS:,} latents",
+        at_least=1,
     )
     k: tuple[float, ...] | float | None = option(
         None,
         help="latents that fire per token, on average; default: one for every "
         f"{_COLUMNS_PER_FIRING} columns, at most {_MOST_FIRING}",
     )
-    batch_size: int = option(1024, help="tokens per step")
+    batch_size: int = option(1024, help="tokens per step", at_least=2)
     epochs: int | None = option(
         None,
         help="passes over the training tokens (default: 1 to 20, to reach 4 million tokens)",
+        at_least=1,
     )
     lr: tuple[str, ...] | str | float = option(
         ("auto",), help="peak learning rate of Adam, or auto: from the columns and the steps"
     )
     warmup: int = option(
-        100, help="steps over which the learning rate rises, at most a tenth of all steps"
+        100,
+        help="steps over which the learning rate rises, at most a tenth of all steps",
+        at_least=0,
     )
     seed: tuple[int, ...] | int = option(
         (42,),
         help="seed of the first weights, the split and the shuffle; with several seeds the first "
         "one splits and shuffles, and each latent gets its stability across them",
+        at_least=0,
     )
     normalize: Literal["std", "none"] = option(
         "std",
@@ -75,13 +80,18 @@ class TrainOptions(Config):
         ROLES, help="roles of the tokens to train on; special: special tokens, template headers"
     )
     holdout: float = option(0.1, help="share of the tokens held out for the report, by rollout")
-    dead_after: int = option(100_000, help="tokens without firing after which a latent is dead")
-    auxk_alpha: float = option(1 / 8, help="weight of the loss that revives dead latents")
+    dead_after: int = option(
+        100_000, help="tokens without firing after which a latent is dead", at_least=0
+    )
+    auxk_alpha: float = option(
+        1 / 8, help="weight of the loss that revives dead latents", at_least=0
+    )
     max_fvu: float = option(
         1.0,
         help="largest FVU on held-out rows with which an SAE is published; above 1, the mean of "
         "the rows explains more; inf publishes any",
         identity=False,
+        at_least=0,
     )
     precision: Literal["float32", "bfloat16"] = option(
         "float32", help="dtype of the encoder's product; weights and sums are always float32"
@@ -105,13 +115,6 @@ class TrainOptions(Config):
         for lr in self.values_of("lr"):
             if lr != "auto" and not 0 < parse_number(lr) < math.inf:
                 raise ConfigError(f"--lr is {lr}, expected auto or a number above 0")
-        for name, least in (("expansion_factor", 1), ("seed", 0)):
-            if (value := min(self.values_of(name), default=least)) < least:
-                raise ConfigError(f"{flag_of(name)} is {value}, expected {least} or more")
-        for name, least in (("batch_size", 2), ("epochs", 1)):
-            self.require(name, least)
-        for name in ("warmup", "dead_after", "auxk_alpha", "max_fvu"):
-            self.require(name, 0)
         if self.auxk_alpha == math.inf:
             raise ConfigError("--auxk-alpha is inf, expected a finite number")
         if round((k := min(self.values_of("k"), default=1)) * self.batch_size) < 1:
@@ -193,20 +196,18 @@ class TrainConfig(TrainOptions):
         (), help="projections whose columns to use, such as gate_proj, g-u-d or mlp (default: all)"
     )
     buffer_rows: int | None = option(
-        None, help="rows shuffled together if the store is larger (default: as many as fill 2 GiB)"
+        None,
+        help="rows shuffled together if the store is larger (default: as many as fill 2 GiB)",
+        at_least=1,
     )
     device: str = option("auto", help="auto, cpu or cuda", identity=False)
-    checkpoint_every: float = option(60.0, help="seconds between checkpoints", identity=False)
+    checkpoint_every: float = option(
+        60.0, help="seconds between checkpoints", identity=False, at_least=0
+    )
     resume: bool = option(True, help="resume from a checkpoint if there is one", identity=False)
     overwrite: bool = option(
         False, help="replace an output that has other settings", identity=False
     )
-
-    def check(self) -> None:
-        """Raise ConfigError if a value is impossible whatever the store holds."""
-        super().check()
-        self.require("buffer_rows", 1)
-        self.require("checkpoint_every", 0)
 
     def settings(self) -> dict[str, Any]:
         """Return the options that decide the SAE, without projections and those of a sweep member.

@@ -58,7 +58,10 @@ class ReadingOptions(BaseOptions):
     )
     split: str = option("train", help="split of a hub dataset", identity=False)
     num_examples: int | None = option(
-        1000, help="number of records to read, from the start of the dataset", identity=False
+        1000,
+        help="number of records to read, from the start of the dataset",
+        identity=False,
+        at_least=1,
     )
     template: Literal["auto", "s1", "chat", "text"] = option(
         "auto", help="how a record becomes a rollout; auto decides by its fields"
@@ -73,7 +76,9 @@ class ReadingOptions(BaseOptions):
         "drop", help="what to do with a rollout whose tokens equal those of an earlier one"
     )
     max_length: int | None = option(
-        None, help="longest rollout in tokens; default: the model's context"
+        None,
+        help="longest rollout in tokens; default: the model's context",
+        at_least=2,
     )
     long_texts: Literal["truncate", "window"] = option(
         "truncate",
@@ -86,9 +91,13 @@ class ReadingOptions(BaseOptions):
         None,
         help="tokens in one batch, padding included; changes rows by rounding only; default: what "
         "fits into the GPU's memory, 2048 on the CPU",
+        at_least=1,
     )
     num_gpus: int | None = option(
-        None, help="number of GPUs, one process each; default: all available", identity=False
+        None,
+        help="number of GPUs, one process each; default: all available",
+        identity=False,
+        at_least=0,
     )
     device_map: str | None = option(
         None,
@@ -97,13 +106,9 @@ class ReadingOptions(BaseOptions):
     )
 
     def check(self) -> None:
-        """Raise ConfigError if a number is out of range."""
+        """Raise ConfigError if a column is not given as FIELD=COLUMN."""
         super().check()
         parse_columns(self.columns)
-        self.require("num_examples", 1)
-        self.require("max_length", 2, unit=" tokens")
-        self.require("batch_tokens", 1)
-        self.require("num_gpus", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,20 +116,19 @@ class SubjectOptions(ReadingOptions, AdapterOptions):
     """Options that choose the adapter, its base model and its rollouts, and how to run them."""
 
     sample: int | None = option(
-        None, help="rollouts that the model generates itself, from the records' prompts in turn"
+        None,
+        help="rollouts that the model generates itself, from the records' prompts in turn",
+        at_least=1,
     )
-    max_new_tokens: int = option(512, help="longest continuation in tokens")
+    max_new_tokens: int = option(512, help="longest continuation in tokens", at_least=1)
     temperature: float = option(
         0.0,
         help="sampling temperature; 0 takes the likeliest token; of the base's "
         "generation_config.json, only end-of-text tokens are used",
     )
-    sample_seed: int = option(0, help="seed of the sampling")
+    sample_seed: int = option(0, help="seed of the sampling", at_least=0)
 
     def check(self) -> None:
-        """Raise ConfigError if a number is out of range."""
+        """Raise ConfigError if the temperature is out of range."""
         super().check()
-        self.require("sample", 1)
-        self.require("max_new_tokens", 1)
         require_temperature(self.temperature)
-        self.require("sample_seed", 0)
