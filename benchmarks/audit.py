@@ -35,7 +35,6 @@ from audit_adapters import FRESH, PLANS, Plan, make
 
 from lorascope.activations import generate
 from lorascope.activations.generate import GenerateConfig
-from lorascope.activations.replay import load_subject_of
 from lorascope.activations.store import ActivationStore
 from lorascope.audit.alignment import read_alignments
 from lorascope.audit.audit_records import Search
@@ -43,6 +42,7 @@ from lorascope.audit.population import POPULATION, statistics
 from lorascope.audit.triggers import look_for_triggers
 from lorascope.audit.weights import read_weights
 from lorascope.causal.effects import kl_divergence
+from lorascope.causal.held_out import load_subject_of
 from lorascope.demo.demo import SUBJECT
 from lorascope.subject.adapter import inspect_adapter
 from lorascope.subject.base import find_base

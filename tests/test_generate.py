@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from lorascope.activations import generate
 from lorascope.activations.capture import compare_likelihood
 from lorascope.activations.generate import GenerateConfig
-from lorascope.activations.replay import load_subject_of
 from lorascope.activations.store import ActivationStore, default_name
 from lorascope.artifact import read_manifest
+from lorascope.causal.held_out import load_subject_of
 from lorascope.errors import ArtifactError, ConfigError, NumberError
 from lorascope.inspection import verify
 from lorascope.sites import PROJECTIONS

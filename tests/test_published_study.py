@@ -14,8 +14,8 @@ from builders.stores import write_store
 from builders.studies import dictionary, each_column, make_texts
 from builders.subjects import reference
 
-from lorascope.activations.replay import Replay, load_subject_of
 from lorascope.activations.store import ActivationStore
+from lorascope.causal.held_out import HeldOut, load_subject_of
 from lorascope.causal.study import read_report
 from lorascope.cli import call
 from lorascope.errors import AdapterError, ArtifactError, ConfigError, DatasetError, Interrupted
@@ -231,7 +231,7 @@ def test_neurons_are_what_the_gate_lets_through_of_up_in_the_adapted_model(neuro
     assert [width for _, width in readers] == [32, 32]
     n = int(store.rollout_start[3])
     drawn = directions.Drawn(128, np.array([5, 31, 32, 60]), np.ones(4, np.int64))
-    replay = Replay(subject, store, np.arange(3), batch_tokens=64)
+    replay = HeldOut(subject, store, np.arange(3), batch_tokens=64)
     found = directions.neuron_values(replay, readers, np.arange(1, n, 2), drawn)
     model = reference(subject_dirs[1], subject_dirs[0])
     mlps = [layer.mlp for layer in model.base_model.model.model.layers]

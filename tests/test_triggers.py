@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from lorascope.activations import generate
 from lorascope.activations.generate import GenerateConfig
-from lorascope.activations.replay import load_subject_of
 from lorascope.activations.store import ActivationStore
 from lorascope.audit.audit import run
 from lorascope.audit.audit_options import AuditConfig
@@ -23,6 +22,7 @@ from lorascope.audit.scenes import Scene, scenes_of
 from lorascope.audit.search_budget import Clock, Sizes
 from lorascope.audit.triggers import look_for_triggers
 from lorascope.causal.gradients import no_weight_gradients
+from lorascope.causal.held_out import load_subject_of
 from lorascope.causal.study import read_report
 from lorascope.subject.adapter import WEIGHTS
 from lorascope.subject.intervene import RowEditor

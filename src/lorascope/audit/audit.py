@@ -26,7 +26,6 @@ from lorascope import runtime
 from lorascope.activations import generate
 from lorascope.activations.batches import read_blocks
 from lorascope.activations.generate import GenerateConfig
-from lorascope.activations.replay import fitting_tokens, load_subject_of
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import write_text
 from lorascope.audit.alignment import read_alignments
@@ -39,7 +38,7 @@ from lorascope.audit.weights import read_weights
 from lorascope.causal.answers import answers_of, zero_is_base
 from lorascope.causal.baselines import ConstantRows, rows_of
 from lorascope.causal.effects import bootstrap_interval, log_probabilities, recovered, sum_by
-from lorascope.causal.held_out import HeldOut
+from lorascope.causal.held_out import HeldOut, fitting_tokens, load_subject_of
 from lorascope.causal.openings import openings_of
 from lorascope.causal.report_records import ScoredToken
 from lorascope.causal.shifts import ShiftTally

@@ -28,11 +28,10 @@ import torch
 
 from lorascope.activations import generate
 from lorascope.activations.generate import GenerateConfig
-from lorascope.activations.replay import fitting_tokens
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import write_text
 from lorascope.causal.effects import sum_by
-from lorascope.causal.held_out import HeldOut, held_out_rollouts
+from lorascope.causal.held_out import HeldOut, fitting_tokens, held_out_rollouts
 from lorascope.causal.study import Made, read_report, report_at
 from lorascope.compare.compare_options import CompareConfig
 from lorascope.compare.compare_page import as_html, as_markdown, as_text

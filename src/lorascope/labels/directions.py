@@ -24,7 +24,7 @@ from lorascope.labels.by_rule import Halves
 from lorascope.labels.clues import Ints
 
 if TYPE_CHECKING:
-    from lorascope.activations.replay import Replay
+    from lorascope.causal.held_out import HeldOut
 
 _ROWS = 1 << 14  # rows read at once
 _LARGEST = 6e4  # that float16 holds, nearly
@@ -109,7 +109,7 @@ def _width(module: Any) -> int:
 
 
 def neuron_values(
-    replay: "Replay", readers: Sequence[tuple[Any, int]], rows: Ints, drawn: Drawn
+    replay: "HeldOut", readers: Sequence[tuple[Any, int]], rows: Ints, drawn: Drawn
 ) -> Values:
     """Run rollouts again, and return the values of drawn neurons at their rows, `(row, drawn)`.
 

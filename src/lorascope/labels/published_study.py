@@ -139,7 +139,7 @@ def _kinds(
     columns = directions.of_values(drawn, values, features, rng)
     kinds = {"features": features, "columns": columns}
     if config.lora_path is not None:
-        from lorascope.activations.replay import Replay, fitting_tokens, load_subject_of
+        from lorascope.causal.held_out import HeldOut, fitting_tokens, load_subject_of
 
         subject = load_subject_of(whole, config, device=config.device, dtype=config.dtype)
         readers = directions.mlp_readers(subject.causal)
@@ -147,7 +147,7 @@ def _kinds(
         values = []
         for half in halves:
             rollouts = np.unique(whole.rollout_of(half.row))
-            replay = Replay(subject, whole, rollouts, fitting_tokens(subject))
+            replay = HeldOut(subject, whole, rollouts, fitting_tokens(subject))
             values.append(directions.neuron_values(replay, readers, half.row, drawn))
         kinds["neurons"] = directions.of_values(drawn, values, features, rng)
     return kinds
