@@ -18,9 +18,9 @@ import lorascope
 from lorascope.dashboard.notebook import Page, frame
 from lorascope.dashboard.render import DashboardConfig, run
 from lorascope.errors import ArtifactError
+from lorascope.features.feature import escape_html
 from lorascope.features.index import FeatureIndex
 from lorascope.features.label_file import Labels
-from lorascope.features.snippets import escape_html
 from lorascope.runtime import ProgressLog, in_notebook, progress, shows_bars
 
 OWNER = "<!doctype html><title>notebook</title><p id=secret>secret</p>"

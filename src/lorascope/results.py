@@ -31,9 +31,8 @@ from lorascope.dashboard.overview import (
 from lorascope.dashboard.report import open_results
 from lorascope.dashboard.reports import Reports
 from lorascope.errors import ArtifactError, ConfigError
-from lorascope.features.feature import Feature
+from lorascope.features.feature import Feature, passage_html, sentence_html, table_html
 from lorascope.features.index import FeatureIndex
-from lorascope.features.snippets import passage_html, sentence_html, table_html
 
 if TYPE_CHECKING:
     from lorascope.causal.held_out import HeldOut

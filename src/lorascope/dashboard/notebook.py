@@ -15,7 +15,7 @@ from lorascope.artifact import read_manifest
 from lorascope.dashboard.overview import Overview
 from lorascope.dashboard.render import KIND
 from lorascope.errors import ArtifactError, LorascopeError
-from lorascope.features.snippets import escape_html, sentence_html
+from lorascope.features.feature import escape_html, sentence_html
 
 
 class Page(PosixPath):

@@ -28,9 +28,9 @@ from lorascope.dashboard.payload import Payload, manifest_comment
 from lorascope.dashboard.reports import Reports
 from lorascope.dashboard.serve import PageServer, serve
 from lorascope.errors import ArtifactError, ConfigError
+from lorascope.features.feature import escape_html
 from lorascope.features.label_file import read_labels
 from lorascope.features.published_json import digest_of_index, read_index
-from lorascope.features.snippets import escape_html
 from lorascope.runtime import progress
 from lorascope.stage import Build, built
 

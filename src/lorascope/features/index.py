@@ -22,9 +22,16 @@ import numpy.typing as npt
 from lorascope.arrayfile import Arrays
 from lorascope.artifact import Manifest
 from lorascope.features.arrays import RANKINGS, WINDOWS, complete_arrays, map_arrays, save_arrays
-from lorascope.features.feature import Example, Feature, FeatureStats
+from lorascope.features.feature import (
+    Example,
+    Feature,
+    FeatureStats,
+    passage_html,
+    percentage,
+    sentence_html,
+    table_html,
+)
 from lorascope.features.label_file import Label, Labels, labels_beside
-from lorascope.features.snippets import passage_html, percentage, sentence_html, table_html
 from lorascope.texts.tokens import display_texts, pack_tokens
 
 if TYPE_CHECKING:
