@@ -16,8 +16,7 @@ from lorascope.errors import ArtifactError, ConfigError, LorascopeError, NumberE
 from lorascope.sae import publish, train, trainer
 from lorascope.sae.model import load_sae
 from lorascope.sae.settings import TrainConfig
-from lorascope.sae.train import run
-from lorascope.sae.training_log import CLOCK_FIELDS, read_training_log
+from lorascope.sae.train import CLOCK_FIELDS, read_training_log, run
 
 N_STEPS = 25  # of the small config: 3 epochs of 539 rows, by 64
 

@@ -21,9 +21,8 @@ from lorascope.sae import publish
 from lorascope.sae.model import load_sae
 from lorascope.sae.objective import initial_weights
 from lorascope.sae.settings import TrainConfig
-from lorascope.sae.train import run
+from lorascope.sae.train import read_training_log, run
 from lorascope.sae.trainer import Trainer
-from lorascope.sae.training_log import read_training_log
 from lorascope.texts.roles import ROLES
 
 CHECKPOINT = "sae.pt.partial/checkpoint.safetensors"

@@ -1,7 +1,8 @@
 """Train sparse autoencoders on an activation store.
 
 In: an activation store. Out: an SAE with its threshold and a report on held-out rows; next to it
-the training log (`NAME.jsonl`).
+the training log, `NAME.jsonl`, a JSON object per logged step. It is not part of the SAE's digest,
+so it may hold a clock.
 
 1. Split the rows by rollout, measure the columns of the training part, choose their scale.
 2. Train on whole batches (`trainer.py`); every SAE of a sweep sees the same ones (`settings.py`).
@@ -15,13 +16,15 @@ processes share every batch, and rank 0 writes.
 """
 
 import functools
+import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +46,6 @@ from lorascope.sae.publish import TrainingRun, publish, sibling, write_table
 from lorascope.sae.settings import SweepMember, TrainConfig, parse_number
 from lorascope.sae.team import Team, join_team
 from lorascope.sae.trainer import Trainer
-from lorascope.sae.training_log import TrainingLog
 from lorascope.sites import parse_adapter_types
 from lorascope.stage import Build, building, is_made
 
@@ -53,6 +55,7 @@ _CHECKPOINT = "checkpoint.safetensors"
 _INITIAL_ROWS = 8192  # the first weights are made from at least this many rows
 _AUTO_TOKENS = 4_000_000
 _AUTO_EPOCHS = 20
+CLOCK_FIELDS = ("seconds", "tokens_per_second")
 
 
 def run(config: TrainConfig) -> Path:
@@ -236,8 +239,8 @@ def _train(
             for out, trainer in trainers.items():
                 if trainer.step == step:
                     trainer.take(x)
-                    if out in logs:
-                        _log(trainer, logs[out], config.batch_size)
+                    if out in logs and trainer.log and trainer.log[-1]["step"] == trainer.step:
+                        logs[out].write(trainer.step * config.batch_size, trainer.log[-1])
             step += 1
             bar.update()
             if step % shown.log_every == 0:
@@ -261,12 +264,6 @@ def _train(
         raise errors[0]
 
 
-def _log(trainer: Trainer, training_log: TrainingLog, batch_size: int) -> None:
-    if trainer.log and trainer.log[-1]["step"] == trainer.step:
-        values = {name: value for name, value in trainer.log[-1].items() if name != "step"}
-        training_log.write(trainer.step, trainer.step * batch_size, values)
-
-
 def auto_epochs(n_tokens: int) -> int:
     """Return how many passes over the tokens reach four million tokens, at most 20."""
     return min(max(_AUTO_TOKENS // n_tokens, 1), _AUTO_EPOCHS)
@@ -283,3 +280,71 @@ def auto_lr(d_in: int, n_steps: int) -> float:
 
 def _evenly_spread(rows: RowNumbers, n: int) -> RowNumbers:
     return rows[np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(np.int64)]
+
+
+class TrainingLog:
+    """The training log of one SAE, written as a whole at each line, of which there are about 200.
+
+    A line holds `step`, `tokens`, what was measured, and two clock fields: `seconds` of training,
+    including those before an interruption, and `tokens_per_second` since the previous line (null on
+    the first line after a resume). Without the clock fields, an interrupted and resumed run leaves
+    the same lines as an uninterrupted one: resuming from step s drops the lines of later steps.
+
+    Logging never stops training: while the disk is full the file stays as it was, and a warning
+    says so once.
+    """
+
+    def __init__(
+        self, path: Path, *, step: int = 0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Continue the log of a run that starts at `step`, without lines of later steps."""
+        self.path, self._clock, self._warned = path, clock, False
+        self._lines = [line for line in read_training_log(path) if line["step"] <= step]
+        earlier = _finite(self._lines[-1].get("seconds")) if self._lines else None
+        self._start = clock() - (earlier or 0.0)
+        self._last = (0, self._start) if step == 0 else None
+
+    def write(self, tokens: int, values: Mapping[str, float]) -> None:
+        """Add a line. `tokens` counts all trained on so far; `values` has the `step`, which rises.
+
+        A value that is not finite is written as null.
+        """
+        now = self._clock()
+        rate = None
+        if self._last and now > self._last[1]:
+            rate = float(f"{(tokens - self._last[0]) / (now - self._last[1]):.4g}")
+        self._last = tokens, now
+        measured = {name: _finite(value) for name, value in values.items()}
+        measured |= dict(zip(CLOCK_FIELDS, (round(now - self._start, 3), rate), strict=True))
+        self._lines.append({"step": values["step"], "tokens": tokens, **measured})
+        partial = self.path.with_name(self.path.name + ".tmp")
+        try:
+            partial.write_text("".join(f"{json.dumps(line)}\n" for line in self._lines))
+            partial.replace(self.path)
+        except OSError as error:
+            if not self._warned:
+                log.warning(
+                    "cannot write the training log %s (%s); training continues without it",
+                    self.path,
+                    error.strerror or error,
+                )
+            self._warned = True
+
+
+def read_training_log(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a training log up to a damaged one; an empty list if there is no file."""
+    lines: list[dict[str, Any]] = []
+    for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else ():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(values, dict) or _finite(values.get("step")) is None:
+            break
+        lines.append(values)
+    return lines
+
+
+def _finite(value: Any) -> float | None:
+    """Return a finite number as it is, None for anything else."""
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from builders.training_logs import timeless
 
-from lorascope.sae.training_log import TrainingLog, read_training_log
+from lorascope.sae.train import TrainingLog, read_training_log
 
 
 def write(path, first, last, *, step=0, clock=None):
@@ -17,7 +17,7 @@ def write(path, first, last, *, step=0, clock=None):
     given = {"clock": clock} if clock else {}
     training_log = TrainingLog(path, step=step, **given)
     for i in range(first, last + 1):
-        training_log.write(i, 10 * i, {"fvu": 1 / i, "l0": 5.0, "dead": 0})
+        training_log.write(10 * i, {"step": i, "fvu": 1 / i, "l0": 5.0, "dead": 0})
 
 
 def warnings_in(caplog):
@@ -46,16 +46,16 @@ def test_a_line_holds_what_was_measured_and_the_clock(tmp_path):
 def test_a_line_is_in_the_file_as_soon_as_it_is_logged(tmp_path):
     training_log = TrainingLog(tmp_path / "sae.jsonl")
     for step in (1, 2):
-        training_log.write(step, 10 * step, {"fvu": 0.5})
+        training_log.write(10 * step, {"step": step, "fvu": 0.5})
         assert read_training_log(training_log.path)[-1]["step"] == step
 
 
 def test_values_that_are_not_finite_are_null(tmp_path):
     training_log = TrainingLog(tmp_path / "sae.jsonl")
-    training_log.write(1, 10, {"fvu": float("nan"), "auxk": float("inf"), "l0": None})
+    training_log.write(10, {"step": 1, "fvu": float("nan"), "auxk": float("inf")})
     assert "NaN" not in training_log.path.read_text(encoding="utf-8")
     (line,) = read_training_log(training_log.path)
-    assert (line["fvu"], line["auxk"], line["l0"]) == (None, None, None)
+    assert line["fvu"] is line["auxk"] is None
 
 
 @pytest.mark.parametrize("checkpoint", [0, 3, 6])
@@ -96,17 +96,17 @@ def test_a_missing_log_reads_as_empty(tmp_path):
 def test_a_full_disk_costs_no_line_for_good_and_one_warning_only(tmp_path, monkeypatch, caplog):
     path = tmp_path / "sae.jsonl"
     training_log = TrainingLog(path)
-    training_log.write(1, 10, {"fvu": 0.9})
+    training_log.write(10, {"step": 1, "fvu": 0.9})
 
     def full(self, text):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", full)
-        training_log.write(2, 20, {"fvu": 0.8})
-        training_log.write(3, 30, {"fvu": 0.7})
+        training_log.write(20, {"step": 2, "fvu": 0.8})
+        training_log.write(30, {"step": 3, "fvu": 0.7})
     assert [line["step"] for line in read_training_log(path)] == [1]
-    training_log.write(4, 40, {"fvu": 0.6})
+    training_log.write(40, {"step": 4, "fvu": 0.6})
     (warning,) = warnings_in(caplog)
     assert "sae.jsonl (No space left on device)" in warning
     assert [line["step"] for line in read_training_log(path)] == [1, 2, 3, 4]
