@@ -369,8 +369,6 @@ def test_a_buffer_by_default_is_what_fits_in_memory_and_half_of_that_in_a_stream
     plan = BatchPlan.from_store(store, np.arange(300), 10, 0)
     assert plan.buffer_rows == 149
     assert plan.loaded is None
-    with pytest.raises(ConfigError, match="0 rows, expected 1 or more"):
-        BatchPlan.from_store(store, np.arange(300), 10, 0, buffer_rows=0)
 
 
 @pytest.mark.slow

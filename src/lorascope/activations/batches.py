@@ -39,7 +39,7 @@ from torch import Tensor
 
 from lorascope.activations.shards import Rows
 from lorascope.activations.store import ActivationStore
-from lorascope.errors import ArtifactError, ConfigError, NumberError
+from lorascope.errors import ArtifactError, NumberError
 from lorascope.texts.roles import ROLES, has_role
 
 RowNumbers = npt.NDArray[np.int64]
@@ -226,8 +226,6 @@ class BatchPlan:
         if buffer_rows is None:
             fitting = _IN_MEMORY // (store.d_in * store.dtype.itemsize)
             buffer_rows = len(rows) if len(rows) <= fitting else max(fitting // 2, 1)
-        if buffer_rows < 1:
-            raise ConfigError(f"the shuffle buffer has {buffer_rows} rows, expected 1 or more")
         loaded = None
         if len(rows) <= buffer_rows:
             loaded = into = np.empty((len(rows), store.d_in), store.dtype)

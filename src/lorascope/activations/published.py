@@ -32,18 +32,8 @@ _MOST_COLUMNS = 1 << 20
 _SPECIAL = re.compile(r"<\|[^|<>]*\|>|<(?:s|/s|pad|unk|bos|eos)>")
 
 
-class Published(NamedTuple):
-    """The content of a folder of the published scripts, as the fields of a store."""
-
-    layout: SiteLayout
-    digest: str
-    content: dict[str, Any]
-    shards: tuple[Shard, ...]
-    vocabulary: Vocabulary
-
-
-def open_published(path: Path) -> Published:
-    """Open a folder of `rollout_<i>.h5` as a store, in the order of the rollouts' numbers.
+def open_published(path: Path) -> dict[str, Any]:
+    """Return the fields of a store for a folder of `rollout_<i>.h5`, by the rollouts' numbers.
 
     Raises ArtifactError if the folder has no such file, or if the files contradict each other or
     `rollout_tokens.json`.
@@ -87,15 +77,15 @@ def open_published(path: Path) -> Published:
         return Shard(files[number], n, rows, np.array([number]), read, read.read_rows)
 
     digests = [[files[number].name, digest_in_part(files[number])] for number in numbers]
-    return Published(
-        layout=layout,
-        digest=digest_of([digest_file(path / TOKENS), *digests]),
-        content={"published": True, "n_rollouts": len(files)},
-        shards=tuple(map(shard, numbers)),
-        vocabulary=Vocabulary.from_tokens(
+    return {
+        "layout": layout,
+        "digest": digest_of([digest_file(path / TOKENS), *digests]),
+        "content": {"published": True, "n_rollouts": len(files)},
+        "shards": tuple(map(shard, numbers)),
+        "vocabulary": Vocabulary.from_tokens(
             [t.encode("utf-8", "surrogatepass") for t in known], special
         ),
-    )
+    }
 
 
 class _File(NamedTuple):

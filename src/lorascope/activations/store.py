@@ -55,7 +55,7 @@ class ActivationStore:
                 f"activation store {path} does not exist; make it with lorascope generate"
             )
         if not (path / MANIFEST).exists() and path.is_dir():
-            return cls(path, **open_published(path)._asdict())
+            return cls(path, **open_published(path))
         manifest = open_manifest(path, KIND, SCHEMA, oldest=SCHEMA)
         layout = manifest.columns
         shards = sorted(item for item in manifest.files.items() if item[0].startswith("shard-"))

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from lorascope.activations.batches import BatchPlan, RowNumbers, halves, read_blocks
-from lorascope.activations.store import ActivationStore
 from lorascope.artifact import Identity, read_manifest, write_text
 from lorascope.errors import NumberError
 from lorascope.runtime import process_rank
@@ -78,7 +77,16 @@ def publish(
         "steps": run.n_steps,
         "log": trainer.log,
         "base_weights": store_manifest.parents.get("base_weights") if store_manifest else None,
-        "config": _published_config(config, member, store, trainer),
+        "config": {  # the published scripts read these keys from a `.pt`
+            "k": int(member.k) if member.k.is_integer() else member.k,
+            "batch_size": config.batch_size,
+            "learning_rate": trainer.lr,
+            "num_steps": trainer.n_steps,
+            "expansion_factor": member.expansion_factor,
+            "adapter_types": list(store.layout.adapter_types),
+            "seed": member.seed,
+            "normalize": config.normalize,
+        },
     }
     if other_seeds:
         cosines = stability(trainer.weights.W_dec.detach(), other_seeds).tolist()
@@ -144,22 +152,6 @@ def write_table(output: Path, members: Mapping[Path, tuple[SweepMember, Identity
     shown = table.to_string(index=False, na_rep="-", float_format="{:.4g}".format)
     log.info("held out:\n%s", shown)
     return path
-
-
-def _published_config(
-    config: TrainConfig, member: SweepMember, store: ActivationStore, trainer: Trainer
-) -> dict[str, Any]:
-    """Return the keys that the published scripts read from a `.pt`, and what made this one."""
-    return {
-        "k": int(member.k) if member.k.is_integer() else member.k,
-        "batch_size": config.batch_size,
-        "learning_rate": trainer.lr,
-        "num_steps": trainer.n_steps,
-        "expansion_factor": member.expansion_factor,
-        "adapter_types": list(store.layout.adapter_types),
-        "seed": member.seed,
-        "normalize": config.normalize,
-    }
 
 
 def _log_report(

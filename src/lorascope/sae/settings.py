@@ -9,7 +9,6 @@ each latent gets a stability (`metrics.py`).
 import itertools
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -26,6 +25,7 @@ Architecture = Literal["batchtopk", "topk", "jumprelu", "matryoshka"]
 # Defaults. On 448 columns they are those of the published study: 7,168 latents, 50 of which fire.
 _MOST_PER_COLUMN, _MOST_LATENTS = 16, 16_384
 _COLUMNS_PER_FIRING, _MOST_FIRING = 8, 50
+_IN_LISTS = ("k", "expansion_factor", "lr", "seed")
 _SEEDS = 2**63  # torch's generators accept smaller seeds only
 _FIXED_BYTES = 1 << 28  # that training takes whatever the size of the dictionary
 
@@ -100,7 +100,7 @@ class TrainOptions(Config):
     def check(self) -> None:
         """Raise ConfigError if a value is impossible whatever the store holds."""
         super().check()
-        for name in ("k", "expansion_factor", "lr", "seed"):
+        for name in _IN_LISTS:
             values = self.values_of(name)
             if name == "lr":
                 values = tuple(v if v == "auto" else parse_number(v) for v in values)
@@ -219,8 +219,23 @@ class TrainConfig(TrainOptions):
         return shared | {"data_seed": self.values_of("seed")[0]}
 
     def sweep(self) -> list["SweepMember"]:
-        """Return the SAEs that this run trains."""
-        return sweep_members(*map(self.values_of, ("k", "expansion_factor", "lr", "seed")))
+        """Return the SAEs of every combination, the seed varying fastest.
+
+        Labels name the options with lists, such as `k8_seed1`.
+        """
+        lists = {
+            short: self.values_of(name)
+            for short, name in zip("k x lr seed".split(), _IN_LISTS, strict=True)
+        }
+        members = []
+        for values in itertools.product(*lists.values()):
+            words = [
+                f"{short}{str(value).removesuffix('.0')}"
+                for short, value in zip(lists, values, strict=True)
+                if len(lists[short]) > 1
+            ]
+            members.append(SweepMember(*values, label="_".join(words)))
+        return members
 
 
 @dataclass(frozen=True)
@@ -253,26 +268,6 @@ class SweepMember:
         suffix = ".pt" if output.suffix == ".pt" else ""
         stem = output.name.removesuffix(suffix)
         return output.with_name(f"{stem}_{self.label}{suffix}") if self.label else output
-
-
-def sweep_members(
-    k: Sequence[float], expansion_factor: Sequence[int], lr: Sequence[str], seed: Sequence[int]
-) -> list[SweepMember]:
-    """Return every combination, the seed varying fastest. Labels name the options with lists.
-
-    >>> [member.label for member in sweep_members([8.0, 16.0], [4], ["auto"], [1])]
-    ['k8', 'k16']
-    """
-    lists = {"k": k, "x": expansion_factor, "lr": lr, "seed": seed}
-    members = []
-    for values in itertools.product(*lists.values()):
-        words = [
-            f"{name}{str(value).removesuffix('.0')}"
-            for name, value in zip(lists, values, strict=True)
-            if len(lists[name]) > 1
-        ]
-        members.append(SweepMember(*values, label="_".join(words)))
-    return members
 
 
 def parse_number(text: str) -> float:

@@ -33,12 +33,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lorascope.errors import AdapterError, ConfigError
+from lorascope.errors import AdapterError
 from lorascope.hub import first_line
 from lorascope.sites import Site, SiteLayout, name_modules
 from lorascope.subject.adapter import Adapter, is_routed, lora_kind, lora_tensors
 
-GAUGES = ("auto", "svd", "raw")
 _N_PROBED = 3
 _ZERO = 1e-10
 _TIE = 1e-9  # entries this close in magnitude are tied; the first of them decides the sign
@@ -134,8 +133,6 @@ def make_layout(
     `gauge` is `raw`, `svd`, or `auto`: svd where the rank is above 1. A rank-1 row is determined
     up to its scale anyway.
     """
-    if gauge not in GAUGES:
-        raise ConfigError(f"--gauge is {gauge}, expected one of {', '.join(GAUGES)}")
     # Name the modules of the whole file, so that names do not depend on which can be read.
     named = name_modules([*lora_tensors(adapter.shapes), *(layer.path for layer in bottlenecks)])
     kind = lora_kind(adapter.config)

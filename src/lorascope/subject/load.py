@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from lorascope import runtime
-from lorascope.errors import AdapterError, ConfigError
+from lorascope.errors import AdapterError
 from lorascope.hub import first_line, read_json_object
 from lorascope.sites import SiteLayout
 from lorascope.subject.adapter import CONFIG, Adapter, changes_outside_lora, lora_kind
@@ -244,8 +244,6 @@ def _load_base(
     base: Base, device: torch.device, dtype: str, device_map: str | dict[str, Any] | None
 ) -> Any:
     """Return the base model, with every tensor loaded from its files."""
-    if dtype not in ("auto", *DTYPES):
-        raise ConfigError(f"--dtype is {dtype}, expected auto, {', '.join(DTYPES)}")
     if (base.path / CONFIG).is_file():  # transformers would silently load that adapter too
         raise AdapterError(f"base model {base.path} is an adapter; give a full model")
     wanted = DTYPES.get(dtype, torch.float32 if device.type == "cpu" else "auto")
