@@ -13,7 +13,7 @@ import functools
 import inspect
 import json
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -216,13 +216,7 @@ def _list(item: _Reader) -> _Reader:
     def read(data: Any) -> Any:
         if type(data) is not list:
             raise _unexpected(data, "a list")
-        items: list[Any] = []
-        try:
-            for value in data:
-                items.append(item(value))
-        except _MismatchError as error:
-            raise error.inside(len(items)) from None
-        return tuple(items)
+        return tuple(_items((i, item, value) for i, value in enumerate(data)))
 
     return read
 
@@ -231,13 +225,7 @@ def _fixed(readers: list[_Reader], make: Callable[..., Any]) -> _Reader:
     def read(data: Any) -> Any:
         if type(data) is not list or len(data) != len(readers):
             raise _unexpected(data, f"a list of {len(readers)} values")
-        items: list[Any] = []
-        try:
-            for reader, value in zip(readers, data, strict=True):
-                items.append(reader(value))
-        except _MismatchError as error:
-            raise error.inside(len(items)) from None
-        return make(*items)
+        return make(*_items(zip(range(len(data)), readers, data, strict=True)))
 
     return read
 
@@ -246,14 +234,9 @@ def _mapping(item: _Reader) -> _Reader:
     def read(data: Any) -> Any:
         if type(data) is not dict:
             raise _unexpected(data, "an object")
-        items: dict[str, Any] = {}
-        key = ""
-        try:
-            for key, value in data.items():
-                items[key] = item(value)
-        except _MismatchError as error:
-            raise error.inside(key) from None
-        return items
+        return dict(
+            zip(data, _items((key, item, value) for key, value in data.items()), strict=True)
+        )
 
     return read
 
@@ -264,19 +247,20 @@ def _record(record: type, readers: Mapping[str, _Reader]) -> _Reader:
     def read(data: Any) -> Any:
         if type(data) is not dict:
             raise _unexpected(data, "an object")
-        missing = required - data.keys()
-        if missing:
+        if missing := required - data.keys():
             raise _MismatchError(f"lacks {', '.join(sorted(missing))}")
-        unknown = data.keys() - readers.keys()
-        if unknown:
+        if unknown := data.keys() - readers.keys():
             raise _MismatchError(f"has the unknown key {_one_line(min(unknown))}")
-        values: dict[str, Any] = {}
-        name = ""
-        try:
-            for name, value in data.items():
-                values[name] = readers[name](value)
-        except _MismatchError as error:
-            raise error.inside(name) from None
-        return record(**values)
+        values = _items((key, readers[key], value) for key, value in data.items())
+        return record(**dict(zip(data, values, strict=True)))
 
     return read
+
+
+def _items(parts: Iterable[tuple[str | int, _Reader, Any]]) -> Iterator[Any]:
+    """Yield what each part of a container becomes; an error says which part."""
+    for key, reader, value in parts:
+        try:
+            yield reader(value)
+        except _MismatchError as error:
+            raise error.inside(key) from None
