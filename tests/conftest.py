@@ -184,7 +184,8 @@ def tab() -> Iterator["Shown"]:
     from builders.browser import Shown, open_browser
 
     with open_browser() as browser:
-        shown = Shown(browser.new_page(), [])
+        # Offline: everything that a page needs is in its file.
+        shown = Shown(browser.new_context(offline=True).new_page(), [])
         shown.page.set_default_timeout(120_000)  # a busy machine is slow, not wrong
         shown.page.on("console", lambda message: shown.complaints.append(message.text))
         shown.page.on("pageerror", lambda error: shown.complaints.append(str(error)))
@@ -207,12 +208,13 @@ def show(tab: "Shown", tmp_path: Path) -> Iterator[Any]:
         scheme: Any = "light",
         width: int = 1200,
         effects: tuple[Path, ...] = (),
+        title: str = "T",
     ) -> "Shown":
         if isinstance(source, FeatureIndex):
             source.save(tmp_path / "features.h5")
             source = tmp_path / "features.h5"
         config = DashboardConfig(
-            input=source, output=output, title="T", overwrite=True, effects=effects
+            input=source, output=output, title=title, overwrite=True, effects=effects
         )
         run(config)
         tab.page.set_viewport_size({"width": width, "height": 800})
@@ -228,4 +230,5 @@ def show(tab: "Shown", tmp_path: Path) -> Iterator[Any]:
     yield start
     uri = output.resolve().as_uri()
     assert [text for text in tab.complaints if text.partition("#")[0] != uri] == []
-    assert tab.page.title() != "run"
+    assert tab.page.url.partition("#")[0] == uri
+    assert tab.page.evaluate("typeof window.hacked") == "undefined"

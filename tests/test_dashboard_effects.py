@@ -140,19 +140,8 @@ def test_the_list_sorts_by_effect_and_the_address_keeps_it(show: Any, index, tmp
     shown = show(index, "#/feature/0?dead=1&sort=effect", effects=paths)
     entries = [one for one in ablation(index)["features"] if not is_template(index, one)]
     best = sorted(entries, key=lambda one: (-one["kl"], one["feature"]))[:5]
-    rows = shown.part("row").evaluate_all(
-        "rows => rows.map(r => [Number(r.style.top.slice(0, -2)), Number(r.dataset.feature)])"
-    )
-    listed = [feature for _, feature in sorted(rows)]
     assert shown.page.locator("#sort").input_value() == "effect"
-    count = shown.page.evaluate("document.getElementById('list').scrollTop = 0")
-    assert count == 0
-    shown.page.wait_for_timeout(100)
-    rows = shown.part("row").evaluate_all(
-        "rows => rows.map(r => [Number(r.style.top.slice(0, -2)), Number(r.dataset.feature)])"
-    )
-    listed = [feature for _, feature in sorted(rows)]
-    assert listed[:5] == [one["feature"] for one in best]
+    assert first_rows(shown, 5) == [one["feature"] for one in best]
     shown = show(index, "#/feature/3?sort=specific", effects=paths)
     assert int(shown.part("row").nth(0).get_attribute("data-feature")) == 3
     shown = show(index, "#/feature/0")

@@ -244,15 +244,20 @@ def test_the_whole_rollout_of_an_example_opens(show: Any):
 def test_data_that_a_published_json_lacks_has_no_panel(show: Any, tmp_path: Path):
     path = tmp_path / "features.json"
     path.write_text(
-        '{"features": {"0": {"examples": [{"activation_value": 2, "tokens": ["a", " b"],'
+        '{"features": {"2": {"examples": [{"activation_value": 2, "tokens": ["a", " b"],'
         ' "target_position": 1, "activations": [0, 1.5]}]}}}'
     )
     shown = show(path)
-    shown.page.wait_for_selector("[data-complete='0']")
+    shown.page.wait_for_selector("[data-complete='2']")
+    assert shown.tokens() == ["a", " b"]
     assert shown.page.locator("figure").count() == 0
+    for missing in ("stat-max", "example-row"):
+        assert shown.part(missing).count() == 0
     assert shown.part("samples").count() == 0
     assert not shown.part("tab-map").is_visible()
     assert not shown.part("tab-rollout").is_visible()
     assert not shown.part("role").is_visible()
     assert numbers(shown, "[data-testid=token]") == [0, 1.5]
     assert numbers(shown, "[data-testid=example-value]") == [2]
+    shown.page.locator("[data-target=true]").hover()
+    assert "token id" not in shown.text("tooltip")

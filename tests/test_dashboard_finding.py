@@ -31,14 +31,6 @@ def listed(shown: Any) -> list[int]:
     )
 
 
-def wait_listed(shown: Any, expected: list[int]) -> None:
-    shown.page.wait_for_function(
-        """ids => [...document.querySelectorAll("[data-testid=row]")]
-          .sort((a, b) => a.offsetTop - b.offsetTop).map(r => r.dataset.feature).join() === ids""",
-        arg=",".join(map(str, expected)),
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "fires", "context"),
@@ -58,9 +50,9 @@ def test_a_search_finds_tokens_and_phrases(
 ):
     shown = show(few_features())
     shown.part("search").fill(words)
-    wait_listed(shown, fires)
+    shown.wait_listed(fires)
     shown.part("search-in").select_option("context")
-    wait_listed(shown, context)
+    shown.wait_listed(context)
 
 
 def test_search_results_appear_while_typing_and_letters_trigger_no_keys(show: Any):
@@ -68,35 +60,35 @@ def test_search_results_appear_while_typing_and_letters_trigger_no_keys(show: An
     shown.press("/")
     assert shown.page.evaluate("document.activeElement.dataset.testid") == "search"
     shown.page.keyboard.type("the")
-    wait_listed(shown, [2])
+    shown.wait_listed([2])
     shown.wait_for(2)
     assert shown.page.locator("html").get_attribute("data-theme") == "light"
     shown.press("Escape", "c")
-    wait_listed(shown, [0, 1, 2])
+    shown.wait_listed([0, 1, 2])
 
 
 def test_a_search_finds_a_number_and_a_label(show: Any):
     shown = show(few_features())
     shown.part("label").fill("Opening of Functions")
     shown.part("search").fill("1")
-    wait_listed(shown, [1])
+    shown.wait_listed([1])
     shown.part("search").fill("functions")
-    wait_listed(shown, [0])
+    shown.wait_listed([0])
     shown.part("search").fill("functions open")
-    wait_listed(shown, [0])
+    shown.wait_listed([0])
     shown.part("search").fill("functions closed")
-    wait_listed(shown, [])
+    shown.wait_listed([])
 
 
 def test_what_was_searched_is_marked_in_the_examples_over_tokens(show: Any):
     shown = show(few_features())
     shown.part("search").fill("EF MA")
-    wait_listed(shown, [0])
+    shown.wait_listed([0])
     shown.page.wait_for_function(
         """() => [...CSS.highlights.get("found")].map(String).join() === "ef ma" """
     )
     shown.part("search").fill("(")
-    wait_listed(shown, [])
+    shown.wait_listed([])
     shown.part("clear").click()
     assert shown.page.evaluate("CSS.highlights.get('found').size") == 0
 
@@ -124,10 +116,10 @@ def test_the_list_has_room_on_a_small_screen_with_all_filters_open(show: Any):
 def test_a_search_without_results_says_so_and_can_be_cleared(show: Any):
     shown = show(few_features())
     shown.part("search").fill("nowhere")
-    wait_listed(shown, [])
+    shown.wait_listed([])
     assert "No feature matches" in shown.text("message")
     shown.part("clear").click()
-    wait_listed(shown, [0, 1, 2])
+    shown.wait_listed([0, 1, 2])
     shown.wait_for(0)
 
 
@@ -176,18 +168,18 @@ def test_each_filter_matches_the_index(show: Any):
     shown.part("only-template").check()
     template = [latent for latent in range(len(index)) if index.stats(latent).is_template]
     assert {index.n_examples[latent] > 0 for latent in template} == {False, True}
-    wait_listed(shown, template)
+    shown.wait_listed(template)
     shown.part("search").fill("<|im_start|>")
-    wait_listed(shown, template)
+    shown.wait_listed(template)
 
 
 def test_filters_are_kept_in_the_address(show: Any):
     shown = show(few_features(), "#/feature/1?sort=max&in=context&q=the")
     shown.wait_for(1)
-    wait_listed(shown, [0, 2, 1])
+    shown.wait_listed([0, 2, 1])
     assert shown.part("search").input_value() == "the"
     shown.part("sort").select_option("often")
-    wait_listed(shown, [1, 0, 2])
+    shown.wait_listed([1, 0, 2])
     shown.page.wait_for_url("**sort=often**")
     found = parse_qs(shown.page.url.partition("?")[2])
     assert found == {"sort": ["often"], "in": ["context"], "q": ["the"]}
@@ -210,4 +202,4 @@ def test_sorting_by_stability_puts_unknown_values_last(show: Any):
     index.latent_stability[:] = [0.5, 0.75, np.nan, np.nan]
     shown = show(index)
     shown.part("sort").select_option("stable")
-    wait_listed(shown, [1, 0, 2])
+    shown.wait_listed([1, 0, 2])

@@ -51,15 +51,6 @@ def labelled(tmp_path):
     return tmp_path / "features.h5"
 
 
-def wait_listed(shown, expected):
-    """Wait until the list has these features in this order."""
-    shown.page.wait_for_function(
-        """ids => [...document.querySelectorAll("[data-testid=row]")]
-          .sort((a, b) => a.offsetTop - b.offsetTop).map(r => r.dataset.feature).join() === ids""",
-        arg=",".join(map(str, expected)),
-    )
-
-
 def go(shown, address):
     shown.page.goto(shown.page.url.partition("#")[0] + address)
 
@@ -113,7 +104,7 @@ def test_hostile_labels_stay_text(show, labelled):
 def test_labels_are_searched_filtered_and_sorted(show, labelled):
     shown = show(labelled, "#/feature/0")
     shown.part("search").fill("TURNIPS")
-    wait_listed(shown, [3])
+    shown.wait_listed([3])
     for query, expected in (
         ("kind=context", [1]),
         ("kind=unclear", [3]),
@@ -122,7 +113,7 @@ def test_labels_are_searched_filtered_and_sorted(show, labelled):
         ("kind=token&sort=score", [0, 6, 4]),
     ):
         go(shown, f"#/feature?{query}")
-        wait_listed(shown, expected)
+        shown.wait_listed(expected)
 
 
 def test_the_users_own_label_comes_first(show, labelled):

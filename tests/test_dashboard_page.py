@@ -3,7 +3,6 @@
 import re
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,22 +10,6 @@ import pytest
 from builders.indexes import TOKENS, example, full_index, index_of, small_index
 
 from lorascope.features.index import FeatureIndex
-from lorascope.features.published_json import write_published
-
-HOSTILE = {
-    1: b"</script><script>document.title='run'</script>",
-    2: b"<img src=x onerror=document.title='run'>",
-    3: b"<!--",
-    4: "a\u2028b".encode(),
-    5: "\u202edrow".encode(),
-    6: b"\xed\xa0\xbd",
-    7: b"x\x00y",
-    8: b"javascript:alert(1)",
-    9: b"&lt;b&amp;",
-    10: b"{{script}}",
-    11: b"-->",
-    12: b"<![CDATA[",
-}
 
 
 def numbered(n: int) -> FeatureIndex:
@@ -253,12 +236,6 @@ def test_a_key_pressed_while_the_address_changes_is_not_undone(show: Any):
     shown.wait_for(1)
 
 
-def test_an_address_that_is_edited_by_hand_is_followed(show: Any):
-    shown = show(numbered(12))
-    shown.page.evaluate("location.hash = '#/feature/9'")
-    shown.wait_for(9)
-
-
 def test_a_page_without_a_live_feature_says_so(show: Any):
     shown = show(index_of([[], []]))
     assert "None of the 2 features has an example" in shown.text("message")
@@ -289,55 +266,14 @@ def test_no_full_feature_is_explained(show: Any):
     shown.wait_for(0)
 
 
-def test_hostile_text_is_shown_as_text(show: Any):
-    window = list(HOSTILE)
-    manifest_text = "--></script><script>document.title='run'</script><!-- lorascope {} -->"
-    index = index_of(
-        [[example(1.0, 99, window, at) for at in (0, 5)]], HOSTILE, dataset=manifest_text
-    )
-    shown = show(index)
-    expected = [raw.decode(errors="replace") for raw in HOSTILE.values()]
-    assert shown.tokens(0) == expected
-    assert manifest_text in shown.text("facts")
-    assert shown.page.locator("img").count() == 0
-    assert shown.page.locator("script[id=''], script:not([id])").count() == 1
-    marks = (
-        shown.part("window")
-        .first.locator(".mark")
-        .evaluate_all("nodes => nodes.map(node => node.dataset.mark)")
-    )
-    assert marks == ["U+2028", "U+202E", "U+0000"]
-
-
-def test_hostile_text_of_a_json_is_shown_as_text(show: Any, tmp_path: Path):
-    index = index_of([[example(1.0, 99, list(HOSTILE), 1)]], HOSTILE)
-    write_published(index, tmp_path / "features.json", index.manifest)
-    shown = show(tmp_path / "features.json")
-    assert shown.tokens() == [raw.decode(errors="replace") for raw in HOSTILE.values()]
-
-
-def test_a_minimal_published_json_is_shown_without_missing_data(show: Any, tmp_path: Path):
-    path = tmp_path / "features.json"
-    path.write_text(
-        '{"features": {"2": {"examples": [{"activation_value": 2, "tokens": ["a", " b"],'
-        ' "target_position": 1, "activations": [0, 2]}]}}}'
-    )
-    shown = show(path)
-    shown.wait_for(2)
-    assert shown.tokens() == ["a", " b"]
-    assert shown.part("stat-max").count() == 0
-    assert shown.part("example-row").count() == 0
-    shown.page.locator("[data-target=true]").hover()
-    assert "token id" not in shown.text("tooltip")
-
-
 def test_whitespace_special_tokens_and_split_characters_are_marked(show: Any):
     tokens = {**TOKENS, 7: b"\t", 8: "中文".encode()[:4], 9: "中文".encode()[4:], 10: b" \n\n x"}
-    shown = show(index_of([[example(1.0, 9, [5, 7, 8, 9, 6, 10, 1], 0)]], tokens))
+    tokens[11] = "\u2028\u202e\x00".encode()
+    shown = show(index_of([[example(1.0, 9, [5, 7, 8, 9, 6, 10, 11], 0)]], tokens))
     window = shown.part("window")
-    assert shown.tokens() == ["\n", "\t", "中文", "", "<|im_end|>", " \n\n x", " the"]
+    assert shown.tokens() == ["\n", "\t", "中文", "", "<|im_end|>", " \n\n x", "\u2028\u202e\x00"]
     marks = window.locator(".mark").evaluate_all("nodes => nodes.map(node => node.dataset.mark)")
-    assert marks == ["↵", "⇥", "↵", "↵"]
+    assert marks == ["↵", "⇥", "↵", "↵", "U+2028", "U+202E", "U+0000"]
     assert window.locator(".special").all_text_contents() == ["<|im_end|>"]
     assert window.locator(".continued").all_text_contents() == [""]
     window.get_by_test_id("token").nth(2).hover()

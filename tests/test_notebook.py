@@ -3,7 +3,6 @@
 import json
 import sys
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +12,7 @@ from builders.effect_reports import evaluation, write
 from builders.hostile import HOSTILE, hostile_index
 from builders.indexes import full_index, index_of, manifest_of, small_index
 from builders.labels import label_of, save_labels
+from builders.pages import Parsed
 
 import lorascope
 from lorascope.dashboard.notebook import Page, frame
@@ -24,25 +24,6 @@ from lorascope.features.label_file import Labels
 from lorascope.runtime import ProgressLog, in_notebook, progress, shows_bars
 
 OWNER = "<!doctype html><title>notebook</title><p id=secret>secret</p>"
-
-
-class Parsed(HTMLParser):
-    """The elements, attributes and text of some HTML."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: set[str] = set()
-        self.attributes: set[str] = set()
-        self.text = ""
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.attributes |= {name for name, _ in attrs}
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from builders.effect_reports import ablation, direct, evaluation, write, write_a
 from builders.hostile import HOSTILE, hostile_index
 from builders.indexes import full_index, manifest_of
 from builders.labels import label_of, save_labels
+from builders.pages import Parsed
 from builders.studies import each_column, make_texts, strengthen
 
 from lorascope import Study
@@ -141,30 +141,16 @@ def test_a_feature_that_never_fires_has_a_summary_without_an_example(folder):
     assert (found.before, found.token, found.after) == ("", "", "")
 
 
-class _Tags(HTMLParser):
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: set[str] = set()
-        self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-
-    def handle_data(self, data):
-        self.text += data
-
-
 def test_a_study_shows_itself_in_a_notebook_and_hostile_text_is_text(folder):
     study = Study.open(folder)
-    shown = _Tags(study._repr_html_())
+    shown = Parsed(study._repr_html_())
     assert study.overview.headline[1].split("“")[0] in shown.text
     assert study.top()[0].name in shown.text
     labels = {i: label_of(HOSTILE[i % len(HOSTILE)]) for i in range(70)}
     index = replace(hostile_index(70), labels=Labels(labels, manifest_of(70)))
     html = replace(study, index=index, reports=replace(study.reports, n_features=70))._repr_html_()
     assert html.isascii()
-    assert _Tags(html).tags <= set("p b table thead tbody tr th td bdi mark".split())
+    assert Parsed(html).tags <= set("p b table thead tbody tr th td bdi mark".split())
 
 
 @pytest.fixture(scope="module")

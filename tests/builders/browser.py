@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -78,3 +78,12 @@ class Shown:
     def tokens(self, n: int = 0) -> list[str]:
         """The texts of the tokens of example `n`."""
         return self.part("window").nth(n).get_by_test_id("token").all_text_contents()
+
+    def wait_listed(self, expected: Iterable[int]) -> None:
+        """Wait until the list of features has these, in this order."""
+        self.page.wait_for_function(
+            """ids => [...document.querySelectorAll("[data-testid=row]")]
+              .sort((a, b) => a.offsetTop - b.offsetTop)
+              .map(row => row.dataset.feature).join() === ids""",
+            arg=",".join(map(str, expected)),
+        )

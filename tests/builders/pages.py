@@ -1,7 +1,8 @@
-"""Read a page's payload as its script does."""
+"""Read HTML, and a page's payload as its script does."""
 
 import base64
 import zlib
+from html.parser import HTMLParser
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,25 @@ import numpy as np
 from lorascope.dashboard.packs import numpy_type
 
 _ALPHABET = [chr(c) for c in range(32, 127) if chr(c) not in '"&<\\']
+
+
+class Parsed(HTMLParser):
+    """The elements, attributes and text of some HTML."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+        self.text = ""
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
 
 
 def column(core: dict[str, Any], name: str) -> list[Any]:
