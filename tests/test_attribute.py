@@ -1,6 +1,7 @@
 """Contributions of features to predictions: against theory, and against real removals."""
 
 import json
+from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from lorascope.causal.attribution_report import TokenAttribution, measure_agreem
 from lorascope.causal.gradients import (
     RowDecomposition,
     Targets,
+    input_gradients,
     no_weight_gradients,
     path_gradients,
 )
@@ -210,6 +212,17 @@ def test_a_gradient_at_the_adapters_rows_is_the_slope_of_the_prediction(dirs):
                 moved.append(float(targets.values(logits[0, targets.positions - 1])))
             slope = (moved[0] - moved[1]) / 0.04
             assert float(gradient[place, column]) == pytest.approx(slope, rel=0.02, abs=2e-4)
+
+
+def test_a_gradient_keeps_tiny_factors_and_fits_into_float16(toy):
+    x = torch.tensor([0.5, -2.0], requires_grad=True)
+    y = (x * 1e20 * 1e-20 * 1e-25).sum()  # backward, 1e-25 · 1e-20 has hardly any digits
+    (gradient,) = input_gradients(toy, y, [x], keep_graph=True)
+    assert_same_up_to_rounding(gradient * 1e25, torch.ones(2), n_terms=4)
+    assert not torch.allclose(torch.autograd.grad(y, x)[0] * 1e25, torch.ones(2))
+    half = replace(toy, dtype=torch.float16)
+    (gradient,) = input_gradients(half, x.half().square().sum().float(), [x])
+    assert_same_up_to_rounding(gradient, 2 * x.detach(), n_terms=1)
 
 
 def test_gradients_are_the_same_however_points_and_targets_are_grouped(dirs):

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from lorascope import runtime
 from lorascope.activations.store import ActivationStore
-from lorascope.causal.gradients import fitting_graph
+from lorascope.causal.gradients import fitting_graph, input_gradients
 from lorascope.causal.held_out import Batch, HeldOut
 from lorascope.causal.removals import HeldChange
 from lorascope.causal.report_records import Verdict
@@ -148,7 +148,7 @@ class Specificity:
         The passes for the size come first. What is drawn for a rollout does not depend on the
         others of its batch.
         """
-        ids, at = batch.token_ids, usual.to(rows.device)
+        ids, at, subject = batch.token_ids, usual.to(rows.device), self.held_out.subject
         base = self.editor.base(ids)[at].float().log_softmax(-1)
         every = torch.arange(ids.shape[1]) % _PASSES == torch.arange(_PASSES)[:, None]
         signs, tokens = torch.zeros(_PASSES, *ids.shape), []
@@ -177,7 +177,7 @@ class Specificity:
                 ]
             )
             gradients = [
-                torch.autograd.grad(one, leaf, retain_graph=True)[0][..., self.columns].cpu()
+                input_gradients(subject, one, [leaf], keep_graph=True)[0][..., self.columns].cpu()
                 for one in sums
             ]
         return signs, torch.stack(gradients)

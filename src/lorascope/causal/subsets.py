@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from lorascope.causal.effects import select_measured
-from lorascope.causal.gradients import no_weight_gradients
+from lorascope.causal.gradients import input_gradients, no_weight_gradients
 from lorascope.causal.held_out import HeldOut
 from lorascope.causal.splice import SplicedBatch
 from lorascope.sae.model import SAE
@@ -88,7 +88,7 @@ def worst_subset(held_out: HeldOut, sae: SAE, n_steps: int) -> npt.NDArray[np.bo
                 log_q = select_measured(logits, batch.mask)[counts].float().log_softmax(-1)
                 log_p = spliced.log_p[counts]
                 kl = (log_p.exp() * (log_p - log_q).nan_to_num(0.0)).sum()
-                gradient += torch.autograd.grad(kl, m)[0].double().numpy()
+                gradient += input_gradients(held_out.subject, kl, [m])[0].double().numpy()
                 total += float(kl.detach())
             return total, gradient
 

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from lorascope import runtime
 from lorascope.causal.effects import kl_and_loss, kl_divergence, log_probabilities, select_measured
-from lorascope.causal.gradients import fitting_graph, no_weight_gradients
+from lorascope.causal.gradients import fitting_graph, input_gradients, no_weight_gradients
 from lorascope.causal.held_out import Batch, HeldOut
 from lorascope.causal.openings import prompt_length
 from lorascope.causal.removals import HeldChange, held_runs
@@ -280,7 +280,7 @@ class Differences:
                 out = log_p == -torch.inf
                 p, q = log_p.masked_fill(out, 0), log_q.masked_fill(out, 0)
                 kl = (log_p.exp() * (p - q)).sum()
-                gradients = torch.autograd.grad(kl, leaves)
+                gradients = input_gradients(self.subjects[pair[0]], kl, leaves)
             total += float(weight) * torch.cat([g[own] for g in gradients], dim=-1).cpu()
         return total
 
