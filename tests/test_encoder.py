@@ -5,14 +5,14 @@ from builders.tolerance import assert_same_up_to_rounding, rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorascope.kernels import encoder, prefilter
+from lorascope.kernels import encoder
 from lorascope.kernels.encoder import Encoder
 
 
 @pytest.fixture(params=[True, False], ids=["bfloat16", "float32"])
 def rough(request, monkeypatch):
     """The product in either type, whatever this machine would choose."""
-    monkeypatch.setattr(prefilter, "is_faster", lambda *_: request.param)
+    monkeypatch.setattr(encoder, "multiplies_bfloat16", lambda _: request.param)
 
 
 def problem(n, d_in, n_latents, *, seed=0, spread=0.0, bias=0.1):
@@ -56,7 +56,7 @@ def test_both_products_find_the_same_pairs_to_the_bit(monkeypatch):
     x, W_enc, b_enc, threshold = problem(700, 56, 900)
     found = []
     for faster in (True, False):
-        monkeypatch.setattr(prefilter, "is_faster", lambda *_, faster=faster: faster)
+        monkeypatch.setattr(encoder, "multiplies_bfloat16", lambda _, faster=faster: faster)
         found.append(Encoder(W_enc, b_enc, threshold)(x))
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)

@@ -1,4 +1,4 @@
-"""What a bfloat16 product lets through, and float32 decides, is what float32 alone would choose."""
+"""What a product of bytes lets through, and float32 decides, is what float32 alone would choose."""
 
 import pytest
 import torch
@@ -11,7 +11,14 @@ from lorascope.sae.sparsity import Rule
 from lorascope.sae.step import Step
 from lorascope.sae.team import Team
 
-KINDS = ["normal", "sizes", "equal columns", "one column", "few positive", "zero rows", "big bias"]
+pytestmark = pytest.mark.skipif(
+    not prefilter.is_faster(torch.device("cpu"), torch.float32),
+    reason="without instructions for bytes the product is slow and never used",
+)
+KINDS = [
+    *("normal", "sizes", "equal columns", "one column", "few positive", "zero rows", "big bias"),
+    *("same rounding", "constant latents"),
+]
 
 
 def rows_of(kind, n, d, latents, seed):
@@ -33,6 +40,11 @@ def rows_of(kind, n, d, latents, seed):
         x[::3] = 0
     elif kind == "big bias":
         bias *= 100
+    elif kind == "same rounding":  # all errors of a score have the same sign and add up
+        x[:], weight[:] = 1 + 0.001 * x, 1 + 0.001 * weight
+        x[:, 0] = weight[:, 0] = 127 / 50.49
+    elif kind == "constant latents":
+        weight[: latents // 2] = 0
     return x, weight, bias
 
 
@@ -89,11 +101,46 @@ def test_a_step_with_the_screen_is_the_step_without(monkeypatch):
             assert_same_up_to_rounding(a, b, n_terms=x.numel())
 
 
-def test_only_float32_on_a_cpu_that_multiplies_bfloat16_is_screened(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+def test_the_choice_has_the_same_bits_in_blocks_with_guesses_and_by_a_float32_product(monkeypatch):
+    x, weight, bias = rows_of("normal", 61, 40, 333, 0)
+    ways = []
+    with monkeypatch.context() as patch:
+        for name, value in (("_BLOCK", 333 * 20), ("_MANY", 8), ("_MANY", 0)):
+            patch.setattr(prefilter, name, value)
+            ours = Prefilter()
+            for _ in range(2):
+                of_batch = ours.best_indices(x, weight, bias, 300)
+                of_rows = ours.best_of_rows(x, weight, bias, 5)
+                ways.append([(best.indices, best.values) for best in (of_batch, of_rows)])
+    for way in ways[1:]:
+        for (indices, values), (first, wanted) in zip(way, ways[0], strict=True):
+            assert torch.equal(indices, first)
+            assert torch.equal(values, wanted)
+
+
+def test_errors_that_add_up_widen_the_margin_which_stays():
+    x, weight, bias = rows_of("same rounding", 64, 400, 512, 0)
+    x *= torch.linspace(0.2, 1, 64)[:, None]
+    ours = Prefilter()
+    best = ours.best_indices(x, weight, bias, 640)
+    assert ours._margin > prefilter._SIGMAS
+    assert_same(best, cpu.best_indices(exact(x, weight, bias), 640), exact(x, weight, bias), 400)
+
+
+def test_a_row_that_is_not_finite_leaves_the_others_their_choice():
+    x, weight, bias = rows_of("normal", 16, 8, 64, 0)
+    wanted = Prefilter().best_of_rows(x[1:], weight, bias, 4)
+    x[0, 3] = torch.nan
+    found = Prefilter().best_of_rows(x, weight, bias, 4)
+    assert torch.equal(found.indices, wanted.indices + 64)
+    assert torch.equal(found.values, wanted.values)
+
+
+def test_only_float32_on_a_cpu_that_multiplies_bytes_is_screened(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
     assert prefilter.is_faster(torch.device("cpu"), torch.float32)
     assert not prefilter.is_faster(torch.device("cpu"), torch.float64)
     assert not prefilter.is_faster(torch.device("cuda"), torch.float32)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert not prefilter.is_faster(torch.device("cpu"), torch.float32)

@@ -14,7 +14,7 @@ flat indices `row * d_sae + latent` where a latent fires, `k * batch` of them, i
 - `pair_dot`: for each pair, the inner product of two rows. It gives the gradient of a code.
 
 `tests/builders/definitions.py` defines what they mean. `cpu.py` builds them from torch operations,
-and `prefilter.py` halves the cost of the product on CPUs with bfloat16. `cuda.py` has the same
+and `prefilter.py` takes a product of bytes instead where the CPU can. `cuda.py` has the same
 functions with static shapes, so that a whole step can become a CUDA graph. `encoder.py` uses them
 to compute codes. Training runs on CPU and CUDA only.
 """

@@ -156,18 +156,18 @@ def keep_best_of_rows(
 
 def row_bounds(scores: Float[Tensor, "batch latent"], n: int) -> Float[Tensor, "batch 1"]:
     """Return for each row a value that at least `n` of its scores reach, and not many more."""
-    return torch.topk(_part_maxima(scores, n), n, sorted=False).values.amin(1, True)
+    return torch.topk(part_maxima(scores, n, 1), n, sorted=False).values.amin(1, True)
 
 
-def _part_maxima(scores: Float[Tensor, "batch latent"], wanted: int) -> Float[Tensor, "batch part"]:
-    """Return the maxima of the parts of each row: a few times `wanted`, or all scores."""
-    width = scores.shape[1]
+def part_maxima(scores: Tensor, wanted: int, dim: int) -> Tensor:
+    """Return the maxima of parts of an axis: a few times `wanted` parts, or all scores."""
+    width = scores.shape[dim]
     size = width // (_PARTS * wanted)
     if size < 2:
         return scores
     n = width // size
-    body, rest = scores[:, : size * n].unflatten(1, (size, n)), scores[:, size * n :]
-    return torch.cat([body.amax(1), rest], 1)
+    body, rest = scores.split([size * n, width - size * n], dim)
+    return torch.cat([body.unflatten(dim, (size, n)).amax(dim), rest], dim)
 
 
 def _smallest_positive(scores: Tensor) -> float:
@@ -214,13 +214,18 @@ def sampled_bound(scores: Float[Tensor, "batch latent"], n: int, bias: Tensor | 
     batch, width = scores.shape
     if scores.numel() == 0:
         return 0.0
-    sample = scores[:: max(batch * width // _SAMPLE, 1)]
+    sample = scores[:: sample_step(batch, width)]
     sample = (sample if bias is None else sample + bias).flatten()
     expected = n * len(sample) / scores.numel()
     rank = int(expected + 4 * math.sqrt(expected) + 8)
     if rank >= len(sample):
         return 0.0
     return max(float(torch.topk(sample, rank, sorted=False).values.min()), 0.0)
+
+
+def sample_step(batch: int, width: int) -> int:
+    """Return how many rows apart the rows lie from which a bound is guessed."""
+    return max(batch * width // _SAMPLE, 1)
 
 
 def nonzero_indices(marks: Bool[Tensor, "batch latent"]) -> Int64[Tensor, "pair"]:
@@ -237,11 +242,15 @@ def by_latent(
     latents: Int64[Tensor, "pair"], n_latents: int
 ) -> tuple[Int64[Tensor, "pair"], Int64[Tensor, "latent_plus_1"]]:
     """Return the stable order of pairs by latent, and where each latent's pairs begin in it."""
-    small = torch.int16 if n_latents < 2**15 else torch.int32
-    order = latents.to(small).argsort(stable=True)
+    order = stable_order(latents, n_latents)
     starts = latents.new_zeros(n_latents + 1)
     torch.cumsum(torch.bincount(latents, minlength=n_latents), 0, out=starts[1:])
     return order, starts
+
+
+def stable_order(numbers: Int64[Tensor, "pair"], n: int) -> Int64[Tensor, "pair"]:
+    """Return the order of non-negative numbers below `n`; equal ones stay in theirs."""
+    return numbers.to(torch.int16 if n < 2**15 else torch.int32).argsort(stable=True)
 
 
 def row_offsets(rows: Int64[Tensor, "pair"], n_rows: int) -> Int64[Tensor, "row_plus_1"]:

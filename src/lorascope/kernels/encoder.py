@@ -26,11 +26,17 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from lorascope import kernels
-from lorascope.kernels import cpu, prefilter
+from lorascope.kernels import cpu
 
 BLOCK = 1024  # rows in one product
 _ALIGN = 16  # columns are padded to 64 bytes, so that inner products start aligned
 _ROUNDED_UP = 1 + 2**-6  # keeps the margin an upper bound after rounding to bfloat16
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether a device has instructions for products of bfloat16."""
+    on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cuda" or (device.type == "cpu" and on_cpu)
 
 
 class Fired(NamedTuple):
@@ -60,8 +66,7 @@ class Encoder:
         self._weight = W_enc.new_zeros(self.n_latents, width)
         self._weight[:, :d_in] = weight.T
 
-        rough = device.type == "cuda" or prefilter.is_faster(device, torch.float32)
-        dtype = torch.bfloat16 if rough else torch.float32
+        dtype = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
         norm = weight.double().norm(dim=0)
         norm = torch.where(norm > 0, norm, 1.0)
         bias, bound = b_enc.double(), threshold.double()

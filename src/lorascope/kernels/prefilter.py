@@ -1,42 +1,65 @@
-"""The best float32 scores at the cost of a bfloat16 product, on CPUs that multiply bfloat16.
+"""The best float32 scores at the cost of a product of bytes, on CPUs with instructions for it.
 
 The encoder's product is most of a training step, and only one in a hundred of its numbers is used.
 So:
 
-1. Take the product in bfloat16, in half the time.
-2. Collect candidates: scores that could be among the best, above a bound minus a margin.
-3. Compute the candidates' scores again in float32, pair by pair, and choose among these.
+1. Round the rows of both matrices to 8 bits, each with its own scale, and multiply these. This
+   takes a quarter of the time of a float32 product.
+2. Collect candidates: pairs whose score could be among the best if the rounding went against them.
+3. Compute the candidates' scores in float32, pair by pair, and choose among these.
 
-A row's margin is a share of its size (its norm plus the largest bias). The share is measured: twice
-the largest difference between the two scores of a candidate in the previous batch. If a batch
-shows a difference close to its margin, its candidates are collected again with a wider margin.
-Only a score whose error is twice the largest of a hundred thousand others could be missed; the
-tests found none. If the guesses fail, the product is taken in float32.
+Each score is a sum of many rounding errors, so it errs like a normal distribution whose standard
+deviation is at most `_Scores._spread`. Step 2 allows for `_SIGMAS` of them. Then the errors of the
+candidates are measured. If one comes near what was allowed, the candidates are collected again with
+a wider margin, which stays. Only a score that errs by far more than the largest of a hundred
+thousand others could be missed; the tests found none. If the guesses fail, the product is taken in
+float32.
 """
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import BFloat16, Float, Int64
 from torch import Tensor
 
 from lorascope.kernels import cpu
 from lorascope.kernels.cpu import Best
 
-_SAFETY = 2.0  # margin for the next batch, as a multiple of the largest difference
-_ENOUGH = 1.25  # margin that suffices for a batch, as a multiple of its largest difference
-_FIRST = 2**-9  # margin of the first batch
+_SIGMAS = 6.0  # the first margin, in standard deviations of the rounding
+_SAFETY = 2.0  # a wider margin, as a multiple of the largest error of a candidate
+_ENOUGH = 1.25  # margin that suffices for a batch, as a multiple of its largest error
+_ROUNDED = 1.1 * 2**-8  # of a bfloat16 number, and of the number with which it is compared
+_ROUNDED_TWICE = 2 * _ROUNDED  # of one that is multiplied and added to by such numbers
 _ROUNDING = 2**-15  # of float32 products, as a share of the size: more than sums of 500 need
 _LOWER = 0.98  # the next batch's bound, as a share of this batch's
 _STEP = 0.93  # factor from a bound that is too high to the next one
 _TRIES = 4
 _MANY = 8  # candidates per wanted score above which a float32 product is cheaper
+_BLOCK = 1 << 23  # scores of one product
+_WIDEST = 1 << 15  # columns whose products of bytes surely fit into 32 bits
+_CACHED = 512  # rows that are turned into bytes at once
+_ZERO = 128  # the unsigned byte for zero
+_TINY = 1e-30  # unit of a row of zeros
+_SMALLEST = torch.finfo(torch.bfloat16).tiny
 
 
 def is_faster(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether this CPU has bfloat16 instructions and the weights are float32."""
-    usable = device.type == "cpu" and dtype == torch.float32
-    return usable and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    """Return whether this CPU has instructions for bytes (VNNI or AMX) and the rows are float32."""
+    usable = (
+        device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    )
+    return usable and (torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported())
+
+
+class _Candidates(NamedTuple):
+    """Pairs, their float32 scores, and the largest error of a rough score."""
+
+    indices: Int64[Tensor, "pair"]  # rising, of the flat scores
+    values: Float[Tensor, "pair"]
+    error: float = 0.0  # in standard deviations
 
 
 @dataclass
@@ -47,96 +70,65 @@ class Prefilter:
     time, not the choice.
     """
 
-    _rough: Tensor | None = field(default=None, repr=False)
     _bound: float | None = None
-    _margin: float = _FIRST
+    _margin: float = _SIGMAS
 
     def best_indices(
         self, x: Tensor, weight: Tensor, bias: Float[Tensor, "latent"], n: int
     ) -> Best:
         """Return the `n` best of a batch, like `cpu.best_indices`."""
         scores = _Scores(x, weight, bias)
-        rough = self._product(x, weight, bias)
-        bound = self._bound or cpu.sampled_bound(rough, n, None)
+        bound = self._bound or scores.sampled_bound(n)
         for _ in range(_TRIES):
-            indices = scores.candidates(rough, bound - self._margin * scores.sizes)
-            if len(indices) > _MANY * n:
+            found = scores.above(bound, self._margin, _MANY * n)
+            if found is None:
                 break
-            values, is_wide = self._measured(scores, rough, indices)
-            above = values > bound
-            if is_wide and int(above.sum()) >= n:
-                indices, values = indices[above], values[above]
-                kept, last = cpu.keep_best(values, n)
+            is_wide = self._is_wide(found.error)
+            if is_wide and len(found.values) >= n:
+                kept, last = cpu.keep_best(found.values, n)
                 self._bound = _LOWER * last
-                return Best(indices[kept], values[kept], 0.0)
+                return Best(found.indices[kept], found.values[kept], 0.0)
             bound *= _STEP if is_wide else 1.0
         self._bound = None
         dense = scores.dense()
         best = cpu.best_indices(dense, n)
         low = best.values.min() if len(best.values) == n > 0 else torch.zeros(())
-        indices = scores.candidates(dense, low - 2 * _ROUNDING * scores.sizes)
-        values = scores.of_pairs(indices)
-        positive = values > 0
-        indices, values = indices[positive], values[positive]
-        if len(indices) > n:
-            kept = cpu.keep_best(values, n)[0] if n else values > torch.inf
-            indices, values = indices[kept], values[kept]
-        return Best(indices, values, 0.0)
+        found = scores.near(dense, low)
+        kept = found.values > (0 if n else torch.inf)
+        if n and len(found.values) > n:
+            kept &= cpu.keep_best(found.values, n)[0]
+        return Best(found.indices[kept], found.values[kept], 0.0)
 
     def best_of_rows(
         self, x: Tensor, weight: Tensor, bias: Float[Tensor, "latent"], k: float
     ) -> Best:
         """Return the `k` best of each row, like `cpu.best_of_rows`."""
         scores = _Scores(x, weight, bias)
-        rough = self._product(x, weight, bias)
-        k_ceil = min(-int(-k // 1), rough.shape[1])
-        candidates = self._row_candidates(scores, rough, k_ceil)
-        if candidates is None:
-            dense = scores.dense()
-            low = cpu.row_bounds(dense, k_ceil) - 2 * _ROUNDING * scores.sizes
-            indices = scores.candidates(dense, low)
-            candidates = indices, scores.of_pairs(indices)
-        indices, values = candidates
-        kept = cpu.keep_best_of_rows(indices, values, rough.shape, k)
-        return Best(indices[kept], values[kept], 0.0)
-
-    def _row_candidates(
-        self, scores: "_Scores", rough: Tensor, k: int
-    ) -> tuple[Int64[Tensor, "pair"], Float[Tensor, "pair"]] | None:
-        """Return indices that contain each row's `k` best, and their scores; None if too many."""
-        bounds = cpu.row_bounds(rough, k)
+        k_ceil = min(math.ceil(k), len(weight))
+        found = None
         for _ in range(_TRIES):
-            indices = scores.candidates(rough, bounds - 2 * self._margin * scores.sizes)
-            if len(indices) > _MANY * k * len(rough):
+            found = scores.best_per_row(k_ceil, self._margin, _MANY * k_ceil * len(x))
+            if found is None or self._is_wide(found.error):
                 break
-            values, is_wide = self._measured(scores, rough, indices)
-            if is_wide:
-                return indices, values
-        return None
-
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            found = None
+        if found is None:
+            dense = scores.dense()
+            found = scores.near(dense, cpu.row_bounds(dense, k_ceil))
         shape = (len(x), len(weight))
-        if self._rough is None or self._rough.shape != shape:
-            self._rough = torch.empty(shape, dtype=torch.bfloat16)
-        torch.mm(x.bfloat16(), weight.bfloat16().T, out=self._rough)
-        return self._rough.add_(bias.bfloat16())
+        kept = cpu.keep_best_of_rows(found.indices, found.values, shape, k)
+        return Best(found.indices[kept], found.values[kept], 0.0)
 
-    def _measured(
-        self, scores: "_Scores", rough: Tensor, indices: Int64[Tensor, "pair"]
-    ) -> tuple[Float[Tensor, "pair"], bool]:
-        """Return the float32 scores of pairs, and whether the margin was wide enough."""
-        values = scores.of_pairs(indices)
-        error = (values - rough.view(-1)[indices]).abs() / scores.sizes[
-            indices // rough.shape[1], 0
-        ]
-        largest = float(error.nan_to_num(0.0, 0.0, 0.0).max()) if len(error) else 0.0
-        is_wide = _ENOUGH * largest <= self._margin
-        self._margin = max(_SAFETY * largest, _ROUNDING)
-        return values, is_wide
+    def _is_wide(self, error: float) -> bool:
+        """Return whether the margin was wide enough, and widen it if not."""
+        if _ENOUGH * error <= self._margin:
+            return True
+        if math.isfinite(error):
+            self._margin = _SAFETY * error
+        return False
 
 
 class _Scores:
-    """The scores `x @ weight.T + bias` of a batch, computed on demand.
+    """The scores `x @ weight.T + bias` of a batch: roughly all of them, and exactly some.
 
     A pair's score has the same bits however the pair was found: a resumed run, which has lost its
     guesses, finds it in another way.
@@ -144,26 +136,148 @@ class _Scores:
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor) -> None:
         self._x, self._weight, self._bias = x, weight, bias
-        self.sizes = x.norm(dim=1, keepdim=True) + bias.abs().max()
+        self._bytes, self._unit = _to_bytes(weight, torch.uint8)
+        self._x_bytes, self._x_unit = _to_bytes(x, torch.int8)
+        # rounding to multiples of `unit` has a variance of `unit ** 2 / 12`
+        ratio = (weight.norm(dim=1) / self._unit).max()
+        spread = (x.square().sum(1) + (ratio * self._x_unit).square()).sqrt() / math.sqrt(12)
+        self._spread = spread  # of a rough score, in units of its latent
+        finite = bool((spread.sum() + bias.sum()).isfinite())
+        self._is_usable = finite and len(x) > 0 and x.shape[1] <= _WIDEST
 
-    def candidates(
-        self, rough: Float[Tensor, "batch latent"], low: Float[Tensor, "batch 1"]
-    ) -> Int64[Tensor, "pair"]:
-        """Return the indices, rising, of rough scores that reach their row's bound."""
-        low = low.to(rough.dtype)
-        if rough.dtype != torch.bfloat16 or not bool((low > 0).all()):
-            marks = rough >= low
-        else:  # the bits of positive bfloat16 rise with the value: three times as fast
-            marks = rough.view(torch.int16) >= low.view(torch.int16)
-        return cpu.nonzero_indices(marks)
+    def above(self, bound: float, margin: float, at_most: int) -> _Candidates | None:
+        """Return all pairs with a score above `bound`; None if too many have to be computed."""
+        low = (bound - self._bias) / self._unit
+        low = (low - _ROUNDED * low.abs())[:, None]
+        found = []
+        for rows, upper in self._blocks(margin):
+            indices = _reaching(upper, low)
+            at_most -= len(indices)
+            if at_most < 0:
+                return None
+            rough = upper.view(-1)[indices].float()
+            rounded = _ROUNDED * rough.abs()
+            found.append(self._measured(rows, indices, rough, rounded, margin, bound))
+        return _joined(found)
 
-    def of_pairs(self, indices: Int64[Tensor, "pair"]) -> Float[Tensor, "pair"]:
-        """Return the float32 scores at flat indices."""
-        rows = indices // len(self._weight)
-        latents = indices - rows * len(self._weight)
-        return cpu.pair_dot(self._x, rows, self._weight, latents) + self._bias[latents]
+    def best_per_row(self, k: int, margin: float, at_most: int) -> _Candidates | None:
+        """Return pairs among which are the `k` best of each row; None if they are too many."""
+        slack = 2 * margin * self._spread * self._unit.max()
+        most_bias, unit = self._bias.abs().max(), self._unit[:, None].bfloat16()
+        # raised so that rounding cannot make the limit of a positive score negative
+        bias = (self._bias + 2 * _ROUNDED_TWICE * self._bias.abs())[:, None].bfloat16()
+        found = []
+        for rows, upper in self._blocks(margin):
+            upper.mul_(unit).add_(bias)  # now limits of the scores themselves
+            # as integers positive numbers keep their order, and negative ones are below them
+            best = cpu.part_maxima(upper.view(torch.int16), k, 0).view(upper.dtype).T.float()
+            bound = best.topk(k, sorted=False).values.amin(1)
+            low = bound - slack[rows] - 2 * _ROUNDED_TWICE * (bound.abs() + 2 * most_bias)
+            indices = _reaching(upper, low.clamp_(min=_SMALLEST))  # only positive scores fire
+            at_most -= len(indices)
+            if at_most < 0:
+                return None
+            latents = indices // upper.shape[1]
+            unit_of, bias_of = self._unit[latents], bias[latents, 0].float()
+            rough = upper.view(-1)[indices].float()
+            rounded = _ROUNDED_TWICE * (rough.abs() + bias_of.abs()) / unit_of
+            rough = (rough - bias_of) / unit_of
+            found.append(self._measured(rows, indices, rough, rounded, margin, -torch.inf))
+        return _joined(found)
 
     def dense(self) -> Float[Tensor, "batch latent"]:
         """Return all scores from one float32 product, whose rounding differs from `of_pairs`."""
         out = self._x.new_empty(len(self._x), len(self._weight))
         return cpu.product(self._x, self._weight, out).add_(self._bias)
+
+    def near(self, dense: Float[Tensor, "batch latent"], low: Tensor) -> _Candidates:
+        """Return the pairs with dense scores from `low` on, or below it by what rounding may do."""
+        sizes = self._x.norm(dim=1, keepdim=True) + self._bias.abs().max()
+        indices = cpu.nonzero_indices(dense >= low - 2 * _ROUNDING * sizes)
+        rows = indices // len(self._weight)
+        latents = indices - rows * len(self._weight)
+        values = cpu.pair_dot(self._x, rows, self._weight, latents) + self._bias[latents]
+        return _Candidates(indices, values)
+
+    def sampled_bound(self, n: int) -> float:
+        """Guess from evenly spread rows a bound that slightly more than `n` scores exceed."""
+        sample = self._x[:: cpu.sample_step(len(self._x), len(self._weight))]
+        n = n * len(sample) // max(len(self._x), 1)
+        return cpu.sampled_bound(sample @ self._weight.T + self._bias, n, None)
+
+    def _blocks(self, margin: float) -> Iterator[tuple[slice, BFloat16[Tensor, "latent row"]]]:
+        """Yield blocks of rows, and an upper limit of `x @ weight.T / unit` for each pair."""
+        if not self._is_usable:
+            return
+        onednn, size = torch.ops.onednn, max(_BLOCK // len(self._weight), 1)
+        for first in range(0, len(self._x), size):
+            rows = slice(first, first + size)
+            unit, limit = self._x_unit[rows], margin * self._spread[rows]
+            packed = onednn.qlinear_prepack(self._x_bytes[rows], None)
+            zeros, output = torch.zeros(len(unit), dtype=torch.int64), (1.0, 0, torch.bfloat16)
+            yield (
+                rows,
+                onednn.qlinear_pointwise(
+                    *(self._bytes, 1.0, _ZERO, packed, unit, zeros, limit, *output, "none", [], "")
+                ),
+            )
+
+    def _measured(
+        self,
+        block: slice,
+        indices: Int64[Tensor, "pair"],
+        rough: Float[Tensor, "pair"],
+        rounded: Float[Tensor, "pair"],
+        margin: float,
+        bound: float,
+    ) -> _Candidates:
+        """Return the pairs with float32 scores above `bound`, and the largest error of all.
+
+        `rounded` is what the rounding of the rough limits to bfloat16 explains.
+        """
+        x, spread = self._x[block], self._spread[block]
+        latents = indices // len(x)
+        rows = indices - latents * len(x)
+        values = cpu.pair_dot(self._weight, latents, x, rows)
+        spread = spread[rows]
+        error = (values / self._unit[latents] - rough + margin * spread).abs() - rounded
+        largest = float((error / spread).max()) if len(error) else 0.0
+        values += self._bias[latents]
+        if bound > -torch.inf:
+            above = torch.nonzero(values > bound)[:, 0]
+            rows, latents, values = rows[above], latents[above], values[above]
+        order = cpu.stable_order(rows, len(x))
+        indices = (rows + block.start)[order] * len(self._weight) + latents[order]
+        return _Candidates(indices, values[order], largest)
+
+
+def _joined(found: list[_Candidates]) -> _Candidates | None:
+    """Return the candidates of all blocks, or None without blocks."""
+    if len(found) < 2:
+        return found[0] if found else None
+    indices, values, errors = zip(*found, strict=True)
+    return _Candidates(torch.cat(indices), torch.cat(values), max(errors))
+
+
+def _to_bytes(
+    table: Float[Tensor, "row d_in"], dtype: torch.dtype
+) -> tuple[Tensor, Float[Tensor, "row"]]:
+    """Return the rows as bytes, unsigned ones plus `_ZERO`, and the size of a byte's unit."""
+    shift = _ZERO + 0.5 if dtype == torch.uint8 else 0.0  # conversion cuts off what follows the dot
+    rows, units = torch.empty(table.shape, dtype=dtype), table.new_empty(len(table))
+    for part, out, unit in zip(*(t.split(_CACHED) for t in (table, rows, units)), strict=True):
+        torch.amax(part.abs(), 1, out=unit)
+        unit.div_(127).clamp_(min=_TINY)
+        scaled = part * (1 / unit)[:, None]
+        out.copy_(scaled.add_(shift) if shift else scaled.round_())
+    return rows, units
+
+
+def _reaching(
+    upper: BFloat16[Tensor, "latent row"], low: Float[Tensor, "..."]
+) -> Int64[Tensor, "pair"]:
+    """Return the flat indices, rising, of the limits that reach a bound."""
+    low = low.to(upper.dtype)
+    if bool((low > 0).all()):  # the bits of positive bfloat16 rise with the value: twice as fast
+        return cpu.nonzero_indices(upper.view(torch.int16) >= low.view(torch.int16))
+    return cpu.nonzero_indices(upper >= low)
