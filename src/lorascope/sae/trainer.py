@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 _LOG_POINTS = 200  # lines of the training log
 _BETAS = (0.9, 0.99)
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of a weight
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam keeps of a weight
 _MEMORY = 0.98  # decay of the running means in the progress bar and the log
 _BY_ROW = 0.5  # share of the steps in which each row gets its own best latents
 _EAGER_STEPS = 3  # steps of a kind before it is recorded as a CUDA graph
@@ -176,15 +176,21 @@ class Trainer:
         for tensor in self.weights.tensors().values():
             tensor.grad = None
 
-    def save(self, path: Path) -> None:
-        """Write everything that the next step depends on, atomically."""
+    def _state(self) -> dict[str, Tensor]:
+        """Return everything that the next step depends on, by name, to be read or changed."""
         tensors = {name: tensor.detach() for name, tensor in self.weights.tensors().items()}
-        for name, tensor in self._flat.items():
+        for name, tensor in self._flat.items() if self.step else ():
+            if tensor not in self.adam.state:
+                moments = {key: torch.zeros_like(tensor) for key in _MOMENTS}
+                self.adam.state[tensor] = {"step": tensor.new_zeros(()), **moments}
             for key, value in self.adam.state[tensor].items():
                 tensors[f"adam.{key}.{name}"] = value
-        tensors |= {"silent_tokens": self.silent_tokens, "running": self.running}
+        return {**tensors, "silent_tokens": self.silent_tokens, "running": self.running}
+
+    def save(self, path: Path) -> None:
+        """Write everything that the next step depends on, atomically."""
         state = json.dumps({"step": self.step, "log": self.log})
-        on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        on_cpu = {name: tensor.cpu().contiguous() for name, tensor in self._state().items()}
         with replacing(path) as partial:
             safetensors.torch.save_file(on_cpu, partial, metadata={"state": state})
 
@@ -198,25 +204,12 @@ class Trainer:
         try:
             with safe_open(path, framework="pt") as file:
                 state = json.loads(file.metadata()["state"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            counted = {"silent_tokens": self.silent_tokens, "running": self.running}
-            for name, tensor in (self.weights.tensors() | counted).items():
-                if tensors[name].shape != tensor.shape:
-                    raise ValueError(f"{name} has another shape")
-            with torch.no_grad():
-                for name, tensor in self.weights.tensors().items():
-                    tensor.copy_(tensors[name])
-                for name, tensor in self._flat.items():
-                    if state["step"]:
-                        moments = {k: tensors[f"adam.{k}.{name}"] for k in _MOMENTS}
-                        if any(moments[k].shape != tensor.shape for k in _MOMENTS[1:]):
-                            raise ValueError(f"the moments of {name} have another shape")
-                        self.adam.state[tensor] = {
-                            key: value.to(tensor.device) for key, value in moments.items()
-                        }
-            self.silent_tokens.copy_(tensors["silent_tokens"])
-            self.running.copy_(tensors["running"])
-            self.step, self.log = state["step"], state["log"]
+                self.step, self.log = state["step"], state["log"]
+                for name, tensor in self._state().items():
+                    saved = file.get_tensor(name)
+                    if saved.shape != tensor.shape:
+                        raise ValueError(f"{name} has another shape")
+                    tensor.copy_(saved)
         except (
             OSError,
             ValueError,
@@ -235,19 +228,10 @@ class Trainer:
         """Copy the state of rank 0, which alone reads a checkpoint, to all ranks."""
         if self.team.world == 1:
             return
-        device = self.silent_tokens.device
-        self.step = int(self.team.broadcast(torch.tensor([self.step], device=device)))
-        if self.step == 0:
-            return
-        for tensor in self._flat.values():
+        step = torch.tensor([self.step], device=self.silent_tokens.device)
+        self.step = int(self.team.broadcast(step))
+        for tensor in self._state().values() if self.step else ():
             self.team.broadcast(tensor)
-            if tensor not in self.adam.state:
-                zeros = {key: torch.zeros_like(tensor) for key in _MOMENTS[1:]}
-                self.adam.state[tensor] = {"step": torch.zeros((), device=device), **zeros}
-            for value in self.adam.state[tensor].values():
-                self.team.broadcast(value)
-        self.team.broadcast(self.silent_tokens)
-        self.team.broadcast(self.running)
 
 
 def schedule(step: int, n_steps: int, warmup: int) -> float:
