@@ -22,7 +22,6 @@ from lorascope.activations.batches import (
     BatchPlan,
     Shuffle,
     batches_on,
-    count_roles,
     read_blocks,
     split_rows,
 )
@@ -203,13 +202,6 @@ def test_roles_that_no_token_has_are_refused_with_the_roles_that_there_are(make_
         ArtifactError, match=r"0 tokens .* system, text \(it has: user 54, think 120, .* special 6"
     ):
         split_rows(store, 0.1, 0, ("system", "text"))
-
-
-def test_rows_are_counted_by_role(make_store):
-    store = with_roles(make_store, "user think think answer")
-    assert count_roles(store) == {"user": 54, "think": 120, "answer": 60, "special": 6}
-    assert sum(count_roles(store).values()) == store.n_rows
-    assert list(count_roles(store)) == ["user", "think", "answer", "special"]
 
 
 # --- how well rows are shuffled

@@ -64,7 +64,8 @@ def split_rows(
     """
     rows = np.flatnonzero(has_role(store.roles, roles))
     if len(rows) < 2:
-        counted = ", ".join(f"{role} {n}" for role, n in count_roles(store).items())
+        counts = np.bincount(store.roles, minlength=len(ROLES))
+        counted = ", ".join(f"{role} {n}" for role, n in zip(ROLES, counts, strict=True) if n)
         raise ArtifactError(
             f"{store.path} has {len(rows)} tokens to train on of the roles {', '.join(roles)} (it "
             f"has: {counted or 'none'}), expected two or more; name other roles, or generate more"
@@ -88,12 +89,6 @@ def halves(store: ActivationStore, rows: RowNumbers) -> tuple[RowNumbers, RowNum
     if not number.any():
         return rows, rows
     return rows[number % 2 == 1], rows[number % 2 == 0]
-
-
-def count_roles(store: ActivationStore) -> dict[str, int]:
-    """Return the number of rows by role, in the order of `ROLES`, without zeros."""
-    counts = np.bincount(store.roles, minlength=len(ROLES))
-    return {role: int(n) for role, n in zip(ROLES, counts, strict=True) if n}
 
 
 def require_finite(values: Rows, rows: RowNumbers, store: ActivationStore) -> None:

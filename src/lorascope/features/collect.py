@@ -218,7 +218,7 @@ def _arrays(
 ) -> dict[str, Any]:
     """Return all arrays of the index."""
     from lorascope.features.examples import (
-        example_arrays,
+        count_equal_contexts,
         firing_arrays,
         rollout_arrays,
         sample_arrays,
@@ -258,7 +258,8 @@ def _arrays(
         "near_cofiring": near_cofiring,
         "near_jaccard": near_jaccard,
         **ranked_tokens(store, accumulator.sample, accumulator.n_by_token),
-        **example_arrays(store, examples, spans, sae.d_sae, reach),
+        **firing_arrays(store, examples, sae.d_sae, "example"),
+        "example_n_alike": count_equal_contexts(examples, spans, reach),
         **arrays_of_samples,
         **firing_arrays(store, special, sae.d_sae, "special"),
         **window_arrays(

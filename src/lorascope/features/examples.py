@@ -34,19 +34,6 @@ N_FIFTHS = 5
 _ROWS = 1 << 16  # rows whose values are computed at once
 
 
-def example_arrays(
-    store: ActivationStore, examples: Firings, spans: list[Span], d_sae: int, reach: int
-) -> Arrays:
-    """Return the arrays `example_*` of firings sorted by latent.
-
-    Contexts are equal if the tokens within `reach` positions are.
-    """
-    return {
-        **firing_arrays(store, examples, d_sae, "example"),
-        "example_n_alike": _n_equal_contexts(examples, spans, reach),
-    }
-
-
 def sample_arrays(
     store: ActivationStore, sample: FiringSample, examples: Firings, per_fifth: int
 ) -> tuple[Firings, Arrays]:
@@ -122,8 +109,8 @@ def firing_arrays(store: ActivationStore, firings: Firings, d_sae: int, name: st
     }
 
 
-def _n_equal_contexts(examples: Firings, spans: list[Span], reach: int) -> npt.NDArray[np.int64]:
-    """Return for each example the number of eligible tokens with the same context."""
+def count_equal_contexts(examples: Firings, spans: list[Span], reach: int) -> npt.NDArray[np.int64]:
+    """Return for each example how many eligible tokens equal it up to `reach` positions away."""
     contexts = np.zeros(len(examples.row), np.uint64)
     for span in spans:
         row = examples.row - span.first_row

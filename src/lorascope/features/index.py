@@ -360,7 +360,8 @@ class FeatureIndex:
         for last in np.flatnonzero(is_last).tolist():
             pieces[last] += _WINDOW_END
         ends = np.cumsum(np.array([len(token) for token in folded], np.int64)[at] + is_last)
-        latents = np.concatenate([self._latent_of(part) for part in WINDOWS])  # of each window
+        counts = [np.diff(getattr(self, f"{part}_offset")) for part in WINDOWS]
+        latents = np.concatenate([np.repeat(np.arange(len(self)), n) for n in counts])  # by window
         best: dict[int, float] = {}
         for match in re.finditer(re.escape(wanted), b"".join(pieces)):
             first = int(np.searchsorted(ends, match.start(), side="right"))
@@ -416,10 +417,6 @@ class FeatureIndex:
             tokens = [self.ranked_tokens(latent, ranking) for latent in range(len(self))]
             columns[f"tokens_{ranking}"] = [" | ".join(text for text, _ in row) for row in tokens]
         return pd.DataFrame(columns, index=pd.RangeIndex(len(self), name="feature"))
-
-    def _latent_of(self, part: str) -> npt.NDArray[np.int64]:
-        """Return the latent of each example in one of `WINDOWS`."""
-        return np.repeat(np.arange(len(self)), np.diff(getattr(self, f"{part}_offset")))
 
 
 def _offsets(lengths: Iterable[int]) -> npt.NDArray[np.int64]:

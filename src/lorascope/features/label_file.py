@@ -136,7 +136,8 @@ def read_labels(path: Path) -> Labels:
 
     Raises ArtifactError if it is not one of labels, was changed, or holds what no label may.
     """
-    if read_manifest(path) is None and _is_by_hand(path):
+    by_hand = f'"{_BY_HAND_FORMAT}"'.encode()
+    if read_manifest(path) is None and path.is_file() and by_hand in path.read_bytes()[:100]:
         raise ArtifactError(
             f"{path} has labels that the page exported; give it to lorascope label --by-hand, and "
             f"the {FILE} that it makes here"
@@ -175,11 +176,6 @@ class HandLabel(NamedTuple):
 
     label: str
     note: str
-
-
-def _is_by_hand(path: Path) -> bool:
-    """Return whether a file begins as one that the page exports."""
-    return path.is_file() and f'"{_BY_HAND_FORMAT}"'.encode() in path.read_bytes()[:100]
 
 
 def read_by_hand(path: Path, sae_digest: str, n_features: int) -> dict[int, HandLabel]:

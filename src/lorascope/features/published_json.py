@@ -49,12 +49,13 @@ def to_published(index: FeatureIndex, manifest: Manifest) -> Iterator[str]:
     """Yield the JSON text in `len(index) + 2` pieces, one per feature, dead ones included."""
     content = index.content
     examples = index.n_examples
+    special = map(index.token_bytes, index.token_id[index.token_special != 0].tolist())
     metadata = {
         "lorascope": manifest.to_sealed_json(),
         "n_features": len(index),
         "top_k": content.get("top_k", int(examples.max(initial=0))),
         **{key: content[key] for key in _METADATA if key in content},
-        "special_tokens": _special_texts(index),
+        "special_tokens": sorted({i.decode(errors="replace") for i in special}),
         "histogram_edges": index.latent_histogram_edges.tolist(),
     }
     yield '{"metadata": ' + _json_text(metadata) + ',\n"features": {'
@@ -103,11 +104,6 @@ def _published_example(example: Example) -> dict[str, Any]:
         "activations": np.asarray(example.activations).tolist(),
         **({"n_alike": example.n_alike} if example.n_alike >= 0 else {}),
     }
-
-
-def _special_texts(index: FeatureIndex) -> list[str]:
-    special = index.token_id[index.token_special != 0]
-    return sorted({index.token_bytes(int(i)).decode(errors="replace") for i in special})
 
 
 def _json_text(value: Any) -> str:

@@ -121,11 +121,13 @@ def evaluate(sae: SAE, blocks: Iterable[Float[Tensor, "_ d_in"]]) -> dict[str, A
     if moments is None:
         raise ArtifactError("there are no held-out rows to evaluate on; generate more")
     alive = int((times_fired > 0).sum())
+    known = all(site.b_norms for site in sae.layout.sites)
     return {
         "n_rows": moments.n,
         "fvu": fvu(residual, moments.spread, scale.double().cpu().numpy()),
         "fvu_raw": fvu(residual, moments.spread),
-        "fvu_effect": _fvu_effect(residual, moments.spread, sae.layout),
+        # None where the layout does not know the norms of `B`
+        "fvu_effect": fvu(residual, moments.spread, sae.layout.effect_scale) if known else None,
         "cosine": cosine / n_directed if n_directed else None,
         "l0": int(times_fired.sum()) / moments.n,
         "alive": alive,
@@ -147,12 +149,6 @@ def stability(
         torch.cat([(block @ other.T).amax(1) for block in mine.split(_BLOCK)]) for other in others
     ]
     return torch.stack(best).mean(0).clamp(-1.0, 1.0)
-
-
-def _fvu_effect(residual: Columns, spread: Columns, layout: SiteLayout) -> float | None:
-    """Return the FVU in effect units; None where the layout does not know the norms of `B`."""
-    known = all(site.b_norms for site in layout.sites)
-    return fvu(residual, spread, layout.effect_scale) if known else None
 
 
 def _density(rate: npt.NDArray[np.float64]) -> dict[str, int]:

@@ -186,8 +186,9 @@ def _trainer(run: TrainingRun, member: SweepMember, ranks: Team) -> Trainer:
         lr,
         member.seed,
     )
-    sample = _evenly_spread(run.plan.rows, max(_INITIAL_ROWS, d_sae))
-    rows = torch.cat(list(read_blocks(store, sample))) * run.scale.float()
+    n_train = len(run.plan.rows)
+    spread = np.linspace(0, n_train - 1, min(max(_INITIAL_ROWS, d_sae), n_train)).astype(np.int64)
+    rows = torch.cat(list(read_blocks(store, run.plan.rows[spread]))) * run.scale.float()
     return Trainer(
         initial_weights(
             rows,
@@ -276,10 +277,6 @@ def auto_lr(d_in: int, n_steps: int) -> float:
     that of the steps up to a thousand; in longer runs they did not fall (`docs/training.md`).
     """
     return min(0.08 / math.sqrt(d_in) * math.sqrt(1000 / min(max(n_steps, 60), 1000)), 0.03)
-
-
-def _evenly_spread(rows: RowNumbers, n: int) -> RowNumbers:
-    return rows[np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(np.int64)]
 
 
 class TrainingLog:

@@ -26,7 +26,6 @@ from lorascope.subject.adapter_files import (
     WEIGHTS,
     TensorFile,
     from_mlx,
-    is_mlx,
     unpickle,
 )
 
@@ -121,7 +120,7 @@ def inspect_adapter(lora_path: str | None, adapter_name: str | None = None) -> A
             f"{path} is not a PEFT adapter ({what}); give the folder that PEFT saved"
         )
     config, file, converted = read_json_object(path / CONFIG), path / WEIGHTS, None
-    if is_mlx(config):
+    if "peft_type" not in config and "lora_parameters" in config:
         file = path / MLX
         config, converted = from_mlx(config, file)
     if (kind := config.get("peft_type")) != "LORA":

@@ -100,11 +100,6 @@ def unpickle(file: Path) -> bytes:
     return save({str(name): tensor.detach().clone().contiguous() for name, tensor in state.items()})
 
 
-def is_mlx(config: Any) -> bool:
-    """Return whether an adapter's config was written by MLX."""
-    return isinstance(config, dict) and "peft_type" not in config and "lora_parameters" in config
-
-
 def from_mlx(config: dict[str, Any], file: Path) -> tuple[dict[str, Any], bytes]:
     """Return the config and the tensors of an MLX adapter as PEFT has them."""
     kind, parameters = config.get("fine_tune_type", "lora"), config["lora_parameters"]
@@ -117,8 +112,11 @@ def from_mlx(config: dict[str, Any], file: Path) -> tuple[dict[str, Any], bytes]
         raise AdapterError(f"{file.parent} is an MLX adapter whose config names no scale")
     tensors: dict[str, Any] = {}
     ranks, modules = set[int](), dict[str, None]()
-    for name, value in _read_all(file).items():
-        match = _MLX_NAME.match(name)
+    held = TensorFile(file)
+    if other := set(held.dtypes.values()) - READABLE.keys():
+        raise AdapterError(f"{file} holds {min(other)} values, expected {', '.join(READABLE)}")
+    for name in held.shapes:
+        match, value = _MLX_NAME.match(name), held.read(name).astype(np.float32)
         if not match or value.ndim != 2:
             raise AdapterError(
                 f"{file} holds {name} of shape {value.shape}, expected lora_a and lora_b matrices; "
@@ -141,11 +139,3 @@ def from_mlx(config: dict[str, Any], file: Path) -> tuple[dict[str, Any], bytes]
         "lora_alpha": scale * rank,
         "target_modules": list(modules),
     }, safetensors.numpy.save(tensors)
-
-
-def _read_all(file: Path) -> dict[str, npt.NDArray[np.float32]]:
-    """Return every tensor in float32, which holds 16-bit values exactly."""
-    tensors = TensorFile(file)
-    if other := set(tensors.dtypes.values()) - READABLE.keys():
-        raise AdapterError(f"{file} holds {min(other)} values, expected {', '.join(READABLE)}")
-    return {name: tensors.read(name).astype(np.float32) for name in tensors.shapes}
