@@ -7,8 +7,8 @@ everything else uses these pairs alone:
    bags are (row, part of the dictionary), and a prefix is the sum of the parts up to it.
 2. `G` is the gradient of the reconstructions; the gradient of a value is `pair_dot(G, W_dec)`.
 3. The gradient of a decoder row is the sum of `value * G` over the rows in which the latent fires;
-   the gradient of an encoder row is the sum of `gradient * (x - b_dec)`. Both are `gather_sum` with
-   the pairs ordered by latent.
+   the gradient of an encoder row is the sum of `gradient * (x - b_dec)`. Both are `gather_sum`. All
+   gradients take the pairs ordered by latent, so that a row of a matrix is read once.
 4. Aux-k revives dead latents (`objective.py`, step 4). `_revive_dead` is dense in the dead latents,
    which are few. CUDA graphs need shapes that do not depend on how many are dead, so there
    `_revive_static` takes the `k_aux` best of all latents in each row, with the living ones at
@@ -89,7 +89,6 @@ class Step:
         if weights.log_threshold is not None:
             threshold = weights.log_threshold.exp()
             code = code * (code > threshold[pairs.latents])
-        fires = code != 0
 
         prefixes = self.rule.prefixes(d_sae)
         bags = pairs.rows
@@ -99,26 +98,31 @@ class Step:
             part = torch.bucketize(pairs.latents, self._ends, right=True)
             bags = pairs.rows * len(prefixes) + part
         offsets = kernel.row_offsets(bags, len(x) * len(prefixes))
-        parts = kernel.gather_sum(code, pairs.latents, offsets, weights.W_dec)
-        decoded = parts.view(len(x), len(prefixes), x.shape[1]).cumsum(1)
+        decoded = kernel.gather_sum(code, pairs.latents, offsets, weights.W_dec)
+        decoded = decoded.view(len(x), len(prefixes), x.shape[1])
+        if len(prefixes) > 1:
+            decoded = decoded.cumsum(1)
         errors = decoded + weights.b_dec - x[:, None]  # (batch, prefix, d_in)
         to_prefix = errors * (2 / (spread * len(prefixes)))
         to_part = to_prefix.flip(1).cumsum(1).flip(1) if len(prefixes) > 1 else to_prefix
         flat = to_part.reshape(-1, x.shape[1])  # (batch * prefix, d_in)
-        to_code = kernel.pair_dot(flat, bags, weights.W_dec, pairs.latents)
-        to_pre = to_code * fires
 
         order, starts = kernel.by_latent(pairs.latents, d_sae)
-        to_decoder = kernel.gather_sum(code[order], bags[order], starts, flat)
-        to_encoder = kernel.gather_sum(to_pre[order], pairs.rows[order], starts, centred)
-        to_bias = torch.zeros_like(weights.b_enc).index_add_(0, pairs.latents, to_pre)
+        latents, bags, code = pairs.latents[order], bags[order], code[order]
+        rows = pairs.rows[order] if len(prefixes) > 1 else bags
+        fires = code != 0
+        to_code = kernel.pair_dot(weights.W_dec, latents, flat, bags)
+        to_pre = to_code * fires
+        to_decoder = kernel.gather_sum(code, bags, starts, flat)
+        to_encoder = kernel.gather_sum(to_pre, rows, starts, centred)
+        to_bias = torch.zeros_like(weights.b_enc).index_add_(0, latents, to_pre)
         to_threshold = None
         l0 = self.team.sum(fires.sum().to(x.dtype)) / n_rows
         if threshold is not None:
-            near = (pairs.values - threshold[pairs.latents]).abs() < JUMP_WIDTH / 2
+            near = (pairs.values[order] - threshold[latents]).abs() < JUMP_WIDTH / 2
             from_l0 = 2 * JUMP_WEIGHT * (l0 / self.rule.k - 1) / (self.rule.k * n_rows)
-            through = (threshold[pairs.latents] * to_code + from_l0) * near / -JUMP_WIDTH
-            to_threshold = torch.zeros_like(threshold).index_add_(0, pairs.latents, through)
+            through = (threshold[latents] * to_code + from_l0) * near / -JUMP_WIDTH
+            to_threshold = torch.zeros_like(threshold).index_add_(0, latents, through)
             to_threshold *= threshold
 
         auxk = x.new_zeros(())
@@ -141,7 +145,7 @@ class Step:
 
         unexplained = self.team.sum(errors.square().sum((0, 2))) / spread
         fired = torch.zeros_like(dead, dtype=torch.int32)
-        fired.index_add_(0, pairs.latents, fires.int())
+        fired.index_add_(0, latents, fires.int())
         fvu = unexplained[-1]
         total = unexplained.mean() + self.auxk_alpha * auxk
         if threshold is not None:
