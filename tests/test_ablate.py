@@ -167,6 +167,7 @@ def test_parts_can_be_removed_on_fewer_rollouts_than_features(dirs, store, repor
     assert report["parts_on"]["kl"] == pytest.approx(report["without_adapter"]["kl"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_an_adapter_that_writes_nothing_has_no_effect_anywhere(dirs, dataset_file, tmp_path):
     """Copies of a batch may differ by rounding, as a product sums each of its rows in its way."""
 

@@ -108,6 +108,7 @@ def test_the_effect_is_kl_of_base_and_adapter_on_texts_and_neutral_ones(
     assert f"A token of neutral text changes {ratio:.2g} times as much" in text
 
 
+@pytest.mark.slow
 def test_an_adapter_of_zeros_changes_nothing(changed, subject_dirs, tmp_path):
     zero = str(changed(lora_B=0.0))
     found = audit(Path(zero), subject_dirs[0], tmp_path)

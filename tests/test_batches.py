@@ -383,6 +383,7 @@ def test_two_pools_are_in_memory_at_most(make_store, monkeypatch):
     assert max(peaks) / min(peaks) < 1.25  # it does not grow with the batches
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_stream_reads_its_rows_once_and_maps_none_of_them(make_store):
     """Otherwise a store larger than memory is read many times over."""

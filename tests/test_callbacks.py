@@ -123,6 +123,7 @@ def test_gradient_checkpointing_and_mixed_precision_change_no_row(base, dataset_
     assert np.isfinite(losses(plain)).all()
 
 
+@pytest.mark.slow
 def test_modules_get_back_the_mode_that_they_had(base, dataset_file, tmp_path, monkeypatch):
     """Also those that a user keeps in eval mode."""
     model = peft_model(base)

@@ -61,7 +61,7 @@ def best_by_sorting(store, code, latent, k, per_rollout, collapse, after=5):
     return best[:k]
 
 
-@pytest.mark.parametrize("per_rollout", [0, 1, 3])
+@pytest.mark.parametrize("per_rollout", [0, pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("same_context", ["collapse", "keep"])
 def test_examples_are_those_of_the_definition(tmp_path, monkeypatch, per_rollout, same_context):
     cut_at(monkeypatch, 1)
@@ -233,6 +233,7 @@ def test_rollouts_of_one_token_and_a_long_one_are_read(tmp_path):
     assert max(index.n_examples) == 3  # max_per_rollout
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_store(tmp_path):
     """Ten times the rows keep the same number of firings of each latent."""
     sizes = []

@@ -188,6 +188,7 @@ def test_a_rollout_is_coloured_by_kl_between_adapter_and_base(show: Any, index, 
     assert tokens.nth(1).get_attribute("data-kl") is None
 
 
+@pytest.mark.slow
 def test_contributions_to_a_prediction_are_listed_when_its_token_is_selected(
     show: Any, index, tmp_path
 ):
@@ -213,6 +214,7 @@ def test_contributions_to_a_prediction_are_listed_when_its_token_is_selected(
     assert int(marked.get_attribute("data-at")) == one["behind"][1][2]
 
 
+@pytest.mark.slow
 def test_a_switch_says_what_colours_a_rollout(show: Any, index, tmp_path):
     rollout = int(index.text_rollout[0])
     shown = show(index, f"#/rollout/{rollout}?token=2", effects=write_all(tmp_path, index))

@@ -71,6 +71,7 @@ def test_a_template_feature_says_so_and_shows_its_special_tokens_first(show: Any
         assert shown.part("no-examples").count() == 0
 
 
+@pytest.mark.slow
 def test_one_word_from_right_to_left_does_not_mirror_its_text(show: Any):
     tokens = {1: "\u0633\u0644\u0627\u0645".encode(), 2: b" is a greeting", 3: b" in Arabic"}
     shown = show(index_of([[example(2.0, 9, [1, 2, 3], 0)]], tokens))

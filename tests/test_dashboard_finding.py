@@ -93,6 +93,7 @@ def test_what_was_searched_is_marked_in_the_examples_over_tokens(show: Any):
     assert shown.page.evaluate("CSS.highlights.get('found').size") == 0
 
 
+@pytest.mark.slow
 def test_a_link_with_an_order_opens_the_map_and_keeps_it(show: Any):
     shown = show(full_index(), "#/feature/1")
     shown.page.evaluate("location.hash = '#/map?sort=max'")
@@ -103,6 +104,7 @@ def test_a_link_with_an_order_opens_the_map_and_keeps_it(show: Any):
     assert shown.part("sort").input_value() == "max"
 
 
+@pytest.mark.slow
 def test_the_list_has_room_on_a_small_screen_with_all_filters_open(show: Any):
     shown = show(full_index())
     shown.page.set_viewport_size({"width": 1366, "height": 768})

@@ -116,6 +116,7 @@ def test_labels_are_searched_filtered_and_sorted(show, labelled):
         shown.wait_listed(expected)
 
 
+@pytest.mark.slow
 def test_the_users_own_label_comes_first(show, labelled):
     shown = show(labelled, "#/feature/0")
     shown.part("label").fill("mine")

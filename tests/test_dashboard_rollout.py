@@ -124,6 +124,7 @@ def test_features_are_highlighted_by_mouse_keyboard_and_address(show: Any):
     assert fired(shown) == [(0, 1.0)]
 
 
+@pytest.mark.slow
 def test_rollouts_are_listed_by_reason_and_found_by_search(show: Any):
     index = full_index()
     shown = show(index, "#/rollout")

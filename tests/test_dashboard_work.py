@@ -54,6 +54,7 @@ def test_the_glossary_in_the_help_is_complete_and_searched(show: Any):
     assert shown.page.get_by_text("How to read this page").is_visible()
 
 
+@pytest.mark.slow
 def test_keys_switch_views_and_focus_fields(show: Any):
     shown = show(full_index())
     shown.press("m")

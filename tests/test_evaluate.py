@@ -96,6 +96,7 @@ def test_with_all_features_removed_it_is_the_base_model_exactly(store, report_of
         assert part["recovered"] == 0.0
 
 
+@pytest.mark.slow
 def test_rows_written_as_they_are_have_a_floor_of_exactly_zero(store, report_of):
     found = report_of(each_column(store))["faithfulness"]
     assert found["floor"]["null"] == 0.0
@@ -235,6 +236,7 @@ def test_the_batch_changes_numbers_by_rounding_only(store, report_of):
             assert run_[key] == pytest.approx(many["runs"][name][key], rel=1e-3, abs=ROUNDED)
 
 
+@pytest.mark.slow
 def test_where_every_place_has_one_row_the_constant_row_recovers_everything(subject_dirs, tmp_path):
     """Six times the same text, of one token a role: the adapter writes a constant."""
     said = [("system", "c"), ("user", "a"), ("assistant", "b")]
@@ -380,6 +382,7 @@ def test_the_curve_has_what_each_method_recovers_at_each_number_of_values(store,
     assert fired == pytest.approx(levels, rel=0.2)
 
 
+@pytest.mark.slow
 def test_saes_that_differ_in_their_seed_only_are_named_together(store, report_of, tmp_path):
     def trained(seed, **other):
         sae = half(store)
@@ -393,6 +396,7 @@ def test_saes_that_differ_in_their_seed_only_are_named_together(store, report_of
     assert found["seeds"] == ["sae", "against one"]
 
 
+@pytest.mark.slow
 def test_an_sae_that_was_trained_on_what_is_measured_is_warned_of(
     store, report_of, tmp_path, caplog
 ):

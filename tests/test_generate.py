@@ -264,6 +264,7 @@ def test_a_max_length_beyond_the_context_is_refused(config):
         generate.run(config(num_examples=2, max_length=513, overwrite=True))
 
 
+@pytest.mark.slow
 def test_a_model_with_tiny_rows_is_refused_in_float16_and_right_in_float32(
     config, subject_dirs, tmp_path
 ):

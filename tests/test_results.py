@@ -207,6 +207,7 @@ def test_prompts_are_texts_records_or_a_file(loaded, dataset_file, tmp_path):
         loaded.steer(3, prompts=["word " * 900], **options)
 
 
+@pytest.mark.slow
 def test_base_and_adapter_answer_the_same_prompts(loaded):
     asked = loaded.answers(["What is 2 + 3?", "Why?"])
     assert [one.rollout for one in asked] == [0, 1]

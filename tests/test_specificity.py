@@ -108,6 +108,7 @@ def test_pull_is_by_how_much_the_raised_token_falls_at_the_features_own_tokens(
     )
 
 
+@pytest.mark.slow
 def test_rollouts_in_one_batch_give_what_each_gives_alone(held_out, monkeypatch):
     """What is drawn for a rollout depends on neither its batch nor how activations are kept."""
     sae = each_column(held_out.store)

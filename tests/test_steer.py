@@ -56,6 +56,7 @@ def steered(dirs, store, sae, tmp_path):
     return made
 
 
+@pytest.mark.slow
 def test_the_first_arm_is_no_change_and_doses_move_away_from_it(steered, store, sae):
     data = open_report(steered(doses=(0.0, 0.5, 4.0)))
     arms = data["arms"]

@@ -321,6 +321,7 @@ def test_an_outlier_column_and_few_steps_still_train(make_store, small_config):
     assert np.isfinite(load_sae(path).manifest.content["report"]["fvu"])
 
 
+@pytest.mark.slow
 def test_a_fraction_of_a_latent_a_token_trains(small_config):
     sae = load_sae(run(replace(small_config, k=0.5)))
     assert sae.manifest.content["report"]["train"]["l0"] == pytest.approx(0.5)

@@ -124,6 +124,7 @@ def test_other_lists_do_not_change_the_bytes_of_several_seeds(config, tmp_path):
         assert content(out) == content(same)
 
 
+@pytest.mark.slow
 def test_the_table_has_the_report_of_every_sae(config, capsys, caplog):
     caplog.set_level("INFO")
     many = replace(config, k=(2, 4), seed=(42, 43))
@@ -215,7 +216,7 @@ def breaks_after(step: int, of: float):
     return "save", failing
 
 
-@pytest.mark.parametrize("of", [2, 4])
+@pytest.mark.parametrize("of", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("breaks", [breaks_at, breaks_after])
 def test_many_broken_off_go_on_to_the_same_bytes(config, tmp_path, monkeypatch, breaks, of):
     """Broken between the steps or the checkpoints of two SAEs, so that they stand apart."""
@@ -249,7 +250,9 @@ def broken_between_publications(config: TrainConfig, monkeypatch) -> None:
     assert [out.exists() for out in outputs(config)] == [True, False]
 
 
-@pytest.mark.parametrize("lists", [{"k": (2, 4)}, {"seed": (42, 43)}])
+@pytest.mark.parametrize(
+    "lists", [{"k": (2, 4)}, pytest.param({"seed": (42, 43)}, marks=pytest.mark.slow)]
+)
 def test_many_killed_while_they_are_published_end_with_the_same_bytes(
     config, tmp_path, monkeypatch, lists
 ):

@@ -126,6 +126,7 @@ def test_first_order_scores_find_a_trigger_that_the_budget_does_not_reach(
     assert found.triggers[0].token_ids == (TRIGGER,)
 
 
+@pytest.mark.slow
 def test_a_search_that_would_take_far_longer_than_its_budget_is_not_begun(
     planted, stored, monkeypatch
 ):
