@@ -12,9 +12,10 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -72,9 +73,15 @@ def open_published(path: Path) -> dict[str, Any]:
     def shard(number: int) -> Shard:
         token_ids = np.array([ids[text] for text in texts[number]], np.int32)
         n = len(token_ids)
-        read = _File(files[number], order, (n, n_layers, len(types)), token_ids)
-        rows = np.array([0, n], np.int64)
-        return Shard(files[number], n, rows, np.array([number]), read, read.read_rows)
+        return _RolloutFile(
+            path=files[number],
+            n_rows=n,
+            rollout_start=np.array([0, n], np.int64),
+            rollout_id=np.array([number]),
+            order=order,
+            shape=(n, n_layers, len(types)),
+            token_ids=token_ids,
+        )
 
     digests = [[files[number].name, digest_in_part(files[number])] for number in numbers]
     return {
@@ -88,15 +95,15 @@ def open_published(path: Path) -> dict[str, Any]:
     }
 
 
-class _File(NamedTuple):
-    """The arrays of one file, read when they are asked for."""
+@dataclass(frozen=True)
+class _RolloutFile(Shard):
+    """One file as a shard; its arrays are read when they are asked for."""
 
-    path: Path
     order: tuple[int, ...]
     shape: tuple[int, int, int]
     token_ids: npt.NDArray[np.int32]
 
-    def __call__(self, name: str) -> npt.NDArray[Any]:
+    def read(self, name: str) -> npt.NDArray[Any]:
         if name == "activations":
             return _read_rows(self.path, self.order, self.shape)
         if name == "token_ids":
@@ -104,8 +111,7 @@ class _File(NamedTuple):
         return np.full(len(self.token_ids), ROLES.index("text"), np.uint8)
 
     def read_rows(self, rows: npt.NDArray[np.int64], out: Rows) -> None:
-        """Copy rows to `out`; the file is read as a whole."""
-        out[:] = self("activations")[rows]
+        out[:] = self.read("activations")[rows]
 
 
 @lru_cache(maxsize=64)

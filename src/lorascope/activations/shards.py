@@ -4,8 +4,9 @@ A shard is mapped into memory when it is first read.
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, SupportsIndex
 
@@ -36,19 +37,42 @@ _VOCABULARY_FIELDS: _Fields = {
 
 @dataclass(frozen=True)
 class Shard:
-    """The rows of some rollouts in one file.
-
-    `read(name)` returns `activations (n_rows, d_in)`, `token_ids (n_rows,)` or `role (n_rows,)`, as
-    memory maps if the file allows it. `read_rows(rows, out)` copies rows, given in rising order,
-    to `out (len(rows), d_in)`, and reads nothing else where the file allows it.
-    """
+    """The rows of some rollouts in one file. Each process opens maps of its own."""
 
     path: Path
     n_rows: int
     rollout_start: npt.NDArray[np.int64]
     rollout_id: npt.NDArray[np.int64]
-    read: Callable[[str], npt.NDArray[Any]] = field(repr=False)
-    read_rows: Callable[[npt.NDArray[np.int64], Rows], None] = field(repr=False)
+
+    def read(self, name: str) -> npt.NDArray[Any]:
+        """Return `activations (n_rows, d_in)`, `token_ids (n_rows,)` or `role (n_rows,)`."""
+        return self._arrays[name]
+
+    @cached_property
+    def _arrays(self) -> Arrays:
+        return _open(self.path)
+
+    def read_rows(self, rows: npt.NDArray[np.int64], out: Rows) -> None:
+        """Copy rows, given in rising order, from the file itself to contiguous memory.
+
+        Through a map, a system may read megabytes around each row, and counts all of them as this
+        process's memory.
+        """
+        start = map_arrays(self.path)[0]["files"]["activations"]["offset"]
+        ends = np.append(np.flatnonzero(np.diff(rows) != 1) + 1, len(rows)).tolist()
+        with self.path.open("rb", buffering=0) as file:
+            if len(ends) > 1 and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            for first, end in zip([0, *ends], ends, strict=False):
+                file.seek(start + int(rows[first]) * out[0].nbytes)
+                rest = out[first:end].data.cast("B")
+                while n_read := file.readinto(rest):
+                    rest = rest[n_read:]
+                if rest:
+                    _refuse(self.path, "it ends before its last row")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_arrays"}
 
 
 def open_shard(path: Path, info: Mapping[str, Any], d_in: int) -> Shard:
@@ -76,8 +100,7 @@ def open_shard(path: Path, info: Mapping[str, Any], d_in: int) -> Shard:
         _refuse(path, f"its {len(ids)} rollouts do not cover rows 0 to {n_rows}")
     if (starts[1:] < starts[:-1]).any():
         _refuse(path, "the first rows of its rollouts are not in rising order")
-    read = _Mapped(path)
-    return Shard(path, n_rows, starts, ids, read, read.read_rows)
+    return Shard(path, n_rows, starts, ids)
 
 
 def count_rows(path: Path) -> int:
@@ -102,41 +125,6 @@ def write_shard(
         "rollout_id": np.asarray(rollout_id, np.int64),
     }
     write_arrays(path, arrays, {})
-
-
-class _Mapped:
-    """The arrays of one shard as memory maps. Each process opens its own."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._arrays: Arrays | None = None
-
-    def __call__(self, name: str) -> npt.NDArray[Any]:
-        if self._arrays is None:
-            self._arrays = _open(self.path)
-        return self._arrays[name]
-
-    def read_rows(self, rows: npt.NDArray[np.int64], out: Rows) -> None:
-        """Copy rows, given in rising order, from the file itself to contiguous memory.
-
-        Through a map, a system may read megabytes around each row, and counts all of them as this
-        process's memory.
-        """
-        start = map_arrays(self.path)[0]["files"]["activations"]["offset"]
-        ends = np.append(np.flatnonzero(np.diff(rows) != 1) + 1, len(rows)).tolist()
-        with self.path.open("rb", buffering=0) as file:
-            if len(ends) > 1 and hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-            for first, end in zip([0, *ends], ends, strict=False):
-                file.seek(start + int(rows[first]) * out[0].nbytes)
-                rest = out[first:end].data.cast("B")
-                while n_read := file.readinto(rest):
-                    rest = rest[n_read:]
-                if rest:
-                    _refuse(self.path, "it ends before its last row")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_arrays": None}
 
 
 def _open(path: Path, fields: _Fields = _FIELDS) -> Arrays:
