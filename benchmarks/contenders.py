@@ -98,7 +98,6 @@ def lorascope(rows: Tensor, s: Setting, scale: Tensor | None = None) -> Run:
         k=s.k,
         n_steps=s.n_steps,
         lr=s.lr or auto_lr(rows.shape[1], s.n_steps),
-        warmup=100,
         dead_after=s.dead_after,
         bfloat16=s.bf16,
         device=torch.device(s.device),

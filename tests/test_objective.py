@@ -158,7 +158,7 @@ def test_dead_is_counted_in_tokens():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
-    trainer = Trainer(weights_of(dtype=torch.float32), k=2, n_steps=300, lr=1e30, warmup=0)
+    trainer = Trainer(weights_of(dtype=torch.float32), k=2, n_steps=300, lr=1e30)
     with pytest.raises(NumberError, match="lower --lr"):
         for _ in range(300):
             trainer.take(torch.randn(8, 7))

@@ -370,7 +370,6 @@ BAD = {
     "batch_size": ["0", "1", "-5", "551", "1.5", "x"],
     "epochs": ["0", "-1", "0.5", "x"],
     "lr": ["0", "-1", "nan", "inf", "fast", "auto 0"],
-    "warmup": ["-1", "0.5", "x"],
     "seed": ["-1", "1.5", "x", "3 3", str(2**64)],
     "normalize": ["max"],
     "roles": ["thinks", "answer"],

@@ -60,11 +60,6 @@ class TrainOptions(Config):
     lr: tuple[str, ...] | str | float = option(
         ("auto",), help="peak learning rate of Adam, or auto: from the columns and the steps"
     )
-    warmup: int = option(
-        100,
-        help="steps over which the learning rate rises, at most a tenth of all steps",
-        at_least=0,
-    )
     seed: tuple[int, ...] | int = option(
         (42,),
         help="seed of the first weights, the split and the shuffle; with several seeds the first "

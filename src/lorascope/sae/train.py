@@ -200,7 +200,6 @@ def _trainer(run: TrainingRun, member: SweepMember, ranks: Team) -> Trainer:
         n_steps=run.n_steps,
         lr=lr,
         architecture=config.architecture,
-        warmup=config.warmup,
         dead_after=config.dead_after,
         auxk_alpha=config.auxk_alpha,
         bfloat16=config.precision == "bfloat16",

@@ -5,7 +5,7 @@
    take most of them while the dictionary is still poor, and fewer directions would be found
    (`docs/training.md`).
 2. `step.py` computes the gradients.
-3. Adam updates the weights. Its rate rises over `warmup` steps and then falls linearly to zero.
+3. Adam updates the weights. Its rate rises over the first steps and then falls linearly to zero.
 4. Decoder rows are scaled back to unit norm.
 
 On CUDA a step is recorded as a graph: one launch instead of a hundred. This has not run on a GPU
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 _LOG_POINTS = 200  # lines of the training log
 _BETAS = (0.9, 0.99)
+_WARMUP = 100  # steps over which the rate rises, at most a tenth of all steps
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam keeps of a weight
 _MEMORY = 0.98  # decay of the running means in the progress bar and the log
 _BY_ROW = 0.5  # share of the steps in which each row gets its own best latents
@@ -54,7 +55,6 @@ class Trainer:
         n_steps: int,
         lr: float,
         architecture: str = "batchtopk",
-        warmup: int = 100,
         dead_after: int = 100_000,
         auxk_alpha: float = 1 / 8,
         bfloat16: bool = False,
@@ -63,7 +63,7 @@ class Trainer:
     ) -> None:
         self.rule = Rule(architecture, k)
         self.n_steps, self.lr, self.dead_after = n_steps, lr, dead_after
-        self.warmup = min(warmup, n_steps // 10)
+        self.warmup = min(_WARMUP, n_steps // 10)
         self.team = team or Team()
         device = device or torch.device("cpu")
         on_device = {
