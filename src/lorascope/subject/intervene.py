@@ -214,16 +214,17 @@ class RowEditor(SiteHooks):
                 new = None if run.edit is None else run.edit(columns, values)
                 values = values if new is None else new.to(x.device, torch.float32)
             left = values.expand(*run.shape, -1).reshape(-1, len(write)).to(write.dtype)
-            if run.push is not None or out.dtype != write.dtype:
-                written = self._pushed(run, index, left @ write)
-                return (out + written.view_as(out)).to(out.dtype)
             flat = out.view(-1, out.shape[-1])
-            if torch.is_grad_enabled():  # the gradient of an in-place sum would copy the output
-                return torch.addmm(flat, left, write).view_as(out)
-            if len(write) == 1:
+            if out.dtype != write.dtype:
+                flat = (flat + left @ write).to(out.dtype)
+            elif torch.is_grad_enabled():  # the gradient of an in-place sum would copy the output
+                flat = torch.addmm(flat, left, write)
+            elif len(write) == 1:
                 flat.addcmul_(left, write)  # twice as fast as a product with one column
             else:
                 flat.addmm_(left, write)
+            out = flat.view_as(out)
+            self._push(run, index, out, lambda at: left.view(*run.shape, -1)[at] @ write)
             return out
 
         return forward
@@ -287,24 +288,27 @@ class RowEditor(SiteHooks):
 
         return hook
 
-    def _at_write(self, index: int) -> Callable[..., Tensor | None]:
-        def hook(_module: nn.Module, _args: Any, out: Tensor) -> Tensor | None:
-            return None if self._run is None else self._pushed(self._run, index, out)
+    def _at_write(self, index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, out: Tensor) -> None:
+            if (run := self._run) is not None:
+                self._push(run, index, out, lambda at: out.view(*run.shape, -1)[at])
 
         return hook
 
-    def _pushed(self, run: _Run, index: int, written: Tensor) -> Tensor:
-        """Return what a site writes, with the push of its copy added."""
-        if run.push is None:
-            return written
-        flat = written.view(*run.shape, -1)
+    def _push(
+        self, run: _Run, index: int, out: Tensor, written: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Add the pushes at a site to `out`; `written` returns what the site writes in copies."""
+        if run.push is None or not len(at := run.push[:, index].nonzero()[:, 0]):
+            return
+        own = written(at)
         if index not in self._directions:
             generator = torch.Generator().manual_seed(self._seed * _SITES + index)
-            one = torch.randn(flat.shape[-1], generator=generator)
-            self._directions[index] = (one / one.norm()).to(flat.device, flat.dtype)
-        share = run.push[:, index].to(written.device, written.dtype)
-        norm = flat.norm(dim=-1, keepdim=True)
-        return (flat + share[:, None, None] * norm * self._directions[index]).view_as(written)
+            one = torch.randn(own.shape[-1], generator=generator)
+            self._directions[index] = (one / one.norm()).to(own.device, own.dtype)
+        share = run.push[at, index].to(own.device, own.dtype)[:, None, None]
+        added = share * own.norm(dim=-1, keepdim=True) * self._directions[index]
+        out.view(*run.shape, -1).index_add_(0, at.to(out.device), added.to(out.dtype))
 
     def _require_tokens(self, run: _Run, index: int, n_tokens: int) -> None:
         expected = math.prod(run.shape)
