@@ -53,6 +53,7 @@ _NEW_SHARE = 0.05
 _CHECKPOINTS = (25, 50)
 _NEW_OF_TEN = (1, 4, 7)
 _EPOCHS = 30
+_HOLDOUT = 0.4  # half of it sets the threshold, half is measured
 _STRONG = 0.01  # of KL(A ‖ B): a strong feature explains more
 _AT_NEW = 0.9  # of what a feature of the new task explains is at texts of it
 
@@ -175,6 +176,7 @@ def run(work: Path, name: str, adapters: Sequence[str], null: str | None) -> Com
         expansion_factor=4,
         batch_size=512,
         epochs=_EPOCHS,
+        holdout=_HOLDOUT,
         verify=24,
         output=work / name,
     )
@@ -205,10 +207,10 @@ def score(work: Path, report: ComparisonReport) -> dict[str, Any]:
         kl = np.zeros(len(rollouts))
         owner = [found.number[i] for i in store.rollout_of(measured.rows).tolist()]
         np.add.at(kl, owner, measured.pairs["A", "B"] * measured.written)
-        strong = [one.feature for one in pair.features if (one.removed or 0) > _STRONG * pair.kl]
+        strong = [one.feature for one in pair.features if (one.explained or 0) > _STRONG * pair.kl]
         tested = sorted({*news, *strong})
         sets = [np.array([latent]) for latent in tested] + [np.array(news, np.int64)]
-        lost = found.removals(("A", "B"), sets).lost
+        lost = found.exchanges(("A", "B"), sets)
     at_new = lost[:-1, is_new].sum(1) / lost[:-1].sum(1)
     new = {latent for latent, share in zip(tested, at_new, strict=True) if share > _AT_NEW}
     strong_new = new & set(strong)
@@ -247,7 +249,7 @@ def main() -> None:
     n = sum(seeds.n_kinds.values())
     print(f"false news of seeds: {seeds.n_news} of {n} features ({seeds.n_news / n:.2%})")
     blind = sum(
-        one.removed_interval is not None and one.removed_interval[0] > one.chance
+        one.explained_interval is not None and one.explained_interval[0] > one.chance
         for one in seeds.features
     )
     print(f"false news by chance alone, without --null: {blind} of {n} ({blind / n:.2%})")

@@ -5,7 +5,6 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from builders.subjects import load, save_adapter
 from safetensors.torch import load_file, save_file
 
 from lorascope.activations.store import ActivationStore
+from lorascope.artifact import Manifest
 from lorascope.causal.held_out import HeldOut
 from lorascope.causal.study import read_report
 from lorascope.cli import call
@@ -27,9 +27,10 @@ from lorascope.compare.compare_page import as_html, as_markdown, as_text
 from lorascope.compare.compare_records import ComparisonReport
 from lorascope.compare.differences import Differences
 from lorascope.compare.joint import find_members
+from lorascope.compare.judge import Judge
 from lorascope.errors import AdapterError, ArtifactError, ConfigError
 from lorascope.inspection import verify
-from lorascope.sae.model import load_sae
+from lorascope.sae.model import SAE, load_sae
 from lorascope.sites import SiteLayout
 from lorascope.subject.adapter import WEIGHTS, inspect_adapter
 from lorascope.subject.base import find_base
@@ -153,40 +154,99 @@ def differences(three, subject_dirs):
         yield found
 
 
+def total_kl(p: torch.Tensor, q: torch.Tensor) -> float:
+    p, q = (logits.double().log_softmax(-1) for logits in (p, q))
+    return float((p.exp() * (p - q)).sum())
+
+
 @pytest.mark.slow
 @torch.no_grad()
-def test_a_removal_takes_each_part_from_the_rows_of_its_adapter(differences):
-    found = differences
-    pair, sae, store = ("A", "D"), found.sae, found.held_out.store
+def test_an_exchange_writes_the_part_of_the_first_in_place_of_the_second(differences, monkeypatch):
+    """PEFT runs the second with its rows less its part; hooks add what B of the first writes."""
+    found, sae, store = differences, differences.sae, differences.held_out.store
+    first, second = (found.subjects[name] for name in "AD")
     rows = torch.from_numpy(store.rows(0, store.n_rows).astype(np.float32))
-    code = sae.encode_dense(rows)
-    latents = code.sum(0).topk(3).indices.numpy()
-    removed = found.removals(pair, [latents[:1], latents])
+    latents = sae.encode_dense(rows).sum(0).topk(3).indices.numpy()
+    lost = found.exchanges(("A", "D"), [latents[:1], latents])
+    removed = {name: found.removals(name, [latents[:1], latents]) for name in "AD"}
     for i, rollout in enumerate(found.held_out.rollouts):
-        first, last = store.rollout_start[rollout : rollout + 2].tolist()
-        ids = torch.from_numpy(store.token_ids[first:last].astype(np.int64))[None]
-        live = torch.cat([e.run(ids).rows[0] for e in found.editors.values()], dim=1)
-        own = sae.encode_dense(live)
-        written = torch.from_numpy(found.written[first:last])
-
-        def predicted(taken: np.ndarray, ids=ids, live=live, own=own, written=written) -> Any:
-            left = live - own[:, taken] @ sae.W_dec[taken]
-            for name in pair:
-                held = left[None, :, found.columns[name]]
-                logits = found.editors[name].run(ids, held=held).logits[0, written]
-                yield logits.double().log_softmax(-1)
-
-        def kl(p: torch.Tensor, q: torch.Tensor) -> float:
-            return float((p.exp() * (p - q)).sum())
-
-        before = list(predicted(latents[:0]))
-        size = kl(*before)
+        begin, end = store.rollout_start[rollout : rollout + 2].tolist()
+        ids = torch.from_numpy(store.token_ids[begin:end].astype(np.int64))[None]
+        runs = {name: editor.run(ids) for name, editor in found.editors.items()}
+        live = torch.cat([run.rows[0] for run in runs.values()], dim=1)
+        code, written = sae.encode_dense(live), torch.from_numpy(found.written[begin:end])
+        plain = {name: run.logits[0, written] for name, run in runs.items()}
         for number, taken in enumerate((latents[:1], latents)):
-            after = list(predicted(taken))
-            near = partial(pytest.approx, rel=1e-3, abs=1e-4 * size)
-            assert removed.lost[number, i] == near(size - kl(*after))
-            assert removed.first[number, i] == near(kl(before[0], after[0]))
-            assert removed.second[number, i] == near(kl(before[1], after[1]))
+            parts = code[:, taken] @ sae.W_dec[taken]
+            left = live - parts
+            for name in "AD":
+                held = left[None, :, found.columns[name]]
+                after = found.editors[name].run(ids, held=held).logits[0, written]
+                near = pytest.approx(total_kl(plain[name], after), rel=1e-3)
+                assert removed[name][number, i] == near
+            hooks = []
+            for site, here in zip(first.layout.sites, first.layout.slices, strict=True):
+                layer = first.causal.get_submodule(site.module)
+                b = layer.lora_B[layer.active_adapters[0]].weight * site.scale
+                delta = parts[:, found.columns["A"]][:, here] @ b.T
+                hooks.append(
+                    second.causal.get_submodule(site.module).register_forward_hook(
+                        lambda _module, _args, out, delta=delta: out + delta
+                    )
+                )
+            held = left[None, :, found.columns["D"]]
+            after = found.editors["D"].run(ids, held=held).logits[0, written]
+            for hook in hooks:
+                hook.remove()
+            size = total_kl(plain["A"], plain["D"])
+            right = size - total_kl(plain["A"], after)
+            assert lost[number, i] == pytest.approx(right, rel=1e-3, abs=1e-4 * size)
+
+
+@pytest.mark.slow
+def test_the_features_of_the_one_module_that_differs_are_named(
+    subject_dirs, dataset_file, tmp_path
+):
+    """The dictionary has two latents for each column, one for each sign, with the same parts."""
+    base, adapter = subject_dirs
+    copy = changed(adapter, tmp_path / "copy", **{"layers.1.mlp.down_proj.lora_B": 0.9})
+    twin = changed(adapter, tmp_path / "twin", lora_A=2.0, lora_B=0.5)
+    report = compared([adapter, copy], base, dataset_file, tmp_path / "out", null=str(twin))
+    whole = report.pairs[0]
+    assert whole.kl < 0.05 * report.adapters[0].kl_base  # small beside what both do
+    parts = whole.contributions + whole.unexplained + whole.bias
+    assert parts == pytest.approx(whole.kl, rel=0.02)
+    store = ActivationStore.open(tmp_path / "out" / "activations")
+    subjects = {"A": load(adapter, base), "B": load(copy, base), "C": load(twin, base)}
+    one = torch.eye(store.d_in // 3).repeat_interleave(2, 0)
+    one[1::2] *= -1
+    sae = SAE(
+        W_enc=torch.cat([one, torch.zeros(len(one), 2 * one.shape[1])], 1).T.contiguous(),
+        b_enc=torch.zeros(len(one)),
+        W_dec=torch.cat([one, one, 2 * one], 1),
+        b_dec=torch.zeros(store.d_in),
+        threshold=torch.zeros(len(one)),
+        layout=store.layout,
+        manifest=Manifest(
+            kind="sae", schema=1, settings={}, parents={}, layout=store.layout, content={}
+        ),
+    )
+    column = store.layout.column_names.index("A:1.down_proj")
+    planted = {2 * column, 2 * column + 1}
+    config = CompareConfig(adapters=("A", "B"), verify=4)
+    with Differences(subjects, HeldOut(subjects["A"], store, np.arange(12), 512), sae) as found:
+        judge = Judge(config, found, found.predictions([("A", "C"), ("A", "B")]), 0)
+        judge.seeds(("A", "C"))
+        pair = judge.pair(("A", "B"))
+        lost = found.exchanges(("A", "B"), [np.array(sorted(planted)), np.arange(2 * column)])
+    n = int(found.written[: store.rollout_start[12]].sum())
+    assert lost.sum(1) / n == pytest.approx([pair.kl, 0], rel=1e-3, abs=1e-3 * pair.kl)
+    assert pair.contributions == pytest.approx(pair.kl, rel=0.02)
+    named = {one.feature for one in pair.features if abs(one.contribution) > 1e-3 * pair.kl}
+    assert pair.features[0].feature in named <= planted
+    news = {one.feature: one.kind for one in pair.features if one.is_news}
+    assert news.keys() == named
+    assert set(news.values()) == {"changed"}
 
 
 @pytest.mark.slow
@@ -218,7 +278,7 @@ def test_contributions_of_features_bias_and_rest_add_up_to_the_difference(
     }
     held_out = HeldOut(weak["A"], ActivationStore.open(out / "activations"), np.arange(3), 512)
     with Differences(weak, held_out, load_sae(out / "sae")) as found:
-        measured = found.predictions([("A", "C"), ("A", "D")])
+        measured = found.predictions([("A", "C"), ("A", "D"), ("D", "B")])
         for pair, kl in measured.pairs.items():
             parts = found.contributions(pair, 4, 0)
             total = parts.of_latent.sum(0) + parts.bias + parts.unexplained
@@ -351,18 +411,18 @@ def test_what_two_seeds_show_as_well_is_no_news(subject_dirs, dataset_file, tmp_
     assert pair.seeds == pytest.approx(pair.kl, rel=1e-6)
     assert pair.n_news == null.n_news == 0
     assert all(
-        one.seeds == pytest.approx(one.removed, abs=0.02 * pair.kl)
+        one.seeds == pytest.approx(one.explained, abs=0.02 * pair.kl)
         for one in pair.features
-        if one.removed is not None
+        if one.explained is not None
     )
     other = compared([adapter, zeros[0]], base, dataset_file, tmp_path / "other", null=str(twin))
     pair, null = other.pairs
     assert null.kl < 1e-6 * pair.kl
     assert pair.level < 1e-3 * pair.kl
     for one in pair.features:
-        if one.removed is not None:
+        if one.explained is not None:
             surely = one.excess_interval is not None and one.excess_interval[0] > 0
-            assert one.is_news == (surely and one.removed > pair.level)
+            assert one.is_news == (surely and one.explained > pair.level)
     assert "C is another seed of A" in as_text(other)
 
 

@@ -31,10 +31,10 @@ class CompareConfig(TrainOptions, ReadingOptions):
     max_rollouts: int = option(100, help="held-out rollouts to measure, at most", at_least=1)
     verify: int = option(
         40,
-        help="features of each pair that are really removed, those of largest contribution",
+        help="features of each pair that are really exchanged, those of largest contribution",
         at_least=1,
     )
-    steps: int = option(4, help="points on the path from the base to the adapters", at_least=1)
+    steps: int = option(4, help="points on the path from one adapter to the other", at_least=1)
     output: Path = option(Path("lorascope-compare"), help="folder to write", identity=False)
     device: str = option("auto", help="auto, cpu, cuda or cuda:N", identity=False)
     overwrite: bool = option(False, help="replace outputs of other settings", identity=False)

@@ -159,15 +159,15 @@ def _explained(report: ComparisonReport, pair: PairDifference) -> Section:
         features, unexplained, bias = (f"{100 * one / pair.kl:.0f}\u00a0%" for one in shares)
         missed = abs(1 - sum(shares) / pair.kl)
         say(
-            f"Contributions along the path from the base: features {features} of the difference, "
+            f"Contributions along the path from {a} to {b}: features {features} of the difference, "
             f"what the dictionary leaves unexplained {unexplained}, its bias {bias}; they miss it "
             f"by {percent(missed)}."
         )
         if missed > _MOST_MISSED:
             say(
                 "That is too much to rely on: the ranking may leave out the features of the "
-                "difference, and none being news says little. Such a difference is small beside "
-                "what both adapters do, or far from linear; try other texts, or a larger --k."
+                "difference, and none being news says little. Either the path is far from linear "
+                "(try more --steps), or the adapters differ in more than LoRA."
             )
     if b != report.null:
         if pair.n_news:
@@ -176,15 +176,16 @@ def _explained(report: ComparisonReport, pair: PairDifference) -> Section:
             are = "is" if pair.n_news == 1 else "are"
             say(
                 f"{pair.n_news} {are} news: each explains more than {than} (at least "
-                f"{pair.level:.2g} nats a token). Without all of them KL({a} ‖ {b}) is {left:.3g}, "
-                f"{percent(left / pair.kl)} of it."
+                f"{pair.level:.2g} nats a token). With {a}'s part of all of them in {b}, "
+                f"KL({a} ‖ {b}) is {left:.3g}, {percent(left / pair.kl)} of it."
             )
         else:
             say("None is news: no feature explains more than chance or seeds do.")
     if pair.steps:
         steps = ", ".join(f"{step.n_features}: {step.kl:.3g}" for step in pair.steps)
         say(
-            f"KL({a} ‖ {b}) without the features of largest contribution, by their number: {steps}."
+            f"KL({a} ‖ {b}) with {a}'s part of the features of largest contribution in {b}, by "
+            f"their number: {steps}."
         )
     names = {one.feature: one.label for one in report.features}
     rows = [
@@ -194,8 +195,8 @@ def _explained(report: ComparisonReport, pair: PairDifference) -> Section:
             kind_in_words(feature.kind, pair),
             in_cell(names.get(feature.feature, "")),
             f"{feature.contribution:.2g}",
-            format_number(feature.removed, ".2g"),
-            format_interval(feature.removed_interval, ".2g"),
+            format_number(feature.explained, ".2g"),
+            format_interval(feature.explained_interval, ".2g"),
             f"{feature.chance:.2g}" if report.null is None else format_number(feature.seeds, ".2g"),
             format_number(feature.effect_first, ".2g"),
             format_number(feature.effect_second, ".2g"),
@@ -214,10 +215,10 @@ def _explained(report: ComparisonReport, pair: PairDifference) -> Section:
 
 
 def _ranked(pair: PairDifference) -> list[FeatureDifference]:
-    """Return the features of a pair: news first, then by what their removal explains."""
+    """Return the features of a pair: news first, then by what they explain."""
     return sorted(
         pair.features,
-        key=lambda one: (not one.is_news, -(one.removed or 0.0), -one.contribution),
+        key=lambda one: (not one.is_news, -(one.explained or 0.0), -one.contribution),
     )
 
 

@@ -53,10 +53,11 @@ class FeatureDifference:
 
     `share` is the second part's share of the sizes of what both parts write, `cosine` that of what
     they write. `contribution` is its part of KL(first ‖ second), `chance` what 95 % of the features
-    would contribute at most, if they fired where this one does, at its size. The others are None if
-    it was not removed: `removed` is what the KL loses when its parts are taken from both, `seeds`
-    what KL(first ‖ second seed) loses, `excess_interval` that of the difference of the two;
-    `effect_first` and `effect_second` are KL(adapter ‖ without it).
+    would contribute at most, if they fired where this one does and wrote as much as its parts
+    differ. The others are None if it was not tested: `explained` is what the KL loses when the
+    first's part takes the place of the second's, `seeds` what KL(first ‖ second seed) loses,
+    `excess_interval` that of the difference of the two; `effect_first` and `effect_second` are
+    KL(adapter ‖ without it).
     """
 
     feature: Count
@@ -66,8 +67,8 @@ class FeatureDifference:
     contribution: float
     contribution_interval: Interval
     chance: float
-    removed: float | None
-    removed_interval: Interval
+    explained: float | None
+    explained_interval: Interval
     seeds: float | None
     excess_interval: Interval
     effect_first: Amount | None
@@ -77,7 +78,7 @@ class FeatureDifference:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """KL(first ‖ second) without the features of largest contribution."""
+    """KL(first ‖ second) after the exchange of the features of largest contribution."""
 
     n_features: Count
     kl: Amount
@@ -90,7 +91,7 @@ class PairDifference:
     `contributions` of features, `bias` and `unexplained` add up to `kl` up to the error of the
     path. `level` is the most that one feature explains of KL(first ‖ second seed), or without a
     second seed the floor. `seeds` is that KL, None without one. `n_kinds`
-    counts features that fire. `without_news` is the KL that stays without all that is news.
+    counts features that fire. `without_news` is the KL that stays after the exchange of all news.
     """
 
     first: str

@@ -1,31 +1,33 @@
 """Measure how two adapters of one base differ, and which features of a joint dictionary do it.
 
 A latent of a joint dictionary has one value at a token, and a part of its decoder row for each
-adapter: what it stands for in that adapter's row. `_Writes` has the size of what each part writes.
+adapter: what it stands for in that adapter's row. `Writes` has the size of what each part writes.
 
 1. Both adapters read the same texts. The difference is `KL(first ‖ second)` of their predictions
    of what a model writes: in chats, from the opening of the first answer on, without what users
    say. Fine-tuning leaves other predictions to chance.
-2. `y(a)` is that KL if both rows are held at `a` times what they are: `y(0)` is 0, because both are
-   the base then, and `y(1)` is the difference. The gradients by both rows, averaged over `a` from 0
-   to 1 (integrated gradients: Sundararajan et al. 2017), give each latent its contribution,
-   `Σ value · (first part · G₁ + second part · G₂)`. Contributions of latents, of what rows share
-   with the dictionary's bias, and of what it leaves unexplained add up to the difference.
-3. A latent that does the same in both adapters contributes nothing, whatever its parts are: its
-   part of both rows moves both predictions alike. So it is no difference that two seeds store one
+2. `y(a)` is KL(first ‖ a model on the way): the first adapter's rows at `1 - a` times what they
+   are, and the second's at `a` times, both written into one model. `y(0)` is 0 and `y(1)` is the
+   difference. The gradients by both rows, averaged over `a` from 0 to 1 (integrated gradients:
+   Sundararajan et al. 2017), give each latent its contribution, `Σ value · (second part · G₂ −
+   first part · G₁)`. Contributions of latents, of what rows share with the dictionary's bias, and
+   of what it leaves unexplained add up to the difference. The way does not pass the base, so that
+   they are as exact for a small difference as for a large one.
+3. A latent that does the same in both adapters contributes nothing, whatever its parts are: what
+   one part takes away, the other brings back. So it is no difference that two seeds store one
    function in other directions.
-4. The latents of largest contribution are really removed: each part from the rows of its adapter,
-   at the tokens where the latent fires. What the KL loses is what the latent explains. Several
-   latents are removed together as well.
-5. Chance: what the same firings would contribute if they wrote what other latents write, at equal
-   size.
+4. The latents of largest contribution are really *exchanged*: at the tokens where one fires, the
+   second adapter's part is replaced by the first's, in the second's model. What the KL loses is
+   what the latent explains. Several latents are exchanged together as well. Apart from that, each
+   part is removed from its own adapter, which shows what it does there.
+5. Chance: what the same firings would contribute if they wrote what other latents write, as much
+   as the latent's two parts differ.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -40,9 +42,9 @@ from lorascope.causal.held_out import Batch, HeldOut
 from lorascope.causal.openings import prompt_length
 from lorascope.causal.removals import HeldChange, held_runs
 from lorascope.causal.shifts import ShiftTally
+from lorascope.compare.writes import SideBySide, Writes
 from lorascope.errors import ArtifactError
 from lorascope.sae.model import SAE
-from lorascope.subject.bottlenecks import unmix
 from lorascope.subject.intervene import RowEditor
 from lorascope.subject.load import Subject
 from lorascope.texts.roles import has_role
@@ -86,17 +88,6 @@ class Contributions:
     bias: Floats
     unexplained: Floats
     controls: Floats
-
-
-class Removals(NamedTuple):
-    """What removals of sets of latents do, in nats, `(set, rollout)` each.
-
-    `lost` is what KL(first ‖ second) loses, `first` and `second` are KL(adapter ‖ without) of each.
-    """
-
-    lost: Floats
-    first: Floats
-    second: Floats
 
 
 @dataclass
@@ -220,21 +211,25 @@ class Differences:
         )
         columns = torch.cat([self.columns[name] for name in pair])
         W, bias = self.sae.W_dec[:, columns], self.sae.b_dec[columns]
-        size = self.writes.sizes(pair)
+        size, differ = self.writes.sizes(pair), self.writes.apart(*pair)
         alive = np.flatnonzero((self.n_fired > 0) & (size > 0))
         if not len(alive):
             return found
         drawn = np.random.default_rng([seed, d_sae]).choice(alive, _N_CONTROLS)
         others = W[drawn] / torch.from_numpy(size[drawn]).float()[:, None]
+        others[:, : len(self.columns[pair[0]])] *= -1  # the first's gradient is that of taking away
         kept = fitting_graph(self.subjects[pair[0]])
         small = replace(self.held_out, batch_tokens=min(self.held_out.batch_tokens, kept))
-        with runtime.progress(small.n_tokens, f"explain {' and '.join(pair)}", "tokens") as bar:
+        label = f"explain {' and '.join(pair)}"
+        with self._both(pair) as both, runtime.progress(small.n_tokens, label, "tokens") as bar:
             for batch in map(self._only_written, small.batches(_COPIES)):
                 with torch.no_grad():
-                    _, rows = self._run(batch)
+                    logits, rows = self._run(batch)
                     code = self._code(batch, rows)
+                    log_p = log_probabilities(select_measured(logits[pair[0]], batch.mask))
                 own = rows[batch.own.to(rows.device)].cpu()[:, columns]
-                gradient = self._gradient(pair, batch, rows, steps, kept)
+                ends = [rows[..., self.columns[name].to(rows.device)] for name in pair]
+                gradient = self._gradient(both, batch, ends, log_p, steps, kept)
                 read = self.held_out.is_read(self.sae, batch.rows[batch.own].numpy())
                 left = (own - code @ W - bias) * gradient
                 moved = gradient @ W.T
@@ -253,93 +248,115 @@ class Differences:
                     found.unexplained[i] += float(u[is_read].double().sum())
                     found.unexplained[i] += float((x * g)[~is_read].double().sum())
                 bar.update(int(batch.own.sum()))
-        found.controls *= size[:, None]
+        found.controls *= differ[:, None]
         return found
 
     def _gradient(
-        self, pair: Pair, batch: Batch, rows: Tensor, steps: int, kept: int
+        self,
+        both: SideBySide,
+        batch: Batch,
+        ends: list[Tensor],
+        log_p: Tensor,
+        steps: int,
+        kept: int,
     ) -> Float[Tensor, "token columns"]:
-        """Return the gradient of the KL by the rows of both, averaged over the path."""
+        """Return the gradient of the KL along the way, averaged over it, by the rows of both."""
         points, weights = np.polynomial.legendre.leggauss(steps)
-        own = batch.own.to(rows.device)
-        ends = [rows[..., self.columns[name].to(rows.device)] for name in pair]
-        lean = batch.own.numel() > kept
+        own = batch.own.to(log_p.device)
+        out = log_p == -torch.inf
+        p = log_p.masked_fill(out, 0)
         total = torch.zeros(int(own.sum()), sum(end.shape[-1] for end in ends))
         for point, weight in zip((points + 1) / 2, weights / 2, strict=True):
             with torch.enable_grad():
-                leaves = [(float(point) * end).requires_grad_() for end in ends]
-                log_p, log_q = (
-                    select_measured(
-                        self.editors[name].run(batch.token_ids, held=leaf, lean=lean).logits,
-                        batch.mask,
-                    )
-                    .float()
-                    .log_softmax(-1)
-                    for name, leaf in zip(pair, leaves, strict=True)
+                parts = [
+                    (float(share) * end).requires_grad_()
+                    for share, end in zip((1 - point, point), ends, strict=True)
+                ]
+                run = both.run(
+                    batch.token_ids, held=torch.cat(parts, -1), lean=batch.own.numel() > kept
                 )
-                out = log_p == -torch.inf
-                p, q = log_p.masked_fill(out, 0), log_q.masked_fill(out, 0)
-                kl = (log_p.exp() * (p - q)).sum()
-                gradients = input_gradients(self.subjects[pair[0]], kl, leaves)
-            total += float(weight) * torch.cat([g[own] for g in gradients], dim=-1).cpu()
+                log_q = select_measured(run.logits, batch.mask).float().log_softmax(-1)
+                kl = (log_p.exp() * (p - log_q.masked_fill(out, 0))).sum()
+                of_first, of_second = input_gradients(both.subject, kl, parts)
+            total += float(weight) * torch.cat([-of_first[own], of_second[own]], dim=-1).cpu()
         return total
 
     @torch.no_grad()
-    def removals(self, pair: Pair, sets: Sequence[npt.NDArray[np.int64]]) -> Removals:
-        """Do step 4 for sets of latents."""
-        found = np.zeros((3, len(sets), self.n_rollouts))
-        W = {name: self.sae.W_dec[:, self.columns[name]] for name in pair}
-        for rollout, whole in self.held_out.alone(f"remove from {' and '.join(pair)}"):
-            batch = self._only_written(whole)
-            _, rows = self._run(batch)
-            code = self._code(batch, rows)
-            numbers, changes = [], {name: [] for name in pair}
-            for number, latents in enumerate(sets):
-                values = code[:, latents]
-                at = (values > 0).any(1).nonzero()[:, 0]
-                if not len(at):
-                    continue
-                numbers.append(number)
-                for name, some in changes.items():
-                    some.append(HeldChange(at, -values[at] @ W[name][latents]))
-            for chunk, kl in self._kl_of_changes(pair, batch, rows, changes):
-                here = [numbers[i] for i in chunk]
-                found[0, here, self.number[rollout]] += kl[0, 0] - kl[0, 1:]
-                found[1:, here, self.number[rollout]] += kl[1:, 1:]
-        return Removals(*found)
+    def exchanges(self, pair: Pair, sets: Sequence[npt.NDArray[np.int64]]) -> Floats:
+        """Return what KL(first ‖ second) loses by the exchange of sets of latents, in nats.
 
-    def _kl_of_changes(
-        self, pair: Pair, batch: Batch, rows: Tensor, changes: Mapping[str, list[HeldChange]]
-    ) -> Iterator[tuple[list[int], Floats]]:
-        """Yield the numbers of some changes, and KL without a change and with each.
-
-        KL are `(3, 1 + change)`: between both, then from each adapter without a change to itself.
+        `(set, rollout)`.
         """
-        runs = [
-            held_runs(
-                self.editors[name],
-                self.held_out,
-                batch.token_ids,
-                rows[0][:, self.columns[name].to(rows.device)],
-                changes[name],
+        found = np.zeros((len(sets), self.n_rollouts))
+        if not sets:
+            return found
+        first, second = (self.columns[name] for name in pair)
+        W = torch.cat([self.sae.W_dec[:, first], -self.sae.W_dec[:, second]], 1)
+        with self._both(pair) as both:
+            for rollout, batch, logits, rows, code in self._alone("exchange", pair):
+                own = torch.cat([torch.zeros_like(rows[0][:, first]), rows[0][:, second]], 1)
+                numbers, changes = _changes(code, W, sets)
+                for chunk, start, others in held_runs(
+                    both, self.held_out, batch.token_ids, own, changes, with_reference=True
+                ):
+                    mask = batch.mask[0, start:].to(others.device)
+                    of_first = logits[pair[0]][0, start:][mask]
+                    kl = [float(kl_divergence(of_first, q[mask]).double().sum()) for q in others]
+                    here = [numbers[i] for i in chunk]
+                    found[here, self.number[rollout]] += kl[0] - np.array(kl[1:])
+        return found
+
+    @torch.no_grad()
+    def removals(self, name: str, sets: Sequence[npt.NDArray[np.int64]]) -> Floats:
+        """Return KL(adapter ‖ without) of sets of latents, in nats, `(set, rollout)`."""
+        found = np.zeros((len(sets), self.n_rollouts))
+        W = -self.sae.W_dec[:, self.columns[name]]
+        for rollout, batch, _, rows, code in self._alone("remove", (name,)):
+            own = rows[0][:, self.columns[name].to(rows.device)]
+            numbers, changes = _changes(code, W, sets)
+            for chunk, start, others in held_runs(
+                self.editors[name], self.held_out, batch.token_ids, own, changes,
                 with_reference=True,
-            )
-            for name in pair
-        ]
-        for (chunk, start, one), (same, also, other) in zip(*runs, strict=True):
-            assert chunk == same and start == also, "both runs have the same changes"
-            mask = batch.mask[0, start:].to(one.device)
-            compared = (one, other), ([one[0]] * len(one), one), ([other[0]] * len(other), other)
-            kl = [
-                [kl_divergence(p[mask], q[mask]).double().sum() for p, q in zip(*both, strict=True)]
-                for both in compared
-            ]
-            yield chunk, torch.stack([torch.stack(row) for row in kl]).cpu().numpy()
+            ):  # fmt: skip
+                mask = batch.mask[0, start:].to(others.device)
+                own_logits = others[0, mask]
+                kl = [float(kl_divergence(own_logits, q[mask]).double().sum()) for q in others[1:]]
+                found[[numbers[i] for i in chunk], self.number[rollout]] += kl
+        return found
+
+    def _alone(
+        self, what: str, names: Sequence[str]
+    ) -> Iterator[tuple[int, Batch, dict[str, Tensor], Tensor, Tensor]]:
+        """Yield each rollout with its batch, the logits, the rows and the code."""
+        for rollout, whole in self.held_out.alone(f"{what} features of {' and '.join(names)}"):
+            batch = self._only_written(whole)
+            logits, rows = self._run(batch)
+            yield rollout, batch, logits, rows, self._code(batch, rows)
+
+    def _both(self, pair: Pair) -> SideBySide:
+        first, second = (self.subjects[name] for name in pair)
+        return SideBySide(second, first)
 
     @cached_property
-    def writes(self) -> "Writes":
+    def writes(self) -> Writes:
         """What the latents' parts write."""
         return Writes(self.subjects, self.sae)
+
+
+def _changes(
+    code: Float[Tensor, "token latent"],
+    W: Float[Tensor, "latent columns"],
+    sets: Sequence[npt.NDArray[np.int64]],
+) -> tuple[list[int], list[HeldChange]]:
+    """Return what each set of latents adds to rows, and the numbers of the sets that fire."""
+    numbers, changes = [], []
+    for number, latents in enumerate(sets):
+        values = code[:, latents]
+        at = (values > 0).any(1).nonzero()[:, 0]
+        if len(at):
+            numbers.append(number)
+            changes.append(HeldChange(at, values[at] @ W[latents]))
+    return numbers, changes
 
 
 def written_rows(held_out: HeldOut) -> npt.NDArray[np.bool_]:
@@ -355,45 +372,3 @@ def written_rows(held_out: HeldOut) -> npt.NDArray[np.bool_]:
             predicted[first + prompt_length(store, index) : last] = True
     predicted &= ~has_role(store.roles, ("system", "user"))
     return np.append(predicted[1:], False)
-
-
-class Writes:
-    """What each latent's parts write into the outputs of the adapted modules, at a value of 1.
-
-    Parts of two adapters at one module write into the same space, so they can be compared there:
-    `gram[a, b][latent]` is the sum over modules of the inner products of what they write. It does
-    not depend on ranks, gauges or on how an update is split into A and B.
-    """
-
-    def __init__(self, subjects: Mapping[str, Subject], sae: SAE) -> None:
-        parts: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}  # by module: rows' part, and B
-        for name, subject in subjects.items():
-            decoder = sae.W_dec[:, torch.from_numpy(sae.layout.columns_of(name))]
-            for site, here, mix in zip(
-                subject.layout.sites, subject.layout.slices, subject.mixes, strict=True
-            ):
-                layer = subject.causal.get_submodule(site.module)
-                write = layer.lora_B[layer.active_adapters[0]]
-                whole = getattr(write, "weight_as_blockdiagonal_matrix", None)
-                b = (whole() if whole else write.weight).detach().float().cpu() * site.scale
-                b = b if mix is None else b @ unmix(mix.cpu())
-                parts.setdefault(site.module, {})[name] = decoder[:, here], b
-        self.gram = {(a, b): torch.zeros(sae.d_sae) for a in subjects for b in subjects}
-        for here in parts.values():
-            for a, (one, b_one) in here.items():
-                for b, (other, b_other) in here.items():
-                    self.gram[a, b] += (one @ (b_one.T @ b_other) * other).sum(1)
-
-    def size(self, name: str) -> Floats:
-        """Return the norm of what each latent's part writes with one adapter, `(latent,)`."""
-        return self.gram[name, name].clamp(min=0).sqrt().double().numpy()
-
-    def sizes(self, names: Sequence[str]) -> Floats:
-        """Return the norm of what each latent's parts write with some adapters together."""
-        return np.sqrt(sum(self.size(name) ** 2 for name in names))
-
-    def cosine(self, one: str, other: str) -> Floats:
-        """Return the cosine of what both parts write, `(latent,)`; 0 if one writes nothing."""
-        product = self.size(one) * self.size(other)
-        cosine = self.gram[one, other].double().numpy() / np.maximum(product, 1e-30)
-        return np.where(product > 0, cosine, 0.0)

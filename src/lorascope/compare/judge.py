@@ -3,11 +3,11 @@
 - *only in* an adapter: the feature's removal changes the predictions of the other by less than a
   tenth of what it changes in both. A feature that was not removed is judged by what its parts
   write.
-- *news*: its removal from both adapters lowers KL(first ‖ second) by more than the level, which is
-  the most that one feature explains of KL(first ‖ second seed), and by more than that of the seeds,
-  with all of the 95 % interval over texts of the difference above 0. Without a second seed, the
-  interval of what the removal lowers is above chance: what 95 % of the other features would
-  contribute where this one fires, at its size.
+- *news*: if the first adapter's part takes the place of the second's, KL(first ‖ second) falls by
+  more than the level, which is the most that one feature explains of KL(first ‖ second seed), and
+  by more than that of the seeds, with all of the 95 % interval over texts of the difference above
+  0. Without a second seed, the interval of the fall is above chance: what 95 % of the other
+  features would contribute where this one fires, if they wrote as much as its two parts differ.
 - *changed*: in both, and news. *shared*: in both, and no news.
 """
 
@@ -91,7 +91,9 @@ class Judge:
         """Return the difference of the first adapter and its second seed; it sets the level."""
         self.null_pair = pair
         found = self.pair(pair)
-        sure = [one.removed or 0.0 for one in found.features if _is_above_0(one.removed_interval)]
+        sure = [
+            one.explained or 0.0 for one in found.features if _is_above_0(one.explained_interval)
+        ]
         self.level, self.null_kl = max(sure, default=0.0), found.kl
         return found
 
@@ -107,14 +109,15 @@ class Judge:
         prefixes = [2**i for i in range(12) if 2**i < len(tested)] + [len(tested)]
         singles = [tested[i : i + 1] for i in range(len(tested))]
         sets = [*singles, *(tested[:n] for n in prefixes)] if singles else []
-        lost, *effects = d.removals(pair, sets)
+        lost = d.exchanges(pair, sets)
+        effects = [d.removals(name, singles) for name in pair]
         null = None
         if self.null_pair not in (None, pair):
-            null = d.removals(self.null_pair, singles).lost
+            null = d.exchanges(self.null_pair, singles)
         reported = order[total[order] != 0][:N_REPORTED]
         features = [
             *(
-                self._removed(
+                self._tested(
                     self._feature(pair, latent, parts),
                     lost[i],
                     (effects[0][i], effects[1][i]),
@@ -131,7 +134,7 @@ class Judge:
         news = [one.feature for one in features if one.is_news]
         without = None
         if news:
-            without = max(self._mean(kl - d.removals(pair, [np.array(news)]).lost[0]), 0.0)
+            without = max(self._mean(kl - d.exchanges(pair, [np.array(news)])[0]), 0.0)
         kinds = {
             latent: self._kind(self._share(pair, latent))
             for latent in np.flatnonzero(d.n_fired).tolist()
@@ -177,8 +180,8 @@ class Judge:
             contribution=self._mean(contribution),
             contribution_interval=self._interval(contribution),
             chance=float(np.percentile(parts.controls[latent], _CHANCE)) / float(self.counts.sum()),
-            removed=None,
-            removed_interval=None,
+            explained=None,
+            explained_interval=None,
             seeds=None,
             excess_interval=None,
             effect_first=None,
@@ -186,7 +189,7 @@ class Judge:
             is_news=False,
         )
 
-    def _removed(
+    def _tested(
         self,
         feature: FeatureDifference,
         lost: Sums,
@@ -194,11 +197,11 @@ class Judge:
         null: Sums | None,
         level: float,
     ) -> FeatureDifference:
-        """Return a feature with what its removal does, which decides its kind."""
-        removed, interval, excess = self._mean(lost), self._interval(lost), None
+        """Return a feature with what its exchange and its removal do, which decides its kind."""
+        explained, interval, excess = self._mean(lost), self._interval(lost), None
         if null is not None:
             excess = self._interval(lost - null)
-            is_news = removed > level and _is_above_0(excess)
+            is_news = explained > level and _is_above_0(excess)
         else:
             least = max(feature.chance, level)
             is_news = self.null_pair is None and interval is not None and interval[0] > least
@@ -207,8 +210,8 @@ class Judge:
         return replace(
             feature,
             kind="changed" if is_news and self._kind(share) == "shared" else self._kind(share),
-            removed=removed,
-            removed_interval=interval,
+            explained=explained,
+            explained_interval=interval,
             seeds=None if null is None else self._mean(null),
             excess_interval=excess,
             effect_first=one,
