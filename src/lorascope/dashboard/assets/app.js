@@ -1,7 +1,6 @@
 // Decides what is shown, and moves between the overview, features, rollouts and the map.
 import { editLabel, editNote, showAnnotations, toggleStar } from "./annotation_form.js";
 import { onAnnotations } from "./annotations.js";
-import { saveFile } from "./copying.js";
 import { column, core, feature, featureNow, hasExample, prefetch } from "./data.js";
 import { saveTable } from "./downloads.js";
 import { listIndex, listed, onChoose, redraw, select } from "./feature_list.js";
@@ -11,7 +10,7 @@ import { element, whole } from "./format.js";
 import { highlightFound } from "./found.js";
 import { openHelp, setKeys } from "./keys.js";
 import { nameOf } from "./labels.js";
-import { hasMap, mapImage, onOpen, showMap } from "./map.js";
+import { hasMap, onOpen, showMap } from "./map.js";
 import { drawOverview } from "./overview.js";
 import { firstRollout, listedRollouts, markRollout, nRollouts, onRefilled } from "./rollout_list.js";
 import { showNoRollout, showRollout } from "./rollout_view.js";
@@ -352,11 +351,6 @@ byId("browse").addEventListener("click", (event) => {
   const opened = document.body.classList.toggle("browsing");
   event.currentTarget.setAttribute("aria-expanded", String(opened));
   select(current);
-});
-addEventListener("click", (event) => {
-  const button = event.target.closest?.("[data-save]");
-  if (!button) return;
-  mapImage().then((image) => saveFile("map.png", image));
 });
 
 showAddress().then(() =>

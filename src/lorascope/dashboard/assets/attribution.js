@@ -1,10 +1,8 @@
 // What an attribution report says about a rollout: where the adapter changes predictions, and which
 // features contribute to that.
 import { core } from "./data.js";
-import { signed, three } from "./effects.js";
-import { LEVELS } from "./examples.js";
-import { meter, panel } from "./figures.js";
-import { element, percent, textOf, whole, writeToken } from "./format.js";
+import { LEVELS, drawLegend, meter, panel } from "./figures.js";
+import { button, element, percent, signed, textOf, three, whole, writeToken } from "./format.js";
 import { drawLink, nameText } from "./related.js";
 
 const MIN_KL = 0.001; // nats; tokens below are not coloured
@@ -33,16 +31,8 @@ export function colorByKl(data, nodes) {
 }
 
 export function drawKlLegend(data) {
-  const legend = element("div", "legend");
-  legend.dataset.testid = "kl-legend";
-  const ramp = element("span", "ramp");
-  for (let i = 1; i <= LEVELS; i++) ramp.append(element("i", `heat-${i}`));
   const note = "KL(adapter \u2016 base) of each token's prediction, in nats (logarithmic)";
-  legend.append(
-    element("span", "", String(MIN_KL)), ramp, element("span", "", three(largestKl(data))),
-    element("span", "legend-note", note),
-  );
-  return legend;
+  return drawLegend(String(MIN_KL), three(largestKl(data)), note, { testid: "kl-legend" });
 }
 
 // Returns lines about token `t` for its tooltip.
@@ -125,18 +115,16 @@ function fillLargest(list, data, go, isListed) {
   if (!order.includes(top) && data.kl[top] > 0) order.push(top); // the end of the legend's scale
   for (const t of order) {
     const item = element("li", "kl-row");
-    const button = element("button", "kl-token");
-    button.type = "button";
-    button.dataset.testid = isListed(data.role[t]) ? "kl-token" : "kl-top";
-    button.dataset.at = t;
+    const testid = isListed(data.role[t]) ? "kl-token" : "kl-top";
+    const link = button("", () => go(t), { kind: "kl-token", testid });
+    link.dataset.at = t;
     const token = element("span", "ranked-token");
     writeToken(token, data.token[t]);
     const number = element("span", "meter-value", three(data.kl[t]));
     number.dataset.value = String(data.kl[t]);
-    button.append(token, number);
-    button.addEventListener("click", () => go(t));
+    link.append(token, number);
     if (!isListed(data.role[t])) number.textContent = `${core.roles[data.role[t]]} ${number.textContent}`;
-    item.append(button, meter(data.kl[t] / data.kl[top]));
+    item.append(link, meter(data.kl[t] / data.kl[top]));
     list.append(item);
   }
 }

@@ -1,5 +1,5 @@
 // Copies tables as Markdown or TSV, and drawings as SVG; saves files.
-import { element } from "./format.js";
+import { button, element } from "./format.js";
 
 const SHOWN = 1500; // milliseconds for which a button says that it has copied
 const SIGNS = { "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d" };
@@ -15,18 +15,13 @@ export function copyMenu(title, owner, rows, file = "") {
   const summary = element("summary", "", "Copy");
   summary.setAttribute("aria-label", `Copy \u201c${title}\u201d`);
   const list = element("div", "copy-list");
-  const add = (text, action) => {
-    const button = element("button", "small", text);
-    button.type = "button";
-    button.addEventListener("click", async () => {
-      const done = await action();
-      menu.open = false;
-      summary.textContent = done;
-      setTimeout(() => (summary.textContent = "Copy"), SHOWN);
-      summary.focus();
-    });
-    list.append(button);
-  };
+  const add = (text, action, testid = "") => list.append(button(text, async () => {
+    const done = await action();
+    menu.open = false;
+    summary.textContent = done;
+    setTimeout(() => (summary.textContent = "Copy"), SHOWN);
+    summary.focus();
+  }, { testid }));
   for (const [name, write] of rows ? Object.entries(FORMATS) : []) {
     add(`Copy as ${name}`, () => copyText(write(rows())));
   }
@@ -36,8 +31,7 @@ export function copyMenu(title, owner, rows, file = "") {
     add("Save as SVG", () => {
       saveFile(`${file}.svg`, drawing(), "image/svg+xml");
       return "Saved";
-    });
-    list.lastChild.dataset.testid = "save-svg";
+    }, "save-svg");
   }
   menu.append(summary, list);
   menu.addEventListener("focusout", (event) => {

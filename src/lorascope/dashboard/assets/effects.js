@@ -1,7 +1,8 @@
 // The effects of a feature: of removing it, and on tokens directly through the residual stream.
 import { column, core } from "./data.js";
-import { meter, panel, svg } from "./figures.js";
-import { element, percent, short, textOf, whole, writeToken } from "./format.js";
+import { panel, svg } from "./figures.js";
+import { element, percent, signed, textOf, three, whole } from "./format.js";
+import { drawTokens } from "./related.js";
 
 const [WIDTH, ROW] = [320, 26]; // of the figure, in SVG units
 const SIDES = [["promoted", "+"], ["suppressed", "\u2212"]];
@@ -159,18 +160,8 @@ function drawDirect(record) {
   parts[0].dataset.testid = "direct-share";
   parts[0].dataset.value = String(share);
   for (const [side, sign] of SIDES) {
-    const list = element("ol", "ranked");
+    const list = drawTokens(record[side], signed, side);
     list.dataset.testid = side;
-    const top = Math.max(...record[side].map(([, z]) => Math.abs(z))) || 1;
-    for (const [entry, z] of record[side]) {
-      const item = element("li", `meter-row ${side}`);
-      const token = element("span", "ranked-token");
-      writeToken(token, entry);
-      const number = element("span", "meter-value", signed(z));
-      number.dataset.value = String(z);
-      item.append(token, meter(Math.abs(z) / top), number);
-      list.append(item);
-    }
     parts.push(element("h4", "", `${sign} ${side}`), list);
   }
   return panel(title, note, parts, {
@@ -178,14 +169,4 @@ function drawDirect(record) {
     rows: () => [["side", "token", "score"], ...SIDES.flatMap(([side]) =>
       record[side].map(([entry, z]) => [side, textOf(entry), z]))],
   });
-}
-
-// Returns a number with three digits: effects are not known more precisely.
-export function three(value) {
-  return short(Number(value.toPrecision(3)));
-}
-
-// Returns a number with three digits and its sign.
-export function signed(value) {
-  return `${value < 0 ? "\u2212" : "+"}${three(Math.abs(value))}`;
 }

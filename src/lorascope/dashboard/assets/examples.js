@@ -1,9 +1,8 @@
 // Examples and samples of one feature: tokens in their context, coloured by activation.
 import { column, core, isTemplate, largest } from "./data.js";
-import { meter } from "./figures.js";
-import { directionOf, element, percent, short, whole, writeToken } from "./format.js";
+import { LEVELS, drawLegend, meter } from "./figures.js";
+import { button, directionOf, element, percent, short, whole, writeToken } from "./format.js";
 
-export const LEVELS = 9; // of the heat ramp in colors.css, evenly spaced in lightness
 const MAX_TOKENS = 29; // a longer window is folded
 const N_NEAR = 10; // tokens on each side of the target that a folded window shows
 const FIFTHS = ["weakest", "second weakest", "middle", "second strongest", "strongest"];
@@ -26,7 +25,7 @@ export function scaleOf({ id, examples, samples, specials }) {
 export function drawExamples({ id, examples }, { scale, signed }) {
   const section = element("section", "examples");
   section.setAttribute("aria-label", "Strongest examples");
-  section.append(element("h3", "", "Strongest examples"), drawLegend(scale, signed));
+  section.append(element("h3", "", "Strongest examples"), drawScale(scale, signed));
   examples.forEach((example, i) => section.append(drawCard(example, i + 1, id, scale, "example")));
   return section;
 }
@@ -39,7 +38,7 @@ export function drawSpecials({ id, specials }, { scale, signed }) {
   const note = `It fires at ${whole(column.n_special[id])} of the${of} special tokens and template ` +
     "headers. These firings are in no other statistic or example, except by role.";
   section.append(element("h3", "", "At special and template tokens"), element("p", "note", note));
-  if (isTemplate(id)) section.append(drawLegend(scale, signed));
+  if (isTemplate(id)) section.append(drawScale(scale, signed));
   specials.forEach((one, i) => section.append(drawCard(one, i + 1, id, scale, "special-example")));
   return section;
 }
@@ -63,20 +62,11 @@ export function drawSamples({ id, samples }, { scale }) {
   return section;
 }
 
-function drawLegend(scale, signed) {
-  const legend = element("div", "legend");
-  legend.dataset.testid = "legend";
-  const ramp = element("span", "ramp");
-  const steps = Array.from({ length: LEVELS }, (_, i) => i + 1);
-  if (signed) for (const i of [...steps].reverse()) ramp.append(element("i", `minus-${i}`));
-  for (const i of steps) ramp.append(element("i", `heat-${i}`));
-  legend.append(
-    element("span", "", signed ? `\u2212${short(scale)}` : "0"),
-    ramp,
-    element("span", "", short(scale)),
-    element("span", "legend-note", "activation of this feature at a token, in the SAE's units"),
-    element("span", "legend-mark", "outlined: the example's token"),
-  );
+function drawScale(scale, signed) {
+  const note = "activation of this feature at a token, in the SAE's units";
+  const low = signed ? `\u2212${short(scale)}` : "0";
+  const legend = drawLegend(low, short(scale), note, { testid: "legend", signed });
+  legend.append(element("span", "legend-mark", "outlined: the example's token"));
   return legend;
 }
 
@@ -155,15 +145,12 @@ function drawWindow(example, scale) {
 }
 
 function drawUnfold(text, n) {
-  const more = element("button", "unfold", `Show all ${n} tokens`);
-  more.type = "button";
-  more.dataset.testid = "unfold";
-  more.setAttribute("aria-expanded", "false");
-  more.addEventListener("click", () => {
+  const more = button(`Show all ${n} tokens`, () => {
     const folded = text.classList.toggle("folded");
     more.setAttribute("aria-expanded", String(!folded));
     more.textContent = folded ? `Show all ${n} tokens` : "Show fewer tokens";
-  });
+  }, { kind: "unfold", testid: "unfold" });
+  more.setAttribute("aria-expanded", "false");
   return more;
 }
 

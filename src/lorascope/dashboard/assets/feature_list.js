@@ -3,7 +3,7 @@ import { column, core, hasExample, isTemplate } from "./data.js";
 import { isStarred, labelOf } from "./annotations.js";
 import { verdictOf } from "./effects.js";
 import { categoryOf, kindOf, nameOf, scoreText } from "./labels.js";
-import { element, percent, short, whole, writeToken } from "./format.js";
+import { element, percent, short, three, whole, writeToken } from "./format.js";
 
 const ROW = 46; // pixels; page.css has the same height
 
@@ -123,7 +123,7 @@ function row(at) {
 
 // What a row shows, by what the list is sorted by; the bar shows how often the feature fires.
 const number = (values) => (id) => (
-  values?.[id] > -Infinity ? short(Number(values[id].toPrecision(3))) : "\u2014");
+  values?.[id] > -Infinity ? three(values[id]) : "\u2014");
 const VALUES = {
   often: frequency,
   rare: frequency,

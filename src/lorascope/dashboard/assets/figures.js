@@ -5,7 +5,7 @@ import { element, percent, short, whole } from "./format.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const [WIDTH, HEIGHT] = [320, 96]; // of a bar figure, in SVG units
-const LEVELS = 9;
+export const LEVELS = 9; // of the heat ramps in colors.css, evenly spaced in lightness
 
 export function svg(tag, attributes = {}, text = "") {
   const node = document.createElementNS(SVG, tag);
@@ -129,6 +129,20 @@ export function drawRoles({ byRole }) {
     rows: () => [["role", "firings", "tokens", "density"], ...shares
       .map((share, i) => [core.roles[i], byRole[i], core.n_by_role[i], share]).filter((row) => row[2])],
   });
+}
+
+// Returns a heat ramp between the names of its ends, and what it shows. A `signed` one begins with
+// the colours of values below zero.
+export function drawLegend(low, high, note, { testid, signed = false }) {
+  const legend = element("div", "legend");
+  legend.dataset.testid = testid;
+  const ramp = element("span", "ramp");
+  for (let i = signed ? -LEVELS : 1; i <= LEVELS; i++) {
+    if (i) ramp.append(element("i", i < 0 ? `minus-${-i}` : `heat-${i}`));
+  }
+  legend.append(element("span", "", low), ramp, element("span", "", high),
+    element("span", "legend-note", note));
+  return legend;
 }
 
 export function meter(share) {

@@ -19,6 +19,16 @@ export function element(tag, className = "", text = "") {
   return node;
 }
 
+// Returns a button that does `action`.
+export function button(text, action, { kind = "small", testid = "", label = "" } = {}) {
+  const node = element("button", kind, text);
+  node.type = "button";
+  if (testid) node.dataset.testid = testid;
+  if (label) node.setAttribute("aria-label", label);
+  node.addEventListener("click", action);
+  return node;
+}
+
 // Returns the text of a token-table entry.
 export function textOf(entry) {
   return core.token_texts[entry];
@@ -84,6 +94,16 @@ export function short(value) {
   if (value === 0) return "0";
   const size = Math.abs(value);
   return size >= 1e6 || size < 1e-4 ? value.toExponential(2) : String(Number(value.toPrecision(4)));
+}
+
+// Returns a number with three digits: effects and scores are not known more precisely.
+export function three(value) {
+  return short(Number(value.toPrecision(3)));
+}
+
+// Returns a number with three digits and its sign.
+export function signed(value) {
+  return `${value < 0 ? "\u2212" : "+"}${three(Math.abs(value))}`;
 }
 
 // Returns a whole number with thousands separators.

@@ -1,10 +1,9 @@
 // A map of one rollout: tokens across, layers down, dark where features fire that write there.
 import { column, core } from "./data.js";
-import { svg } from "./figures.js";
+import { LEVELS, svg } from "./figures.js";
 import { element, whole } from "./format.js";
 import { shareOf } from "./token_colors.js";
 
-const LEVELS = 9;
 const MAX_CELLS = 240; // across; a longer rollout has several tokens in a cell
 const CELL = 4; // width, in SVG units
 const [TALLEST, HEIGHT] = [12, 128]; // of a layer and of all of them, in pixels

@@ -1,20 +1,21 @@
 // The map: every feature is a dot, close to features that fire with it; groups have names.
+import { saveFile } from "./copying.js";
 import { UNKNOWN, column, core } from "./data.js";
 import { toLasso } from "./filters.js";
 import { setLasso } from "./filter_form.js";
 import { listIndex } from "./feature_list.js";
+import { LEVELS } from "./figures.js";
 import { labelOf } from "./annotations.js";
 import { categoryOf, hasLabels, nameOf } from "./labels.js";
 import { drawName } from "./related.js";
 import { density, mainRole, mainSite } from "./stats.js";
-import { element, percent, short } from "./format.js";
+import { button, element, percent, short } from "./format.js";
 import { onTheme } from "./theme.js";
 import { hideTooltip, showTooltipAt } from "./tooltip.js";
 
 const WIDTH = UNKNOWN - 1;
 const NEAR = 14; // pixels: the pointer selects a feature within this distance
 const KINDS = 7; // category colours in colors.css; further categories share the last one
-const LEVELS = 9;
 const N_NAMED = 5; // features of a group from which its name is on the map
 const MAX_NAME = [26, 48]; // characters, on a narrow and on a wide map
 const MIN_EFFECT = 1e-4; // share of the largest effect that has the lowest colour
@@ -23,7 +24,7 @@ const area = document.getElementById("map");
 const canvas = element("canvas", "canvas");
 const legend = element("div", "map-legend");
 const color = element("select");
-const lassoButton = element("button", "small", "Lasso");
+const lassoButton = button("Lasso", switchLasso, { testid: "lasso" });
 const onMap = [];
 for (let id = 0; id < core.n_features; id++) if (column.x[id] !== UNKNOWN) onMap.push(id);
 
@@ -47,11 +48,6 @@ export function showMap(id = current) {
   current = id;
   if (!isScheduled) requestAnimationFrame(draw);
   isScheduled = true;
-}
-
-// Returns the map as a Promise of a PNG.
-export function mapImage() {
-  return new Promise((done) => canvas.toBlob(done, "image/png"));
 }
 
 function size() {
@@ -385,38 +381,29 @@ function hoverCentre() {
   hover(id, ...(id < 0 ? middle : toScreen(id)));
 }
 
+function switchLasso() {
+  lassoButton.setAttribute("aria-pressed", String(!isDrawing()));
+  canvas.classList.toggle("drawing", isDrawing());
+}
+
 function build() {
   const tools = element("div", "map-tools");
-  const button = (text, action, testid, label = text) => {
-    const node = element("button", "small", text);
-    node.type = "button";
-    node.dataset.testid = testid;
-    node.setAttribute("aria-label", label);
-    node.addEventListener("click", action);
-    return node;
-  };
   const label = element("label", "line", "colour by");
   color.dataset.testid = "map-color";
   for (const name of Object.keys(COLORINGS)) color.append(element("option", "", name));
   color.addEventListener("change", () => showMap());
   label.append(color);
-  lassoButton.type = "button";
-  lassoButton.dataset.testid = "lasso";
   lassoButton.title = "draw around features to list only those (or drag with Shift)";
   lassoButton.setAttribute("aria-pressed", "false");
-  lassoButton.addEventListener("click", () => {
-    lassoButton.setAttribute("aria-pressed", String(!isDrawing()));
-    canvas.classList.toggle("drawing", isDrawing());
-  });
-  const save = button("PNG", () => {}, "save-map", "Save the map as PNG");
-  save.dataset.save = "map";
+  const save = button("PNG", () => canvas.toBlob((image) => saveFile("map.png", image)),
+    { testid: "save-map", label: "Save the map as PNG" });
   tools.append(
     label,
-    button("+", () => zoom(1.5), "zoom-in", "Zoom in"),
-    button("\u2212", () => zoom(1 / 1.5), "zoom-out", "Zoom out"),
-    button("Whole map", reset, "zoom-all"),
+    button("+", () => zoom(1.5), { testid: "zoom-in", label: "Zoom in" }),
+    button("\u2212", () => zoom(1 / 1.5), { testid: "zoom-out", label: "Zoom out" }),
+    button("Whole map", reset, { testid: "zoom-all" }),
     lassoButton,
-    button("List visible features", listVisible, "keep-visible"),
+    button("List visible features", listVisible, { testid: "keep-visible" }),
     save,
   );
   canvas.tabIndex = 0;

@@ -1,7 +1,7 @@
 // The first view: what the adapter learned, from dashboard/overview.py, with links to the evidence.
 import { core } from "./data.js";
 import { drawSiteGrid, meter, panel, svg } from "./figures.js";
-import { element, short, whole, writeText } from "./format.js";
+import { button, element, short, whole, writeText } from "./format.js";
 import { nameOf } from "./labels.js";
 
 const [WIDTH, GAUGE] = [320, 26]; // of a gauge, in SVG units
@@ -67,9 +67,7 @@ function drawShifts(shifts) {
 
 // Returns a button that shows hidden nodes.
 function showAll(nodes, n) {
-  const more = element("button", "small", `Show all ${n}`);
-  more.type = "button";
-  more.addEventListener("click", () => {
+  const more = button(`Show all ${n}`, () => {
     for (const node of nodes) node.hidden = false;
     more.remove();
   });

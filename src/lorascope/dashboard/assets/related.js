@@ -2,12 +2,12 @@
 import { column, hasExample } from "./data.js";
 import { meter, panel } from "./figures.js";
 import { nameOf } from "./labels.js";
-import { element, percent, short, textOf, writeToken } from "./format.js";
+import { element, percent, textOf, three, writeToken } from "./format.js";
 
 const RANKED = [
-  ["mean", "Strongest tokens", "tokens by its mean activation", short],
+  ["mean", "Strongest tokens", "tokens by its mean activation", three],
   ["lift", "Most specific tokens", "how many times more often than average it fires there (lift)",
-    (score) => `${short(score)}\u00d7`],
+    (score) => `${three(score)}\u00d7`],
   ["before", "Tokens before", "tokens right before its firings, by share of firings", percent],
   ["after", "Tokens after", "tokens right after its firings, by share of firings", percent],
 ];
@@ -15,30 +15,35 @@ const RANKED = [
 // Returns a panel for each ranking of tokens that the page has.
 export function drawRankings({ ranked }) {
   return RANKED.filter(([name]) => ranked[name].length).map(([name, title, note, write]) => {
-    const list = element("ol", "ranked");
-    const top = Math.max(...ranked[name].map(([, score]) => score)) || 1;
-    for (const [entry, score] of ranked[name]) {
-      const item = element("li", "meter-row");
-      const token = element("span", "ranked-token");
-      writeToken(token, entry);
-      const number = element("span", "meter-value", write(three(score)));
-      number.dataset.value = String(score);
-      item.append(token, meter(score / top), number);
-      list.append(item);
-    }
-    return panel(title, note, list, {
+    return panel(title, note, drawTokens(ranked[name], write), {
       testid: `ranked-${name}`,
       rows: () => [["token", "score"], ...ranked[name].map(([entry, score]) => [textOf(entry), score])],
     });
   });
 }
 
+// Returns a list of tokens, each with a bar and its score as `write` says it.
+export function drawTokens(pairs, write, kind = "") {
+  const list = element("ol", "ranked");
+  const top = Math.max(...pairs.map(([, score]) => Math.abs(score))) || 1;
+  for (const [entry, score] of pairs) {
+    const item = element("li", `meter-row ${kind}`);
+    const token = element("span", "ranked-token");
+    writeToken(token, entry);
+    const number = element("span", "meter-value", write(score));
+    number.dataset.value = String(score);
+    item.append(token, meter(Math.abs(score) / top), number);
+    list.append(item);
+  }
+  return list;
+}
+
 // Returns panels of links to features that write alike and to features that fire together.
 export function drawNeighbours({ similar, cofiring }) {
   const kinds = [
-    [similar, "Similar features", "cosine of decoder rows", "similar", (score) => short(three(score))],
+    [similar, "Similar features", "cosine of decoder rows", "similar", three],
     [cofiring, "Co-firing features", "tokens with both / tokens with either (Jaccard index)",
-      "cofiring", (score) => percent(three(score))],
+      "cofiring", percent],
   ];
   return kinds.filter(([pairs]) => pairs.length).map(([pairs, title, note, testid, write]) => {
     const list = element("ul", "ranked");
@@ -80,9 +85,3 @@ export function drawName(id) {
   if (hasExample(id)) writeToken(token, column.top_token[id]);
   return token;
 }
-
-// Scores have 8 bits, so only about three digits mean anything.
-function three(score) {
-  return Number(score.toPrecision(3));
-}
-

@@ -1,6 +1,6 @@
 // The list of rollouts that are in the page as a whole, by the reason they were selected for.
 import { column, core, rolloutData } from "./data.js";
-import { element, percent, short, whole } from "./format.js";
+import { element, percent, three, whole } from "./format.js";
 
 const byId = (id) => document.getElementById(id);
 const [list, search, reason] = [byId("rollouts"), byId("rollout-query"), byId("rollout-reason")];
@@ -23,11 +23,11 @@ export function rolloutStats(at) {
   return [
     ["tokens", "length", column.kept_length[at], whole(column.kept_length[at]),
       "tokens in this rollout"],
-    ["L0", "l0", l0, !Number.isNaN(l0) && short(three(l0)),
+    ["L0", "l0", l0, !Number.isNaN(l0) && three(l0),
       "average number of features that fire at a token"],
     ["FVU", "fvu", fvu, !Number.isNaN(fvu) && percent(fvu),
       "share of its variance that the SAE leaves unexplained"],
-    ["rarity", "rarity", rarity, !Number.isNaN(rarity) && short(three(rarity)),
+    ["rarity", "rarity", rarity, !Number.isNaN(rarity) && three(rarity),
       "average of \u2212log\u2081\u2080 density of the features that fire; 3 is one token in a thousand"],
   ];
 }
@@ -75,10 +75,6 @@ function sorted() {
   if (!bit) chosen.sort((a, b) => (why(b) & 16) - (why(a) & 16) || a - b);
   if (score) chosen.sort((a, b) => score[b] - score[a] || a - b);
   return chosen;
-}
-
-function three(value) {
-  return Number(value.toPrecision(3));
 }
 
 async function refill() {

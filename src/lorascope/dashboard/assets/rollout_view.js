@@ -3,16 +3,16 @@ import {
   drawContributions, drawLargestKl, isAttributed, isExplained, klNotes, predictionNotes,
 } from "./attribution.js";
 import { column, core, largest, rolloutData } from "./data.js";
-import { three, verdictOf } from "./effects.js";
+import { verdictOf } from "./effects.js";
 import { drawToken, lineEnd } from "./examples.js";
 import { drawMessage } from "./feature_view.js";
 import { meter, panel } from "./figures.js";
-import { directionOf, element, short, whole } from "./format.js";
+import { button, directionOf, element, three, whole } from "./format.js";
 import { drawLayerMap } from "./layer_map.js";
 import { drawLink, nameText } from "./related.js";
 import { reasonsOf, rolloutStats } from "./rollout_list.js";
 import { amend } from "./route.js";
-import { drawMeanings, mainRole, mainSite } from "./stats.js";
+import { drawNumbers, mainRole, mainSite } from "./stats.js";
 import { COLORS, colorTokens, colorsOf, shareOf } from "./token_colors.js";
 import { watchTokens } from "./tooltip.js";
 
@@ -57,22 +57,11 @@ export async function showRollout(number, query) {
 }
 
 function drawStats(number) {
-  const stats = element("dl", "stats compact");
-  stats.tabIndex = 0; // on a phone it scrolls
   const rows = rolloutStats(number).filter(([, , , text]) => text);
   const reasons = reasonsOf(number).join(", ");
   const why = "why this rollout is in the page, among all that were read";
   if (reasons) rows.push(["selected for", "reasons", "", reasons, why]);
-  for (const [label, name, value, text, note] of rows) {
-    const cell = element("div", "stat");
-    cell.title = note;
-    const shownValue = element("dd", "stat-value", text);
-    shownValue.dataset.testid = `rollout-${name}`;
-    shownValue.dataset.value = String(value);
-    cell.append(element("dt", "", label), shownValue);
-    stats.append(cell);
-  }
-  return drawMeanings(stats, rows.map(([label, , , , note]) => [label, note]));
+  return drawNumbers(rows, "rollout");
 }
 
 // Draws the tokens in runs of one role, each below the role's name.
@@ -123,12 +112,9 @@ function paint() {
   choice.append(element("span", "", "colour by"));
   for (const [name, text] of Object.entries(COLORS)) {
     if (name === "kl" && !isAttributed(data)) continue;
-    const button = element("button", "small", text);
-    button.type = "button";
-    button.dataset.testid = `color-${name}`;
-    button.setAttribute("aria-pressed", String(name === colors));
-    button.addEventListener("click", () => setColors(name));
-    choice.append(button);
+    const way = button(text, () => setColors(name), { testid: `color-${name}` });
+    way.setAttribute("aria-pressed", String(name === colors));
+    choice.append(way);
   }
   shown.legend.replaceChildren(choice, ...colorTokens(colors, data, nodes, painted));
 }
@@ -167,10 +153,8 @@ function drawPaints() {
     const chip = element("span", "paint-chip");
     chip.dataset.testid = "painted";
     const swatch = element("i", painted.length === 1 ? "heat-6" : `swatch paint-${i + 1}`);
-    const off = element("button", "small", "\u00d7");
-    off.type = "button";
-    off.setAttribute("aria-label", `Stop highlighting feature ${id}`);
-    off.addEventListener("click", () => setPainted(painted.filter((other) => other !== id)));
+    const off = button("\u00d7", () => setPainted(painted.filter((other) => other !== id)),
+      { label: `Stop highlighting feature ${id}` });
     chip.append(swatch, drawLink(id), off);
     chips.append(chip);
   });
@@ -179,8 +163,7 @@ function drawPaints() {
   Object.assign(input, { inputMode: "numeric", placeholder: "feature number", autocomplete: "off" });
   input.setAttribute("aria-label", "Feature to highlight");
   input.dataset.testid = "paint-number";
-  const button = element("button", "", "Highlight");
-  form.append(input, button);
+  form.append(input, element("button", "", "Highlight"));
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     const id = /^\d{1,9}$/.test(input.value.trim()) ? Number(input.value) : -1;
@@ -200,18 +183,15 @@ function drawFiring(t) {
     const item = element("li", "fired");
     item.dataset.testid = "fired";
     const link = drawLink(id);
-    const number = element("span", "meter-value", short(Number(value.toPrecision(3))));
+    const number = element("span", "meter-value", three(value));
     number.dataset.value = String(value);
     link.append(number);
     const on = shown.painted.includes(id);
-    const button = element("button", "small", on ? "highlighted" : "highlight");
-    button.type = "button";
-    button.setAttribute("aria-pressed", String(on));
-    button.setAttribute("aria-label", `Highlight feature ${id}`);
-    button.addEventListener("click", () => {
+    const paintIt = button(on ? "highlighted" : "highlight", () => {
       setPainted(on ? shown.painted.filter((other) => other !== id) : [...shown.painted, id]);
-    });
-    item.append(link, meter(t < 0 ? value / pairs[0][1] : value / (largest(id) || value)), button);
+    }, { label: `Highlight feature ${id}` });
+    paintIt.setAttribute("aria-pressed", String(on));
+    item.append(link, meter(t < 0 ? value / pairs[0][1] : value / (largest(id) || value)), paintIt);
     const known = whatIsKnown(id);
     if (known) item.append(element("span", "fired-known", known));
     list.append(item);
@@ -285,7 +265,7 @@ watchTokens(area, (token) => {
   const role = core.roles[shown.data.role[t]];
   const lines = [element("span", "tip-note", `token ${whole(t)}${role ? `, ${role}` : ""}`)];
   for (const [id, value] of pairs.slice(0, N_IN_TOOLTIP)) {
-    lines.push(element("span", "tip-fired", `feature ${id}: ${short(Number(value.toPrecision(3)))}`));
+    lines.push(element("span", "tip-fired", `feature ${id}: ${three(value)}`));
   }
   const more = pairs.length - N_IN_TOOLTIP;
   if (more > 0) lines.push(element("span", "tip-note", `and ${more} more`));

@@ -1,7 +1,7 @@
 // The statistics of one feature, each with a one-line definition.
 import { copyMenu } from "./copying.js";
 import { UNKNOWN, column, core } from "./data.js";
-import { element, percent, short, whole } from "./format.js";
+import { element, percent, short, three, whole } from "./format.js";
 
 // Returns a feature's density among ordinary tokens, NaN if unknown.
 export function density(id) {
@@ -22,35 +22,32 @@ export function mainRole(id) {
   return core.roles[column.main_role[id]] ?? "";
 }
 
-// Returns one row of numbers, and below it, folded, what they mean.
+// Returns the statistics of a feature, with a menu that copies them.
 export function drawStats(id) {
-  const stats = element("dl", "stats compact");
-  stats.tabIndex = 0; // on a phone it scrolls
-  stats.dataset.testid = "stats";
-  const meanings = [];
-  for (const [label, name, value, text, note] of rows(id)) {
-    if (!text) continue;
-    const cell = element("div", "stat");
-    cell.title = note;
-    const number = element("dd", "stat-value", text);
-    number.dataset.testid = `stat-${name}`;
-    number.dataset.value = String(value);
-    cell.append(element("dt", "", label), number);
-    stats.append(cell);
-    meanings.push([label, note]);
-  }
-  const part = drawMeanings(stats, meanings);
+  const known = rows(id).filter(([, , , text]) => text);
+  const part = drawNumbers(known, "stat");
   part.dataset.testid = "stats-part";
-  part.lastChild.append(copyMenu("statistics", part, () => [["number", "value", "meaning"], ...rows(id)
-    .filter(([, , , text]) => text).map(([label, , value, , note]) => [label, value, note])]));
+  part.firstChild.dataset.testid = "stats";
+  part.lastChild.append(copyMenu("statistics", part, () => [["number", "value", "meaning"],
+    ...known.map(([label, , value, , note]) => [label, value, note])]));
   return part;
 }
 
-// Returns statistics, and below them, folded, what they mean: [label, meaning] of each.
-export function drawMeanings(stats, meanings) {
+// Returns a row of numbers, and below it, folded, what they mean: [label, name, number, text for
+// people, definition] of each.
+export function drawNumbers(numbers, prefix) {
   const part = element("div", "stats-part");
+  const stats = element("dl", "stats compact");
+  stats.tabIndex = 0; // on a phone it scrolls
   const list = element("dl", "stat-meanings");
-  for (const [label, note] of meanings) {
+  for (const [label, name, value, text, note] of numbers) {
+    const cell = element("div", "stat");
+    cell.title = note;
+    const number = element("dd", "stat-value", text);
+    number.dataset.testid = `${prefix}-${name}`;
+    number.dataset.value = String(value);
+    cell.append(element("dt", "", label), number);
+    stats.append(cell);
     list.append(element("dt", "", label), element("dd", "", note));
   }
   const more = element("details", "stat-more");
@@ -61,15 +58,10 @@ export function drawMeanings(stats, meanings) {
   return part;
 }
 
-function effect(id) {
-  const kl = column.effect_kl?.[id];
-  return kl >= 0 && short(Number(kl.toPrecision(3)));
-}
-
 function rows(id) {
   const real = (name) => !Number.isNaN(column[name][id]) && short(column[name][id]);
   const count = (name) => column[name][id] >= 0 && whole(column[name][id]);
-  const share = density(id);
+  const [share, kl] = [density(id), column.effect_kl?.[id]];
   return [
     ["firings", "n_active", column.n_active[id], count("n_active"), "ordinary tokens at which it fires"],
     ["at special tokens", "n_special", column.n_special[id], count("n_special"),
@@ -82,7 +74,7 @@ function rows(id) {
     ["mean", "mean", column.mean[id], real("mean"),
       "average activation over the ordinary tokens at which it fires"],
     ["std", "std", column.std[id], real("std"), "standard deviation over the same tokens"],
-    ["effect", "effect", column.effect_kl?.[id], effect(id),
+    ["effect", "effect", kl, kl >= 0 && three(kl),
       "KL(adapter \u2016 adapter without it), nats per token of text, on held-out rollouts"],
     ["examples", "n_examples", column.n_examples[id], String(column.n_examples[id]),
       `strongest tokens kept, at most ${core.top_k}`],

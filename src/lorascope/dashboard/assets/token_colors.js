@@ -2,8 +2,7 @@
 // that the user chooses.
 import { colorByKl, drawKlLegend, isAttributed } from "./attribution.js";
 import { largest } from "./data.js";
-import { LEVELS } from "./examples.js";
-import { element } from "./format.js";
+import { LEVELS, drawLegend } from "./figures.js";
 
 // Ways to colour, by their names in the address.
 export const COLORS = { fires: "what fires", kl: "where adapter and base differ",
@@ -30,7 +29,8 @@ export function colorTokens(how, data, nodes, painted) {
   else colorByFeatures(data, nodes, painted);
   if (painted.length > 1) return [];
   const of = how === "fires" ? "the feature that fires most strongly there" : "the chosen feature";
-  return [drawShareLegend(`activation of ${of}, as a share of its maximum`)];
+  return [drawLegend("0", "100\u00a0%", `activation of ${of}, as a share of its maximum`,
+    { testid: "share-legend" })];
 }
 
 // Returns a firing's activation as a share of its feature's maximum.
@@ -67,14 +67,4 @@ function colorByFeatures(data, nodes, painted) {
 
 function heatOf(share) {
   return Math.max(1, Math.ceil(LEVELS * share));
-}
-
-function drawShareLegend(note) {
-  const legend = element("div", "legend");
-  legend.dataset.testid = "share-legend";
-  const ramp = element("span", "ramp");
-  for (let i = 1; i <= LEVELS; i++) ramp.append(element("i", `heat-${i}`));
-  legend.append(element("span", "", "0"), ramp, element("span", "", "100\u00a0%"),
-    element("span", "legend-note", note));
-  return legend;
 }
