@@ -7,7 +7,7 @@
    scored in the same way, show what a wrong label gets.
 3. With a report of `direct`, the tokens that a feature promotes describe its output. They are
    scored by how well the next token tells where the feature fires and, with a report of `ablate`,
-   by how often they find the feature's removal among others (`output_score`).
+   by how often they find the feature's removal among others (`score`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,13 +23,14 @@ from lorascope.errors import DatasetError
 from lorascope.features.index import FeatureIndex
 from lorascope.features.label_file import BY_RULE, Kind, Label, Output, rounded
 from lorascope.labels.clues import CLUES, Corpus, Ints, Mask, read_clues
-from lorascope.labels.output_score import Falls, pick_removals
 from lorascope.labels.rules import Miner, Rule, covers
 from lorascope.labels.score import (
+    Falls,
     Score,
     against,
     against_same_token,
     draw_rollouts,
+    pick_removals,
     rank,
     score,
 )

@@ -12,7 +12,7 @@ know more.
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -165,7 +165,7 @@ def read_clues(
     at = np.arange(n)
     begins = _changes(rollout)
     segment = _last(begins | _changes(roles))  # first token of the segment
-    before = _shifted(begins, 1)
+    before = _shift(begins, 1)
     line = _last(begins | _changes(roles) | before(newline, False))
     ended = before(ends, False) & (spaced | newline)
     sentence = _last((at == line) | ended)
@@ -248,7 +248,7 @@ def read_clues(
     values = (
         fold,
         previous_fold,
-        _shifted(begins, 2)(fold, NOTHING),
+        _shift(begins, 2)(fold, NOTHING),
         np.where(anchor >= 0, fold[anchor], NOTHING),
         np.where(last_operator >= 0, fold[last_operator], NOTHING),
         np.where(in_sentence > 0, fold[sentence], NOTHING),
@@ -295,15 +295,15 @@ def _last(where: Mask) -> Ints:
     return np.maximum.accumulate(np.where(where, np.arange(len(where)), 0))
 
 
-class _shifted:  # noqa: N801
-    """A function that moves values on by `n` tokens inside each rollout."""
+def _shift(begins: Mask, n: int) -> Callable[[npt.NDArray[Any], int], npt.NDArray[Any]]:
+    """Return a function that moves values on by `n` tokens inside each rollout."""
+    inside = np.arange(len(begins)) - _last(begins) >= n
 
-    def __init__(self, begins: Mask, n: int) -> None:
-        self.n, self.inside = n, np.arange(len(begins)) - _last(begins) >= n
+    def shifted(values: npt.NDArray[Any], outside: int) -> npt.NDArray[Any]:
+        moved = np.concatenate([values[:n], values])[: len(values)]
+        return np.where(inside, moved, np.array(outside, values.dtype))
 
-    def __call__(self, values: npt.NDArray[Any], outside: int) -> npt.NDArray[Any]:
-        moved = np.concatenate([values[: self.n], values])[: len(values)]
-        return np.where(self.inside, moved, np.array(outside, values.dtype))
+    return shifted
 
 
 def _so_far(fold: npt.NDArray[np.int32], start: Ints) -> Ints:

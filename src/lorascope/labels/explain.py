@@ -33,8 +33,7 @@ from lorascope.features.index import FeatureIndex
 from lorascope.features.label_file import KINDS, Kind, Label, rounded
 from lorascope.labels.chat import Chat, Question
 from lorascope.labels.excerpts import Excerpts, HeldOutTexts
-from lorascope.labels.output_score import N_OPTIONS as N_REMOVALS
-from lorascope.labels.score import Ranking, Score, score_answers
+from lorascope.labels.score import N_REMOVALS, Ranking, Score, score_answers
 
 log = logging.getLogger(__name__)
 

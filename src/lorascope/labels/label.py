@@ -46,7 +46,7 @@ from lorascope.features.published_json import digest_of_index, read_index
 from lorascope.labels.by_rule import LEAST_SHARE, label_features, read_halves
 from lorascope.labels.chat import Chat
 from lorascope.labels.explain import explain, with_model
-from lorascope.labels.output_score import CHANCE, mean_over_features, rivals_of
+from lorascope.labels.score import CHANCE, mean_over_features, rivals_of
 from lorascope.stage import Build, built
 
 if TYPE_CHECKING:
@@ -322,7 +322,7 @@ def _picks(labels: Sequence[Label]) -> dict[str, Any]:
     picked = [label.picked_effect for label in labels if label.picked_effect is not None]
     if not picked:
         return {}
-    mean, (low, high) = mean_over_features(picked)
+    mean, low, high = mean_over_features(picked)
     return {
         "n_picked_effect": len(picked),
         "picked_effect": rounded(mean),

@@ -1,4 +1,6 @@
-"""How well a description tells where a feature fires, on tokens that nobody looked at to write it.
+"""How well labels predict what nobody looked at to write them: firings, and effects of removal.
+
+How well a description tells where a feature fires:
 
 - *Recall* is the share of the firings that the description covers, *specificity* the share of the
   other tokens that it does not cover. Balanced accuracy is their mean: 0.5 is chance, however rare
@@ -16,10 +18,23 @@
   a value adds) · (share of the tokens up to it that are covered), equal values at once. A random
   order has the share of covered tokens. Both intervals are Wilson's again, the variance from draws
   of rollouts, in which values are cut into `_N_LEVELS` levels.
+
+The output half of a label by rule is the tokens that the feature promotes, which `direct` reads
+from weights. `ablate` really removes features and names the tokens that then lose most, each with
+its share of the KL. Nothing of the one enters the other, so the first can be tested on the second:
+
+1. The *match* of promoted tokens with a removal is the sum of the shares of those among the falls.
+2. Four other removals are drawn from features of the same category, which are the hard ones, or
+   from all, if fewer than four are of it. The removal of best match is picked; equal matches share.
+3. `picked_effect` is how often the feature's own removal is picked, over all draws: exactly, by
+   counting. With b rivals of better match, e of equal one and m in all it is
+   Σ_k C(e, k) · C(m − b − e, 4 − k) / C(m, 4) / (1 + k). Chance is 1/5, and a label whose promoted
+   tokens are among no falls has it too.
+4. *Shuffled* is the same with the promoted tokens of other features.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,10 +47,14 @@ _Z = 1.959963984540054  # of a 95 % interval
 _N_DRAWS = 200
 _N_LEVELS = 64
 _FEWEST_CASES = 10  # tokens of a hard case; of fewer it has no score
+N_REMOVALS = 5  # from which one is picked
+CHANCE = 1 / N_REMOVALS  # of picking the right one
+_N_SHUFFLED = 8  # other features whose promoted tokens are tried on each removal
+_N_DRAWS_OF_FEATURES = 1000
 
 
 class Estimate(NamedTuple):
-    """A number with its 95 % interval over rollouts."""
+    """A number with its 95 % interval."""
 
     value: float
     low: float
@@ -223,3 +242,78 @@ def _share(part: npt.NDArray[np.int64], whole: npt.NDArray[np.int64]) -> Estimat
         variance = float(((part - value * whole) ** 2).sum()) / total**2 * n / (n - 1)
         size = min(value * (1 - value) / variance, total) if variance else total
     return wilson(value, size)
+
+
+Falls = Mapping[int, float]  # share of a removal's KL by token id
+
+
+class Picked(NamedTuple):
+    """How often each feature's own removal is picked, and with tokens of other features."""
+
+    own: Mapping[int, float]
+    shuffled: Mapping[int, float]
+
+
+def pick_removals(
+    promoted: Mapping[int, Sequence[int]], falls: Mapping[int, Falls], category: Mapping[int, str]
+) -> Picked:
+    """Return the scores of the features with `promoted` tokens whose removal has `falls`.
+
+    Without four rivals nobody is scored.
+    """
+    rivals = rivals_of(falls, category)
+    scored = [latent for latent in promoted if rivals.get(latent)]
+    order = np.random.default_rng(1).permutation(scored).tolist()
+    own: dict[int, float] = {}
+    shuffled: dict[int, float] = {}
+    for i, latent in enumerate(order):
+        own[latent] = _share_picked(promoted[latent], latent, rivals[latent], falls)
+        others = [order[(i + step) % len(order)] for step in range(1, _N_SHUFFLED + 1)]
+        wrong = [
+            _share_picked(promoted[other], latent, rivals[latent], falls)
+            for other in dict.fromkeys(others)
+            if other != latent
+        ]
+        if wrong:
+            shuffled[latent] = float(np.mean(wrong))
+    return Picked(own, shuffled)
+
+
+def rivals_of(falls: Collection[int], category: Mapping[int, str]) -> dict[int, list[int]]:
+    """Return the removals that compete with each; none where there are fewer than four."""
+    by_category: dict[str, list[int]] = {}
+    for latent in falls:
+        by_category.setdefault(category[latent], []).append(latent)
+    found: dict[int, list[int]] = {}
+    for latent in falls:
+        alike = by_category[category[latent]]
+        pool = alike if len(alike) >= N_REMOVALS else list(falls)
+        found[latent] = [i for i in pool if i != latent] if len(pool) >= N_REMOVALS else []
+    return found
+
+
+def _share_picked(
+    tokens: Sequence[int], latent: int, rivals: Sequence[int], falls: Mapping[int, Falls]
+) -> float:
+    own = _match(tokens, falls[latent])
+    matches = [_match(tokens, falls[rival]) for rival in rivals]
+    better, equal = sum(one > own for one in matches), sum(one == own for one in matches)
+    n = N_REMOVALS - 1
+    worse = len(rivals) - better - equal
+    picks = (math.comb(equal, k) * math.comb(worse, n - k) / (1 + k) for k in range(n + 1))
+    return sum(picks) / math.comb(len(rivals), n)
+
+
+def _match(tokens: Sequence[int], falls: Falls) -> float:
+    return sum(falls.get(token, 0.0) for token in dict.fromkeys(tokens))
+
+
+def mean_over_features(values: Sequence[float]) -> Estimate:
+    """Return a mean with its interval over draws of features."""
+    some: npt.NDArray[np.float64] = np.asarray(values, float)
+    draws = np.random.default_rng([0, len(some)]).integers(
+        0, len(some), (_N_DRAWS_OF_FEATURES, len(some))
+    )
+    mean = float(some.mean())
+    low, high = np.percentile(some[draws].mean(1), (2.5, 97.5)).tolist()
+    return Estimate(mean, min(low, mean), max(high, mean))
