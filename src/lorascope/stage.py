@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 _SETTINGS = "settings.json"
 _LOCK = ".lock"
+_PATIENCE = 600  # seconds for which a process waits for rank 0
 _SKEW = 60  # seconds by which clocks of machines that share a file system may differ
 
 
@@ -225,15 +226,15 @@ def built(
     return out
 
 
-def join(out: Path, identity: Identity, *, patience: float = 600) -> Build | None:
+def join(out: Path, identity: Identity) -> Build | None:
     """Return the folder that another process of this job opened with `building`.
 
     None means that the artifact was finished meanwhile. Raises ArtifactError when neither is seen
-    within `patience` seconds.
+    within ten minutes.
     """
     build, record = Build(out, unfinished(out)), _record(identity)
     begun, begun_at = time.monotonic(), time.time()
-    while time.monotonic() - begun < patience:
+    while time.monotonic() - begun < _PATIENCE:
         if _recorded(build.path) == record:
             return build
         last = out / MANIFEST if out.is_dir() else out
@@ -241,7 +242,7 @@ def join(out: Path, identity: Identity, *, patience: float = 600) -> Build | Non
             return None
         time.sleep(0.05)
     raise ArtifactError(
-        f"{build.path} was not made by rank 0 within {patience:g} s; the output must be on a file "
+        f"{build.path} was not made by rank 0 within {_PATIENCE} s; the output must be on a file "
         "system that all machines of the job share"
     )
 

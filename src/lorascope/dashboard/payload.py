@@ -438,7 +438,7 @@ class Payload:
 
     @cached_property
     def _token_table(self) -> TokenTable:
-        return TokenTable.from_index(self.index, self.reports.vocabulary)
+        return TokenTable(self.index, self.reports.vocabulary)
 
 
 def _label_core(

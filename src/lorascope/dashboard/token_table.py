@@ -6,7 +6,6 @@ come first: small numbers take less space.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -18,54 +17,33 @@ _SPECIAL, _PARTIAL = 1, 2
 Ints = npt.NDArray[np.int64]
 
 
-@dataclass
 class TokenTable:
-    """Texts by entry, and the entries of those windows and rollouts that need extra ones."""
+    """Texts by entry, and the entries of those windows and rollouts that need extra ones.
 
-    ids: npt.NDArray[np.int32]  # (vocabulary,), token ids, ascending
-    special: npt.NDArray[np.bool_]  # (vocabulary,)
-    index: FeatureIndex
-    texts: list[str]
-    token: list[int]  # entry -> index into the vocabulary
-    raw: list[bytes]  # (vocabulary,)
-    partial: npt.NDArray[np.bool_]  # (vocabulary,), whether the bytes alone are not valid UTF-8
-    entry: Ints = field(default_factory=lambda: np.zeros(0, np.int64))  # (vocabulary + 1,)
-    window_entries: dict[int, list[int]] = field(default_factory=dict)  # window -> entries
-    rollout_entries: dict[int, list[int]] = field(default_factory=dict)  # whole rollout -> entries
+    The vocabulary comes first, then extra entries of windows, then of whole rollouts. `extra` has
+    the bytes of tokens that the index may lack.
+    """
 
-    @classmethod
-    def from_index(
-        cls, index: FeatureIndex, extra: Mapping[int, bytes] | None = None
-    ) -> "TokenTable":
-        """Build the table: vocabulary, then extra entries of windows, then of whole rollouts.
-
-        `extra` has the bytes of tokens that the index may lack.
-        """
-        bytes_of = {int(i): index.token_bytes(int(i)) for i in index.token_id}
-        bytes_of = {**(extra or {}), **bytes_of}
-        ids = np.array(sorted(bytes_of), np.int32)
-        raw = [bytes_of[i] for i in ids.tolist()]
-        special = np.isin(ids, index.token_id[index.token_special != 0])
-        partial = np.array([not _is_text(token) for token in raw], dtype=bool)
-        table = cls(
-            ids,
-            special,
-            index,
-            [token.decode(errors="replace") for token in raw],
-            list(range(len(raw))),
-            raw,
-            partial,
-            np.arange(len(raw) + 1),
-        )
-        known = {(v, text): v for v, text in enumerate(table.texts)}
+    def __init__(self, index: FeatureIndex, extra: Mapping[int, bytes]) -> None:
+        bytes_of = {**extra, **{int(i): index.token_bytes(int(i)) for i in index.token_id}}
+        self.index = index
+        self.ids = np.array(sorted(bytes_of), np.int32)  # (vocabulary,); the next three too
+        self.special = np.isin(self.ids, index.token_id[index.token_special != 0])
+        self.raw = [bytes_of[i] for i in self.ids.tolist()]
+        self.partial = np.array([not _is_text(token) for token in self.raw], dtype=bool)
+        self.texts = [token.decode(errors="replace") for token in self.raw]  # of each entry
+        self.token = list(range(len(self.raw)))  # entry -> index into the vocabulary
+        self.entry = np.arange(len(self.raw) + 1)  # and back, as long as tokens stand alone
+        self.window_entries: dict[int, list[int]] = {}  # window -> entries
+        self.rollout_entries: dict[int, list[int]] = {}  # whole rollout -> entries
+        known = {(v, text): v for v, text in enumerate(self.texts)}
         for offset, ids, entries in (
-            (index.window_offset, index.window_token_id, table.window_entries),
-            (index.text_offset, index.text_token_id, table.rollout_entries),
+            (index.window_offset, index.window_token_id, self.window_entries),
+            (index.text_offset, index.text_token_id, self.rollout_entries),
         ):
-            for sequence, tokens in table._sequences_with_partial(offset, ids):
-                entries[sequence] = table._entries(tokens, known)
-        table._sort()
-        return table
+            for sequence, tokens in self._sequences_with_partial(offset, ids):
+                entries[sequence] = self._entries(tokens, known)
+        self._sort()
 
     def _sort(self) -> None:
         """Put the entries into the order of their use in windows and whole rollouts."""
@@ -100,42 +78,42 @@ class TokenTable:
 
     def entries_of_ids(self, ids: npt.NDArray[np.int32]) -> Ints:
         """Return the vocabulary entries of token ids, whatever their neighbours are."""
-        return self.entry[self._vocabulary_index(ids)]
-
-    def _vocabulary_index(self, ids: npt.NDArray[np.int32]) -> Ints:
-        return np.searchsorted(self.ids, ids)
+        return self.entry[np.searchsorted(self.ids, ids)]
 
     def entries_of_windows(self, first: int, last: int) -> Ints:
         """Return the entries of all tokens of windows `first` to `last - 1`, concatenated."""
         index = self.index
-        run = range(first, last)
-        return self._entries_of(
-            self.window_entries, index.window_offset, index.window_token_id, run
+        return self._run(
+            index.window_offset, index.window_token_id, self.window_entries, first, last
         )
 
     def entries_of_rollout(self, number: int) -> Ints:
         """Return the entries of all tokens of a whole rollout."""
         index = self.index
-        run = range(number, number + 1)
-        return self._entries_of(self.rollout_entries, index.text_offset, index.text_token_id, run)
+        return self._run(
+            index.text_offset, index.text_token_id, self.rollout_entries, number, number + 1
+        )
 
-    def _entries_of(
-        self, extra: dict[int, list[int]], offset: Ints, ids: npt.NDArray[np.int32], run: range
+    def _run(
+        self,
+        offset: Ints,
+        ids: npt.NDArray[np.int32],
+        extra: Mapping[int, list[int]],
+        first: int,
+        last: int,
     ) -> Ints:
-        first, last = run.start, run.stop
         begin = int(offset[first])
         entries = self.entries_of_ids(ids[begin : int(offset[last])])
-        for sequence in run if extra else ():
-            if sequence in extra:
-                start = int(offset[sequence]) - begin
-                entries[start : start + len(extra[sequence])] = extra[sequence]
+        for sequence in extra.keys() & range(first, last):
+            start = int(offset[sequence]) - begin
+            entries[start : start + len(extra[sequence])] = extra[sequence]
         return entries
 
     def _sequences_with_partial(
         self, offset: npt.NDArray[np.int64], ids: npt.NDArray[np.int32]
     ) -> Iterator[tuple[int, list[int]]]:
         """Yield (sequence, vocabulary indices) of sequences that contain part of a character."""
-        tokens = self._vocabulary_index(ids)
+        tokens = np.searchsorted(self.ids, ids)
         partial = np.flatnonzero(self.partial[tokens]) if self.raw else np.zeros(0, dtype=np.int64)
         sequences = np.searchsorted(offset, partial, side="right") - 1
         for sequence in np.unique(sequences).tolist():
