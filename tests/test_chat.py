@@ -1,6 +1,5 @@
 """Questions to a language model's server: retries, fallbacks, the cache, and hostile servers."""
 
-import json
 import os
 import socket
 import subprocess
@@ -140,16 +139,6 @@ def test_two_invalid_answers_are_no_answer_and_others_go_on(cache: Path) -> None
         assert len(server.requests) == 3, "that there is no answer is remembered too"
 
 
-def test_a_server_without_schemas_is_asked_in_words(cache: Path) -> None:
-    def plain(body: Any, _: int) -> Reply | str:
-        return Reply("no response_format", 400) if "response_format" in body else '{"n": 1}'
-
-    with chat_server(plain) as server:
-        asked = [question("a"), question("b")]
-        assert chat(server.url, cache).ask(asked, read, "test") == [1, 1]
-        assert len(server.requests) == 3, "the refusal is remembered"
-
-
 def test_a_server_that_refuses_or_ignores_schemas_is_shown_an_example(cache: Path) -> None:
     asked = [question(text)._replace(example=("0?", '{"n": 0}')) for text in "abc"]
 
@@ -216,13 +205,6 @@ def test_an_error_does_not_wait_for_answers_that_are_due(cache: Path) -> None:
             chat(server.url, cache, n_parallel=2, timeout=30.0).ask(asked, read, "test")
         assert not gate.is_set()
         gate.set()
-
-
-def test_the_cache_is_plain_json_lines(cache: Path) -> None:
-    with chat_server(lambda *_: '{"n": 1}') as server:
-        chat(server.url, cache).ask([question("?")], read, "test")
-    lines = [json.loads(line) for line in cache.read_text().split("\n") if line]
-    assert [line["answer"] for line in lines] == ['{"n": 1}']
 
 
 @pytest.fixture

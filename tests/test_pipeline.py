@@ -48,10 +48,15 @@ def reports_of(page):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("error", "raised"), [(AdapterError("no norm"), None), (KeyError("a bug"), KeyError)]
+    ("error", "said", "raised"),
+    [
+        (AdapterError("no norm"), "no norm", None),
+        (KeyError("a bug"), "'a bug'", KeyError),
+        (MemoryError("no 7 GB"), "out of memory: no 7 GB", None),
+    ],
 )
 def test_a_report_that_fails_is_named_and_the_page_is_made(
-    error, raised, small_run, monkeypatch, caplog
+    error, said, raised, small_run, monkeypatch, caplog
 ):
     def fail(_config):
         raise error
@@ -65,9 +70,9 @@ def test_a_report_that_fails_is_named_and_the_page_is_made(
             with pytest.raises(raised):
                 run(config)
             page = config.output / "dashboard.html"
-    assert f"direct failed: {error}; the page is made without it" in caplog.text
+    assert f"direct failed: {said}; the page is made without it" in caplog.text
     summary = json.loads((config.output / "summary.json").read_text())
-    assert summary["failed"] == {"direct": str(error)}
+    assert summary["failed"] == {"direct": said}
     without = reports_of(page)
     assert len(without) == 2
     run(config)  # and when it can be made, the page has it
@@ -149,25 +154,6 @@ def test_a_dictionary_that_cannot_fit_is_refused_before_the_first_stage(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_estimate_of_every_stage_comes_before_the_first(
-    small_run, tmp_path, monkeypatch, caplog
-):
-    caplog.set_level("INFO", logger="lorascope")
-    monkeypatch.setattr(runtime, "measure_speed", lambda _device: 1e9)
-    monkeypatch.setattr(generate, "load_corpus", lambda *_: ([], {}))  # which makes no store
-
-    def stop(*_args, **_kwargs):
-        raise Interrupted(15)
-
-    monkeypatch.setattr(generate, "built", stop)
-    with pytest.raises(Interrupted):
-        run(replace(small_run, output=tmp_path / "out", evaluate_texts=5, sample=10))
-    # 10 texts of 512 tokens
-    (line,) = [line for line in caplog.messages if "for 5,120 tokens" in line]
-    assert "14 columns and 56 latents on cpu (1 GFLOP/s)" in line
-    assert all(f"{stage} 0." in line for stage in ("generate", "train", "collect", "evaluate"))
-
-
 def stopped(small_run, monkeypatch, output, **given):
     """Run until the first stage has said what the others will take, on 20 texts of 512 tokens."""
     monkeypatch.setattr(generate, "load_corpus", lambda *_: ([], {}))
@@ -181,6 +167,17 @@ def stopped(small_run, monkeypatch, output, **given):
     with pytest.raises(Interrupted):
         run(config)
     return config
+
+
+def test_the_estimate_of_every_stage_comes_before_the_first(
+    small_run, tmp_path, monkeypatch, caplog
+):
+    caplog.set_level("INFO", logger="lorascope")
+    monkeypatch.setattr(runtime, "measure_speed", lambda _device: 1e9)
+    stopped(small_run, monkeypatch, tmp_path / "out", evaluate_texts=5, effect_texts=0)
+    (line,) = [line for line in caplog.messages if "for 10,240 tokens" in line]
+    assert "14 columns and 56 latents on cpu (1 GFLOP/s)" in line
+    assert all(f"{stage} 0." in line for stage in ("generate", "train", "collect", "evaluate"))
 
 
 def test_effects_are_on_as_many_texts_as_fit_into_half_an_hour(
@@ -251,19 +248,6 @@ def test_depths_and_explicit_numbers():
     assert of(depth="full", evaluate_texts=0)[0] == {"ablate": 128}
     with pytest.raises(ConfigError, match="--effect-texts"):
         RunConfig(lora_path="a", dataset="b", effect_texts=-1)
-
-
-@pytest.mark.slow
-def test_a_stage_that_needs_too_much_memory_is_said_and_skipped(small_run, monkeypatch, caplog):
-    def fail(_config):
-        raise MemoryError("cannot hold 7 GB")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(direct, "run", fail)
-        run(replace(small_run, effect_texts=2, overwrite=True))
-    assert "direct failed: out of memory: cannot hold 7 GB; the page is made without it" in (
-        caplog.text
-    )
 
 
 @pytest.mark.slow
