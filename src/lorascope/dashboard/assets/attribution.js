@@ -1,7 +1,7 @@
 // What an attribution report says about a rollout: where the adapter changes predictions, and which
 // features contribute to that.
 import { core } from "./data.js";
-import { LEVELS, drawLegend, meter, panel } from "./figures.js";
+import { LEVELS, drawFacts, drawLegend, meter, panel } from "./figures.js";
 import { button, element, percent, signed, textOf, three, whole, writeToken } from "./format.js";
 import { drawLink, nameText } from "./related.js";
 
@@ -159,16 +159,10 @@ export function drawContributions(data, t, rollout, mark) {
     list.append(drawContribution(data, i, data.behind_value[first], mark));
   }
   const difference = Math.abs(parts.adapter - parts.base);
-  const rest = element("dl", "effect-facts rest");
-  for (const [name, label] of [["features", "all features"], ...Object.entries(OTHER_PARTS)]) {
-    if (Math.abs(parts[name]) < 1e-6 * difference) continue;
-    const line = element("div", "effect-fact");
-    const value = element("dd", "", signed(parts[name]));
-    value.dataset.testid = `contribution-${name}`;
-    value.dataset.value = String(parts[name]);
-    line.append(element("dt", "", label), value);
-    rest.append(line);
-  }
+  const large = [["features", "all features"], ...Object.entries(OTHER_PARTS)]
+    .filter(([name]) => Math.abs(parts[name]) >= 1e-6 * difference);
+  const rest = drawFacts(large.map(([name, label]) =>
+    [label, signed(parts[name]), "", `contribution-${name}`, parts[name]]), "rest");
   const error = report.gap === null ? "" : ` (average error: ${percent(report.gap)})`;
   const name = TARGETS[report.target] ?? report.target;
   const note = `Each feature's contribution to ${name}, which is ${three(parts.base)} without the ` +
@@ -199,10 +193,7 @@ function drawContribution(data, i, top, mark) {
   const item = element("li", "contribution-row");
   item.dataset.testid = "contribution";
   const value = data.behind_value[i];
-  const link = drawLink(data.behind_latent[i]);
-  const number = element("span", "meter-value", signed(value));
-  number.dataset.value = String(value);
-  link.append(number);
+  const link = drawLink(data.behind_latent[i], signed, value);
   const source = data.behind_source[i];
   link.title = `acts most from token ${source}; removing it there would take away about ` +
     `${signed(data.behind_removal[i])}`;

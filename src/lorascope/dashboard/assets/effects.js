@@ -1,6 +1,6 @@
 // The effects of a feature: of removing it, and on tokens directly through the residual stream.
 import { column, core } from "./data.js";
-import { panel, svg } from "./figures.js";
+import { drawFacts, panel, svg } from "./figures.js";
 import { element, percent, signed, textOf, three, whole } from "./format.js";
 import { drawTokens } from "./related.js";
 
@@ -37,15 +37,8 @@ function drawAblation(id) {
     ["whole adapter", all, [NaN, NaN], "soft"]];
   const verdict = element("p", "figure-note", sayVerdict(value));
   verdict.dataset.testid = "effect-verdict";
-  const list = element("dl", "effect-facts");
-  for (const [label, name, number, text, meaning] of factsOf(value)) {
-    const line = element("div", "effect-fact");
-    const shown = element("dd", "", text);
-    shown.dataset.testid = `effect-${name}`;
-    shown.dataset.value = String(number);
-    line.append(element("dt", "", label), shown, element("dd", "effect-note", meaning));
-    list.append(line);
-  }
+  const list = drawFacts(factsOf(value).map(([label, name, number, text, meaning]) =>
+    [label, text, meaning, `effect-${name}`, number]));
   return panel(title, note, [verdict, drawKlAxis(id, rows, floor), list], {
     testid: "effect", file: `feature-${id}-effect`,
     rows: () => [["number", "value", "meaning"],

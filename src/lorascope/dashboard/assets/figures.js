@@ -145,6 +145,21 @@ export function drawLegend(low, high, note, { testid, signed = false }) {
   return legend;
 }
 
+// Returns a list of facts: [label, text for people, definition, name, number] of each.
+export function drawFacts(facts, kind = "") {
+  const list = element("dl", `effect-facts ${kind}`);
+  for (const [label, text, note, testid, value] of facts) {
+    const line = element("div", "effect-fact");
+    const shown = element("dd", "", text);
+    if (testid) shown.dataset.testid = testid;
+    if (value !== undefined) shown.dataset.value = String(value);
+    line.append(element("dt", "", label), shown);
+    if (note) line.append(element("dd", "effect-note", note));
+    list.append(line);
+  }
+  return list;
+}
+
 export function meter(share) {
   const bar = element("span", "meter");
   const fill = element("span", "meter-fill");

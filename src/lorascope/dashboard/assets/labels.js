@@ -1,6 +1,7 @@
 // Labels that come with the page (labels.json): each feature in words, and what its label scores.
 import { labelOf } from "./annotations.js";
 import { column, core } from "./data.js";
+import { drawFacts } from "./figures.js";
 import { element, percent } from "./format.js";
 
 export const hasLabels = core.labels !== null;
@@ -100,15 +101,8 @@ function between(id, name) {
 function drawWhy(id, facts) {
   const why = element("details", "label-why");
   why.append(element("summary", "", `Why (${kindOf(id)}, ${categoryOf(id)})`));
-  const list = element("dl", "effect-facts");
-  for (const [label, name, note] of facts) {
-    const fact = element("div", "effect-fact");
-    const value = element("dd", "", percent(labelScore(id, name)) + between(id, name));
-    value.dataset.testid = `label-${name}`;
-    const words = typeof note === "string" ? note : note(id);
-    fact.append(element("dt", "", label), value, element("dd", "effect-note", words));
-    list.append(fact);
-  }
-  why.append(list);
+  why.append(drawFacts(facts.map(([label, name, note]) => [label,
+    percent(labelScore(id, name)) + between(id, name), typeof note === "string" ? note : note(id),
+    `label-${name}`])));
   return why;
 }

@@ -1,6 +1,6 @@
 // The first view: what the adapter learned, from dashboard/overview.py, with links to the evidence.
 import { core } from "./data.js";
-import { drawSiteGrid, meter, panel, svg } from "./figures.js";
+import { drawFacts, drawSiteGrid, meter, panel, svg } from "./figures.js";
 import { button, element, short, whole, writeText } from "./format.js";
 import { nameOf } from "./labels.js";
 
@@ -29,7 +29,7 @@ export function drawOverview(area) {
   if (groups.length) rest.append(drawGroups(groups));
   if (places.length) rest.append(drawPlaces(places));
   if (attention?.heads.length) rest.append(drawAttention(attention));
-  if (facts.length) rest.append(drawFacts(facts));
+  if (facts.length) rest.append(drawSureness(facts));
   if (gaps.length) rest.append(drawGaps(gaps));
   area.append(lead);
   if (answers.length) area.append(drawAnswers(answers));
@@ -290,17 +290,10 @@ function drawAttention({ n_rollouts: nTexts, n_tokens: nTokens, layers, moved, h
   });
 }
 
-function drawFacts(facts) {
-  const list = element("dl", "effect-facts");
-  for (const { name, value, meaning } of facts) {
-    const line = element("div", "effect-fact");
-    line.append(element("dt", "", name), element("dd", "", value),
-      element("dd", "effect-note", meaning));
-    list.append(line);
-  }
-  return panel("How sure this is", "", list, {
-    testid: "sureness",
-    rows: () => [["number", "value", "meaning"], ...facts.map((one) => [one.name, one.value, one.meaning])],
+function drawSureness(facts) {
+  const known = facts.map(({ name, value, meaning }) => [name, value, meaning]);
+  return panel("How sure this is", "", drawFacts(known), {
+    testid: "sureness", rows: () => [["number", "value", "meaning"], ...known],
   });
 }
 

@@ -30,9 +30,7 @@ export function drawTokens(pairs, write, kind = "") {
     const item = element("li", `meter-row ${kind}`);
     const token = element("span", "ranked-token");
     writeToken(token, entry);
-    const number = element("span", "meter-value", write(score));
-    number.dataset.value = String(score);
-    item.append(token, meter(Math.abs(score) / top), number);
+    item.append(token, meter(Math.abs(score) / top), drawNumber(write, score));
     list.append(item);
   }
   return list;
@@ -49,11 +47,7 @@ export function drawNeighbours({ similar, cofiring }) {
     const list = element("ul", "ranked");
     for (const [id, score] of pairs) {
       const item = element("li");
-      const link = drawLink(id);
-      const number = element("span", "meter-value", write(score));
-      number.dataset.value = String(score);
-      link.append(number);
-      item.append(link);
+      item.append(drawLink(id, write, score));
       list.append(item);
     }
     return panel(title, note, list, {
@@ -63,16 +57,24 @@ export function drawNeighbours({ similar, cofiring }) {
   });
 }
 
-// Returns a link to a feature: its number, and its label or its strongest token.
-export function drawLink(id) {
+// Returns a link to a feature: its number, its label or its strongest token, and what `write` says of
+// a value, if there is one.
+export function drawLink(id, write = null, value = NaN) {
   const link = element("a", "feature-link");
   link.href = `#/feature/${id}`;
   link.dataset.feature = id;
   link.append(element("span", "link-id", String(id)), drawName(id));
+  if (write) link.append(drawNumber(write, value));
   return link;
 }
 
-// Returns the same as text, for a table.
+function drawNumber(write, value) {
+  const number = element("span", "meter-value", write(value));
+  number.dataset.value = String(value);
+  return number;
+}
+
+// Returns a feature's label or strongest token as text, for a table.
 export function nameText(id) {
   return nameOf(id) || (hasExample(id) ? textOf(column.top_token[id]) : "");
 }

@@ -182,10 +182,7 @@ function drawFiring(t) {
   for (const [id, value] of pairs.slice(0, t < 0 ? N_IN_ROLLOUT : N_AT_TOKEN)) {
     const item = element("li", "fired");
     item.dataset.testid = "fired";
-    const link = drawLink(id);
-    const number = element("span", "meter-value", three(value));
-    number.dataset.value = String(value);
-    link.append(number);
+    const link = drawLink(id, three, value);
     const on = shown.painted.includes(id);
     const paintIt = button(on ? "highlighted" : "highlight", () => {
       setPainted(on ? shown.painted.filter((other) => other !== id) : [...shown.painted, id]);
