@@ -1,17 +1,17 @@
 """Base and adapter side by side: each text is what its model writes, with the same noise."""
 
-import numpy as np
 import pytest
 import torch
 from builders.studies import make_texts, strengthen
 from builders.subjects import logits_of, reference
 from transformers import AutoModelForCausalLM
 
-from lorascope.activations.store import ActivationStore
 from lorascope.causal import answers
 from lorascope.causal.answers import answers_of
+from lorascope.causal.continuation import held_out_prompts
 from lorascope.causal.effect_options import EffectOptions
 from lorascope.causal.held_out import open_held_out
+from lorascope.causal.openings import prompt_length
 from lorascope.subject.intervene import RowEditor
 from lorascope.subject.sampling import draw, end_ids
 
@@ -51,10 +51,11 @@ def test_both_texts_are_those_of_the_two_models_with_the_same_noise(held_out, mo
     assert len(made) == 3
     bare = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     models = reference(adapter, base), bare
+    prompts = held_out_prompts(found, 3, prompt_length)
     decode, ends, parted = found.subject.tokenizer.decode, end_ids(found.subject), 0
     for number, one in enumerate(made):
-        index = int(np.flatnonzero(found.store.rollout_id == one.rollout)[0])
-        ids, _ = answers._prompt(found.store, index)
+        assert one.rollout == prompts[number].seed[0]
+        ids = prompts[number].token_ids
         assert decode(ids).endswith(one.prompt)
         texts = [decode(written(model, ids, number, ends)) for model in models]
         assert [one.same + one.adapter, one.same + one.base] == texts
@@ -64,9 +65,9 @@ def test_both_texts_are_those_of_the_two_models_with_the_same_noise(held_out, mo
 
 def test_a_prompt_ends_before_the_opening_that_an_adapter_may_write(held_out):
     found, _ = held_out
-    store: ActivationStore = found.store
-    for index in range(store.n_rollouts):
-        ids, _ = answers._prompt(store, index)
-        text = found.subject.tokenizer.decode(ids)
+    prompts = held_out_prompts(found, found.store.n_rollouts, prompt_length)
+    assert [prompt.seed[0] for prompt in prompts] == found.store.rollout_id.tolist()
+    for prompt in prompts:
+        text = found.subject.tokenizer.decode(prompt.token_ids)
         assert text.endswith("<|im_start|>assistant\n")
         assert "<|im_start|>think" not in text

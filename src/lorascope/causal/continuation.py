@@ -26,7 +26,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lorascope.activations.store import ActivationStore
 from lorascope.causal.effects import cross_entropy, kl_divergence
+from lorascope.causal.held_out import HeldOut
 from lorascope.errors import DatasetError
 from lorascope.subject.intervene import Edit, RowEditor
 from lorascope.subject.load import Subject
@@ -100,6 +102,28 @@ def read_prompts(dataset: str, limit: int, subject: Subject) -> list[Opening]:
         )
         for rollout in rollouts
     ]
+
+
+def held_out_prompts(
+    held_out: HeldOut, limit: int, length: Callable[[ActivationStore, int], int]
+) -> list[Opening]:
+    """Return the first `limit` held-out rollouts, cut, with the rollouts' ids as seeds.
+
+    `length(store, index)` is how many tokens of a rollout are its prompt. Rollouts without one are
+    left out, and those whose prompt leaves no room in the model's context.
+    """
+    store, prompts = held_out.store, list[Opening]()
+    for index in held_out.rollouts.tolist():
+        if len(prompts) == limit:
+            break
+        n = length(store, index)
+        if 0 < n < (held_out.subject.max_length or 1 << 62):
+            first = int(store.rollout_start[index])
+            rows = slice(first, first + n)
+            ids = torch.from_numpy(store.token_ids[rows].astype(np.int64))
+            is_text = torch.from_numpy(np.array(store.eligible[rows]))
+            prompts.append(Opening(ids, is_text, (int(store.rollout_id[index]),)))
+    return prompts
 
 
 def continue_prompt(

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.report_records import Opening
-from lorascope.texts.roles import ROLES, SPECIAL, TURN_TAG
+from lorascope.texts.roles import ROLES, SPECIAL, TURN_TAG, has_role
 
 _LONGEST = 64  # special tokens before a segment
 _GENERATED = ("think", "answer")
@@ -61,11 +61,19 @@ def prompt_length(store: ActivationStore, index: int) -> int:
     It is half of the rollout if the model writes none of it.
     """
     first, last = store.rollout_start[index : index + 2].tolist()
-    roles = store.roles[first:last]
-    for start, stop in _runs(roles):
+    for start, stop in _runs(store.roles[first:last]):
         _, begin = _after_tag(store, first + start, first + stop)
         return begin - first if begin > first + start else stop
-    written = np.isin(roles, [ROLES.index(name) for name in _GENERATED])
+    return length_before_writing(store, index)
+
+
+def length_before_writing(store: ActivationStore, index: int) -> int:
+    """Return the number of tokens of a rollout before the first that the model writes.
+
+    It is half of the rollout if the model writes none of it.
+    """
+    first, last = store.rollout_start[index : index + 2].tolist()
+    written = has_role(store.roles[first:last], _GENERATED)
     return int(written.argmax()) if written.any() else (last - first) // 2
 
 

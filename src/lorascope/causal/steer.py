@@ -31,13 +31,16 @@ from lorascope.artifact import digest_file
 from lorascope.causal.continuation import (
     Change,
     Continuation,
+    Opening,
     continue_prompt,
+    held_out_prompts,
     read_prompts,
 )
 from lorascope.causal.effect_options import SteerConfig, require_features
 from lorascope.causal.effects import bootstrap_interval, cross_entropy, ratio_of_sums, sum_by
 from lorascope.causal.figures import draw_steering
 from lorascope.causal.held_out import HeldOut, describe_run, open_held_out
+from lorascope.causal.openings import length_before_writing
 from lorascope.causal.patch import select_latents
 from lorascope.causal.report_records import (
     Prompt,
@@ -50,7 +53,6 @@ from lorascope.errors import ArtifactError
 from lorascope.sae.model import SAE, load_sae
 from lorascope.subject.intervene import RowEditor
 from lorascope.subject.sampling import log_ignored_settings
-from lorascope.texts.roles import has_role
 
 log = logging.getLogger(__name__)
 
@@ -125,15 +127,15 @@ def measure(held_out: HeldOut, sae: SAE, config: SteerConfig) -> SteeringReport:
         RowEditor(held_out.subject) as editor,
         runtime.progress(len(prompts), "steer", "prompts") as bar,
     ):
-        for number, (_, prompt, is_text) in enumerate(prompts):
-            longest = config.samples * (len(prompt) + config.max_new_tokens)
+        for number, prompt in enumerate(prompts):
+            longest = config.samples * (len(prompt.token_ids) + config.max_new_tokens)
             size = max(1, held_out.batch_tokens // longest)
             for first in range(0, len(conditions), size):
                 chunk = conditions[first : first + size]
                 continuations = continue_prompt(
                     editor,
-                    prompt,
-                    is_text,
+                    prompt.token_ids,
+                    prompt.is_text,
                     [condition.change for condition in chunk],
                     samples=config.samples,
                     max_new_tokens=config.max_new_tokens,
@@ -146,7 +148,7 @@ def measure(held_out: HeldOut, sae: SAE, config: SteerConfig) -> SteeringReport:
                         _Written(
                             number,
                             text,
-                            _base_surprise(editor, prompt, text),
+                            _base_surprise(editor, prompt.token_ids, text),
                             _feature_values(selected, text, columns),
                         )
                         for text in samples
@@ -160,7 +162,11 @@ def measure(held_out: HeldOut, sae: SAE, config: SteerConfig) -> SteeringReport:
         where=config.where,
         unit=dict(zip(map(str, config.features), largest.tolist(), strict=True)),
         prompts=tuple(
-            Prompt(rollout=rollout, text=decode(prompt)) for rollout, prompt, _ in prompts
+            Prompt(
+                rollout=prompt.seed[0] if config.prompts is None else None,
+                text=decode(prompt.token_ids),
+            )
+            for prompt in prompts
         ),
         arms=tuple(
             _summarize(condition, unchanged, len(prompts), decode, config.seed)
@@ -169,28 +175,15 @@ def measure(held_out: HeldOut, sae: SAE, config: SteerConfig) -> SteeringReport:
     )
 
 
-def _prompts(held_out: HeldOut, config: SteerConfig) -> list[tuple[int | None, Tensor, Tensor]]:
-    """Return each prompt's rollout (None: not of the store), token ids, and its mask of text."""
+def _prompts(held_out: HeldOut, config: SteerConfig) -> list[Opening]:
+    """Return the prompts of the config's dataset, or else of the store."""
     if config.prompts is not None:
-        given = read_prompts(config.prompts, config.num_prompts, held_out.subject)
-        return [(None, prompt.token_ids, prompt.is_text) for prompt in given]
-    room = held_out.subject.max_length or 1 << 62
-    store, prompts = held_out.store, []
-    for index in held_out.rollouts:
-        first, last = (int(row) for row in store.rollout_start[index : index + 2])
-        by_assistant = has_role(store.roles[first:last], ("think", "answer"))
-        n = int(by_assistant.argmax()) if by_assistant.any() else (last - first) // 2
-        if not 0 < n < room:
-            continue
-        ids = torch.from_numpy(store.token_ids[first : first + n].astype(np.int64))
-        is_text = torch.from_numpy(np.array(store.eligible[first : first + n]))
-        prompts.append((int(store.rollout_id[index]), ids, is_text))
-        if len(prompts) == config.num_prompts:
-            break
+        return read_prompts(config.prompts, config.num_prompts, held_out.subject)
+    prompts = held_out_prompts(held_out, config.num_prompts, length_before_writing)
     if not prompts:
         raise ArtifactError(
-            f"{store.path}: every held-out rollout begins with the assistant, or its prompt fills "
-            "the model's context; give prompts with --prompts"
+            f"{held_out.store.path}: every held-out rollout begins with the assistant, or its "
+            "prompt fills the model's context; give prompts with --prompts"
         )
     return prompts
 
