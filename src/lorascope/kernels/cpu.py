@@ -15,6 +15,7 @@ The guess changes the time, never the choice.
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
@@ -114,7 +115,7 @@ def best_of_rows(scores: Float[Tensor, "batch latent"], k: float) -> Best:
     bound = row_bounds(scores, k_ceil).clamp_(min=_smallest_positive(scores))
     indices = nonzero_indices(scores >= bound)
     values = scores.view(-1)[indices]
-    kept = keep_best_of_rows(indices, values, scores.shape, k)
+    kept = keep_best_of_rows(indices, values, scores.shape, k)[0]
     return Best(indices[kept], values[kept], 0.0)
 
 
@@ -123,10 +124,11 @@ def keep_best_of_rows(
     values: Float[Tensor, "candidate"],
     shape: tuple[int, ...],
     k: float,
-) -> Bool[Tensor, "candidate"]:
+) -> tuple[Bool[Tensor, "candidate"], Float[Tensor, "batch"]]:
     """Return a mask of the `k` best of each row among candidates that contain them.
 
-    `indices` rise and point into scores of `shape`.
+    Also return each row's `ceil(k)`-th best (0 if it has fewer). `indices` rise and point into
+    scores of `shape`.
     """
     batch, width = shape
     k_floor, k_ceil = math.floor(k), min(math.ceil(k), width)
@@ -151,7 +153,7 @@ def keep_best_of_rows(
         free = allowed[crowded] - (crowded_table > bar).sum(1, keepdim=True)
         tied = crowded_table == bar
         keep[crowded] = (crowded_table > bar) | (tied & (tied.cumsum(1) <= free))
-    return keep[rows, columns] & (values > 0)
+    return keep[rows, columns] & (values > 0), best[:, -1]
 
 
 def row_bounds(scores: Float[Tensor, "batch latent"], n: int) -> Float[Tensor, "batch 1"]:
@@ -234,8 +236,8 @@ def nonzero_indices(marks: Bool[Tensor, "batch latent"]) -> Int64[Tensor, "pair"
     if len(flat) % 8:
         return torch.nonzero(flat)[:, 0]
     words = torch.nonzero(flat.view(torch.int64))[:, 0]
-    inside = torch.nonzero(flat.view(-1, 8).index_select(0, words))
-    return words[inside[:, 0]] * 8 + inside[:, 1]
+    inside = torch.from_numpy(np.flatnonzero(flat.view(-1, 8).index_select(0, words).numpy()))
+    return words[inside >> 3] * 8 + (inside & 7)
 
 
 def by_latent(
