@@ -1,7 +1,8 @@
 import argparse
 from dataclasses import MISSING, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import pytest
 
@@ -29,10 +30,19 @@ class Example(Config):
     fast: bool = option(False, help="be fast", identity=False)
 
 
-def parse(*arguments: str, files: list[Path] | None = None) -> Example:
+@dataclass(frozen=True, kw_only=True)
+class Aliased(Config):
+    sae: Path = option(Path("sae"), help="SAE to read with")
+    output: Path | None = option(None, help="file to make")
+
+
+def parse(*arguments: str, files: list[Path] | None = None, options: type[Config] = Example) -> Any:
     parser = argparse.ArgumentParser()
-    add_flags(parser, Example)
-    return load_config(Example, vars(parser.parse_args(arguments)), files or [])
+    add_flags(parser, options)
+    return load_config(options, vars(parser.parse_args(arguments)), files or [])
+
+
+parse_aliased = partial(parse, options=Aliased)
 
 
 def test_flags_give_the_types_of_the_fields():
@@ -142,18 +152,6 @@ def test_every_option_of_every_command_has_a_group_and_every_name_in_the_groups_
     assert sorted(grouped) == sorted(options)
     assert set(ALIASES) <= options
     assert not options & {alias for aliases in ALIASES.values() for alias in aliases}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Aliased(Config):
-    sae: Path = option(Path("sae"), help="SAE to read with")
-    output: Path | None = option(None, help="file to make")
-
-
-def parse_aliased(*arguments: str, files: list[Path] | None = None) -> Aliased:
-    parser = argparse.ArgumentParser()
-    add_flags(parser, Aliased)
-    return load_config(Aliased, vars(parser.parse_args(arguments)), files or [])
 
 
 def test_a_flag_given_twice_under_two_names_counts_as_given_last():

@@ -205,29 +205,23 @@ def test_the_judge_is_asked_for_the_tokens_that_a_removal_lowers(
         assert label.picked_output is None
 
 
-def test_a_judge_that_always_says_yes_scores_chance(tmp_path: Path) -> None:
-    def yes(body: dict[str, Any], number: int) -> str:
-        data = data_of(body)
-        if "excerpts" in data:
-            return json.dumps({"fires": [True] * len(data["excerpts"])})
-        return honest(body, number)
+@pytest.mark.parametrize(
+    ("judged", "score"),
+    [(lambda fires: [True] * len(fires), 0.5), (lambda fires: fires + [True] * 90, 1)],
+    ids=["always yes", "does not count: the first answers are judged"],
+)
+def test_a_judge_that_is_no_judge_scores_chance_and_one_that_goes_on_is_cut(
+    tmp_path: Path, judged: Any, score: float
+) -> None:
+    def answer(body: dict[str, Any], number: int) -> str:
+        said = json.loads(honest(body, number))
+        return json.dumps({"fires": judged(said["fires"])} if "fires" in said else said)
 
-    with chat_server(yes) as server:
-        chat = Chat(server.url, "yes", tmp_path / "answers.jsonl")
+    with chat_server(answer) as server:
+        chat = Chat(server.url, "odd", tmp_path / "answers.jsonl")
         found = explain(planted_index(), chat, chat, range(N_LATENTS), {})
-    assert {one.detection.balanced_accuracy for one in found.values()} == {0.5}
+    assert {one.detection.balanced_accuracy for one in found.values()} == {score}
     assert {one.picked_output for one in found.values()} == {None}
-
-
-def test_a_judge_that_does_not_count_is_judged_by_the_first_answers(tmp_path: Path) -> None:
-    def goes_on(body: dict[str, Any], number: int) -> str:
-        answer = json.loads(honest(body, number))
-        return json.dumps({"fires": answer["fires"] + [True] * 90} if "fires" in answer else answer)
-
-    with chat_server(goes_on) as server:
-        chat = Chat(server.url, "goes on", tmp_path / "answers.jsonl")
-        found = explain(planted_index(), chat, chat, range(N_LATENTS), {})
-    assert {one.detection.balanced_accuracy for one in found.values()} == {1}
 
 
 def test_features_without_an_answer_are_left_out(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import torch
 from builders.chat_server import chat_server
 from builders.effect_reports import ablation, write
 from builders.stores import layout_of, write_store
+from builders.studies import dictionary
 
-from lorascope.artifact import Manifest, sealed
+from lorascope.artifact import sealed
 from lorascope.causal.report_records import DirectEffect, DirectReport, ScoredToken
 from lorascope.cli import call
 from lorascope.errors import ArtifactError, ConfigError, DatasetError
@@ -22,7 +23,6 @@ from lorascope.features.label_file import read_labels
 from lorascope.inspection import verify
 from lorascope.labels.label import LabelConfig, run
 from lorascope.record_json import to_json
-from lorascope.sae.model import SAE
 
 WAIT, AFTER_WAIT, SPECIAL, RANDOM, DEAD = range(5)  # what the latents fire on
 D_SAE = 6  # the last one fires before "the", which only the output knows
@@ -47,17 +47,8 @@ def made(tmp_path_factory):
     rows[:, D_SAE - 1] = np.append((ids == THE)[1:] & ~begins[1:], False)
     write_store(folder / "activations", 2 * rows, n_rollouts=N_ROLLOUTS, token_ids=ids)
     weights = torch.eye(14)[:D_SAE]
-    SAE(
-        W_enc=weights.T.contiguous(),
-        b_enc=torch.zeros(D_SAE),
-        W_dec=weights,
-        b_dec=torch.zeros(14),
-        threshold=torch.ones(D_SAE),
-        layout=layout_of(),
-        manifest=Manifest(
-            kind="sae", schema=1, settings={}, parents={}, layout=layout_of(), content={}
-        ),
-    ).sealed().save(folder / "sae")
+    sae = dictionary(layout_of(), weights.T.contiguous(), weights, threshold=1.0)
+    sae.save(folder / "sae")
     config = CollectConfig(
         sae=folder / "sae", data_dir=folder / "activations", output=folder / "features.h5"
     )
