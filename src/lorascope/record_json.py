@@ -12,10 +12,21 @@ Every key must be known and every number in its range. The types say all of it:
 import functools
 import inspect
 import json
+import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from lorascope.errors import ArtifactError
 
@@ -55,7 +66,7 @@ def from_json(record: type[R], data: Any, source: str) -> R:
     Raises ArtifactError at a missing or unknown key, or a value that its type does not allow.
     """
     try:
-        return _reader(record)(data)
+        return _kind(record).read(data)
     except _MismatchError as error:
         path = error.path.removeprefix(".") or "the report"
         raise ArtifactError(f"{source}: {path} {error.problem}; make the report again") from None
@@ -67,69 +78,18 @@ def json_schema(record: type) -> dict[str, Any]:
     Each record in it is an entry of `$defs`, by the name of its class, with its docstring. To a
     schema, unlike here, 1.0 is a whole number.
     """
+    _kind(record)
     definitions: dict[str, Any] = {}
-    known: dict[str, type] = {}
-    own = _schema(record, definitions, known)
-    own = definitions.pop(record.__name__) if record.__name__ in definitions else own
+    left = [record.__name__]
+    while left:
+        name = left.pop()
+        if name not in definitions:
+            text = json.dumps(_DEFINED[name][1])
+            definitions[name] = json.loads(text)
+            left += re.findall(r"#/\$defs/(\w+)", text)
+    own = definitions.pop(record.__name__)
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **own}
     return {**schema, "$defs": dict(sorted(definitions.items()))} if definitions else schema
-
-
-def _schema(hint: Any, definitions: dict[str, Any], known: dict[str, type]) -> dict[str, Any]:
-    """Return the schema of a type; records go to `definitions`, their classes to `known`."""
-
-    def of(inner: Any) -> dict[str, Any]:
-        return _schema(inner, definitions, known)
-
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        limits: Range = args[1]
-        return {**of(args[0]), "minimum": limits.low, "maximum": limits.high}
-    if hint in (int, float):
-        kind = "integer" if hint is int else "number"
-        return {"type": kind, "minimum": -_LARGEST, "maximum": _LARGEST}
-    if hint is Any:
-        return {}
-    if hint is bool:
-        return {"type": "boolean"}
-    if hint is str:
-        return {"type": "string"}
-    if origin is Literal:
-        return {"enum": list(args)}
-    if origin in (Union, types.UnionType):
-        inner = next(one for one in args if one is not type(None))
-        return {"anyOf": [of(inner), {"type": "null"}]}
-    if origin is tuple and args[-1] is Ellipsis:
-        return {"type": "array", "items": of(args[0])}
-    if origin is tuple:
-        return _fixed_schema([of(one) for one in args])
-    if origin is Mapping:
-        return {"type": "object", "additionalProperties": of(args[1])}
-    name = hint.__name__
-    assert known.setdefault(name, hint) is hint, f"two records are called {name}"
-    if name not in definitions:
-        hints = get_type_hints(hint, include_extras=True)
-        definitions[name] = {"title": name, "description": inspect.getdoc(hint)}
-        if is_dataclass(hint):
-            definitions[name] |= {
-                "type": "object",
-                "properties": {field.name: of(hints[field.name]) for field in fields(hint)},
-                "required": [field.name for field in fields(hint) if field.default is MISSING],
-                "additionalProperties": False,
-            }
-        else:  # a NamedTuple
-            parts = [{"title": key, **of(one)} for key, one in hints.items()]
-            definitions[name] |= _fixed_schema(parts)
-    return {"$ref": f"#/$defs/{name}"}
-
-
-def _fixed_schema(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "type": "array",
-        "prefixItems": parts,
-        "minItems": len(parts),
-        "maxItems": len(parts),
-    }
 
 
 class _MismatchError(Exception):
@@ -153,40 +113,61 @@ def _unexpected(value: Any, expected: str) -> _MismatchError:
     return _MismatchError(f"is {shown}, expected {expected}")
 
 
+class _Kind(NamedTuple):
+    """What is done with a JSON value of a type, and the schema of such values."""
+
+    read: _Reader  # checks and converts
+    schema: dict[str, Any]
+
+
+_DEFINED: dict[str, tuple[type, dict[str, Any]]] = {}  # class and schema of each record by name
+
+
 @functools.cache
-def _reader(hint: Any) -> _Reader:
-    """Return the function that checks and converts a JSON value of a type."""
+def _kind(hint: Any) -> _Kind:
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _number(args[0], args[1])
     if hint in (int, float):
         return _number(hint, Range())
     if hint is Any:
-        return lambda value: value
+        return _Kind(lambda value: value, {})
     if hint is bool:
-        return _choice(lambda value: type(value) is bool, "true or false")
+        return _choice(lambda value: type(value) is bool, "true or false", {"type": "boolean"})
     if hint is str:
-        return _choice(lambda value: type(value) is str, "a string")
+        return _choice(lambda value: type(value) is str, "a string", {"type": "string"})
     if origin is Literal:
-        return _choice(
-            lambda value: type(value) is str and value in args, f"one of {', '.join(args)}"
-        )
+        noun = f"one of {', '.join(args)}"
+        return _choice(lambda value: type(value) is str and value in args, noun, {"enum": [*args]})
     if origin in (Union, types.UnionType):
-        inner = _reader(next(one for one in args if one is not type(None)))
-        return lambda value: None if value is None else inner(value)
+        read, schema = _kind(next(one for one in args if one is not type(None)))
+        schema = {"anyOf": [schema, {"type": "null"}]}
+        return _Kind(lambda value: None if value is None else read(value), schema)
     if origin is tuple and args[-1] is Ellipsis:
-        return _list(_reader(args[0]))
+        item = _kind(args[0])
+        return _Kind(_list(item.read), {"type": "array", "items": item.schema})
     if origin is tuple:
-        return _fixed([_reader(one) for one in args], lambda *values: values)
+        return _fixed([_kind(one) for one in args], lambda *values: values)
     if origin is Mapping:
-        return _mapping(_reader(args[1]))
-    hints = get_type_hints(hint, include_extras=True)
-    if isinstance(hint, type) and is_dataclass(hint):
-        return _record(hint, {field.name: _reader(hints[field.name]) for field in fields(hint)})
-    return _fixed([_reader(one) for one in hints.values()], hint)  # a NamedTuple
+        item = _kind(args[1])
+        return _Kind(_mapping(item.read), {"type": "object", "additionalProperties": item.schema})
+    record: type = hint
+    hints, name = get_type_hints(record, include_extras=True), record.__name__
+    if is_dataclass(record):
+        parts = {field.name: _kind(hints[field.name]) for field in fields(record)}
+        read, schema = _record(record, parts)
+    else:  # a NamedTuple
+        named = {key: _kind(one) for key, one in hints.items()}
+        titled = [_Kind(one.read, {"title": key, **one.schema}) for key, one in named.items()]
+        read, schema = _fixed(titled, record)
+    schema = {"title": name, "description": inspect.getdoc(record), **schema}
+    assert _DEFINED.setdefault(name, (record, schema))[0] is record, (
+        f"two records are called {name}"
+    )
+    return _Kind(read, {"$ref": f"#/$defs/{name}"})
 
 
-def _number(kind: type, limits: Range) -> _Reader:
+def _number(kind: type, limits: Range) -> _Kind:
     allowed = (int,) if kind is int else (int, float)
     low, high = limits.low, limits.high
     noun = "a whole number" if kind is int else "a number"
@@ -200,16 +181,17 @@ def _number(kind: type, limits: Range) -> _Reader:
             raise _unexpected(value, noun)
         return value
 
-    return read
+    name = "integer" if kind is int else "number"
+    return _Kind(read, {"type": name, "minimum": low, "maximum": high})
 
 
-def _choice(allowed: Callable[[Any], bool], noun: str) -> _Reader:
+def _choice(allowed: Callable[[Any], bool], noun: str, schema: dict[str, Any]) -> _Kind:
     def read(value: Any) -> Any:
         if not allowed(value):
             raise _unexpected(value, noun)
         return value
 
-    return read
+    return _Kind(read, schema)
 
 
 def _list(item: _Reader) -> _Reader:
@@ -221,13 +203,17 @@ def _list(item: _Reader) -> _Reader:
     return read
 
 
-def _fixed(readers: list[_Reader], make: Callable[..., Any]) -> _Reader:
-    def read(data: Any) -> Any:
-        if type(data) is not list or len(data) != len(readers):
-            raise _unexpected(data, f"a list of {len(readers)} values")
-        return make(*_items(zip(range(len(data)), readers, data, strict=True)))
+def _fixed(parts: list[_Kind], make: Callable[..., Any]) -> _Kind:
+    readers, n = [part.read for part in parts], len(parts)
 
-    return read
+    def read(data: Any) -> Any:
+        if type(data) is not list or len(data) != n:
+            raise _unexpected(data, f"a list of {n} values")
+        return make(*_items(zip(range(n), readers, data, strict=True)))
+
+    schemas = [part.schema for part in parts]
+    schema = {"type": "array", "prefixItems": schemas, "minItems": n, "maxItems": n}
+    return _Kind(read, schema)
 
 
 def _mapping(item: _Reader) -> _Reader:
@@ -241,20 +227,27 @@ def _mapping(item: _Reader) -> _Reader:
     return read
 
 
-def _record(record: type, readers: Mapping[str, _Reader]) -> _Reader:
-    required = {field.name for field in fields(record) if field.default is MISSING}
+def _record(record: type, parts: Mapping[str, _Kind]) -> _Kind:
+    readers = {name: part.read for name, part in parts.items()}
+    required = [field.name for field in fields(record) if field.default is MISSING]
 
     def read(data: Any) -> Any:
         if type(data) is not dict:
             raise _unexpected(data, "an object")
-        if missing := required - data.keys():
+        if missing := set(required) - data.keys():
             raise _MismatchError(f"lacks {', '.join(sorted(missing))}")
         if unknown := data.keys() - readers.keys():
             raise _MismatchError(f"has the unknown key {_one_line(min(unknown))}")
         values = _items((key, readers[key], value) for key, value in data.items())
         return record(**dict(zip(data, values, strict=True)))
 
-    return read
+    schema = {
+        "type": "object",
+        "properties": {name: part.schema for name, part in parts.items()},
+        "required": required,
+        "additionalProperties": False,
+    }
+    return _Kind(read, schema)
 
 
 def _items(parts: Iterable[tuple[str | int, _Reader, Any]]) -> Iterator[Any]:
