@@ -231,7 +231,8 @@ def scan(
     header is always different and cannot have caused the value.
     """
     lowest = lowest_threshold(sae)
-    tenth, read, is_special = span.tenth, span.read, span.roles == SPECIAL
+    roles, read, tenth, rollout_of = span.roles, span.read, span.tenth, span.rollout
+    is_special = roles == SPECIAL
     eligible = read & ~is_special
     contexts = None
     if collapse:
@@ -245,19 +246,19 @@ def scan(
         here = np.flatnonzero(read[start:stop]) + start
         index, latent, value, squares[:, here] = _encode(sae, span.rows(start, stop)[here - start])
         local = here[index]  # of each firing: its row, from the start of the span
-        rollout = span.rollout[local]
+        rollout = rollout_of[local]
         row = local + span.first_row
         context = row.astype(np.uint64) if contexts is None else contexts[local]
         firings = Firings(latent, value, row, rollout, context)
-        first, last = span.rollout[start], span.rollout[stop - 1]
-        is_cut = stop < span.n_rows and span.rollout[stop] == last
+        first, last = rollout_of[start], rollout_of[stop - 1]
+        is_cut = stop < span.n_rows and rollout_of[stop] == last
         open_from = int(span.store.rollout_start[last]) if is_cut else None
         at_special = is_special[local]
         special, firings = firings.select(at_special), firings.select(~at_special)
         accumulator.special.add(special, open_from=open_from)
         np.add.at(accumulator.statistics.by_role[:, SPECIAL], special.latent, 1)
         local, latent, rollout = local[~at_special], firings.latent, firings.rollout
-        accumulator.statistics.add(firings, span.roles[local], tenth[local], lowest)
+        accumulator.statistics.add(firings, roles[local], tenth[local], lowest)
         accumulator.top.add(firings, open_from=open_from)
         accumulator.sample.add(firings)
         np.add.at(n_fired, local, 1)
@@ -270,7 +271,7 @@ def scan(
         yield stop - start
     n_tokens = len(accumulator.n_by_token)
     accumulator.n_by_token += np.bincount(span.token_ids[eligible], minlength=n_tokens)
-    accumulator.n_by_role += np.bincount(span.roles[read], minlength=len(ROLES))
+    accumulator.n_by_role += np.bincount(roles[read], minlength=len(ROLES))
     accumulator.n_by_position += np.bincount(tenth[eligible], minlength=N_TENTHS)
     columns = np.stack([eligible.astype(np.float64), n_fired, *(squares * eligible)])
     accumulator.rollouts = np.add.reduceat(columns, span.starts, axis=1).T

@@ -135,7 +135,7 @@ def run(config: CollectConfig) -> Path:
         n_rollouts = min(config.max_rollouts or store.n_rollouts, store.n_rollouts)
         n_rows = int(store.rollout_start[n_rollouts])
         spans = cut_spans(store, n_rollouts, sae.d_sae, config.roles)
-        if not any(span.uncached().read.any() for span in spans):
+        if not any(span.read.any() for span in spans):
             raise DatasetError(
                 f"{data_dir} has no token to read: none of its {n_rows} tokens has the role "
                 f"{' or '.join(config.roles)}; read another store or give other --roles"
@@ -192,7 +192,7 @@ def _gather(build: Build, spans: list[Span], sae: "SAE", config: CollectConfig) 
             current = own.successor()
             scanned_here.add(claim.work_unit)
             for n_rows in scan(
-                spans[claim.work_unit].uncached(),
+                spans[claim.work_unit],
                 sae,
                 current,
                 config.batch_size,

@@ -115,10 +115,10 @@ def count_equal_contexts(examples: Firings, spans: list[Span], reach: int) -> np
     for span in spans:
         row = examples.row - span.first_row
         here = (row >= 0) & (row < span.n_rows)
-        contexts[here] = span.uncached().context_hashes(reach, reach)[row[here]]
+        contexts[here] = span.context_hashes(reach, reach)[row[here]]
     wanted, inverse = np.unique(contexts, return_inverse=True)
     counts = np.zeros(len(wanted), np.int64)
-    for span in (span.uncached() for span in spans if len(wanted)):
+    for span in spans if len(wanted) else ():
         here = span.context_hashes(reach, reach)[span.eligible]
         at = np.minimum(np.searchsorted(wanted, here), len(wanted) - 1)
         counts += np.bincount(at[wanted[at] == here], minlength=len(wanted))

@@ -1,7 +1,6 @@
 """Runs of whole rollouts of a store: the unit in which collect reads it."""
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -20,18 +19,14 @@ _BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no power of it is zero
 class Span:
     """The rollouts `[first, last)` of a store, by index. Arrays have one entry a row, `(n_rows,)`.
 
-    Arrays are read on first use and then cached; `uncached` gives a span without them. Only tokens
-    with one of the roles in `only_roles` are read.
+    Arrays are read or computed when they are asked for, and not kept. Only tokens with one of the
+    roles in `only_roles` are read.
     """
 
     store: ActivationStore
     first: int
     last: int
     only_roles: tuple[str, ...] = ROLES
-
-    def uncached(self) -> "Span":
-        """Return the same span without cached arrays."""
-        return replace(self)
 
     @property
     def first_row(self) -> int:
@@ -52,17 +47,17 @@ class Span:
         """Return the activations of rows `[start, stop)` of the span, `(stop - start, d_in)`."""
         return self.store.rows(self.first_row + start, self.first_row + stop)
 
-    @cached_property
+    @property
     def token_ids(self) -> npt.NDArray[np.int32]:
         """Token ids."""
         return self.store.token_ids_of(self.first_row, self.first_row + self.n_rows)
 
-    @cached_property
+    @property
     def roles(self) -> npt.NDArray[np.uint8]:
         """Index of each token's role in `ROLES`."""
         return self.store.roles_of(self.first_row, self.first_row + self.n_rows)
 
-    @cached_property
+    @property
     def read(self) -> npt.NDArray[np.bool_]:
         """Mask of the tokens that are read."""
         return has_role(self.roles, self.only_roles)
@@ -76,17 +71,17 @@ class Span:
     def _lengths(self) -> npt.NDArray[np.int64]:
         return np.diff(self.store.rollout_start[self.first : self.last + 1])
 
-    @cached_property
+    @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Number of tokens in each token's rollout."""
         return np.repeat(self._lengths, self._lengths)
 
-    @cached_property
+    @property
     def rollout(self) -> npt.NDArray[np.int64]:
         """Index of each token's rollout in the store."""
         return np.repeat(np.arange(self.first, self.last), self._lengths)
 
-    @cached_property
+    @property
     def position(self) -> npt.NDArray[np.int64]:
         """Position of each token in its rollout."""
         return np.arange(self.n_rows) - self.starts[self.rollout - self.first]
@@ -102,16 +97,17 @@ class Span:
         Tokens of other rollouts are not part of it.
         """
         value = self.token_ids.astype(np.uint64) + np.uint64(1)
+        position, lengths = self.position, self.lengths
         out = np.zeros(self.n_rows, np.uint64)
         for offset in range(-before, after + 1):
-            at = self.position + offset
+            at = position + offset
             shifted = np.zeros_like(value)
             if offset < 0:
                 shifted[-offset:] = value[:offset]
             else:
                 shifted[: max(len(value) - offset, 0)] = value[offset:]
             out *= _BASE
-            out += np.where((at >= 0) & (at < self.lengths), shifted, np.uint64(0))
+            out += np.where((at >= 0) & (at < lengths), shifted, np.uint64(0))
         return out
 
 
