@@ -140,7 +140,7 @@ def make_layout(
     for layer in bottlenecks:
         mix, norms = None, layer.b.norm(dim=0)
         rank = layer.a.shape[0]
-        is_svd = gauge == "svd" or (gauge == "auto" and rank > 1)
+        is_svd = {"raw": False, "svd": True, "auto": rank > 1}[gauge]
         if is_svd:
             exact, written = svd_gauge(layer.a, layer.b, layer.scale)
             norms = written / abs(layer.scale) if layer.scale else written

@@ -246,7 +246,7 @@ def _load_base(
     """Return the base model, with every tensor loaded from its files."""
     if (base.path / CONFIG).is_file():  # transformers would silently load that adapter too
         raise AdapterError(f"base model {base.path} is an adapter; give a full model")
-    wanted = DTYPES.get(dtype, torch.float32 if device.type == "cpu" else "auto")
+    wanted = {"auto": torch.float32 if device.type == "cpu" else "auto", **DTYPES}[dtype]
     options: dict[str, Any] = {} if base.gguf else {"use_safetensors": True}
     if base.gguf and hasattr(transformers, "GgufConfig"):  # packed weights cannot carry a LoRA
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
