@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -97,6 +100,32 @@ def test_decoder_rows_keep_unit_norm_so_that_the_value_is_the_score():
         trainer.take(torch.randn(16, 7))
     norm = trainer.weights.W_dec.norm(dim=1)
     assert torch.allclose(norm, torch.ones(20), atol=1e-6)
+
+
+def test_a_step_of_adam_is_that_of_torch_to_the_bit():
+    trainer = Trainer(weights_of(dtype=torch.float32), k=2, n_steps=9, lr=0.1)
+    theirs = {name: tensor.clone() for name, tensor in trainer._flat.items()}
+    adam = torch.optim.Adam(theirs.values(), lr=0.1, betas=(0.9, 0.99), fused=True)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for name, tensor in trainer.weights.tensors().items():
+            tensor.grad = torch.randn(tensor.shape, generator=generator)
+            theirs[name].grad = tensor.grad.T if name == "W_enc" else tensor.grad
+        with torch.no_grad():
+            trainer._move()
+        adam.step()
+        assert all(torch.equal(theirs[name], tensor) for name, tensor in trainer._flat.items())
+
+
+def test_training_does_not_import_a_compiler_which_takes_seconds():
+    code = (
+        "import sys, torch\nfrom lorascope.sae.objective import initial_weights\n"
+        "from lorascope.sae.trainer import Trainer\nx = torch.eye(8)\n"
+        "trainer = Trainer(initial_weights(x, 9, torch.Generator()), k=2, n_steps=3, lr=0.1)\n"
+        "trainer.take(x)\nassert 'torch._dynamo' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def planted(n: int, n_directions: int, d_in: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,6 +18,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Hashable
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -38,7 +39,6 @@ log = logging.getLogger(__name__)
 _LOG_POINTS = 200  # lines of the training log
 _BETAS = (0.9, 0.99)
 _WARMUP = 100  # steps over which the rate rises, at most a tenth of all steps
-_MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam keeps of a weight
 _MEMORY = 0.98  # decay of the running means in the progress bar and the log
 _BY_ROW = 0.5  # share of the steps in which each row gets its own best latents
 _EAGER_STEPS = 3  # steps of a kind before it is recorded as a CUDA graph
@@ -72,17 +72,15 @@ class Trainer:
         }
         self.weights = Weights(**on_device)
         on_cuda = device.type == "cuda"
-        self._rate = torch.tensor(lr, device=device) if on_cuda else None  # a graph reads it
-        # fused Adam copies tensors that are not contiguous, so it sees W_enc transposed
+        self._rate: float | Tensor = torch.tensor(lr, device=device) if on_cuda else lr
+        # Adam needs contiguous tensors, so it sees W_enc transposed
         self._flat = {name: tensor.detach() for name, tensor in on_device.items()}
         self._flat["W_enc"] = self._flat["W_enc"].T
-        self.adam = torch.optim.Adam(
-            self._flat.values(),
-            lr=lr if self._rate is None else self._rate,
-            betas=_BETAS,
-            fused=True,
-            capturable=on_cuda,
-        )
+        self._moments = {
+            "step": [torch.zeros((), device=device) for _ in self._flat],
+            "exp_avg": [torch.zeros_like(tensor) for tensor in self._flat.values()],
+            "exp_avg_sq": [torch.zeros_like(tensor) for tensor in self._flat.values()],
+        }
         static = on_cuda and architecture != "jumprelu" and self.team.world == 1
         k_aux = aux_latents(weights.b_dec.numel())
         self._step = Step(self.rule, k_aux, auxk_alpha, self.team, bfloat16, static=static)
@@ -105,10 +103,10 @@ class Trainer:
             self._first_threshold(x)
         by_row = self.rule.architecture != "jumprelu" and self.step < self._by_row_steps
         rate = self.lr * schedule(self.step, self.n_steps, self.warmup)
-        if self._rate is None:
-            self.adam.param_groups[0]["lr"] = rate
+        if isinstance(self._rate, Tensor):
+            self._rate.fill_(rate)  # a graph reads it
         else:
-            self._rate.fill_(rate)
+            self._rate = rate
         loss = (self._graphs.take if self._graphs else self._update)(x, by_row)
         self.step += 1
         if self.step % self.log_every == 0 or self.step == self.n_steps:
@@ -118,11 +116,8 @@ class Trainer:
     def _update(self, x: Float[Tensor, "batch d_in"], by_row: bool) -> Loss:
         """Do the part of a step that happens on the device."""
         loss = self._step.take(self.weights, x, self.dead, by_row=by_row)
-        for name, tensor in self.weights.tensors().items():
-            grad = tensor.grad
-            self._flat[name].grad = grad.T if name == "W_enc" and grad is not None else grad
-        self.adam.step()
         with torch.no_grad():
+            self._move()
             W_dec = self.weights.W_dec
             torch.nn.functional.normalize(W_dec, dim=1, out=W_dec)
             self.silent_tokens += self.team.share(len(x))[1]
@@ -130,6 +125,23 @@ class Trainer:
             new = torch.stack([loss.fvu, loss.l0, loss.auxk])
             self.running.mul_(_MEMORY).add_(new, alpha=1 - _MEMORY)
         return loss
+
+    def _move(self) -> None:
+        """Take Adam's step, as `torch.optim.Adam` does, which takes two seconds to import."""
+        grads: dict[str, Any] = {name: w.grad for name, w in self.weights.tensors().items()}
+        grads["W_enc"] = grads["W_enc"].T
+        steps, first, second = self._moments.values()
+        torch.ops.aten._foreach_add_(steps, 1)
+        torch.ops.aten._fused_adam_(
+            *(list(self._flat.values()), list(grads.values()), first, second, [], steps),
+            lr=self._rate,
+            beta1=_BETAS[0],
+            beta2=_BETAS[1],
+            weight_decay=0.0,
+            eps=1e-8,
+            amsgrad=False,
+            maximize=False,
+        )
 
     @torch.no_grad()
     def _first_threshold(self, x: Float[Tensor, "batch d_in"]) -> None:
@@ -171,20 +183,17 @@ class Trainer:
 
     def release(self) -> None:
         """Free the gradients and Adam's moments, three quarters of the memory, after the end."""
-        self.adam.state.clear()
-        self.adam.zero_grad()
+        self._moments.clear()
         for tensor in self.weights.tensors().values():
             tensor.grad = None
 
     def _state(self) -> dict[str, Tensor]:
         """Return everything that the next step depends on, by name, to be read or changed."""
         tensors = {name: tensor.detach() for name, tensor in self.weights.tensors().items()}
-        for name, tensor in self._flat.items() if self.step else ():
-            if tensor not in self.adam.state:
-                moments = {key: torch.zeros_like(tensor) for key in _MOMENTS}
-                self.adam.state[tensor] = {"step": tensor.new_zeros(()), **moments}
-            for key, value in self.adam.state[tensor].items():
-                tensors[f"adam.{key}.{name}"] = value
+        for key, moments in self._moments.items():
+            tensors |= {
+                f"adam.{key}.{name}": m for name, m in zip(self._flat, moments, strict=True)
+            }
         return {**tensors, "silent_tokens": self.silent_tokens, "running": self.running}
 
     def save(self, path: Path) -> None:
