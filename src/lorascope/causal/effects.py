@@ -5,6 +5,8 @@ nats, more than most effects that are measured here. Sums over tokens are float6
 resample whole rollouts, never tokens, because tokens of one rollout are not independent.
 """
 
+from functools import lru_cache
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -160,13 +162,19 @@ def bootstrap_interval(numerator: Sums, denominator: Sums, seed: int = 0) -> Int
     n = len(numerator)
     if n < 2:
         return None
-    rng = np.random.default_rng([seed, n])
-    times = rng.multinomial(n, np.full(n, 1 / n), size=_N_DRAWS).astype(np.float64)
+    times = _draw_rollouts(n, seed)
     top, bottom = times @ numerator, times @ denominator
     if not bottom.all():
         return None
     low, high = np.percentile(top / bottom, _PERCENTILES)
     return float(low), float(high)
+
+
+@lru_cache(maxsize=2)  # every feature of a report has the same draws
+def _draw_rollouts(n: int, seed: int) -> Sums:
+    """Return how often each draw of `n` of `n` rollouts has each of them, `(draw, n)`."""
+    rng = np.random.default_rng([seed, n])
+    return rng.multinomial(n, np.full(n, 1 / n), size=_N_DRAWS).astype(np.float64)
 
 
 def spread(values: Sums) -> tuple[int, ...]:
