@@ -27,7 +27,7 @@ from lorascope.runtime import is_out_of_memory
 from lorascope.subject.hooks import RowReader
 from lorascope.subject.intervene import adapter_off
 from lorascope.subject.load import Subject
-from lorascope.texts.roles import ROLES
+from lorascope.texts.roles import has_role
 from lorascope.texts.rollouts import Rollout, windows
 
 log = logging.getLogger(__name__)
@@ -263,8 +263,8 @@ def compare_likelihood(subject: Subject, rollouts: Sequence[Rollout]) -> None:
     An adapter that was trained on another base, or on a base into which another adapter was merged,
     fits by its shapes, and does that. Reads the beginnings of a few short texts.
     """
-    told = [ROLES.index(role) for role in ("think", "answer", "text")]
-    masks = [np.isin(rollout.roles[1:_LIKELIHOOD_TOKENS], told) for rollout in rollouts]
+    told = ("think", "answer", "text")
+    masks = [has_role(rollout.roles[1:_LIKELIHOOD_TOKENS], told) for rollout in rollouts]
     order = sorted(range(len(rollouts)), key=lambda i: (len(rollouts[i].token_ids), i))
     measured: list[tuple[float, float, float]] = []  # nats with, nats without, KL
     for i in [i for i in order if masks[i].any()][:_LIKELIHOOD_TEXTS]:
