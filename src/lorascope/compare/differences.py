@@ -24,7 +24,7 @@ adapter: what it stands for in that adapter's row. `Writes` has the size of what
    as the latent's two parts differ.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -287,51 +287,50 @@ class Differences:
 
         `(set, rollout)`.
         """
-        found = np.zeros((len(sets), self.n_rollouts))
-        if not sets:
-            return found
-        first, second = (self.columns[name] for name in pair)
-        W = torch.cat([self.sae.W_dec[:, first], -self.sae.W_dec[:, second]], 1)
+        first, second = (self.sae.W_dec[:, self.columns[name]] for name in pair)
         with self._both(pair) as both:
-            for rollout, batch, logits, rows, code in self._alone("exchange", pair):
-                own = torch.cat([torch.zeros_like(rows[0][:, first]), rows[0][:, second]], 1)
-                numbers, changes = _changes(code, W, sets)
-                for chunk, start, others in held_runs(
-                    both, self.held_out, batch.token_ids, own, changes, with_reference=True
-                ):
-                    mask = batch.mask[0, start:].to(others.device)
-                    of_first = logits[pair[0]][0, start:][mask]
-                    kl = [float(kl_divergence(of_first, q[mask]).double().sum()) for q in others]
-                    here = [numbers[i] for i in chunk]
-                    found[here, self.number[rollout]] += kl[0] - np.array(kl[1:])
-        return found
+            return -self._gains(both, pair, torch.cat([first, -second], 1), sets)
 
     @torch.no_grad()
     def removals(self, name: str, sets: Sequence[npt.NDArray[np.int64]]) -> Floats:
         """Return KL(adapter ‖ without) of sets of latents, in nats, `(set, rollout)`."""
-        found = np.zeros((len(sets), self.n_rollouts))
-        W = -self.sae.W_dec[:, self.columns[name]]
-        for rollout, batch, _, rows, code in self._alone("remove", (name,)):
-            own = rows[0][:, self.columns[name].to(rows.device)]
-            numbers, changes = _changes(code, W, sets)
-            for chunk, start, others in held_runs(
-                self.editors[name], self.held_out, batch.token_ids, own, changes,
-                with_reference=True,
-            ):  # fmt: skip
-                mask = batch.mask[0, start:].to(others.device)
-                own_logits = others[0, mask]
-                kl = [float(kl_divergence(own_logits, q[mask]).double().sum()) for q in others[1:]]
-                found[[numbers[i] for i in chunk], self.number[rollout]] += kl
-        return found
+        part = self.sae.W_dec[:, self.columns[name]]
+        return self._gains(self.editors[name], (name,), -part, sets)
 
-    def _alone(
-        self, what: str, names: Sequence[str]
-    ) -> Iterator[tuple[int, Batch, dict[str, Tensor], Tensor, Tensor]]:
-        """Yield each rollout with its batch, the logits, the rows and the code."""
-        for rollout, whole in self.held_out.alone(f"{what} features of {' and '.join(names)}"):
+    def _gains(
+        self,
+        editor: RowEditor,
+        names: Sequence[str],
+        W: Float[Tensor, "latent columns"],
+        sets: Sequence[npt.NDArray[np.int64]],
+    ) -> Floats:
+        """Return what KL(first ‖ last of the names) gains if sets of latents write `W` as well.
+
+        `editor` runs the last; columns of `W` before its own are of an adapter that writes nothing.
+        """
+        found = np.zeros((len(sets), self.n_rollouts))
+        label = f"change features of {' and '.join(names)}"
+        for rollout, whole in self.held_out.alone(label) if sets else ():
             batch = self._only_written(whole)
             logits, rows = self._run(batch)
-            yield rollout, batch, logits, rows, self._code(batch, rows)
+            code = self._code(batch, rows)
+            own = rows[0][:, self.columns[names[-1]].to(rows.device)]
+            own = torch.nn.functional.pad(own, (W.shape[1] - own.shape[1], 0))
+            numbers, changes = [], []
+            for number, latents in enumerate(sets):
+                values = code[:, latents]
+                at = (values > 0).any(1).nonzero()[:, 0]
+                if len(at):
+                    numbers.append(number)
+                    changes.append(HeldChange(at, values[at] @ W[latents]))
+            for chunk, start, others in held_runs(
+                editor, self.held_out, batch.token_ids, own, changes, with_reference=True
+            ):
+                mask = batch.mask[0, start:].to(others.device)
+                first = logits[names[0]][0, start:][mask]
+                kl = [float(kl_divergence(first, q[mask]).double().sum()) for q in others]
+                found[[numbers[i] for i in chunk], self.number[rollout]] += np.array(kl[1:]) - kl[0]
+        return found
 
     def _both(self, pair: Pair) -> SideBySide:
         first, second = (self.subjects[name] for name in pair)
@@ -341,22 +340,6 @@ class Differences:
     def writes(self) -> Writes:
         """What the latents' parts write."""
         return Writes(self.subjects, self.sae)
-
-
-def _changes(
-    code: Float[Tensor, "token latent"],
-    W: Float[Tensor, "latent columns"],
-    sets: Sequence[npt.NDArray[np.int64]],
-) -> tuple[list[int], list[HeldChange]]:
-    """Return what each set of latents adds to rows, and the numbers of the sets that fire."""
-    numbers, changes = [], []
-    for number, latents in enumerate(sets):
-        values = code[:, latents]
-        at = (values > 0).any(1).nonzero()[:, 0]
-        if len(at):
-            numbers.append(number)
-            changes.append(HeldChange(at, values[at] @ W[latents]))
-    return numbers, changes
 
 
 def written_rows(held_out: HeldOut) -> npt.NDArray[np.bool_]:
