@@ -10,8 +10,7 @@ from builders.labels import label_of, save_labels
 from builders.saes import make_sae
 from builders.stores import write_published_store, write_store
 
-from lorascope.artifact import Identity, read_manifest
-from lorascope.causal.study import seal
+from lorascope.artifact import Identity, read_manifest, sealed_json
 from lorascope.dashboard.render import DashboardConfig
 from lorascope.dashboard.render import run as render
 from lorascope.features.export import ExportConfig
@@ -78,7 +77,7 @@ def make_study(folder):
     )
     identity = Identity(kind="study", schema=1, settings={}, parents={})
     path = folder / "study.json"
-    path.write_text(seal(identity.manifest(None, {}), to_json(report)), encoding="utf-8")
+    path.write_text(sealed_json(identity.manifest(None, {}), to_json(report)), encoding="utf-8")
     return path
 
 

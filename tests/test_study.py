@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import pytest
 
-from lorascope.artifact import Manifest
-from lorascope.causal.study import open_report, seal
+from lorascope.artifact import Manifest, sealed_json
+from lorascope.causal.study import open_report
 from lorascope.errors import ArtifactError
 from lorascope.record_json import Range, from_json, to_json
 
@@ -19,7 +19,7 @@ def test_a_changed_report_and_another_file_are_refused(tmp_path):
         kind="evaluation", schema=1, settings={}, parents={}, layout=None, content={"sae_name": "s"}
     )
     path = tmp_path / "report.json"
-    path.write_text(seal(manifest, report))
+    path.write_text(sealed_json(manifest, report))
     assert open_report(path)["faithfulness"] == {"kl": 0.25}
     path.write_text(path.read_text().replace("0.25", "0.26"))
     with pytest.raises(ArtifactError):

@@ -193,6 +193,12 @@ def sealed(text: str) -> str:
     return (data[:start] + digits + data[start + 64 :]).decode()
 
 
+def sealed_json(manifest: Manifest, parts: Mapping[str, Any]) -> str:
+    """Return the text of a JSON file of some parts with their manifest, sealed."""
+    data = {"metadata": {"lorascope": manifest.to_sealed_json()}, **parts}
+    return sealed(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
 def check_seal(path: Path) -> str | None:
     """Return how a sealed file was changed, or None when it is as it was written."""
     try:

@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from lorascope.artifact import Manifest
+from lorascope.artifact import Manifest, sealed_json
 from lorascope.causal.report_records import REPORTS
-from lorascope.causal.study import seal
 from lorascope.features.index import FeatureIndex
 
 NEW_TOKEN = 900_001  # not in any index: its text is hostile
@@ -26,7 +25,7 @@ def write(
         layout=None,
         content={},
     )
-    path.write_text(seal(manifest, report), encoding="utf-8")
+    path.write_text(sealed_json(manifest, report), encoding="utf-8")
     return path
 
 

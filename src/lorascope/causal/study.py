@@ -16,7 +16,7 @@ from lorascope.artifact import (
     check_seal,
     open_manifest,
     read_manifest,
-    sealed,
+    sealed_json,
     write_text,
 )
 from lorascope.causal.report_records import ReportRecord
@@ -61,7 +61,7 @@ def report_at(
         report, layout, content = make()
         assert isinstance(report, record)
         manifest = identity.manifest(layout, content)
-        write_text(build.path / _FILE, seal(manifest, to_json(report)))
+        write_text(build.path / _FILE, sealed_json(manifest, to_json(report)))
         if draw is not None:
             draw(report, manifest)
         build.publish_file(_FILE)
@@ -129,12 +129,6 @@ def format_table(
         ).rstrip()
         for cells in lines
     ]
-
-
-def seal(manifest: Manifest, report: Mapping[str, Any]) -> str:
-    """Return the text of a report's file: its manifest and its numbers, sealed."""
-    data = {"metadata": {"lorascope": manifest.to_sealed_json()}, **report}
-    return sealed(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def open_report(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
-from lorascope.artifact import Manifest, check_seal, open_manifest, read_manifest, sealed
+from lorascope.artifact import Manifest, check_seal, open_manifest, read_manifest, sealed_json
 from lorascope.errors import ArtifactError
 from lorascope.record_json import Range, from_json, to_json
 from lorascope.texts.tokens import visible
@@ -123,12 +123,8 @@ class _File:
 
 def write_labels(path: Path, features: Mapping[int, Label], manifest: Manifest) -> None:
     """Write the file, sealed, not atomically."""
-    data = {
-        "metadata": {"lorascope": manifest.to_sealed_json()},
-        "features": {str(latent): to_json(features[latent]) for latent in sorted(features)},
-    }
-    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    path.write_text(sealed(text), encoding="utf-8")
+    labels = {str(latent): to_json(features[latent]) for latent in sorted(features)}
+    path.write_text(sealed_json(manifest, {"features": labels}), encoding="utf-8")
 
 
 def read_labels(path: Path) -> Labels:
