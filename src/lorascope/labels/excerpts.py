@@ -1,9 +1,10 @@
 """The texts about a feature that an author of labels sees, and those that a judge sees.
 
-Whole rollouts of the index are split in two halves. The author sees examples of one half, the
-judge excerpts of the other with one marked token each. Half of these are firings. The others are
-silent tokens: the same token where the feature does not fire, tokens where similar features fire,
-and random ones.
+Whole rollouts of the index are split in two halves. The author sees examples of one half: the
+strongest, and random ones from each fifth by strength, with the firing tokens marked. The judge
+sees excerpts of the other half with one marked token each. Half of these are firings, drawn evenly
+from the fifths. The others are silent tokens: the same token where the feature does not fire,
+tokens where similar features fire, and random ones.
 
 Marks that a text itself contains are replaced.
 """

@@ -1,13 +1,10 @@
 """Let a language model say what features are, and let a judge test what it says.
 
-1. Rollouts are split in two halves. The explainer sees examples of one half: the strongest, and
-   random ones from each fifth by strength, with the firing tokens marked; and the tokens that the
+1. The explainer sees examples of one half of the rollouts (`excerpts`), and the tokens that the
    feature promotes and suppresses, so that it can describe what the feature reads and what it
    writes (Gur-Arieh et al. 2025, arXiv 2501.08319).
 2. Detection (Paulo et al. 2024, arXiv 2410.13928): the judge sees the description and excerpts of
-   the other half with one marked token each, and says at which of them the feature fires. Half of
-   them are firings, drawn evenly from the fifths. The others are silent tokens: the same token
-   where the feature does not fire, tokens where similar features fire, and random ones.
+   the other half with one marked token each, and says at which of them the feature fires.
 3. The same excerpts are judged by the description of another feature. This *shuffled* score is what
    the judge reaches without knowing the feature.
 4. Output: the judge picks the feature's promoted tokens among those of three other features, and
