@@ -141,8 +141,7 @@ def _fits(module: nn.Module | None, adapter: Adapter, parts: dict[str, str]) -> 
 def _peft_config(adapter: Adapter) -> LoraConfig:
     """Return the file's config as PEFT's. Keys that PEFT does not know must be empty."""
     known = {field.name for field in dataclasses.fields(LoraConfig)}
-    ignored = {"runtime_config"} | ({"peft_version"} - known)
-    data = {key: value for key, value in adapter.config.items() if key not in ignored}
+    data = {key: value for key, value in adapter.config.items() if key != "runtime_config"}
     unknown = sorted(data.keys() - known)
     made_with = f"PEFT {adapter.config.get('peft_version') or 'of an unnamed version'}"
     not_empty = [key for key in unknown if not _is_empty(data[key])]

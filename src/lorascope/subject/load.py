@@ -247,9 +247,9 @@ def _load_base(
     if (base.path / CONFIG).is_file():  # transformers would silently load that adapter too
         raise AdapterError(f"base model {base.path} is an adapter; give a full model")
     wanted = {"auto": torch.float32 if device.type == "cpu" else "auto", **DTYPES}[dtype]
-    options: dict[str, Any] = {} if base.gguf else {"use_safetensors": True}
-    if base.gguf and hasattr(transformers, "GgufConfig"):  # packed weights cannot carry a LoRA
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    options: dict[str, Any] = {"use_safetensors": True}
+    if base.gguf:  # packed weights cannot carry a LoRA
+        options = {"quantization_config": transformers.GgufConfig(dequantize=True)}
     quiet: Any = contextlib.nullcontext()
     if not runtime.shows_bars():
         disable_progress_bar()
