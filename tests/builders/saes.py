@@ -1,13 +1,39 @@
 """Random SAEs, and the weights of one in training."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from builders.stores import layout_of
 from lorascope.artifact import Manifest
-from lorascope.sae.model import SAE
+from lorascope.sae.model import KIND, SAE, SCHEMA
 from lorascope.sae.objective import Weights
 from lorascope.sites import Site, SiteLayout
+
+
+def dictionary(
+    layout: SiteLayout,
+    W_enc: torch.Tensor,
+    W_dec: torch.Tensor,
+    *,
+    b_enc: torch.Tensor | None = None,
+    b_dec: torch.Tensor | None = None,
+    threshold: float = 0.0,
+    **manifest: Any,
+) -> SAE:
+    """Make an SAE of given weights, with other parts of its manifest than the usual ones."""
+    d_sae = W_enc.shape[1]
+    said = {"settings": {}, "parents": {}, "content": {"architecture": "batchtopk"}, **manifest}
+    return SAE(
+        W_enc=W_enc,
+        b_enc=torch.zeros(d_sae) if b_enc is None else b_enc,
+        W_dec=W_dec,
+        b_dec=torch.zeros(layout.d_in) if b_dec is None else b_dec,
+        threshold=torch.full((d_sae,), threshold),
+        layout=layout,
+        manifest=Manifest(kind=KIND, schema=SCHEMA, layout=layout, **said),
+    ).sealed()
 
 
 def make_sae(path, layout=None, d_sae=24, seed=0, threshold=1.0):
@@ -17,18 +43,14 @@ def make_sae(path, layout=None, d_sae=24, seed=0, threshold=1.0):
     W_dec = torch.nn.functional.normalize(
         torch.randn(d_sae, layout.d_in, generator=generator), dim=1
     )
-    manifest = Manifest(
-        kind="sae", schema=1, settings={"seed": seed}, parents={}, layout=layout, content={"k": 3.0}
+    sae = dictionary(
+        layout,
+        W_dec.T.contiguous(),
+        W_dec,
+        threshold=threshold,
+        settings={"seed": seed},
+        content={"k": 3.0},
     )
-    sae = SAE(
-        W_enc=W_dec.T.contiguous(),
-        b_enc=torch.zeros(d_sae),
-        W_dec=W_dec,
-        b_dec=torch.zeros(layout.d_in),
-        threshold=torch.full((d_sae,), threshold),
-        layout=layout,
-        manifest=manifest,
-    ).sealed()
     sae.save(path)
     return sae
 
@@ -46,23 +68,17 @@ def random_sae(d_in=14, d_sae=40, seed=0, layout=None, threshold=0.3) -> SAE:
     layout = layout or (layout_of() if d_in == 14 else plain_layout(d_in))
     W_dec = torch.randn(d_sae, d_in, generator=generator)
     W_dec /= W_dec.norm(dim=1, keepdim=True)
-    sae = SAE(
-        W_enc=W_dec.T.contiguous(),
+    return dictionary(
+        layout,
+        W_dec.T.contiguous(),
+        W_dec,
         b_enc=0.1 * torch.randn(d_sae, generator=generator),
-        W_dec=W_dec,
         b_dec=torch.randn(d_in, generator=generator),
-        threshold=torch.full((d_sae,), threshold),
-        layout=layout,
-        manifest=Manifest(
-            kind="sae",
-            schema=1,
-            settings={"k": 4.0},
-            parents={"activations": "d" * 64},
-            layout=layout,
-            content={"k": 4.0, "config": {"k": 4, "seed": 7}},
-        ),
+        threshold=threshold,
+        settings={"k": 4.0},
+        parents={"activations": "d" * 64},
+        content={"k": 4.0, "config": {"k": 4, "seed": 7}},
     )
-    return sae.sealed()
 
 
 def random_rows(n, d_in, seed=1, dtype=torch.float32):

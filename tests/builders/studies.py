@@ -6,13 +6,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from builders.saes import dictionary
 from builders.subjects import N_TERMS
 from builders.tolerance import kl_rounding, rounding
 from lorascope.activations.generate import GenerateConfig, run
 from lorascope.activations.store import ActivationStore
-from lorascope.artifact import Manifest
-from lorascope.sae.model import KIND, SAE, SCHEMA
-from lorascope.sites import SiteLayout
+from lorascope.sae.model import SAE
 
 # What rounding of the logits makes of a KL of order 1, and of a share of the adapter's KL.
 ROUNDED = kl_rounding(1.0, rounding(N_TERMS))
@@ -31,36 +30,6 @@ def make_texts(dirs: tuple[Path, Path], dataset: Path, out: Path, **options) -> 
             **given,
         )
     )
-
-
-def dictionary(
-    layout: SiteLayout,
-    W_enc: torch.Tensor,
-    W_dec: torch.Tensor,
-    *,
-    b_dec: torch.Tensor | None = None,
-    threshold: float = 0.0,
-    parents: dict[str, str] | None = None,
-    settings: dict[str, object] | None = None,
-) -> SAE:
-    """Make an SAE of given weights."""
-    d_sae = W_enc.shape[1]
-    return SAE(
-        W_enc=W_enc,
-        b_enc=torch.zeros(d_sae),
-        W_dec=W_dec,
-        b_dec=torch.zeros(layout.d_in) if b_dec is None else b_dec,
-        threshold=torch.full((d_sae,), threshold),
-        layout=layout,
-        manifest=Manifest(
-            kind=KIND,
-            schema=SCHEMA,
-            settings=settings or {},
-            parents=parents or {},
-            layout=layout,
-            content={"architecture": "batchtopk"},
-        ),
-    ).sealed()
 
 
 def strengthen(dirs: tuple[Path, Path], folder: Path, factor: float = 8.0) -> tuple[Path, Path]:
