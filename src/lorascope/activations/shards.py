@@ -4,7 +4,7 @@ A shard is mapped into memory when it is first read.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -163,6 +163,10 @@ class Vocabulary:
     def __getitem__(self, token_id: SupportsIndex) -> bytes:
         first, last = self.offset[int(token_id) : int(token_id) + 2]
         return self.data[first:last].tobytes()
+
+    def text(self, token_ids: Iterable[SupportsIndex]) -> str:
+        """Return the text of some tokens in a row; U+FFFD where bytes are no whole character."""
+        return b"".join(self[i] for i in token_ids).decode(errors="replace")
 
     def save(self, path: Path) -> None:
         """Write `vocabulary.h5`."""

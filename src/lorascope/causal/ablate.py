@@ -291,7 +291,7 @@ class _Study:
             falls=tuple(
                 TokenFall(
                     token_id=i,
-                    token=self.held_out.store.vocabulary[i].decode(errors="replace"),
+                    token=self.held_out.store.vocabulary.text([i]),
                     share=term / float(kl.sum()),
                 )
                 for i, term in sorted(falls.items(), key=lambda one: (-one[1], one[0]))[:_N_FALLS]

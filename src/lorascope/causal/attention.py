@@ -32,7 +32,6 @@ from lorascope.causal.report_records import (
     HeadShift,
 )
 from lorascope.subject.intervene import RowEditor
-from lorascope.texts.tokens import display_texts, token_bytes
 
 N_ROLLOUTS = 8
 N_TOKENS = 512  # of each rollout, from its beginning
@@ -65,7 +64,7 @@ def attention_of(editor: RowEditor, held_out: HeldOut) -> AttentionShift | None:
             n_tokens += max(0, len(rows) - 1)
     if not found.sums or not n_tokens:
         return None
-    return found.shift(held_out, len(rollouts), n_tokens)
+    return found.shift(store, len(rollouts), n_tokens)
 
 
 def _without_first(_: slice, values: Tensor) -> Tensor:
@@ -117,14 +116,12 @@ class _Heads:
                 seen = weights[:, head, at, : at + 1].float().cpu().numpy()
                 self.best[layer, head] = _Best(largest[head], self.first_row + at, seen)
 
-    def shift(self, held_out: HeldOut, n_rollouts: int, n_tokens: int) -> AttentionShift:
+    def shift(self, store: ActivationStore, n_rollouts: int, n_tokens: int) -> AttentionShift:
         """Return the means, and the heads of which most attention moves, largest first."""
         layers = sorted(self.sums)
         means = {layer: self.sums[layer] / n_tokens for layer in layers}
         moved = {at: float(means[at[0]][0, at[1]]) for at in self.best}
         largest = sorted((at for at in moved if moved[at] > 0), key=lambda at: (-moved[at], at))
-        size = int(held_out.store.token_ids.max(initial=0)) + 1
-        spelled = token_bytes(held_out.subject.tokenizer, size)
         return AttentionShift(
             n_rollouts=n_rollouts,
             n_tokens=n_tokens,
@@ -136,27 +133,25 @@ class _Heads:
                     head=head,
                     moved=min(moved[layer, head], 1.0),
                     kl=float(means[layer][1, head]),
-                    example=_example(held_out.store, spelled, self.best[layer, head]),
+                    example=_example(store, self.best[layer, head]),
                 )
                 for layer, head in largest[:_N_HEADS]
             ),
         )
 
 
-def _example(store: ActivationStore, spelled: list[bytes], best: _Best) -> AttentionExample:
+def _example(store: ActivationStore, best: _Best) -> AttentionExample:
     rollout = int(store.rollout_of(np.array([best.row]))[0])
     first = int(store.rollout_start[rollout])
     base, own = np.minimum(best.weights, 1)
     order = np.argsort(base - own, kind="stable")
-
-    def text(rows: npt.NDArray[np.int64]) -> str:
-        return "".join(display_texts([spelled[i] for i in store.token_ids[rows].tolist()]))
+    text = store.vocabulary.text
 
     def attended(positions: npt.NDArray[np.int64]) -> tuple[AttendedToken, ...]:
         return tuple(
             AttendedToken(
                 position=at,
-                token=text(np.array([first + at])),
+                token=text([store.token_ids[first + at]]),
                 base=float(base[at]),
                 adapter=float(own[at]),
             )
@@ -167,8 +162,8 @@ def _example(store: ActivationStore, spelled: list[bytes], best: _Best) -> Atten
     return AttentionExample(
         rollout=int(store.rollout_id[rollout]),
         position=best.row - first,
-        before=text(np.arange(max(first, best.row - _CONTEXT), best.row)),
-        token=text(np.array([best.row])),
+        before=text(store.token_ids[max(first, best.row - _CONTEXT) : best.row]),
+        token=text([store.token_ids[best.row]]),
         gains=attended(order[own[order] > base[order]][:_N_KEYS]),
         losses=attended(order[own[order] < base[order]][::-1][:_N_KEYS]),
     )

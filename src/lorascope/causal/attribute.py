@@ -208,7 +208,7 @@ class _Study:
                     TokenAttribution(
                         rollout=int(store.rollout_id[rollout]),
                         token=first + position,
-                        text=store.vocabulary[int(group.tokens[i])].decode(errors="replace"),
+                        text=store.vocabulary.text([group.tokens[i]]),
                         adapter=float(y[number]),
                         base=float(y_base[number]),
                         others={name: float(values[i]) for name, values in others.items()},

@@ -99,4 +99,4 @@ def _after_tag(store: ActivationStore, start: int, stop: int) -> tuple[str, int]
         return "", stop
     ends = np.cumsum([len(token) for token in tokens])
     skipped = int(np.searchsorted(ends, tags[-1].start(), side="right")) if tags else 0
-    return b"".join(tokens[skipped:]).decode(errors="replace"), start + skipped
+    return store.vocabulary.text(store.token_ids[start + skipped : stop]), start + skipped

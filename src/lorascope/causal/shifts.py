@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lorascope.causal.report_records import ShiftExample, TokenBefore, TokenShift
 from lorascope.texts.roles import ROLES
-from lorascope.texts.tokens import display_texts, token_bytes
+from lorascope.texts.tokens import token_bytes
 
 if TYPE_CHECKING:
     from lorascope.causal.held_out import HeldOut
@@ -121,9 +121,7 @@ class ShiftTally:
         kept = [i for i in order[chosen].tolist() if self.sums.flat[i] > 0]
         spelled = token_bytes(held_out.subject.tokenizer, self.sums.shape[-1])
         store = held_out.store
-
-        def text(token_ids: npt.NDArray[np.int32]) -> str:
-            return "".join(display_texts([spelled[i] for i in token_ids.tolist()]))
+        text = store.vocabulary.text
 
         def after(side: int, role: int, token_id: int) -> tuple[TokenBefore, ...]:
             weights: Counter[int] = Counter()
@@ -135,7 +133,7 @@ class ShiftTally:
                         weights[one] += term
             whole = float(self.sums[side, role, token_id])
             return tuple(
-                TokenBefore(token=spelled[one].decode(errors="replace"), share=weight / whole)
+                TokenBefore(token=text([one]), share=weight / whole)
                 for one, weight in weights.most_common(_N_AFTER)
                 if weight >= _MIN_AFTER * whole
             )
@@ -148,7 +146,7 @@ class ShiftTally:
             row = int(self.best_row[at])
             rollout = int(store.rollout_of(np.array([row]))[0])
             first = int(store.rollout_start[rollout])
-            before = store.token_ids[np.arange(max(first, row + 1 - _CONTEXT), row + 1)]
+            context = slice(max(first, row + 1 - _CONTEXT), row + 1)
             found.append(
                 TokenShift(
                     token_id=token_id,
@@ -163,8 +161,8 @@ class ShiftTally:
                         row=row,
                         rollout=int(store.rollout_id[rollout]),
                         position=row - first,
-                        before=text(before),
-                        actual=text(store.token_ids[np.array([row + 1])]),
+                        before=text(store.token_ids[context]),
+                        actual=text([store.token_ids[row + 1]]),
                         p_base=float(self._at_best[0][at]),
                         p_adapter=float(self._at_best[1][at]),
                     ),
