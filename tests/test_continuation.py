@@ -8,7 +8,7 @@ from builders.subjects import N_TERMS, load, save_adapter
 from builders.tolerance import assert_same_up_to_rounding, kl_rounding, rounding
 
 from lorascope.activations.store import ActivationStore
-from lorascope.causal.continuation import Change, Opening, continue_prompt, continue_prompts
+from lorascope.causal.continuation import Change, Opening, continue_prompts
 from lorascope.subject.intervene import RowEditor
 from lorascope.subject.sampling import sample_rollouts
 from lorascope.texts.roles import ROLES
@@ -37,9 +37,10 @@ def push(size):
     return Change(of)
 
 
-def written(subject, arms, **given):
+def written(subject, arms, seed=(0,), **given):
+    prompt = Opening(PROMPT, TEXT, seed)
     with RowEditor(subject) as editor:
-        return continue_prompt(editor, PROMPT, TEXT, arms, max_new_tokens=8, **given)
+        return continue_prompts(editor, [prompt], arms, max_new_tokens=8, **given)[0]
 
 
 def test_without_a_change_it_is_what_the_model_writes_by_itself(subject):
@@ -105,10 +106,7 @@ def test_prompts_of_other_lengths_in_the_batch_change_nothing(subject, everywher
     how = {"samples": 2, "max_new_tokens": 8, "temperature": 1.0, "everywhere": everywhere}
     with RowEditor(subject) as editor:
         together = continue_prompts(editor, prompts, changes, **how)
-        alone = [
-            continue_prompt(editor, ids, is_text, changes, seed=seed, **how)
-            for ids, is_text, seed in prompts
-        ]
+        alone = [continue_prompts(editor, [prompt], changes, **how)[0] for prompt in prompts]
         largest = float(editor.run(PROMPT[None]).logits.abs().max())
     of_logits = 4 * rounding(N_TERMS, largest)  # those of the changed texts are larger
     for prompt, one in zip(together, alone, strict=True):
@@ -128,8 +126,8 @@ def test_prompts_of_other_lengths_in_the_batch_change_nothing(subject, everywher
 def test_rows_held_at_nothing_are_the_base_model(subject):
     nothing = Change(lambda rows, counts: torch.zeros_like(rows), held=True)
     with RowEditor(subject) as editor:
-        ((one,),) = continue_prompt(
-            editor, PROMPT, TEXT, [nothing], max_new_tokens=8, everywhere=True
+        (((one,),),) = continue_prompts(
+            editor, [Opening(PROMPT, TEXT)], [nothing], max_new_tokens=8, everywhere=True
         )
         ids = PROMPT[None]
         for token in one.token_ids:

@@ -21,7 +21,7 @@ from builders.subjects import (
 from builders.tolerance import assert_same_up_to_rounding
 from transformers import AutoModelForCausalLM
 
-from lorascope.causal.continuation import continue_prompt
+from lorascope.causal.continuation import Opening, continue_prompts
 from lorascope.errors import NumberError
 from lorascope.subject.hooks import RowReader
 from lorascope.subject.intervene import RowEditor
@@ -146,9 +146,8 @@ def test_each_written_token_is_that_of_one_pass_over_the_text_before_it(
     written = sample_rollouts(subject, prompts, seed=(0,), **given)
     with RowEditor(subject) as editor:
         ids = torch.from_numpy(prompts[0].token_ids).long()
-        ((steered,),) = continue_prompt(
-            editor, ids, torch.ones(60, dtype=torch.bool), [None], **given
-        )
+        prompt = Opening(ids, torch.ones(60, dtype=torch.bool))
+        (((steered,),),) = continue_prompts(editor, [prompt], [None], **given)
     whole = [text.token_ids.tolist() for text in written]
     whole.append(ids.tolist() + steered.token_ids.tolist())
     for prompt, text in zip([*prompts, prompts[0]], whole, strict=True):

@@ -13,7 +13,7 @@ from builders.tolerance import assert_same_up_to_rounding
 from lorascope.activations import generate
 from lorascope.activations.generate import GenerateConfig
 from lorascope.activations.store import ActivationStore
-from lorascope.causal.continuation import continue_prompt
+from lorascope.causal.continuation import Opening, continue_prompts
 from lorascope.causal.effect_options import SteerConfig
 from lorascope.errors import ConfigError
 from lorascope.subject import sampling
@@ -135,14 +135,10 @@ def test_nothing_in_the_generation_config_acts_but_ends_of_text(
         plain = write(subject, given, temperature=temperature, seed=(3,))
         texts.append([text.token_ids.tolist() for text in plain])
         with RowEditor(subject) as editor:
-            ((steered,),) = continue_prompt(
-                editor,
-                torch.from_numpy(given[1].token_ids.astype(np.int64)),
-                torch.ones(4, dtype=torch.bool),
-                [None],
-                max_new_tokens=12,
-                temperature=temperature,
-                seed=(3, 1),
+            ids = torch.from_numpy(given[1].token_ids.astype(np.int64))
+            prompt = Opening(ids, torch.ones(4, dtype=torch.bool), (3, 1))
+            (((steered,),),) = continue_prompts(
+                editor, [prompt], [None], max_new_tokens=12, temperature=temperature
             )
         assert steered.token_ids.tolist() == texts[-1][1][4:]
     assert texts[0] == texts[1]

@@ -126,19 +126,6 @@ def held_out_prompts(
     return prompts
 
 
-def continue_prompt(
-    editor: RowEditor,
-    prompt: Int[Tensor, "seq"],
-    is_text: Bool[Tensor, "seq"],
-    changes: Sequence[Change | None],
-    *,
-    seed: Sequence[int] = (0,),
-    **how: Any,
-) -> list[list[Continuation]]:
-    """Return what is written after one prompt, `[change][sample]`; see `continue_prompts`."""
-    return continue_prompts(editor, [Opening(prompt, is_text, seed)], changes, **how)[0]
-
-
 @torch.inference_mode()
 def continue_prompts(
     editor: RowEditor,

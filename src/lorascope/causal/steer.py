@@ -32,7 +32,7 @@ from lorascope.causal.continuation import (
     Change,
     Continuation,
     Opening,
-    continue_prompt,
+    continue_prompts,
     held_out_prompts,
     read_prompts,
 )
@@ -132,15 +132,13 @@ def measure(held_out: HeldOut, sae: SAE, config: SteerConfig) -> SteeringReport:
             size = max(1, held_out.batch_tokens // longest)
             for first in range(0, len(conditions), size):
                 chunk = conditions[first : first + size]
-                continuations = continue_prompt(
+                [continuations] = continue_prompts(
                     editor,
-                    prompt.token_ids,
-                    prompt.is_text,
+                    [prompt._replace(seed=(config.seed, number))],
                     [condition.change for condition in chunk],
                     samples=config.samples,
                     max_new_tokens=config.max_new_tokens,
                     temperature=config.temperature,
-                    seed=(config.seed, number),
                     everywhere=config.where == "all",
                 )
                 for condition, samples in zip(chunk, continuations, strict=True):
