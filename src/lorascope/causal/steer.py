@@ -127,31 +127,35 @@ def measure(held_out: HeldOut, sae: SAE, config: SteerConfig) -> SteeringReport:
         RowEditor(held_out.subject) as editor,
         runtime.progress(len(prompts), "steer", "prompts") as bar,
     ):
-        for number, prompt in enumerate(prompts):
-            longest = config.samples * (len(prompt.token_ids) + config.max_new_tokens)
-            size = max(1, held_out.batch_tokens // longest)
+        longest = max(len(prompt.token_ids) for prompt in prompts) + config.max_new_tokens
+        size = max(1, held_out.batch_tokens // (config.samples * longest))  # prompts × conditions
+        n_prompts = max(1, size // len(conditions))
+        for begin in range(0, len(prompts), n_prompts):
+            group = prompts[begin : begin + n_prompts]
             for first in range(0, len(conditions), size):
                 chunk = conditions[first : first + size]
-                [continuations] = continue_prompts(
+                continuations = continue_prompts(
                     editor,
-                    [prompt._replace(seed=(config.seed, number))],
+                    [one._replace(seed=(config.seed, begin + i)) for i, one in enumerate(group)],
                     [condition.change for condition in chunk],
                     samples=config.samples,
                     max_new_tokens=config.max_new_tokens,
                     temperature=config.temperature,
                     everywhere=config.where == "all",
                 )
-                for condition, samples in zip(chunk, continuations, strict=True):
-                    condition.written += [
-                        _Written(
-                            number,
-                            text,
-                            _base_surprise(editor, prompt.token_ids, text),
-                            _feature_values(selected, text, columns),
-                        )
-                        for text in samples
-                    ]
-            bar.update(1)
+                for number, of_prompt in enumerate(continuations, begin):
+                    ids = prompts[number].token_ids
+                    for condition, samples in zip(chunk, of_prompt, strict=True):
+                        condition.written += [
+                            _Written(
+                                number,
+                                text,
+                                _base_surprise(editor, ids, text),
+                                _feature_values(selected, text, columns),
+                            )
+                            for text in samples
+                        ]
+            bar.update(len(group))
     decode = held_out.subject.tokenizer.decode
     unchanged = [one.text.token_ids.tolist() for one in conditions[0].written]
     return SteeringReport(
