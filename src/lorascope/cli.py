@@ -40,12 +40,11 @@ _COMMON = {
 
 @dataclass(frozen=True)
 class Command:
-    """A stage on the command line: the module of its `run`, and its config class.
+    """A stage on the command line: the module of its `run`, and its config class, in `lorascope`.
 
     Both are imported only when they are needed: many stages import torch, their options need not.
     """
 
-    section: str
     module: str
     options: str
     help: str
@@ -54,149 +53,136 @@ class Command:
     def config_class(self) -> type[config.Config]:
         """Import and return the config class."""
         module, _, name = self.options.rpartition(".")
-        return getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(f"lorascope.{module}"), name)
 
     def description(self) -> str:
         """Return the docstring of the module, read without importing it."""
-        spec = importlib.util.find_spec(self.module)
+        spec = importlib.util.find_spec(f"lorascope.{self.module}")
         assert spec is not None and spec.origin is not None, self.module
         return ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
 
     def run(self, options: config.Config) -> Path:
         """Run the stage."""
-        return importlib.import_module(self.module).run(options)
+        return importlib.import_module(f"lorascope.{self.module}").run(options)
 
 
 COMMANDS = {
     "demo": Command(
-        "start here",
-        "lorascope.demo.demo",
-        "lorascope.demo.demo.DemoConfig",
+        "demo.demo",
+        "demo.demo.DemoConfig",
         "run every stage on the model that comes with lorascope; needs no network and no GPU",
         "lorascope demo --open",
     ),
     "run": Command(
-        "start here",
-        "lorascope.pipeline",
-        "lorascope.pipeline.RunConfig",
+        "pipeline",
+        "pipeline.RunConfig",
         "run every stage on your adapter and texts, up to the page",
         "lorascope run --lora-path my-adapter --dataset texts.jsonl",
     ),
     "generate": Command(
-        "one stage at a time",
-        "lorascope.activations.generate",
-        "lorascope.activations.generate.GenerateConfig",
+        "activations.generate",
+        "activations.generate.GenerateConfig",
         "run model and adapter on texts and save the activations",
         "lorascope generate --lora-path my-adapter --dataset texts.jsonl --num-examples 1000",
     ),
     "train": Command(
-        "one stage at a time",
-        "lorascope.sae.train",
-        "lorascope.sae.settings.TrainConfig",
+        "sae.train",
+        "sae.settings.TrainConfig",
         "train a sparse autoencoder (SAE) on saved activations",
         "lorascope train --data-dir activations_all_adapters --expansion-factor 16 --k 50",
     ),
     "collect": Command(
-        "one stage at a time",
-        "lorascope.features.collect",
-        "lorascope.features.collect.CollectConfig",
+        "features.collect",
+        "features.collect.CollectConfig",
         "find the strongest examples of every feature",
         "lorascope collect --sae trained_sae_adapters_g-u-d-q-k-v-o.pt --top-k 10",
     ),
     "label": Command(
-        "one stage at a time",
-        "lorascope.labels.label",
-        "lorascope.labels.label.LabelConfig",
+        "labels.label",
+        "labels.label.LabelConfig",
         "say in words what each feature responds to, and score these labels",
         "lorascope label --input out/features.h5",
     ),
     "study": Command(
-        "one stage at a time",
-        "lorascope.labels.published_study",
-        "lorascope.labels.published_study.StudyConfig",
+        "labels.published_study",
+        "labels.published_study.StudyConfig",
         "say how many features, columns and neurons have one meaning, and what features do",
         "lorascope study --input out/features.h5 --lora-path my-adapter",
     ),
     "dashboard": Command(
-        "one stage at a time",
-        "lorascope.dashboard.render",
-        "lorascope.dashboard.render.DashboardConfig",
+        "dashboard.render",
+        "dashboard.render.DashboardConfig",
         "write the features as one self-contained HTML page",
         "lorascope dashboard --input features.h5 --output page.html",
     ),
     "report": Command(
-        "one stage at a time",
-        "lorascope.dashboard.report",
-        "lorascope.dashboard.report.ReportConfig",
+        "dashboard.report",
+        "dashboard.report.ReportConfig",
         "say what the adapter learned, as text to send and as JSON",
         "lorascope report --input lorascope-output",
     ),
     "export": Command(
-        "one stage at a time",
-        "lorascope.features.export",
-        "lorascope.features.export.ExportConfig",
+        "features.export",
+        "features.export.ExportConfig",
         "write the features as published JSON or as a CSV table",
         "lorascope export --input features.h5 --output features.csv",
     ),
     "evaluate": Command(
-        "evidence",
-        "lorascope.causal.evaluate",
-        "lorascope.causal.effect_options.EvaluateConfig",
+        "causal.evaluate",
+        "causal.effect_options.EvaluateConfig",
         "measure how much of the adapter's effect the SAE explains",
         "lorascope evaluate --lora-path my-adapter --data-dir out/activations --sae out/sae",
     ),
     "ablate": Command(
-        "evidence",
-        "lorascope.causal.ablate",
-        "lorascope.causal.effect_options.AblateConfig",
+        "causal.ablate",
+        "causal.effect_options.AblateConfig",
         "measure what removing layers, projections, sites and features changes",
         "lorascope ablate --lora-path my-adapter --data-dir out/activations --sae out/sae",
     ),
     "attribute": Command(
-        "evidence",
-        "lorascope.causal.attribute",
-        "lorascope.causal.effect_options.AttributeConfig",
+        "causal.attribute",
+        "causal.effect_options.AttributeConfig",
         "find the features that caused each predicted token",
         "lorascope attribute --lora-path my-adapter --data-dir out/activations "
         "--sae out/sae --rollouts-of out/features.h5",
     ),
     "direct": Command(
-        "evidence",
-        "lorascope.causal.direct",
-        "lorascope.causal.effect_options.DirectConfig",
+        "causal.direct",
+        "causal.effect_options.DirectConfig",
         "list the tokens that each feature promotes and suppresses, from weights alone",
         "lorascope direct --lora-path my-adapter --sae out/sae",
     ),
     "audit": Command(
-        "start here",
-        "lorascope.audit.audit",
-        "lorascope.audit.audit_options.AuditConfig",
+        "audit.audit",
+        "audit.audit_options.AuditConfig",
         "say what to know of an adapter before using it; needs no texts and no SAE",
         "lorascope audit --lora-path stranger/adapter",
     ),
     "compare": Command(
-        "start here",
-        "lorascope.compare.compare",
-        "lorascope.compare.compare_options.CompareConfig",
+        "compare.compare",
+        "compare.compare_options.CompareConfig",
         "say what differs between adapters of one base, or between checkpoints",
         "lorascope compare adapter-1 adapter-2 --null adapter-1-other-seed --dataset texts.jsonl",
     ),
     "steer": Command(
-        "evidence",
-        "lorascope.causal.steer",
-        "lorascope.causal.effect_options.SteerConfig",
+        "causal.steer",
+        "causal.effect_options.SteerConfig",
         "let the model write with features added, removed or clamped",
         "lorascope steer --lora-path my-adapter --data-dir out/activations --sae out/sae "
         "--features 12 --doses 0.5 1 2",
     ),
     "edit": Command(
-        "evidence",
-        "lorascope.causal.edit",
-        "lorascope.causal.effect_options.EditConfig",
+        "causal.edit",
+        "causal.effect_options.EditConfig",
         "remove features from the adapter itself, or scale them",
         "lorascope edit --lora-path my-adapter --data-dir out/activations --sae out/sae "
         "--features 12 --output without-12",
     ),
+}
+_SECTIONS = {  # of the overview
+    "start here": "demo run audit compare",
+    "one stage at a time": "generate train collect label study dashboard report export",
+    "evidence": "evaluate ablate attribute direct steer edit",
 }
 _TOOLS = {
     "info": "describe an adapter or any file that lorascope made",
@@ -373,9 +359,10 @@ def _run_stage(name: str, arguments: list[str]) -> None:
 
 def _overview() -> str:
     """Return the text of `lorascope --help`."""
-    sections: dict[str, dict[str, str]] = {}
-    for name, command in COMMANDS.items():
-        sections.setdefault(command.section, {})[name] = command.help
+    sections = {
+        section: {name: COMMANDS[name].help for name in names.split()}
+        for section, names in _SECTIONS.items()
+    }
     sections["look at files"] = _TOOLS
     lines = ["usage: lorascope COMMAND [options]", "", "Show what a LoRA learned."]
     for section, helps in sections.items():
