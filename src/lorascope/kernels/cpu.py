@@ -251,8 +251,12 @@ def by_latent(
 
 
 def stable_order(numbers: Int64[Tensor, "pair"], n: int) -> Int64[Tensor, "pair"]:
-    """Return the order of non-negative numbers below `n`; equal ones stay in theirs."""
-    return numbers.to(torch.int16 if n < 2**15 else torch.int32).argsort(stable=True)
+    """Return the order of non-negative numbers below `n`; equal ones stay in theirs.
+
+    numpy sorts a few thousand ten times as fast as torch, and more as fast.
+    """
+    small = numbers.to(torch.int16 if n < 2**15 else torch.int32).numpy()
+    return torch.from_numpy(np.argsort(small, kind="stable"))
 
 
 def row_offsets(rows: Int64[Tensor, "pair"], n_rows: int) -> Int64[Tensor, "row_plus_1"]:
@@ -285,7 +289,9 @@ def pair_dot(
     This is torch's gradient of an embedding bag with respect to its weights, which reads each row
     once without copying it; `(left[i] * right[j]).sum(1)` takes 50 times as long.
     """
-    offsets = row_offsets(left_index, len(left))[:-1]
+    if len(left_index) == 0:
+        return left.new_zeros(0)
+    offsets = left_index[:0]  # not read, as it would only tell what `left_index` says
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
         left, right, right_index, offsets, left_index, 0
     )

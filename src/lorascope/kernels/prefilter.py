@@ -9,11 +9,11 @@ So:
 3. Compute the candidates' scores in float32, pair by pair, and choose among these.
 
 Each score is a sum of many rounding errors, so it errs like a normal distribution whose standard
-deviation is at most `_Scores._spread`. Step 2 allows for `_SIGMAS` of them. Then the errors of the
-candidates are measured. If one comes near what was allowed, the candidates are collected again with
-a wider margin, which stays. Only a score that errs by far more than the largest of a hundred
-thousand others could be missed; the tests found none. If the guesses fail, the product is taken in
-float32.
+deviation is at most `_Scores._spread`. Step 2 allows for `_SIGMAS` of them. Then the errors of one
+candidate in `_MEASURED` are measured. If one comes near what was allowed, the candidates are
+collected again with a wider margin, which stays. Only a score that errs by far more than the
+largest of ten thousand others could be missed; the tests found none. If the guesses fail, the
+product is taken in float32.
 """
 
 import math
@@ -32,6 +32,7 @@ _SIGMAS = 6.0  # the first margin, in standard deviations of the rounding
 _SLACK = 2.0  # how far the first bounds of rows lie below their best limits, in margins
 _SAFETY = 2.0  # a wider margin, as a multiple of the largest error of a candidate
 _ENOUGH = 1.25  # margin that suffices for a batch, as a multiple of its largest error
+_MEASURED = 4  # the error of one candidate in so many is measured
 _ROUNDED = 1.1 * 2**-8  # of a bfloat16 number, and of the number with which it is compared
 _ROUNDED_TWICE = 2 * _ROUNDED  # of one that is multiplied and added to by such numbers
 _ROUNDING = 2**-15  # of float32 products, as a share of the size: more than sums of 500 need
@@ -161,9 +162,7 @@ class _Scores:
             at_most -= len(indices)
             if at_most < 0:
                 return None
-            rough = upper.view(-1)[indices].float()
-            rounded = _ROUNDED * rough.abs()
-            found.append(self._measured(rows, indices, rough, rounded, margin, bound))
+            found.append(self._measured(rows, indices, upper, None, margin, bound))
         return _joined(found)
 
     def best_per_row(
@@ -187,12 +186,7 @@ class _Scores:
             at_most -= len(indices)
             if at_most < 0:
                 return None
-            latents = indices // upper.shape[1]
-            unit_of, bias_of = self._unit[latents], bias[latents, 0].float()
-            rough = upper.view(-1)[indices].float()
-            rounded = _ROUNDED_TWICE * (rough.abs() + bias_of.abs()) / unit_of
-            rough = (rough - bias_of) / unit_of
-            found.append(self._measured(rows, indices, rough, rounded, margin, -torch.inf))
+            found.append(self._measured(rows, indices, upper, bias[:, 0], margin, -torch.inf))
             lows.append(torch.where(low > _SMALLEST, low * (1 + 2 * _ROUNDED_TWICE), low))
         pairs = _joined(found)
         return pairs and (pairs, torch.cat(lows))
@@ -238,21 +232,28 @@ class _Scores:
         self,
         block: slice,
         indices: Int64[Tensor, "pair"],
-        rough: Float[Tensor, "pair"],
-        rounded: Float[Tensor, "pair"],
+        upper: BFloat16[Tensor, "latent row"],
+        added: BFloat16[Tensor, "latent"] | None,
         margin: float,
         bound: float,
     ) -> _Candidates:
-        """Return the pairs with float32 scores above `bound`, and the largest error of all.
+        """Return the pairs with float32 scores above `bound`, and the largest error.
 
-        `rounded` is what the rounding of the rough limits to bfloat16 explains.
+        `added` is the bias that is in `upper` already, which is then in units of the scores.
         """
-        x, spread = self._x[block], self._spread[block]
+        x = self._x[block]
         latents = indices // len(x)
         rows = indices - latents * len(x)
         values = cpu.pair_dot(self._weight, latents, x, rows)
-        spread = spread[rows]
-        error = (values / self._unit[latents] - rough + margin * spread).abs() - rounded
+        some = slice(None, None, _MEASURED)
+        spread, unit = self._spread[block][rows[some]], self._unit[latents[some]]
+        rough = upper.view(-1)[indices[some]].float()
+        rounded = _ROUNDED * rough.abs()
+        if added is not None:
+            own = added[latents[some]].float()
+            rounded = _ROUNDED_TWICE * (rough.abs() + own.abs()) / unit
+            rough = (rough - own) / unit
+        error = (values[some] / unit - rough + margin * spread).abs() - rounded
         largest = float((error / spread).max()) if len(error) else 0.0
         values += self._bias[latents]
         if bound > -torch.inf:
