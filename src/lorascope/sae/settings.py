@@ -89,7 +89,9 @@ class TrainOptions(Config):
         at_least=0,
     )
     precision: Literal["float32", "bfloat16"] = option(
-        "float32", help="dtype of the encoder's product; weights and sums are always float32"
+        "float32",
+        help="dtype of the encoder's product; weights and sums are always float32, and scores too "
+        "on CPUs with VNNI (docs/training.md)",
     )
 
     def check(self) -> None:

@@ -49,6 +49,7 @@ class Step:
     """Computes a step's gradients: what is fixed in a run, and memory that every step reuses.
 
     `bfloat16` takes the encoder's product in that dtype, from float32 weights; sums are float32.
+    Where the prefilter is faster it chooses, and its scores are float32.
     `static` keeps every shape independent of the data, for a CUDA graph.
     """
 
@@ -171,7 +172,7 @@ class Step:
         if weights.log_threshold is not None:
             bound = weights.log_threshold.exp() - JUMP_WIDTH / 2
             best = kernel.indices_above(self._product(weights, centred), bound, bias=bias)
-        elif prefiltered and not self.bfloat16:
+        elif prefiltered:
             encoder = weights.W_enc.T
             if by_row:
                 best = self._prefilter.best_of_rows(centred, encoder, bias, k)
