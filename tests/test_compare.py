@@ -27,7 +27,7 @@ from lorascope.compare.compare_page import as_html, as_markdown, as_text
 from lorascope.compare.compare_records import ComparisonReport
 from lorascope.compare.differences import Differences
 from lorascope.compare.joint import find_members
-from lorascope.compare.judge import Judge
+from lorascope.compare.judge import Judge, kind_of
 from lorascope.errors import AdapterError, ArtifactError, ConfigError
 from lorascope.inspection import verify
 from lorascope.sae.model import SAE, load_sae
@@ -247,6 +247,23 @@ def test_the_features_of_the_one_module_that_differs_are_named(
     news = {one.feature: one.kind for one in pair.features if one.is_news}
     assert news.keys() == named
     assert set(news.values()) == {"changed"}
+
+
+@pytest.mark.parametrize(
+    ("effects", "sizes", "kind"),
+    [
+        (0.09, 0.3, "only in the first"),
+        (0.91, 0.7, "only in the second"),
+        (0.5, 0.01, "shared"),
+        (0.91, 0.3, "shared"),  # the first writes more of it
+        (0.09, 0.7, "shared"),
+    ],
+)
+def test_a_feature_is_not_said_to_be_only_in_the_adapter_that_writes_less_of_it(
+    effects, sizes, kind
+):
+    assert kind_of(effects, sizes) == kind
+    assert kind_of(0.09, 0.09) == "only in the first"
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """Say of two adapters how they differ, of which kind each feature is, and whether it is news.
 
 - *only in* an adapter: the feature's removal changes the predictions of the other by less than a
-  tenth of what it changes in both. A feature that was not removed is judged by what its parts
-  write.
+  tenth of what it changes in both, and the other's part writes less. A feature that was not removed
+  is judged by what its parts write alone.
 - *news*: if the first adapter's part takes the place of the second's, KL(first ‖ second) falls by
   more than the level, which is the most that one feature explains of KL(first ‖ second seed), and
   by more than that of the seeds, with all of the 95 % interval over texts of the difference above
@@ -136,7 +136,7 @@ class Judge:
         if news:
             without = max(self._mean(kl - d.exchanges(pair, [np.array(news)])[0]), 0.0)
         kinds = {
-            latent: self._kind(self._share(pair, latent))
+            latent: kind_of(share := self._share(pair, latent), share)
             for latent in np.flatnonzero(d.n_fired).tolist()
         }
         kinds |= {one.feature: one.kind for one in features if d.n_fired[one.feature]}
@@ -174,7 +174,7 @@ class Judge:
         contribution, share = parts.of_latent[latent], self._share(pair, latent)
         return FeatureDifference(
             feature=latent,
-            kind=self._kind(share),
+            kind=kind_of(share, share),
             share=share,
             cosine=float(self.differences.writes.cosine(*pair)[latent]),
             contribution=self._mean(contribution),
@@ -207,9 +207,10 @@ class Judge:
             is_news = self.null_pair is None and interval is not None and interval[0] > least
         one, other = map(self._mean, effects)
         share = other / (one + other) if one + other > self.floor else feature.share
+        kind = kind_of(share, feature.share)
         return replace(
             feature,
-            kind="changed" if is_news and self._kind(share) == "shared" else self._kind(share),
+            kind="changed" if is_news and kind == "shared" else kind,
             explained=explained,
             explained_interval=interval,
             seeds=None if null is None else self._mean(null),
@@ -223,10 +224,16 @@ class Judge:
         one, other = (float(self.differences.writes.size(name)[latent]) for name in pair)
         return other / (one + other) if one + other else 0.5
 
-    def _kind(self, share: float) -> FeatureKind:
-        if share < PRESENT:
-            return "only in the first"
-        return "only in the second" if share > 1 - PRESENT else "shared"
+
+def kind_of(effects: float, sizes: float) -> FeatureKind:
+    """Return the kind of a feature from the second adapter's share of its effects and its sizes.
+
+    An adapter that has a feature alone writes more of it, too. Where another part of an adapter
+    has the last word, a feature has little effect in it, though it is there.
+    """
+    if effects < PRESENT and sizes <= 0.5:
+        return "only in the first"
+    return "only in the second" if effects > 1 - PRESENT and sizes >= 0.5 else "shared"
 
 
 def _is_above_0(interval: Interval) -> bool:
