@@ -62,14 +62,14 @@ async function copyText(text) {
 }
 
 // Returns rows as a Markdown table in which text is no markup.
-export function toMarkdown(rows) {
+function toMarkdown(rows) {
   const lines = rows.map((row) => row.map(markdownCell));
   lines.splice(1, 0, rows[0].map(() => "---"));
   return `${lines.map((cells) => `| ${cells.join(" | ")} |`).join("\n")}\n`;
 }
 
 // Returns rows as lines of cells between tabs. A spreadsheet runs no text of it.
-export function toTsv(rows) {
+function toTsv(rows) {
   const cell = (value) => {
     const text = oneLine(value);
     return typeof value === "string" && /^\s*[=+\-@]/.test(text) ? `'${text}` : text;
@@ -97,7 +97,7 @@ export function saveFile(name, content, type) {
 }
 
 // Returns a drawing as SVG, with its colours on the page, and all of it inside its frame.
-export function svgText(drawing) {
+function svgText(drawing) {
   const copy = drawing.cloneNode(true);
   const nodes = [...drawing.querySelectorAll("*")];
   [...copy.querySelectorAll("*")].forEach((node, i) => {

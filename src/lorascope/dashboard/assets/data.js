@@ -9,7 +9,7 @@ const FULL_SHARE = 31; // stands for a feature's largest share in its fingerprin
 export const SPECIAL = 1;
 export const PARTIAL = 2;
 export const UNKNOWN = 65535; // a site that is not known, a feature that is not on the map
-export const RANKINGS = ["mean", "lift", "before", "after"];
+const RANKINGS = ["mean", "lift", "before", "after"];
 
 export const core = JSON.parse(document.getElementById("core").textContent);
 

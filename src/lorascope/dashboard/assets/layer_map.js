@@ -10,7 +10,7 @@ const [TALLEST, HEIGHT] = [12, 128]; // of a layer and of all of them, in pixels
 
 // Returns [layers, for each of them the sum at each token] of what fires in a rollout: activations
 // as shares of their features' maxima, each at the layer to which its feature writes most.
-export function firingByLayer(data) {
+function firingByLayer(data) {
   const layers = [...new Set((core.sites ?? []).map(([layer]) => layer))].sort((a, b) => a - b);
   const rowOf = new Map(layers.map((layer, i) => [layer, i]));
   const sums = layers.map(() => new Float32Array(data.token.length));
