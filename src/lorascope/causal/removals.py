@@ -28,7 +28,6 @@ from lorascope.causal.effects import (
     kl_and_loss,
     largest_falls,
     log_probabilities,
-    select_measured,
 )
 from lorascope.causal.held_out import Batch, HeldOut
 from lorascope.sae.model import SAE
@@ -141,24 +140,25 @@ def run_live(
     changes: Sequence[LiveChange],
     *,
     skip_layers: bool = True,
-) -> tuple[TokenSums, Tensor]:
-    """Return the sums of live changes to one rollout, and the reference logits `(token, vocab)`.
+) -> tuple[TokenSums, float]:
+    """Return the sums of live changes to one rollout, and the KL that the batch alone causes.
 
+    That KL compares the reference with the same run in a batch of its own, over usual tokens.
     Without `skip_layers` every copy is computed from its first layer: the plain reference.
     """
     unchanged = LiveChange(torch.ones_like(changes[0].keep), torch.zeros_like(changes[0].push))
     removed = LiveChange(0 * unchanged.keep, unchanged.push)
-    ends: list[Outcome] = []  # the adapter and the base
-    if skip_layers:
-        ends = [_run_live(editor, batch, [one], keep_layers=True) for one in (unchanged, removed)]
-    n_layers = min((len(end.layers) for end in ends), default=0)
+    ends = [  # the adapter and the base
+        _run_live(editor, batch, [one], keep_layers=skip_layers) for one in (unchanged, removed)
+    ]
+    n_layers = min(len(end.layers) for end in ends)
     starts, layers = [(0, 0)] * len(changes), torch.empty(0)
     if n_layers:
         starts = _starts(changes, held_out.subject.layout, n_layers)
         layers = torch.stack([torch.cat(end.layers) for end in ends])  # (end, layer, seq, d)
     order = sorted(range(len(changes)), key=lambda i: starts[i][0])
     size = n_changed_copies(held_out, batch.token_ids.shape[1])
-    sums, reference = np.zeros((4, len(changes))), torch.empty(0)
+    sums, null = np.zeros((4, len(changes))), 0.0
     for first in range(0, len(order), size):
         chunk = order[first : first + size]
         lowest, above = starts[chunk[0]][0], None
@@ -169,8 +169,9 @@ def run_live(
             return run_live(editor, held_out, batch, changes, skip_layers=False)
         sums[:, chunk] = _compare(logits, held_out, batch, [None] * len(chunk))
         if not first:
-            reference = select_measured(logits[:1], batch.mask)
-    return TokenSums(*sums), reference
+            both = torch.cat([ends[0].logits, logits[:1]])
+            null = float(_compare(both, held_out, batch, [None]).kl[0])
+    return TokenSums(*sums), null
 
 
 def _run_live(
