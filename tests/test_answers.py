@@ -1,5 +1,7 @@
 """Base and adapter side by side: each text is what its model writes, with the same noise."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from builders.studies import make_texts, strengthen
@@ -48,6 +50,8 @@ def test_both_texts_are_those_of_the_two_models_with_the_same_noise(held_out, mo
     found, (base, adapter) = held_out
     with RowEditor(found.subject) as editor:
         made = answers_of(editor, found, 3, SEED)
+        one_by_one = answers_of(editor, replace(found, batch_tokens=1), 3, SEED)
+    assert one_by_one == made
     assert len(made) == 3
     bare = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     models = reference(adapter, base), bare

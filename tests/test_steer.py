@@ -71,6 +71,18 @@ def test_the_first_arm_is_no_change_and_doses_move_away_from_it(steered, store, 
 
 
 @pytest.mark.slow
+def test_texts_do_not_depend_on_which_prompts_and_doses_share_a_batch(steered):
+    given = {"temperature": 1.0, "samples": 2, "doses": (1.0, 4.0)}
+    found = [
+        open_report(steered(f"of-{tokens}", batch_tokens=tokens, **given))["arms"]
+        for tokens in (1, 400, 100_000)  # one condition at a time; some; all prompts at once
+    ]
+    texts = [[[one["token_ids"] for one in arm["texts"]] for arm in arms] for arms in found]
+    assert texts[0] == texts[1] == texts[2]
+    assert all(len(arm) == 6 for arm in texts[0])
+
+
+@pytest.mark.slow
 def test_a_feature_that_never_fires_does_nothing_in_any_dose(steered):
     for how in ("add", "remove", "clamp"):
         data = open_report(steered(how, features=(1,), how=how, doses=(1.0, 8.0)))
