@@ -165,6 +165,7 @@ class ComparisonReport(ReportRecord):
     """
 
     kind = "comparison"
+    schema = 2  # 1 removed features from both adapters, where this exchanges them
     base: str
     null: str | None
     adapters: tuple[AdapterRecord, ...]
