@@ -484,6 +484,8 @@ def test_what_cannot_be_compared_is_refused_in_one_line(subject_dirs, tmp_path):
         CompareConfig(adapters=(adapter, adapter), k=(2, 3))
     with pytest.raises(ConfigError, match="26 or fewer"):
         find_members((adapter,) * 27, None)
+    with pytest.raises(ConfigError, match="has the weights of .*, expected another seed"):
+        find_members((adapter, adapter), adapter)
     (tmp_path / "out").write_text("mine")
     with pytest.raises(ConfigError, match="which is a file, expected a folder"):
         compare.run(CompareConfig(adapters=(adapter, adapter), output=tmp_path / "out"))

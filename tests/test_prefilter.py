@@ -138,7 +138,12 @@ def test_a_row_that_is_not_finite_leaves_the_others_their_choice():
 
 def test_only_float32_on_a_cpu_that_multiplies_bytes_is_screened(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
-    assert prefilter.is_faster(torch.device("cpu"), torch.float32)
+    for limit, is_faster in (
+        *(("AVX2", False), ("avx512_core", False), ("SSE41", False), ("AVX2_VNNI", False)),
+        *(("AVX512_CORE_VNNI", True), ("avx512_core_amx", True), ("ALL", True), ("", True)),
+    ):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+        assert prefilter.is_faster(torch.device("cpu"), torch.float32) == is_faster, limit
     assert not prefilter.is_faster(torch.device("cpu"), torch.float64)
     assert not prefilter.is_faster(torch.device("cuda"), torch.float32)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)

@@ -93,6 +93,12 @@ def test_a_missing_log_reads_as_empty(tmp_path):
     assert read_training_log(tmp_path / "none.jsonl") == []
 
 
+def test_a_run_that_replaces_another_leaves_no_line_of_it_even_if_it_logs_none(tmp_path):
+    write(tmp_path / "sae.jsonl", 1, 3)
+    TrainingLog(tmp_path / "sae.jsonl")  # from step 0, stopped before its first line
+    assert read_training_log(tmp_path / "sae.jsonl") == []
+
+
 def test_a_full_disk_costs_no_line_for_good_and_one_warning_only(tmp_path, monkeypatch, caplog):
     path = tmp_path / "sae.jsonl"
     training_log = TrainingLog(path)

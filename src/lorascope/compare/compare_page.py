@@ -180,7 +180,8 @@ def _explained(report: ComparisonReport, pair: PairDifference) -> Section:
                 f"KL({a} ‖ {b}) is {left:.3g}, {percent(left / pair.kl)} of it."
             )
         else:
-            say("None is news: no feature explains more than chance or seeds do.")
+            than = "chance" if report.null is None else "the seeds do"
+            say(f"None is news: no feature surely explains more than {than}.")
     if pair.steps:
         steps = ", ".join(f"{step.n_features}: {step.kl:.3g}" for step in pair.steps)
         say(

@@ -51,7 +51,8 @@ class Member:
 def find_members(adapters: tuple[str, ...], null: str | None) -> tuple[list[Member], str | None]:
     """Return the adapters in order, and the name of the one that is another seed of the first.
 
-    A single folder stands for the checkpoints in it. Raises ConfigError at fewer than two.
+    A single folder stands for the checkpoints in it. Raises ConfigError at fewer than two, and
+    if the null is the first again.
     """
     if len(adapters) == 1:
         members = _checkpoints(Path(adapters[0]).expanduser())
@@ -65,6 +66,11 @@ def find_members(adapters: tuple[str, ...], null: str | None) -> tuple[list[Memb
         Member(name=chr(ord("A") + i), given=one, adapter=inspect_adapter(one))
         for i, one in enumerate(given)
     ]
+    if null and members[-1].adapter.digest == members[0].adapter.digest:
+        raise ConfigError(
+            f"--null {null} has the weights of {given[0]}, expected another seed of its training; "
+            "without one, drop --null"
+        )
     return members, members[-1].name if null else None
 
 

@@ -17,6 +17,7 @@ product is taken in float32.
 """
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -46,14 +47,23 @@ _CACHED = 512  # rows that are turned into bytes at once
 _ZERO = 128  # the unsigned byte for zero
 _TINY = 1e-30  # unit of a row of zeros
 _SMALLEST = torch.finfo(torch.bfloat16).tiny
+_BYTE_ISAS = ("AVX512_CORE_", "AVX10")  # beginnings of oneDNN's names of instructions for bytes
 
 
 def is_faster(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether this CPU has instructions for bytes (VNNI or AMX) and the rows are float32."""
-    usable = (
-        device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    )
-    return usable and (torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported())
+    """Return whether this CPU has instructions for bytes (VNNI or AMX) and the rows are float32.
+
+    oneDNN must be allowed to use them: without, its product of bytes takes seconds.
+    """
+    if device.type != "cpu" or dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return False
+    limits = [os.environ.get(f"{name}_MAX_CPU_ISA", "") for name in ("ONEDNN", "DNNL")]
+    if not all(
+        limit.upper() in ("", "ALL", "DEFAULT") or limit.upper().startswith(_BYTE_ISAS)
+        for limit in limits
+    ):
+        return False
+    return torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()
 
 
 class _Candidates(NamedTuple):

@@ -213,7 +213,9 @@ class TrainConfig(TrainOptions):
         """
         own = {"k", "expansion_factor", "lr", "seed", "adapter_types"}
         shared = {name: value for name, value in super().settings().items() if name not in own}
-        return shared | {"data_seed": self.values_of("seed")[0]}
+        # what former options would say: SAEs that were made with them are the same
+        former = {"objective": "mse", "warmup": 100}
+        return shared | former | {"data_seed": self.values_of("seed")[0]}
 
     def sweep(self) -> list["SweepMember"]:
         """Return the SAEs of every combination, the seed varying fastest.

@@ -20,8 +20,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -295,7 +295,12 @@ class TrainingLog:
     ) -> None:
         """Continue the log of a run that starts at `step`, without lines of later steps."""
         self.path, self._clock, self._warned = path, clock, False
-        self._lines = [line for line in read_training_log(path) if line["step"] <= step]
+        self._lines: list[dict[str, Any]] = []
+        with self._warning_once():
+            found = read_training_log(path)
+            self._lines = [line for line in found if line["step"] <= step]
+            if len(self._lines) < len(found):
+                self._save()  # now: this run may stop before it logs a line
         earlier = _finite(self._lines[-1].get("seconds")) if self._lines else None
         self._start = clock() - (earlier or 0.0)
         self._last = (0, self._start) if step == 0 else None
@@ -313,10 +318,18 @@ class TrainingLog:
         measured = {name: _finite(value) for name, value in values.items()}
         measured |= dict(zip(CLOCK_FIELDS, (round(now - self._start, 3), rate), strict=True))
         self._lines.append({"step": values["step"], "tokens": tokens, **measured})
+        with self._warning_once():
+            self._save()
+
+    def _save(self) -> None:
         partial = self.path.with_name(self.path.name + ".tmp")
+        partial.write_text("".join(f"{json.dumps(line)}\n" for line in self._lines))
+        partial.replace(self.path)
+
+    @contextmanager
+    def _warning_once(self) -> Generator[None]:
         try:
-            partial.write_text("".join(f"{json.dumps(line)}\n" for line in self._lines))
-            partial.replace(self.path)
+            yield
         except OSError as error:
             if not self._warned:
                 log.warning(
