@@ -29,7 +29,7 @@ from lorascope.compare.differences import Differences
 from lorascope.compare.joint import find_members
 from lorascope.compare.judge import Judge, kind_of
 from lorascope.errors import AdapterError, ArtifactError, ConfigError
-from lorascope.inspection import verify
+from lorascope.inspection import artifacts_in, verify
 from lorascope.sae.model import SAE, load_sae
 from lorascope.sites import SiteLayout
 from lorascope.subject.adapter import WEIGHTS, inspect_adapter
@@ -131,6 +131,7 @@ def test_joint_rows_are_those_of_the_first_adapter_then_of_the_second(three):
     for name in ("activations", "sae", "features.h5", "labels.json", "dashboard.html"):
         assert verify(out / name) == []
     assert verify(out / "compare.json") == []
+    assert {out / "rows" / "A", out / "rows" / "B"} <= set(artifacts_in(out))
     require_schema(out / "compare.json", "comparison")
 
 

@@ -192,7 +192,10 @@ def _parts_of(path: Path) -> dict[Path, Manifest | None]:
     """Return the artifacts in the folder of a run, None if the header is damaged; else nothing."""
     if not path.is_dir() or (path / "manifest.json").exists():
         return {}
-    found = {one: read_manifest(one) for one in sorted([*path.iterdir(), *path.glob("effects/*")])}
+    found = {
+        one: read_manifest(one)
+        for one in sorted([*path.iterdir(), *path.glob("effects/*"), *path.glob("rows/*")])
+    }
     if not any(found.values()):
         return {}
     of_run = {path / name for name in _OF_RUN}
