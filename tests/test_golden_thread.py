@@ -110,7 +110,13 @@ def made(tmp_path_factory):
     )
     sae = train.run(
         TrainConfig(
-            data_dir=store, output=folder / "sae", expansion_factor=4, k=6, batch_size=256, epochs=3
+            data_dir=store,
+            output=folder / "sae",
+            expansion_factor=4,
+            k=6,
+            batch_size=256,
+            epochs=3,
+            lr="0.005",  # at twice the rate, rounding moves the weights by 5 %
         )
     )
     index = collect.run(CollectConfig(data_dir=store, sae=sae, output=folder / "features.h5"))
@@ -179,7 +185,7 @@ TOUR = Path(__file__).parent.parent / "docs" / "tour.md"
 def test_every_number_of_the_tour_is_what_the_pipeline_makes(made):
     """Numbers that depend on the trained SAE may move a little between processors."""
     store, sae, index = ActivationStore.open(made[0]), load_sae(made[1]), FeatureIndex.open(made[2])
-    rollout, position, latent, column = 20, 151, 56, store.layout.column_names.index("5.o_proj")
+    rollout, position, latent, column = 20, 151, 127, store.layout.column_names.index("5.o_proj")
     start, stop = store.rollout_start[rollout : rollout + 2]
     row = int(start) + position
     text = b"".join(store.vocabulary[i] for i in store.token_ids[start:stop]).decode()
@@ -195,7 +201,7 @@ def test_every_number_of_the_tour_is_what_the_pipeline_makes(made):
         "6. The dictionary": h * float(sae.W_enc[column, latent]),
         "7. The code": float(code[latent]),
         "8. The strongest examples": index.stats(latent).n_active,
-        "9. The feature index": float(example.activations[example.target + 1]),
+        "9. The feature index": float(example.activations[example.target]),
         "10. The page": example.value,
     }
     tour = TOUR.read_text(encoding="utf-8")
@@ -212,7 +218,7 @@ def test_every_number_of_the_tour_is_what_the_pipeline_makes(made):
         assert callable(found), title
         decimals = len(stated.partition(".")[2])
         printed = 0.5 * 10**-decimals if decimals else 0
-        trained = 0.01 if title[:2] in ("6.", "7.", "8.", "9.", "10") else 0  # 0.001 was seen
+        trained = 0.01 if title[:2] in ("6.", "7.", "8.", "9.", "10") else 0  # 0.002 was seen
         assert abs(float(stated) - measured[title]) <= printed + trained * abs(measured[title]), (
             title
         )
@@ -220,7 +226,9 @@ def test_every_number_of_the_tour_is_what_the_pipeline_makes(made):
     assert len(store.token_ids[start:stop]) == 154
     assert store.rows(0, store.n_rows).shape == (3821, 56)
     assert sae.W_enc.shape == (56, 224)
-    assert 5 <= int((code > 0).sum()) <= 7
+    assert 12 <= int((code > 0).sum()) <= 14
+    assert int((example.activations > 0).sum()) == 1
+    assert (len(example.tokens), example.target) == (13, 10)
 
 
 def test_the_path_of_a_token_is_short_and_its_files_exist():
