@@ -230,13 +230,22 @@ class _Scores:
             rows = slice(first, first + size)
             unit, limit = self._x_unit[rows], margin * self._spread[rows]
             packed = onednn.qlinear_prepack(self._x_bytes[rows], None)
-            zeros, output = torch.zeros(len(unit), dtype=torch.int64), (1.0, 0, torch.bfloat16)
-            yield (
-                rows,
-                onednn.qlinear_pointwise(
-                    *(self._bytes, 1.0, _ZERO, packed, unit, zeros, limit, *output, "none", [], "")
-                ),
+            upper = onednn.qlinear_pointwise(
+                self._bytes,
+                1.0,
+                _ZERO,
+                packed,
+                unit,
+                torch.zeros(len(unit), dtype=torch.int64),
+                limit,  # what is added to each column
+                1.0,
+                0,
+                torch.bfloat16,
+                "none",
+                [],
+                "",
             )
+            yield rows, upper
 
     def _measured(
         self,
