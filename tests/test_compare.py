@@ -28,7 +28,10 @@ from lorascope.compare.compare_records import ComparisonReport
 from lorascope.compare.differences import Differences
 from lorascope.compare.joint import find_members
 from lorascope.compare.judge import Judge, kind_of
+from lorascope.dashboard.overview import overview_of
+from lorascope.dashboard.reports import Reports
 from lorascope.errors import AdapterError, ArtifactError, ConfigError
+from lorascope.features.index import FeatureIndex
 from lorascope.inspection import artifacts_in, verify
 from lorascope.sae.model import SAE, load_sae
 from lorascope.sites import SiteLayout
@@ -132,6 +135,10 @@ def test_joint_rows_are_those_of_the_first_adapter_then_of_the_second(three):
         assert verify(out / name) == []
     assert verify(out / "compare.json") == []
     assert {out / "rows" / "A", out / "rows" / "B"} <= set(artifacts_in(out))
+    index = FeatureIndex.open(out / "features.h5")
+    subject, where = overview_of(index, Reports.open([], index, out)).headline
+    assert re.match(r"4 LoRAs .*together \(A, B, C, D\): 50 numbers a token", subject)
+    assert "compare.html" in where
     require_schema(out / "compare.json", "comparison")
 
 
@@ -215,6 +222,8 @@ def test_the_features_of_the_one_module_that_differs_are_named(
     report = compared([adapter, copy], base, dataset_file, tmp_path / "out", null=str(twin))
     whole = report.pairs[0]
     assert whole.kl < 0.05 * report.adapters[0].kl_base  # small beside what both do
+    page = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
+    assert "--d:1.00" in page  # the largest difference has the full colour, however small
     parts = whole.contributions + whole.unexplained + whole.bias
     assert parts == pytest.approx(whole.kl, rel=0.02)
     store = ActivationStore.open(tmp_path / "out" / "activations")

@@ -26,7 +26,7 @@ from lorascope.dashboard.sections import (
 )
 
 _N_FEATURES, _N_SHIFTS, _N_GROWTH = 20, 10, 24
-_BRIGHTEST = 2.0  # nats: a token of this difference has the full colour
+_BRIGHTEST = 2.0  # nats: tokens of this difference have the full colour, if any reaches it
 _TITLE = "Comparison of adapters"
 _MOST_MISSED = 0.5  # of the difference, by contributions that are to rank features
 _BOX = (132, 44)  # pixels of a small figure
@@ -322,23 +322,25 @@ def _figure(title: str, steps: Sequence[float], values: Sequence[float]) -> str:
 
 def _texts(report: ComparisonReport) -> Section:
     pair = report.pairs[0]
+    largest = max((kl or 0.0 for text in report.texts for kl in text.kl), default=0.0)
+    full = min(largest, _BRIGHTEST) or _BRIGHTEST
     return Section(
         "Texts that they predict differently",
         [
             f"The texts of largest KL({pair.first} ‖ {pair.second}) a token. Colour: KL at the "
-            f"prediction of the token, full at {_BRIGHTEST:g} nats."
+            f"prediction of the token, full at {full:.2g} nats."
         ],
         [],
-        "".join(map(_coloured, report.texts)),
+        "".join(_coloured(text, full) for text in report.texts),
         long=True,
     )
 
 
-def _coloured(text: DifferentText) -> str:
+def _coloured(text: DifferentText, full: float) -> str:
     tokens = "".join(
         html.escape(token)
         if kl is None
-        else f'<span style="--d:{min(kl / _BRIGHTEST, 1):.2f}" title="{kl:.2g} nats">'
+        else f'<span style="--d:{min(kl / full, 1):.2f}" title="{kl:.2g} nats">'
         f"{html.escape(token)}</span>"
         for token, kl in zip(text.tokens, text.kl, strict=True)
     )

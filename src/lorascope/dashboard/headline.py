@@ -66,6 +66,9 @@ def headline_of(
     if kl == 0 or (kl is None and has_no_weights(index)):
         yield _nothing(index, evaluation)
         return
+    if evaluation is None and len(_adapters(index)) > 1:
+        yield "How their predictions differ is in compare.html, which lorascope compare wrote."
+        return
     if evaluation is None:
         yield (
             "What it does to the model's predictions was not measured; lorascope evaluate does it."
@@ -108,6 +111,12 @@ def has_no_weights(index: FeatureIndex) -> bool:
     return layout is not None and layout.writes_nothing
 
 
+def _adapters(index: FeatureIndex) -> list[str]:
+    """Return the names of the adapters of a joint layout; one empty name for a single adapter."""
+    layout = index.manifest.layout
+    return list(dict.fromkeys(site.adapter for site in layout.sites)) if layout else []
+
+
 def _subject(index: FeatureIndex) -> str:
     """Return what kind of adapter it is, of which model."""
     layout, content = index.manifest.layout, index.content
@@ -115,14 +124,16 @@ def _subject(index: FeatureIndex) -> str:
     of_model = f" of {model}" if isinstance(model, str) and model else ""
     if layout is None or not layout.sites:
         return f"A LoRA{of_model}, {len(index)} features."
+    size = f"{_count(layout.d_in, 'number')} a token, {_count(int(index.alive.sum()), 'feature')}."
+    if len(adapters := _adapters(index)) > 1:
+        return f"{len(adapters)} LoRAs{of_model} together ({', '.join(adapters)}): {size}"
     ranks = sorted({site.rank for site in layout.sites})
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     layers = {site.layer for site in layout.sites}
     kinds = {site.projection for site in layout.sites}
     return (
         f"A LoRA of {rank} on {_count(len(kinds), 'projection')} of "
-        f"{_count(len(layers), 'layer')}{of_model}: {_count(layout.d_in, 'number')} a token, "
-        f"{_count(int(index.alive.sum()), 'feature')}."
+        f"{_count(len(layers), 'layer')}{of_model}: {size}"
     )
 
 
