@@ -197,6 +197,17 @@ def test_a_folder_that_is_not_there_names_the_nearest_and_never_asks_the_hub(sub
     refused(adapter, base.parent / "basis", "base model", "does not exist", "--base-model")
 
 
+def test_a_base_named_beside_an_adapter_is_looked_for_there_only(broken, tmp_path, monkeypatch):
+    adapter_dir, _ = broken(base_model_name_or_path="../base-of-it")
+    (tmp_path / "here" / "base-of-them").mkdir(parents=True)
+    (tmp_path / "here" / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "here" / "work")
+    with pytest.raises(AdapterError, match="does not exist") as caught:
+        find_base(inspect_adapter(str(adapter_dir)), None)
+    assert str(adapter_dir.parent.resolve() / "base-of-it") in str(caught.value)
+    assert "base-of-them" not in str(caught.value)
+
+
 def test_no_adapter_says_how_to_give_one():
     with pytest.raises(AdapterError, match="--lora-path.*lorascope.toml"):
         inspect_adapter(None)

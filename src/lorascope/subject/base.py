@@ -127,7 +127,8 @@ def find_base(adapter: Adapter, base_model: str | None, revision: str | None = N
             f"{adapter.path / CONFIG} names no base model; give one with --base-model"
         )
     relative = adapter.path / str(named)
-    source = str(relative.resolve()) if not base_model and relative.exists() else str(named)
+    is_beside = relative.exists() or (str(named).startswith(".") and not Path(named).exists())
+    source = str(relative.resolve()) if not base_model and is_beside else str(named)
     is_here = Path(source).expanduser().exists()
     if revision and is_here:
         raise AdapterError(
