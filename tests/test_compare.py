@@ -297,7 +297,7 @@ def test_contributions_of_features_bias_and_rest_add_up_to_the_difference(
     three, subject_dirs, tmp_path, monkeypatch
 ):
     """The adapters are made weak: a random model saturates before the second point of the path."""
-    monkeypatch.setattr("lorascope.compare.differences._LARGEST_DRIFT", np.inf)
+    monkeypatch.setattr("lorascope.causal.held_out._LARGEST_DRIFT", np.inf)
     adapters, _, out = three
     weak = {
         name: load(changed(adapters[i], tmp_path / name, lora_B=0.01), subject_dirs[0])

@@ -113,22 +113,9 @@ class HeldOut:
         return self.store.roles[measured + 1]
 
     def require_rows(self, batch: Batch, rows: Float[Tensor, "batch seq d_in"]) -> float:
-        """Return how far rows are from the store's, as a share of the stored rows' norm.
-
-        Raises ArtifactError where the difference is larger than another dtype explains, so that the
-        store must have been made with another model.
-        """
-        read, row_numbers = rows[batch.own.to(rows.device)], batch.rows[batch.own].numpy()
+        """Return how far the subject's rows are from the store's, as `require_rows_of` does."""
         _, columns = self.subject.layout.select(self.store.layout.adapter_types)
-        stored = torch.from_numpy(self.store.take(row_numbers).astype(np.float32)).to(read.device)
-        drift = float((read[:, columns] - stored).norm() / stored.norm().clamp(min=1e-30))
-        if drift > _LARGEST_DRIFT:
-            raise ArtifactError(
-                f"rows differ from those of {self.store.path} by {drift:.2g} of their norm, "
-                f"expected at most {_LARGEST_DRIFT}: the store was made with another model or "
-                "dtype; generate it again"
-            )
-        return drift
+        return require_rows_of(self.store, batch, rows[..., columns])
 
     def alone(self, label: str) -> Iterator[tuple[int, Batch]]:
         """Yield each rollout, or window of one, in its own batch, after the rollout's index.
@@ -197,6 +184,27 @@ def held_out_rollouts(sae: "SAE", store: ActivationStore) -> npt.NDArray[np.int6
         store, settings["holdout"], settings["data_seed"], settings.get("roles", ())
     )
     return np.unique(store.rollout_of(halves(store, held)[1]))
+
+
+def require_rows_of(
+    store: ActivationStore, batch: Batch, rows: Float[Tensor, "batch seq d_in"]
+) -> float:
+    """Return how far rows are from the store's, as a share of the stored rows' norm.
+
+    Raises ArtifactError where the difference is larger than another dtype explains, so that the
+    store must have been made with another model.
+    """
+    read = rows[batch.own.to(rows.device)]
+    stored = store.take(batch.rows[batch.own].numpy()).astype(np.float32)
+    norm = max(float(np.linalg.norm(stored)), 1e-30)
+    drift = float((read - torch.from_numpy(stored).to(read.device)).norm()) / norm
+    if drift > _LARGEST_DRIFT:
+        raise ArtifactError(
+            f"rows differ from those of {store.path} by {drift:.2g} of their norm, expected at "
+            f"most {_LARGEST_DRIFT}: the store was made with another model or dtype; generate it "
+            "again"
+        )
+    return drift
 
 
 def load_subject_of(

@@ -38,12 +38,11 @@ from torch import Tensor
 from lorascope import runtime
 from lorascope.causal.effects import kl_and_loss, kl_divergence, log_probabilities, select_measured
 from lorascope.causal.gradients import fitting_graph, input_gradients, no_weight_gradients
-from lorascope.causal.held_out import Batch, HeldOut
+from lorascope.causal.held_out import Batch, HeldOut, require_rows_of
 from lorascope.causal.openings import prompt_length
 from lorascope.causal.removals import HeldChange, held_runs
 from lorascope.causal.shifts import ShiftTally
 from lorascope.compare.writes import SideBySide, Writes
-from lorascope.errors import ArtifactError
 from lorascope.sae.model import SAE
 from lorascope.subject.intervene import RowEditor
 from lorascope.subject.load import Subject
@@ -53,7 +52,6 @@ Floats = npt.NDArray[np.float64]
 Pair = tuple[str, str]
 
 _N_CONTROLS = 64  # latents whose writes are tried at the firings of others
-_LARGEST_DRIFT = 0.05  # of rows from the store's, as a share of their norm
 _COPIES = 4  # times the memory of a plain run that a batch takes
 
 
@@ -151,7 +149,7 @@ class Differences:
         with runtime.progress(self.held_out.n_tokens, "compare", "tokens") as bar:
             for batch in self.held_out.batches(len(self.editors) + 1):
                 logits, rows = self._run(batch)
-                self._require_rows(batch, rows)
+                require_rows_of(self.held_out.store, batch, rows)
                 code = self._code(batch, rows)
                 self.n_fired += (code > 0).sum(0).numpy()
                 self.total += code.double().sum(0).numpy()
@@ -191,17 +189,6 @@ class Differences:
             floor={name: whole[f"floor {name}"] for name in self.subjects},
             shifts=shifts,
         )
-
-    def _require_rows(self, batch: Batch, rows: Tensor) -> None:
-        stored = self.held_out.store.take(batch.rows[batch.own].numpy()).astype(np.float32)
-        own = rows[batch.own.to(rows.device)].cpu()
-        drift = float((own - torch.from_numpy(stored)).norm())
-        drift /= max(float(np.linalg.norm(stored)), 1e-30)
-        if drift > _LARGEST_DRIFT:
-            raise ArtifactError(
-                f"rows differ from those of {self.held_out.store.path} by {drift:.2g} of their "
-                f"norm, expected at most {_LARGEST_DRIFT}: it was made with another model or dtype"
-            )
 
     def contributions(self, pair: Pair, steps: int, seed: int) -> Contributions:
         """Do steps 2 and 5 for a pair of adapters."""
