@@ -20,7 +20,8 @@ from lorascope.errors import ArtifactError, ConfigError, Interrupted, LorascopeE
 from lorascope.sae import train, trainer
 from lorascope.sae.model import load_sae
 from lorascope.sae.settings import TrainConfig
-from lorascope.sae.train import read_training_log, run
+from lorascope.sae.train import run
+from lorascope.sae.training_log import read_training_log
 
 
 @pytest.fixture
@@ -211,7 +212,7 @@ from pathlib import Path
 from lorascope.errors import Interrupted
 from lorascope.sae.settings import TrainConfig
 from lorascope.sae.train import run
-from lorascope.sae.train import read_training_log
+from lorascope.sae.training_log import read_training_log
 if __name__ == "__main__":
     config = TrainConfig(
         data_dir=Path(sys.argv[1]), output=Path(sys.argv[2]), expansion_factor=3, k=3,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from builders.training_logs import timeless
 
-from lorascope.sae.train import TrainingLog, read_training_log
+from lorascope.sae.training_log import TrainingLog, read_training_log
 
 
 def write(path, first, last, *, step=0, clock=None):

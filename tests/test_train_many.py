@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders.schemas import faults, require_schema
 from builders.stores import planted_rows
 
 from lorascope.artifact import read_manifest
@@ -16,7 +17,8 @@ from lorascope.errors import ArtifactError, ConfigError, LorascopeError, NumberE
 from lorascope.sae import publish, train, trainer
 from lorascope.sae.model import load_sae
 from lorascope.sae.settings import TrainConfig
-from lorascope.sae.train import CLOCK_FIELDS, read_training_log, run
+from lorascope.sae.train import run
+from lorascope.sae.training_log import CLOCK_FIELDS, read_training_log, sibling
 
 N_STEPS = 25  # of the small config: 3 epochs of 539 rows, by 64
 
@@ -48,7 +50,7 @@ def content(out: Path) -> dict[str, bytes]:
 
 def lines(out: Path) -> list[dict[str, float]]:
     """Return the training log beside an SAE, without what a clock says."""
-    journal = read_training_log(publish.sibling(out, ".jsonl"))
+    journal = read_training_log(sibling(out, ".jsonl"))
     return [{k: v for k, v in line.items() if k not in CLOCK_FIELDS} for line in journal]
 
 
@@ -97,7 +99,9 @@ def test_each_of_many_has_the_bytes_of_its_run_alone(config, tmp_path, name):
 
 def test_a_seed_of_many_has_the_weights_of_its_run_alone(config, tmp_path):
     many = replace(config, seed=(7, 8))
-    run(many)
+    require_schema(run(many), "runs")
+    for line in read_training_log(sibling(outputs(many)[0], ".jsonl")):
+        assert faults("training-log", line) == []
     first, second = (load_sae(out) for out in outputs(many))
     alone = load_sae(run(replace(config, seed=7, output=tmp_path / "alone.pt")))
     assert all(torch.equal(a, b) for a, b in zip(
@@ -130,6 +134,7 @@ def test_the_table_has_the_report_of_every_sae(config, capsys, caplog):
     many = replace(config, k=(2, 4), seed=(42, 43))
     path = run(many)
     assert path == config.output.with_name("sae.runs.json")
+    require_schema(path, "runs")
     rows = json.loads(path.read_text())
     assert [row["sae"] for row in rows] == [out.name for out in outputs(many)]
     for row, member, out in zip(rows, many.sweep(), outputs(many), strict=True):

@@ -17,12 +17,12 @@ from lorascope.activations.store import ActivationStore
 from lorascope.artifact import digest_file, read_manifest
 from lorascope.cli import call
 from lorascope.errors import ArtifactError, NumberError
-from lorascope.sae import publish
 from lorascope.sae.model import load_sae
 from lorascope.sae.objective import initial_weights
 from lorascope.sae.settings import TrainConfig
-from lorascope.sae.train import read_training_log, run
+from lorascope.sae.train import run
 from lorascope.sae.trainer import Trainer
+from lorascope.sae.training_log import read_training_log, sibling
 from lorascope.texts.roles import ROLES
 
 CHECKPOINT = "sae.pt.partial/checkpoint.safetensors"
@@ -70,13 +70,13 @@ def break_off(config: TrainConfig, monkeypatch, at: int, saved: int) -> Path:
 @pytest.mark.parametrize("saved", [None, 5, 11])
 def test_the_log_has_every_point_once_also_after_a_resume(config, tmp_path, monkeypatch, saved):
     straight = run(replace(config, output=tmp_path / "straight.pt"))
-    expected = timeless(publish.sibling(straight, ".jsonl"))
+    expected = timeless(sibling(straight, ".jsonl"))
     assert [line["step"] for line in expected] == list(range(1, 26))
     assert [line["tokens"] for line in expected] == list(range(64, 1601, 64))
     break_off(config, monkeypatch, at=11, saved=saved)
     begun = [line["step"] for line in timeless(config.output.with_name("sae.jsonl"))]
     assert begun == list(range(1, 12))
-    resumed = publish.sibling(run(config), ".jsonl")
+    resumed = sibling(run(config), ".jsonl")
     assert timeless(resumed) == expected
     for line in read_training_log(resumed):
         del line["tokens_per_second"]  # unknown on the first line after a resume

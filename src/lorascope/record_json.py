@@ -2,8 +2,8 @@
 
 Every key must be known and every number in its range. The types say all of it:
 
-- `int`, `float`, `bool`, `str`, `Literal`, `X | None`, `Mapping[str, X]` and records mean what
-  they say;
+- `int`, `float`, `bool`, `str`, `Literal`, `X | Y`, `X | None`, `Mapping[str, X]` and records mean
+  what they say;
 - `tuple[X, ...]` is a list; `tuple[X, Y]` and NamedTuples are lists of fixed length;
 - `Annotated[float, Range(low, high)]` limits a number; `Any` is not checked;
 - a field with a default may be missing, and is not written when it has that default.
@@ -30,8 +30,11 @@ from typing import (
 
 from lorascope.errors import ArtifactError
 
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _LARGEST = 1e30  # of any number: float32 holds it
 _QUOTED = 40  # characters of a wrong value that a message shows
+
+_PLAIN = {str, int, float, bool, type(None)}
 
 R = TypeVar("R")
 _Reader = Callable[[Any], Any]
@@ -54,7 +57,8 @@ def to_json(value: Any) -> Any:
             if field.default is MISSING or getattr(value, field.name) != field.default
         }
     if isinstance(value, tuple):
-        return [to_json(item) for item in value]
+        is_plain = {type(item) for item in value} <= _PLAIN  # fast for long ones
+        return [*value] if is_plain else [to_json(item) for item in value]
     if isinstance(value, Mapping):
         return {key: to_json(item) for key, item in value.items()}
     return value
@@ -72,24 +76,29 @@ def from_json(record: type[R], data: Any, source: str) -> R:
         raise ArtifactError(f"{source}: {path} {error.problem}; make the report again") from None
 
 
-def json_schema(record: type) -> dict[str, Any]:
-    """Return the JSON schema (draft 2020-12) of a record: what `from_json` accepts.
+def json_schema(hint: Any) -> dict[str, Any]:
+    """Return the JSON schema (draft 2020-12) of a record, or of a list of records.
 
-    Each record in it is an entry of `$defs`, by the name of its class, with its docstring. To a
-    schema, unlike here, 1.0 is a whole number.
+    It allows what `from_json` accepts. Each record in it is an entry of `$defs`, by the name of its
+    class, with its docstring. To a schema, unlike here, 1.0 is a whole number.
     """
-    _kind(record)
+    own = _kind(hint).schema
     definitions: dict[str, Any] = {}
-    left = [record.__name__]
+    left = _referred(own)
     while left:
         name = left.pop()
         if name not in definitions:
-            text = json.dumps(_DEFINED[name][1])
-            definitions[name] = json.loads(text)
-            left += re.findall(r"#/\$defs/(\w+)", text)
-    own = definitions.pop(record.__name__)
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **own}
+            definitions[name] = json.loads(json.dumps(_DEFINED[name][1]))
+            left += _referred(definitions[name])
+    if "$ref" in own:
+        own = definitions.pop(hint.__name__)
+    schema = {"$schema": DIALECT, **own}
     return {**schema, "$defs": dict(sorted(definitions.items()))} if definitions else schema
+
+
+def _referred(schema: Any) -> list[str]:
+    """Return the names of the records that a schema refers to."""
+    return re.findall(r"#/\$defs/(\w+)", json.dumps(schema))
 
 
 class _MismatchError(Exception):
@@ -140,9 +149,10 @@ def _kind(hint: Any) -> _Kind:
         noun = f"one of {', '.join(args)}"
         return _choice(lambda value: type(value) is str and value in args, noun, {"enum": [*args]})
     if origin in (Union, types.UnionType):
-        read, schema = _kind(next(one for one in args if one is not type(None)))
-        schema = {"anyOf": [schema, {"type": "null"}]}
-        return _Kind(lambda value: None if value is None else read(value), schema)
+        kinds = [_kind(one) for one in args if one is not type(None)]
+        is_optional = len(kinds) < len(args)
+        schemas = [one.schema for one in kinds] + [{"type": "null"}] * is_optional
+        return _Kind(_either([one.read for one in kinds], is_optional), {"anyOf": schemas})
     if origin is tuple and args[-1] is Ellipsis:
         item = _kind(args[0])
         return _Kind(_list(item.read), {"type": "array", "items": item.schema})
@@ -192,6 +202,22 @@ def _choice(allowed: Callable[[Any], bool], noun: str, schema: dict[str, Any]) -
         return value
 
     return _Kind(read, schema)
+
+
+def _either(readers: list[_Reader], is_optional: bool) -> _Reader:
+    *others, last = readers
+
+    def read(value: Any) -> Any:
+        if value is None and is_optional:
+            return None
+        for other in others:
+            try:
+                return other(value)
+            except _MismatchError:
+                continue
+        return last(value)
+
+    return read
 
 
 def _list(item: _Reader) -> _Reader:

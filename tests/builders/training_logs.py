@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lorascope.sae.train import CLOCK_FIELDS, read_training_log
+from lorascope.sae.training_log import CLOCK_FIELDS, read_training_log
 
 
 def timeless(path: Path) -> list[dict[str, float]]:

@@ -18,11 +18,13 @@ from torch import Tensor
 from lorascope.activations.batches import BatchPlan, RowNumbers, halves, read_blocks
 from lorascope.artifact import Identity, read_manifest, write_text
 from lorascope.errors import NumberError
+from lorascope.record_json import to_json
 from lorascope.runtime import process_rank
 from lorascope.sae.metrics import ColumnMoments, evaluate, stability
 from lorascope.sae.model import SAE
 from lorascope.sae.settings import SweepMember, TrainConfig
 from lorascope.sae.trainer import Trainer
+from lorascope.sae.training_log import SweepRow, sibling
 from lorascope.stage import Build
 
 log = logging.getLogger(__name__)
@@ -117,11 +119,6 @@ def publish(
     sae.publish(build)
 
 
-def sibling(out: Path, suffix: str) -> Path:
-    """Return the path of a file next to an SAE: `sae.pt` and `sae/` have `sae.jsonl`."""
-    return out.with_name(out.name.removesuffix(".pt") + suffix)
-
-
 def write_table(output: Path, members: Mapping[Path, tuple[SweepMember, Identity]]) -> Path:
     """Write and log one row for each SAE of a sweep, and return the table's path."""
     import pandas as pd
@@ -136,17 +133,16 @@ def write_table(output: Path, members: Mapping[Path, tuple[SweepMember, Identity
         content = manifest.content
         report = content["report"]
         cosines = content.get("stability")
-        rows.append(
-            {
-                "sae": out.name,
-                **member.settings(),
-                "fvu": report["fvu"],
-                "l0": report["l0"],
-                "alive": report["alive"],
-                "cosine": report["cosine"],
-                "stability": float(np.median(cosines)) if cosines else None,
-            }
+        row = SweepRow(
+            sae=out.name,
+            **member.settings(),
+            fvu=report["fvu"],
+            l0=report["l0"],
+            alive=report["alive"],
+            cosine=report["cosine"],
+            stability=float(np.median(cosines)) if cosines else None,
         )
+        rows.append(to_json(row))
     write_text(path, json.dumps(rows, indent=1) + "\n")
     table = pd.DataFrame(rows).dropna(axis="columns", how="all")
     shown = table.to_string(index=False, na_rep="-", float_format="{:.4g}".format)

@@ -16,15 +16,13 @@ processes share every batch, and rank 0 writes.
 """
 
 import functools
-import json
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -42,10 +40,11 @@ from lorascope.runtime import (
 from lorascope.sae.metrics import ColumnMoments
 from lorascope.sae.model import KIND, SCHEMA
 from lorascope.sae.objective import column_scale, initial_weights
-from lorascope.sae.publish import TrainingRun, publish, sibling, write_table
+from lorascope.sae.publish import TrainingRun, publish, write_table
 from lorascope.sae.settings import SweepMember, TrainConfig, parse_number
 from lorascope.sae.team import Team, join_team
 from lorascope.sae.trainer import Trainer
+from lorascope.sae.training_log import TrainingLog, sibling
 from lorascope.sites import parse_adapter_types
 from lorascope.stage import Build, building, is_made
 
@@ -55,7 +54,6 @@ _CHECKPOINT = "checkpoint.safetensors"
 _INITIAL_ROWS = 8192  # the first weights are made from at least this many rows
 _AUTO_TOKENS = 4_000_000
 _AUTO_EPOCHS = 20
-CLOCK_FIELDS = ("seconds", "tokens_per_second")
 
 
 def run(config: TrainConfig) -> Path:
@@ -276,84 +274,3 @@ def auto_lr(d_in: int, n_steps: int) -> float:
     that of the steps up to a thousand; in longer runs they did not fall (`docs/training.md`).
     """
     return min(0.08 / math.sqrt(d_in) * math.sqrt(1000 / min(max(n_steps, 60), 1000)), 0.03)
-
-
-class TrainingLog:
-    """The training log of one SAE, written as a whole at each line, of which there are about 200.
-
-    A line holds `step`, `tokens`, what was measured, and two clock fields: `seconds` of training,
-    including those before an interruption, and `tokens_per_second` since the previous line (null on
-    the first line after a resume). Without the clock fields, an interrupted and resumed run leaves
-    the same lines as an uninterrupted one: resuming from step s drops the lines of later steps.
-
-    Logging never stops training: while the disk is full the file stays as it was, and a warning
-    says so once.
-    """
-
-    def __init__(
-        self, path: Path, *, step: int = 0, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        """Continue the log of a run that starts at `step`, without lines of later steps."""
-        self.path, self._clock, self._warned = path, clock, False
-        self._lines: list[dict[str, Any]] = []
-        with self._warning_once():
-            found = read_training_log(path)
-            self._lines = [line for line in found if line["step"] <= step]
-            if len(self._lines) < len(found):
-                self._save()  # now: this run may stop before it logs a line
-        earlier = _finite(self._lines[-1].get("seconds")) if self._lines else None
-        self._start = clock() - (earlier or 0.0)
-        self._last = (0, self._start) if step == 0 else None
-
-    def write(self, tokens: int, values: Mapping[str, float]) -> None:
-        """Add a line. `tokens` counts all trained on so far; `values` has the `step`, which rises.
-
-        A value that is not finite is written as null.
-        """
-        now = self._clock()
-        rate = None
-        if self._last and now > self._last[1]:
-            rate = float(f"{(tokens - self._last[0]) / (now - self._last[1]):.4g}")
-        self._last = tokens, now
-        measured = {name: _finite(value) for name, value in values.items()}
-        measured |= dict(zip(CLOCK_FIELDS, (round(now - self._start, 3), rate), strict=True))
-        self._lines.append({"step": values["step"], "tokens": tokens, **measured})
-        with self._warning_once():
-            self._save()
-
-    def _save(self) -> None:
-        partial = self.path.with_name(self.path.name + ".tmp")
-        partial.write_text("".join(f"{json.dumps(line)}\n" for line in self._lines))
-        partial.replace(self.path)
-
-    @contextmanager
-    def _warning_once(self) -> Generator[None]:
-        try:
-            yield
-        except OSError as error:
-            if not self._warned:
-                log.warning(
-                    "cannot write the training log %s (%s); training continues without it",
-                    self.path,
-                    error.strerror or error,
-                )
-            self._warned = True
-
-
-def read_training_log(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a training log up to a damaged one; an empty list if there is no file."""
-    lines: list[dict[str, Any]] = []
-    for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else ():
-        try:
-            values = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(values, dict) or _finite(values.get("step")) is None:
-            break
-        lines.append(values)
-    return lines
-
-
-def _finite(value: Any) -> float | None:
-    """Return a finite number as it is, None for anything else."""
-    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
