@@ -20,8 +20,8 @@ wrong (one line), 130 and 143 interrupted (finished work is kept), 1 a bug.
 
 `lorascope info PATH` describes an artifact, the folder of a run or an adapter. `lorascope verify
 PATH` checks artifacts for damage; exit code 1 names what is broken. `lorascope schema KIND` prints
-the JSON schema of a kind of report. `lorascope completion bash`, `zsh` or `fish` prints a
-completion script; for bash:
+the JSON schema of a kind of file, and `lorascope schema` lists the kinds. `lorascope completion
+bash`, `zsh` or `fish` prints a completion script; for bash:
 
     lorascope completion bash > ~/.local/share/bash-completion/completions/lorascope
 """

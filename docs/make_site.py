@@ -21,7 +21,7 @@ from typing import Any
 
 import lorascope
 from lorascope.cli import COMMANDS
-from lorascope.inspection import REPORT_KINDS, report_schema
+from lorascope.inspection import KINDS, report_schema
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build"
@@ -137,11 +137,11 @@ def write_pages(folder: Path) -> None:
 def write_schemas(docs: Path) -> None:
     """Write the JSON schema of each kind of report, and link to it where the formats name them."""
     (docs / "schemas").mkdir()
-    for kind in REPORT_KINDS:
+    for kind in KINDS:
         text = json.dumps(report_schema(kind), indent=1, ensure_ascii=False) + "\n"
         (docs / "schemas" / f"{kind}.json").write_text(text, encoding="utf-8")
     formats, words = docs / "formats.md", "`lorascope schema KIND`"
-    links = ", ".join(f"[{kind}](schemas/{kind}.json)" for kind in REPORT_KINDS)
+    links = ", ".join(f"[{kind}](schemas/{kind}.json)" for kind in KINDS)
     text = formats.read_text(encoding="utf-8")
     assert words in text
     formats.write_text(text.replace(words, f"{words} ({links})"), encoding="utf-8")

@@ -21,6 +21,7 @@ from builders.stores import write_store
 
 from lorascope.artifact import read_manifest
 from lorascope.cli import COMMANDS, call
+from lorascope.inspection import KINDS, report_schema
 from lorascope.runtime import ProgressLog, progress
 
 GENERATE = "generate --lora-path {adapter} --dataset {data} --output {out}"
@@ -230,6 +231,15 @@ def test_verify_takes_several_paths_and_the_folder_of_a_run(place, capsys):
     assert f"{place['sae']}: ok" in shown.out
     assert "shard-00000.h5" in shown.err
     assert call(["verify", str(place["data"]), str(place["sae"])]) == 1
+
+
+def test_schema_lists_the_kinds_or_prints_one(capsys):
+    assert call(["schema"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(KINDS)
+    assert "summary       summary.json of a run" in lines
+    assert call(["schema", "summary"]) == 0
+    assert json.loads(capsys.readouterr().out) == report_schema("summary")
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

@@ -13,7 +13,7 @@ ROOT = Path(lorascope.__file__).parent
 ORDER = (
     "version errors sites config arrayfile artifact record_json hub runtime stage kernels texts "
     "subject activations callbacks sae features causal labels dashboard results audit compare "
-    "depth pipeline demo inspection completion cli __main__"
+    "depth run_summary pipeline demo inspection completion cli __main__"
 ).split()
 
 

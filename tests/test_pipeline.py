@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from builders.schemas import require_schema
 from safetensors.torch import load_file, save_file
 
 from lorascope import depth, pipeline, runtime
@@ -109,6 +110,7 @@ def test_labels_are_made_once_and_again_when_what_they_say_changes(small_run):
     before = labels.stat().st_mtime_ns
     run(small_run)
     assert labels.stat().st_mtime_ns == before
+    require_schema(small_run.output / "summary.json", "summary")
     summary = json.loads((small_run.output / "summary.json").read_text())
     assert 0.3 < summary["label_score_shuffled"] < 0.7
     sae = read_manifest(small_run.output / "features.h5").parents["sae"]
@@ -194,6 +196,7 @@ def test_effects_are_on_as_many_texts_as_fit_into_half_an_hour(
         patch.setattr(runtime, "measure_speed", lambda _device: 1e7)
         config = stopped(small_run, patch, tmp_path / "slow")
     (said,) = [line for line in caplog.messages if "instead of 32" in line]
+    require_schema(config.output / "effects" / depth.FILE, "effect-texts")
     n = json.loads((config.output / "effects" / depth.FILE).read_text())["effect_texts"]
     assert 0 < n < 32
     assert said.startswith(f"effects are measured on {n} texts")

@@ -187,7 +187,7 @@ _SECTIONS = {  # of the overview
 _TOOLS = {
     "info": "describe an adapter or any file that lorascope made",
     "verify": "check files that lorascope made for damage; exit code 1 names what is broken",
-    "schema": "print the JSON schema of a kind of report, for programs that read it",
+    "schema": "print the JSON schema of a kind of file, for programs that read it",
     "completion": "print a completion script for bash, zsh or fish",
 }
 
@@ -403,7 +403,9 @@ def _tool_parser(name: str) -> argparse.ArgumentParser:
         parser.add_argument("shell", choices=SHELLS)
         return parser
     if name == "schema":
-        parser.add_argument("kind", help="such as evaluation, ablation or overview")
+        parser.add_argument(
+            "kind", nargs="?", help="such as evaluation, labels or summary; default: list them"
+        )
         return parser
     path = "a store, an SAE, a feature index, a report or a page"
     if name == "info":
@@ -441,9 +443,12 @@ def _show_verify(arguments: list[str]) -> int:
 
 
 def _show_schema(arguments: list[str]) -> None:
-    from lorascope.inspection import report_schema
+    from lorascope.inspection import KINDS, report_schema
 
     kind = _tool_parser("schema").parse_args(arguments).kind
+    if kind is None:
+        _print("\n".join(f"{kind:<13} {file}" for kind, file in KINDS.items()))
+        return
     _print(json.dumps(report_schema(kind), indent=1, ensure_ascii=False))
 
 

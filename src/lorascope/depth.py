@@ -14,11 +14,12 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from lorascope.artifact import write_text
 from lorascope.config import Config, option
-from lorascope.errors import ConfigError
+from lorascope.errors import ArtifactError, ConfigError
+from lorascope.record_json import Range, from_json, to_json
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,13 @@ DEPTHS = {
     "standard": Plan(50, 32, 4, "none", 30),
     "full": Plan(200, 128, 32, "projection", None),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedTexts:
+    """On how many texts the effects of features are measured, as an earlier run estimated."""
+
+    effect_texts: Annotated[int, Range(0)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +107,7 @@ def fit(plan: Plan, n_sites: int, seconds: float, folder: Path, *, again: bool =
         while n and effect_runs(plan._replace(effects=n), n_sites) * seconds > 60 * plan.minutes:
             n -= 1
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / FILE, json.dumps({"effect_texts": n}) + "\n")
+        write_text(folder / FILE, json.dumps(to_json(PlannedTexts(effect_texts=n))) + "\n")
     if n < plan.effects:
         log.warning(
             "effects are measured on %d texts instead of %d, which would take more than %d "
@@ -130,9 +138,10 @@ def _noted(plan: Plan, folder: Path) -> int | None:
     if not path.is_file():
         return None
     try:
-        n = json.loads(path.read_text(encoding="utf-8"))["effect_texts"]
-    except (ValueError, KeyError, TypeError):
-        n = None
-    if type(n) is not int or not 0 <= n <= plan.effects:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        n = from_json(PlannedTexts, data, str(path)).effect_texts
+    except (ValueError, ArtifactError):
+        n = -1
+    if not 0 <= n <= plan.effects:
         raise ConfigError(f"{path} has no number of texts from 0 to {plan.effects}; delete it")
     return n

@@ -1,7 +1,7 @@
 """Describe adapters and the files that lorascope made, and check the files for damage.
 
 Descriptions come from headers alone and need no torch. A check reads every byte first, then what
-they mean. `report_schema` is the JSON schema of a kind of report.
+they mean. `report_schema` is the JSON schema of a kind of file.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from lorascope.artifact import Manifest, check_files, read_manifest
 from lorascope.config import did_you_mean
 from lorascope.errors import ArtifactError, ConfigError, LorascopeError
 from lorascope.hub import find_folder
-from lorascope.record_json import json_schema
+from lorascope.record_json import DIALECT, json_schema
 
 if TYPE_CHECKING:
     from lorascope.causal.report_records import ReportRecord
@@ -34,59 +34,72 @@ _OF_RUN = (
     "effects/attribution.json",
 )  # what a run makes, so that one without a header is damaged
 
-# the records of the reports, by kind; importing one may take a while
+# the file of each kind of JSON and its record; importing one may take a while
 _REPORTS = {
-    "evaluation": "causal.report_records.EvaluationReport",
-    "ablation": "causal.report_records.AblationReport",
-    "attribution": "causal.report_records.AttributionReport",
-    "direct": "causal.report_records.DirectReport",
-    "steering": "causal.report_records.SteeringReport",
-    "edit": "causal.report_records.EditReport",
-    "overview": "dashboard.overview.Overview",
-    "study": "labels.study_report.StudyReport",
-    "audit": "audit.audit_records.AuditReport",
-    "comparison": "compare.compare_records.ComparisonReport",
+    "evaluation": ("evaluation.json", "causal.report_records.EvaluationReport"),
+    "ablation": ("effects/ablation.json", "causal.report_records.AblationReport"),
+    "attribution": ("effects/attribution.json", "causal.report_records.AttributionReport"),
+    "direct": ("effects/direct.json", "causal.report_records.DirectReport"),
+    "steering": ("the JSON of lorascope steer", "causal.report_records.SteeringReport"),
+    "edit": ("report.json in an edited adapter", "causal.report_records.EditReport"),
+    "overview": ("report.json of a run", "dashboard.overview.Overview"),
+    "study": ("the JSON of lorascope study", "labels.study_report.StudyReport"),
+    "audit": ("audit.json", "audit.audit_records.AuditReport"),
+    "comparison": ("compare.json", "compare.compare_records.ComparisonReport"),
 }
-REPORT_KINDS = tuple(_REPORTS)
+_FILES = {
+    "labels": ("labels.json", "features.label_file.LabelFile"),
+    "features": ("a features JSON", "features.published_records.PublishedFeatures"),
+    "summary": ("summary.json of a run", "run_summary.RunSummary"),
+    "runs": ("NAME.runs.json of a sweep", "sae.training_log.SweepRow"),
+    "training-log": ("a line of NAME.jsonl, an SAE's log", "sae.training_log.TrainingLine"),
+    "effect-texts": ("effects/texts.json", "depth.PlannedTexts"),
+}
+_SEALED = {  # those of them with a manifest: the oldest schema, and where the newest is
+    "labels": (1, "features.label_file.SCHEMA"),
+    "features": (4, "features.arrays.SCHEMA"),
+}
 _IN_A_FOLDER = ("edit",)  # whose manifest is beside the report, not in it
+_MANIFEST = "manifest"
+KINDS = {
+    **{kind: file for kind, (file, _) in (_REPORTS | _FILES).items()},
+    _MANIFEST: "manifest.json of a store or an SAE",
+}
+
+
+def _imported(name: str) -> Any:
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(f"lorascope.{module}"), attribute)
 
 
 def _record_of(kind: str) -> "type[ReportRecord]":
     """Import and return the record of a kind of report."""
-    module, _, name = _REPORTS[kind].rpartition(".")
-    return getattr(importlib.import_module(f"lorascope.{module}"), name)
+    return _imported(_REPORTS[kind][1])
 
 
 def report_schema(kind: str) -> dict[str, Any]:
-    """Return the JSON schema (draft 2020-12) of the reports of a kind, such as "evaluation".
+    """Return the JSON schema (draft 2020-12) of the files of a kind, such as "evaluation".
 
-    It allows what lorascope writes and reads, and nothing else. Raises ConfigError at another kind.
+    It allows what lorascope writes, and nothing else. `lorascope schema` lists the kinds. Raises
+    ConfigError at another kind.
     """
-    if kind not in _REPORTS:
-        hint = did_you_mean(kind, REPORT_KINDS)
-        raise ConfigError(f"no report has the kind {kind}{hint}; there are {', '.join(_REPORTS)}")
-    record = _record_of(kind)
-    schema = json_schema(record)
-    if kind in _IN_A_FOLDER:
+    if kind not in KINDS:
+        hint = did_you_mean(kind, KINDS)
+        raise ConfigError(f"no file has the kind {kind}{hint}; there are {', '.join(KINDS)}")
+    if kind == _MANIFEST:
+        return {"$schema": DIALECT, **_manifest_schema({"type": "string"}, {"minimum": 1})}
+    record = _imported((_REPORTS | _FILES)[kind][1])
+    schema = json_schema(tuple[record, ...] if kind == "runs" else record)
+    if kind in _SEALED:
+        oldest, newest = _SEALED[kind][0], _imported(_SEALED[kind][1])
+    elif kind in _REPORTS and kind not in _IN_A_FOLDER:
+        oldest, newest = record.oldest or record.schema, record.schema
+    else:
         return schema
-    numbers = {"minimum": record.oldest or record.schema, "maximum": record.schema}
-    texts = {"type": "object", "additionalProperties": {"type": "string"}}
-    manifest = {
-        "description": "What the report says of itself: docs/formats.md, M.",
-        "type": "object",
-        "properties": {
-            "seal": {"type": "string", "pattern": "^lorascope-sha256:[0-9a-f]{64}$"},
-            "kind": {"const": kind},
-            "schema": {"type": "integer", **numbers},
-            "version": {"type": "string"},
-            "settings": {"type": "object"},
-            "parents": texts,
-            "layout": {"type": ["object", "null"]},
-            "content": {"type": "object"},
-            "files": {"type": "object"},
-        },
-        "required": ["seal", "kind", "schema", "version", "settings", "parents", "content"],
-    }
+    manifest = _manifest_schema({"const": kind}, {"minimum": oldest, "maximum": newest})
+    if kind == "features":
+        schema["$defs"]["PublishedMetadata"]["properties"]["lorascope"] = manifest
+        return schema
     metadata = {
         "type": "object",
         "properties": {"lorascope": manifest},
@@ -96,6 +109,26 @@ def report_schema(kind: str) -> dict[str, Any]:
     schema["properties"] = {"metadata": metadata, **schema["properties"]}
     schema["required"] = ["metadata", *schema["required"]]
     return schema
+
+
+def _manifest_schema(kind: dict[str, Any], numbers: dict[str, int]) -> dict[str, Any]:
+    """Return the schema of a manifest, with those of its kind and of its schema number."""
+    return {
+        "description": "What the file says of itself: docs/formats.md, M.",
+        "type": "object",
+        "properties": {
+            "seal": {"type": "string", "pattern": "^lorascope-sha256:[0-9a-f]{64}$"},
+            "kind": kind,
+            "schema": {"type": "integer", **numbers},
+            "version": {"type": "string"},
+            "settings": {"type": "object"},
+            "parents": {"type": "object", "additionalProperties": {"type": "string"}},
+            "layout": {"type": ["object", "null"]},
+            "content": {"type": "object"},
+            "files": {"type": "object"},
+        },
+        "required": ["seal", "kind", "schema", "version", "settings", "parents", "content"],
+    }
 
 
 def describe(name: str, adapter_name: str | None = None, *, as_json: bool = False) -> str:

@@ -38,6 +38,8 @@ from lorascope.features.label_file import FILE as LABELS
 from lorascope.hub import first_line
 from lorascope.labels import label
 from lorascope.labels.label import LabelConfig, LabelOptions
+from lorascope.record_json import to_json
+from lorascope.run_summary import SUMMARY, as_table, summarize
 from lorascope.sae.settings import TrainConfig, TrainOptions
 from lorascope.sites import parse_adapter_types
 from lorascope.subject.adapter import inspect_adapter, lora_tensors, ranks_by_projection
@@ -117,13 +119,10 @@ def run(config: RunConfig) -> Page:
             for effect in _EFFECTS:
                 stages.pop(effect, None)
             log.info("every B of the adapter is zero: no effects of features are measured")
-    summary = {
-        **_summarize(out),
-        "failed": {name: first_line(error) for name, error in failed.items()},
-        "seconds": seconds,
-    }
-    write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
-    log.info("\n%s", _table(summary))
+    messages = {name: first_line(error) for name, error in failed.items()}
+    summary = summarize(out, messages, seconds)
+    write_text(out / SUMMARY, json.dumps(to_json(summary), indent=1) + "\n")
+    log.info("\n%s", as_table(summary))
     for error in failed.values():
         if not isinstance(error, LorascopeError):
             raise error  # a bug
@@ -320,68 +319,3 @@ def _log_estimate(
             "auto, which spreads it",
             model / 1e9,
         )
-
-
-def _summarize(out: Path) -> dict[str, Any]:
-    """Return the figures of a finished run, from the manifests of its artifacts."""
-
-    def content(name: str) -> Mapping[str, Any]:
-        manifest = read_manifest(out / name)
-        assert manifest is not None, "its stage has finished"
-        return manifest.content
-
-    store, sae, index = content("activations"), content("sae"), content("features.h5")
-    labels = content(LABELS)
-    return {
-        "rollouts": store["n_rollouts"],
-        "tokens": store["n_rows"],
-        "columns": store["d_in"],
-        "features": index["n_features"],
-        "features_alive": index["n_alive"],
-        "fvu": sae["report"]["fvu"],
-        "l0": sae["report"]["l0"],
-        **_recovered(out / "evaluation.json"),
-        "label_score": labels["balanced_accuracy"],
-        "label_score_shuffled": labels["shuffled"],
-        "labels_unclear": labels["n_by_kind"]["unclear"],
-        "page": "dashboard.html",
-        "page_bytes": (out / "dashboard.html").stat().st_size,
-    }
-
-
-def _recovered(path: Path) -> dict[str, float | None]:
-    """Return the shares of the adapter's effect that the SAE recovers, if they were measured."""
-    from lorascope.causal.report_records import EvaluationReport
-    from lorascope.causal.study import read_report
-
-    if not path.exists():
-        return {}
-    sae = read_report(path, (EvaluationReport,))[0].faithfulness.runs["sae"]
-    generated = None if sae.generated is None else sae.generated.recovered
-    return {"recovered": sae.recovered, "recovered_generated": generated}
-
-
-def _table(summary: dict[str, Any]) -> str:
-    """Return the summary as a table to read."""
-    recovered = {
-        "effect recovered": summary.get("recovered"),
-        "of generated tokens": summary.get("recovered_generated"),
-    }
-    rows = {
-        "rollouts": f"{summary['rollouts']:,}",
-        "tokens": f"{summary['tokens']:,}",
-        "columns": f"{summary['columns']:,}",
-        "features alive": f"{summary['features_alive']:,} of {summary['features']:,}",
-        "FVU (held out)": f"{summary['fvu']:.4f}",
-        "L0 (held out)": f"{summary['l0']:.2f}",
-        **{name: f"{value:.1%}" for name, value in recovered.items() if value is not None},
-        "labels, score": f"{summary['label_score'] or 0.5:.3f}",
-        "of shuffled labels": f"{summary['label_score_shuffled'] or 0.5:.3f}",
-        "unclear labels": f"{summary['labels_unclear']:,}",
-        **{
-            f"{name}, seconds": "failed" if name in summary["failed"] else f"{value:.1f}"
-            for name, value in summary["seconds"].items()
-        },
-        "page": f"{summary['page_bytes'] / 1e6:.1f} MB",
-    }
-    return "\n".join(f"  {name:<20} {value:>16}" for name, value in rows.items())

@@ -117,7 +117,9 @@ class Labels:
 
 
 @dataclass(frozen=True)
-class _File:
+class LabelFile:
+    """The labels of features, by the feature's number. A feature that is missing has none."""
+
     features: Mapping[str, Label]
 
 
@@ -143,7 +145,7 @@ def read_labels(path: Path) -> Labels:
         raise ArtifactError(f"{path} is damaged ({damage}); run lorascope label again")
     data = json.loads(path.read_text(encoding="utf-8"))
     data.pop("metadata", None)
-    features = from_json(_File, data, str(path)).features
+    features = from_json(LabelFile, data, str(path)).features
     n_features = manifest.content.get("n_features")
     for key, label in features.items():
         if not (key.isascii() and key.isdecimal() and isinstance(n_features, int)):

@@ -28,6 +28,12 @@ from lorascope.features.arrays import KIND, SCHEMA
 from lorascope.features.feature import Example
 from lorascope.features.index import FeatureIndex
 from lorascope.features.label_file import labels_beside
+from lorascope.features.published_records import (
+    PublishedExample,
+    PublishedFeature,
+    PublishedMetadata,
+    PublishedStats,
+)
 from lorascope.record_json import to_json
 
 log = logging.getLogger(__name__)
@@ -50,18 +56,18 @@ def to_published(index: FeatureIndex, manifest: Manifest) -> Iterator[str]:
     content = index.content
     examples = index.n_examples
     special = map(index.token_bytes, index.token_id[index.token_special != 0].tolist())
-    metadata = {
-        "lorascope": manifest.to_sealed_json(),
-        "n_features": len(index),
-        "top_k": content.get("top_k", int(examples.max(initial=0))),
+    metadata = PublishedMetadata(
+        lorascope=manifest.to_sealed_json(),
+        n_features=len(index),
+        top_k=content.get("top_k", int(examples.max(initial=0))),
         **{key: content[key] for key in _METADATA if key in content},
-        "special_tokens": sorted({i.decode(errors="replace") for i in special}),
-        "histogram_edges": index.latent_histogram_edges.tolist(),
-    }
-    yield '{"metadata": ' + _json_text(metadata) + ',\n"features": {'
+        special_tokens=tuple(sorted({i.decode(errors="replace") for i in special})),
+        histogram_edges=tuple(index.latent_histogram_edges.tolist()),
+    )
+    yield '{"metadata": ' + _json_text(to_json(metadata)) + ',\n"features": {'
     for latent in range(len(index)):
         comma = ",\n" if latent else "\n"
-        yield f'{comma}"{latent}": ' + _json_text(_published_feature(index, latent))
+        yield f'{comma}"{latent}": ' + _json_text(to_json(_published_feature(index, latent)))
     yield "\n}}\n"
 
 
@@ -77,33 +83,31 @@ def write_published(index: FeatureIndex, path: Path, manifest: Manifest) -> None
     seal_file(path)
 
 
-def _published_feature(index: FeatureIndex, latent: int) -> dict[str, Any]:
+def _published_feature(index: FeatureIndex, latent: int) -> PublishedFeature:
     known = index.stats(latent)
-    stats = {
-        "n_examples": known.n_examples,
-        **{key: getattr(known, field) for key, field in _STATS.items()},
-        "histogram": known.histogram.tolist() or None,
-    }
-    at_special, label = index.examples(latent, "special"), index.label(latent)
-    return {
-        "examples": list(map(_published_example, index.examples(latent))),
-        **({"special_examples": list(map(_published_example, at_special))} if at_special else {}),
-        "stats": {key: value for key, value in stats.items() if value is not None},
-        **({} if label is None else {"label": to_json(label)}),
-    }
+    return PublishedFeature(
+        examples=tuple(map(_published_example, index.examples(latent))),
+        special_examples=tuple(map(_published_example, index.examples(latent, "special"))),
+        stats=PublishedStats(
+            n_examples=known.n_examples,
+            **{key: getattr(known, field) for key, field in _STATS.items()},
+            histogram=tuple(known.histogram.tolist()) or None,
+        ),
+        label=index.label(latent),
+    )
 
 
-def _published_example(example: Example) -> dict[str, Any]:
-    return {
-        "activation_value": example.value,
-        "rollout_idx": example.rollout,
-        "token_idx": example.position,
-        "token": example.tokens[example.target],
-        "tokens": example.tokens,
-        "target_position": example.target,
-        "activations": np.asarray(example.activations).tolist(),
-        **({"n_alike": example.n_alike} if example.n_alike >= 0 else {}),
-    }
+def _published_example(example: Example) -> PublishedExample:
+    return PublishedExample(
+        activation_value=example.value,
+        rollout_idx=example.rollout,
+        token_idx=example.position,
+        token=example.tokens[example.target],
+        tokens=tuple(example.tokens),
+        target_position=example.target,
+        activations=tuple(np.asarray(example.activations).tolist()),
+        n_alike=example.n_alike,
+    )
 
 
 def _json_text(value: Any) -> str:
