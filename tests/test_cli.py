@@ -22,7 +22,9 @@ from builders.stores import write_store
 from lorascope.artifact import read_manifest
 from lorascope.cli import COMMANDS, call
 from lorascope.inspection import KINDS, report_schema
+from lorascope.record_json import to_json
 from lorascope.runtime import ProgressLog, progress
+from lorascope.sae.training_log import SweepRow, TrainingLog
 
 GENERATE = "generate --lora-path {adapter} --dataset {data} --output {out}"
 TRAIN = "train --data-dir {store} --output {out} --batch-size 64 --expansion-factor 2 --k 3"
@@ -212,6 +214,29 @@ def test_info_of_the_folder_of_a_run_lists_what_is_there(place, capsys):
     empty.mkdir()
     assert call(["info", str(empty)]) == 2
     assert "holds nothing that lorascope made" in capsys.readouterr().err
+
+
+def test_info_says_what_a_file_without_a_manifest_is(place, capsys):
+    figures = {"fvu": 0.25, "l0": 3.0, "alive": 7, "cosine": None, "stability": 0.5}
+    row = SweepRow(sae="sae_k3", k=3, expansion_factor=2, lr="auto", seed=42, **figures)
+    runs, log = place["tmp"] / "sae.runs.json", place["tmp"] / "sae.jsonl"
+    runs.write_text(json.dumps([to_json(row)] * 2))
+    training_log = TrainingLog(log)
+    for step in (1, 2500):
+        values = {"step": step, "fvu": 1 / step, "l0": 3.0, "auxk": 0.0, "dead": 0.0, "lr": 0.1}
+        training_log.write(10 * step, values)
+    for file, first, last in (
+        (runs, "the table of a sweep: 2 SAEs", "seed 42, fvu 0.25, l0 3, alive 7, stability 0.5"),
+        (log, "the training log of an SAE: 2 lines, steps 1 to 2,500", "tokens_per_second: "),
+    ):
+        assert call(["info", str(file)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == first and last in lines[-1]
+        assert call(["verify", str(file)]) == 1
+        assert f"{first}; it has no checksum" in capsys.readouterr().err
+        file.write_text(file.read_text().replace("fvu", "FVU"))
+        assert call(["info", str(file)]) == 2
+        assert "is no artifact" in capsys.readouterr().err
 
 
 def test_info_as_json_is_the_whole_manifest(place, capsys):

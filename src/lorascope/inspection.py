@@ -15,12 +15,13 @@ from lorascope.artifact import Manifest, check_files, read_manifest
 from lorascope.config import did_you_mean
 from lorascope.errors import ArtifactError, ConfigError, LorascopeError
 from lorascope.hub import find_folder
-from lorascope.record_json import DIALECT, json_schema
+from lorascope.record_json import DIALECT, from_json, json_schema
 
 if TYPE_CHECKING:
     from lorascope.causal.report_records import ReportRecord
 
 _FOREIGN = "is no artifact of this version of lorascope, or its header is damaged"
+_LARGEST_UNSEALED = 1 << 24  # bytes of such a file
 _OF_RUN = (
     "activations",
     "sae",
@@ -149,6 +150,8 @@ def describe(name: str, adapter_name: str | None = None, *, as_json: bool = Fals
     if manifest is None:
         if parts := _parts_of(path):
             return _describe_run(path, parts, as_json=as_json)
+        if found := _unsealed(path):
+            return json.dumps(found[1], indent=1) if as_json else "\n".join(_lines_of(*found))
         raise ArtifactError(f"{path} {_why_foreign(path)}")
     if as_json:
         return json.dumps(manifest.to_json(), indent=1, ensure_ascii=False)
@@ -166,8 +169,51 @@ def _describe_run(folder: Path, parts: Mapping[Path, Manifest | None], *, as_jso
     )
 
 
+def _unsealed(path: Path) -> tuple[str, Any] | None:
+    """Return the kind and the JSON of a file that lorascope writes without a manifest, if it is."""
+    if not path.is_file() or path.stat().st_size > _LARGEST_UNSEALED:
+        return None
+    if path.suffix == ".jsonl":
+        from lorascope.sae.training_log import read_training_log
+
+        kinds, data = ("training-log",), read_training_log(path)
+    else:
+        kinds = ("runs", "summary", "effect-texts")
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            return None
+    for kind in kinds if data else ():
+        record = _imported(_FILES[kind][1])
+        try:
+            for one in data if isinstance(data, list) else [data]:
+                from_json(record, one, str(path))
+        except ArtifactError:
+            continue
+        return kind, data
+    return None
+
+
+def _lines_of(kind: str, data: Any) -> Iterator[str]:
+    """Yield what a file without a manifest says, a line for each part of it."""
+    if kind == "training-log":
+        first, last = data[0], data[-1]
+        steps = f"{first['step']:,} to {last['step']:,}"
+        yield f"the training log of an SAE: {len(data)} lines, steps {steps}"
+        for name in (name for name in last if name != "step"):
+            yield f"{name}: {_short(first[name]) or 'unknown'} → {_short(last[name]) or 'unknown'}"
+    elif kind == "runs":
+        yield f"the table of a sweep: {len(data)} SAEs"
+        yield from (_short(row) for row in data)
+    else:
+        yield "the summary of a run" if kind == "summary" else "a run's note of texts for effects"
+        yield from (f"{name}: {_short(value)}" for name, value in data.items())
+
+
 def _why_foreign(path: Path) -> str:
     """Return what a path is that is no artifact, as far as it can be told."""
+    if found := _unsealed(path):
+        return f"is {next(_lines_of(*found))}; it has no checksum, lorascope info shows it"
     if path.is_dir():
         find_folder(str(path), "adapter", [])  # raises for a cache of the hub
     elif (path.parent / "adapter_config.json").is_file():
