@@ -27,6 +27,7 @@ from builders.stores import planted_rows, write_store
 from lorascope import runtime
 from lorascope.artifact import digest_file
 from lorascope.cli import call
+from lorascope.errors import WorkerError
 from lorascope.sae import trainer
 from lorascope.sae.model import load_sae
 from lorascope.sae.objective import Weights, initial_weights
@@ -379,6 +380,22 @@ def test_a_signal_to_one_process_ends_all_with_143_and_loses_nothing(
     assert codes == [0, 0]
     assert "resuming from step 12 of" in (folder / "0.err").read_text()
     assert digest_file(given.output) == digest_file(straight)
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (RuntimeError("Connection closed by peer"), WorkerError),
+        (torch.OutOfMemoryError("2 GiB wanted"), torch.OutOfMemoryError),
+    ],
+)
+def test_memory_that_runs_out_in_an_exchange_is_not_a_lost_process(monkeypatch, raised, expected):
+    def all_reduce(_):
+        raise raised
+
+    monkeypatch.setattr("torch.distributed.all_reduce", all_reduce)
+    with pytest.raises(expected):
+        Team(0, 2).sum(torch.ones(1))
 
 
 def test_a_killed_process_ends_the_others_and_one_alone_may_go_on(config, straight, pair, tmp_path):

@@ -225,7 +225,7 @@ def load_config(config_class: type[C], flags: Mapping[str, Any], files: Iterable
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean X?` for the nearest known word, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 

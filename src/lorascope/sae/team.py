@@ -85,6 +85,8 @@ def _exchange() -> Generator[None]:
     """Raise WorkerError if the other processes do not answer."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise WorkerError(
             f"rank {process_rank()} of {world_size()} has lost the others: one of them ended, or "
