@@ -13,7 +13,7 @@
    that a constant does not.
 5. In the closed loop, the SAE reads the rows of the run that it is part of (`splice`).
 6. With `--by-site` and `--subsets`, only the columns of a layer, a projection or a subset of the
-   sites are reconstructed, and 0 is the run with these columns at zero (`subsets`).
+   sites are reconstructed, and 0 is the run with these columns at zero (`splice`).
 7. With `--curve`, the same at other sparsities: the SAE with its threshold moved, columns and PCA.
 8. The tokens whose probability the adapter moves most are named, and where (`shifts`), and how
    likely it makes the headers that open a thought or an answer (`openings`).
@@ -47,9 +47,16 @@ from lorascope.causal.held_out import HeldOut, describe_run, held_out_rollouts, 
 from lorascope.causal.openings import openings_of
 from lorascope.causal.report_records import EvaluationReport, Faithfulness, Floor, Recovered
 from lorascope.causal.shifts import ShiftTally
-from lorascope.causal.splice import PASSES, Compared, Shares, SplicedBatch
+from lorascope.causal.splice import (
+    PASSES,
+    Compared,
+    Shares,
+    SplicedBatch,
+    column_groups,
+    sites_in,
+    subsets,
+)
 from lorascope.causal.study import Made, format_interval, format_number, format_table, report_at
-from lorascope.causal.subsets import column_groups, sites_in, subsets
 from lorascope.errors import ConfigError
 from lorascope.sae.metrics import evaluate
 from lorascope.sae.model import SAE, load_sae
