@@ -16,7 +16,7 @@ from lorascope.dashboard.render import run as render
 from lorascope.features.export import ExportConfig
 from lorascope.features.export import run as export
 from lorascope.inspection import verify
-from lorascope.labels.study_report import Estimate, GroupShare, KindShares, StudyReport
+from lorascope.labels.published_study import Estimate, GroupShare, KindShares, StudyReport
 from lorascope.record_json import to_json
 from lorascope.sites import PROJECTIONS
 from lorascope.stage import building

@@ -24,8 +24,7 @@ from lorascope.features.collect import CollectConfig
 from lorascope.features.index import FeatureIndex
 from lorascope.inspection import verify
 from lorascope.labels import directions, published_study
-from lorascope.labels.published_study import StudyConfig, run
-from lorascope.labels.study_report import StudyReport
+from lorascope.labels.published_study import StudyConfig, StudyReport, run
 
 N_ROLLOUTS, LENGTH = 60, 50
 MIXES = torch.tensor([[1, 0, 1, 0], [0, 1, 0, 1], [1, 0, 0, 1], [0, 1, 0.5, 0]])  # latent, column

@@ -44,7 +44,7 @@ _REPORTS = {
     "steering": ("the JSON of lorascope steer", "causal.report_records.SteeringReport"),
     "edit": ("report.json in an edited adapter", "causal.report_records.EditReport"),
     "overview": ("report.json of a run", "dashboard.overview.Overview"),
-    "study": ("the JSON of lorascope study", "labels.study_report.StudyReport"),
+    "study": ("the JSON of lorascope study", "labels.published_study.StudyReport"),
     "audit": ("audit.json", "audit.audit_records.AuditReport"),
     "comparison": ("compare.json", "compare.compare_records.ComparisonReport"),
 }

@@ -3,10 +3,18 @@
 import numpy as np
 import pytest
 
-from lorascope.labels import classes
 from lorascope.labels.by_rule import Half, Halves
 from lorascope.labels.clues import read_clues
-from lorascope.labels.directions import Directions, Drawn, draw, of_values
+from lorascope.labels.directions import (
+    CLUES,
+    FEWEST,
+    Directions,
+    Drawn,
+    count,
+    draw,
+    of_values,
+    shares,
+)
 from lorascope.labels.rules import Miner
 from lorascope.texts.roles import ROLES
 
@@ -40,7 +48,7 @@ def at(half, *texts, stream=0):
 
 
 def clue(half, name):
-    return half.corpus.by_clue[[one.name for one in classes.CLUES].index(name)]
+    return half.corpus.by_clue[[one.name for one in CLUES].index(name)]
 
 
 PLANTED = {
@@ -60,8 +68,8 @@ PLANTED = {
 def class_of(halves, miner, fires):
     """The class of one direction, whether it is unclear, and its balanced accuracy."""
     firings = tuple(np.flatnonzero(fires(half)) for half in halves)
-    counts, _ = classes.count(Directions(1, (firings,)), halves, miner, "test")
-    found = classes.shares(counts, np.ones((1, len(counts.tokens))))
+    counts, _ = count(Directions(1, (firings,)), halves, miner, "test")
+    found = shares(counts, np.ones((1, len(counts.tokens))))
     (name,) = [name for name in found._fields[:3] if getattr(found, name)[0] == 1]
     return name, bool(found.unclear[0]), float(found.balanced_accuracy[0])
 
@@ -83,26 +91,26 @@ def test_a_direction_that_no_rule_describes_is_polysemantic_and_unclear(halves, 
 
 def test_rules_of_other_directions_describe_nothing_and_rare_ones_are_not_scored(halves, miner):
     pairs = [tuple(np.flatnonzero(at(half, word)) for half in halves) for word in ("wait", "ann")]
-    rare = (pairs[0][0][: classes.FEWEST - 1], pairs[0][1])
+    rare = (pairs[0][0][: FEWEST - 1], pairs[0][1])
     directions = Directions(3, (*pairs, rare))
-    own, wrong = classes.count(directions, halves, miner, "test")
+    own, wrong = count(directions, halves, miner, "test")
     once = np.ones((1, N // LENGTH))
     assert len(own.fired) == 2
-    assert classes.shares(own, once).monosemantic[0] == 1
-    assert classes.shares(wrong, once).monosemantic[0] == 0
-    assert classes.shares(wrong, once).balanced_accuracy[0] < 0.5
+    assert shares(own, once).monosemantic[0] == 1
+    assert shares(wrong, once).monosemantic[0] == 0
+    assert shares(wrong, once).balanced_accuracy[0] < 0.5
 
 
 def test_a_weight_of_two_counts_a_rollout_twice(halves, miner):
     firings = tuple(np.flatnonzero(at(half, "wait"))[::2] for half in halves)
-    counts, _ = classes.count(Directions(1, (firings,)), halves, miner, "test")
+    counts, _ = count(Directions(1, (firings,)), halves, miner, "test")
     weights = np.random.default_rng(0).integers(0, 3, (1, N // LENGTH)).astype(float)
     fires, covered = np.zeros(N, bool), at(halves.scoring, "wait")
     fires[firings[1]] = True
     times = np.repeat(weights[0], LENGTH)
     recall = times[covered & fires].sum() / times[fires].sum()
     specificity = times[~covered & ~fires].sum() / times[~fires].sum()
-    found = classes.shares(counts, weights).balanced_accuracy[0]
+    found = shares(counts, weights).balanced_accuracy[0]
     assert found == pytest.approx((recall + specificity) / 2, rel=1e-9)
 
 
