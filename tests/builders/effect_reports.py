@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from lorascope.artifact import Manifest, sealed_json
-from lorascope.causal.report_records import REPORTS
 from lorascope.features.index import FeatureIndex
+from lorascope.inspection import _record_of
 
 NEW_TOKEN = 900_001  # not in any index: its text is hostile
 HOSTILE = "</script><img src=x onerror=alert(1)>"
@@ -19,7 +19,7 @@ def write(
     """Write a report with its checksum, as of the index's SAE and store; default: new schema."""
     manifest = Manifest(
         kind=kind,
-        schema=schema or next(record.schema for record in REPORTS if record.kind == kind),
+        schema=schema or _record_of(kind).schema,
         settings={},
         parents=index.manifest.parents,
         layout=None,

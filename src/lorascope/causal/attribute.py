@@ -102,7 +102,7 @@ def measure(held_out: HeldOut, sae: SAE, config: AttributeConfig) -> Attribution
         study.compare()
         study.explain()
     return summarize(
-        study.compared,
+        list(study.rollouts.values()),
         study.attributions,
         held_out.store.vocabulary,
         sae.d_sae,
@@ -128,11 +128,6 @@ class _Study:
             for i, first in self.start.items()
         }
         self.attributions: list[TokenAttribution] = []
-
-    @property
-    def compared(self) -> list[ComparedRollout]:
-        """The numbers of every token of each rollout."""
-        return list(self.rollouts.values())
 
     @torch.no_grad()
     def compare(self) -> None:

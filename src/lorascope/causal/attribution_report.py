@@ -7,7 +7,6 @@ import numpy as np
 import numpy.typing as npt
 
 from lorascope.activations.shards import Vocabulary
-from lorascope.causal.effect_options import TargetKind
 from lorascope.causal.effects import MOST_LIKELY, correlation, rank_correlation
 from lorascope.causal.report_records import (
     Agreement,
@@ -20,6 +19,7 @@ from lorascope.causal.report_records import (
     Likely,
     RemovalAgreement,
     Source,
+    TargetKind,
 )
 from lorascope.causal.study import format_number, format_table
 

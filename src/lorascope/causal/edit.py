@@ -134,7 +134,8 @@ def _fit_fold(
     """
     layout = store.layout
     is_fitted = fitted[store.rollout_of(np.arange(store.n_rows))]
-    touched = _touched(patch)
+    writes = (patch.sae.W_dec != 0).any(0) & (patch.factor != 1)
+    touched = {i: columns for i, columns in enumerate(layout.slices) if writes[columns].any()}
     ranks = {i: layout.sites[i].rank for i in touched}
     sums = {i: torch.zeros(2, rank, rank, dtype=torch.float64) for i, rank in ranks.items()}
     for x, d, rows in _blocks(patch, store, is_edited):
@@ -143,10 +144,10 @@ def _fit_fold(
             x_site = x[here][:, columns]
             sums[i][0] += d[here][:, columns].T @ x_site
             sums[i][1] += x_site.T @ x_site
-    changes = {
-        i: _clear_rounding(dx @ torch.linalg.pinv(xx, hermitian=True))
-        for i, (dx, xx) in sums.items()
-    }
+    changes: dict[int, Tensor] = {}
+    for i, (dx, xx) in sums.items():
+        change = dx @ torch.linalg.pinv(xx, hermitian=True)
+        changes[i] = torch.where(change.abs() < 1e-12, 0.0, change)  # those are rounding errors
     effect = torch.from_numpy(layout.effect_scale)
     left, whole = torch.zeros(2, len(layout.sites), dtype=torch.float64)
     measured = ~is_fitted if (~is_fitted).any() else is_fitted
@@ -165,12 +166,6 @@ def _fit_fold(
     )
 
 
-def _touched(patch: Patch) -> dict[int, slice]:
-    """Return the columns of the sites that the edit writes to, by the site's index."""
-    writes = (patch.sae.W_dec != 0).any(0) & (patch.factor != 1)
-    return {i: columns for i, columns in enumerate(patch.layout.slices) if writes[columns].any()}
-
-
 def _blocks(
     patch: Patch, store: ActivationStore, is_edited: npt.NDArray[np.bool_]
 ) -> Iterator[tuple[Tensor, Tensor, npt.NDArray[np.int64]]]:
@@ -180,11 +175,6 @@ def _blocks(
         rows = np.arange(first, first + len(x))
         d = patch.change(x, torch.from_numpy(is_edited[rows]))
         yield x.double(), d.double(), rows
-
-
-def _clear_rounding(change: Tensor) -> Tensor:
-    """Return a change with entries that are only rounding errors set to 0."""
-    return torch.where(change.abs() < 1e-12, 0.0, change)
 
 
 @torch.inference_mode()

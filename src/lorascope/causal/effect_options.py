@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lorascope.causal.report_records import TargetKind
 from lorascope.config import option, require_temperature
 from lorascope.errors import ConfigError
 from lorascope.subject.options import AdapterOptions
 
 if TYPE_CHECKING:
     from lorascope.sae.model import SAE
-
-TargetKind = Literal["kl", "logprob", "logit-difference"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,6 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -29,12 +28,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lorascope.causal.report_records import TargetKind
 from lorascope.errors import NumberError
 from lorascope.sae.model import SAE
 from lorascope.subject.intervene import RowEditor
 from lorascope.subject.load import Subject
 
-Kind = Literal["kl", "logprob", "logit-difference"]
 _CHUNK = 1 << 18  # products of a decoder row and a gradient at a time
 _GRAPH_BYTES = (1 << 28, 1 << 33)  # of activations for a backward pass, on the CPU and on a GPU
 _SEED = 2.0**60  # a backward pass begins with it on the CPU
@@ -50,7 +49,7 @@ class Targets:
     the tokens' positions, `base` the base model's log-probabilities there.
     """
 
-    kind: Kind
+    kind: TargetKind
     positions: Int[Tensor, "target"]
     tokens: Int[Tensor, "target"]
     base: Float[Tensor, "target vocab"]
@@ -58,7 +57,7 @@ class Targets:
     @classmethod
     def at(
         cls,
-        kind: Kind,
+        kind: TargetKind,
         positions: Int[Tensor, "target"],
         token_ids: Int[Tensor, "1 seq"],
         base_logits: Float[Tensor, "1 seq vocab"],

@@ -501,6 +501,9 @@ class FeatureContributions:
     size: Amount
 
 
+TargetKind = Literal["kl", "logprob", "logit-difference"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttributionReport(ReportRecord):
     """What `attribute` measures; `unit` is that of the target's numbers.
@@ -509,7 +512,7 @@ class AttributionReport(ReportRecord):
     """
 
     kind = "attribution"
-    target: Literal["kl", "logprob", "logit-difference"]
+    target: TargetKind
     unit: str
     steps: Count
     n_rollouts: Count
@@ -631,6 +634,3 @@ class EditReport(ReportRecord):
     kl: Mapping[str, EditedRun]
     kl_patched_folded: Amount
     share_here: Share | None
-
-
-REPORTS = (EvaluationReport, AblationReport, AttributionReport, DirectReport, SteeringReport)

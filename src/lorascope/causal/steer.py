@@ -97,7 +97,10 @@ def run(config: SteerConfig) -> Path:
 
 
 class _Written(NamedTuple):
-    """One continuation: its prompt's index, −log p by the base, and the features' values."""
+    """One continuation: its prompt's index, −log p by the base, and the features' values.
+
+    The values, `(read, feature)`, are those that the clean pass reads at tokens of text.
+    """
 
     prompt: int
     text: Continuation
@@ -151,7 +154,7 @@ def measure(held_out: HeldOut, sae: SAE, config: SteerConfig) -> SteeringReport:
                                 number,
                                 text,
                                 _base_surprise(editor, ids, text),
-                                _feature_values(selected, text, columns),
+                                selected.encode_dense(text.rows[:, columns])[text.is_text],
                             )
                             for text in samples
                         ]
@@ -214,7 +217,19 @@ def _conditions(
     random_rows = _random_decoder_rows(sae, config.seed)[list(config.features)]
 
     def change(dose: float, decoder: Tensor) -> Change:
-        return _change(selected, columns, config.how, dose * largest, dose, decoder)
+        def compute(rows: Tensor, is_text: Tensor) -> Tensor:
+            amounts = dose * largest  # `t·u` of each latent
+            if config.how == "add":
+                factors = amounts.expand(*rows.shape[:2], -1)
+            else:
+                values = selected.encode_dense(rows[..., columns].cpu()) * is_text.cpu()[..., None]
+                is_removal = config.how == "remove"
+                factors = -dose * values if is_removal else (amounts - values).clamp(min=0)
+            added = torch.zeros_like(rows)
+            added[..., columns] = (factors @ decoder).to(rows.device)
+            return added
+
+        return Change(compute)
 
     conditions = [_Condition("none", 0.0, None)]
     for dose in dict.fromkeys(dose for dose in config.doses if dose):
@@ -234,34 +249,6 @@ def _random_decoder_rows(sae: SAE, seed: int) -> Tensor:
     length = (sae.W_dec.cpu() * scale).norm(dim=1, keepdim=True)
     drawn *= length / drawn.norm(dim=1, keepdim=True).clamp(min=1e-30)
     return torch.where(scale > 0, drawn / scale, 0.0)
-
-
-def _change(
-    selected: SAE,
-    columns: npt.NDArray[np.int64],
-    how: str,
-    amounts: Tensor,
-    dose: float,
-    decoder: Tensor,
-) -> Change:
-    """Return the change of one dose; `amounts` are `t·u` of each latent."""
-
-    def compute(rows: Tensor, is_text: Tensor) -> Tensor:
-        if how == "add":
-            factors = amounts.expand(*rows.shape[:2], -1)
-        else:
-            values = selected.encode_dense(rows[..., columns].cpu()) * is_text.cpu()[..., None]
-            factors = -dose * values if how == "remove" else (amounts - values).clamp(min=0)
-        added = torch.zeros_like(rows)
-        added[..., columns] = (factors @ decoder).to(rows.device)
-        return added
-
-    return Change(compute)
-
-
-def _feature_values(selected: SAE, text: Continuation, columns: npt.NDArray[np.int64]) -> Tensor:
-    """Return the features' values that the clean pass reads in a text, `(read, feature)`."""
-    return selected.encode_dense(text.rows[:, columns])[text.is_text]
 
 
 def _base_surprise(editor: RowEditor, prompt: Tensor, text: Continuation) -> Floats:

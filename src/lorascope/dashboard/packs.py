@@ -17,7 +17,6 @@ Codings, besides plain values, of which all first bytes come first, then all sec
   five with 255 as the first: for numbers of which small ones are frequent
 """
 
-import base64
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -89,11 +88,6 @@ def to_text(data: bytes) -> str:
     if not 0 < last <= 6:
         return text
     return text[:-2] + chr(_ALPHABET[code[-1] >> (_BITS - 6)])
-
-
-def base64_text(data: bytes) -> str:
-    """Return bytes as base64."""
-    return base64.b64encode(data).decode("ascii")
 
 
 def numpy_type(dtype: str) -> str:

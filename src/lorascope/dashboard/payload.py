@@ -17,6 +17,7 @@ and scores of neighbours and tokens, values in whole rollouts, KL and contributi
 number).
 """
 
+import base64
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ from lorascope.artifact import Manifest, canonical
 from lorascope.dashboard.facts import header
 from lorascope.dashboard.layout import layout
 from lorascope.dashboard.overview import overview_of
-from lorascope.dashboard.packs import base64_text, narrowest_type, pack, whole_type
+from lorascope.dashboard.packs import narrowest_type, pack, whole_type
 from lorascope.dashboard.reports import SIDES, TEXT_COLUMNS, Reports
 from lorascope.dashboard.token_table import TokenTable
 from lorascope.features.arrays import RANKINGS, WINDOWS
@@ -192,7 +193,7 @@ class Payload:
             "columns": {
                 name: {
                     "type": dtype,
-                    "data": base64_text(np.ascontiguousarray(values, dtype).tobytes()),
+                    "data": base64.b64encode(np.asarray(values, dtype).tobytes()).decode("ascii"),
                 }
                 for name, (dtype, values) in columns.items()
             },

@@ -176,10 +176,8 @@ def run(config: LabelConfig) -> Path:
     by_hand = {}
     if "by_hand" in inputs:
         by_hand = read_by_hand(inputs["by_hand"], sae.digest, len(index))
-    out, identity = (
-        config.output or config.input.expanduser().with_name(FILE),
-        _identity(config, inputs),
-    )
+    out = config.output or config.input.expanduser().with_name(FILE)
+    identity = _identity(config, inputs)
 
     def make(build: Build) -> None:
         on_device = sae.to(runtime.pick_device(config.device))

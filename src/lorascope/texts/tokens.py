@@ -60,7 +60,7 @@ def speller(tokenizer: Any) -> Callable[[str], bytes]:
     decoder = json.dumps(state, ensure_ascii=False)
     byte_level, spaced = '"ByteLevel"' in decoder, "\u2581" in decoder
     fallback = '"ByteFallback"' in decoder
-    alphabet = {character: byte for byte, character in _byte_alphabet().items()}
+    alphabet = _byte_alphabet()
 
     def spell(token: str) -> bytes:
         if fallback and (match := _BYTE.fullmatch(token)):
@@ -99,13 +99,13 @@ def pack_tokens(tokens: Sequence[bytes]) -> tuple[npt.NDArray[np.int64], npt.NDA
     return offset, np.frombuffer(b"".join(tokens), dtype=np.uint8)
 
 
-def _byte_alphabet() -> dict[int, str]:
-    """Return the printable character that byte-level BPE writes for each byte.
+def _byte_alphabet() -> dict[str, int]:
+    """Return the byte that each printable character of byte-level BPE stands for.
 
     The 188 bytes that are printable in Latin-1 stand for themselves; the others map to 256 and up.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    table = {byte: chr(byte) for byte in printable}
-    table.update({byte: chr(256 + i) for i, byte in enumerate(others)})
-    return table
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + i): byte for i, byte in enumerate(others)
+    }
