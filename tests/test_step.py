@@ -6,7 +6,7 @@ import torch
 from builders.definitions import objective
 from builders.saes import weights_of
 
-from lorascope.kernels import prefilter
+from lorascope.kernels import byte_product
 from lorascope.sae.sparsity import Rule
 from lorascope.sae.step import Step
 from lorascope.sae.team import Team
@@ -95,7 +95,7 @@ def test_a_batch_in_which_nothing_fires_has_finite_gradients():
 
 
 def test_a_bfloat16_product_gives_nearly_the_same_gradients(monkeypatch):
-    monkeypatch.setattr(prefilter, "is_faster", lambda *_: False)
+    monkeypatch.setattr(byte_product, "is_faster", lambda *_: False)
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
     dead = torch.zeros(128, dtype=torch.bool)
     grads = []

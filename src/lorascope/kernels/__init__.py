@@ -13,10 +13,11 @@ flat indices `row * d_sae + latent` where a latent fires, `k * batch` of them, i
   the gradients of `W_enc` and `W_dec`.
 - `pair_dot`: for each pair, the inner product of two rows. It gives the gradient of a code.
 
-`tests/builders/definitions.py` defines what they mean. `cpu.py` builds them from torch operations,
-and `prefilter.py` takes a product of bytes instead where the CPU can. `cuda.py` has the same
-functions with static shapes, so that a whole step can become a CUDA graph. `encoder.py` uses them
-to compute codes. Training runs on CPU and CUDA only.
+`tests/builders/definitions.py` defines what they mean. `cpu.py` builds them from torch operations.
+`cuda.py` has the same functions with static shapes, so that a whole step can become a CUDA graph.
+Where the CPU multiplies bytes fast, `byte_product.py` comes before the float32 product: in
+`prefilter.py`, which chooses pairs in training, and in `encoder.py`, which computes codes. Training
+runs on CPU and CUDA only.
 """
 
 from types import ModuleType

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+CACHED = 1 << 18  # numbers that are read again soon
 _SAMPLE = 1 << 16  # scores from which a bound is guessed
 _TRIES = 4  # bounds to try before marking every positive score
 _LOWER = 0.99  # the next batch's guess, as a share of this batch's bound
@@ -113,7 +114,7 @@ def best_of_rows(scores: Float[Tensor, "batch latent"], k: float) -> Best:
     if batch == 0 or k_ceil == 0:
         return Best(torch.zeros(0, dtype=torch.int64), scores.new_zeros(0), 0.0)
     bound = row_bounds(scores, k_ceil).clamp_(min=_smallest_positive(scores))
-    indices = nonzero_indices(scores >= bound)
+    indices = indices_reaching(scores, bound)
     values = scores.view(-1)[indices]
     kept = keep_best_of_rows(indices, values, scores.shape, k)[0]
     return Best(indices[kept], values[kept], 0.0)
@@ -228,6 +229,24 @@ def sampled_bound(scores: Float[Tensor, "batch latent"], n: int, bias: Tensor | 
 def sample_step(batch: int, width: int) -> int:
     """Return how many rows apart the rows lie from which a bound is guessed."""
     return max(batch * width // _SAMPLE, 1)
+
+
+def indices_reaching(
+    scores: Shaped[Tensor, "row column"], low: Shaped[Tensor, "..."]
+) -> Int64[Tensor, "pair"]:
+    """Return the flat indices, rising, of the scores that reach a bound of the same dtype.
+
+    A comparison whose result has the type of its arguments is vectorised, and 16-bit integers
+    compare fastest: bits of bfloat16 rise with the value, and those of negative numbers are below.
+    """
+    if scores.dtype == torch.bfloat16 and bool((low > 0).all()):
+        scores, low = scores.view(torch.int16), low.view(torch.int16)
+    marks = torch.empty(scores.shape, dtype=torch.bool)
+    size = max(CACHED // max(scores.shape[1], 1), 1)
+    parts = (tensor.split(size) for tensor in (scores, low.expand(scores.shape), marks))
+    for part, bound, mark in zip(*parts, strict=True):
+        mark.view(torch.int8).copy_(torch.ge(part, bound, out=torch.empty_like(part)))
+    return nonzero_indices(marks)
 
 
 def nonzero_indices(marks: Bool[Tensor, "batch latent"]) -> Int64[Tensor, "pair"]:

@@ -17,7 +17,6 @@ product is taken in float32.
 """
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,7 +25,8 @@ import torch
 from jaxtyping import BFloat16, Float, Int64
 from torch import Tensor
 
-from lorascope.kernels import cpu
+from lorascope.kernels import byte_product, cpu
+from lorascope.kernels.byte_product import ROUNDED, WIDEST, Bytes
 from lorascope.kernels.cpu import Best
 
 _SIGMAS = 6.0  # the first margin, in standard deviations of the rounding
@@ -34,36 +34,14 @@ _SLACK = 2.0  # how far the first bounds of rows lie below their best limits, in
 _SAFETY = 2.0  # a wider margin, as a multiple of the largest error of a candidate
 _ENOUGH = 1.25  # margin that suffices for a batch, as a multiple of its largest error
 _MEASURED = 4  # the error of one candidate in so many is measured
-_ROUNDED = 1.1 * 2**-8  # of a bfloat16 number, and of the number with which it is compared
-_ROUNDED_TWICE = 2 * _ROUNDED  # of one that is multiplied and added to by such numbers
+_ROUNDED_TWICE = 2 * ROUNDED  # of one that is multiplied and added to by such numbers
 _ROUNDING = 2**-15  # of float32 products, as a share of the size: more than sums of 500 need
 _LOWER = 0.93  # the next batch's bound, as a share of this batch's: they differ by some 3 %
 _STEP = 0.93  # factor from a bound that is too high to the next one
 _TRIES = 4
 _MANY = 8  # candidates per wanted score above which a float32 product is cheaper
 _BLOCK = 1 << 23  # scores of one product
-_WIDEST = 1 << 15  # columns whose products of bytes surely fit into 32 bits
-_CACHED = 512  # rows that are turned into bytes at once
-_ZERO = 128  # the unsigned byte for zero
-_TINY = 1e-30  # unit of a row of zeros
 _SMALLEST = torch.finfo(torch.bfloat16).tiny
-_BYTE_ISAS = ("AVX512_CORE_", "AVX10")  # beginnings of oneDNN's names of instructions for bytes
-
-
-def is_faster(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether this CPU has instructions for bytes (VNNI or AMX) and the rows are float32.
-
-    oneDNN must be allowed to use them: without, its product of bytes takes seconds.
-    """
-    if device.type != "cpu" or dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-        return False
-    limits = [os.environ.get(f"{name}_MAX_CPU_ISA", "") for name in ("ONEDNN", "DNNL")]
-    if not all(
-        limit.upper() in ("", "ALL", "DEFAULT") or limit.upper().startswith(_BYTE_ISAS)
-        for limit in limits
-    ):
-        return False
-    return torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()
 
 
 class _Candidates(NamedTuple):
@@ -153,22 +131,24 @@ class _Scores:
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor) -> None:
         self._x, self._weight, self._bias = x, weight, bias
-        self._bytes, self._unit, norm = _to_bytes(weight, torch.uint8)
-        self._x_bytes, self._x_unit, x_norm = _to_bytes(x, torch.int8)
+        self._bytes = Bytes.rounded(weight, signed=False)
+        self._x_bytes = Bytes.rounded(x, signed=True)
+        self._unit = self._bytes.unit
         # rounding to multiples of `unit` has a variance of `unit ** 2 / 12`
-        ratio = (norm / self._unit).max()
-        spread = (x_norm.square() + (ratio * self._x_unit).square()).sqrt() / math.sqrt(12)
+        ratio = (self._bytes.norm / self._unit).max()
+        x_error = ratio * self._x_bytes.unit
+        spread = (self._x_bytes.norm.square() + x_error.square()).sqrt() / math.sqrt(12)
         self._spread = spread  # of a rough score, in units of its latent
         finite = bool((spread.sum() + bias.sum()).isfinite())
-        self._is_usable = finite and len(x) > 0 and x.shape[1] <= _WIDEST
+        self._is_usable = finite and len(x) > 0 and x.shape[1] <= WIDEST
 
     def above(self, bound: float, margin: float, at_most: int) -> _Candidates | None:
         """Return all pairs with a score above `bound`; None if too many have to be computed."""
         low = (bound - self._bias) / self._unit
-        low = (low - _ROUNDED * low.abs())[:, None]
+        low = (low - ROUNDED * low.abs())[:, None]
         found = []
         for rows, upper in self._blocks(margin):
-            indices = _reaching(upper, low)
+            indices = cpu.indices_reaching(upper, low.to(upper.dtype))
             at_most -= len(indices)
             if at_most < 0:
                 return None
@@ -192,7 +172,7 @@ class _Scores:
             best = cpu.part_maxima(upper.view(torch.int16), k, 0).view(upper.dtype).T.float()
             low = best.topk(k, sorted=False).values.amin(1) - slack * self._spread[rows]
             low = low.clamp_(min=_SMALLEST)  # only positive scores fire
-            indices = _reaching(upper, low)
+            indices = cpu.indices_reaching(upper, low.to(upper.dtype))
             at_most -= len(indices)
             if at_most < 0:
                 return None
@@ -209,7 +189,7 @@ class _Scores:
     def near(self, dense: Float[Tensor, "batch latent"], low: Tensor) -> _Candidates:
         """Return the pairs with dense scores from `low` on, or below it by what rounding may do."""
         sizes = self._x.norm(dim=1, keepdim=True) + self._bias.abs().max()
-        indices = cpu.nonzero_indices(dense >= low - 2 * _ROUNDING * sizes)
+        indices = cpu.indices_reaching(dense, low - 2 * _ROUNDING * sizes)
         rows = indices // len(self._weight)
         latents = indices - rows * len(self._weight)
         values = cpu.pair_dot(self._x, rows, self._weight, latents) + self._bias[latents]
@@ -225,27 +205,11 @@ class _Scores:
         """Yield blocks of rows, and an upper limit of `x @ weight.T / unit` for each pair."""
         if not self._is_usable:
             return
-        onednn, size = torch.ops.onednn, max(_BLOCK // len(self._weight), 1)
+        size = max(_BLOCK // len(self._weight), 1)
         for first in range(0, len(self._x), size):
             rows = slice(first, first + size)
-            unit, limit = self._x_unit[rows], margin * self._spread[rows]
-            packed = onednn.qlinear_prepack(self._x_bytes[rows], None)
-            upper = onednn.qlinear_pointwise(
-                self._bytes,
-                1.0,
-                _ZERO,
-                packed,
-                unit,
-                torch.zeros(len(unit), dtype=torch.int64),
-                limit,  # what is added to each column
-                1.0,
-                0,
-                torch.bfloat16,
-                "none",
-                [],
-                "",
-            )
-            yield rows, upper
+            x, limit = self._x_bytes.select(rows), margin * self._spread[rows]
+            yield rows, byte_product.product(self._bytes, x, limit)
 
     def _measured(
         self,
@@ -267,7 +231,7 @@ class _Scores:
         some = slice(None, None, _MEASURED)
         spread, unit = self._spread[block][rows[some]], self._unit[latents[some]]
         rough = upper.view(-1)[indices[some]].float()
-        rounded = _ROUNDED * rough.abs()
+        rounded = ROUNDED * rough.abs()
         if added is not None:
             own = added[latents[some]].float()
             rounded = _ROUNDED_TWICE * (rough.abs() + own.abs()) / unit
@@ -289,37 +253,3 @@ def _joined(found: list[_Candidates]) -> _Candidates | None:
         return found[0] if found else None
     indices, values, errors = zip(*found, strict=True)
     return _Candidates(torch.cat(indices), torch.cat(values), max(errors))
-
-
-def _to_bytes(
-    table: Float[Tensor, "row d_in"], dtype: torch.dtype
-) -> tuple[Tensor, Float[Tensor, "row"], Float[Tensor, "row"]]:
-    """Return the rows as bytes (unsigned ones plus `_ZERO`), the units of these, and the norms."""
-    shift = _ZERO + 0.5 if dtype == torch.uint8 else 0.0  # conversion cuts off what follows the dot
-    rows, units = torch.empty(table.shape, dtype=dtype), table.new_empty(len(table))
-    norms = torch.empty_like(units)
-    parts = (t.split(_CACHED) for t in (table, rows, units, norms))
-    for part, out, unit, norm in zip(*parts, strict=True):
-        torch.amax(part.abs(), 1, out=unit)
-        torch.linalg.vector_norm(part, dim=1, out=norm)
-        unit.div_(127).clamp_(min=_TINY)
-        scaled = part * (1 / unit)[:, None]
-        out.copy_(scaled.add_(shift) if shift else scaled.round_())
-    return rows, units, norms
-
-
-def _reaching(
-    upper: BFloat16[Tensor, "latent row"], low: Float[Tensor, "..."]
-) -> Int64[Tensor, "pair"]:
-    """Return the flat indices, rising, of the limits that reach a bound."""
-    low = low.to(upper.dtype)
-    if not bool((low > 0).all()):
-        return cpu.nonzero_indices(upper >= low)
-    # The bits of positive bfloat16 rise with the value, and a comparison whose result has the type
-    # of its arguments is vectorised: together four times as fast.
-    marks = torch.empty(upper.shape, dtype=torch.bool)
-    bounds = low.view(torch.int16).expand(upper.shape)
-    parts = (t.split(_CACHED) for t in (upper.view(torch.int16), bounds, marks))
-    for part, bound, mark in zip(*parts, strict=True):
-        mark.view(torch.int8).copy_(torch.ge(part, bound, out=torch.empty_like(part)))
-    return cpu.nonzero_indices(marks)

@@ -28,7 +28,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from lorascope import kernels
-from lorascope.kernels import cpu, prefilter
+from lorascope.kernels import byte_product, cpu
 from lorascope.kernels.prefilter import Prefilter
 from lorascope.sae.objective import AUX_ROWS, JUMP_WEIGHT, JUMP_WIDTH, LEAST_SPREAD, Loss, Weights
 from lorascope.sae.sparsity import Rule
@@ -168,7 +168,7 @@ class Step:
         kernel, rule, bias = kernels.for_device(centred.device), self.rule, weights.b_enc
         k = rule.k if self.team.world == 1 else math.ceil(rule.k)
         n = round(rule.k * self.team.share(len(centred))[1])
-        prefiltered = kernel is cpu and prefilter.is_faster(centred.device, centred.dtype)
+        prefiltered = kernel is cpu and byte_product.is_faster(centred.device, centred.dtype)
         if weights.log_threshold is not None:
             bound = weights.log_threshold.exp() - JUMP_WIDTH / 2
             best = kernel.indices_above(self._product(weights, centred), bound, bias=bias)
