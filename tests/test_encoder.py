@@ -5,14 +5,24 @@ from builders.tolerance import assert_same_up_to_rounding, rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorascope.kernels import encoder
+from lorascope.kernels import byte_product, encoder
 from lorascope.kernels.encoder import Encoder
 
+HAS_BYTES = byte_product.is_faster(torch.device("cpu"), torch.float32)
+needs_bytes = pytest.mark.skipif(not HAS_BYTES, reason="without instructions for bytes")
+TYPES = [pytest.param("bytes", marks=needs_bytes), "bfloat16", "float32"]
 
-@pytest.fixture(params=[True, False], ids=["bfloat16", "float32"])
+
+def choose(monkeypatch, kind):
+    """Take the rough product in a type, whatever this machine would choose."""
+    monkeypatch.setattr(encoder, "_FEWEST", 0)
+    monkeypatch.setattr(encoder.byte_product, "is_faster", lambda *_: kind == "bytes")
+    monkeypatch.setattr(encoder, "multiplies_bfloat16", lambda _: kind == "bfloat16")
+
+
+@pytest.fixture(params=TYPES)
 def rough(request, monkeypatch):
-    """The product in either type, whatever this machine would choose."""
-    monkeypatch.setattr(encoder, "multiplies_bfloat16", lambda _: request.param)
+    choose(monkeypatch, request.param)
 
 
 def problem(n, d_in, n_latents, *, seed=0, spread=0.0, bias=0.1):
@@ -52,15 +62,38 @@ def test_no_pair_is_missed_and_none_is_added(rough, n, d_in, n_latents, spread):
     assert bool((order.diff() > 0).all())
 
 
-def test_both_products_find_the_same_pairs_to_the_bit(monkeypatch):
-    x, W_enc, b_enc, threshold = problem(700, 56, 900)
+@pytest.mark.parametrize("bias", [0.1, 3.0])  # the larger one is above many thresholds
+def test_all_products_find_the_same_pairs_to_the_bit(monkeypatch, bias):
+    x, W_enc, b_enc, threshold = problem(700, 56, 900, bias=bias)
+    kinds = ["bytes"] * HAS_BYTES + ["bfloat16", "float32"]
     found = []
-    for faster in (True, False):
-        monkeypatch.setattr(encoder, "multiplies_bfloat16", lambda _, faster=faster: faster)
+    for kind in kinds:
+        choose(monkeypatch, kind)
         found.append(Encoder(W_enc, b_enc, threshold)(x))
-    for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)
+    for other in found[1:]:
+        for one, same in zip(found[0], other, strict=True):
+            assert torch.equal(one, same)
     assert len(found[0].values) > 1000
+
+
+@needs_bytes
+@pytest.mark.parametrize("d_in", [16, 400])
+def test_a_score_that_rounding_to_bytes_makes_as_small_as_it_can_is_found(monkeypatch, d_in):
+    """Each weight is the rounding error of its row, so nothing of the errors cancels."""
+    choose(monkeypatch, "bytes")
+    n = 60
+    x = torch.randn(n, d_in, generator=torch.Generator().manual_seed(0))
+    rounded = byte_product.Bytes.rounded(x, signed=True)
+    error = x - rounded.numbers * rounded.unit[:, None]
+    scores = (x.double() * error.double()).sum(1)
+    threshold = (scores - 1e-5 * x.norm(dim=1) * error.norm(dim=1)).float()
+    screen = Encoder(error.T.contiguous(), torch.zeros(n), threshold)
+    assert screen._bytes
+    monkeypatch.setattr(encoder, "_MANY", 0)  # so that the bytes decide
+    fired = screen(x)
+    assert set(zip(fired.rows.tolist(), fired.latents.tolist(), strict=True)) >= {
+        (i, i) for i in range(n)
+    }
 
 
 def test_sums_that_lie_on_their_threshold_are_decided_in_float32(rough):

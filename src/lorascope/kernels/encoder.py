@@ -3,34 +3,37 @@
 Latent j fires in row x if `x @ W_enc[:, j] + b_enc[j] > threshold[j]`. Only one in a hundred of
 these numbers is needed afterwards, so:
 
-1. Take the product in bfloat16 where that is faster, with rows extended by three columns. They turn
-   it into `(x @ w_j + b_j - t_j) / |w_j| + margin`, whose sign says which pairs could fire. One
-   pass over the signs finds them.
+1. Find the pairs that could fire with a rough product (`_ByteScreen`, or `_SignScreen` where the
+   CPU has no instructions for bytes or too many pairs could fire).
 2. Compute the scores of these pairs in float32, one inner product each, and compare them with the
    thresholds.
 
-The margin is a proven bound. With unit roundoff u of the rough dtype, the rounded product is within
-`(2u + u²) Σ|x_i w_ij|` of the true one, which is at most `|x| |w_j|` (Cauchy-Schwarz); float32 sums
-add `d 2**-24` of that for the rough and for the exact side. So no pair is missed. A pair's value is
-an inner product of its own: it has the same bits in any batch, in any slice of the latents, and
-alone.
+The margin of a rough product is a proven bound, so no pair is missed. A pair's value is an inner
+product of its own: it has the same bits in any batch, in any slice of the latents, alone, and
+however the pair was found.
 
-Columns may differ in size by orders of magnitude, which would make `|x| |w_j|` a loose bound. So
-columns of x are multiplied, and rows of W_enc divided, by powers of two, which changes no bit.
+Columns may differ in size by orders of magnitude, which would make the bounds loose. So columns of
+x are multiplied, and rows of W_enc divided, by powers of two, which changes no bit.
 """
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
 from lorascope import kernels
-from lorascope.kernels import cpu
+from lorascope.kernels import byte_product, cpu
+from lorascope.kernels.byte_product import ROUNDED, WIDEST, Bytes
 
 BLOCK = 1024  # rows in one product
 _ALIGN = 16  # columns are padded to 64 bytes, so that inner products start aligned
-_ROUNDED_UP = 1 + 2**-6  # keeps the margin an upper bound after rounding to bfloat16
+_ROUNDED_UP = 1 + 2**-6  # keeps a margin an upper bound after rounding to bfloat16
+_FEWEST = 512  # latents from which on a product of bytes is faster
+_MANY = 8  # if more than one pair in so many could fire, the product in a wider type is cheaper
+
+Pairs = tuple[Int64[Tensor, "pair"], Int64[Tensor, "pair"]]  # rows and latents
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -66,21 +69,15 @@ class Encoder:
         self._weight = W_enc.new_zeros(self.n_latents, width)
         self._weight[:, :d_in] = weight.T
 
-        dtype = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
-        norm = weight.double().norm(dim=0)
-        norm = torch.where(norm > 0, norm, 1.0)
-        bias, bound = b_enc.double(), threshold.double()
-        beyond = (bias - bound + 2**-22 * (bias.abs() + bound.abs())) / norm
-        high = beyond.to(dtype)
-        low = torch.where(high.isfinite(), beyond - high.double(), 0.0).to(dtype)
-        extra = torch.stack([high, low, torch.ones_like(high)])
-        wide = -(-(d_in + 3) // _ALIGN) * _ALIGN
-        table = torch.zeros(self.n_latents, wide, dtype=dtype, device=device)
-        table[:, :d_in] = (weight / norm).T.to(dtype)
-        table[:, d_in : d_in + 3] = extra.T
-        self._rough_weight = table
-        unit = torch.finfo(dtype).eps / 2
-        self._margin = (2 * unit + unit**2 + 4 * d_in * 2**-24 + 2**-16) * _ROUNDED_UP
+        self._d_in = d_in
+        self._bytes = None
+        is_large = self.n_latents >= _FEWEST
+        if is_large and width <= WIDEST and byte_product.is_faster(device, torch.float32):
+            self._bytes = _ByteScreen(self._weight, b_enc, threshold)
+
+    @cached_property
+    def _signs(self) -> "_SignScreen":
+        return _SignScreen(self._weight, self._b_enc, self._threshold, self._d_in)
 
     def __call__(self, rows: Float[Tensor, "batch d_in"]) -> Fired:
         """Return the pairs that fire in finite rows, float16 or float32."""
@@ -106,22 +103,12 @@ class Encoder:
 
     def _block(self, rows: Float[Tensor, "batch d_in"], first: int) -> Fired:
         x = self._scaled(rows)
-        d_in = rows.shape[1]
-        wide = x.new_zeros(len(x), self._rough_weight.shape[1], dtype=self._rough_weight.dtype)
-        wide[:, :d_in] = x[:, :d_in]
-        wide[:, d_in : d_in + 2] = 1
-        wide[:, d_in + 2] = self._margin * x.norm(dim=1)
-        out = wide.new_empty(len(x), self.n_latents)
-        kernels.for_device(out.device).product(wide, self._rough_weight, out)
-        if out.device.type == "cpu":  # the sign is the first bit, and integers compare faster
-            integer = torch.int16 if out.dtype == torch.bfloat16 else torch.int32
-            indices = cpu.nonzero_indices(out.view(integer) >= 0)
-        else:
-            indices = torch.nonzero((out >= 0).flatten())[:, 0]
-        row_indices = indices // self.n_latents
-        latents = indices - row_indices * self.n_latents
+        by_latent = self._bytes(x) if self._bytes else None
+        row_indices, latents = by_latent or self._signs(x)
         values = self._exact(x, row_indices, latents)
         fires = torch.nonzero(values > self._threshold[latents])[:, 0]
+        if by_latent:
+            fires = fires[cpu.stable_order(row_indices[fires], len(x))]
         return Fired(row_indices[fires] + first, latents[fires], values[fires])
 
     def _scaled(self, rows: Float[Tensor, "batch d_in"]) -> Float32[Tensor, "batch width"]:
@@ -137,3 +124,98 @@ class Encoder:
     ) -> Float32[Tensor, "pair"]:
         ops = kernels.for_device(x.device)  # no attribute: a module cannot be pickled
         return ops.pair_dot(x, row_indices, self._weight, latents) + self._b_enc[latents]
+
+
+class _SignScreen:
+    """Finds the pairs that could fire by the signs of a product, in bfloat16 where that is fast.
+
+    Rows are extended by three columns. They turn the product into `(x @ w_j + b_j - t_j) / |w_j| +
+    margin`. With unit roundoff u, the rounded product is within `(2u + u²) Σ|x_i w_ij|` of the true
+    one, which is at most `|x| |w_j|` (Cauchy-Schwarz); float32 sums add `d 2**-24` of that for the
+    rough and for the exact side.
+    """
+
+    def __init__(
+        self,
+        weight: Float32[Tensor, "latent width"],
+        bias: Float32[Tensor, "latent"],
+        threshold: Float32[Tensor, "latent"],
+        d_in: int,
+    ) -> None:
+        device = weight.device
+        self._d_in = d_in
+        dtype = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+        norm = weight.double().norm(dim=1)
+        norm = torch.where(norm > 0, norm, 1.0)
+        beyond = -_least(bias, threshold) / norm
+        high = beyond.to(dtype)
+        low = torch.where(high.isfinite(), beyond - high.double(), 0.0).to(dtype)
+        wide = -(-(d_in + 3) // _ALIGN) * _ALIGN
+        self._table = torch.zeros(len(weight), wide, dtype=dtype, device=device)
+        self._table[:, :d_in] = (weight[:, :d_in] / norm[:, None]).to(dtype)
+        self._table[:, d_in : d_in + 3] = torch.stack([high, low, torch.ones_like(high)], 1)
+        unit = torch.finfo(dtype).eps / 2
+        self._margin = (2 * unit + unit**2 + _summing(d_in)) * _ROUNDED_UP
+
+    def __call__(self, x: Float32[Tensor, "batch width"]) -> Pairs:
+        """Return the pairs, ordered by row."""
+        d_in, n_latents = self._d_in, len(self._table)
+        wide = self._table.new_zeros(len(x), self._table.shape[1])
+        wide[:, :d_in] = x[:, :d_in]
+        wide[:, d_in : d_in + 2] = 1
+        wide[:, d_in + 2] = self._margin * x.norm(dim=1)
+        out = wide.new_empty(len(x), n_latents)
+        kernels.for_device(out.device).product(wide, self._table, out)
+        if out.device.type == "cpu":  # the sign is the first bit, and integers compare faster
+            integer = torch.int16 if out.dtype == torch.bfloat16 else torch.int32
+            indices = cpu.indices_reaching(out.view(integer), out.new_zeros((), dtype=integer))
+        else:
+            indices = torch.nonzero((out >= 0).flatten())[:, 0]
+        rows = indices // n_latents
+        return rows, indices - rows * n_latents
+
+
+class _ByteScreen:
+    """Finds the pairs that could fire by a product of bytes (`byte_product.py`).
+
+    With x' and w' the rounded rows, the product is within `|x - x'| |w_j| + |x'| |w_j - w'_j|` of
+    the true one (Cauchy-Schwarz), where both differences are known.
+    """
+
+    def __init__(
+        self,
+        weight: Float32[Tensor, "latent width"],
+        bias: Float32[Tensor, "latent"],
+        threshold: Float32[Tensor, "latent"],
+    ) -> None:
+        self._table = Bytes.rounded(weight, signed=False)
+        # in units of the latents
+        self._norm = (self._table.norm / self._table.unit).max()
+        self._error = self._table.error_norms(weight).max()
+        least = _least(bias, threshold) / self._table.unit.double()
+        least = torch.where(least.isfinite(), least - ROUNDED * least.abs(), least)
+        self._least = least[:, None].bfloat16()
+
+    def __call__(self, x: Float32[Tensor, "batch width"]) -> Pairs | None:
+        """Return the pairs, ordered by latent; None if they are too many."""
+        rough = Bytes.rounded(x, signed=True)
+        error = rough.unit * rough.error_norms(x)
+        summing = _summing(x.shape[1]) * rough.norm
+        limit = (error + summing) * self._norm + (rough.norm + error) * self._error
+        upper = byte_product.product(self._table, rough, limit * _ROUNDED_UP)
+        indices = cpu.indices_reaching(upper, self._least)
+        if _MANY * len(indices) > upper.numel():
+            return None
+        latents = indices // len(x)
+        return indices - latents * len(x), latents
+
+
+def _least(bias: Tensor, threshold: Tensor) -> Float64[Tensor, "latent"]:
+    """Return what `x @ w` must reach to fire, less what the float32 sum with the bias rounds."""
+    bias, bound = bias.double(), threshold.double()
+    return bound - bias - 2**-22 * (bias.abs() + bound.abs())
+
+
+def _summing(d_in: int) -> float:
+    """Return by how much float32 sums err on both sides, as a share of the norms' product."""
+    return 4 * d_in * 2**-24 + 2**-16
