@@ -395,7 +395,7 @@ def test_memory_that_runs_out_in_an_exchange_is_not_a_lost_process(monkeypatch, 
 
     monkeypatch.setattr("torch.distributed.all_reduce", all_reduce)
     with pytest.raises(expected):
-        Team(0, 2).sum(torch.ones(1))
+        Team(world=2).sum(torch.ones(1))
 
 
 def test_a_killed_process_ends_the_others_and_one_alone_may_go_on(config, straight, pair, tmp_path):
