@@ -11,9 +11,9 @@ from lorascope.cli import COMMANDS
 
 ROOT = Path(lorascope.__file__).parent
 ORDER = (
-    "version errors sites config arrayfile artifact record_json hub runtime stage kernels texts "
-    "subject activations callbacks sae features causal labels dashboard results audit compare "
-    "depth run_summary pipeline demo inspection completion cli __main__"
+    "version errors remote sites config arrayfile artifact record_json hub runtime stage kernels "
+    "texts subject activations callbacks sae features causal labels dashboard results audit "
+    "compare depth run_summary pipeline demo inspection completion cli __main__"
 ).split()
 
 

@@ -30,10 +30,12 @@ from typing import Any
 
 from lorascope.arrayfile import mapped, read_header
 from lorascope.errors import ArtifactError, LorascopeError
+from lorascope.remote import RemotePath, uploaded
 from lorascope.sites import SiteLayout
 from lorascope.version import __version__
 
 MANIFEST = "manifest.json"
+RECEIPT = ".sha256"  # beside an object until its store is finished
 HTML_MARK = b"<!-- lorascope "
 SEAL = b"lorascope-sha256:"
 EMPTY_SEAL = SEAL + b"0" * 64
@@ -232,12 +234,17 @@ def _digest_with_empty_seal(data: mmap | bytes, start: int) -> bytes:
 
 def write_manifest(folder: Path, manifest: Manifest, files: Iterable[str]) -> None:
     """Write `manifest.json` with the size and the SHA-256 of `files`, sealed."""
-    table = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": digest_file(folder / name)}
-        for name in files
-    }
+    table = {name: _facts(folder / name) for name in files}
     values = replace(manifest, files=table).to_sealed_json()
     write_text(folder / MANIFEST, sealed(json.dumps(values, indent=1, allow_nan=False) + "\n"))
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """Return size and checksum of a file: of an object from its receipt, if it has one."""
+    receipt = path.with_name(path.name + RECEIPT)
+    has_receipt = isinstance(path, RemotePath) and receipt.exists()
+    digest = receipt.read_text(encoding="ascii") if has_receipt else digest_file(path)
+    return {"bytes": path.stat().st_size, "sha256": digest}
 
 
 def check_files(path: Path) -> list[str]:
@@ -351,13 +358,24 @@ def open_manifest(path: Path, kind: str, schema: int, oldest: int = 1) -> Manife
 
 def write_text(path: Path, text: str) -> None:
     """Write a whole file atomically: under another name, synced, then renamed."""
-    with replacing(path) as sibling, sibling.open("w", encoding="utf-8") as file:
+    writing = uploaded if isinstance(path, RemotePath) else replacing
+    with writing(path) as sibling, sibling.open("w", encoding="utf-8") as file:
         file.write(text)
 
 
 @contextmanager
 def replacing(path: Path) -> Generator[Path]:
-    """Yield the name to write a file under; it is then synced and takes the name `path`."""
+    """Yield the name to write a file under; it is then synced and takes the name `path`.
+
+    An object is then uploaded, and after it a receipt with its checksum: it need not be read again.
+    """
+    if isinstance(path, RemotePath):
+        with uploaded(path) as local:
+            yield local
+            digest = digest_file(local)
+        with uploaded(path.with_name(path.name + RECEIPT)) as local:
+            local.write_text(digest, encoding="ascii")
+        return
     sibling = path.with_name(path.name + ".tmp")
     with errors_of_the_system(path):
         yield sibling

@@ -26,6 +26,7 @@ from lorascope import config, runtime
 from lorascope.completion import SHELLS, Flag, completion_script
 from lorascope.errors import ConfigError, Interrupted, LorascopeError
 from lorascope.hub import first_line
+from lorascope.remote import as_path
 from lorascope.version import __version__
 
 log = logging.getLogger("lorascope")
@@ -432,7 +433,7 @@ def _show_verify(arguments: list[str]) -> int:
 
     code = 0
     for word in _tool_parser("verify").parse_args(arguments).path:
-        for path in artifacts_in(Path(word).expanduser()):
+        for path in artifacts_in(as_path(word).expanduser()):
             problems = verify(path)
             for problem in problems:
                 print(f"{path}: {problem}", file=sys.stderr)

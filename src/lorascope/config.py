@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lorascope.errors import ConfigError
+from lorascope.remote import as_path
 
 CONFIG_FILE = "lorascope.toml"
 _LEAST_TEMPERATURE = 1e-3  # two logits that differ by 0.1 then differ by 100: no draw sees less
@@ -302,6 +303,8 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
     if inner is int and isinstance(value, float) and not value.is_integer():
         raise wrong
     plain: Any = value
+    if inner is Path:
+        return as_path(str(plain))
     try:
         return inner(plain)
     except (TypeError, ValueError) as error:

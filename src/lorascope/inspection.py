@@ -16,6 +16,7 @@ from lorascope.config import did_you_mean
 from lorascope.errors import ArtifactError, ConfigError, LorascopeError
 from lorascope.hub import find_folder
 from lorascope.record_json import DIALECT, from_json, json_schema
+from lorascope.remote import as_path
 
 if TYPE_CHECKING:
     from lorascope.causal.report_records import ReportRecord
@@ -137,7 +138,7 @@ def describe(name: str, adapter_name: str | None = None, *, as_json: bool = Fals
 
     `name` is a path, or the hub id of an adapter; `adapter_name` is one of several in its folder.
     """
-    path = Path(name).expanduser()
+    path = as_path(name).expanduser()
     if _is_adapter(path):
         from lorascope.subject import inventory
         from lorascope.subject.adapter import inspect_adapter

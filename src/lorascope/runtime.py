@@ -19,7 +19,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -148,7 +148,7 @@ class Claim:
 
 def claim_work_units(
     targets: Sequence[Path],
-    locks: Path,
+    locks: Path | None,
     on_finished: Callable[[int], None],
     on_idle: Callable[[], None],
 ) -> Generator[Claim]:
@@ -157,7 +157,8 @@ def claim_work_units(
     The caller writes `targets[i]` for work unit i, atomically, and then releases the claim.
     `on_finished(i)` is called once for every file, whichever process wrote it; `on_idle()` is
     called while there is nothing to do but wait. Byte i of the file `locks` is the lock of work
-    unit i. On a file system without locks, work unit i belongs to rank `i % world_size`.
+    unit i. Without `locks`, or on a file system that has none, work unit i belongs to rank
+    `i % world_size`.
     """
     pending = dict(enumerate(targets))
     claimed: set[int] = set()  # by this process, file not seen yet
@@ -169,9 +170,9 @@ def claim_work_units(
             on_finished(i)
 
     report_finished(list(pending))
-    if not pending or not locks.parent.exists():
+    if not pending or (locks and not locks.parent.exists()):
         return  # finished or published: write nothing into a folder that rank 0 may be sealing
-    with locks.open("a") as file:
+    with locks.open("a") if locks else nullcontext() as file:
         while pending:
             report_finished(list(pending))
             has_claimed = False
@@ -182,22 +183,22 @@ def claim_work_units(
                 if targets[i].exists():  # written between the check and the lock
                     claim.release()
                     continue
-                if not locks.exists():
+                if locks and not locks.exists():
                     return  # written and published between the check and the lock
                 has_claimed = True
                 claimed.add(i)
                 yield claim
                 report_finished(list(claimed))
             if pending and not has_claimed:
-                if not locks.exists():
+                if locks and not locks.exists():
                     return  # rank 0 saw the last file before this process did, and published
                 on_idle()
                 time.sleep(_POLL)
 
 
-def _lock(file: IO[str], work_unit: int) -> bool:
-    if world_size() == 1:
-        return True
+def _lock(file: IO[str] | None, work_unit: int) -> bool:
+    if world_size() == 1 or file is None:
+        return work_unit % world_size() == process_rank()
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, work_unit)
     except OSError as error:

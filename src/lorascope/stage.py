@@ -7,6 +7,9 @@
    takes one file out; both seal, sync to disk and rename. What stands under the final name is
    therefore complete, and nothing else is there.
 
+An object store renames nothing and locks nothing: there a folder is made under its final name, and
+its manifest says that it is finished.
+
 `built` is the skeleton that stages share: find the finished artifact, start the processes of the
 job or join it, build and publish.
 """
@@ -14,6 +17,7 @@ job or join it, build and publish.
 import fcntl
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Generator, Iterable
@@ -25,6 +29,7 @@ from typing import IO, Any, NamedTuple
 from lorascope import runtime
 from lorascope.artifact import (
     MANIFEST,
+    RECEIPT,
     Identity,
     Manifest,
     canonical,
@@ -36,11 +41,13 @@ from lorascope.artifact import (
 )
 from lorascope.config import Config
 from lorascope.errors import ArtifactError
+from lorascope.remote import RemotePath
 
 log = logging.getLogger(__name__)
 
 _SETTINGS = "settings.json"
 _LOCK = ".lock"
+_AT_URLS = "activations"  # the one kind that is written to URLs
 _PATIENCE = 600  # seconds for which a process waits for rank 0
 _SKEW = 60  # seconds by which clocks of machines that share a file system may differ
 
@@ -51,10 +58,12 @@ def is_made(out: Path, identity: Identity, *, overwrite: bool) -> bool:
     Raises ArtifactError when something else stands there and `overwrite` is off, and when a folder
     that lorascope did not make stands there, whatever `overwrite` says.
     """
+    if identity.kind != _AT_URLS:
+        os.fspath(out)  # refuses a URL
     _require_replaceable(out)
     if overwrite or not (out.exists() or out.is_symlink()):
         return False
-    if out.is_dir() and not any(out.iterdir()):
+    if out.is_dir() and (not any(out.iterdir()) or _is_unfinished(out)):
         return False
     found = read_manifest(out)
     if found is None or found.kind != identity.kind:
@@ -77,6 +86,9 @@ def is_made(out: Path, identity: Identity, *, overwrite: bool) -> bool:
 def _drop_remains(out: Path, identity: Identity) -> None:
     """Remove the folder that a kill left between giving a file its name and dropping its folder."""
     path = unfinished(out)
+    if isinstance(out, RemotePath):
+        _remove_records(out)
+        return
     if not path.is_dir() or _recorded(path) not in (None, _record(identity)):
         return
     with (path / _LOCK).open("w") as lock:
@@ -86,16 +98,32 @@ def _drop_remains(out: Path, identity: Identity) -> None:
 
 def unfinished(out: Path) -> Path:
     """Return the folder in which an artifact is made."""
+    if isinstance(out, RemotePath):
+        return out
     return out.with_name(out.name + ".partial")
 
 
 def _require_replaceable(out: Path) -> None:
     """Raise ArtifactError at a folder of somebody else's: replacing it would delete their files."""
-    if out.is_dir() and any(out.iterdir()) and read_manifest(out) is None:
+    if not out.is_dir() or _is_unfinished(out):
+        return
+    if any(out.iterdir()) and read_manifest(out) is None:
         raise ArtifactError(
             f"{out} is a folder with files that lorascope did not make, and is never replaced; "
             "give another output"
         )
+
+
+def _is_unfinished(out: Path) -> bool:
+    """Say whether this is a folder on an object store that a stage began."""
+    return isinstance(out, RemotePath) and not (out / MANIFEST).exists() and bool(_recorded(out))
+
+
+def _remove_records(out: RemotePath) -> None:
+    """Remove what a finished folder on an object store needs no more."""
+    for file in out.rglob("*"):
+        if file.name == _SETTINGS or file.suffix == RECEIPT:
+            file.unlink()
 
 
 class Job(NamedTuple):
@@ -120,6 +148,9 @@ class Build:
         """
         names = {*files}
         write_manifest(self.path, manifest, names)
+        if isinstance(self.out, RemotePath):
+            _remove_records(self.out)
+            return self.out
         for file in [path for path in self.path.rglob("*") if not path.is_dir()]:
             if file.relative_to(self.path).as_posix() not in (MANIFEST, *names):
                 file.unlink()
@@ -153,6 +184,15 @@ def building(out: Path, identity: Identity, *, overwrite: bool) -> Generator[Bui
     """
     _require_replaceable(out)
     path, record = unfinished(out), _record(identity)
+    if isinstance(out, RemotePath):
+        _begin_remote(out, record, overwrite=overwrite)
+        try:
+            yield Build(out, out)
+        except BaseException:
+            if {file.name for file in out.rglob("*")} <= {_SETTINGS}:
+                (out / _SETTINGS).unlink()
+            raise
+        return
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / _LOCK).open("w")
@@ -170,11 +210,7 @@ def building(out: Path, identity: Identity, *, overwrite: bool) -> Generator[Bui
                 "the file system of %s has no locks: start no other command with this output", out
             )
         if _recorded(path) not in (None, record):
-            if not overwrite:
-                raise ArtifactError(
-                    f"{path} holds unfinished work of other settings; give another output, "
-                    "or --overwrite to drop it"
-                )
+            _require_overwrite(path, overwrite=overwrite)
             for child in path.iterdir():
                 if child.name != _LOCK:
                     _clear(child)
@@ -185,6 +221,26 @@ def building(out: Path, identity: Identity, *, overwrite: bool) -> Generator[Bui
             if path.is_dir() and {child.name for child in path.iterdir()} <= {_LOCK, _SETTINGS}:
                 shutil.rmtree(path)  # nothing was finished, so nothing is left behind
             raise
+
+
+def _require_overwrite(path: Path, *, overwrite: bool) -> None:
+    if not overwrite:
+        raise ArtifactError(
+            f"{path} holds unfinished work of other settings; give another output, "
+            "or --overwrite to drop it"
+        )
+
+
+def _begin_remote(out: RemotePath, record: dict[str, Any], *, overwrite: bool) -> None:
+    """Begin or continue a folder on an object store. What `overwrite` replaces is removed first."""
+    log.warning("%s has no locks: start no other command with this output", out)
+    is_finished = (out / MANIFEST).exists()
+    if is_finished or _recorded(out) not in (None, record):
+        _require_overwrite(out, overwrite=overwrite)
+        (out / MANIFEST).unlink(missing_ok=True)
+        for file in out.rglob("*"):
+            file.unlink()
+    write_text(out / _SETTINGS, canonical(record))
 
 
 def _take(lock: IO[str]) -> bool | None:
@@ -258,7 +314,7 @@ def _record(identity: Identity) -> dict[str, Any]:
 
 def _recorded(path: Path) -> dict[str, Any] | None:
     """Return what an unfinished folder is to become; its manifest says it once it is written."""
-    for name in (_SETTINGS, MANIFEST):
+    for name in (_SETTINGS,) if isinstance(path, RemotePath) else (_SETTINGS, MANIFEST):
         try:
             data = json.loads((path / name).read_text(encoding="utf-8"))
             return {key: data[key] for key in ("kind", "settings", "parents")}
@@ -270,7 +326,9 @@ def _recorded(path: Path) -> dict[str, Any] | None:
 
 
 def require_space(folder: Path, n_bytes: int) -> None:
-    """Raise ArtifactError unless the disk of `folder` has room for `n_bytes` more."""
+    """Raise ArtifactError unless the disk of `folder` has room for `n_bytes` more; a URL has."""
+    if isinstance(folder, RemotePath):
+        return
     place = folder
     while not place.exists():
         place = place.parent

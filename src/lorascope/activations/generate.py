@@ -30,6 +30,7 @@ from lorascope.activations.store import KIND, SCHEMA, default_name
 from lorascope.artifact import Identity, errors_of_the_system, replacing, write_text
 from lorascope.config import option
 from lorascope.errors import ConfigError, LorascopeError
+from lorascope.remote import RemotePath, uploaded
 from lorascope.sites import SiteLayout, parse_adapter_types
 from lorascope.stage import Build, Job, built, require_space, unfinished
 from lorascope.subject.adapter import inspect_adapter, ranks_by_projection
@@ -60,7 +61,9 @@ class GenerateConfig(SubjectOptions):
         "float16", help="dtype of stored activations; a column that does not fit is an error"
     )
     output: Path | None = option(
-        None, help="folder to write; default: activations_all_adapters or similar", identity=False
+        None,
+        help="folder or URL to write; default: activations_all_adapters or similar",
+        identity=False,
     )
     device: str = option("auto", help="auto, cpu, cuda or cuda:N", identity=False)
     overwrite: bool = option(
@@ -179,8 +182,10 @@ def make_store(
     shards.make()
     if runtime.process_rank() > 0:
         return shards.own_forward
-    _vocabulary(subject).save(build.path / VOCABULARY)
-    _save_tokenizer(subject.tokenizer, build.path / "tokenizer")
+    with uploaded(build.path / VOCABULARY) as file:
+        _vocabulary(subject).save(file)
+    with uploaded(build.path / "tokenizer") as folder:
+        _save_tokenizer(subject.tokenizer, folder)
     files = [*build.path.glob("*.h5"), *(build.path / "tokenizer").rglob("*")]
     names = [file.relative_to(build.path).as_posix() for file in files if file.is_file()]
     manifest = identity.manifest(shards.layout, _content(config, subject, corpus, shards))
@@ -292,7 +297,8 @@ class _Shards:
 
         own = RowReader(self.subject, own_forward=self.own_forward)
         with own as reader, bar, ThreadPoolExecutor(1) as writer:
-            locks = self.build.path / ".claims"
+            is_remote = isinstance(self.build.path, RemotePath)
+            locks = None if is_remote else self.build.path / ".claims"
             for claim in runtime.claim_work_units(self.paths, locks, count, self._raise_failed):
                 with _errors_with_rank(claim.work_unit):
                     rollouts = self._rollouts(claim.work_unit)

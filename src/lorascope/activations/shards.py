@@ -1,10 +1,10 @@
 """The files of a store: shards with the rows of some rollouts, and the bytes of every token.
 
-A shard is mapped into memory when it is first read.
+A shard is mapped into memory when it is first read. On an object store, its rows stay there.
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +13,9 @@ from typing import Any, NoReturn, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
-from lorascope.arrayfile import Arrays, map_arrays, write_arrays
+from lorascope.arrayfile import Arrays, map_arrays, remote_arrays, write_arrays
 from lorascope.errors import ArtifactError
+from lorascope.remote import RemotePath
 from lorascope.texts.tokens import pack_tokens
 
 VOCABULARY = "vocabulary.h5"
@@ -44,12 +45,15 @@ class Shard:
     rollout_start: npt.NDArray[np.int64]
     rollout_id: npt.NDArray[np.int64]
 
-    def read(self, name: str) -> npt.NDArray[Any]:
-        """Return `activations (n_rows, d_in)`, `token_ids (n_rows,)` or `role (n_rows,)`."""
+    def read(self, name: str) -> Any:
+        """Return `activations (n_rows, d_in)`, `token_ids (n_rows,)` or `role (n_rows,)`.
+
+        Activations on an object store are a `RemoteArray`.
+        """
         return self._arrays[name]
 
     @cached_property
-    def _arrays(self) -> Arrays:
+    def _arrays(self) -> dict[str, Any]:
         return _open(self.path)
 
     def read_rows(self, rows: npt.NDArray[np.int64], out: Rows) -> None:
@@ -58,6 +62,8 @@ class Shard:
         Through a map, a system may read megabytes around each row, and counts all of them as this
         process's memory.
         """
+        if isinstance(self.path, RemotePath):
+            return self.read("activations").take(rows, out)
         start = map_arrays(self.path)[0]["files"]["activations"]["offset"]
         ends = np.append(np.flatnonzero(np.diff(rows) != 1) + 1, len(rows)).tolist()
         with self.path.open("rb", buffering=0) as file:
@@ -100,12 +106,15 @@ def open_shard(path: Path, info: Mapping[str, Any], d_in: int) -> Shard:
         _refuse(path, f"its {len(ids)} rollouts do not cover rows 0 to {n_rows}")
     if (starts[1:] < starts[:-1]).any():
         _refuse(path, "the first rows of its rollouts are not in rising order")
-    return Shard(path, n_rows, starts, ids)
+    shard = Shard(path, n_rows, starts, ids)
+    if isinstance(path, RemotePath):
+        vars(shard)["_arrays"] = arrays  # to read small arrays once
+    return shard
 
 
 def count_rows(path: Path) -> int:
     """Return the number of rows of a shard, from its header."""
-    return len(_open(path)["token_ids"])
+    return len(_open(path, large=_FIELDS)["token_ids"])
 
 
 def write_shard(
@@ -127,9 +136,15 @@ def write_shard(
     write_arrays(path, arrays, {})
 
 
-def _open(path: Path, fields: _Fields = _FIELDS) -> Arrays:
-    """Map the arrays of a file. Raises ArtifactError if one is missing or has a wrong type."""
-    _, arrays = map_arrays(path)
+def _open(
+    path: Path, fields: _Fields = _FIELDS, large: Collection[str] = ("activations",)
+) -> dict[str, Any]:
+    """Map the arrays of a file, or read those of an object store that are not large.
+
+    Raises ArtifactError if one is missing or has a wrong type.
+    """
+    is_remote = isinstance(path, RemotePath)
+    arrays = remote_arrays(path, large) if is_remote else map_arrays(path)[1]
     for name, (dtypes, n_axes) in fields.items():
         array = arrays.get(name)
         if array is None or array.dtype.str not in dtypes or array.ndim != n_axes:

@@ -7,7 +7,9 @@ spawned, reads through a memory map. `vocabulary.h5` holds the bytes of every to
 `docs/formats.md` lists the guarantees.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,11 +22,14 @@ from lorascope.activations.published import open_published
 from lorascope.activations.shards import VOCABULARY, Rows, Shard, Vocabulary, open_shard
 from lorascope.artifact import MANIFEST, open_manifest
 from lorascope.errors import ArtifactError
+from lorascope.remote import RemotePath, as_path
 from lorascope.sites import PROJECTIONS, SiteLayout, join_initials
 from lorascope.texts.roles import ROLES, SPECIAL
 
 KIND = "activations"
 SCHEMA = 2
+_SHARD = re.compile(r"shard-\d+\.h5")
+_OPENED_TOGETHER = 16  # shards on an object store, each with a wait
 _Rows = npt.NDArray[np.int64]  # row numbers
 
 
@@ -49,22 +54,36 @@ class ActivationStore:
 
         Raises ArtifactError if the folder is missing, is not a store, or lacks a shard.
         """
-        path = Path(path)
+        path = as_path(path)
         if not path.exists():
             raise ArtifactError(
                 f"activation store {path} does not exist; make it with lorascope generate"
             )
         if not (path / MANIFEST).exists() and path.is_dir():
+            if isinstance(path, RemotePath):
+                raise ArtifactError(
+                    f"{path} has no {MANIFEST}: it is not a finished store; complete it with "
+                    "lorascope generate, or copy a folder of the published scripts to a disk"
+                )
             return cls(path, **open_published(path))
         manifest = open_manifest(path, KIND, SCHEMA, oldest=SCHEMA)
         layout = manifest.columns
-        shards = sorted(item for item in manifest.files.items() if item[0].startswith("shard-"))
+        shards = sorted(item for item in manifest.files.items() if _SHARD.fullmatch(item[0]))
+
+        def opened(item: tuple[str, Mapping[str, Any]]) -> Shard:
+            return open_shard(path / item[0], item[1], layout.d_in)
+
+        if isinstance(path, RemotePath):
+            with ThreadPoolExecutor(_OPENED_TOGETHER) as pool:
+                found = tuple(pool.map(opened, shards))
+        else:
+            found = tuple(map(opened, shards))
         return cls(
             path=path,
             layout=layout,
             digest=manifest.digest,
             content=manifest.content,
-            shards=tuple(open_shard(path / name, info, layout.d_in) for name, info in shards),
+            shards=found,
             vocabulary=Vocabulary.load(path / VOCABULARY),
         )
 
@@ -161,6 +180,11 @@ class ActivationStore:
 
     def take(self, rows: npt.NDArray[np.int64]) -> Rows:
         """Return the given rows, in the given order, `(len(rows), d_in)`, in the stored dtype."""
+        if isinstance(self.path, RemotePath):
+            rising, place = np.unique(rows, return_inverse=True)
+            values = np.empty((len(rising), self.d_in), self.dtype)
+            self.read_into(values, rising)
+            return values[place]
         out = np.empty((len(rows), self.d_in), self.dtype)
         for shard, here, local in self._by_shard(rows):
             values = shard.read("activations")

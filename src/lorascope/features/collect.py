@@ -81,7 +81,7 @@ class CollectConfig(CollectOptions):
     )
     data_dir: Path | None = option(
         None,
-        help="activation store to read; default: the published name of the SAE's store",
+        help="activation store to read, a folder or a URL; default: that of the SAE, by name",
         identity=False,
     )
     output: Path | None = option(

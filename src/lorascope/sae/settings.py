@@ -181,7 +181,9 @@ class TrainConfig(TrainOptions):
     """Options of `train`."""
 
     data_dir: Path = option(
-        Path("activations_all_adapters"), help="activation store to train on", identity=False
+        Path("activations_all_adapters"),
+        help="activation store to train on, a folder or a URL",
+        identity=False,
     )
     output: Path | None = option(
         None,
