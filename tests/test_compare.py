@@ -133,7 +133,9 @@ def test_joint_rows_are_those_of_the_first_adapter_then_of_the_second(three):
     assert [one.n_columns for one in report.adapters] == [14, 14, 14, 8]
     for name in ("activations", "sae", "features.h5", "labels.json", "dashboard.html"):
         assert verify(out / name) == []
-    assert verify(out / "compare.json") == []
+    for name in ("compare.json", "compare.md", "compare.html"):
+        assert verify(out / name) == []
+    assert {out / "compare.md", out / "compare.html"} <= set(artifacts_in(out))
     assert {out / "rows" / "A", out / "rows" / "B"} <= set(artifacts_in(out))
     index = FeatureIndex.open(out / "features.h5")
     subject, where = overview_of(index, Reports.open([], index, out)).headline

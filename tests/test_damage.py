@@ -13,9 +13,15 @@ from builders.stores import write_published_store, write_store
 from lorascope.artifact import Identity, read_manifest, sealed_json
 from lorascope.dashboard.render import DashboardConfig
 from lorascope.dashboard.render import run as render
+from lorascope.dashboard.sections import (
+    Section,
+    sections_as_html,
+    sections_as_markdown,
+    write_sections,
+)
 from lorascope.features.export import ExportConfig
 from lorascope.features.export import run as export
-from lorascope.inspection import verify
+from lorascope.inspection import artifacts_in, verify
 from lorascope.labels.published_study import Estimate, GroupShare, KindShares, StudyReport
 from lorascope.record_json import to_json
 from lorascope.sites import PROJECTIONS
@@ -23,6 +29,8 @@ from lorascope.stage import building
 
 _FILE = Path(__file__).parent.parent / "benchmarks" / "damage.py"
 N_CASES = 5
+SEAL = "lorascope-sha256:" + 64 * "0"  # as a text of a corpus may have it
+SECTION = Section(SEAL, [SEAL, "What it is."], [((SEAL, "b"), [("1", SEAL)])])
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +89,13 @@ def make_study(folder):
     return path
 
 
+def make_sections(folder, suffix):
+    manifest = Identity(kind="audit", schema=2, settings={}, parents={}).manifest(None, {})
+    texts = sections_as_markdown("A", [SECTION]), sections_as_html("A", [SECTION])
+    write_sections(folder / "audit.json", manifest, *texts)
+    return folder / f"audit{suffix}"
+
+
 def make_sae_file(folder, name):
     make_sae(folder / name)
     return folder / name
@@ -99,8 +114,18 @@ KINDS = {
     "edit": make_edit,
     "study": make_study,
     "page": make_page,
+    "page of a report": lambda folder: make_sections(folder, ".html"),
+    "Markdown of a report": lambda folder: make_sections(folder, ".md"),
     "published store": lambda folder: write_published_store(folder / "store", PROJECTIONS[:3]),
 }
+
+
+def test_text_of_a_report_that_lost_its_header_is_not_passed_over(tmp_path):
+    file = make_sections(tmp_path, ".html")
+    assert artifacts_in(tmp_path) == [file, file.with_suffix(".md")]
+    file.write_text(file.read_text().replace("<!-- lorascope", "<!-- Lorascope"))
+    assert "its header is damaged" in verify(file)[0]
+    assert artifacts_in(tmp_path) == [file, file.with_suffix(".md")]
 
 
 @pytest.mark.parametrize("kind", KINDS)

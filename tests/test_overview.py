@@ -18,6 +18,7 @@ from lorascope.dashboard.overview import Overview, overview_of
 from lorascope.dashboard.report import ReportConfig, markdown, plain, run
 from lorascope.dashboard.reports import Reports
 from lorascope.errors import ArtifactError, ConfigError
+from lorascope.inspection import verify
 
 if TYPE_CHECKING:
     from builders.browser import Shown
@@ -153,6 +154,7 @@ def test_the_report_of_a_folder_is_made_once_and_read_back(tmp_path: Path) -> No
         index, Reports.open([tmp_path / "evaluation.json"], index, tmp_path / "features.h5")
     )
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert verify(tmp_path / "report.md") == []
     assert text.startswith("# What the adapter learned")
     before = out.read_bytes()
     run(ReportConfig(input=tmp_path / "features.h5"))

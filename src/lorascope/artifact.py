@@ -4,7 +4,8 @@ A manifest says what the artifact is (`kind`, `schema`), what decided it (`setti
 digests of its `parents`), what its columns mean (`layout`) and what it holds (`files` with size
 and SHA-256, `content`). It holds no time, host or absolute path: the same work, the same bytes.
 Where it stands: `manifest.json` in a folder, the first line of an `.h5` file, the entry
-`lorascope.json` of a `.pt` archive, `metadata.lorascope` of a JSON file, a comment in a page.
+`lorascope.json` of a `.pt` archive, `metadata.lorascope` of a JSON file, a comment in a page or in
+Markdown.
 
 One file of every artifact carries a *seal*: the file itself, or `manifest.json` of a folder, which
 has the checksums of the others. It is the text `lorascope-sha256:` and 64 digits, the SHA-256 of
@@ -325,7 +326,7 @@ def _manifest_of(path: Path) -> Any:
             return json.loads(archive.read(entry))
     if path.suffix == ".json":
         return json.loads(path.read_text(encoding="utf-8"))["metadata"]["lorascope"]
-    if path.suffix == ".html":
+    if path.suffix in (".html", ".md"):
         with path.open("rb") as file:
             head = file.read(_LARGEST_MANIFEST)
         start = head.index(HTML_MARK) + len(HTML_MARK)

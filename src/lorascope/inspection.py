@@ -29,7 +29,8 @@ _OF_RUN = (
     "features.h5",
     "labels.json",
     "dashboard.html",
-    "report.json",
+    *("report.json", "report.md"),
+    *("compare.json", "compare.md", "compare.html", "audit.json", "audit.md", "audit.html"),
     "evaluation.json",
     "effects/direct.json",
     "effects/ablation.json",
@@ -312,7 +313,7 @@ def verify(path: Path) -> list[str]:
             from lorascope.sae.model import load_sae
 
             load_sae(path)
-        elif kind in _REPORTS and kind not in _IN_A_FOLDER:
+        elif kind in _REPORTS and kind not in _IN_A_FOLDER and path.suffix == ".json":
             from lorascope.causal.study import read_report
 
             read_report(path, (_record_of(kind),))

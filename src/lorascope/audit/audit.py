@@ -27,7 +27,6 @@ from lorascope.activations import generate
 from lorascope.activations.batches import read_blocks
 from lorascope.activations.generate import GenerateConfig
 from lorascope.activations.store import ActivationStore
-from lorascope.artifact import write_text
 from lorascope.audit.alignment import read_alignments
 from lorascope.audit.audit_options import AuditConfig
 from lorascope.audit.audit_records import Applied, AuditReport, EffectOn, Search
@@ -45,6 +44,7 @@ from lorascope.causal.shifts import ShiftTally
 from lorascope.causal.splice import Compared, SplicedBatch
 from lorascope.causal.study import Made, read_report, report_at
 from lorascope.config import Config
+from lorascope.dashboard.sections import write_sections
 from lorascope.errors import AdapterError, ConfigError, DatasetError
 from lorascope.sites import SiteLayout
 from lorascope.subject.base import other_base
@@ -90,9 +90,8 @@ def run(config: AuditConfig) -> Path:
         make=make,
         table=as_text,
     )
-    report, _ = read_report(path, (AuditReport,))
-    write_text(out / "audit.md", as_markdown(report))
-    write_text(out / "audit.html", as_html(report))
+    report, manifest = read_report(path, (AuditReport,))
+    write_sections(path, manifest, as_markdown(report), as_html(report))
     return out / "audit.html"
 
 

@@ -29,7 +29,6 @@ import torch
 from lorascope.activations import generate
 from lorascope.activations.generate import GenerateConfig
 from lorascope.activations.store import ActivationStore
-from lorascope.artifact import write_text
 from lorascope.causal.effects import sum_by
 from lorascope.causal.held_out import HeldOut, fitting_tokens, held_out_rollouts
 from lorascope.causal.study import Made, read_report, report_at
@@ -47,6 +46,7 @@ from lorascope.compare.joint import Member, find_members, find_shared_base, join
 from lorascope.compare.judge import N_REPORTED, Judge
 from lorascope.dashboard import render
 from lorascope.dashboard.render import DashboardConfig
+from lorascope.dashboard.sections import write_sections
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.features import collect
 from lorascope.features.collect import CollectConfig
@@ -139,9 +139,8 @@ def run(config: CompareConfig) -> Path:
         make=make,
         table=as_text,
     )
-    report, _ = read_report(path, (ComparisonReport,))
-    write_text(out / "compare.md", as_markdown(report))
-    write_text(out / "compare.html", as_html(report))
+    report, manifest = read_report(path, (ComparisonReport,))
+    write_sections(path, manifest, as_markdown(report), as_html(report))
     return out / "compare.html"
 
 

@@ -17,7 +17,7 @@ from lorascope.config import Config, option
 from lorascope.dashboard.headline import percent, probability, quoted
 from lorascope.dashboard.overview import Overview, overview_of
 from lorascope.dashboard.reports import Reports
-from lorascope.dashboard.sections import Section, plain, sections_as_markdown
+from lorascope.dashboard.sections import Section, plain, sections_as_markdown, write_sections
 from lorascope.errors import ArtifactError
 from lorascope.features.index import FeatureIndex
 from lorascope.features.published_json import read_index
@@ -86,9 +86,7 @@ def run(config: ReportConfig) -> Path:
         overwrite=config.overwrite,
         make=make,
         table=lambda overview: "\n".join(overview.headline),
-        draw=lambda overview, _: out.with_suffix(".md").write_text(
-            markdown(overview), encoding="utf-8"
-        ),
+        draw=lambda overview, manifest: write_sections(out, manifest, markdown(overview)),
     )
 
 

@@ -1,17 +1,21 @@
 """Write a report that is made of sections: for the terminal, as Markdown and as a page.
 
 All three show the same sentences and tables. The page runs no script, and every text of an adapter
-or a corpus is escaped.
+or a corpus is escaped. Markdown and page are sealed (`artifact`) and name the report they show.
 """
 
 import html
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from lorascope.artifact import HTML_MARK, Identity, Manifest, sealed, write_text
 from lorascope.causal.study import format_table
 
 _LONGEST = 60  # characters of a text in a cell
+_HEAD = "\n<meta name=viewport"  # of the page
 _MARKDOWN = re.compile(r"[\\`*_\[\]<>#|~$&@!]|:(?=//)|(?<=www)\.")  # signs; begins of links
 
 
@@ -73,6 +77,22 @@ def sections_as_html(title: str, sections: Iterable[Section], features: str = ""
             parts.append(f"<div class=table tabindex=0><table>{body}</table></div>")
         parts.append(one.figures)
     return _PAGE.replace("TITLE", html.escape(title)).replace("BODY", "\n".join(parts))
+
+
+def write_sections(path: Path, report: Manifest, markdown: str, page: str = "") -> None:
+    """Write the Markdown, and the page if there is one, next to the JSON file of their report."""
+    texts = {".md": markdown, ".html": page} if page else {".md": markdown}
+    for suffix, text in texts.items():
+        write_text(path.with_suffix(suffix), _sealed(text, report))
+
+
+def _sealed(text: str, report: Manifest) -> str:
+    """Return a text with a manifest in a comment: after the title, before any text of a corpus."""
+    parents = {report.kind: report.digest}
+    shown = Identity(kind=report.kind, schema=report.schema, settings={}, parents=parents)
+    values = json.dumps(shown.manifest(None, {}).to_sealed_json())
+    before, mark, after = text.partition(_HEAD if _HEAD in text else "\n\n")
+    return sealed(f"{before}\n{HTML_MARK.decode()}{values} -->{mark}{after}")
 
 
 def _cells(row: Sequence[str], features: str) -> str:
