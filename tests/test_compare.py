@@ -24,10 +24,12 @@ from lorascope.cli import call
 from lorascope.compare import compare
 from lorascope.compare.compare_options import CompareConfig
 from lorascope.compare.compare_page import as_html, as_markdown, as_text
-from lorascope.compare.compare_records import ComparisonReport
+from lorascope.compare.compare_records import AdapterRecord, ComparisonReport, JointFeature
 from lorascope.compare.differences import Differences
+from lorascope.compare.growth import growth_of
 from lorascope.compare.joint import find_members
 from lorascope.compare.judge import Judge, kind_of
+from lorascope.dashboard.headline import percent
 from lorascope.dashboard.overview import overview_of
 from lorascope.dashboard.reports import Reports
 from lorascope.errors import AdapterError, ArtifactError, ConfigError
@@ -478,6 +480,70 @@ def test_checkpoints_say_when_a_feature_is_born_beside_the_loss(
     page = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
     assert "loss: 3 at step 20, 2 at step 100, 2 at step 1000" in page
     assert page.count("<polyline") == 2 + min(len(report.features), 24)
+    assert f"{len(report.features)} features, the strongest" in page
+
+
+def test_the_page_of_checkpoints_says_when_features_are_born_and_gone():
+    steps = (10, 50, 200)
+    lives = {7: (1, 1, 1), 8: (0, 1, 1), 9: (1, 0.05, 0), 4: (0, 0, 1)}
+    features = []
+    for number, sizes in lives.items():
+        there = [step for step, size in zip(steps, sizes, strict=True) if size >= 0.1]
+        features.append(
+            JointFeature(
+                feature=number,
+                label=HOSTILE[0],
+                n_fired=5,
+                mean=1.0,
+                sizes=dict(zip(("010", "050", "200"), map(float, sizes), strict=True)),
+                examples=(),
+                born=there[0],
+                peak=there[0],
+                died=None if there[-1] == 200 else there[-1],
+            )
+        )
+    adapters = tuple(
+        AdapterRecord(
+            name=f"{step:03}",
+            folder="run",
+            digest="a" * 64,
+            n_columns=2,
+            ranks=(1, 1),
+            kl_base=0.5,
+            kl_base_interval=(0.4, 0.6),
+            floor=0.0,
+            step=step,
+            loss=2.0,
+        )
+        for step in steps
+    )
+    report = ComparisonReport(
+        base="b", null=None, adapters=adapters, n_rollouts=3, n_tokens=9, n_features=20,
+        n_fired=4, fvu=0.1, l0=2.0, pairs=(), features=tuple(features), texts=(),
+    )  # fmt: skip
+    when, table = growth_of(report, "page.html")
+    assert (
+        "2 are there at the first checkpoint (learnt by step 10), 2 are born" in when.sentences[0]
+    )
+    assert "and 1 are gone" in when.sentences[0]
+    head, rows = when.tables[0]
+    assert head == ("step", "loss", "KL to the base", "features born", "largest here", "gone after")
+    assert [row[0] for row in rows] == ["10", "50", "200"]
+    assert [row[3:] for row in rows] == [
+        ("2 here or before", "2", "1"), ("1", "1", "0"), ("1", "1", "0"),
+    ]  # fmt: skip
+    assert [row[:1] + row[2:5] for row in table.tables[0][1]] == [
+        ("9", "≤ 10", "10", "10"), ("7", "≤ 10", "10", "—"), ("8", "50", "50", "—"),
+        ("4", "200", "200", "—"),
+    ]  # fmt: skip
+    assert table.tables[0][1][0][6:] == tuple(map(percent, (1.0, 0.05, 0.0)))
+    figures = when.figures.split("<figure>")[1:]
+    assert [figure.count("class=off") for figure in figures] == [0, 0, 2, 0, 1, 2]
+    assert 'href="page.html#/feature/9"' in figures[2] and "gone after 10" in figures[2]
+    assert "<script" not in when.figures
+    silent = replace(report, adapters=tuple(replace(one, loss=None) for one in adapters))
+    when, _ = growth_of(silent, "page.html")
+    assert "loss" not in when.tables[0][0] and "loss" not in when.figures
 
 
 def test_what_cannot_be_compared_is_refused_in_one_line(subject_dirs, tmp_path):

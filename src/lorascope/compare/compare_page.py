@@ -5,31 +5,30 @@ over checkpoints. It runs no script, and all text of adapters and corpora is esc
 """
 
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from lorascope.causal.study import format_interval, format_number
 from lorascope.compare.compare_records import (
     ComparisonReport,
     DifferentText,
     FeatureDifference,
-    JointFeature,
     PairDifference,
 )
+from lorascope.compare.growth import growth_of
 from lorascope.dashboard.headline import percent, probability, quoted
 from lorascope.dashboard.sections import (
     Section,
-    as_shown,
     in_cell,
     sections_as_html,
     sections_as_markdown,
     sections_as_text,
 )
 
-_N_FEATURES, _N_SHIFTS, _N_GROWTH = 20, 10, 24
+_N_FEATURES, _N_SHIFTS = 20, 10
+_FEATURES = "dashboard.html"
 _BRIGHTEST = 2.0  # nats: tokens of this difference have the full colour, if any reaches it
 _TITLE = "Comparison of adapters"
 _MOST_MISSED = 0.5  # of the difference, by contributions that are to rank features
-_BOX = (132, 44)  # pixels of a small figure
 
 
 def as_text(report: ComparisonReport) -> str:
@@ -44,13 +43,13 @@ def as_markdown(report: ComparisonReport) -> str:
 
 def as_html(report: ComparisonReport) -> str:
     """Return the report as a page."""
-    return sections_as_html(_TITLE, _sections(report), "dashboard.html")
+    return sections_as_html(_TITLE, _sections(report), _FEATURES)
 
 
 def _sections(report: ComparisonReport) -> Iterator[Section]:
     yield _adapters(report)
     if any(one.step is not None for one in report.adapters):
-        yield _growth(report)
+        yield from growth_of(report, _FEATURES)
     for number, pair in enumerate(report.pairs):
         yield _difference(report, pair)
         if not number:
@@ -93,11 +92,10 @@ def _adapters(report: ComparisonReport) -> Section:
             f"{adapter.kl_base:.3g}",
             format_interval(adapter.kl_base_interval, ".3g"),
             f"{adapter.floor:.1e}",
-            "—" if adapter.loss is None else f"{adapter.loss:.3g}",
         )
         for adapter in report.adapters
     ]
-    head = ("", "folder", "columns", "KL to the base", "95 %", "noise", "loss")
+    head = ("", "folder", "columns", "KL to the base", "95 %", "noise")
     one.tables.append((head, rows))
     return one
 
@@ -250,74 +248,6 @@ def _examples(report: ComparisonReport) -> Section:
 
 def _before(text: str) -> str:
     return in_cell(text[-60:])
-
-
-def _growth(report: ComparisonReport) -> Section:
-    """Return how features grow over checkpoints, those that change most first."""
-    names = [one.name for one in report.adapters]
-
-    def change(feature: JointFeature) -> float:
-        sizes = [feature.sizes[name] for name in names]
-        return (max(sizes) - min(sizes)) * feature.n_fired
-
-    changed = sorted(report.features, key=change, reverse=True)[:_N_GROWTH]
-    one = Section(
-        "Birth, growth and death",
-        [
-            "What each feature writes at each checkpoint, at its mean value: those that change "
-            "most. A feature is born at the first step with a tenth of its largest size."
-        ],
-    )
-    rows = [
-        (
-            f"{feature.feature}",
-            in_cell(feature.label),
-            f"{feature.born}",
-            f"{feature.peak}",
-            "—" if feature.died is None else f"{feature.died}",
-            " ".join(f"{feature.sizes[name]:.3g}" for name in names),
-        )
-        for feature in changed
-    ]
-    one.tables.append((("feature", "fires at", "born", "peak", "last", "sizes"), rows))
-    steps = [float(one.step or 0) for one in report.adapters]
-    losses = [one.loss for one in report.adapters]
-    figures = []
-    if all(loss is not None for loss in losses):
-        figures.append(_figure("loss", steps, [loss or 0.0 for loss in losses]))
-    figures.append(_figure("KL to the base", steps, [one.kl_base for one in report.adapters]))
-    figures += [
-        _figure(
-            f"{feature.feature} {feature.label}", steps, [feature.sizes[name] for name in names]
-        )
-        for feature in changed
-    ]
-    return Section(
-        one.title, one.sentences, one.tables, f"<div class=small>{''.join(figures)}</div>"
-    )
-
-
-def _figure(title: str, steps: Sequence[float], values: Sequence[float]) -> str:
-    """Return a small line of values over steps, as a figure with its text."""
-    width, height = _BOX
-    first, last, top = steps[0], steps[-1], max(*values, 1e-30)
-    points = [
-        (
-            3 + (width - 6) * (step - first) / max(last - first, 1e-30),
-            height - 3 - (height - 8) * value / top,
-        )
-        for step, value in zip(steps, values, strict=True)
-    ]
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    dots = "".join(f"<circle cx={x:.1f} cy={y:.1f} r=2 />" for x, y in points)
-    said = f"{title}: " + ", ".join(
-        f"{value:.2g} at step {step:.0f}" for step, value in zip(steps, values, strict=True)
-    )
-    return (
-        f'<figure><svg viewBox="0 0 {width} {height}" role=img aria-label="{html.escape(said)}">'
-        f'<polyline points="{line}" />{dots}</svg>'
-        f"<figcaption>{as_shown(in_cell(title))} <span>{top:.3g}</span></figcaption></figure>"
-    )
 
 
 def _texts(report: ComparisonReport) -> Section:

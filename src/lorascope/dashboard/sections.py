@@ -133,9 +133,12 @@ th, td { padding: .2rem .9rem .2rem 0; text-align: left; vertical-align: top;
 .text span { background: rgb(230 110 20 / calc(var(--d) * 70%)) }
 .small { display: flex; flex-wrap: wrap; gap: 1rem }
 figure { margin: 0; width: 9rem; font-size: .8rem; line-height: 1.3 }
-figure span { opacity: .7 }
+figure span { display: block; opacity: .7 }
+figure path { stroke: currentColor; opacity: .4 }
+figure text { font-size: 10px; fill: currentColor; opacity: .7 }
 polyline { fill: none; stroke: #c2600a; stroke-width: 1.5 }
-circle { fill: #c2600a }
+circle { fill: #c2600a; stroke: #c2600a }
+.off { fill: Canvas }
 </style>
 <main><h1>TITLE</h1>
 BODY
