@@ -30,6 +30,12 @@ log = logging.getLogger(__name__)
 R = TypeVar("R", bound=ReportRecord)
 
 _FILE = "report.json"
+_BESIDE = {  # files of the reports of a run, by kind, seen from its index
+    "evaluation": "evaluation.json",
+    "direct": "effects/direct.json",
+    "ablation": "effects/ablation.json",
+    "attribution": "effects/attribution.json",
+}
 
 
 class Made(NamedTuple):
@@ -88,11 +94,20 @@ def read_report(path: Path, records: Sequence[type[R]]) -> tuple[R, Manifest]:
     return from_json(record, parts, str(path)), manifest
 
 
-def is_of_index(path: Path, index: Manifest) -> bool:
-    """Say whether a report that was found beside an index is of its SAE and store; warn if not.
+def reports_beside(
+    source: Path, index: Manifest, kinds: Iterable[str] = tuple(_BESIDE)
+) -> dict[str, Path]:
+    """Return the reports beside an index that are of its SAE and store, by kind; warn of others.
 
-    True for a damaged report: reading it names the damage.
+    Damaged reports are among them: reading one names the damage.
     """
+    paths = {kind: source.parent / _BESIDE[kind] for kind in kinds}
+    return {
+        kind: path for kind, path in paths.items() if path.is_file() and _is_of_index(path, index)
+    }
+
+
+def _is_of_index(path: Path, index: Manifest) -> bool:
     manifest = read_manifest(path)
     if manifest is None:
         return True

@@ -12,7 +12,7 @@ from pathlib import Path
 from lorascope.artifact import digest_file
 from lorascope.causal.effect_options import require_json_name
 from lorascope.causal.report_records import AttendedToken, Interval
-from lorascope.causal.study import Made, is_of_index, report_at
+from lorascope.causal.study import Made, report_at, reports_beside
 from lorascope.config import Config, option
 from lorascope.dashboard.headline import percent, probability, quoted
 from lorascope.dashboard.overview import Overview, overview_of
@@ -22,12 +22,6 @@ from lorascope.errors import ArtifactError
 from lorascope.features.index import FeatureIndex
 from lorascope.features.published_json import read_index
 
-REPORTS = (
-    "evaluation.json",
-    "effects/direct.json",
-    "effects/ablation.json",
-    "effects/attribution.json",
-)
 NO_FEATURE = "No single feature has a measurable part of the effect."
 _SHARE = "Share: part of KL(adapter ‖ base) that the rise (▲) or fall (▼) of the token makes."
 _SAME_NOISE = "Both answer the same prompts with the same noise; ▸ marks where they part."
@@ -104,15 +98,9 @@ def open_results(
             f"{source.parent} has no {source.name}; give the folder of a run, or a feature index"
         )
     index = read_index(source)
-    paths = list(_own_reports(source.parent, index)) if effects is None else effects
-    return source, index, Reports.open(paths, index, source)
-
-
-def _own_reports(folder: Path, index: FeatureIndex) -> Iterator[Path]:
-    """Yield the reports of a folder that are of the index's SAE and store."""
-    for path in (folder / name for name in REPORTS):
-        if path.exists() and is_of_index(path, index.manifest):
-            yield path
+    if effects is None:
+        effects = list(reports_beside(source, index.manifest).values())
+    return source, index, Reports.open(effects, index, source)
 
 
 def markdown(overview: Overview) -> str:

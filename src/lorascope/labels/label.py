@@ -25,7 +25,7 @@ from lorascope.activations.store import ActivationStore
 from lorascope.artifact import Identity, digest_file, read_manifest
 from lorascope.causal.effect_options import require_json_name
 from lorascope.causal.report_records import AblationReport, DirectReport, TokenFall
-from lorascope.causal.study import format_number, is_of_index, read_report
+from lorascope.causal.study import format_number, read_report, reports_beside
 from lorascope.config import Config, option
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.features.index import FeatureIndex
@@ -211,20 +211,15 @@ def _identity(config: LabelConfig, inputs: Mapping[str, Path]) -> Identity:
 
 def _inputs(config: LabelConfig) -> dict[str, Path]:
     """Return the reports and the labels by hand: those given, or those found."""
-    folder = config.input.expanduser().parent
+    source = config.input.expanduser()
     if config.by_hand is not None and not config.by_hand.is_file():
         raise ArtifactError(f"{config.by_hand} does not exist; give a file, or leave out --by-hand")
-    found = {
-        "direct": folder / "effects" / "direct.json",
-        "ablation": folder / "effects" / "ablation.json",
-        "by_hand": config.by_hand or folder / BY_HAND_FILE,
-    }
-    index = read_manifest(config.input.expanduser())
-    for name in () if config.effects else ("direct", "ablation"):
-        if index is not None and found[name].is_file() and not is_of_index(found[name], index):
-            del found[name]
-    if config.effects:
-        found = {"by_hand": found["by_hand"]}
+    by_hand = config.by_hand or source.with_name(BY_HAND_FILE)
+    found = {"by_hand": by_hand} if by_hand.is_file() else {}
+    if not config.effects:
+        index = read_manifest(source)
+        assert index is not None, "it names its store and its SAE"
+        return found | reports_beside(source, index, ("direct", "ablation"))
     for path in config.effects:
         manifest = read_manifest(path)
         kind = None if manifest is None else manifest.kind
@@ -234,7 +229,7 @@ def _inputs(config: LabelConfig) -> dict[str, Path]:
                 "ablate at most"
             )
         found[kind] = path
-    return {name: path for name, path in found.items() if path.is_file()}
+    return found
 
 
 def ask_model(

@@ -32,7 +32,7 @@ from lorascope.causal.report_records import (
     ReportRecord,
     Share,
 )
-from lorascope.causal.study import Made, format_number, format_table, is_of_index, report_at
+from lorascope.causal.study import Made, format_number, format_table, report_at, reports_beside
 from lorascope.config import option
 from lorascope.errors import ConfigError, DatasetError
 from lorascope.features.index import FeatureIndex
@@ -154,9 +154,8 @@ def run(config: StudyConfig) -> Path:
     """Write the report unless it is finished already, and return its file."""
     index, store, sae = config.open_index()
     source = config.input.expanduser()
-    path = next(iter(config.effects), source.parent / "effects" / "ablation.json")
-    if not config.effects and not (path.is_file() and is_of_index(path, index.manifest)):
-        path = None
+    beside = reports_beside(source, index.manifest, ("ablation",))
+    path = config.effects[0] if config.effects else beside.get("ablation")
     ablation = None if path is None else read_effects(path, sae, AblationReport)
     parents = {"features": digest_of_index(source)}
     parents |= {} if index.labels is None else {"labels": digest_file(source.with_name(FILE))}
