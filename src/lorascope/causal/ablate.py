@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from lorascope.activations.store import ActivationStore
@@ -246,11 +245,9 @@ class _Study:
         return tuple(
             self._feature_removal(
                 latent,
-                int(found.n_fired[latent]),
-                TokenSums(*totals[:, latent]) if latent in removed else None,
-                found.kl[latent],
-                float(np.median(found.kl_controls[latent])) / self.n_tokens,
+                found,
                 judgement,
+                TokenSums(*totals[:, latent]) if latent in removed else None,
                 falls.get(latent, {}),
             )
             for latent, judgement in zip(numbers.tolist(), found.judge(numbers), strict=True)
@@ -259,14 +256,13 @@ class _Study:
     def _feature_removal(
         self,
         latent: int,
-        n_fired: int,
-        sums: TokenSums | None,
-        estimates: npt.NDArray[np.float64],
-        control: float,
+        found: Specificity,
         judgement: Judgement,
+        sums: TokenSums | None,
         falls: Mapping[int, float],
     ) -> FeatureRemoval:
         """Return the entry of a feature; `sums` by rollout are None if it was not removed."""
+        estimates, n_fired = found.kl[latent], int(found.n_fired[latent])
         kl = estimates if sums is None else sums.kl
         special = None if sums is None or not self.n_special else float(sums.special.sum())
         return FeatureRemoval(
@@ -279,7 +275,7 @@ class _Study:
             ce_rise=None if sums is None else float(sums.ce.sum()) / self.n_tokens,
             kl_special=None if special is None else special / self.n_special,
             kl_estimate=float(estimates.sum()) / self.n_tokens,
-            kl_control=control,
+            kl_control=float(np.median(found.kl_controls[latent])) / self.n_tokens,
             verdict=judgement.verdict,
             pull=judgement.pull,
             pull_excess=judgement.interval,

@@ -106,9 +106,7 @@ def measure(held_out: HeldOut, sae: SAE, config: AttributeConfig) -> Attribution
         study.attributions,
         held_out.store.vocabulary,
         sae.d_sae,
-        target=config.target,
-        steps=config.steps,
-        top=config.top,
+        config,
     )
 
 

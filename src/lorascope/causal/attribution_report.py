@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorascope.activations.shards import Vocabulary
+from lorascope.causal.effect_options import AttributeConfig
 from lorascope.causal.effects import MOST_LIKELY, correlation, rank_correlation
 from lorascope.causal.report_records import (
     Agreement,
@@ -19,7 +20,6 @@ from lorascope.causal.report_records import (
     Likely,
     RemovalAgreement,
     Source,
-    TargetKind,
 )
 from lorascope.causal.study import format_number, format_table
 
@@ -146,10 +146,7 @@ def summarize(
     attributions: Sequence[TokenAttribution],
     vocabulary: Vocabulary,
     d_sae: int,
-    *,
-    target: TargetKind,
-    steps: int,
-    top: int,
+    config: AttributeConfig,
 ) -> AttributionReport:
     """Return the report; `vocabulary` has the bytes of each token id."""
     kl = np.concatenate([one.numbers[0][one.usual] for one in rollouts])
@@ -157,9 +154,9 @@ def summarize(
     for one in sorted(attributions, key=lambda one: one.token):
         by_rollout[one.rollout].append(one)
     return AttributionReport(
-        target=target,
-        unit=_UNITS[target],
-        steps=steps,
+        target=config.target,
+        unit=_UNITS[config.target],
+        steps=config.steps,
         n_rollouts=len(rollouts),
         n_tokens=len(kl),
         n_targets=len(attributions),
@@ -172,7 +169,7 @@ def summarize(
                 rollout=one.rollout,
                 kl=_shortest(one.numbers[0]),
                 rise=_shortest(one.numbers[1]),
-                targets=tuple(target.to_record(top) for target in by_rollout[one.rollout]),
+                targets=tuple(target.to_record(config.top) for target in by_rollout[one.rollout]),
                 likely=one.likely,
             )
             for one in rollouts

@@ -39,7 +39,7 @@ from lorascope.activations.batches import read_blocks
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.answers import answers_of, zero_is_base
 from lorascope.causal.attention import attention_of
-from lorascope.causal.baselines import CURVES, ConstantRows, Rebuild, fit_rebuilds, rows_of
+from lorascope.causal.baselines import CURVES, fit_rebuilds, rows_of
 from lorascope.causal.effect_options import EvaluateConfig
 from lorascope.causal.effects import log_probabilities
 from lorascope.causal.figures import draw_evaluation
@@ -84,18 +84,10 @@ def run(config: EvaluateConfig) -> Path:
         for name, other in others.items():
             other.layout.require_same(sae.layout, name, config.sae.name)
         held_out = open_held_out(config, sae)
-        narrow = sae.narrow(store)
-        rows = rows_of(narrow, held_out.rollouts)
-        reconstruction = evaluate(sae, read_blocks(narrow, rows))
         _warn_of_seen_rollouts(others, held_out)
-        rebuilds, constant = fit_rebuilds(
-            {"sae": sae, **others}, narrow, held_out.rollouts, config.curve, config.seed
-        )
-        seeds = _of_other_seeds(sae, others)
         groups = column_groups(sae.layout) if config.by_site else {}
         groups |= subsets(held_out, sae, config.subsets, config.seed)
-        measured = measure(held_out, sae, rebuilds, constant, groups, seeds, config)
-        report = EvaluationReport(reconstruction=reconstruction, **measured)
+        report = measure(held_out, sae, others, groups, config)
         return Made(report, sae.layout, describe_run(held_out, config.sae))
 
     return report_at(
@@ -147,18 +139,19 @@ def _of_other_seeds(sae: SAE, others: Mapping[str, SAE]) -> tuple[str, ...]:
 def measure(
     held_out: HeldOut,
     sae: SAE,
-    rebuilds: Mapping[Any, Rebuild],
-    constant: ConstantRows,
+    others: Mapping[str, SAE],
     groups: Mapping[tuple[str, str], npt.NDArray[np.bool_]],
-    seeds: tuple[str, ...],
     config: EvaluateConfig,
-) -> dict[str, Any]:
-    """Run the held-out rollouts with every reconstruction of `fit_rebuilds`.
+) -> EvaluationReport:
+    """Run the held-out rollouts with every reconstruction of `fit_rebuilds`, and return the report.
 
-    Return the fields of the report that need the model. `groups` are masks of columns, `(d_in,)`,
-    to rebuild alone. `seeds` are the runs of SAEs that differ in their seed only.
+    `others` are SAEs to compare with, by the names of their runs. `groups` are masks of columns,
+    `(d_in,)`, to rebuild alone.
     """
-    subject = held_out.subject
+    subject, narrow = held_out.subject, sae.narrow(held_out.store)
+    rebuilds, constant = fit_rebuilds(
+        {"sae": sae, **others}, narrow, held_out.rollouts, config.curve, config.seed
+    )
     layout, columns = subject.layout.select(sae.layout.adapter_types)
     has_all_columns = layout.d_in == subject.layout.d_in
     is_plain = has_all_columns and zero_is_base(subject)
@@ -257,16 +250,17 @@ def measure(
             for method in CURVES
             if ("curve", method, 0) in rebuilds
         },
-        seeds=seeds,
+        seeds=_of_other_seeds(sae, others),
         rows_drift=drift,
     )
-    return {
-        "faithfulness": faithfulness,
-        "shifts": shifts.strongest(held_out),
-        "openings": openings_of(held_out.store, rows, (values["base"].ce, values["adapter"].ce)),
-        "answers": answers,
-        "attention": attention,
-    }
+    return EvaluationReport(
+        reconstruction=evaluate(sae, read_blocks(narrow, rows_of(narrow, held_out.rollouts))),
+        faithfulness=faithfulness,
+        shifts=shifts.strongest(held_out),
+        openings=openings_of(held_out.store, rows, (values["base"].ce, values["adapter"].ce)),
+        answers=answers,
+        attention=attention,
+    )
 
 
 def table(report: EvaluationReport) -> str:

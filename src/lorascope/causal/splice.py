@@ -102,7 +102,7 @@ class SplicedBatch:
 
     def written(self, rows: Float[Tensor, "batch seq d_in"]) -> Compared:
         """Return what a run gives in which `rows` are written."""
-        return self._compared(self.run(rows)[0])
+        return self.compared(self.run(rows)[0])
 
     def closed_loop(
         self,
@@ -116,7 +116,7 @@ class SplicedBatch:
         before‖²` and `Σ‖before‖²` of the rows that were read, columns times `scale`.
         """
         logits, rows = self.run(first)
-        opened = self._compared(logits)
+        opened = self.compared(logits)
         before = self.x
         for _ in range(PASSES - 1):
             before = rows
@@ -125,17 +125,17 @@ class SplicedBatch:
         step, size = (
             ((part * scale)[own]).double().square().sum() for part in (rows - before, before)
         )
-        return opened, self._compared(logits), (float(step), float(size))
+        return opened, self.compared(logits), (float(step), float(size))
 
     def run(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the batch with `rows` written; return the logits and the rows that were read."""
+        """Run the batch with `rows` written.
+
+        Return the logits at the measured tokens, `(token, vocab)`, and the rows that were read.
+        """
         whole = self.read.clone()
         whole[..., self._columns] = rows
         out = self._editor.run(self._batch.token_ids, lambda here, _: whole[..., here])
-        return out.logits, out.rows[..., self._columns]
-
-    def _compared(self, logits: Tensor) -> Compared:
-        return self.compared(select_measured(logits, self._batch.mask))
+        return select_measured(out.logits, self._batch.mask), out.rows[..., self._columns]
 
 
 class Shares:
@@ -278,7 +278,7 @@ def worst_subset(held_out: HeldOut, sae: SAE, n_steps: int) -> npt.NDArray[np.bo
                 counts = torch.from_numpy(held_out.is_generated(batch.measured) | of_all)
                 logits, _ = spliced.run(spliced.x + part * (rebuilt - spliced.x))
                 counts = counts.to(rebuilt.device)
-                log_q = select_measured(logits, batch.mask)[counts].float().log_softmax(-1)
+                log_q = logits[counts].float().log_softmax(-1)
                 log_p = spliced.log_p[counts]
                 kl = (log_p.exp() * (log_p - log_q).nan_to_num(0.0)).sum()
                 gradient += input_gradients(held_out.subject, kl, [m])[0].double().numpy()

@@ -63,18 +63,13 @@ def demo_run(problems: Path, config: DemoConfig) -> pipeline.RunConfig:
     With k 3, eight latents a column recover more of the generated tokens than four, and sixteen no
     more than eight. Small batches and many passes fit them best (`docs/training.md`).
     """
-    return pipeline.RunConfig(
+    return pipeline.RunConfig.from_shared(
+        config,
         lora_path=str(SUBJECT / "adapter"),
         base_model=str(SUBJECT / "base"),
         dataset=str(problems),
-        num_examples=config.num_examples,
         expansion_factor=8,
         k=3,
         batch_size=512,
         epochs=60,
-        depth=config.depth,
-        evaluate_texts=config.evaluate_texts,
-        effect_texts=config.effect_texts,
-        output=config.output,
-        overwrite=config.overwrite,
     )
