@@ -1,6 +1,7 @@
 """Find folders on this machine or on the Hugging Face hub."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def find_folder(
         raise error_type(f"{what} {path} is a file; give its folder {path.parent}")
     is_path = name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") != 1
     if is_path or path.exists():
-        raise error_type(f"{what} folder {name} does not exist{_similar(path)}")
+        raise error_type(f"{what} folder {name} does not exist{similar(path, Path.is_dir)}")
     from huggingface_hub import snapshot_download
 
     try:
@@ -82,8 +83,7 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _similar(path: Path) -> str:
-    if not path.parent.is_dir():
-        return ""
-    folders = [child.name for child in path.parent.iterdir() if child.is_dir()]
-    return did_you_mean(path.name, folders)
+def similar(path: Path, fits: Callable[[Path], bool] = lambda _: True) -> str:
+    """Return `; did you mean X?` for the nearest name beside a path, or an empty string."""
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    return did_you_mean(path.name, [other.name for other in beside if fits(other)])

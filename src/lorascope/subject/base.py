@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lorascope.artifact import digest_in_part, require_content
-from lorascope.config import did_you_mean
 from lorascope.errors import AdapterError, ArtifactError
-from lorascope.hub import find_folder
+from lorascope.hub import find_folder, similar
 from lorascope.subject.adapter import CONFIG, Adapter, other_purpose
 from lorascope.subject.adapter_files import TensorFile
 
@@ -191,10 +190,9 @@ def _find_gguf(path: Path) -> Path | None:
     if path.suffix != ".gguf":
         return None
     if not path.is_file():
-        near = [child.name for child in path.parent.glob("*.gguf")]
+        hint = similar(path, lambda other: other.suffix == ".gguf")
         raise AdapterError(
-            f"base model {path} does not exist{did_you_mean(path.name, near)}; give its file with "
-            "--base-model"
+            f"base model {path} does not exist{hint}; give its file with --base-model"
         )
     require_content(path, AdapterError)
     with path.open("rb") as file:

@@ -24,9 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from lorascope.artifact import require_content
-from lorascope.config import did_you_mean
 from lorascope.errors import DatasetError
-from lorascope.hub import first_line
+from lorascope.hub import first_line, similar
 
 log = logging.getLogger(__name__)
 
@@ -165,17 +164,11 @@ def _extension(path: Path) -> str:
     return (path.with_suffix("") if compressed else path).suffix.lower()
 
 
-def _near(path: Path) -> str:
-    if not path.parent.is_dir():
-        return ""
-    return did_you_mean(path.name, [child.name for child in path.parent.iterdir()])
-
-
 def _file_rows(path: Path) -> Iterator[Row]:
     import pyarrow as pa
 
     if not path.exists():
-        raise DatasetError(f"dataset {path} does not exist{_near(path)}")
+        raise DatasetError(f"dataset {path} does not exist{similar(path)}")
     require_content(path, DatasetError)
     extension = _extension(path)
     compressed = path.suffix.lower() in _COMPRESSIONS
@@ -371,7 +364,7 @@ def _from_hub(dataset: str, split: str) -> Iterator[Any]:
         raise DatasetError(
             f"hub dataset {dataset} cannot be loaded ({first_line(error)}); check the name "
             "(org/name, or org/name:config), the network and your login, or give a local file"
-            f"{_near(Path(dataset))}"
+            f"{similar(Path(dataset))}"
         ) from error
     return _tables(data)
 
