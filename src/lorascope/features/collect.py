@@ -217,6 +217,7 @@ def _arrays(
     config: CollectConfig,
 ) -> dict[str, Any]:
     """Return all arrays of the index."""
+    from lorascope.features import neighbours
     from lorascope.features.examples import (
         count_equal_contexts,
         firing_arrays,
@@ -224,21 +225,14 @@ def _arrays(
         sample_arrays,
         window_arrays,
     )
-    from lorascope.features.neighbours import (
-        cofiring,
-        effect_rows,
-        fingerprint,
-        nearest_rows,
-        ranked_tokens,
-    )
 
     statistics, reach = accumulator.statistics, min(CONTEXT_REACH, config.context_window)
     examples, special = accumulator.top.sorted(), accumulator.special.sorted()
     n_special = statistics.by_role[:, SPECIAL]
     samples, arrays_of_samples = sample_arrays(store, accumulator.sample, examples, config.samples)
-    rows, _ = effect_rows(sae)
-    near_decoder, near_cosine = nearest_rows(rows, statistics.n_active + n_special > 0)
-    near_cofiring, near_jaccard = cofiring(accumulator.sample, statistics.n_active)
+    rows, _ = neighbours.effect_rows(sae)
+    near_decoder, near_cosine = neighbours.nearest_rows(rows, statistics.n_active + n_special > 0)
+    near_cofiring, near_jaccard = neighbours.cofiring(accumulator.sample, statistics.n_active)
     largest = np.zeros(sae.d_sae, np.float32)
     np.maximum.at(largest, examples.latent, examples.value)
     arrays = {
@@ -252,12 +246,12 @@ def _arrays(
         "latent_by_position": statistics.by_position,
         "latent_histogram": statistics.histogram,
         "latent_histogram_edges": histogram_edges(lowest_threshold(sae)),
-        "latent_fingerprint": fingerprint(rows, sae.layout),
+        "latent_fingerprint": neighbours.fingerprint(rows, sae.layout),
         "near_decoder": near_decoder,
         "near_cosine": near_cosine,
         "near_cofiring": near_cofiring,
         "near_jaccard": near_jaccard,
-        **ranked_tokens(store, accumulator.sample, accumulator.n_by_token),
+        **neighbours.ranked_tokens(store, accumulator.sample, accumulator.n_by_token),
         **firing_arrays(store, examples, sae.d_sae, "example"),
         "example_n_alike": count_equal_contexts(examples, spans, reach),
         **arrays_of_samples,
