@@ -54,15 +54,15 @@ function size() {
   return Math.min(canvas.clientWidth, canvas.clientHeight) * 0.94;
 }
 
-function pointOf(x, y) {
+// Returns the function from positions on the map to pixels. It measures the canvas once, which is slow.
+function projection() {
   const width = size() * view.zoom;
-  return [
-    canvas.clientWidth / 2 + (x / WIDTH - view.x) * width,
-    canvas.clientHeight / 2 + (y / WIDTH - view.y) * width,
-  ];
+  const left = canvas.clientWidth / 2 - view.x * width;
+  const top = canvas.clientHeight / 2 - view.y * width;
+  return (x, y) => [left + (x / WIDTH) * width, top + (y / WIDTH) * width];
 }
 
-function toScreen(id) {
+function toScreen(id, pointOf = projection()) {
   return pointOf(column.x[id], column.y[id]);
 }
 
@@ -140,6 +140,8 @@ function draw() {
   pen.fillRect(0, 0, width, height);
   const [kinds, kindOf, ...ends] = COLORINGS[color.value];
   const colors = Array.from({ length: 10 }, (_, i) => ink(kinds ? `--kind-${i}` : `--deep-${i}`));
+  const [soft, line] = [ink("--soft"), ink("--line")];
+  const pointOf = projection();
   const few = Math.sqrt(4000 / Math.max(1, onMap.length));
   const radius = Math.max(1, Math.min(5, 3.4 * few * Math.sqrt(view.zoom)));
   const dots = [[], []]; // hidden by the filters, and listed
@@ -147,9 +149,9 @@ function draw() {
   dots.forEach((ids, listed) => {
     pen.globalAlpha = listed ? 0.9 : 0.5;
     for (const id of ids) {
-      const [x, y] = toScreen(id);
+      const [x, y] = toScreen(id, pointOf);
       if (x < -9 || y < -9 || x > width + 9 || y > height + 9) continue;
-      pen.fillStyle = listed ? colors[kindOf(id)] || ink("--soft") : ink("--line");
+      pen.fillStyle = listed ? colors[kindOf(id)] || soft : line;
       if (radius < 2) pen.fillRect(x - radius, y - radius, 2 * radius, 2 * radius);
       else {
         pen.beginPath();
@@ -162,14 +164,14 @@ function draw() {
   pen.lineWidth = 2;
   for (const [id, shade] of [[current, "--accent"], [hovered, "--ink"]]) {
     if (id < 0 || column.x[id] === UNKNOWN) continue;
-    const [x, y] = toScreen(id);
+    const [x, y] = toScreen(id, pointOf);
     pen.strokeStyle = ink(shade);
     pen.beginPath();
     pen.arc(x, y, radius + 4, 0, 7);
     pen.stroke();
   }
-  drawGroupNames(pen, ink, width, height);
-  drawLabels(pen, ink, width, height);
+  drawGroupNames(pen, ink, width, height, pointOf);
+  drawLabels(pen, ink, width, height, pointOf);
   if (lasso) drawLasso(pen, ink);
   drawLegend(kinds, ends);
 }
@@ -186,7 +188,7 @@ function centres() {
 let named = null; // centres, once they are needed
 
 // Writes the names of groups where they do not cover each other, those of most features first.
-function drawGroupNames(pen, ink, width, height) {
+function drawGroupNames(pen, ink, width, height, pointOf) {
   named ??= centres();
   pen.font = "500 11.5px system-ui, sans-serif";
   pen.textAlign = "center";
@@ -218,12 +220,12 @@ function shortName(name) {
   return name.length > most ? `${name.slice(0, most - 1)}\u2026` : name;
 }
 
-function drawLabels(pen, ink, width, height) {
+function drawLabels(pen, ink, width, height, pointOf) {
   pen.font = "12px system-ui, sans-serif";
   pen.fillStyle = ink("--ink");
   for (const id of onMap) {
     if (!labelOf(id)) continue;
-    const [x, y] = toScreen(id);
+    const [x, y] = toScreen(id, pointOf);
     if (x > 0 && y > 0 && x < width && y < height) pen.fillText(labelOf(id).slice(0, 40), x + 7, y + 4);
   }
 }
@@ -255,8 +257,9 @@ function drawLegend(kinds, [low, high] = []) {
 // Returns the listed feature nearest to a point, -1 if none is within a distance in pixels.
 function nearest([x, y], within) {
   let [best, least] = [-1, within * within];
+  const pointOf = projection();
   for (const id of onMap) {
-    const [px, py] = toScreen(id);
+    const [px, py] = toScreen(id, pointOf);
     const far = (px - x) ** 2 + (py - y) ** 2;
     // Only listed features can be selected.
     if (far < least && listIndex(id) >= 0) [best, least] = [id, far];
