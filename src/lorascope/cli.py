@@ -24,8 +24,7 @@ from typing import NoReturn
 
 from lorascope import config, runtime
 from lorascope.completion import SHELLS, Flag, completion_script
-from lorascope.errors import ConfigError, Interrupted, LorascopeError
-from lorascope.hub import first_line
+from lorascope.errors import ConfigError, Interrupted, LorascopeError, first_line
 from lorascope.remote import as_path
 from lorascope.version import __version__
 

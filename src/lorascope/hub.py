@@ -7,7 +7,7 @@ from typing import Any
 
 from lorascope.artifact import require_content
 from lorascope.config import did_you_mean
-from lorascope.errors import AdapterError, LorascopeError
+from lorascope.errors import AdapterError, LorascopeError, first_line
 
 
 def find_folder(
@@ -75,12 +75,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, errors.RepositoryNotFoundError):
         return "there is no such repository, or it is private"
     return first_line(error)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type if it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def similar(path: Path, fits: Callable[[Path], bool] = lambda _: True) -> str:

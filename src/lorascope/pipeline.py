@@ -31,11 +31,10 @@ from lorascope.dashboard.overview import Overview
 from lorascope.dashboard.render import DashboardConfig
 from lorascope.dashboard.report import ReportConfig
 from lorascope.depth import RUNS_OF_EVALUATION, DepthOptions, effect_runs, fit, noted
-from lorascope.errors import ArtifactError, ConfigError, LorascopeError
+from lorascope.errors import ArtifactError, ConfigError, LorascopeError, first_line
 from lorascope.features import collect
 from lorascope.features.collect import CollectConfig, CollectOptions
 from lorascope.features.label_file import FILE as LABELS
-from lorascope.hub import first_line
 from lorascope.labels import label
 from lorascope.labels.label import LabelConfig, LabelOptions
 from lorascope.record_json import to_json

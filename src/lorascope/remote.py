@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from lorascope.errors import ArtifactError, ConfigError
+from lorascope.errors import ArtifactError, ConfigError, first_line
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(?=[^/])")
 _BUFFER = 8 << 20  # bytes of a file that is read in order
@@ -143,10 +143,9 @@ class RemotePath(type(Path())):
         except (FileNotFoundError, ConfigError):
             raise
         except Exception as error:  # botocore's and aiohttp's are no OSErrors
-            lines = str(error).splitlines() or [""]
+            found = f"{type(error).__name__}: {first_line(error)}"
             raise ArtifactError(
-                f"cannot {verb} {self}: {type(error).__name__}: {lines[0]}; check the URL, the "
-                "keys and the network"
+                f"cannot {verb} {self}: {found}; check the URL, the keys and the network"
             ) from error
 
 

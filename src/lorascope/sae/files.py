@@ -32,8 +32,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lorascope.artifact import MANIFEST
-from lorascope.errors import ArtifactError, NumberError
-from lorascope.hub import find_folder, first_line, read_json_object
+from lorascope.errors import ArtifactError, NumberError, first_line
+from lorascope.hub import find_folder, read_json_object
 
 log = logging.getLogger(__name__)
 

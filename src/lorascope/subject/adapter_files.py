@@ -20,8 +20,7 @@ import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
 from lorascope.artifact import BLOCK
-from lorascope.errors import AdapterError
-from lorascope.hub import first_line
+from lorascope.errors import AdapterError, first_line
 
 log = logging.getLogger(__name__)
 

@@ -34,8 +34,7 @@ from peft.utils.transformers_weight_conversion import (
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lorascope.errors import AdapterError
-from lorascope.hub import first_line
+from lorascope.errors import AdapterError, first_line
 from lorascope.subject.adapter import (
     CONFIG,
     Adapter,

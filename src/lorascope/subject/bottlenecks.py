@@ -33,8 +33,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lorascope.errors import AdapterError
-from lorascope.hub import first_line
+from lorascope.errors import AdapterError, first_line
 from lorascope.sites import Site, SiteLayout, name_modules
 from lorascope.subject.adapter import Adapter, is_routed, lora_kind, lora_tensors
 

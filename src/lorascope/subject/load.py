@@ -27,8 +27,8 @@ from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from lorascope import runtime
-from lorascope.errors import AdapterError
-from lorascope.hub import first_line, read_json_object
+from lorascope.errors import AdapterError, first_line
+from lorascope.hub import read_json_object
 from lorascope.sites import SiteLayout
 from lorascope.subject.adapter import CONFIG, Adapter, changes_outside_lora, lora_kind
 from lorascope.subject.attach import (

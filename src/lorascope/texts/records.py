@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from lorascope.artifact import require_content
-from lorascope.errors import DatasetError
-from lorascope.hub import first_line, similar
+from lorascope.errors import DatasetError, first_line
+from lorascope.hub import similar
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,7 @@ from functools import lru_cache
 from itertools import takewhile
 from typing import Any
 
-from lorascope.errors import DatasetError
-from lorascope.hub import first_line
+from lorascope.errors import DatasetError, first_line
 from lorascope.texts.conversations import (
     S1_THINK,
     Message,
