@@ -61,6 +61,18 @@ def planted(make_subject) -> tuple[Path, Path, Path]:
     return base, adapter, hidden
 
 
+@pytest.fixture(autouse=True)
+def as_on_an_idle_machine(monkeypatch):
+    """A busy machine searches less, and finds nothing if its budget is too small for that."""
+    measured = Clock.time
+
+    def time(self, scenes, inserted):
+        measured(self, scenes, inserted)
+        self.rate = 20_000.0
+
+    monkeypatch.setattr(Clock, "time", time)
+
+
 @pytest.fixture(scope="module")
 def stored(planted, dataset_file, tmp_path_factory):
     """Return a function that makes the store of an adapter, and returns it with the subject."""
