@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from lorascope import runtime
+from lorascope.activations.batches import read_blocks
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import digest_file
 from lorascope.causal.continuation import (
@@ -56,7 +57,6 @@ from lorascope.subject.sampling import log_ignored_settings
 
 log = logging.getLogger(__name__)
 
-_BLOCK = 8192
 _N_GRAM = 4  # tokens of a run that may be repeated
 _TEXT_SHOWN = 100  # characters of a text in the table
 
@@ -196,10 +196,8 @@ def _prompts(held_out: HeldOut, config: SteerConfig) -> list[Opening]:
 def _largest_values(selected: SAE, store: ActivationStore, features: Sequence[int]) -> Tensor:
     """Return the largest value of each latent of `selected` on the store's tokens of text."""
     largest = torch.zeros(selected.d_sae)
-    for first, block in selected.narrow(store).blocks(_BLOCK):
-        rows = torch.from_numpy(np.array(block)[store.eligible[first : first + len(block)]])
-        if len(rows):
-            largest = torch.maximum(largest, selected.encode_dense(rows).amax(0))
+    for rows in read_blocks(selected.narrow(store), np.flatnonzero(store.eligible)):
+        largest = torch.maximum(largest, selected.encode_dense(rows).amax(0))
     silent = [feature for feature, u in zip(features, largest.tolist(), strict=True) if not u]
     if silent:
         log.warning("features %s never fire on the store: steering them has no effect", silent)
