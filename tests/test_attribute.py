@@ -16,8 +16,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from lorascope.activations.store import ActivationStore
-from lorascope.causal.attribute import AttributeConfig, run
-from lorascope.causal.attribution_report import TokenAttribution, measure_agreement
+from lorascope.causal.attribute import (
+    AttributeConfig,
+    TokenAttribution,
+    measure_agreement,
+    run,
+)
 from lorascope.causal.gradients import (
     RowDecomposition,
     Targets,
