@@ -85,13 +85,15 @@ class TrainingLog:
     ) -> None:
         """Continue the log of a run that starts at `step`, without lines of later steps."""
         self.path, self._clock, self._warned = path, clock, False
-        self._lines: list[dict[str, Any]] = []
+        kept: list[dict[str, Any]] = []
+        self._text = ""
         with self._warning_once():
             found = read_training_log(path)
-            self._lines = [line for line in found if line["step"] <= step]
-            if len(self._lines) < len(found):
+            kept = [line for line in found if line["step"] <= step]
+            self._text = "".join(f"{json.dumps(line)}\n" for line in kept)
+            if len(kept) < len(found):
                 self._save()  # now: this run may stop before it logs a line
-        earlier = _finite(self._lines[-1].get("seconds")) if self._lines else None
+        earlier = _finite(kept[-1].get("seconds")) if kept else None
         self._start = clock() - (earlier or 0.0)
         self._last = (0, self._start) if step == 0 else None
 
@@ -107,13 +109,14 @@ class TrainingLog:
         self._last = tokens, now
         measured = {name: _finite(value) for name, value in values.items()}
         measured |= dict(zip(CLOCK_FIELDS, (round(now - self._start, 3), rate), strict=True))
-        self._lines.append({"step": values["step"], "tokens": tokens, **measured})
+        line = {"step": values["step"], "tokens": tokens, **measured}
+        self._text += f"{json.dumps(line)}\n"
         with self._warning_once():
             self._save()
 
     def _save(self) -> None:
         partial = self.path.with_name(self.path.name + ".tmp")
-        partial.write_text("".join(f"{json.dumps(line)}\n" for line in self._lines))
+        partial.write_text(self._text)
         partial.replace(self.path)
 
     @contextmanager
