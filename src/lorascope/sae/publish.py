@@ -30,6 +30,9 @@ from lorascope.stage import Build
 log = logging.getLogger(__name__)
 
 
+Members = Mapping[Path, tuple[SweepMember, Identity]]
+
+
 @dataclass(frozen=True)
 class TrainingRun:
     """What the SAEs of a run share."""
@@ -47,7 +50,7 @@ def publish(
     run: TrainingRun,
     out: Path,
     build: Build,
-    members: Mapping[Path, tuple[SweepMember, Identity]],
+    members: Members,
     trainers: Mapping[Path, Trainer],
 ) -> None:
     """Fold, calibrate, evaluate and write one SAE of the run.
@@ -107,7 +110,7 @@ def publish(
     report["text"] = {name: of_text.get(name) for name in ("n_rows", "fvu", "l0")}
     report["train"] = trainer.means()
     report["n_calibrated"] = len(to_calibrate)
-    _log_report(report, len(run.plan.rows), config, member)
+    log_report(run, member, report)
     if report["fvu"] is not None and not report["fvu"] <= config.max_fvu:
         raise NumberError(
             f"{out} is not published: its FVU is {report['fvu']:.3g} on held-out rows, more than "
@@ -119,7 +122,7 @@ def publish(
     sae.publish(build)
 
 
-def write_table(output: Path, members: Mapping[Path, tuple[SweepMember, Identity]]) -> Path:
+def write_table(output: Path, members: Members) -> Path:
     """Write and log one row for each SAE of a sweep, and return the table's path."""
     import pandas as pd
 
@@ -150,9 +153,15 @@ def write_table(output: Path, members: Mapping[Path, tuple[SweepMember, Identity
     return path
 
 
-def _log_report(
-    report: Mapping[str, Any], n_train: int, config: TrainConfig, member: SweepMember
-) -> None:
+def published_report(out: Path) -> dict[str, Any]:
+    """Return the report of a published SAE."""
+    manifest = read_manifest(out)
+    assert manifest is not None, "it was just published"
+    return manifest.content["report"]
+
+
+def log_report(run: TrainingRun, member: SweepMember, report: Mapping[str, Any]) -> None:
+    """Log what held-out rows say of an SAE of a run, and warn of what looks wrong."""
     train_l0 = report["train"]["l0"]
     log.info(
         "%sheld out (%d tokens): FVU %s with scale %s, %s raw, %s of text; L0 %.2f (training "
@@ -160,7 +169,7 @@ def _log_report(
         member.label and f"{member.label}: ",
         report["n_rows"],
         _ratio(report["fvu"]),
-        config.normalize,
+        run.config.normalize,
         _ratio(report["fvu_raw"]),
         _ratio(report["text"]["fvu"]),
         report["l0"],
@@ -181,7 +190,7 @@ def _log_report(
             "%.0f %% of the latents never fired on held-out rows: the dictionary is wider than "
             "%d training tokens support; lower --expansion-factor, or generate more",
             100 * report["never_fired"],
-            n_train,
+            len(run.plan.rows),
         )
 
 

@@ -12,14 +12,15 @@ so it may hold a clock.
 
 A checkpoint next to the output holds everything that the next step depends on. Interrupted at any
 moment, the same command resumes there and writes the same bytes (on a CPU). Under torchrun the
-processes share every batch, and rank 0 writes.
+processes share every batch, and rank 0 writes. A sweep on a CPU uses two processes
+(`side_process.py`), which share nothing but the store.
 """
 
 import functools
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,8 +41,16 @@ from lorascope.runtime import (
 from lorascope.sae.metrics import ColumnMoments
 from lorascope.sae.model import KIND, SCHEMA
 from lorascope.sae.objective import column_scale, initial_weights
-from lorascope.sae.publish import TrainingRun, publish, write_table
+from lorascope.sae.publish import (
+    Members,
+    TrainingRun,
+    log_report,
+    publish,
+    published_report,
+    write_table,
+)
 from lorascope.sae.settings import SweepMember, TrainConfig, parse_number
+from lorascope.sae.side_process import asked_for, choose_others, side_process
 from lorascope.sae.team import Team, join_team
 from lorascope.sae.trainer import Trainer
 from lorascope.sae.training_log import TrainingLog, sibling
@@ -60,6 +69,23 @@ def run(config: TrainConfig) -> Path:
     """Train an SAE on a store, and return its path; a finished SAE is left as it is.
 
     For a sweep, return the path of its table, a JSON file.
+    """
+    output, members = _train_unfinished(config)
+    return output if len(members) == 1 else write_table(output, members)
+
+
+def run_as_side_process() -> None:
+    """Train the SAEs that another process handed to this one (`side_process.py`)."""
+    config, outs = asked_for()
+    _train_unfinished(config, only=outs)
+
+
+def _train_unfinished(
+    config: TrainConfig, only: Collection[Path] | None = None
+) -> tuple[Path, Members]:
+    """Train the SAEs of a run that are not finished; return its output and all of its SAEs.
+
+    `only` leaves the other SAEs of the run to another process.
     """
     store = ActivationStore.open(config.data_dir)
     available = store.layout.adapter_types
@@ -86,7 +112,7 @@ def run(config: TrainConfig) -> Path:
     unfinished = [
         out
         for out, (_, identity) in members.items()
-        if not is_made(out, identity, overwrite=config.overwrite)
+        if (only is None or out in only) and not is_made(out, identity, overwrite=config.overwrite)
     ]
     if not unfinished:
         log.info("%s already exists with these settings", " and ".join(map(str, members)))
@@ -101,14 +127,51 @@ def run(config: TrainConfig) -> Path:
         # a finished SAE is trained again if another seed needs its decoder for the stability
         settings = {members[out][0].without_seed for out in unfinished}
         needed = {out: pair for out, pair in members.items() if pair[0].without_seed in settings}
+        others = [] if only or device.type != "cpu" else _others(config, plan, needed)
+        own = {out: pair for out, pair in needed.items() if out not in others}
         with join_team(device) as ranks, ExitStack() as stack:
-            builds = {
-                out: stack.enter_context(building(out, identity, overwrite=config.overwrite))
-                for out, (_, identity) in members.items()
-                if ranks.rank == 0 and out in unfinished
-            }
-            _train(_prepare(config, plan, held_out, device), needed, builds, ranks)
-    return output if len(members) == 1 else write_table(output, members)
+
+            def opened(outs: Iterable[Path], stack: ExitStack = stack) -> dict[Path, Build]:
+                """Lock what this process writes, and raise if it cannot."""
+                identities = {out: members[out][1] for out in outs if out in unfinished}
+                return {
+                    out: stack.enter_context(building(out, identity, overwrite=config.overwrite))
+                    for out, identity in identities.items()
+                    if ranks.rank == 0
+                }
+
+            builds = opened(own)
+            with ExitStack() as until_started:
+                opened(others, until_started)
+                run = _prepare(config, plan, held_out, device)
+            with side_process(config, others) as are_published:
+                errors = _train(run, own, builds, ranks)
+                if are_published():
+                    for out in others:
+                        log_report(run, members[out][0], published_report(out))
+                    others.clear()
+        if others:
+            try:
+                _train_unfinished(config, only=others)
+            except NumberError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+    return output, members
+
+
+def _others(config: TrainConfig, plan: BatchPlan, members: Members) -> list[Path]:
+    """Return the SAEs that a second process should train."""
+    n_steps = plan.n_batches(config.epochs or auto_epochs(len(plan.rows)))
+    n_bytes = 0 if plan.loaded is None else plan.loaded.nbytes
+    chosen = choose_others(
+        config,
+        [member for member, _ in members.values()],
+        n_steps,
+        d_in=plan.store.d_in,
+        n_bytes=n_bytes,
+    )
+    return [out for out, (member, _) in members.items() if member in chosen]
 
 
 def _supported(device: torch.device) -> torch.device:
@@ -208,11 +271,14 @@ def _trainer(run: TrainingRun, member: SweepMember, ranks: Team) -> Trainer:
 
 def _train(
     run: TrainingRun,
-    members: Mapping[Path, tuple[SweepMember, Identity]],
+    members: Members,
     builds: Mapping[Path, Build],
     ranks: Team,
-) -> None:
-    """Train all SAEs of a run over one pass of the data; rank 0 saves and publishes them."""
+) -> list[NumberError]:
+    """Train SAEs over one pass of the data; rank 0 saves and publishes them.
+
+    Returns the errors of those that are not published; the others of a sweep are.
+    """
     config, scale = run.config, run.scale.float().to(run.device)
     trainers = {out: _trainer(run, member, ranks) for out, (member, _) in members.items()}
     if config.resume:
@@ -257,9 +323,8 @@ def _train(
         try:
             publish(run, out, build, members, trainers)
         except NumberError as error:
-            errors.append(error)  # the others of a sweep are published
-    if errors:
-        raise errors[0]
+            errors.append(error)
+    return errors
 
 
 def auto_epochs(n_tokens: int) -> int:
