@@ -24,6 +24,8 @@ from lorascope.cli import call
 from lorascope.errors import AdapterError, ArtifactError, ConfigError
 from lorascope.features.collect import CollectConfig
 from lorascope.features.collect import run as collect
+from lorascope.sae.model import load_sae
+from lorascope.sites import TRAINING
 from lorascope.subject.step_callback import unwrapped
 
 STEPS = ["step-000000", "step-000002", "step-000004", "step-000006"]
@@ -68,6 +70,7 @@ def test_a_step_has_the_rows_of_its_checkpoint_and_every_stage_reads_it(
 ):
     _, out = logged
     assert sorted(path.name for path in (out / "rows").iterdir()) == STEPS
+    began = read_manifest(out / "rows" / STEPS[0]).parents["adapter"]
     for step in (2, 6):
         made = generate(
             GenerateConfig(
@@ -86,7 +89,7 @@ def test_a_step_has_the_rows_of_its_checkpoint_and_every_stage_reads_it(
         assert np.array_equal(rows_of(out / "rows" / f"step-{step:06d}"), rows_of(made))
         assert own.parents["dataset"] == theirs.parents["dataset"]
         assert own.parents["base_weights"] == theirs.parents["base_weights"]
-        assert own.layout is not None and own.layout.adapter is None
+        assert own.layout is not None and own.layout.adapter == TRAINING + began
     first, last = (ActivationStore.open(out / "rows" / name) for name in (STEPS[0], STEPS[-1]))
     assert first.layout.writes_nothing and not last.layout.writes_nothing
     assert call(["verify", *(str(out / "rows" / name) for name in STEPS)]) == 0
@@ -100,6 +103,25 @@ def test_a_step_has_the_rows_of_its_checkpoint_and_every_stage_reads_it(
             )
         )
         assert call(["verify", str(index)]) == 0
+    made = tmp_path / "checkpoint-6"
+    sae = load_sae(tmp_path / "sae", ActivationStore.open(made))  # the checkpoint's file goes along
+    assert sae.layout.adapter == TRAINING + began != ActivationStore.open(made).layout.adapter
+
+
+def test_rows_of_another_training_are_not_taken_for_those_of_this_one(
+    base, logged, dataset_file, tmp_path
+):
+    _, out = logged
+    model = peft_model(base)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.mul_(2)
+    train(base, str(tmp_path), str(dataset_file), steps=2, model=model)
+    each_column(ActivationStore.open(out / "rows" / STEPS[-1]), 0.1).save(tmp_path / "sae")
+    assert load_sae(tmp_path / "sae", ActivationStore.open(out / "rows" / STEPS[1]))
+    with pytest.raises(ArtifactError, match="has training .*come from different adapters"):
+        load_sae(tmp_path / "sae", ActivationStore.open(tmp_path / "rows" / STEPS[1]))
 
 
 @pytest.mark.slow
@@ -155,6 +177,8 @@ def test_a_resumed_training_keeps_the_steps_before_and_replaces_other_ones(
     before = rows_of(tmp_path / "rows" / STEPS[2])
     train(base, out, str(dataset_file), steps=6, resume=True)
     assert sorted(path.name for path in (tmp_path / "rows").iterdir()) == STEPS
+    stores = [ActivationStore.open(tmp_path / "rows" / name) for name in STEPS]
+    assert len({store.layout.adapter for store in stores}) == 1
     assert {path: path.stat().st_mtime_ns for path in files} == files
     (tmp_path / "checkpoint-4").rename(tmp_path / "gone")
     (tmp_path / "checkpoint-6").rename(tmp_path / "gone-too")

@@ -9,9 +9,12 @@ The training goes on as if nothing had looked at it (`subject.step_callback`).
 1. The texts are read and tokenised once, when the training begins.
 2. A store of a step gets its name when it is complete. A training that is killed keeps its stores.
 3. A training that is resumed keeps the stores before, and those after that have the same weights.
+4. All stores name the weights that the training began with, so that no stage takes a store of
+   another training for one of these.
 """
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -26,6 +29,7 @@ from lorascope.activations.generate import (
 from lorascope.activations.store import KIND, SCHEMA
 from lorascope.artifact import Identity, read_manifest
 from lorascope.errors import ArtifactError, ConfigError
+from lorascope.sites import TRAINING
 from lorascope.stage import Build, built
 from lorascope.subject.step_callback import StepCallback
 
@@ -69,7 +73,7 @@ class RowLogger(StepCallback):
         self.config = GenerateConfig(dataset=str(dataset), **given)
         self.output = Path(output)
         self._corpus: Corpus | None = None
-        self._dataset = ""
+        self._dataset = self._training = ""
         self._own_forward: bool | None = None  # None until the rows of a step were checked
         super().__init__(every, tokenizer, gauge, skip_unhookable=self.config.skip_unhookable)
 
@@ -93,6 +97,10 @@ class RowLogger(StepCallback):
             ):
                 self._refuse(path, "of other texts or another model, or made with other options")
         begun = stores.get(first)
+        self._training = TRAINING + subject.adapter.digest
+        for found in stores.values() if is_resumed else ():
+            if found is not None and found.columns.adapter:
+                self._training = found.columns.adapter
         if stores and not is_resumed and (begun is None or begun.parents != own.parents):
             self._refuse(self.output, "with stores of a training that began with other weights")
 
@@ -109,8 +117,14 @@ class RowLogger(StepCallback):
             return
 
         def make(build: Build) -> None:
+            layout = replace(subject.layout, adapter=self._training)
             self._own_forward = make_store(
-                build, identity, self.config, subject, corpus, self._own_forward
+                build,
+                identity,
+                self.config,
+                replace(subject, layout=layout),
+                corpus,
+                self._own_forward,
             )
 
         # what stands there is of an earlier, longer run of a training that was resumed

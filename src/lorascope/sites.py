@@ -29,6 +29,7 @@ import numpy.typing as npt
 from lorascope.errors import ArtifactError, ConfigError
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj", "q_proj", "k_proj", "v_proj", "o_proj")
+TRAINING = "training:"  # before the digest of the weights that a logged training began with
 _GROUPS = {"mlp": PROJECTIONS[:3], "attention": PROJECTIONS[3:]}
 _INITIALS = {name: name[0] for name in PROJECTIONS}
 
@@ -84,7 +85,9 @@ class SiteLayout:
     """The sites of a row in column order, and the digest of the adapter that they belong to.
 
     `adapter` is None for stores that the published scripts wrote, which do not record it. Such a
-    store goes with any artifact of the same sites.
+    store goes with any artifact of the same sites. Stores of a training that was logged have
+    `TRAINING` and a digest of the weights that it began with: they go together, and with adapter
+    files of the same sites, but not with stores of another training.
     """
 
     sites: tuple[Site, ...]
@@ -199,8 +202,10 @@ class SiteLayout:
             found = f"{here} has d_in {self.d_in}, {there} has {other.d_in}"
         elif self._columns() != other._columns():
             found = f"{here} has columns {self._summary()}, {there} has {other._summary()}"
-        elif self.adapter and other.adapter and self.adapter != other.adapter:
-            found = f"{here} has adapter {self.adapter[:12]}, {there} has {other.adapter[:12]}"
+        elif self._is_of_another(other):
+            names = [str(one.adapter).removeprefix(TRAINING)[:12] for one in (self, other)]
+            what = "training" if str(self.adapter).startswith(TRAINING) else "adapter"
+            found = f"{here} has {what} {names[0]}, {there} has {names[1]}"
         else:
             for mine, other_site in zip(self.sites, other.sites, strict=True):
                 if mine.gauge != other_site.gauge:
@@ -210,6 +215,12 @@ class SiteLayout:
                     )
             return
         raise ArtifactError(f"{found}: they come from different adapters; use a matching pair")
+
+    def _is_of_another(self, other: "SiteLayout") -> bool:
+        """Return whether both name a file, or both a training, and not the same one."""
+        if not self.adapter or not other.adapter or self.adapter == other.adapter:
+            return False
+        return self.adapter.startswith(TRAINING) == other.adapter.startswith(TRAINING)
 
     def _columns(self) -> list[tuple[str, int, str, int]]:
         return [(site.adapter, site.layer, site.projection, site.rank) for site in self.sites]

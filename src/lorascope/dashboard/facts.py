@@ -8,6 +8,7 @@ from lorascope.causal.report_records import AblationReport, EvaluationReport
 from lorascope.causal.study import format_interval
 from lorascope.dashboard.reports import Reports
 from lorascope.features.index import FeatureIndex
+from lorascope.sites import TRAINING
 
 VERDICTS = ("specific", "not distinguishable", "too few firings")
 
@@ -38,7 +39,7 @@ def header(index: FeatureIndex, reports: Reports) -> list[Fact]:
         return next((_text(value) for value in values if _text(value)), None)
 
     def with_digest(name: str | None, digest: Any) -> str | None:
-        short = digest[:12] if isinstance(digest, str) else None
+        short = digest.removeprefix(TRAINING)[:12] if isinstance(digest, str) else None
         return " · ".join(part for part in (name, short) if part) or None
 
     def with_text(key: str) -> str | None:

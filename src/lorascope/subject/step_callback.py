@@ -135,8 +135,8 @@ def unwrapped(model: Any) -> PeftModel:
 def live_subject(model: PeftModel, tokenizer: Any, gauge: str, *, skip_unhookable: bool) -> Subject:
     """Return a PEFT model that is in memory, in eval mode, as a subject.
 
-    Its layout names no adapter file, because none has these weights: stores of several steps have
-    the same columns, so that one SAE reads them all.
+    Its layout names no adapter, because no file has these weights, and those of several steps have
+    the same columns: one SAE reads the rows of all.
     """
     name = str(model.active_adapter)
     config = model.peft_config[name].to_dict()
