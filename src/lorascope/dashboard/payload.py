@@ -254,7 +254,7 @@ class Payload:
             "target": target,
             "length": lengths,
             "token": np.concatenate(
-                [self._token_table.entries_of_windows(run.start, run.stop) for run in windows]
+                [self._token_table.entries_of("window", run.start, run.stop) for run in windows]
             ),
             "activation": to_scaled_int16(activation, scale[of_token]),
             "scale": scale,
@@ -291,7 +291,7 @@ class Payload:
         first, last = index.text_offset[number : number + 2].tolist()
         code = index.text_code_offset[first : last + 1]
         values = {
-            "token": self._token_table.entries_of_rollout(number),
+            "token": self._token_table.entries_of("text", number, number + 1),
             "role": index.text_role[first:last],
             "n_fired": np.diff(code),
             "latent": index.text_latent[code[0] : code[-1]],
@@ -319,9 +319,10 @@ class Payload:
         best = best[alive]
         ids = index.window_token_id[index.window_offset[best] + index.window_target[best]]
         top[alive] = self._token_table.entries_of_ids(ids)
+        own = self._token_table.own["window"]
         for latent, e in zip(alive.tolist(), best.tolist(), strict=True):
-            if e in self._token_table.window_entries:
-                top[latent] = self._token_table.window_entries[e][index.window_target[e]]
+            if e in own:
+                top[latent] = own[e][index.window_target[e]]
         return top
 
     @cached_property

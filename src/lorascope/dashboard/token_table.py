@@ -26,7 +26,6 @@ class TokenTable:
 
     def __init__(self, index: FeatureIndex, extra: Mapping[int, bytes]) -> None:
         bytes_of = {**extra, **{int(i): index.token_bytes(int(i)) for i in index.token_id}}
-        self.index = index
         self.ids = np.array(sorted(bytes_of), np.int32)  # (vocabulary,); the next three too
         self.special = np.isin(self.ids, index.token_id[index.token_special != 0])
         self.raw = [bytes_of[i] for i in self.ids.tolist()]
@@ -34,30 +33,34 @@ class TokenTable:
         self.texts = [token.decode(errors="replace") for token in self.raw]  # of each entry
         self.token = list(range(len(self.raw)))  # entry -> index into the vocabulary
         self.entry = np.arange(len(self.raw) + 1)  # and back, as long as tokens stand alone
-        self.window_entries: dict[int, list[int]] = {}  # window -> entries
-        self.rollout_entries: dict[int, list[int]] = {}  # whole rollout -> entries
+        self._sequences = {  # windows and whole rollouts: their offsets and token ids
+            "window": (index.window_offset, index.window_token_id),
+            "text": (index.text_offset, index.text_token_id),
+        }
+        self.own: dict[str, dict[int, list[int]]] = {}  # entries of those that need extra ones
         known = {(v, text): v for v, text in enumerate(self.texts)}
-        for offset, ids, entries in (
-            (index.window_offset, index.window_token_id, self.window_entries),
-            (index.text_offset, index.text_token_id, self.rollout_entries),
-        ):
-            for sequence, tokens in self._sequences_with_partial(offset, ids):
-                entries[sequence] = self._entries(tokens, known)
+        for part, (offset, ids) in self._sequences.items():
+            self.own[part] = {
+                sequence: self._entries(tokens, known)
+                for sequence, tokens in self._sequences_with_partial(offset, ids)
+            }
         self._sort()
 
     def _sort(self) -> None:
         """Put the entries into the order of their use in windows and whole rollouts."""
-        windows = self.entries_of_windows(0, len(self.index.window_offset) - 1)
-        rollouts = map(self.entries_of_rollout, range(len(self.index.text_offset) - 1))
-        n_used = np.bincount(np.concatenate([windows, *rollouts]), minlength=len(self.texts))
+        used = [
+            self.entries_of(part, 0, len(offset) - 1)
+            for part, (offset, _) in self._sequences.items()
+        ]
+        n_used = np.bincount(np.concatenate(used), minlength=len(self.texts))
         order = np.argsort(-n_used, kind="stable")
         new = np.empty_like(order)
         new[order] = np.arange(len(order))
         self.entry = np.append(new[: len(self.raw)], 0)  # 0: of an id that stands for none
         self.texts = [self.texts[i] for i in order]
         self.token = [self.token[i] for i in order]
-        for known in (self.window_entries, self.rollout_entries):
-            known.update({key: new[entries].tolist() for key, entries in known.items()})
+        for own in self.own.values():
+            own.update({key: new[entries].tolist() for key, entries in own.items()})
 
     @property
     def token_ids(self) -> npt.NDArray[np.int32]:
@@ -80,33 +83,17 @@ class TokenTable:
         """Return the vocabulary entries of token ids, whatever their neighbours are."""
         return self.entry[np.searchsorted(self.ids, ids)]
 
-    def entries_of_windows(self, first: int, last: int) -> Ints:
-        """Return the entries of all tokens of windows `first` to `last - 1`, concatenated."""
-        index = self.index
-        return self._run(
-            index.window_offset, index.window_token_id, self.window_entries, first, last
-        )
+    def entries_of(self, part: str, first: int, last: int) -> Ints:
+        """Return the entries of all tokens of sequences `first` to `last - 1`, concatenated.
 
-    def entries_of_rollout(self, number: int) -> Ints:
-        """Return the entries of all tokens of a whole rollout."""
-        index = self.index
-        return self._run(
-            index.text_offset, index.text_token_id, self.rollout_entries, number, number + 1
-        )
-
-    def _run(
-        self,
-        offset: Ints,
-        ids: npt.NDArray[np.int32],
-        extra: Mapping[int, list[int]],
-        first: int,
-        last: int,
-    ) -> Ints:
+        Sequences of the part `window` are the index's windows, of `text` its whole rollouts.
+        """
+        (offset, ids), own = self._sequences[part], self.own[part]
         begin = int(offset[first])
         entries = self.entries_of_ids(ids[begin : int(offset[last])])
-        for sequence in extra.keys() & range(first, last):
+        for sequence in own.keys() & range(first, last):
             start = int(offset[sequence]) - begin
-            entries[start : start + len(extra[sequence])] = extra[sequence]
+            entries[start : start + len(own[sequence])] = own[sequence]
         return entries
 
     def _sequences_with_partial(
