@@ -57,10 +57,11 @@ _LONGEST_NAME = 40  # characters
 
 
 @contextmanager
-def drawing(path: Path, size: tuple[float, float]) -> Generator["Figure"]:
-    """Yield a figure of `size` inches with room for a header, and write it to `path` at the end.
+def drawing(path: Path, size: tuple[float, float], title: str, text: str) -> Generator["Figure"]:
+    """Yield a figure of `size` inches, and write it to `path` at the end.
 
-    Raises ConfigError unless `path` ends in .png or .svg.
+    Above the panels are a title and a line of text. Raises ConfigError unless `path` ends in .png
+    or .svg.
     """
     if path.suffix not in _NO_METADATA:
         raise ConfigError(f"{path} ends in {path.suffix!r}, expected .png or .svg")
@@ -75,6 +76,8 @@ def drawing(path: Path, size: tuple[float, float]) -> Generator["Figure"]:
         mpl.rcdefaults()
         mpl.rcParams.update(_STYLE)  # pyright: ignore[reportCallIssue, reportArgumentType]
         figure = Figure(figsize=size, dpi=_DPI, layout=layout)
+        figure.text(0.01, 1 - 0.2 / size[1], title, size=11, weight="bold", va="center")
+        figure.text(0.01, 1 - 0.42 / size[1], text, color=SOFT, va="center")
         yield figure
         with replacing(path) as temporary:
             figure.savefig(temporary, format=path.suffix[1:], metadata=_NO_METADATA[path.suffix])
@@ -99,16 +102,16 @@ def draw_evaluation(report: EvaluationReport, manifest: Manifest, path: Path) ->
     sizes = [*(len(parts) for parts in panels.values()), *([12] if found.curve else [])]
     n_rows = -(-len(sizes) // 2)
     heights = [max(sizes[2 * i : 2 * i + 2]) + 2 for i in range(n_rows)]
-    with drawing(path, (10, 0.8 + 0.19 * sum(heights))) as figure:
-        draw_header(
-            figure,
-            f"{plain(content['sae_name'])} on {plain(content['adapter_name'])}: share of the "
-            "adapter's effect that is recovered",
-            f"1 − KL(adapter ‖ run) / KL(adapter ‖ 0), 0 is {found.zero_is}; "
-            f"{found.n_rollouts} held-out rollouts, {found.n_tokens:,} tokens, "
-            f"lines: 95 % intervals; L0 {report.reconstruction['l0']:.1f}; "
-            f"floor {found.floor.rounding:.1e} nats a token",
-        )
+    with drawing(
+        path,
+        (10, 0.8 + 0.19 * sum(heights)),
+        f"{plain(content['sae_name'])} on {plain(content['adapter_name'])}: share of the "
+        "adapter's effect that is recovered",
+        f"1 − KL(adapter ‖ run) / KL(adapter ‖ 0), 0 is {found.zero_is}; "
+        f"{found.n_rollouts} held-out rollouts, {found.n_tokens:,} tokens, "
+        f"lines: 95 % intervals; L0 {report.reconstruction['l0']:.1f}; "
+        f"floor {found.floor.rounding:.1e} nats a token",
+    ) as figure:
         grid = figure.add_gridspec(n_rows, 2, height_ratios=heights)
         for i, (title, parts) in enumerate(panels.items()):
             _draw_shares(figure.add_subplot(grid[i // 2, i % 2]), title, parts)
@@ -139,13 +142,6 @@ def _draw_curve(axes: "Axes", found: Faithfulness) -> None:
     axes.set_xticks([], minor=True)
     axes.set_xlabel("values a token")
     axes.legend(frameon=False, loc="lower right")
-
-
-def draw_header(figure: "Figure", title: str, text: str) -> None:
-    """Write a title, and a line below it, above the panels."""
-    inch = 1 / figure.get_figheight()
-    figure.text(0.01, 1 - 0.2 * inch, title, size=11, weight="bold", va="center")
-    figure.text(0.01, 1 - 0.42 * inch, text, color=SOFT, va="center")
 
 
 def _draw_shares(axes: "Axes", title: str, parts: Mapping[str, Recovered]) -> None:
@@ -180,14 +176,14 @@ def draw_ablation(report: AblationReport, manifest: Manifest, path: Path) -> Pat
     layers, floor = report.layers, report.floor.rounding
     kinds = list(report.projections)
     width = max(8.0, 2.2 + 0.16 * len(layers))
-    with drawing(path, (width, 4.2 + 0.2 * len(kinds))) as figure:
-        draw_header(
-            figure,
-            f"{plain(manifest.content['adapter_name'])}: what removing each part changes",
-            f"KL(adapter ‖ without) in nats a token; {report.parts_on.n_rollouts} rollouts, "
-            f"{report.parts_on.n_tokens:,} tokens; without all {report.parts_on.kl:.3g}; "
-            f"floor {floor:.1e} ({manifest.content['compute_dtype']})",
-        )
+    with drawing(
+        path,
+        (width, 4.2 + 0.2 * len(kinds)),
+        f"{plain(manifest.content['adapter_name'])}: what removing each part changes",
+        f"KL(adapter ‖ without) in nats a token; {report.parts_on.n_rollouts} rollouts, "
+        f"{report.parts_on.n_tokens:,} tokens; without all {report.parts_on.kl:.3g}; "
+        f"floor {floor:.1e} ({manifest.content['compute_dtype']})",
+    ) as figure:
         heights = (2.2, 0.25 * len(kinds) + 0.5)
         grid = figure.add_gridspec(2, 2, height_ratios=heights, width_ratios=(40, 1))
         _draw_layers(figure.add_subplot(grid[0, 0]), layers, floor)
@@ -252,13 +248,13 @@ def draw_steering(report: SteeringReport, manifest: Manifest, path: Path) -> Pat
         "share of four-token runs that occurred before": "repeats",
     }
     unchanged = report.arms[0]
-    with drawing(path, (10, 3.4)) as figure:
-        draw_header(
-            figure,
-            f"{plain(manifest.content['adapter_name'])}: features {named}, {report.how}",
-            f"{len(report.prompts)} prompts, changed at {report.where} tokens; 0 is no change; "
-            "dashed: a random direction of the same norm instead; lines: 95 % intervals",
-        )
+    with drawing(
+        path,
+        (10, 3.4),
+        f"{plain(manifest.content['adapter_name'])}: features {named}, {report.how}",
+        f"{len(report.prompts)} prompts, changed at {report.where} tokens; 0 is no change; "
+        "dashed: a random direction of the same norm instead; lines: 95 % intervals",
+    ) as figure:
         all_axes = figure.subplots(1, len(panels))
         for axes, (title, name) in zip(all_axes, panels.items(), strict=True):
             axes.set_title(title, fontsize=8)

@@ -23,7 +23,7 @@ from lorascope import runtime
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import Manifest, digest_file
 from lorascope.causal.effect_options import ReportOptions, require_json_name
-from lorascope.causal.figures import INK, LINE, SOFT, draw_header, drawing, plain
+from lorascope.causal.figures import INK, LINE, SOFT, drawing, plain
 from lorascope.causal.report_records import (
     AblationReport,
     Amount,
@@ -366,13 +366,13 @@ def _percent(one: Estimate) -> str:
 
 def draw_study(report: StudyReport, manifest: Manifest, path: Path) -> Path:
     """Draw the classes of each kind as bars, and the groups as rings: firings and effects."""
-    with drawing(path, (11, 4.6)) as figure:
-        draw_header(
-            figure,
-            f"{plain(manifest.content['adapter_name'])}: what features, columns and neurons mean",
-            f"rules tested on {report.n_rollouts_scoring:,} rollouts that did not choose them; "
-            "lines: 95 % intervals of the monosemantic share",
-        )
+    with drawing(
+        path,
+        (11, 4.6),
+        f"{plain(manifest.content['adapter_name'])}: what features, columns and neurons mean",
+        f"rules tested on {report.n_rollouts_scoring:,} rollouts that did not choose them; "
+        "lines: 95 % intervals of the monosemantic share",
+    ) as figure:
         bars, rings = figure.subplots(1, 2, width_ratios=(1, 1.6))
         kinds = report.kinds()
         bars.set_title("share of the directions")
