@@ -27,6 +27,7 @@ class Example(Config):
     kind: Literal["a", "b"] = option("a", help="kind")
     types: tuple[str, ...] = option((), help="projections")
     name: str | None = option(None, help="name or path", path=True)
+    others: tuple[str, ...] = option((), help="names or paths", identity=False, path=True)
     fast: bool = option(False, help="be fast", identity=False)
 
 
@@ -60,8 +61,9 @@ def test_strength_rises_from_default_over_files_to_flags(tmp_path):
 
 def test_relative_paths_of_a_file_are_relative_to_that_file(tmp_path):
     file = tmp_path / "lorascope.toml"
-    file.write_text('source = "../data"\nname = "org/model"')
+    file.write_text('source = "../data"\nname = "org/model"\nothers = ["./one", "org/two"]')
     config = parse(files=[file])
+    assert config.others == (f"{tmp_path}/one", "org/two")
     assert config.source == tmp_path / ".." / "data"
     assert config.name == "org/model"
 

@@ -254,6 +254,8 @@ def _from_toml(file: Path, config_class: type[Config]) -> dict[str, Any]:
 
 
 def _relative_to(folder: Path, field: "Field[Any]", value: Any) -> Any:
+    if isinstance(value, list):
+        return [_relative_to(folder, field, one) for one in value]
     is_path = field.metadata["path"] or field.type in (Path, Path | None, "Path", "Path | None")
     if is_path and isinstance(value, str) and value.startswith(("./", "../")):
         return str(folder / value)
