@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,19 @@ from safetensors.torch import load_file, save_file
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import Manifest
 from lorascope.causal.held_out import HeldOut
+from lorascope.causal.shifts import ShiftTally
 from lorascope.causal.study import read_report
 from lorascope.cli import call
 from lorascope.compare import compare
 from lorascope.compare.compare_options import CompareConfig
 from lorascope.compare.compare_page import as_html, as_markdown, as_text
-from lorascope.compare.compare_records import AdapterRecord, ComparisonReport, JointFeature
-from lorascope.compare.differences import Differences
+from lorascope.compare.compare_records import (
+    AdapterRecord,
+    ComparisonReport,
+    JointFeature,
+    PairDifference,
+)
+from lorascope.compare.differences import Contributions, Differences, Predictions
 from lorascope.compare.growth import growth_of
 from lorascope.compare.joint import find_members
 from lorascope.compare.judge import Judge, kind_of
@@ -223,7 +230,7 @@ def test_the_features_of_the_one_module_that_differs_are_named(
     base, adapter = subject_dirs
     copy = changed(adapter, tmp_path / "copy", **{"layers.1.mlp.down_proj.lora_B": 0.9})
     twin = changed(adapter, tmp_path / "twin", lora_A=2.0, lora_B=0.5)
-    report = compared([adapter, copy], base, dataset_file, tmp_path / "out", null=str(twin))
+    report = compared([adapter, copy], base, dataset_file, tmp_path / "out", null=(str(twin),))
     whole = report.pairs[0]
     assert whole.kl < 0.05 * report.adapters[0].kl_base  # small beside what both do
     page = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
@@ -250,7 +257,7 @@ def test_the_features_of_the_one_module_that_differs_are_named(
     config = CompareConfig(adapters=("A", "B"), verify=4)
     with Differences(subjects, HeldOut(subjects["A"], store, np.arange(12), 512), sae) as found:
         judge = Judge(config, found, found.predictions([("A", "C"), ("A", "B")]), 0)
-        judge.seeds(("A", "C"))
+        judge.seeds([("A", "C")])
         pair = judge.pair(("A", "B"))
         lost = found.exchanges(("A", "B"), [np.array(sorted(planted)), np.arange(2 * column)])
     n = int(found.written[: store.rollout_start[12]].sum())
@@ -396,7 +403,7 @@ def test_names_of_adapters_are_inert_and_decide_no_path(name, subject_dirs, thre
     assert 'onerror="' not in page
     assert "<" not in as_markdown(hostile).replace("\\<", "")
     shutil.copytree(subject_dirs[1], tmp_path / name)
-    members, _ = find_members((str(tmp_path / name), f"{tmp_path / name}/../{name}"), None)
+    members, _ = find_members((str(tmp_path / name), f"{tmp_path / name}/../{name}"), ())
     assert [member.name for member in members] == ["A", "B"]  # of the folders in the output
 
 
@@ -436,25 +443,131 @@ def test_what_two_seeds_show_as_well_is_no_news(subject_dirs, dataset_file, tmp_
     base, adapter = subject_dirs
     zeros = [changed(adapter, tmp_path / name, lora_B=0.0) for name in ("zero", "null")]
     twin = changed(adapter, tmp_path / "twin", lora_A=2.0, lora_B=0.5)
-    same = compared([adapter, zeros[0]], base, dataset_file, tmp_path / "same", null=str(zeros[1]))
-    pair, null = same.pairs
-    assert same.null == null.second == "C"
+    nulls = (str(zeros[1]), str(twin))
+    same = compared([adapter, zeros[0]], base, dataset_file, tmp_path / "same", null=nulls)
+    pair, *of_seeds = same.pairs
+    assert same.nulls == tuple(null.second for null in of_seeds) == ("C", "D")
     assert pair.seeds == pytest.approx(pair.kl, rel=1e-6)
-    assert pair.n_news == null.n_news == 0
-    assert all(
-        one.seeds == pytest.approx(one.explained, abs=0.02 * pair.kl)
-        for one in pair.features
-        if one.explained is not None
-    )
-    other = compared([adapter, zeros[0]], base, dataset_file, tmp_path / "other", null=str(twin))
+    assert pair.n_different == 0
+    assert [one.n_news for one in same.pairs] == [0, 0, 0]
+    assert [(one.n_different, one.seeds) for one in of_seeds] == [(None, None)] * 2
+    exchanged = [one for one in pair.features if one.explained is not None]
+    assert len(exchanged) == SMALL["verify"]
+    for one in exchanged:
+        assert one.seeds == pytest.approx(max(one.explained, 0), abs=0.02 * pair.kl)
+        assert one.at_different == one.seeds_at_different == 0
+    other = compared([adapter, zeros[0]], base, dataset_file, tmp_path / "other", null=(str(twin),))
     pair, null = other.pairs
     assert null.kl < 1e-6 * pair.kl
     assert pair.level < 1e-3 * pair.kl
+    assert pair.n_different == other.n_rollouts  # seeds do not differ, so each text is different
+    assert pair.n_news > 0
     for one in pair.features:
         if one.explained is not None:
-            surely = one.excess_interval is not None and one.excess_interval[0] > 0
-            assert one.is_news == (surely and one.explained > pair.level)
-    assert "C is another seed of A" in as_text(other)
+            assert one.at_different == pytest.approx(one.explained, rel=1e-12)
+            surely = one.explained_interval is not None and one.explained_interval[0] > 0
+            assert one.is_news == (surely and one.explained > one.seeds)
+    text = as_text(other)
+    assert "C is another seed of A" in text
+    assert "One seed says little" in text
+    assert "C and D are other seeds of A" in as_text(same)
+
+
+class Made(Differences):
+    """Differences of which everything is given, for a judge. Each of ten texts has one prediction.
+
+    The first adapter is A, the second B; C and D are other seeds of A. Three features are
+    exchanged.
+    """
+
+    n_rollouts = 10
+    n_fired = np.ones(3, np.int64)
+
+    def __init__(self, kl: dict[str, list[float]], lost: dict[str, list[list[float]]]) -> None:
+        self.number = {i: i for i in range(self.n_rollouts)}
+        given: Any = SimpleNamespace(
+            store=SimpleNamespace(rollout_of=lambda rows: rows),
+            role_of=lambda rows: np.zeros(len(rows), int),
+        )
+        self.held_out = given
+        given = SimpleNamespace(size=lambda _: np.ones(3), cosine=lambda *_: np.ones(3))
+        self.writes = given
+        self.kl = {("A", name): np.array(values) for name, values in kl.items()}
+        self.lost = {("A", name): np.array(values) for name, values in lost.items()}
+
+    def found(self) -> Predictions:
+        rows, noise = np.arange(self.n_rollouts), np.full(self.n_rollouts, 1e-9)
+        shifts = {pair: ShiftTally() for pair in self.kl}
+        return Predictions(rows, rows >= 0, self.kl, self.kl, {"A": noise}, {"A": noise}, shifts)
+
+    def contributions(self, pair: tuple[str, str], steps: int, seed: int) -> Contributions:
+        none = np.zeros(self.n_rollouts)
+        return Contributions(np.ones((3, self.n_rollouts)), none, none, np.zeros((3, 64)))
+
+    def exchanges(self, pair: tuple[str, str], sets: Sequence[np.ndarray]) -> np.ndarray:
+        return np.array([self.lost[pair][latents].sum(0) for latents in sets])
+
+    def removals(self, name: str, sets: Sequence[np.ndarray]) -> np.ndarray:
+        return np.ones((len(sets), self.n_rollouts))
+
+
+def judged(kl: dict[str, list[float]], lost: dict[str, list[list[float]]]) -> PairDifference:
+    made = Made(kl, lost)
+    judge = Judge(CompareConfig(adapters=("A", "B"), verify=3), made, made.found(), 0)
+    judge.seeds([("A", "C"), ("A", "D")])
+    return judge.pair(("A", "B"))
+
+
+SEEDS = {"C": [0.2] * 9 + [0.8], "D": [0.4] * 10}
+NOTHING = [[0.0] * 10] * 3
+
+
+def test_a_weak_feature_of_texts_that_differ_more_than_between_seeds_is_news():
+    """It explains less than another feature does between seeds; one of old texts is no news."""
+    kl = {"B": [1.01] * 5 + [0.99] * 5, **SEEDS}
+    lost = {
+        "B": [[0.01] * 5 + [0.0] * 5, [0.0] * 5 + [0.01] * 5, [0.02] * 5 + [0.0] * 5],
+        "C": [[0.0] * 10, [0.0] * 10, [0.05] * 10],
+        "D": NOTHING,
+    }
+    pair = judged(kl, lost)
+    assert pair.text_level == pytest.approx(1.25 * 0.8)
+    assert pair.n_different == 5
+    assert pair.level == pytest.approx(0.05)
+    assert pair.seeds == pytest.approx(0.4)
+    first, second, third = sorted(pair.features, key=lambda one: one.feature)
+    assert (first.at_different, first.seeds_at_different) == (pytest.approx(0.005), 0)
+    assert (second.explained, second.at_different) == (pytest.approx(0.005), 0)
+    assert (third.at_different, third.seeds_at_different) == pytest.approx((0.01, 0.0125))
+    assert [one.is_news for one in (first, second, third)] == [True, False, False]
+
+
+def test_what_explains_two_different_texts_is_not_sure():
+    kl = {"B": [1.5] * 2 + [0.1] * 8, **SEEDS}
+    lost = {"B": [[0.5] * 2 + [0.0] * 8] * 3, "C": NOTHING, "D": [[0.2] * 10] * 3}
+    pair = judged(kl, lost)
+    assert pair.n_different == 2
+    for one in pair.features:
+        assert (one.at_different, one.seeds_at_different) == pytest.approx((0.1, 0.02))
+        assert one.at_different_interval is not None
+        assert one.at_different_interval[0] == 0
+        assert not one.is_news
+
+
+def test_a_feature_is_news_beside_seeds_that_differ_more_if_it_explains_more_than_any_of_theirs():
+    kl = {"B": [0.1] * 10, **SEEDS}
+    lost = {
+        "B": [[0.06] * 10, [0.04] * 10, [0.06] * 10],
+        "C": [[0.01] * 10, [0.01] * 10, [0.05] * 10],
+        "D": NOTHING,
+    }
+    pair = judged(kl, lost)
+    assert (pair.n_different, pair.level) == (0, pytest.approx(0.05))
+    first, second, third = sorted(pair.features, key=lambda one: one.feature)
+    assert [one.is_news for one in (first, second, third)] == [True, False, True]
+    assert third.excess_interval == pytest.approx((0.01, 0.01))
+    lost["D"] = [[0.0] * 10, [0.0] * 10, [0.07] * 10]
+    assert judged(kl, lost).n_news == 0  # the level is 0.07
 
 
 @pytest.mark.slow
@@ -518,7 +631,7 @@ def test_the_page_of_checkpoints_says_when_features_are_born_and_gone():
         for step in steps
     )
     report = ComparisonReport(
-        base="b", null=None, adapters=adapters, n_rollouts=3, n_tokens=9, n_features=20,
+        base="b", nulls=(), adapters=adapters, n_rollouts=3, n_tokens=9, n_features=20,
         n_fired=4, fvu=0.1, l0=2.0, pairs=(), features=tuple(features), texts=(),
     )  # fmt: skip
     when, table = growth_of(report, "page.html")
@@ -555,15 +668,20 @@ def test_what_cannot_be_compared_is_refused_in_one_line(subject_dirs, tmp_path):
         (str(tmp_path / "none"), "is not a folder"),
     ):
         with pytest.raises(ConfigError, match=f"{what}.*, expected two or more adapters"):
-            find_members((alone,), None)
+            find_members((alone,), ())
     with pytest.raises(ConfigError, match="no adapter is given"):
         CompareConfig(adapters=())
     with pytest.raises(ConfigError, match="compare trains one dictionary, --k has 2"):
         CompareConfig(adapters=(adapter, adapter), k=(2, 3))
     with pytest.raises(ConfigError, match="26 or fewer"):
-        find_members((adapter,) * 27, None)
+        find_members((adapter,) * 27, ())
     with pytest.raises(ConfigError, match="has the weights of .*, expected another seed"):
-        find_members((adapter, adapter), adapter)
+        find_members((adapter, adapter), (adapter,))
+    twin = str(changed(Path(adapter), tmp_path / "twin", lora_A=2.0, lora_B=0.5))
+    with pytest.raises(ConfigError, match="twin has the weights of .*twin, expected another seed"):
+        find_members((adapter, adapter), (twin, twin))
+    with pytest.raises(ConfigError, match="is the only adapter before --null"):
+        find_members((adapter,), (twin, adapter))
     (tmp_path / "out").write_text("mine")
     with pytest.raises(ConfigError, match="which is a file, expected a folder"):
         compare.run(CompareConfig(adapters=(adapter, adapter), output=tmp_path / "out"))
@@ -574,5 +692,7 @@ def test_adapters_may_stand_before_and_after_flags(monkeypatch, capsys):
     monkeypatch.setattr(compare, "run", lambda config: seen.append(config) or Path("page"))
     assert call(["compare", "one", "--dataset", "x.jsonl", "two", "three", "--verify", "3"]) == 0
     assert seen[0].adapters == ("one", "two", "three")
+    assert call(["compare", "one", "two", "--null", "three", "four", "--dataset", "x.jsonl"]) == 0
+    assert (seen[1].adapters, seen[1].null) == (("one", "two"), ("three", "four"))
     assert call(["compare", "--dataset", "x.jsonl"]) == 2
     assert "adapters" in capsys.readouterr().err

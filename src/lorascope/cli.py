@@ -162,7 +162,8 @@ COMMANDS = {
         "compare.compare",
         "compare.compare_options.CompareConfig",
         "say what differs between adapters of one base, or between checkpoints",
-        "lorascope compare adapter-1 adapter-2 --null adapter-1-other-seed --dataset texts.jsonl",
+        "lorascope compare adapter-1 adapter-2 --null adapter-1-seed-2 adapter-1-seed-3 "
+        "--dataset texts.jsonl",
     ),
     "steer": Command(
         "causal.steer",

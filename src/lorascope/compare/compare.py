@@ -5,8 +5,9 @@
 2. `collect`, `label` and `dashboard` make the features' page, as for one adapter.
 3. On held-out texts: KL between adapters and to the base, the predictions that differ most, and how
    much of the difference each feature explains (`differences`).
-4. Each feature is *shared*, *changed*, or *only in* one adapter of a pair, and it is *news* if it
-   explains more than chance, and more than any feature that differs between two seeds (`--null`).
+4. Each feature is *shared*, *changed*, or *only in* one adapter of a pair. It is *news* if it
+   explains what differs more than between other seeds of the first adapter (`--null`), or without
+   seeds more than chance.
 
 The first adapter is compared with each of the others; a checkpoint with the one before it.
 
@@ -77,7 +78,7 @@ def run(config: CompareConfig) -> Path:
     out = config.output
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--output is {out}, which is a file, expected a folder")
-    members, null = find_members(config.adapters, config.null)
+    members, nulls = find_members(config.adapters, config.null)
     base = find_shared_base(members, config.base_model, config.base_revision)
     shared = SharedBase()
     stores: dict[str, ActivationStore] = {}
@@ -122,13 +123,13 @@ def run(config: CompareConfig) -> Path:
             )
             for member in members
         }
-        report = _measure(config, members, null, base.name, subjects, sae, joint, features)
+        report = _measure(config, members, nulls, base.name, subjects, sae, joint, features)
         return Made(report, sae.layout, {"sae_name": read["sae"].name})
 
     path = report_at(
         out / "compare.json",
         ComparisonReport,
-        settings=_settings(config, null),
+        settings=_settings(config, nulls),
         parents={
             "activations": joint.digest,
             "sae": sae.digest,
@@ -155,17 +156,17 @@ def _for_columns(config: CompareConfig, own: int, joint: int) -> CompareConfig:
     return replace(config, k=chosen.k, expansion_factor=config.expansion_factor or max(1, factor))
 
 
-def _settings(config: CompareConfig, null: str | None) -> dict[str, Any]:
+def _settings(config: CompareConfig, nulls: Sequence[str]) -> dict[str, Any]:
     """Return the options that decide the report, besides what its inputs are made from."""
     own = ("max_rollouts", "verify", "steps", "dtype", "batch_tokens")
     settings = {name: value for name, value in config.settings().items() if name in own}
-    return settings | {"null": null, "seed": config.values_of("seed")[0]}
+    return settings | {"nulls": list(nulls), "seed": config.values_of("seed")[0]}
 
 
 def _measure(
     config: CompareConfig,
     members: Sequence[Member],
-    null: str | None,
+    nulls: Sequence[str],
     base: str,
     subjects: Mapping[str, Subject],
     sae: SAE,
@@ -183,23 +184,23 @@ def _measure(
     tokens = config.batch_tokens or fitting_tokens(subject)
     differences = Differences(subjects, HeldOut(subject, store, rollouts, tokens), sae)
     by_step = members[0].step is not None
-    others = [member.name for member in members[1:] if member.name != null]
+    others = [member.name for member in members[1:] if member.name not in nulls]
     pairs: list[Pair] = [(first, other) for other in others]
     if by_step:
         pairs = list(pairwise(member.name for member in members))
-    null_pair = [] if null is None else [(first, null)]
+    null_pairs = [(first, null) for null in nulls]
     seed = int(config.values_of("seed")[0])
     with differences:
-        found = differences.predictions([*null_pair, *pairs])
+        found = differences.predictions([*null_pairs, *pairs])
         judge = Judge(config, differences, found, seed)
-        levels = [judge.seeds(pair) for pair in null_pair]
+        levels = judge.seeds(null_pairs)
         reported = [*map(judge.pair, pairs), *levels]
     chosen = {one.feature for pair in reported for one in pair.features}
     if by_step:
         chosen |= set(_strongest(differences))
     return ComparisonReport(
         base=base,
-        null=null,
+        nulls=tuple(nulls),
         adapters=tuple(judge.adapter(member) for member in members),
         n_rollouts=len(rollouts),
         n_tokens=int(found.written.sum()),

@@ -19,9 +19,10 @@ class CompareConfig(TrainOptions, ReadingOptions):
         path=True,
         positional=True,
     )
-    null: str | None = option(
-        None,
-        help="another seed of the first adapter: what differs between the two is no news",
+    null: tuple[str, ...] = option(
+        (),
+        help="other seeds of the first adapter, two or more if you can: what differs between them "
+        "is no news",
         identity=False,
         path=True,
     )

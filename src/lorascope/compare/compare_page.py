@@ -29,6 +29,7 @@ _FEATURES = "dashboard.html"
 _BRIGHTEST = 2.0  # nats: tokens of this difference have the full colour, if any reaches it
 _TITLE = "Comparison of adapters"
 _MOST_MISSED = 0.5  # of the difference, by contributions that are to rank features
+_NOT_SURE = "Not sure: it explains more than that, but part of the interval does not."
 
 
 def as_text(report: ComparisonReport) -> str:
@@ -74,11 +75,16 @@ def _adapters(report: ComparisonReport) -> Section:
         f"One dictionary for all has {report.n_features:,} features, {report.n_fired:,} of which "
         "fire here."
     )
-    if report.null is not None:
+    if report.nulls:
+        are = "is another seed" if len(report.nulls) == 1 else "are other seeds"
         one.sentences.append(
-            f"{report.null} is another seed of {report.adapters[0].name}: what differs between "
-            "the two is no news."
+            f"{' and '.join(report.nulls)} {are} of {report.adapters[0].name}: what differs "
+            "between them is no news."
         )
+        if len(report.nulls) == 1:
+            one.sentences.append(
+                "One seed says little of how far seeds differ: two or more leave less false news."
+            )
     elif report.adapters[0].step is None:
         one.sentences.append(
             "No second seed was given (--null), so what is called news below may be what any "
@@ -102,7 +108,7 @@ def _adapters(report: ComparisonReport) -> Section:
 
 def _difference(report: ComparisonReport, pair: PairDifference) -> Section:
     a, b = pair.first, pair.second
-    seeds = " (another seed)" if b == report.null else ""
+    seeds = " (another seed)" if b in report.nulls else ""
     one = Section(f"{a} and {b}{seeds}: predictions")
     floor = max(x.floor for x in report.adapters if x.name in (a, b))
     to_base = {x.name: x.kl_base for x in report.adapters}
@@ -116,8 +122,13 @@ def _difference(report: ComparisonReport, pair: PairDifference) -> Section:
         say("That is no more than rounding: they predict the same.")
     if pair.seeds is not None and pair.kl:
         say(
-            f"Another seed of {a} differs from it by {pair.seeds:.3g}: "
+            f"Other seeds of {a} differ from it by {pair.seeds:.3g} at most: "
             f"{percent(min(pair.seeds / pair.kl, 1.0))} of this."
+        )
+    if pair.text_level is not None:
+        say(
+            f"{pair.n_different} of the {report.n_rollouts} texts are different: KL there is above "
+            f"{pair.text_level:.3g} nats a token, a quarter more than in any text between seeds."
         )
     rows = [
         (role, f"{part.n_tokens:,}", f"{part.kl:.3g}")
@@ -167,19 +178,8 @@ def _explained(report: ComparisonReport, pair: PairDifference) -> Section:
                 "difference, and none being news says little. Either the path is far from linear "
                 "(try more --steps), or the adapters differ in more than LoRA."
             )
-    if b != report.null:
-        if pair.n_news:
-            left = pair.without_news or 0.0
-            than = "chance" if report.null is None else "any feature of the seeds"
-            are = "is" if pair.n_news == 1 else "are"
-            say(
-                f"{pair.n_news} {are} news: each explains more than {than} (at least "
-                f"{pair.level:.2g} nats a token). With {a}'s part of all of them in {b}, "
-                f"KL({a} ‖ {b}) is {left:.3g}, {percent(left / pair.kl)} of it."
-            )
-        else:
-            than = "chance" if report.null is None else "the seeds do"
-            say(f"None is news: no feature surely explains more than {than}.")
+    if b not in report.nulls:
+        say(_news(pair, bool(report.nulls)))
     if pair.steps:
         steps = ", ".join(f"{step.n_features}: {step.kl:.3g}" for step in pair.steps)
         say(
@@ -190,13 +190,13 @@ def _explained(report: ComparisonReport, pair: PairDifference) -> Section:
     rows = [
         (
             f"{feature.feature}",
-            "" if b == report.null else "news" if feature.is_news else "",
+            "" if b in report.nulls else _verdict(feature, pair),
             kind_in_words(feature.kind, pair),
             in_cell(names.get(feature.feature, "")),
             f"{feature.contribution:.2g}",
             format_number(feature.explained, ".2g"),
             format_interval(feature.explained_interval, ".2g"),
-            f"{feature.chance:.2g}" if report.null is None else format_number(feature.seeds, ".2g"),
+            *_beside(feature, bool(report.nulls)),
             format_number(feature.effect_first, ".2g"),
             format_number(feature.effect_second, ".2g"),
             f"{feature.share:.2f}",
@@ -206,11 +206,49 @@ def _explained(report: ComparisonReport, pair: PairDifference) -> Section:
     ]
     head = (
         "feature", "", "is", "fires at", "contributes", "explains", "95 %",
-        "chance" if report.null is None else "of seeds", f"effect in {a}", f"effect in {b}",
-        f"size in {b}", "cosine",
+        *(("of seeds", "at different texts", "95 %") if report.nulls else ("chance",)),
+        f"effect in {a}", f"effect in {b}", f"size in {b}", "cosine",
     )  # fmt: skip
     one.tables.append((head, rows))
     return one
+
+
+def _news(pair: PairDifference, has_seeds: bool) -> str:
+    """Say how many features are news, and what they explain together."""
+    a, b = pair.first, pair.second
+    if not pair.n_news:
+        than = "the seeds do" if has_seeds else "chance"
+        return f"None is news: no feature surely explains more than {than}. {_NOT_SURE}"
+    why = f"each explains more than chance (at least {pair.level:.2g} nats a token)"
+    if has_seeds:
+        why = (
+            "each surely explains the different texts, more of them than in other seeds; or, of "
+            f"all texts, more than any feature of the seeds (over {pair.level:.2g} nats a token)"
+        )
+    left = pair.without_news or 0.0
+    return (
+        f"{pair.n_news} {'is' if pair.n_news == 1 else 'are'} news: {why}. With {a}'s part of all "
+        f"of them in {b}, KL({a} ‖ {b}) is {left:.3g}, {percent(left / pair.kl)} of it. {_NOT_SURE}"
+    )
+
+
+def _verdict(feature: FeatureDifference, pair: PairDifference) -> str:
+    """Say whether a feature is news, or may be: its value is above, but not all of its interval."""
+    if feature.is_news:
+        return "news"
+    least = max(pair.level, feature.chance if feature.seeds is None else feature.seeds)
+    return "not sure" if (feature.explained or 0.0) > least else ""
+
+
+def _beside(feature: FeatureDifference, has_seeds: bool) -> tuple[str, ...]:
+    """Return the cells of what a feature is judged by."""
+    if not has_seeds:
+        return (f"{feature.chance:.2g}",)
+    return (
+        format_number(feature.seeds, ".2g"),
+        format_number(feature.at_different, ".2g"),
+        format_interval(feature.at_different_interval, ".2g"),
+    )
 
 
 def _ranked(pair: PairDifference) -> list[FeatureDifference]:

@@ -55,9 +55,10 @@ class FeatureDifference:
     they write. `contribution` is its part of KL(first ‖ second), `chance` what 95 % of the features
     would contribute at most, if they fired where this one does and wrote as much as its parts
     differ. The others are None if it was not tested: `explained` is what the KL loses when the
-    first's part takes the place of the second's, `seeds` what KL(first ‖ second seed) loses,
-    `excess_interval` that of the difference of the two; `effect_first` and `effect_second` are
-    KL(adapter ‖ without it).
+    first's part takes the place of the second's, `seeds` the most that KL(first ‖ another seed)
+    loses, `excess_interval` that of the difference of the two; `at_different` is the part of
+    `explained` that is of texts that differ more than seeds do, and `seeds_at_different` the mean
+    over seeds of the same; `effect_first` and `effect_second` are KL(adapter ‖ without it).
     """
 
     feature: Count
@@ -71,6 +72,9 @@ class FeatureDifference:
     explained_interval: Interval
     seeds: float | None
     excess_interval: Interval
+    at_different: float | None
+    at_different_interval: Interval
+    seeds_at_different: float | None
     effect_first: Amount | None
     effect_second: Amount | None
     is_news: bool
@@ -89,9 +93,11 @@ class PairDifference:
     """The difference of two adapters: KL(first ‖ second).
 
     `contributions` of features, `bias` and `unexplained` add up to `kl` up to the error of the
-    path. `level` is the most that one feature explains of KL(first ‖ second seed), or without a
-    second seed the floor. `seeds` is that KL, None without one. `n_kinds`
-    counts features that fire. `without_news` is the KL that stays after the exchange of all news.
+    path. `level` is the most that one feature surely explains of KL(first ‖ another seed), or
+    without other seeds the floor. `seeds` is the largest such KL, `text_level` the KL a token above
+    which a text differs more than seeds do, and `n_different` counts such texts; None without
+    seeds. `n_kinds` counts features that fire. `without_news` is the KL that stays after the
+    exchange of all news.
     """
 
     first: str
@@ -105,6 +111,8 @@ class PairDifference:
     unexplained: float
     level: Amount
     seeds: Amount | None
+    text_level: Amount | None
+    n_different: Count | None
     n_kinds: Mapping[str, Count]
     n_news: Count
     without_news: Amount | None
@@ -158,16 +166,17 @@ class DifferentText:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonReport(ReportRecord):
-    """What `compare` finds. `null` names the adapter that is another seed of the first.
+    """What `compare` finds. `nulls` names the adapters that are other seeds of the first.
 
     `n_tokens` counts predictions of what a model writes; all means are over these, but `roles` has
     the others too. `fvu` and `l0` are those of the joint dictionary on held-out rows.
     """
 
     kind = "comparison"
-    schema = 2  # 1 removed features from both adapters, where this exchanges them
+    # 1 removed features from both adapters, where this exchanges them; 2 had one seed at most.
+    schema = 3
     base: str
-    null: str | None
+    nulls: tuple[str, ...]
     adapters: tuple[AdapterRecord, ...]
     n_rollouts: Count
     n_tokens: Count

@@ -48,30 +48,37 @@ class Member:
     loss: float | None = None
 
 
-def find_members(adapters: tuple[str, ...], null: str | None) -> tuple[list[Member], str | None]:
-    """Return the adapters in order, and the name of the one that is another seed of the first.
+def find_members(
+    adapters: tuple[str, ...], null: tuple[str, ...]
+) -> tuple[list[Member], tuple[str, ...]]:
+    """Return the adapters in order, and the names of those that are other seeds of the first.
 
-    A single folder stands for the checkpoints in it. Raises ConfigError at fewer than two, and
-    if the null is the first again.
+    A single folder stands for the checkpoints in it. Raises ConfigError at fewer than two, and if
+    two of the first and its seeds are the same.
     """
+    if len(adapters) == 1 and null:
+        raise ConfigError(
+            f"{adapters[0]} is the only adapter before --null, which takes other seeds of the "
+            "first; give two or more adapters, then --null"
+        )
     if len(adapters) == 1:
-        members = _checkpoints(Path(adapters[0]).expanduser())
-        if null is not None:
-            raise ConfigError("--null is another seed of the first of several adapters; drop it")
-        return members, None
-    given = [*adapters, *([null] if null else [])]
+        return _checkpoints(Path(adapters[0]).expanduser()), ()
+    given = [*adapters, *null]
     if len(given) > _MOST:
         raise ConfigError(f"{len(given)} adapters are given, expected {_MOST} or fewer")
     members = [
         Member(name=chr(ord("A") + i), given=one, adapter=inspect_adapter(one))
         for i, one in enumerate(given)
     ]
-    if null and members[-1].adapter.digest == members[0].adapter.digest:
-        raise ConfigError(
-            f"--null {null} has the weights of {given[0]}, expected another seed of its training; "
-            "without one, drop --null"
-        )
-    return members, members[-1].name if null else None
+    seeds = {members[0].adapter.digest: given[0]}
+    for member in members[len(adapters) :]:
+        if same := seeds.get(member.adapter.digest):
+            raise ConfigError(
+                f"--null {member.given} has the weights of {same}, expected another seed of the "
+                f"training of {given[0]}; without one, drop it"
+            )
+        seeds[member.adapter.digest] = member.given
+    return members, tuple(member.name for member in members[len(adapters) :])
 
 
 def _checkpoints(folder: Path) -> list[Member]:
