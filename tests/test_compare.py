@@ -125,6 +125,24 @@ def test_contributions_that_miss_most_of_the_difference_are_said_to_rank_nothing
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("explained", "word"), [(0.3, "not sure"), (0.1, "")])
+def test_a_feature_above_chance_in_part_of_its_interval_only_is_said_to_be_not_sure(
+    explained, word, three
+):
+    _, report, _ = three
+    pair = report.pairs[1]
+    one = replace(pair.features[0], is_news=False, chance=0.2, explained=explained, kind="shared")
+    pair = replace(pair, features=(one,), level=0.1, n_news=0)
+    row = next(
+        line.split()
+        for line in as_text(replace(report, pairs=(pair,))).split("\n")
+        if line.split()[:1] == [str(one.feature)]
+    )
+    assert row[1 : 1 + len(word.split())] == word.split()
+    assert row[1 + len(word.split())] == "shared"
+
+
+@pytest.mark.slow
 def test_joint_rows_are_those_of_the_first_adapter_then_of_the_second(three):
     _, report, out = three
     joint = ActivationStore.open(out / "activations")
