@@ -72,6 +72,10 @@ def test_a_url_stays_one_in_every_form_of_a_path():
     for local in ("store", "/a/b", "./c:/d", "a/s3:/b"):
         assert as_path(local) == Path(local)
         assert not isinstance(as_path(local), RemotePath)
+    assert as_path("FILE:///tmp/store") == Path("/tmp/store")
+    for wrong in ("s3://", "memory://", "simplecache::s3://bucket/store"):
+        with pytest.raises(ConfigError, match=f"{wrong} is no URL of a folder"):
+            as_path(wrong)
 
 
 def test_other_uses_of_a_url_are_refused_in_one_line(memory, tmp_path, make_store, capsys):
@@ -84,6 +88,10 @@ def test_other_uses_of_a_url_are_refused_in_one_line(memory, tmp_path, make_stor
     assert capsys.readouterr().err.splitlines()[-1].startswith("ConfigError: memory://sae.pt")
     assert call(["verify", "nosuch://bucket/store"]) == 2
     assert "Protocol not known: nosuch" in capsys.readouterr().err
+    assert call(["verify", "S3://bucket/store"]) == 2
+    assert "cannot open S3://bucket/store: Protocol not known: S3" in capsys.readouterr().err
+    assert call(["dashboard", "--input", "memory://a/features.h5"]) == 2
+    assert "memory://a/features.h5 does not exist" in capsys.readouterr().err
     assert call(["verify", "memory://nothing"]) == 2
     assert "memory://nothing does not exist" in capsys.readouterr().err
 
@@ -146,7 +154,7 @@ def test_slices_in_order_are_read_ahead_and_others_are_not(memory, monkeypatch):
     np.testing.assert_array_equal(ahead.result(), values[20:40])
     memory.store.clear()
     np.testing.assert_array_equal(array[20:40], values[20:40])
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ArtifactError, match="cannot read memory://a: FileNotFoundError"):
         array[40:50]  # what failed ahead fails when it is asked for
     memory.pipe("/a", values.tobytes())
     np.testing.assert_array_equal(array[10:15], values[10:15])
@@ -250,6 +258,15 @@ def test_generate_continues_at_a_url_and_reads_no_finished_shard_again(
     assert wholly == {"shard-00000.h5", "vocabulary.h5"}
     memory.get("/bucket/store", str(tmp_path / "copy"), recursive=True)
     assert content(tmp_path / "copy") == expected
+
+
+def test_a_bucket_that_does_not_exist_is_named_in_one_line(memory, config, monkeypatch):
+    def put_file(*_given):
+        raise FileNotFoundError("The specified bucket does not exist")
+
+    monkeypatch.setattr(type(memory), "put_file", put_file)
+    with pytest.raises(ArtifactError, match=r"cannot write memory://b/.*bucket does not exist; ch"):
+        generate.run(config("memory://b/store"))
 
 
 def test_a_run_that_fails_at_once_leaves_nothing_at_a_url(memory, config, monkeypatch):

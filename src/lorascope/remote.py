@@ -16,15 +16,25 @@ from typing import Any
 
 from lorascope.errors import ArtifactError, ConfigError, first_line
 
-_URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(?=[^/])")
+_URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(?=[^/])", re.IGNORECASE)
+_LIKE_A_URL = re.compile(r"[^/]+://")
 _BUFFER = 8 << 20  # bytes of a file that is read in order
 
 
 def as_path(name: Path | str) -> Path:
-    """Return a path, which is a `RemotePath` for a URL. `Path` merges slashes, so one is enough."""
+    """Return a path, which is a `RemotePath` for a URL. `Path` merges slashes, so one is enough.
+
+    Raises ConfigError for what would be a folder with the name of a URL, such as `s3://`.
+    """
     found = _URL.match(str(name))
-    if found is None or found[1] == "file":
-        return Path(name) if found is None else Path("/", str(name)[found.end() :])
+    if found is None:
+        if _LIKE_A_URL.match(str(name)):
+            raise ConfigError(
+                f"{name} is no URL of a folder, expected one such as s3://bucket/store"
+            )
+        return Path(name)
+    if found[1].lower() == "file":
+        return Path("/", str(name)[found.end() :])
     return RemotePath(str(name))
 
 
@@ -112,13 +122,13 @@ class RemotePath(type(Path())):
 
     def put(self, file: Path) -> None:
         """Copy a local file there. It appears whole, or not at all."""
-        with self._errors("write"):
+        with self._errors("write", may_be_missing=False):
             self.files.put_file(str(file), str(self))
 
     def ranges(self, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         """Return bytes `[start, stop)` of the object for every span, read at the same time."""
         wanted = [(start, stop) for start, stop in spans if start < stop]
-        with self._errors():
+        with self._errors(may_be_missing=False):
             found = self.files.cat_ranges(
                 [str(self)] * len(wanted),
                 [start for start, _ in wanted],
@@ -136,13 +146,15 @@ class RemotePath(type(Path())):
         return (RemotePath(f"{self.parts[0]}//{name.lstrip('/')}") for name in sorted(names))
 
     @contextmanager
-    def _errors(self, verb: str = "read") -> Generator[None]:
-        """Raise what the packages raise as one line, and a missing file as FileNotFoundError."""
+    def _errors(self, verb: str = "read", *, may_be_missing: bool = True) -> Generator[None]:
+        """Raise what the packages raise as one line, and what may be missing as it is."""
         try:
             yield
-        except (FileNotFoundError, ConfigError):
+        except ConfigError:
             raise
         except Exception as error:  # botocore's and aiohttp's are no OSErrors
+            if may_be_missing and isinstance(error, FileNotFoundError):
+                raise
             found = f"{type(error).__name__}: {first_line(error)}"
             raise ArtifactError(
                 f"cannot {verb} {self}: {found}; check the URL, the keys and the network"

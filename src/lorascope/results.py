@@ -33,6 +33,7 @@ from lorascope.dashboard.reports import Reports
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.features.feature import Feature, passage_html, sentence_html, table_html
 from lorascope.features.index import FeatureIndex
+from lorascope.remote import as_path
 
 if TYPE_CHECKING:
     from lorascope.causal.held_out import HeldOut
@@ -75,7 +76,7 @@ class Study:
         there is no index, if a file is damaged, or if a given report is of another SAE.
         """
         given = None if effects is None else [Path(one) for one in effects]
-        source, index, reports = open_results(Path(path).expanduser(), given)
+        source, index, reports = open_results(as_path(path).expanduser(), given)
         return cls(
             index,
             reports,

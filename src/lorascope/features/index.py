@@ -32,6 +32,7 @@ from lorascope.features.feature import (
     table_html,
 )
 from lorascope.features.label_file import Label, Labels, labels_beside
+from lorascope.remote import as_path
 from lorascope.texts.tokens import display_texts, pack_tokens
 
 if TYPE_CHECKING:
@@ -127,8 +128,9 @@ class FeatureIndex:
         Labels next to it are read too. Raises ArtifactError if the file is not a feature index or
         lacks an array, and if its labels are damaged.
         """
-        manifest, arrays = map_arrays(Path(path))
-        return cls(manifest, arrays, labels_beside(Path(path), manifest.digest))
+        path = as_path(path)
+        manifest, arrays = map_arrays(path)
+        return cls(manifest, arrays, labels_beside(path, manifest.digest))
 
     def save(self, path: Path) -> None:
         """Write `features.h5`; the same content gives the same bytes."""

@@ -46,6 +46,7 @@ from lorascope.artifact import (
 )
 from lorascope.errors import ArtifactError, NumberError
 from lorascope.kernels.encoder import BLOCK, Encoder
+from lorascope.remote import as_path
 from lorascope.sae.files import (
     NAMES,
     SAELENS_CONFIG,
@@ -301,7 +302,7 @@ def load_sae(path: Path | str, store: ActivationStore | None = None) -> SAE:
     do not name their columns. Raises ArtifactError if the file is missing, damaged, not an SAE, or
     belongs to another adapter.
     """
-    path = Path(path)
+    path = as_path(path)
     manifest = read_manifest(path)
     if manifest is None:
         return _with_columns(path, read_foreign(path), store)
