@@ -18,17 +18,26 @@ tenth of the store, as training takes a store larger than memory. Figures are me
 
 is for a store that does not fit: only `disk` and `streamed`, three times, with what was read from
 the disk and the largest memory of the process. Run it where memory is limited, such as in a cgroup.
+
+    python benchmarks/store.py --gigabytes 0.2 --object-store
+
+trains from the disk and from moto's server (packages `moto[server]` and `s3fs`), with the rows in
+memory and streamed, and prints seconds on the clock and of the CPU, of lorascope and of the server.
 """
 
 import argparse
 import gc
 import os
 import resource
+import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +47,7 @@ from lorascope.activations.batches import BatchPlan
 from lorascope.activations.shards import VOCABULARY, Rows, Vocabulary
 from lorascope.activations.shards import write_shard as write
 from lorascope.activations.store import KIND, SCHEMA, ActivationStore
-from lorascope.artifact import Manifest, write_manifest
+from lorascope.artifact import Manifest, digest_file, write_manifest
 from lorascope.sites import PROJECTIONS, Site, SiteLayout
 
 BATCH = 1024
@@ -73,9 +82,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--larger-than-memory", action="store_true")
+    parser.add_argument("--object-store", action="store_true")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         store = make(Path(folder), int(given.gigabytes * 1e9 / 448 / 2))
+        if given.object_store:
+            _from_object_store(Path(folder))
+            return
         if given.larger_than_memory:
             _alternate_cold(Path(folder), {"disk": _disk, "streamed": _streamed}, 3)
             return
@@ -99,6 +112,56 @@ def main() -> None:
         del store, array, ways  # their maps hold pages in memory
         ways_cold = {"disk": _disk, "cold, in order": _in_order, "streamed": _streamed}
         _alternate_cold(Path(folder), {**ways_cold, "first epoch": _epoch, "both": _epochs}, 5)
+
+
+def _from_object_store(folder: Path) -> None:
+    """Print what training costs from a folder and from a server that speaks S3."""
+    import fsspec
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    keys = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
+    os.environ |= {**keys, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
+    start = "import sys; from moto.server import main; main(sys.argv[1:])"
+    words = [sys.executable, "-c", start, "-H", "127.0.0.1", "-p", str(port)]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            while True:
+                with suppress(ConnectionError), socket.create_connection(("127.0.0.1", port)):
+                    break
+                time.sleep(0.1)
+            files = fsspec.filesystem("s3")
+            files.mkdir("bucket")
+            files.put(f"{folder}/", "bucket/store/", recursive=True)
+            for buffer in ([], ["--buffer-rows", "131072"]):
+                for name in (str(folder), "s3://bucket/store"):
+                    _train(name, buffer, server.pid)
+        finally:
+            server.terminate()
+
+
+def _train(name: str, buffer: list[str], server: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "sae.pt")
+        options = "--k 8 --expansion-factor 2 --batch-size 1024 --epochs 1 --data-dir".split()
+        words = [sys.executable, "-m", "lorascope", "--quiet", "train", *options, name, *buffer]
+        before, served, begun = os.times(), _seconds_of(server), time.perf_counter()
+        subprocess.run([*words, "--output", str(out)], check=True, stdout=subprocess.DEVNULL)
+        wall, after = time.perf_counter() - begun, os.times()
+        cpu, served = sum(after[2:4]) - sum(before[2:4]), _seconds_of(server) - served
+        place = name if name.startswith("s3:") else "the disk"
+        way = "streamed" if buffer else "in memory"
+        print(
+            f"  {way} from {place}: {wall:.1f} s, CPU {cpu:.1f} s, server {served:.1f} s, "
+            f"SAE {digest_file(out)[:12]}"
+        )
+
+
+def _seconds_of(process: int) -> float:
+    """Return the CPU seconds of a process."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 def _alternate_cold(
