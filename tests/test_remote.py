@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import urllib.request
 from pathlib import Path
 
 import fsspec
@@ -45,6 +46,8 @@ def s3(monkeypatch):
     fsspec.filesystem("s3").clear_instance_cache()
     fsspec.filesystem("s3").mkdir("bucket")
     yield fsspec.filesystem("s3")
+    request = urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")
+    urllib.request.urlopen(request).close()  # buckets would outlive the server
     server.stop()
 
 
