@@ -663,7 +663,7 @@ def test_the_page_of_checkpoints_says_when_features_are_born_and_gone():
     assert [row[3:] for row in rows] == [
         ("2 here or before", "2", "1"), ("1", "1", "0"), ("1", "1", "0"),
     ]  # fmt: skip
-    assert [row[:1] + row[2:5] for row in table.tables[0][1]] == [
+    assert [(row[0], *row[2:5]) for row in table.tables[0][1]] == [
         ("9", "≤ 10", "10", "10"), ("7", "≤ 10", "10", "—"), ("8", "50", "50", "—"),
         ("4", "200", "200", "—"),
     ]  # fmt: skip
