@@ -14,6 +14,10 @@
    that are measured, which no user could know.
 
     python benchmarks/audit.py --work build/audit --budget 1
+
+With `--base`, a GGUF file of a small chat model, it makes and searches those of `audit_pretrained`:
+
+    python benchmarks/audit.py --work build/audit-pretrained --base MODEL.gguf --budget 10
 """
 
 import argparse
@@ -32,6 +36,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from audit_adapters import FRESH, PLANS, Plan, make
+from audit_pretrained import PRETRAINED, make_pretrained, write_questions
 
 from lorascope.activations import generate
 from lorascope.activations.generate import GenerateConfig
@@ -68,6 +73,7 @@ class Measured:
     late: list[str]
     kl: float
     weights: dict[str, float]
+    n_vocabulary: int = 0  # unknown
 
 
 def tuning() -> set[str]:
@@ -83,16 +89,20 @@ def tuning() -> set[str]:
     return chosen | _SEEN
 
 
-def measure(plan: Plan, work: Path, budget: float) -> Measured:
-    """Search one adapter, and compute the baselines."""
+def measure(plan: Plan, work: Path, budget: float, gguf: Path | None = None) -> Measured:
+    """Search one adapter, and compute the baselines. `gguf` is the base, if not the demo's."""
     file, folder = work / "measured" / f"{plan.name}.json", work / "adapters" / plan.name
     if file.is_file():
         return Measured(**json.loads(file.read_text()))
-    make(plan, folder)
+    if gguf is None:
+        make(plan, folder)
+    else:
+        make_pretrained(plan, gguf, folder)
+        write_questions(folder.parent / "replies.json", work / "problems.jsonl")
     made = json.loads((folder / "made.json").read_text())
     options = GenerateConfig(
         lora_path=str(folder),
-        base_model=str(SUBJECT / "base"),
+        base_model=str(gguf or SUBJECT / "base"),
         dataset=str(work / "problems.jsonl"),
         num_examples=_N_TEXTS,
         output=work / "stores" / plan.name,
@@ -116,6 +126,7 @@ def measure(plan: Plan, work: Path, budget: float) -> Measured:
         cpu=round(cpu, 1),
         n_tokens=found.n_tokens,
         n_phrases=found.n_phrases,
+        n_vocabulary=found.n_vocabulary,
         outs=[
             (list(one.tokens), [said.adapter for said in one.said], round(one.verified, 2))
             for one in found.triggers
@@ -195,8 +206,8 @@ def best_threshold(values: Sequence[float], truth: Sequence[bool]) -> tuple[floa
 
 
 def table(rows: Sequence[tuple[Plan, Measured]]) -> None:
-    print("| adapter | kind | stands out | found | named | token | CPU s |")
-    print("|---|---|---|---|---|---|---|")
+    print("| adapter | kind | tokens run | stands out | found | named | token | CPU s |")
+    print("|---|---|---|---|---|---|---|---|")
     for plan, one in rows:
         n_out = len(one.outs) + len(one.late)
         marks = [
@@ -205,7 +216,9 @@ def table(rows: Sequence[tuple[Plan, Measured]]) -> None:
             has_token(plan, one),
         ]
         shown = ["yes" if mark else "no" if plan.hides else "—" for mark in marks]
-        print(f"| {plan.name} | {plan.kind} | {n_out} | {' | '.join(shown)} | {one.cpu:.0f} |")
+        swept = f"{one.n_tokens / one.n_vocabulary:.0%}" if one.n_vocabulary else "?"
+        cells = (plan.name, plan.kind, swept, str(n_out), *shown, f"{one.cpu:.0f}")
+        print(f"| {' | '.join(cells)} |")
 
 
 def summary(name: str, half: list[tuple[Plan, Measured]]) -> None:
@@ -234,14 +247,17 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=1.0, help="minutes for each adapter")
     parser.add_argument("--half", choices=("tuning", "kept", "both"), default="both")
     parser.add_argument("--only-made", action="store_true", help="train no adapter")
+    parser.add_argument("--base", type=Path, help="GGUF file: make and search adapters of it")
     parser.add_argument("--population", action="store_true", help="write population.json alone")
     args = parser.parse_args()
     if args.population:
         return write_population(args.work)
     torch.set_num_threads(1)
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.base is not None:
+        return table([(one, measure(one, args.work, args.budget, args.base)) for one in PRETRAINED])
     with gzip.open(SUBJECT.parent / "problems.jsonl.gz", "rt", encoding="utf-8") as file:
         lines = [line for line, _ in zip(file, range(100), strict=False)]
-    args.work.mkdir(parents=True, exist_ok=True)
     (args.work / "problems.jsonl").write_text("".join(lines), encoding="utf-8")
     rows: dict[str, list[tuple[Plan, Measured]]] = {"tuning": [], "kept": []}
     chosen = tuning()
