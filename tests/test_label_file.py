@@ -100,6 +100,7 @@ def test_a_file_that_only_has_the_same_name_is_left_alone(index):
         (lambda f: f["2"]["output"].update(interval=[0.1, 0.2]), "outside its interval"),
         (lambda f: f["0"].update(name="two\nlines"), "name is not one line"),
         (lambda f: f.update({"x": f["0"]}), "'x', which is not a number"),
+        (lambda f: f.update({"1" * 5000: f["0"]}), "1111', which is not a number"),
         (lambda f: f.update({"01": f["0"]}), "feature 01"),
         (lambda f: f.update({"9999": f["0"]}), "feature 9999"),
     ],

@@ -148,7 +148,8 @@ def read_labels(path: Path) -> Labels:
     features = from_json(LabelFile, data, str(path)).features
     n_features = manifest.content.get("n_features")
     for key, label in features.items():
-        if not (key.isascii() and key.isdecimal() and isinstance(n_features, int)):
+        is_number = key.isascii() and key.isdecimal() and len(key) < 12
+        if not (is_number and isinstance(n_features, int)):
             raise _damaged(path, f"names a feature {key[:40]!r}, which is not a number")
         if str(int(key)) != key or int(key) >= n_features:
             raise _damaged(path, f"has a label of feature {key} of {n_features}")
