@@ -155,6 +155,23 @@ def test_columns_and_latents_without_weights_are_no_trouble(rough):
     assert_same_up_to_rounding(code, same, n_terms=14)
 
 
+@pytest.mark.parametrize("size", [1e17, 1e19, 1e30, 1e37])
+def test_rows_near_the_largest_number_are_coded_as_their_scores_say(rough, size):
+    x, W_enc, b_enc, threshold = problem(64, 14, 600)
+    x[-1] *= size
+    W_enc[:, :9], b_enc[:9] = 0, 5.0  # always on
+    threshold[9:50] = -threshold[9:50] * size
+    threshold[50:] = 1e38
+    threshold[70:99] = torch.inf
+    encoder = Encoder(W_enc, b_enc, threshold)
+    index = torch.arange(64).repeat_interleave(600)
+    latents = torch.arange(600).repeat(64)
+    values = encoder.values_of(x, index, latents).view(64, 600)
+    assert bool((values[:, :9] == 5).all())
+    assert bool((values[-1, 9:50] < 0).any())
+    assert torch.equal(dense(encoder(x), 64, 600), values)
+
+
 def test_half_precision_rows_are_those_of_float32(rough):
     x, W_enc, b_enc, threshold = problem(40, 56, 70)
     encoder = Encoder(W_enc, b_enc, threshold)

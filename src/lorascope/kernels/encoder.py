@@ -31,6 +31,7 @@ BLOCK = 1024  # rows in one product
 _ALIGN = 16  # columns are padded to 64 bytes, so that inner products start aligned
 _ROUNDED_UP = 1 + 2**-6  # keeps a margin an upper bound after rounding to bfloat16
 _FEWEST = 512  # latents from which on a product of bytes is faster
+_HUGE = 2.0**120  # a product of this size may be infinite in a rough one, or not a number
 _MANY = 8  # if more than one pair in so many could fire, the product in a wider type is cheaper
 
 Pairs = tuple[Int64[Tensor, "pair"], Int64[Tensor, "pair"]]  # rows and latents
@@ -161,9 +162,11 @@ class _SignScreen:
         """Return the pairs, ordered by row."""
         d_in, n_latents = self._d_in, len(self._table)
         wide = self._table.new_zeros(len(x), self._table.shape[1])
-        wide[:, :d_in] = x[:, :d_in]
+        norm = x.norm(dim=1)
+        is_small = norm < _HUGE  # of other rows every pair could fire
+        wide[:, :d_in] = torch.where(is_small[:, None], x[:, :d_in], 0.0)
         wide[:, d_in : d_in + 2] = 1
-        wide[:, d_in + 2] = self._margin * x.norm(dim=1)
+        wide[:, d_in + 2] = torch.where(is_small, self._margin * norm, torch.inf)
         out = wide.new_empty(len(x), n_latents)
         kernels.for_device(out.device).product(wide, self._table, out)
         if out.device.type == "cpu":  # the sign is the first bit, and integers compare faster
@@ -197,8 +200,10 @@ class _ByteScreen:
         self._least = least[:, None].bfloat16()
 
     def __call__(self, x: Float32[Tensor, "batch width"]) -> Pairs | None:
-        """Return the pairs, ordered by latent; None if they are too many."""
+        """Return the pairs, ordered by latent; None if they are too many, or x is too large."""
         rough = Bytes.rounded(x, signed=True)
+        if not bool((rough.norm * self._norm < _HUGE).all()):
+            return None
         error = rough.unit * rough.error_norms(x)
         summing = _summing(x.shape[1]) * rough.norm
         limit = (error + summing) * self._norm + (rough.norm + error) * self._error
