@@ -71,6 +71,7 @@ def as_on_an_idle_machine(monkeypatch):
         self.rate = 20_000.0
 
     monkeypatch.setattr(Clock, "time", time)
+    monkeypatch.setattr(Clock, "spent", lambda _: 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +137,15 @@ def test_first_order_scores_find_a_trigger_that_the_budget_does_not_reach(
     assert found.n_tokens == 24 < found.n_vocabulary
     assert found.n_controls == Sizes().scaled(0).controls < Sizes().scaled(2).controls
     assert found.triggers[0].token_ids == (TRIGGER,)
+
+
+@pytest.mark.slow
+def test_a_machine_that_becomes_slower_ends_the_sweep_and_the_phrases(planted, stored, monkeypatch):
+    monkeypatch.setattr(Clock, "spent", lambda _: 1e9)
+    found = search(*stored(planted[1]))
+    assert found.n_tokens == 64 < found.n_vocabulary
+    assert found.n_phrases == 2 * 64
+    assert found.seconds == 1e9
 
 
 @pytest.mark.slow

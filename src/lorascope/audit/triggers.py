@@ -50,6 +50,8 @@ Ids = npt.NDArray[np.int64]
 _N_FIRST = 8  # tokens to measure the rate with
 _BEAM = 8
 _SHARES = (0.4, 0.4)  # of the budget, for the sweep and for the phrases
+_SWEPT_BY = 0.6  # of the budget, what is spent at most when the sweep ends
+_CHUNK = 64  # inserts that are run between looks at the clock
 _SHARE_OF_REST = 0.5
 _MOST_OVER = 4
 _FLOOR = 0.01  # nats: differences below it do not matter
@@ -159,6 +161,21 @@ class _Looking:
         some = [tokens for tokens in self.score if len(tokens) == length]
         return sorted(some, key=lambda tokens: -self.score[tokens])[:n]
 
+    def _run_until(
+        self, share: float, scenes: Sequence[Scene], inserts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return inserts and their scores: the first ones, until a share of the budget is spent.
+
+        That is all of them, unless the machine became slower after its rate was measured.
+        """
+        scores: list[Tensor] = []
+        parts = inserts.split(_CHUNK)
+        for part in parts:
+            scores.append(self._run(scenes, part))
+            if self.clock.spent() > share * self.clock.seconds:
+                break
+        return torch.cat(parts[: len(scores)]), torch.cat(scores)
+
     def _sweep(self) -> int:
         """Score single tokens, and return how many."""
         tokens, first = self.vocabulary, self.search[:1]
@@ -166,12 +183,13 @@ class _Looking:
             n = max(self.sizes.kept, self.clock.affords(first, 1, _SHARES[0]))
             tokens = self._chosen(n)
             if len(self.search) > 1:
-                order = self._run(first, tokens[:, None]).argsort(descending=True)
-                best = tokens[order[: 4 * self.sizes.kept]]
-                self._keep(best[:, None], self._run(self.search, best[:, None]))
-                return len(tokens)
-        self._keep(tokens[:, None], self._run(self.search, tokens[:, None]))
-        return len(tokens)
+                inserts, scores = self._run_until(_SWEPT_BY, first, tokens[:, None])
+                best = inserts[scores.argsort(descending=True)[: 4 * self.sizes.kept]]
+                self._keep(best, self._run(self.search, best))
+                return len(inserts)
+        inserts, scores = self._run_until(_SWEPT_BY, self.search, tokens[:, None])
+        self._keep(inserts, scores)
+        return len(inserts)
 
     def _chosen(self, n: int) -> Tensor:
         """Return `n` tokens: half by their first-order scores, the others at random."""
@@ -182,7 +200,9 @@ class _Looking:
         )
         order = slopes.mean(0)[self.vocabulary].argsort(descending=True).numpy()
         rest = self.rng.permutation(order[n // 2 :])[: n - n // 2]
-        return self.vocabulary[torch.from_numpy(np.concatenate([order[: n // 2], rest]))]
+        order = np.concatenate([order[: n // 2], rest])
+        order[: 2 * (n // 2)] = np.stack([order[: n // 2], rest[: n // 2]], 1).ravel()
+        return self.vocabulary[torch.from_numpy(order)]
 
     def _extend(self) -> int:
         """Extend the best by a token before or after them, and return how many phrases were run."""
@@ -194,7 +214,10 @@ class _Looking:
             inserts = torch.cat(
                 [self._extended(parent, slot, n) for parent in parents for slot in (0, length - 1)]
             ).unique(dim=0)
-            scores = self._run(scenes, inserts)
+            mixed = torch.Generator().manual_seed(length)
+            inserts = inserts[torch.randperm(len(inserts), generator=mixed)]
+            by = _SWEPT_BY + _SHARES[1] * (length - 1) / (LONGEST - 1)
+            inserts, scores = self._run_until(by, scenes, inserts)
             best = scores.argsort(descending=True)[: 4 * _BEAM]
             self._keep(inserts[best], self._run(self.search, inserts[best]))
             n_phrases += len(inserts)
