@@ -84,7 +84,7 @@ def test_a_url_stays_one_in_every_form_of_a_path():
 def test_other_uses_of_a_url_are_refused_in_one_line(memory, tmp_path, make_store, capsys):
     store = make_store()
     for use in (os.fspath, os.stat, Path.mkdir, Path.touch, Path.resolve):
-        with pytest.raises(ConfigError, match="memory://a is a URL: only activation stores"):
+        with pytest.raises(ConfigError, match="memory://a is a URL, expected a local path"):
             use(as_path("memory://a"))
     words = ["train", "--data-dir", str(store.path), "--k", "2", "--expansion-factor", "2"]
     assert call([*words, "--batch-size", "16", "--output", "memory://sae.pt"]) == 2

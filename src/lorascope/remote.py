@@ -46,8 +46,8 @@ class RemotePath(type(Path())):
 
     def __fspath__(self) -> str:
         raise ConfigError(
-            f"{self} is a URL: only activation stores are read from and written to URLs; give a "
-            "local path"
+            f"{self} is a URL, expected a local path: URLs are for activation stores, the rows "
+            "that generate writes"
         )
 
     @property
