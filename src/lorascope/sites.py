@@ -128,11 +128,6 @@ class SiteLayout:
         return sum(site.rank for site in self.sites)
 
     @cached_property
-    def n_layers(self) -> int:
-        """Number of layers that hold a site."""
-        return len({site.layer for site in self.sites})
-
-    @cached_property
     def column_names(self) -> tuple[str, ...]:
         """Names of the columns: the site's name, with `:i` for rank index i where rank > 1."""
         return tuple(
@@ -173,11 +168,6 @@ class SiteLayout:
     def initials(self) -> str:
         """The projections' initials joined by `-`, as in the published file names."""
         return join_initials(self.adapter_types)
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of the layout's JSON."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def select(self, adapter_types: Sequence[str]) -> tuple["SiteLayout", npt.NDArray[np.int64]]:
         """Return the layout of the named projections and their columns in this layout.
