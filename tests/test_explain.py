@@ -15,13 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorascope.features.index import FeatureIndex
-from lorascope.features.label_file import KINDS
 from lorascope.labels.chat import Chat
 from lorascope.labels.excerpts import Excerpts, HeldOutTexts, is_held_out
-from lorascope.labels.explain import explain, explain_question, read_explanation, with_model
+from lorascope.labels.explain import explain, explain_question, read_explanation
 
 WORDS = {1: " one", 2: " two", 3: " three", 4: " four", 5: " «5»", 6: "<|im_end|>"}
 N_LATENTS = 4  # latent i fires at word i + 1, and nowhere else
+RULES = {i: label_of("unclear", kind="unclear") for i in range(N_LATENTS)}
 
 
 @cache
@@ -165,13 +165,14 @@ def test_true_labels_score_one_and_shuffled_ones_do_not(tmp_path: Path) -> None:
     written = {i: ([f"after {WORDS[i + 1].strip()}"], ["x"]) for i in range(N_LATENTS)}
     with chat_server(honest) as server:
         chat = Chat(server.url, "honest", tmp_path / "answers.jsonl", n_parallel=2)
-        found = explain(planted_index(), chat, chat, range(N_LATENTS), written)
+        found = explain(RULES, planted_index(), chat, chat, range(N_LATENTS), written)
     assert sorted(found) == list(range(N_LATENTS))
     for latent, one in found.items():
-        assert one.explanation.name == WORDS[latent + 1].strip()
-        assert one.explanation.kind in KINDS
-        assert one.detection.balanced_accuracy == 1
-        assert (one.shuffled.balanced_accuracy or 0) < 0.75
+        assert one.name == WORDS[latent + 1].strip()
+        assert one.kind == "token"
+        assert (one.author, one.judge) == ("honest", "honest")
+        assert one.balanced_accuracy == 1
+        assert (one.shuffled or 0) < 0.75
         assert one.picked_output
 
 
@@ -195,9 +196,8 @@ def test_the_judge_is_asked_for_the_tokens_that_a_removal_lowers(
 
     with chat_server(chatty) as server:
         chat = Chat(server.url, "chatty", tmp_path / "answers.jsonl")
-        found = explain(planted_index(), chat, chat, range(N_LATENTS), {}, falls, rivals)
-    rules = {i: label_of("unclear", kind="unclear") for i in range(N_LATENTS)}
-    for label in with_model(rules, found, "chatty", "chatty").values():
+        found = explain(RULES, planted_index(), chat, chat, range(N_LATENTS), {}, falls, rivals)
+    for label in found.values():
         assert label.picked_effect == score
         wrong = label.picked_effect_shuffled
         assert wrong is None if off_by is None else wrong in (0, 1)
@@ -219,8 +219,8 @@ def test_a_judge_that_is_no_judge_scores_chance_and_one_that_goes_on_is_cut(
 
     with chat_server(answer) as server:
         chat = Chat(server.url, "odd", tmp_path / "answers.jsonl")
-        found = explain(planted_index(), chat, chat, range(N_LATENTS), {})
-    assert {one.detection.balanced_accuracy for one in found.values()} == {score}
+        found = explain(RULES, planted_index(), chat, chat, range(N_LATENTS), {})
+    assert {one.balanced_accuracy for one in found.values()} == {score}
     assert {one.picked_output for one in found.values()} == {None}
 
 
@@ -231,6 +231,6 @@ def test_features_without_an_answer_are_left_out(tmp_path: Path) -> None:
 
     with chat_server(mute_for_two) as server:
         chat = Chat(server.url, "mute", tmp_path / "answers.jsonl")
-        found = explain(planted_index(), chat, chat, range(N_LATENTS), {})
-    assert sorted(found) == [0, 2, 3]
-    assert all(one.detection.recall == 1 for one in found.values())
+        found = explain(RULES, planted_index(), chat, chat, range(N_LATENTS), {})
+    assert found[1] == RULES[1]
+    assert all(found[i].author == "mute" and found[i].recall == 1 for i in (0, 2, 3))

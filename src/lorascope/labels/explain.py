@@ -21,7 +21,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ from lorascope.features.index import FeatureIndex
 from lorascope.features.label_file import KINDS, Kind, Label, rounded
 from lorascope.labels.chat import Chat, Question
 from lorascope.labels.excerpts import Excerpts, HeldOutTexts
-from lorascope.labels.score import N_REMOVALS, Ranking, Score, score_answers
+from lorascope.labels.score import N_REMOVALS, Ranking, score_answers
 
 log = logging.getLogger(__name__)
 
@@ -106,19 +106,8 @@ _EXAMPLES = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Explained:
-    """The label of one feature by a model, with its scores; None: not measured."""
-
-    explanation: Explanation
-    detection: Score
-    shuffled: Score
-    picked_output: bool | None
-    picked_effect: bool | None
-    picked_effect_shuffled: bool | None
-
-
 def explain(
+    rules: Mapping[int, Label],
     index: FeatureIndex,
     explainer: Chat,
     judge: Chat,
@@ -126,10 +115,11 @@ def explain(
     written: Mapping[int, tuple[Sequence[str], Sequence[str]]],
     falls: Mapping[int, Sequence[str]] | None = None,
     rivals: Mapping[int, Sequence[int]] | None = None,
-) -> dict[int, Explained]:
-    """Return the labels of the latents for which the explainer gave a valid answer.
+) -> dict[int, Label]:
+    """Return the labels by rule, with those of a model where they are better founded.
 
-    Latents without an example in its half of the rollouts are not asked about.
+    The model's label stays away where it gave no valid answer, and where only the rule's is clear.
+    Latents without an example in the explainer's half of the rollouts are not asked about.
 
     `written` has the tokens that features promote and suppress, best first. `falls` has those that
     lose most when features are removed, `rivals` the removals among which to find each.
@@ -169,17 +159,29 @@ def explain(
     for (latent, shuffled, truth), verdict in zip(tests, verdicts, strict=True):
         if verdict is not None and len(verdict) >= len(truth):
             judged.setdefault((latent, shuffled), []).extend(zip(truth, verdict, strict=False))
-    return {
-        latent: Explained(
-            explanation=explanation,
-            detection=score_answers(judged.get((latent, False), [])),
-            shuffled=score_answers(judged.get((latent, True), [])),
+    merged = dict(rules)
+    for latent, explanation in said.items():
+        detection = score_answers(judged.get((latent, False), []))
+        if rules[latent].kind != "unclear" and not detection.is_clear:
+            continue
+        label = replace(
+            rules[latent],
+            name=("" if detection.is_clear else "unclear: ") + explanation.name,
+            sentence=explanation.sentence,
+            kind=explanation.kind if detection.is_clear else "unclear",
+            author=explainer.model,
+            **detection._asdict(),
+            same_token=None,
+            near=None,
+            shuffled=score_answers(judged.get((latent, True), [])).balanced_accuracy,
+            judge=judge.model,
             picked_output=picked.get(latent),
-            picked_effect=found.get(latent),
-            picked_effect_shuffled=wrong.get(latent),
+            picked_effect=_number(found.get(latent)),
+            picked_effect_shuffled=_number(wrong.get(latent)),
+            **Ranking()._asdict(),
         )
-        for latent, explanation in said.items()
-    }
+        merged[latent] = rounded(label)
+    return merged
 
 
 def _picks(
@@ -227,37 +229,6 @@ def _estimate(
             f"{sum(question.n_tokens() for question in some):,}",
             f"{sum(question.max_tokens for question in some):,}",
         )
-
-
-def with_model(
-    labels: Mapping[int, Label], said: Mapping[int, Explained], author: str, judge: str
-) -> dict[int, Label]:
-    """Return the labels, with those of a model where they are better founded than the rule.
-
-    The model's label stays away only where the rule's is clear and its own is not.
-    """
-    merged = dict(labels)
-    for latent, one in said.items():
-        rule, is_clear = labels[latent], one.detection.is_clear
-        if rule.kind == "unclear" or is_clear:
-            label = replace(
-                rule,
-                name=("" if is_clear else "unclear: ") + one.explanation.name,
-                sentence=one.explanation.sentence,
-                kind=one.explanation.kind if is_clear else "unclear",
-                author=author,
-                **one.detection._asdict(),
-                same_token=None,
-                near=None,
-                shuffled=one.shuffled.balanced_accuracy,
-                judge=judge,
-                picked_output=one.picked_output,
-                picked_effect=_number(one.picked_effect),
-                picked_effect_shuffled=_number(one.picked_effect_shuffled),
-                **Ranking()._asdict(),
-            )
-            merged[latent] = rounded(label)
-    return merged
 
 
 def _number(picked: bool | None) -> float | None:

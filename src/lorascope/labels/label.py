@@ -45,7 +45,7 @@ from lorascope.features.label_file import (
 from lorascope.features.published_json import digest_of_index, read_index
 from lorascope.labels.by_rule import LEAST_SHARE, label_features, read_halves
 from lorascope.labels.chat import Chat
-from lorascope.labels.explain import explain, with_model
+from lorascope.labels.explain import explain
 from lorascope.labels.score import CHANCE, mean_over_features, rivals_of
 from lorascope.stage import Build, built
 
@@ -259,7 +259,8 @@ def ask_model(
             f"--features has {unknown[0]}, expected features that fire, below {len(index)}"
         )
     known = {i: some for i, some in falls.items() if i in labels}
-    said = explain(
+    merged = explain(
+        labels,
         index,
         explainer,
         judge,
@@ -270,7 +271,7 @@ def ask_model(
     )
     for chat in {id(chat): chat for chat in (explainer, judge)}.values():
         log.info("%s", chat.describe_usage())
-    return with_model(labels, said, explainer.model, judge.model)
+    return merged
 
 
 def _written(direct: DirectReport) -> dict[int, tuple[list[str], list[str]]]:
