@@ -80,46 +80,28 @@ __all__ = [
     "train",
 ]
 
-_HOMES = {
-    "SAE": "sae.model.SAE",
-    "AblateConfig": "causal.ablate.AblateConfig",
-    "ActivationStore": "activations.store.ActivationStore",
-    "AttributeConfig": "causal.attribute.AttributeConfig",
-    "CollectConfig": "features.collect.CollectConfig",
-    "DashboardConfig": "dashboard.render.DashboardConfig",
-    "DirectConfig": "causal.direct.DirectConfig",
-    "EditConfig": "causal.edit.EditConfig",
-    "EvaluateConfig": "causal.evaluate.EvaluateConfig",
-    "FeatureIndex": "features.index.FeatureIndex",
-    "GenerateConfig": "activations.generate.GenerateConfig",
-    "LabelConfig": "labels.label.LabelConfig",
-    "LorascopeError": "errors.LorascopeError",
-    "Patch": "causal.patch.Patch",
-    "RunConfig": "pipeline.RunConfig",
-    "SiteLayout": "sites.SiteLayout",
-    "SteerConfig": "causal.steer.SteerConfig",
-    "Study": "results.Study",
-    "TrainConfig": "sae.settings.TrainConfig",
-    "ablate": "causal.ablate.run",
-    "attribute": "causal.attribute.run",
-    "collect": "features.collect.run",
-    "direct": "causal.direct.run",
-    "edit": "causal.edit.run",
-    "evaluate": "causal.evaluate.run",
-    "render": "dashboard.render.run",
-    "generate": "activations.generate.run",
-    "label": "labels.label.run",
-    "load_sae": "sae.model.load_sae",
-    "report_schema": "inspection.report_schema",
-    "run": "pipeline.run",
-    "show": "dashboard.notebook.show",
-    "steer": "causal.steer.run",
-    "train": "sae.train.run",
+_HOMES = {  # of what is neither a stage nor its config: `cli.COMMANDS` has the homes of those
+    "SAE": "sae.model",
+    "ActivationStore": "activations.store",
+    "FeatureIndex": "features.index",
+    "LorascopeError": "errors",
+    "Patch": "causal.patch",
+    "SiteLayout": "sites",
+    "Study": "results",
+    "load_sae": "sae.model",
+    "report_schema": "inspection",
+    "show": "dashboard.notebook",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module lorascope has no {name}")
-    module, _, attribute = _HOMES[name].rpartition(".")
-    return getattr(importlib.import_module(f"lorascope.{module}"), attribute)
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"lorascope.{_HOMES[name]}"), name)
+    from lorascope.cli import COMMANDS
+
+    command = COMMANDS["dashboard" if name == "render" else name.removesuffix("Config").lower()]
+    if name.endswith("Config"):
+        return command.config_class()
+    return importlib.import_module(f"lorascope.{command.module}").run
