@@ -177,3 +177,44 @@ def test_half_precision_rows_are_those_of_float32(rough):
     encoder = Encoder(W_enc, b_enc, threshold)
     for one, other in zip(encoder(x.half()), encoder(x.half().float()), strict=True):
         assert torch.equal(one, other)
+
+
+def every_score(encoder, x, n_latents):
+    """Return what the encoder says of each pair alone, without a screen."""
+    index = torch.arange(len(x)).repeat_interleave(n_latents)
+    latents = torch.arange(n_latents).repeat(len(x))
+    return encoder.values_of(x, index, latents).view(len(x), n_latents)
+
+
+@pytest.mark.parametrize("size", [1e-18, 1e-20, 1e-23, 1e-25, 1e-30, 1e-38, 1e-41])
+@pytest.mark.parametrize("rows_are_small", [True, False])
+def test_scores_of_any_size_fire_whatever_rounding_did(rough, monkeypatch, size, rows_are_small):
+    """Weights are each row's rounding error, so nothing cancels; float32 squares underflow."""
+    x = torch.randn(60, 40, generator=torch.Generator().manual_seed(0))
+    rounded = byte_product.Bytes.rounded(x, signed=True)
+    errors = [x - rounded.numbers * rounded.unit[:, None], x - x.bfloat16().float()]
+    weight = torch.cat([sign * error for error in errors for sign in (1, -1)])
+    x = torch.cat([x, x * size])
+    if not rows_are_small:
+        weight[1::2] *= size
+    scores = x.double() @ weight.double().T
+    threshold = (0.9999 * scores[60:120].diagonal()).float().repeat(4)
+    threshold = torch.where(torch.arange(240) % 3 == 0, 0.0, threshold)
+    encoder_ = Encoder(weight.T.contiguous(), torch.zeros(240), threshold)
+    monkeypatch.setattr(encoder, "_MANY", 0)  # so that the bytes decide
+    values = every_score(encoder_, x, 240)
+    assert int((values != 0)[60:].sum()) > 1000
+    assert torch.equal(dense(encoder_(x), 120, 240), values)
+
+
+@pytest.mark.parametrize(("size", "other"), [(3e38, 1.0), (1e-45, 1e-45), (1e-37, 1e9)])
+def test_weights_at_the_ends_of_float32_keep_their_scores(rough, size, other):
+    W_enc = torch.full((3, 600), other)
+    W_enc[:, 0] = size
+    x = torch.eye(3)
+    code = dense(Encoder(W_enc, torch.zeros(600), torch.zeros(600))(x), 3, 600)
+    assert torch.equal(code, x @ W_enc)
+    single = torch.zeros(3, 100_000)
+    single[:, 7] = size
+    fired = Encoder(single, torch.zeros(100_000), torch.zeros(100_000))(x)
+    assert fired.latents.tolist() == [7] * 3

@@ -17,7 +17,7 @@ from lorascope.kernels import cpu
 ROUNDED = 1.1 * 2**-8  # of a bfloat16 number, and of the number with which it is compared
 WIDEST = 1 << 15  # columns whose products of bytes surely fit into 32 bits
 _ZERO = 128  # the unsigned byte for zero
-_TINY = 1e-30  # unit of a row of zeros
+_TINY = 1e-30  # smallest unit; zeros have it
 _ISAS = ("AVX512_CORE_", "AVX10")  # beginnings of oneDNN's names of instructions for bytes
 
 
@@ -56,9 +56,10 @@ class Bytes(NamedTuple):
         parts = (tensor.split(size) for tensor in (table, *result))
         for part, out, unit, norm in zip(*parts, strict=True):
             torch.amax(part.abs(), 1, out=unit)
-            torch.linalg.vector_norm(part, dim=1, out=norm)
             unit.div_(127).clamp_(min=_TINY)
             scaled = part * (1 / unit)[:, None]
+            # squares of tiny numbers would be lost
+            torch.linalg.vector_norm(scaled, dim=1, out=norm).mul_(unit)
             # conversion cuts off what follows the dot
             out.copy_(scaled.round_() if signed else scaled.add_(_ZERO + 0.5))
         return result

@@ -13,7 +13,8 @@ product of its own: it has the same bits in any batch, in any slice of the laten
 however the pair was found.
 
 Columns may differ in size by orders of magnitude, which would make the bounds loose. So columns of
-x are multiplied, and rows of W_enc divided, by powers of two, which changes no bit.
+x are multiplied, and rows of W_enc divided, by powers of two, which changes no bit. This is left
+out where a weight is so small beside others of its column that float32 could not hold the quotient.
 """
 
 from functools import cached_property
@@ -31,6 +32,7 @@ BLOCK = 1024  # rows in one product
 _ALIGN = 16  # columns are padded to 64 bytes, so that inner products start aligned
 _ROUNDED_UP = 1 + 2**-6  # keeps a margin an upper bound after rounding to bfloat16
 _FEWEST = 512  # latents from which on a product of bytes is faster
+_SMALL = 2.0**-56  # squares of numbers below this norm could be lost in float32
 _HUGE = 2.0**120  # a product of this size may be infinite in a rough one, or not a number
 _MANY = 8  # if more than one pair in so many could fire, the product in a wider type is cheaper
 
@@ -64,8 +66,11 @@ class Encoder:
         device = W_enc.device
         self._b_enc, self._threshold = b_enc, threshold
         size = W_enc.double().square().mean(1).sqrt()  # (d_in,)
-        self._scale = torch.where(size > 0, torch.exp2(size.log2().round()), 0.0).float()
-        weight = torch.where(size[:, None] > 0, W_enc / self._scale[:, None], 0.0)  # (d_in, latent)
+        scale = torch.exp2(size.log2().round().clamp(-126, 127)).float()
+        weight = W_enc / scale[:, None]  # (d_in, latent)
+        if not torch.equal(weight * scale[:, None], W_enc):
+            scale, weight = torch.ones_like(scale), W_enc
+        self._scale = torch.where(size > 0, scale, 0.0)
         width = -(-d_in // _ALIGN) * _ALIGN
         self._weight = W_enc.new_zeros(self.n_latents, width)
         self._weight[:, :d_in] = weight.T
@@ -148,9 +153,10 @@ class _SignScreen:
         dtype = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
         norm = weight.double().norm(dim=1)
         norm = torch.where(norm > 0, norm, 1.0)
-        beyond = -_least(bias, threshold) / norm
+        largest = torch.finfo(dtype).max
+        beyond = (-_least(bias, threshold) / norm).clamp(-largest, largest)
         high = beyond.to(dtype)
-        low = torch.where(high.isfinite(), beyond - high.double(), 0.0).to(dtype)
+        low = (beyond - high.double()).to(dtype)
         wide = -(-(d_in + 3) // _ALIGN) * _ALIGN
         self._table = torch.zeros(len(weight), wide, dtype=dtype, device=device)
         self._table[:, :d_in] = (weight[:, :d_in] / norm[:, None]).to(dtype)
@@ -166,7 +172,7 @@ class _SignScreen:
         is_small = norm < _HUGE  # of other rows every pair could fire
         wide[:, :d_in] = torch.where(is_small[:, None], x[:, :d_in], 0.0)
         wide[:, d_in : d_in + 2] = 1
-        wide[:, d_in + 2] = torch.where(is_small, self._margin * norm, torch.inf)
+        wide[:, d_in + 2] = torch.where(is_small, self._margin * norm.clamp(min=_SMALL), torch.inf)
         out = wide.new_empty(len(x), n_latents)
         kernels.for_device(out.device).product(wide, self._table, out)
         if out.device.type == "cpu":  # the sign is the first bit, and integers compare faster
@@ -216,9 +222,12 @@ class _ByteScreen:
 
 
 def _least(bias: Tensor, threshold: Tensor) -> Float64[Tensor, "latent"]:
-    """Return what `x @ w` must reach to fire, less what the float32 sum with the bias rounds."""
+    """Return what `x @ w` must reach to fire, less what the float32 sum with the bias rounds.
+
+    Products below the smallest normal number, 2**-126, err by more than a share of their size.
+    """
     bias, bound = bias.double(), threshold.double()
-    return bound - bias - 2**-22 * (bias.abs() + bound.abs())
+    return bound - bias - 2**-22 * (bias.abs() + bound.abs()) - 2**-126
 
 
 def _summing(d_in: int) -> float:
