@@ -17,7 +17,7 @@ needs_bytes = pytest.mark.skipif(
 )
 KINDS = [
     *("normal", "sizes", "equal columns", "one column", "few positive", "zero rows", "big bias"),
-    *("same rounding", "constant latents"),
+    *("same rounding", "constant latents", "tiny rows", "tiny latents", "tiny all"),
 ]
 
 
@@ -38,6 +38,10 @@ def rows_of(kind, n, d, latents, seed):
         bias[:3] += 30
     elif kind == "zero rows":
         x[::3] = 0
+    elif kind.startswith("tiny"):  # squares of these are lost in float32
+        x[:: 1 if kind == "tiny all" else 3] *= 1e-25 if kind != "tiny latents" else 1
+        weight[::4] *= 1e-25 if kind == "tiny latents" else 1
+        bias *= 1e-25 if kind == "tiny all" else 1
     elif kind == "big bias":
         bias *= 100
     elif kind == "same rounding":  # all errors of a score have the same sign and add up
@@ -129,6 +133,17 @@ def test_errors_that_add_up_widen_the_margin_which_stays():
     best = ours.best_indices(x, weight, bias, 640)
     assert ours._margin > prefilter._SIGMAS
     assert_same(best, cpu.best_indices(exact(x, weight, bias), 640), exact(x, weight, bias), 400)
+
+
+@needs_bytes
+@pytest.mark.parametrize("kind", ["normal", "sizes", "zero rows", "tiny rows", "tiny all"])
+def test_rows_of_any_size_and_of_zeros_need_no_float32_product(monkeypatch, kind):
+    monkeypatch.setattr(prefilter._Scores, "dense", lambda _: pytest.fail("took the product"))
+    ours = Prefilter()
+    for seed in range(3):
+        x, weight, bias = rows_of(kind, 256, 96, 1024, seed)
+        assert len(ours.best_indices(x, weight, bias, 256 * 8).values) == 256 * 8
+        assert len(ours.best_of_rows(x, weight, bias, 8).values) == 256 * 8
 
 
 @needs_bytes

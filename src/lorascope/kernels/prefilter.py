@@ -93,7 +93,10 @@ class Prefilter:
     def best_of_rows(
         self, x: Tensor, weight: Tensor, bias: Float[Tensor, "latent"], k: float
     ) -> Best:
-        """Return the `k` best of each row, like `cpu.best_of_rows`."""
+        """Return the `k` best of each row, like `cpu.best_of_rows`.
+
+        Scores below 2**-126, the smallest normal number, may be left out.
+        """
         scores, shape = _Scores(x, weight, bias), (len(x), len(weight))
         k_ceil = min(math.ceil(k), len(weight))
         for _ in range(_TRIES):
@@ -137,9 +140,10 @@ class _Scores:
         # rounding to multiples of `unit` has a variance of `unit ** 2 / 12`
         ratio = (self._bytes.norm / self._unit).max()
         x_error = ratio * self._x_bytes.unit
-        spread = (self._x_bytes.norm.square() + x_error.square()).sqrt() / math.sqrt(12)
-        self._spread = spread  # of a rough score, in units of its latent
-        finite = bool((spread.sum() + bias.sum()).isfinite())
+        spread = torch.hypot(self._x_bytes.norm, x_error) / math.sqrt(12)
+        # of a rough score, in units of its latent; the scores of a row of zeros are exact
+        self._spread = torch.where(self._x_bytes.norm == 0, 0.0, spread)
+        finite = bool((spread.square().sum() + bias.sum()).isfinite())
         self._is_usable = finite and len(x) > 0 and x.shape[1] <= WIDEST
 
     def above(self, bound: float, margin: float, at_most: int) -> _Candidates | None:
@@ -170,7 +174,8 @@ class _Scores:
             upper.mul_(unit).add_(bias)  # now limits of the scores themselves
             # as integers positive numbers keep their order, and negative ones are below them
             best = cpu.part_maxima(upper.view(torch.int16), k, 0).view(upper.dtype).T.float()
-            low = best.topk(k, sorted=False).values.amin(1) - slack * self._spread[rows]
+            low = best.topk(k, sorted=False).values.amin(1)
+            low -= torch.maximum(slack * self._spread[rows], 6 * _ROUNDED_TWICE * low)
             low = low.clamp_(min=_SMALLEST)  # only positive scores fire
             indices = cpu.indices_reaching(upper, low.to(upper.dtype))
             at_most -= len(indices)
@@ -237,7 +242,7 @@ class _Scores:
             rounded = _ROUNDED_TWICE * (rough.abs() + own.abs()) / unit
             rough = (rough - own) / unit
         error = (values[some] / unit - rough + margin * spread).abs() - rounded
-        largest = float((error / spread).max()) if len(error) else 0.0
+        largest = float((error / spread.clamp(min=_SMALLEST)).max()) if len(error) else 0.0
         values += self._bias[latents]
         if bound > -torch.inf:
             above = torch.nonzero(values > bound)[:, 0]
