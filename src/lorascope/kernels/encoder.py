@@ -3,7 +3,7 @@
 Latent j fires in row x if `x @ W_enc[:, j] + b_enc[j] > threshold[j]`. Only one in a hundred of
 these numbers is needed afterwards, so:
 
-1. Find the pairs that could fire with a rough product (`_ByteScreen`, or `_SignScreen` where the
+1. Find the pairs that could fire with a rough product (`_ByteScreen`, or `_FloatScreen` where the
    CPU has no instructions for bytes or too many pairs could fire).
 2. Compute the scores of these pairs in float32, one inner product each, and compare them with the
    thresholds.
@@ -34,15 +34,9 @@ _ROUNDED_UP = 1 + 2**-6  # keeps a margin an upper bound after rounding to bfloa
 _FEWEST = 512  # latents from which on a product of bytes is faster
 _SMALL = 2.0**-56  # squares of numbers below this norm could be lost in float32
 _HUGE = 2.0**120  # a product of this size may be infinite in a rough one, or not a number
-_MANY = 8  # if more than one pair in so many could fire, the product in a wider type is cheaper
+_MANY = 8  # if more than one pair in so many could fire, a float32 product is cheaper
 
 Pairs = tuple[Int64[Tensor, "pair"], Int64[Tensor, "pair"]]  # rows and latents
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Return whether a device has instructions for products of bfloat16."""
-    on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return device.type == "cuda" or (device.type == "cpu" and on_cpu)
 
 
 class Fired(NamedTuple):
@@ -82,8 +76,8 @@ class Encoder:
             self._bytes = _ByteScreen(self._weight, b_enc, threshold)
 
     @cached_property
-    def _signs(self) -> "_SignScreen":
-        return _SignScreen(self._weight, self._b_enc, self._threshold, self._d_in)
+    def _floats(self) -> "_FloatScreen":
+        return _FloatScreen(self._weight, self._b_enc, self._threshold, self._d_in)
 
     def __call__(self, rows: Float[Tensor, "batch d_in"]) -> Fired:
         """Return the pairs that fire in finite rows, float16 or float32."""
@@ -110,7 +104,7 @@ class Encoder:
     def _block(self, rows: Float[Tensor, "batch d_in"], first: int) -> Fired:
         x = self._scaled(rows)
         by_latent = self._bytes(x) if self._bytes else None
-        row_indices, latents = by_latent or self._signs(x)
+        row_indices, latents = by_latent or self._floats(x)
         values = self._exact(x, row_indices, latents)
         fires = torch.nonzero(values > self._threshold[latents])[:, 0]
         if by_latent:
@@ -132,13 +126,13 @@ class Encoder:
         return ops.pair_dot(x, row_indices, self._weight, latents) + self._b_enc[latents]
 
 
-class _SignScreen:
-    """Finds the pairs that could fire by the signs of a product, in bfloat16 where that is fast.
+class _FloatScreen:
+    """Finds the pairs that could fire by a float32 product.
 
-    Rows are extended by three columns. They turn the product into `(x @ w_j + b_j - t_j) / |w_j| +
-    margin`. With unit roundoff u, the rounded product is within `(2u + u²) Σ|x_i w_ij|` of the true
-    one, which is at most `|x| |w_j|` (Cauchy-Schwarz); float32 sums add `d 2**-24` of that for the
-    rough and for the exact side.
+    Latents are divided by their norm. A column is added to the rows that turns the product into
+    `x @ w_j / |w_j| + margin`. With unit roundoff u, the rounded product is within
+    `(2u + u²) Σ|x_i w_ij|` of the true one, which is at most `|x| |w_j|` (Cauchy-Schwarz); the sums
+    add `d 2**-24` of that for the rough and for the exact side.
     """
 
     def __init__(
@@ -148,20 +142,16 @@ class _SignScreen:
         threshold: Float32[Tensor, "latent"],
         d_in: int,
     ) -> None:
-        device = weight.device
         self._d_in = d_in
-        dtype = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
         norm = weight.double().norm(dim=1)
         norm = torch.where(norm > 0, norm, 1.0)
-        largest = torch.finfo(dtype).max
-        beyond = (-_least(bias, threshold) / norm).clamp(-largest, largest)
-        high = beyond.to(dtype)
-        low = (beyond - high.double()).to(dtype)
-        wide = -(-(d_in + 3) // _ALIGN) * _ALIGN
-        self._table = torch.zeros(len(weight), wide, dtype=dtype, device=device)
-        self._table[:, :d_in] = (weight[:, :d_in] / norm[:, None]).to(dtype)
-        self._table[:, d_in : d_in + 3] = torch.stack([high, low, torch.ones_like(high)], 1)
-        unit = torch.finfo(dtype).eps / 2
+        self._table = weight.new_zeros(len(weight), -(-(d_in + 1) // _ALIGN) * _ALIGN)
+        self._table[:, :d_in] = weight[:, :d_in] / norm[:, None]
+        self._table[:, d_in] = 1
+        float32 = torch.finfo(torch.float32)
+        least = (_least(bias, threshold) / norm).clamp(float32.min, float32.max).float()
+        self._least = torch.nextafter(least, least.new_tensor(-torch.inf))
+        unit = float32.eps / 2
         self._margin = (2 * unit + unit**2 + _summing(d_in)) * _ROUNDED_UP
 
     def __call__(self, x: Float32[Tensor, "batch width"]) -> Pairs:
@@ -171,15 +161,13 @@ class _SignScreen:
         norm = x.norm(dim=1)
         is_small = norm < _HUGE  # of other rows every pair could fire
         wide[:, :d_in] = torch.where(is_small[:, None], x[:, :d_in], 0.0)
-        wide[:, d_in : d_in + 2] = 1
-        wide[:, d_in + 2] = torch.where(is_small, self._margin * norm.clamp(min=_SMALL), torch.inf)
+        wide[:, d_in] = torch.where(is_small, self._margin * norm.clamp(min=_SMALL), torch.inf)
         out = wide.new_empty(len(x), n_latents)
         kernels.for_device(out.device).product(wide, self._table, out)
-        if out.device.type == "cpu":  # the sign is the first bit, and integers compare faster
-            integer = torch.int16 if out.dtype == torch.bfloat16 else torch.int32
-            indices = cpu.indices_reaching(out.view(integer), out.new_zeros((), dtype=integer))
+        if out.device.type == "cpu":
+            indices = cpu.indices_reaching(out, self._least)
         else:
-            indices = torch.nonzero((out >= 0).flatten())[:, 0]
+            indices = torch.nonzero((out >= self._least).flatten())[:, 0]
         rows = indices // n_latents
         return rows, indices - rows * n_latents
 
