@@ -35,7 +35,6 @@ BASE: dict[str, Any] = {
     "first": "data",
     "rate": "falls",
     "architecture": "batchtopk",
-    "bf16": False,
     "seed": 0,
     "d_in": 448,
     "expansion": 16,
@@ -78,7 +77,6 @@ def train(run: dict[str, Any], data: Data, n_steps: int) -> tuple[Coder, int]:
         lr=run["lr"],
         architecture=run["architecture"],
         auxk_alpha=run["auxk"],
-        bfloat16=run["bf16"],
     )
     batch = 1024
     for i in range(n_steps):

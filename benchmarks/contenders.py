@@ -99,7 +99,6 @@ def lorascope(rows: Tensor, s: Setting, scale: Tensor | None = None) -> Run:
         n_steps=s.n_steps,
         lr=s.lr or auto_lr(rows.shape[1], s.n_steps),
         dead_after=s.dead_after,
-        bfloat16=s.bf16,
         device=torch.device(s.device),
     )
 
@@ -338,7 +337,7 @@ CONTENDERS: dict[str, Callable[[Tensor, Setting], Run]] = {
     "sparsify-signum": sparsify_signum,
     "overcomplete": overcomplete,
 }
-BF16 = ("lorascope", "sae_lens", "dictionary_learning")
+BF16 = ("sae_lens", "dictionary_learning")
 
 
 def package(name: str) -> str | None:

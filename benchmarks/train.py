@@ -1,7 +1,7 @@
 """Measure how fast SAEs are trained, and how good they are, next to the peers on the same rows.
 
     python benchmarks/train.py speed                            # CPU, 1024 x 448 x 7168, k 50
-    python benchmarks/train.py speed --batch 4096 --bf16
+    python benchmarks/train.py speed --batch 4096 --bf16         # for peers that have it
     python benchmarks/train.py quality --tokens 400000 --lr 1e-3,2e-3,4e-3 --output runs.jsonl
     python benchmarks/train.py quality --only lorascope,sparsify --spread 4 --raw
     python benchmarks/train.py memory --tokens 100000

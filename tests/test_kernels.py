@@ -51,7 +51,7 @@ def test_the_best_of_rows_are_those_of_a_stable_sort(rows, latents, share, level
 
 @pytest.mark.parametrize("shape", [(1024, 448), (333, 1001), (64, 4096)])
 @pytest.mark.parametrize(
-    "kind", ["normal", "one latent", "one row", "levels", "rising", "negative", "bfloat16"]
+    "kind", ["normal", "one latent", "one row", "levels", "rising", "negative"]
 )
 def test_neither_guesses_nor_parts_change_a_choice_of_a_large_batch(shape, kind):
     generator = torch.Generator().manual_seed(0)
@@ -67,8 +67,6 @@ def test_neither_guesses_nor_parts_change_a_choice_of_a_large_batch(shape, kind)
         scores = torch.arange(scores.numel()).float().view(shape)
     elif kind == "negative":
         scores -= 4
-    elif kind == "bfloat16":
-        scores = scores.bfloat16()
     for k in (0.37, 5, 40):
         n = round(k * shape[0])
         expected = definitions.best_indices(scores + bias, n)

@@ -193,7 +193,6 @@ def steps(
     n_dead=0,
     static=False,
     shift=0.0,
-    low=False,
 ) -> Steps:
     """Take a step of each kind with the same weights and rows."""
     monkeypatch.setattr(kernels, "for_device", lambda device: cuda)
@@ -204,7 +203,7 @@ def steps(
     dead = torch.arange(d_sae) < n_dead
     loss = definitions.objective(plain, x, rule, dead, k_aux=2, auxk_alpha=0.7, by_row=by_row)
     loss.total.backward()
-    step = Step(rule, k_aux=2, auxk_alpha=0.7, team=Team(), bfloat16=low, static=static)
+    step = Step(rule, k_aux=2, auxk_alpha=0.7, team=Team(), static=static)
     taken = step.take(fast, x.float().to(DEVICE), dead.to(DEVICE), by_row=by_row)
     pre = (x - plain.b_dec) @ plain.W_enc + plain.b_enc
     n_positive = int((pre > 0).sum())
@@ -231,7 +230,7 @@ def test_a_step_through_the_kernels_has_the_gradients_of_the_definition(
 ):
     rule = Rule(architecture, k)
     assert_equal_steps(steps(rule, monkeypatch))
-    assert_equal_steps(steps(rule, monkeypatch, by_row=True, low=True))  # also exact
+    assert_equal_steps(steps(rule, monkeypatch, by_row=True))
 
 
 @on_device

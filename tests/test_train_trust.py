@@ -170,7 +170,6 @@ def test_a_buffer_of_any_size_trains(config, buffer_rows):
         {"architecture": "topk", "k": 2.4},
         {"architecture": "jumprelu"},
         {"architecture": "matryoshka"},
-        {"precision": "bfloat16"},
         {"normalize": "none", "seed": 9},
     ],
 )
@@ -377,7 +376,6 @@ BAD = {
     "dead_after": ["-1", "0.5", "x"],
     "auxk_alpha": ["-1", "nan", "inf", "x"],
     "max_fvu": ["-1", "nan", "x"],
-    "precision": ["float16"],
     "data_dir": ["absent", "full"],
     "output": ["full", "file/sae.pt"],
     "adapter_types": ["lm_head"],

@@ -32,7 +32,7 @@ OPTION_GROUPS = {  # the groups of `--help` with the options of all commands, mo
     "model": "lora_path base_model base_revision adapter_types adapter_name dtype gauge device_map "
     "skip_unhookable".split(),
     "dictionary": "sae expansion_factor k batch_size epochs lr architecture normalize "
-    "holdout dead_after auxk_alpha max_fvu precision buffer_rows against".split(),
+    "holdout dead_after auxk_alpha max_fvu buffer_rows against".split(),
     "features": "features top_k context_window max_per_rollout same_context samples rollout_tokens "
     "depth evaluate_texts effect_texts label_tokens directions verify part_rollouts by_site "
     "subsets answers curve how factor doses where target tokens positions steps top "

@@ -186,7 +186,7 @@ def indices_above(
     bias: Float[Tensor, "latent"],
 ) -> Best:
     """Return the indices, rising, where `scores + bias` is above each latent's own bound."""
-    indices = nonzero_indices(scores > _rounded_down(bound - bias, scores.dtype))
+    indices = nonzero_indices(scores > _rounded_down(bound - bias))
     latents = indices % scores.shape[1]
     values = scores.view(-1)[indices] + bias[latents]
     above = values > bound[latents]
@@ -197,7 +197,7 @@ def _candidates(
     scores: Float[Tensor, "batch latent"], bound: float, bias: Tensor | None
 ) -> tuple[Int64[Tensor, "pair"], Float[Tensor, "pair"]]:
     """Return the flat indices, rising, and the sums above a non-negative bound."""
-    least = bound if bias is None else _rounded_down(bound - bias, scores.dtype)
+    least = bound if bias is None else _rounded_down(bound - bias)
     indices = nonzero_indices(scores > least)
     values = scores.view(-1)[indices]
     if bias is None:
@@ -207,9 +207,9 @@ def _candidates(
     return indices[above], values[above]
 
 
-def _rounded_down(bound: Tensor, dtype: torch.dtype) -> Tensor:
+def _rounded_down(bound: Tensor) -> Tensor:
     """Return a bound so low that rounding cannot lose a score whose sum is above the true one."""
-    return (bound - bound.abs() * 2 ** (-6 if dtype == torch.bfloat16 else -20)).to(dtype)
+    return bound - bound.abs() * 2**-20
 
 
 def sampled_bound(scores: Float[Tensor, "batch latent"], n: int, bias: Tensor | None) -> float:

@@ -88,11 +88,6 @@ class TrainOptions(Config):
         identity=False,
         at_least=0,
     )
-    precision: Literal["float32", "bfloat16"] = option(
-        "float32",
-        help="dtype of the encoder's product; weights and sums are always float32, and scores too "
-        "on CPUs with VNNI (docs/training.md)",
-    )
 
     def check(self) -> None:
         """Raise ConfigError if a value is impossible whatever the store holds."""
@@ -216,7 +211,7 @@ class TrainConfig(TrainOptions):
         own = {"k", "expansion_factor", "lr", "seed", "adapter_types"}
         shared = {name: value for name, value in super().settings().items() if name not in own}
         # what former options would say: SAEs that were made with them are the same
-        former = {"objective": "mse", "warmup": 100}
+        former = {"objective": "mse", "warmup": 100, "precision": "float32"}
         return shared | former | {"data_seed": self.values_of("seed")[0]}
 
     def sweep(self) -> list["SweepMember"]:

@@ -48,8 +48,6 @@ class Pairs:
 class Step:
     """Computes a step's gradients: what is fixed in a run, and memory that every step reuses.
 
-    `bfloat16` takes the encoder's product in that dtype, from float32 weights; sums are float32.
-    Where the prefilter is faster it chooses, and its scores are float32.
     `static` keeps every shape independent of the data, for a CUDA graph.
     """
 
@@ -57,7 +55,6 @@ class Step:
     k_aux: int
     auxk_alpha: float
     team: Team
-    bfloat16: bool = False
     static: bool = False
     _ends: Tensor | None = field(default=None, repr=False)
     _scores: Tensor | None = field(default=None, repr=False)
@@ -156,8 +153,6 @@ class Step:
     def _product(self, weights: Weights, centred: Tensor) -> Float[Tensor, "batch latent"]:
         """Return `centred @ W_enc`; `b_enc` is added later, to the few scores that matter."""
         encoder = weights.W_enc.T
-        if self.bfloat16:
-            centred, encoder = centred.bfloat16(), encoder.bfloat16()
         shape = (len(centred), len(encoder))
         if self._scores is None or self._scores.shape != shape:
             self._scores = centred.new_empty(shape)
@@ -190,7 +185,7 @@ class Step:
             elif k != rule.k:
                 best = self._fraction_of_all_ranks(best, len(centred), len(bias))
         rows = best.indices // len(bias)
-        return Pairs(rows, best.indices - rows * len(bias), best.values.to(bias.dtype))
+        return Pairs(rows, best.indices - rows * len(bias), best.values)
 
     def _fraction_of_all_ranks(self, best: Any, n_rows: int, width: int) -> Any:
         """Spend the fraction of `k` on the whole batch; each row comes with one score too many."""

@@ -263,7 +263,6 @@ def _trainer(run: TrainingRun, member: SweepMember, ranks: Team) -> Trainer:
         architecture=config.architecture,
         dead_after=config.dead_after,
         auxk_alpha=config.auxk_alpha,
-        bfloat16=config.precision == "bfloat16",
         device=run.device,
         team=ranks,
     )

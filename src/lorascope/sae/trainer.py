@@ -57,7 +57,6 @@ class Trainer:
         architecture: str = "batchtopk",
         dead_after: int = 100_000,
         auxk_alpha: float = 1 / 8,
-        bfloat16: bool = False,
         device: torch.device | None = None,
         team: Team | None = None,
     ) -> None:
@@ -83,7 +82,7 @@ class Trainer:
         }
         static = on_cuda and architecture != "jumprelu" and self.team.world == 1
         k_aux = aux_latents(weights.b_dec.numel())
-        self._step = Step(self.rule, k_aux, auxk_alpha, self.team, bfloat16, static=static)
+        self._step = Step(self.rule, k_aux, auxk_alpha, self.team, static=static)
         self._by_row_steps = _BY_ROW * n_steps
         self._graphs = _StepGraphs(self._update) if static else None
         self.step = 0
