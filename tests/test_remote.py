@@ -8,6 +8,8 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from builders.indexes import small_index
+from builders.labels import label_of, save_labels
 
 from lorascope.activations import generate
 from lorascope.activations.batches import BatchPlan
@@ -185,6 +187,34 @@ def test_damage_at_a_url_is_found_as_on_disk(memory, make_store, capsys):
     memory.rm("/bucket/store/manifest.json")
     with pytest.raises(ArtifactError, match=r"no manifest.json: it is not a finished store"):
         ActivationStore.open("memory://bucket/store")
+
+
+@pytest.mark.parametrize("name", ["features.h5", "features.json"])
+def test_an_index_at_a_url_gives_the_page_and_the_tables_of_a_disk(memory, tmp_path, name, capsys):
+    small_index().save(tmp_path / "features.h5")
+    save_labels(tmp_path / "features.h5", {0: label_of("a name of a feature")})
+    words = ["export", "--input", str(tmp_path / "features.h5")]
+    assert call([*words, "--output", str(tmp_path / "features.json")]) == 0
+    for file in (name, "labels.json"):
+        memory.put_file(str(tmp_path / file), f"/bucket/{file}")
+    for place in ("disk", "url"):
+        source = str(tmp_path / name) if place == "disk" else f"memory://bucket/{name}"
+        (tmp_path / place).mkdir()
+        for command, out in (("dashboard", "a.html"), ("export", "a.csv"), ("export", "a.json")):
+            output = str(tmp_path / place / out)
+            assert call([command, "--input", source, "--output", output]) == 0
+        assert call(["verify", source]) == 0
+    assert content(tmp_path / "url") == content(tmp_path / "disk")
+    has_label = b"a name of a feature" in (tmp_path / "url" / "a.html").read_bytes()
+    assert has_label == (name == "features.h5")  # those of the JSON are its index's own
+    whole = memory.cat(f"/bucket/{name}")
+    memory.pipe(f"/bucket/{name}", whole[:-100])
+    capsys.readouterr()
+    assert call(["dashboard", "--input", source, "--output", str(tmp_path / "b.html")]) == 2
+    assert f"{source} " in capsys.readouterr().err
+    words = ["export", "--input", str(tmp_path / name), "--output", "memory://bucket/out.csv"]
+    assert call(words) == 2
+    assert "is a URL, expected a local path" in capsys.readouterr().err
 
 
 @pytest.fixture
