@@ -229,6 +229,27 @@ def test_a_gradient_keeps_tiny_factors_and_fits_into_float16(toy):
     assert_same_up_to_rounding(gradient, 2 * x.detach(), n_terms=1)
 
 
+@pytest.mark.parametrize("size", [1e-3, 1e-2, 1.0, 1e3])
+def test_a_gradient_in_float16_has_the_digits_of_float16_whatever_its_size(toy, size):
+    half = replace(toy, dtype=torch.float16)
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(1, 64, generator=g).half(), torch.randn(64, 5000, generator=g).half()
+    shift = size * torch.randn(5000, generator=g, dtype=torch.float64)
+
+    def kl(leaf):
+        logits = (leaf @ weight.to(leaf.dtype) / 8).double()
+        log_p, log_q = logits.log_softmax(-1), (logits + shift).log_softmax(-1)
+        return (log_p.exp() * (log_p - log_q)).sum()
+
+    leaf, exact = x.requires_grad_(), x.detach().double().requires_grad_()
+    (gradient,), (wanted,) = (
+        input_gradients(half, kl(leaf), [leaf]),
+        torch.autograd.grad(kl(exact), exact),
+    )
+    # logits and gradients are rounded to float16, by 2**-11 of their size, which is up to 10
+    assert float((gradient - wanted).norm() / wanted.norm()) < 2**-6
+
+
 def test_gradients_are_the_same_however_points_and_targets_are_grouped(dirs):
     subject = load(dirs[1], dirs[0])
     ids = IDS

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.effects import log_probabilities
+from lorascope.causal.gradients import input_gradients
 from lorascope.causal.openings import prompt_length
 from lorascope.subject.intervene import RowEditor, repeat_cache
 from lorascope.subject.sampling import end_ids
@@ -127,12 +128,12 @@ class Scene:
         handle = embed.register_forward_hook(keep)
         try:
             with torch.enable_grad():
-                self._excess(inserted).sum().backward()
+                excess = self._excess(inserted).sum()
+                found = input_gradients(self.editor.subject, excess, read)
         finally:
             handle.remove()
         position = slot + self.at - self._n_cached
-        gradient = torch.stack([one.grad[:, position] for one in read if one.grad is not None])
-        along = gradient.sum(0).float()  # of both runs
+        along = torch.stack([gradient[:, position] for gradient in found]).sum(0)  # of both runs
         n_vocab, device = embed.weight.shape[0], self.editor.subject.device
         tables = (embed(ids.to(device)).float() for ids in torch.arange(n_vocab).split(_TABLE))
         slopes = torch.cat([along @ table.T for table in tables], 1).cpu()

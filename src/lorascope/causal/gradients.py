@@ -36,7 +36,8 @@ from lorascope.subject.load import Subject
 
 _CHUNK = 1 << 18  # products of a decoder row and a gradient at a time
 _GRAPH_BYTES = (1 << 28, 1 << 33)  # of activations for a backward pass, on the CPU and on a GPU
-_SEED = 2.0**60  # a backward pass begins with it on the CPU
+_SEEDS = (1.0, 2.0**60)  # a backward pass begins with it, on a GPU and on the CPU
+_HALF_SEEDS = (2.0**16, 2.0**8, 1.0)  # in float16; to be tried in this order
 _KEPT_WIDTHS = 36  # of the residual stream that a layer keeps of each token; MLPs are 3 wide
 
 
@@ -135,14 +136,21 @@ def input_gradients(
 ) -> tuple[Tensor, ...]:
     """Return the gradient of a number by each input of the subject's run, such as held rows.
 
-    A CPU is slow with numbers below 1e-38, of which sharp attention makes many. So there the
-    backward pass is that of `2⁶⁰·y`: up to a third faster, and only such numbers differ. float16
-    has no room for it.
+    The backward pass is that of `y` times a power of two. A CPU is slow with numbers below 1e-38,
+    of which sharp attention makes many: there `2⁶⁰·y` is up to a third faster. float16 loses
+    numbers below 6e-8, so there it is the largest of `_HALF_SEEDS` that lets nothing overflow.
     """
-    is_wide = subject.device.type == "cpu" and subject.dtype != torch.float16
-    seed = torch.full_like(y, _SEED if is_wide else 1.0)
-    found = torch.autograd.grad(y, inputs, seed, retain_graph=keep_graph)
-    return tuple(gradient / seed for gradient in found)
+    seeds = (
+        _HALF_SEEDS if subject.dtype == torch.float16 else (_SEEDS[subject.device.type == "cpu"],)
+    )
+    found: tuple[Tensor, ...] = ()
+    for seed in seeds:
+        kept = keep_graph or seed != seeds[-1]
+        found = torch.autograd.grad(y, inputs, torch.full_like(y, seed), retain_graph=kept)
+        found = tuple(gradient.float() / seed for gradient in found)
+        if all(bool(gradient.isfinite().all()) for gradient in found):
+            break
+    return found
 
 
 def path_gradients(
