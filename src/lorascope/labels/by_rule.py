@@ -11,7 +11,6 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -180,13 +179,20 @@ def label_features(
             bar.update()
     shuffled = _shuffled(scoring, rules)
     near = np.concatenate([index.near_decoder[:, :_N_NEAR], index.near_cofiring[:, :_N_NEAR]], 1)
+    category = {i: _category(choosing, i) or _category(scoring, i) or "mixed" for i in alive}
+    writes = {} if direct is None else {i: some for i in alive if (some := _promoted(direct, i))}
+    picked = pick_removals(
+        {i: [token.token_id for token in some] for i, some in writes.items()},
+        {i: some for i, some in (falls or {}).items() if i in category},
+        category,
+    )
     labels: dict[int, Label] = {}
     draws = draw_rollouts(scoring.corpus)
     for latent in alive:
         rule, firings = rules[latent], scoring.firings(latent)
         covered = covers(scoring.corpus, rule)
         output, is_output = None, False
-        if direct is not None and (promoted := _promoted(direct, latent)):
+        if direct is not None and (promoted := writes.get(latent)):
             found = _score_next(scoring, latent, promoted)
             output = Output(
                 tokens=tuple(visible(token.token) for token in promoted),
@@ -200,17 +206,16 @@ def label_features(
                 covered = _comes_next(scoring, promoted)
         neighbours = [scoring.firings(i) for i in near[latent].tolist() if i >= 0]
         found = score(scoring.corpus, covered, firings)
-        category = _category(choosing, latent) or _category(scoring, latent) or "mixed"
         name, sentence, kind = describe(
             rule, choosing.corpus.texts, found, output, is_output=is_output
         )
-        if category == "template" and kind in ("token", "context"):
+        if category[latent] == "template" and kind in ("token", "context"):
             kind = "position"
-        labels[latent] = Label(
+        label = Label(
             name=name,
             sentence=sentence,
             kind=kind,
-            category=category,
+            category=category[latent],
             author=BY_RULE,
             **found._asdict(),
             same_token=against_same_token(scoring.corpus, covered, firings),
@@ -218,31 +223,12 @@ def label_features(
             shuffled=shuffled.get(latent),
             rule=() if is_output else parts_of(rule, choosing.corpus.texts),
             output=output,
+            picked_effect=picked.own.get(latent),
+            picked_effect_shuffled=picked.shuffled.get(latent),
             **rank(scoring.corpus, covered, firings, scoring.values(latent), draws)._asdict(),
         )
-    if direct is not None:
-        labels = _with_picks(labels, direct, falls or {})
-    return {latent: rounded(label) for latent, label in labels.items()}
-
-
-def _with_picks(
-    labels: Mapping[int, Label], direct: "DirectReport", falls: Mapping[int, Falls]
-) -> dict[int, Label]:
-    """Return the labels with how well their promoted tokens find removals."""
-    promoted = {i: [token.token_id for token in _promoted(direct, i)] for i in labels}
-    picked = pick_removals(
-        {i: tokens for i, tokens in promoted.items() if tokens},
-        {i: some for i, some in falls.items() if i in labels},
-        {i: label.category for i, label in labels.items()},
-    )
-    return {
-        i: replace(
-            label,
-            picked_effect=picked.own.get(i),
-            picked_effect_shuffled=picked.shuffled.get(i),
-        )
-        for i, label in labels.items()
-    }
+        labels[latent] = rounded(label)
+    return labels
 
 
 def describe(
