@@ -89,11 +89,11 @@ def test_hostile_text_leaves_the_frame_no_more_than_other_text(tab, tmp_path):
     ] * 2
 
 
-def test_indexes_and_features_describe_themselves_and_hostile_text_is_text():
+def test_features_describe_themselves_and_hostile_text_is_text():
     labels = {i: label_of(HOSTILE[i % len(HOSTILE)]) for i in range(70)}
     index = replace(hostile_index(70), labels=Labels(labels, manifest_of(70)))
-    for shown in (index, *map(index.__getitem__, range(len(index)))):
-        html = shown._repr_html_()
+    for feature in map(index.__getitem__, range(len(index))):
+        html = feature._repr_html_()
         assert len(html) < 40_000
         assert html.isascii()
         parsed = Parsed(html)
@@ -102,14 +102,11 @@ def test_indexes_and_features_describe_themselves_and_hostile_text_is_text():
         assert parsed.text.isprintable()
 
 
-def test_an_index_and_a_feature_show_their_numbers_labels_and_examples(tmp_path):
+def test_an_index_says_its_size_and_a_feature_its_numbers_label_and_examples(tmp_path):
     index = index_of([*[[one] for one in small_index()[0].examples], []], n_tokens=1234)
     index.save(tmp_path / "features.h5")
     save_labels(tmp_path / "features.h5", {0: label_of("a < b")})
     index = FeatureIndex.open(tmp_path / "features.h5")
-    text = Parsed(index._repr_html_()).text
-    assert "4 features, 3 of them fire; 1,234 tokens" in text
-    assert "a < b" in text
     assert repr(index) == "FeatureIndex(4 features, 3 of them fire; 1,234 tokens)"
     assert repr(index[0]).startswith("Feature(0; a < b; balanced accuracy 0.90; fires at 1 tokens")
     html = index[0]._repr_html_()

@@ -22,15 +22,7 @@ import numpy.typing as npt
 from lorascope.arrayfile import Arrays
 from lorascope.artifact import Manifest
 from lorascope.features.arrays import RANKINGS, WINDOWS, complete_arrays, map_arrays, save_arrays
-from lorascope.features.feature import (
-    Example,
-    Feature,
-    FeatureStats,
-    passage_html,
-    percentage,
-    sentence_html,
-    table_html,
-)
+from lorascope.features.feature import Example, Feature, FeatureStats
 from lorascope.features.label_file import Label, Labels, labels_beside
 from lorascope.remote import as_path
 from lorascope.texts.tokens import display_texts, pack_tokens
@@ -38,7 +30,6 @@ from lorascope.texts.tokens import display_texts, pack_tokens
 if TYPE_CHECKING:
     import pandas as pd
 
-_N_SHOWN = 10  # features in a notebook
 _ONLY = {"example": ("n_alike",), "sample": ("quantile",)}  # fields of an `Example`
 _WINDOW_END = b"\xff"  # never part of UTF-8 text, so no match spans two windows
 
@@ -163,41 +154,10 @@ class FeatureIndex:
             raise IndexError(f"latent {latent} does not exist, expected 0 to {len(self) - 1}")
 
     def __repr__(self) -> str:
-        return f"FeatureIndex({'; '.join(self._facts())})"
-
-    def _facts(self) -> list[str]:
-        counts = {
-            "tokens": self.content.get("n_tokens"),
-            "rollouts": self.content.get("n_rollouts"),
-        }
+        facts = [f"{len(self):,} features, {int(self.alive.sum()):,} of them fire"]
+        counts = {name: self.content.get(f"n_{name}") for name in ("tokens", "rollouts")}
         known = [f"{n:,} {name}" for name, n in counts.items() if isinstance(n, int)]
-        about = f"{len(self):,} features, {int(self.alive.sum()):,} of them fire"
-        return [about, ", ".join(known)] if known else [about]
-
-    def _repr_html_(self) -> str:
-        """Return what the index is, and the features that fire at most tokens, for a notebook."""
-        layout = self.manifest.layout
-        order = np.argsort(-self.latent_n_active, kind="stable")
-        shown = [self[i] for i in order[self.alive[order]][:_N_SHOWN].tolist()]
-        rows = []
-        for feature in shown:
-            site, latent = int(self.main_site[feature.latent]), feature.latent
-            rows.append(
-                (
-                    str(latent),
-                    "" if feature.label is None else feature.label.name,
-                    percentage(feature.stats.density),
-                    self.main_role[latent],
-                    layout.sites[site].name if layout is not None and site >= 0 else "",
-                )
-            )
-        passages = [
-            passage_html(one.tokens, one.target)
-            for feature in shown
-            for one in feature.strongest[:1]
-        ]
-        names = ("feature", "label", "fires", "role", "site", "strongest example")
-        return sentence_html("Feature index", *self._facts()) + table_html(names, rows, passages)
+        return f"FeatureIndex({'; '.join(facts + [', '.join(known)] * bool(known))})"
 
     def label(self, latent: int) -> Label | None:
         """Return the label of a latent, or None."""
