@@ -126,20 +126,13 @@ def test_a_report_of_ablate_from_before_slices_gives_shares_without_an_interval(
     assert {one.effect_interval for one in report.groups} == {None}
 
 
-def test_labels_name_groups_and_those_of_a_model_are_counted_apart(study, made, tmp_path):
+def test_labels_name_groups(study, made, tmp_path):
     for name in ("activations", "sae"):
         (tmp_path / name).symlink_to(made / name)
     source = tmp_path / "features.h5"
     source.write_bytes((made / "features.h5").read_bytes())
-    labels = {0: label_of("a", author="model", balanced_accuracy=0.9, interval=(0.8, 0.95))}
-    labels |= {1: label_of("b", author="model", balanced_accuracy=0.6, interval=(0.5, 0.7))}
-    labels |= {2: label_of("c"), 3: label_of("d", author="person", balanced_accuracy=None)}
-    labels[3] = replace(labels[3], interval=None)
-    save_labels(source, labels)
+    save_labels(source, {i: label_of("a") for i in range(4)})
     report, manifest = study(input=source)
-    assert report.by_model is not None
-    assert (report.by_model.n_labels, report.by_model.described) == (2, 0.5)
-    assert report.by_model.balanced_accuracy == pytest.approx(0.75)
     assert {one.name.split()[0] for one in report.groups} == {"words"}
     assert "labels" in manifest.parents
 

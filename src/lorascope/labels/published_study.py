@@ -36,7 +36,7 @@ from lorascope.causal.study import Made, format_number, format_table, report_at,
 from lorascope.config import option
 from lorascope.errors import ConfigError, DatasetError
 from lorascope.features.index import FeatureIndex
-from lorascope.features.label_file import BY_HAND, BY_RULE, FILE
+from lorascope.features.label_file import FILE
 from lorascope.features.published_json import digest_of_index
 from lorascope.labels import directions
 from lorascope.labels.by_rule import Halves, read_halves
@@ -78,16 +78,6 @@ class KindShares:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
-    """The labels that a language model wrote, and another or the same one tested."""
-
-    n_labels: Count
-    described: Share
-    balanced_accuracy: Share
-    shuffled: Share | None
-
-
-@dataclass(frozen=True, kw_only=True)
 class GroupShare:
     """A group, the features in it, and its parts of all firings and of the sum of all effects.
 
@@ -112,7 +102,6 @@ class StudyReport(ReportRecord):
     columns: KindShares
     groups: tuple[GroupShare, ...]
     neurons: KindShares | None = None
-    by_model: Judged | None = None
 
     def kinds(self) -> dict[str, KindShares]:
         """Return the kinds of directions that were measured."""
@@ -176,7 +165,6 @@ def run(config: StudyConfig) -> Path:
             n_rollouts_scoring=len(np.unique(scoring.rollout)),
             n_tokens_scoring=len(scoring),
             groups=_shares(index, halves, ablation, config),
-            by_model=_judged(index),
             **measure(kinds, halves, config.seed),
         )
         names = {key: index.content.get(key) for key in ("adapter_name", "sae_name")}
@@ -300,22 +288,6 @@ def _shares(
     return tuple(sorted(shares, key=lambda one: -one.firings.value))
 
 
-def _judged(index: FeatureIndex) -> Judged | None:
-    """Return what a judge said of the labels that a language model wrote, if there are any."""
-    labels = () if index.labels is None else index.labels.features.values()
-    scored = [one for one in labels if one.author not in (BY_RULE, BY_HAND)]
-    scores = [one.balanced_accuracy for one in scored if one.balanced_accuracy is not None]
-    if not scores:
-        return None
-    shuffled = [one.shuffled for one in scored if one.shuffled is not None]
-    return Judged(
-        n_labels=len(scored),
-        described=float(np.mean([score >= directions.DESCRIBED for score in scores])),
-        balanced_accuracy=float(np.mean(scores)),
-        shuffled=float(np.mean(shuffled)) if shuffled else None,
-    )
-
-
 def table(report: StudyReport) -> str:
     """Return the report as tables for the terminal."""
     lines = [
@@ -338,11 +310,6 @@ def table(report: StudyReport) -> str:
             ),
         ),
     ]
-    if (judged := report.by_model) is not None:
-        lines.append(
-            f"labels of a language model: {judged.n_labels:,} features, {judged.described:.1%} "
-            "with a balanced accuracy of 0.85 or more, by a judge on hard cases"
-        )
     lines += format_table(
         ("group of features", "features", "firings", "effect"),
         (
