@@ -13,7 +13,7 @@
 4. Statistics are drawn so that they add up. Decoder neighbours come from planted clusters of about
    30 latents.
 
-All draws come from one generator: a seed gives the same index everywhere. `invariants.verify`
+All draws come from one generator: a seed gives the same index everywhere. `FeatureIndex.verify`
 checks it against `docs/formats.md`.
 """
 

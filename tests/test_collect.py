@@ -14,7 +14,6 @@ from lorascope.errors import ArtifactError, ConfigError, DatasetError
 from lorascope.features import collect
 from lorascope.features.collect import CollectConfig
 from lorascope.features.index import FeatureIndex
-from lorascope.features.invariants import verify
 from lorascope.features.published_json import read_published
 
 
@@ -45,7 +44,7 @@ def test_examples_are_the_brute_force_argsort_ties_included(make_store, tmp_path
         same_context="keep",
     )
     index = FeatureIndex.open(collect.run(config))
-    verify(index)
+    index.verify()
     code = dense_code(store, sae)
     code[~store.eligible] = 0
     n_ties = 0
@@ -103,7 +102,7 @@ def test_special_tokens_are_apart_from_text(make_store, tmp_path):
         CollectConfig(sae=tmp_path / "sae", data_dir=store.path, output=tmp_path / "f.h5")
     )
     index = FeatureIndex.open(out)
-    verify(index)
+    index.verify()
     for name in ("example", "sample"):
         assert store.eligible[getattr(index, f"{name}_row")].all()
     assert not store.eligible[index.special_row].any()
@@ -128,7 +127,7 @@ def test_a_latent_that_fires_at_special_tokens_alone_is_a_template_feature(make_
             CollectConfig(sae=tmp_path / "sae", data_dir=store.path, output=tmp_path / "f.h5")
         )
     )
-    verify(index)
+    index.verify()
     (at_both,) = np.unique(index.latent_n_active[index.latent_n_special > 0])
     here = np.flatnonzero(index.latent_n_special).tolist()
     assert at_both == 0
@@ -236,6 +235,6 @@ def test_a_dead_sae_gives_an_empty_index(make_store, tmp_path):
         CollectConfig(sae=tmp_path / "sae", data_dir=store.path, output=tmp_path / "f.h5")
     )
     index = FeatureIndex.open(out)
-    verify(index)
+    index.verify()
     assert index.content["n_alive"] == 0
     assert index[0].examples == ()

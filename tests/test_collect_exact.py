@@ -12,7 +12,6 @@ from lorascope.errors import ConfigError
 from lorascope.features import accumulators, collect, spans
 from lorascope.features.collect import CollectConfig
 from lorascope.features.index import FeatureIndex
-from lorascope.features.invariants import verify
 from lorascope.texts.roles import ROLES
 
 
@@ -25,7 +24,7 @@ def store_of_ties(folder, seed=5, **given):
 def made(store, sae_path, out, **given):
     config = CollectConfig(sae=sae_path, data_dir=store.path, output=out, **given)
     index = FeatureIndex.open(collect.run(config))
-    verify(index)
+    index.verify()
     return index
 
 

@@ -20,7 +20,6 @@ from lorascope.demo.demo import DemoConfig
 from lorascope.features import collect
 from lorascope.features.collect import CollectConfig
 from lorascope.features.index import FeatureIndex
-from lorascope.features.invariants import verify as verify_index
 from lorascope.inspection import verify
 from lorascope.labels.clues import CLUES, STREAMS, read_clues
 from lorascope.labels.rules import Condition, covers
@@ -61,7 +60,7 @@ def test_a_thousand_fresh_rollouts_go_through_everything(folder, store):
     assert summary["fvu"] < 0.5
     assert 0.7 < summary["recovered_generated"] < summary["recovered"] < 1
     assert verify(folder / "activations") == []
-    verify_index(FeatureIndex.open(folder / "features.h5"))
+    FeatureIndex.open(folder / "features.h5").verify()
 
 
 def test_the_report_begins_with_what_the_adapter_was_trained_to_do(folder):

@@ -16,7 +16,6 @@ from lorascope.artifact import read_manifest
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.features.export import ExportConfig, csv_of, run
 from lorascope.features.index import FeatureIndex
-from lorascope.features.invariants import verify
 from lorascope.features.published_json import read_published, to_published, write_published
 
 
@@ -110,7 +109,7 @@ def test_what_is_written_is_read_back_to_the_last_bit(tmp_path: Path):
     index = small_index()
     write_published(index, tmp_path / "features.json", index.manifest)
     again = read_published(tmp_path / "features.json")
-    verify(again)
+    again.verify()
     assert again.manifest.content == index.manifest.content
     for name in (
         *("latent_n_active", "latent_max", "latent_mean", "latent_std", "latent_n_rollouts"),

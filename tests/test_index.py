@@ -16,7 +16,6 @@ from lorascope.artifact import read_manifest
 from lorascope.errors import ArtifactError
 from lorascope.features.arrays import FIELDS
 from lorascope.features.index import FeatureIndex
-from lorascope.features.invariants import verify
 from lorascope.sites import Site, SiteLayout
 
 ARRAYS = list(FIELDS)
@@ -32,7 +31,7 @@ def test_what_is_saved_is_what_is_opened(tmp_path: Path):
         np.testing.assert_array_equal(after, before)
     assert opened.manifest.content == index.manifest.content
     assert read_manifest(tmp_path / "features.h5") == opened.manifest
-    verify(opened)
+    opened.verify()
 
 
 def test_an_opened_index_is_a_read_only_map_of_the_file(tmp_path: Path):
@@ -67,7 +66,7 @@ def test_an_index_without_a_single_latent_or_example_is_kept(tmp_path: Path):
     for features in ([], [[], []]):
         index_of(features, {}).save(tmp_path / "features.h5")
         opened = FeatureIndex.open(tmp_path / "features.h5")
-        verify(opened)
+        opened.verify()
         assert [len(feature.examples) for feature in opened] == [0] * len(features)
 
 
@@ -99,7 +98,7 @@ def test_there_is_no_latent_outside_the_index():
 
 def test_unknown_statistics_are_none_and_not_zero():
     index = FeatureIndex.from_examples(manifest_of(1), [[example(1.0, 5, [1], 0)]], TOKENS)
-    verify(index)
+    index.verify()
     stats = index[0].stats
     assert (stats.n_active, stats.density, stats.max, stats.mean, stats.n_rollouts) == (None,) * 5
     assert stats.n_examples == 1
@@ -192,9 +191,9 @@ DECIDING = {
 def test_verify_names_the_broken_promise(
     change: Callable[[FeatureIndex], FeatureIndex], broken: str
 ):
-    verify(small_index())
+    small_index().verify()
     with pytest.raises(ArtifactError, match=broken):
-        verify(change(small_index()))
+        change(small_index()).verify()
 
 
 def test_one_flipped_byte_in_the_file_is_found(tmp_path: Path):
@@ -206,7 +205,7 @@ def test_one_flipped_byte_in_the_file_is_found(tmp_path: Path):
     data[place] ^= 1
     path.write_bytes(data)
     with pytest.raises(ArtifactError, match="latent/mean has other bytes"):
-        verify(FeatureIndex.open(path))
+        FeatureIndex.open(path).verify()
 
 
 def test_a_file_that_is_no_feature_index_is_refused(tmp_path: Path):

@@ -4,19 +4,17 @@ import numpy as np
 import pytest
 from builders.indexes import synthetic
 
-from lorascope.features.invariants import verify
-
 
 @pytest.mark.parametrize("n_features", [0, 1, 2, 40, 700])
 def test_a_synthetic_index_keeps_every_promise(n_features: int):
     index = synthetic(n_features, 5, 4, n_texts=3, n_rollouts=20, n_layers=3)
-    verify(index)
+    index.verify()
     assert len(index) == n_features
 
 
 def test_an_index_of_dead_latents_keeps_every_promise():
     index = synthetic(30, 5, 4, n_texts=3, n_rollouts=20, dead=1.0)
-    verify(index)
+    index.verify()
     assert index.n_examples.sum() == 0
 
 

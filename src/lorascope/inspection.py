@@ -297,10 +297,9 @@ def verify(path: Path) -> list[str]:
 
             return check_contents(path)
         if kind == "features" and path.suffix == ".h5":
-            from lorascope.features import invariants
             from lorascope.features.index import FeatureIndex
 
-            invariants.verify(FeatureIndex.open(path))
+            FeatureIndex.open(path).verify()
         elif kind == "features":
             from lorascope.features.published_json import read_published
 

@@ -1,4 +1,4 @@
-"""The arrays of `features.h5`, schema 4: their types, their shapes, and the file.
+"""The arrays of `features.h5`, schema 4: types, shapes, the file, and what always holds of them.
 
 The array `latent_n_active` is the dataset `latent/n_active`, and so on. The header of the file
 (`arrayfile`) is the manifest, whose `files` gives type, shape, offset and SHA-256 of every array.
@@ -24,6 +24,8 @@ SCHEMA = 4
 
 WINDOWS = ("example", "sample", "special")
 RANKINGS = ("mean", "lift", "before", "after")
+N_QUANTILES = 5
+_Known = Mapping[str, npt.NDArray[Any]]
 
 # Array -> type and axes. Axes with the same name have the same length; `x+1` has one entry more.
 # `window` has the examples, then the samples, then the examples at special tokens.
@@ -106,7 +108,7 @@ def complete_arrays(given: Mapping[str, npt.ArrayLike]) -> Arrays:
     return arrays
 
 
-def save_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]], manifest: Manifest) -> None:
+def save_arrays(path: Path, arrays: _Known, manifest: Manifest) -> None:
     """Write the file, with `files` of the manifest filled in."""
     plain = {
         dataset_name(name): np.ascontiguousarray(arrays[name], dtype)
@@ -140,7 +142,7 @@ def map_arrays(path: Path) -> tuple[Manifest, Arrays]:
     return manifest, arrays
 
 
-def check_offsets(arrays: Mapping[str, npt.NDArray[Any]]) -> Iterator[tuple[str, bool]]:
+def check_offsets(arrays: _Known) -> Iterator[tuple[str, bool]]:
     """Yield for each array of offsets a fault, and True unless the array has that fault."""
     for name, values in (
         ("example_offset", "example_value"),
@@ -156,7 +158,7 @@ def check_offsets(arrays: Mapping[str, npt.NDArray[Any]]) -> Iterator[tuple[str,
         yield f"{dataset_name(name)} does not rise from 0 to {total}", rises
 
 
-def check_shapes(arrays: Mapping[str, npt.NDArray[Any]]) -> Iterator[tuple[str, bool]]:
+def check_shapes(arrays: _Known) -> Iterator[tuple[str, bool]]:
     """Yield for each array a fault of its shape, and True unless the array has that fault."""
     lengths: dict[str, int] = {}
     for name, (_, axes) in FIELDS.items():
@@ -187,3 +189,125 @@ def checksum(array: npt.NDArray[Any]) -> str:
     """Return the SHA-256 of an array's bytes."""
     raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     return hashlib.sha256(raw.data).hexdigest()
+
+
+def verify_arrays(manifest: Manifest, arrays: _Known) -> None:
+    """Raise ArtifactError that names the first broken promise (F in `docs/formats.md`), if any."""
+    for name, said in manifest.files.items():
+        array = arrays.get(name.replace("/", "_", 1))
+        if array is None or checksum(array) != said.get("sha256"):
+            raise _damaged(f"{name} has other bytes than its checksum")
+    checks = chain(
+        check_shapes(arrays),
+        check_offsets(arrays),
+        _check_examples(arrays, manifest.content.get("top_k")),
+        _check_statistics(arrays),
+        _check_windows(arrays),
+        _check_whole_rollouts(arrays),
+    )
+    for fault, holds in checks:  # later ones rely on earlier
+        if not holds:
+            raise _damaged(fault)
+
+
+def _damaged(fault: str) -> ArtifactError:
+    return ArtifactError(f"the feature index is damaged: {fault}; run collect again")
+
+
+def _check_examples(arrays: _Known, top_k: Any) -> Iterator[tuple[str, Any]]:
+    for part, largest, fired in (
+        ("example", arrays["latent_max"], arrays["latent_n_active"]),
+        ("special", np.full_like(arrays["latent_max"], np.nan), arrays["latent_n_special"]),
+    ):
+        counts = np.diff(arrays[f"{part}_offset"])
+        latent = np.repeat(np.arange(len(arrays["latent_n_active"])), counts)
+        value, row = arrays[f"{part}_value"], arrays[f"{part}_row"]
+        same_latent, is_tie = latent[1:] == latent[:-1], value[1:] == value[:-1]
+        falls = value[1:] <= value[:-1]
+        row_rises = (row[1:] > row[:-1]) | (row[1:] < 0)
+        yield f"{part}/value is not finite", np.all(np.isfinite(value))
+        yield f"{part}/value is not in descending order", np.all(falls | ~same_latent)
+        yield (
+            f"{part}/row is not ascending among equal values",
+            np.all(row_rises | ~is_tie | ~same_latent),
+        )
+        above = value > largest[latent]
+        yield f"latent/max is below the value of an {part}", not np.any(above)
+        yield f"latent has more {part}s than firings", np.all((counts <= fired) | (fired < 0))
+    counts = np.diff(arrays["example_offset"])
+    within = not isinstance(top_k, int) or np.all(counts <= top_k)
+    yield f"latent has more than top_k = {top_k} examples", within
+    quantile = arrays["sample_quantile"]
+    latent = np.repeat(np.arange(len(arrays["latent_n_active"])), np.diff(arrays["sample_offset"]))
+    key = latent * N_QUANTILES + (N_QUANTILES - 1 - quantile)
+    yield (
+        "sample/quantile is not between 0 and 4",
+        np.all((quantile >= 0) & (quantile < N_QUANTILES)),
+    )
+    yield "sample/quantile is not in descending order", np.all(np.diff(key) >= 0)
+    largest = arrays["latent_max"][latent]
+    yield "latent/max is below a sample's value", np.all(arrays["sample_value"] <= largest)
+
+
+def _check_statistics(arrays: _Known) -> Iterator[tuple[str, Any]]:
+    fired, n_special = arrays["latent_n_active"], np.maximum(arrays["latent_n_special"], 0)
+    for name in ("latent_histogram", "latent_by_role", "latent_by_position"):
+        counts = arrays[name]
+        if counts.shape[1]:
+            total, said = counts.sum(axis=1, dtype=np.int64), "n_active"
+            if name == "latent_by_role":
+                total, said = total - n_special, "n_active and n_special"
+            yield f"{dataset_name(name)} does not add up to {said}", np.all(total == fired)
+    rises = np.all(np.diff(arrays["latent_histogram_edges"]) > 0)
+    yield "latent/histogram_edges do not rise", rises
+    if arrays["latent_fingerprint"].shape[1]:
+        total = arrays["latent_fingerprint"].sum(axis=1, dtype=np.float64)
+        adds_up = (np.abs(total - 1) < 0.02) | (total == 0)
+        yield "latent/fingerprint does not add up to 1", np.all(adds_up)
+    for ids, scores in (
+        (arrays["near_decoder"], arrays["near_cosine"]),
+        (arrays["near_cofiring"], arrays["near_jaccard"]),
+    ):
+        known = ids >= 0
+        itself = ids == np.arange(len(arrays["latent_n_active"]))[:, None]
+        yield (
+            "near names a latent that does not exist",
+            np.all(ids < len(arrays["latent_n_active"])),
+        )
+        yield "near names the latent itself", not np.any(itself)
+        falls = (scores[:, 1:] <= scores[:, :-1]) | ~known[:, 1:]
+        yield "near is not in descending order", np.all(falls)
+    for ranking in RANKINGS:
+        ids = arrays[f"ranked_{ranking}_id"]
+        missing = (ids != -1) & ~np.isin(ids, arrays["token_id"])
+        yield f"ranked/{ranking}_id is missing in token/id", not np.any(missing)
+
+
+def _check_windows(arrays: _Known) -> Iterator[tuple[str, Any]]:
+    start, target = arrays["window_offset"][:-1], arrays["window_target"]
+    inside = (target >= 0) & (target < np.diff(arrays["window_offset"]))
+    yield "window/target is outside its window", np.all(inside)
+    position = np.concatenate([arrays[f"{part}_position"] for part in WINDOWS])
+    starts_inside = (position >= target) | (position < 0)
+    yield "window begins before its rollout", np.all(starts_inside)
+    value = np.concatenate([arrays[f"{part}_value"] for part in WINDOWS])
+    at_target = arrays["window_activation"][start + target]
+    yield "window/activation at the target is not the example's value", np.all(at_target == value)
+    yield "window/activation is not finite", np.all(np.isfinite(arrays["window_activation"]))
+    yield "token/id is not in ascending order", np.all(np.diff(arrays["token_id"]) > 0)
+    known = np.isin(arrays["window_token_id"], arrays["token_id"])
+    yield "window/token_id is missing in token/id", np.all(known)
+
+
+def _check_whole_rollouts(arrays: _Known) -> Iterator[tuple[str, Any]]:
+    known = np.isin(arrays["text_token_id"], arrays["token_id"])
+    yield "text/token_id is missing in token/id", np.all(known)
+    latent = arrays["text_latent"]
+    yield (
+        "text/latent names a latent that does not exist",
+        np.all((latent >= 0) & (latent < len(arrays["latent_n_active"]))),
+    )
+    token = np.repeat(np.arange(len(arrays["text_token_id"])), np.diff(arrays["text_code_offset"]))
+    rises = np.diff(token * len(arrays["latent_n_active"]) + latent) > 0
+    yield "text/latent does not rise within a token", np.all(rises)
+    yield "text/value is not positive", np.all(arrays["text_value"] > 0)

@@ -21,7 +21,14 @@ import numpy.typing as npt
 
 from lorascope.arrayfile import Arrays
 from lorascope.artifact import Manifest
-from lorascope.features.arrays import RANKINGS, WINDOWS, complete_arrays, map_arrays, save_arrays
+from lorascope.features.arrays import (
+    RANKINGS,
+    WINDOWS,
+    complete_arrays,
+    map_arrays,
+    save_arrays,
+    verify_arrays,
+)
 from lorascope.features.feature import Example, Feature, FeatureStats
 from lorascope.features.label_file import Label, Labels, labels_beside
 from lorascope.remote import as_path
@@ -126,6 +133,10 @@ class FeatureIndex:
     def save(self, path: Path) -> None:
         """Write `features.h5`; the same content gives the same bytes."""
         save_arrays(path, self.arrays, self.manifest)
+
+    def verify(self) -> None:
+        """Raise ArtifactError that names the first broken promise of the format, if any."""
+        verify_arrays(self.manifest, self.arrays)
 
     def __len__(self) -> int:
         """Return the number of latents, dead ones included."""
