@@ -79,7 +79,7 @@ _SMALL = "train.py speed --only lorascope,published --batch 64 --latents 896 --k
 _SMALL += "--rounds 2 --steps 2 --settle 1".split()
 _CAPTURE = "generate.py --dtype bfloat16 --device cuda --long".split()
 _TINY_MODEL = "generate.py --model tiny --documents 4".split()
-_KERNELS = "kernels.py --device cuda --rows 4096 --dtype bfloat16".split()
+_KERNELS = "kernels.py --device cuda --rows 4096".split()
 _TINY_KERNELS = "kernels.py --device cpu --rows 32 --latents 448 --k 4 --repeats 2".split()
 _PYTEST = ("-p", "no:cacheprovider", "--tb=short")
 GPU_TESTS = ("tests/test_kernels_triton.py", "tests/test_kernels_cuda.py")

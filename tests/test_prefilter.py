@@ -68,8 +68,8 @@ def test_the_choice_is_that_of_exact_scores(kind, n, d, latents):
             one = of_batch.best_indices(x, weight, bias, round(k * n))
             other = cpu.best_indices(scores, round(k * n))
             assert_same(one, other, scores, d)
-            one = of_rows.best_of_rows(x, weight, bias, k)
-            assert_same(one, cpu.best_of_rows(scores, k), scores, d)
+        one = of_rows.best_of_rows(x, weight, bias, 5)
+        assert_same(one, cpu.best_of_rows(scores, 5), scores, d)
 
 
 def assert_same(found, wanted, scores, d):

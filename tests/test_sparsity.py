@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from builders.definitions import choose
@@ -18,14 +20,12 @@ def by_sorting(scores: torch.Tensor, rule: Rule, by_row: bool) -> torch.Tensor:
         return sorted(indices, key=lambda i: (-float(size.flatten()[i]), i))
 
     if by_row or rule.architecture == "topk":
-        chosen, following = [], []
+        candidates = []
         for row in range(batch):
-            best = order(range(row * width, (row + 1) * width))
-            chosen += best[: int(rule.k)]
-            following += best[int(rule.k) : int(rule.k) + 1]
-        chosen += order(following)[: round((rule.k - int(rule.k)) * batch)]
+            candidates += order(range(row * width, (row + 1) * width))[: math.ceil(rule.k)]
     else:
-        chosen = order(range(batch * width))[: round(rule.k * batch)]
+        candidates = range(batch * width)
+    chosen = order(candidates)[: round(rule.k * batch)]
     fires[torch.tensor(chosen, dtype=torch.int64)] = True
     return fires.view(batch, width) & (size > 0)
 

@@ -3,6 +3,7 @@
 Nothing here is optimised. Ties and order are part of the definitions.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -78,8 +79,8 @@ def choose(
     """Return a mask of what fires, by the plain definition; for every rule except `jumprelu`.
 
     `by_row` chooses like `topk` whatever the rule. Only positive scores fire. Ties go to the lower
-    flat index. If `k` has a fraction, `topk` gives each row `floor(k)` latents and spends the rest
-    on the batch's `round((k - floor(k)) * batch)` best next scores.
+    flat index. If `k` has a fraction, `topk` takes the `ceil(k)` best of each row, and of these the
+    `round(k * batch)` best of the batch.
     """
     fires = torch.zeros_like(scores, dtype=torch.bool)
     batch, flat = len(scores), fires.view(-1)
@@ -87,13 +88,10 @@ def choose(
         flat[best_indices(scores, round(rule.k * batch))] = True
         return fires
     order = scores.argsort(dim=1, descending=True, stable=True)
-    whole = int(rule.k)
-    fires.scatter_(1, order[:, :whole], value=True)
-    if n_more := round((rule.k - whole) * batch):
-        following = order[:, whole : whole + 1]
-        rows = scores.gather(1, following)[:, 0].argsort(descending=True, stable=True)[:n_more]
-        fires[rows, following[rows, 0]] = True
-    return fires & (scores > 0)
+    order = order[:, : math.ceil(rule.k)]
+    best = torch.zeros_like(scores).scatter_(1, order, scores.gather(1, order))
+    flat[best_indices(best, round(rule.k * batch))] = True
+    return fires
 
 
 def objective(

@@ -61,24 +61,20 @@ def product(
 
 
 def best_indices(
-    scores: Float[Tensor, "batch latent"],
-    n: int,
-    *,
-    bias: Float[Tensor, "latent"] | None = None,
-    guess: float | None = None,
+    scores: Float[Tensor, "batch latent"], n: int, *, guess: float | None = None
 ) -> Best:
-    """Return the `n` largest positive `scores + bias`: their indices, rising, and those sums.
+    """Return the `n` largest positive scores: their indices, rising, and the scores.
 
     Ties go to the lower index. Returns fewer than `n` if fewer are positive. `guess` is a bound
-    slightly below the expected `n`-th largest sum. The sums are never formed for the whole batch.
+    slightly below the expected `n`-th largest score.
     """
-    empty = torch.zeros(0, dtype=torch.int64)
-    indices, values = empty, empty.to(scores.dtype if bias is None else bias.dtype)
-    bound = sampled_bound(scores, n, bias) if guess is None or not guess > 0 else guess
+    indices = torch.zeros(0, dtype=torch.int64)
+    bound = sampled_bound(scores, n) if guess is None or not guess > 0 else guess
     for bound in [bound * 0.8**i for i in range(_TRIES)] + [0.0] if n > 0 else []:
-        indices, values = _candidates(scores, bound, bias)
+        indices = nonzero_indices(scores > bound)
         if len(indices) >= n:
             break
+    values = scores.view(-1)[indices]
     if len(indices) > n:
         kept, bound = keep_best(values, n)
         indices, values = indices[kept], values[kept]
@@ -100,20 +96,16 @@ def keep_best(
     return keep, float(last)
 
 
-def best_of_rows(scores: Float[Tensor, "batch latent"], k: float) -> Best:
+def best_of_rows(scores: Float[Tensor, "batch latent"], k: int) -> Best:
     """Return the `k` largest positive scores of each row, in the form of `best_indices`.
 
-    The fraction of `k` is spent on the whole batch: of each row's next-best score, the best
-    `round((k - floor(k)) * batch)` are kept. Ties go to the lower latent, then to the lower row.
-
-    Each row is cut into parts. At least `k` scores reach the `k`-th largest of the parts' maxima,
-    so the scores that reach it contain the row's best, and are few.
+    Ties go to the lower latent. Each row is cut into parts. At least `k` scores reach the `k`-th
+    largest of the parts' maxima, so the scores that reach it contain the row's best, and are few.
     """
-    batch, width = scores.shape
-    k_ceil = min(math.ceil(k), width)
-    if batch == 0 or k_ceil == 0:
+    k = min(k, scores.shape[1])
+    if len(scores) == 0 or k == 0:
         return Best(torch.zeros(0, dtype=torch.int64), scores.new_zeros(0), 0.0)
-    bound = row_bounds(scores, k_ceil).clamp_(min=_smallest_positive(scores))
+    bound = row_bounds(scores, k).clamp_(min=_smallest_positive(scores))
     indices = indices_reaching(scores, bound)
     values = scores.view(-1)[indices]
     kept = keep_best_of_rows(indices, values, scores.shape, k)[0]
@@ -124,37 +116,29 @@ def keep_best_of_rows(
     indices: Int64[Tensor, "candidate"],
     values: Float[Tensor, "candidate"],
     shape: tuple[int, ...],
-    k: float,
+    k: int,
 ) -> tuple[Bool[Tensor, "candidate"], Float[Tensor, "batch"]]:
     """Return a mask of the `k` best of each row among candidates that contain them.
 
-    Also return each row's `ceil(k)`-th best (0 if it has fewer). `indices` rise and point into
-    scores of `shape`.
+    Also return each row's `k`-th best (0 if it has fewer). `indices` rise and point into scores of
+    `shape`.
     """
     batch, width = shape
-    k_floor, k_ceil = math.floor(k), min(math.ceil(k), width)
     starts = torch.searchsorted(indices, torch.arange(batch + 1) * width)
     counts = starts.diff()
     rows = torch.repeat_interleave(counts)
     columns = torch.arange(len(indices)) - starts[rows]
-    table = values.new_zeros(batch, max(int(counts.max()), k_ceil))
+    table = values.new_zeros(batch, max(int(counts.max()), k))
     table[rows, columns] = values
-    best = torch.topk(table, k_ceil).values
-    last, allowed = best[:, -1:], torch.full((batch, 1), k_ceil)
-    if k_ceil > k_floor:  # which rows get one score more, for the fraction
-        extra = torch.zeros(batch, 1, dtype=torch.bool)
-        by_next = best[:, -1].argsort(descending=True, stable=True)
-        extra[by_next[: round((k - k_floor) * batch)]] = 1
-        before = best[:, -2:-1] if k_floor else torch.full_like(last, torch.inf)
-        last, allowed = torch.where(extra, last, before), k_floor + extra.long()
+    last = torch.topk(table, k).values[:, -1:]
     keep = table >= last
-    crowded = (keep.sum(1, keepdim=True) > allowed)[:, 0]
+    crowded = keep.sum(1) > k
     if crowded.any():  # equal scores: keep the lower latents
         crowded_table, bar = table[crowded], last[crowded]
-        free = allowed[crowded] - (crowded_table > bar).sum(1, keepdim=True)
+        free = k - (crowded_table > bar).sum(1, keepdim=True)
         tied = crowded_table == bar
         keep[crowded] = (crowded_table > bar) | (tied & (tied.cumsum(1) <= free))
-    return keep[rows, columns] & (values > 0), best[:, -1]
+    return keep[rows, columns] & (values > 0), last[:, 0]
 
 
 def row_bounds(scores: Float[Tensor, "batch latent"], n: int) -> Float[Tensor, "batch 1"]:
@@ -179,46 +163,18 @@ def _smallest_positive(scores: Tensor) -> float:
     return info.tiny * info.eps
 
 
-def indices_above(
-    scores: Float[Tensor, "batch latent"],
-    bound: Float[Tensor, "latent"],
-    *,
-    bias: Float[Tensor, "latent"],
-) -> Best:
-    """Return the indices, rising, where `scores + bias` is above each latent's own bound."""
-    indices = nonzero_indices(scores > _rounded_down(bound - bias))
-    latents = indices % scores.shape[1]
-    values = scores.view(-1)[indices] + bias[latents]
-    above = values > bound[latents]
-    return Best(indices[above], values[above], 0.0)
+def indices_above(scores: Float[Tensor, "batch latent"], bound: Float[Tensor, "latent"]) -> Best:
+    """Return the indices, rising, where scores are above their latent's bound."""
+    indices = nonzero_indices(scores > bound)
+    return Best(indices, scores.view(-1)[indices], 0.0)
 
 
-def _candidates(
-    scores: Float[Tensor, "batch latent"], bound: float, bias: Tensor | None
-) -> tuple[Int64[Tensor, "pair"], Float[Tensor, "pair"]]:
-    """Return the flat indices, rising, and the sums above a non-negative bound."""
-    least = bound if bias is None else _rounded_down(bound - bias)
-    indices = nonzero_indices(scores > least)
-    values = scores.view(-1)[indices]
-    if bias is None:
-        return indices, values
-    values = values + bias[indices % scores.shape[1]]
-    above = values > bound
-    return indices[above], values[above]
-
-
-def _rounded_down(bound: Tensor) -> Tensor:
-    """Return a bound so low that rounding cannot lose a score whose sum is above the true one."""
-    return bound - bound.abs() * 2**-20
-
-
-def sampled_bound(scores: Float[Tensor, "batch latent"], n: int, bias: Tensor | None) -> float:
+def sampled_bound(scores: Float[Tensor, "batch latent"], n: int) -> float:
     """Guess from evenly spread rows a bound that slightly more than `n` scores exceed."""
     batch, width = scores.shape
     if scores.numel() == 0:
         return 0.0
-    sample = scores[:: sample_step(batch, width)]
-    sample = (sample if bias is None else sample + bias).flatten()
+    sample = scores[:: sample_step(batch, width)].flatten()
     expected = n * len(sample) / scores.numel()
     rank = int(expected + 4 * math.sqrt(expected) + 8)
     if rank >= len(sample):

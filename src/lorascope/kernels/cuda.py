@@ -23,16 +23,15 @@ pass their tests in Triton's interpreter. They have not run on a GPU yet.
 
 # ruff: noqa: ANN001, ANN202 -- the arguments of a kernel are pointers and scalars of the GPU
 
-import math
 from typing import Any, no_type_check
 
 import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
-from lorascope.errors import ConfigError, NumberError
+from lorascope.errors import ConfigError
 from lorascope.kernels.cpu import Best, row_offsets
 
 __all__ = [
@@ -46,7 +45,6 @@ __all__ = [
     "row_offsets",
 ]
 
-_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST = 1 << 30  # scores, whose counts are 32-bit
 _PIECE = 64  # pairs of a long bag that one program adds up
 _AREA = 2048  # entries of a table that a program holds
@@ -60,13 +58,9 @@ def product(
 
 
 def best_indices(
-    scores: Float[Tensor, "batch latent"],
-    n: int,
-    *,
-    bias: Float[Tensor, "latent"] | None = None,
-    guess: float | None = None,
+    scores: Float[Tensor, "batch latent"], n: int, *, guess: float | None = None
 ) -> Best:
-    """Return the `n` largest positive `scores + bias`: their indices, rising, and those sums.
+    """Return the `n` largest positive scores: their indices, rising, and the scores.
 
     Ties go to the lower index. Returns `min(n, numel)` pairs, padding included. NaN is never
     chosen. Raises ConfigError for more than 2**30 scores.
@@ -74,73 +68,49 @@ def best_indices(
     numel = scores.numel()
     if numel > _MOST:
         raise ConfigError(f"a batch has {numel:,} scores; expected at most 2**30: use fewer rows")
-    sums = (scores if bias is None else scores + bias).reshape(-1)
+    flat = scores.reshape(-1)
     if min(n, numel) <= 0:
-        return Best(sums.new_zeros(0, dtype=torch.int64), sums[:0], 0.0)
-    sums = sums.masked_fill(~(sums > 0), 0)  # also NaN
-    last = torch.topk(sums, min(n, numel), sorted=False).values.min()
-    above, equal = sums > last, (sums == last) & (last > 0)
+        return Best(flat.new_zeros(0, dtype=torch.int64), flat[:0], 0.0)
+    flat = flat.masked_fill(~(flat > 0), 0)  # also NaN
+    last = torch.topk(flat, min(n, numel), sorted=False).values.min()
+    above, equal = flat > last, (flat == last) & (last > 0)
     kept = above | (equal & (equal.cumsum(0, dtype=torch.int32) <= n - above.sum()))
-    number = torch.arange(1, min(n, numel) + 1, dtype=torch.int32, device=sums.device)
+    number = torch.arange(1, min(n, numel) + 1, dtype=torch.int32, device=flat.device)
     found = torch.searchsorted(kept.cumsum(0, dtype=torch.int32), number)
     indices = found.clamp(max=numel - 1)
-    return Best(indices, sums[indices].masked_fill(found > indices, 0), 0.0)
+    return Best(indices, flat[indices].masked_fill(found > indices, 0), 0.0)
 
 
-def best_of_rows(scores: Float[Tensor, "batch latent"], k: float) -> Best:
+def best_of_rows(scores: Float[Tensor, "batch latent"], k: int) -> Best:
     """Return the `k` largest positive scores of each row, in the form of `best_indices`.
 
-    The fraction of `k` is spent on the whole batch: of each row's next-best score, the best
-    `round((k - floor(k)) * batch)` are kept. Ties go to the lower latent, then to the lower row.
-    Returns `floor(k) * batch` pairs plus those, padding included, or as many as there are scores.
-    NaN is never chosen. Raises NumberError for scores that are not bfloat16, float16 or float32.
+    Ties go to the lower latent. Returns `k * batch` pairs, padding included, or as many as there
+    are scores. NaN is never chosen. Scores are float32.
     """
-    if scores.dtype not in _TYPES:
-        raise NumberError(f"scores are {scores.dtype}; expected bfloat16, float16 or float32")
     batch, width = scores.shape
-    whole = min(math.floor(k), width)
-    n_more = round((k - whole) * batch) if whole < width else 0
-    if whole * batch + n_more == 0:
+    k = min(k, width)
+    if batch * k == 0:
         return Best(scores.new_zeros(0, dtype=torch.int64), scores.new_zeros(0), 0.0)
-    latents, positive = _first_of_rows(scores, whole + (n_more > 0))
-    first = torch.arange(0, batch * width, width, device=scores.device)
-    indices = (first[:, None] + latents).masked_fill(~positive, batch * width)  # after all others
-    kept = indices[:, :whole].flatten()
-    if n_more:
-        following = scores.gather(1, latents[:, whole:]).T  # (1, batch)
-        rows, _ = _first_of_rows(following, n_more)
-        kept = torch.cat([kept, indices[rows[0], whole]])
-    kept = kept.sort().values
+    positive = scores.masked_fill(~(scores > 0), 0)  # also NaN and -0.0, whose bits would mislead
+    keys = positive.view(torch.int32).long()
+    keys <<= 32
+    keys -= torch.arange(width, device=scores.device)
+    best = torch.topk(keys, k, dim=1)
+    first = torch.arange(0, batch * width, width, device=scores.device)[:, None]
+    kept = (first + best.indices).masked_fill(best.values <= 0, batch * width)  # after all others
+    kept = kept.flatten().sort().values
     indices = kept.clamp(max=batch * width - 1)
     values = scores.reshape(-1)[indices].masked_fill(kept > indices, 0)
     return Best(indices, values, 0.0)
 
 
-def _first_of_rows(
-    scores: Float[Tensor, "row latent"], n: int
-) -> tuple[Int64[Tensor, "row n"], Bool[Tensor, "row n"]]:
-    """Return the latents of each row's `n` largest scores, falling, and which are positive."""
-    positive = scores.masked_fill(~(scores > 0), 0)  # also NaN and -0.0, whose bits would mislead
-    keys = positive.float().view(torch.int32).long()
-    keys <<= 32
-    keys -= torch.arange(scores.shape[1], device=scores.device)
-    best = torch.topk(keys, n, dim=1)
-    return best.indices, best.values > 0
-
-
-def indices_above(
-    scores: Float[Tensor, "batch latent"],
-    bound: Float[Tensor, "latent"],
-    *,
-    bias: Float[Tensor, "latent"],
-) -> Best:
-    """Return the indices, rising, where `scores + bias` is above each latent's own bound.
+def indices_above(scores: Float[Tensor, "batch latent"], bound: Float[Tensor, "latent"]) -> Best:
+    """Return the indices, rising, where scores are above their latent's bound.
 
     Only the device knows how many there are: this waits for it and cannot be part of a graph.
     """
-    sums = scores + bias
-    indices = torch.nonzero((sums > bound).flatten())[:, 0]
-    return Best(indices, sums.flatten()[indices], 0.0)
+    indices = torch.nonzero((scores > bound).flatten())[:, 0]
+    return Best(indices, scores.flatten()[indices], 0.0)
 
 
 def by_latent(

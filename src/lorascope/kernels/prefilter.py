@@ -91,17 +91,17 @@ class Prefilter:
         return Best(found.indices[kept], found.values[kept], 0.0)
 
     def best_of_rows(
-        self, x: Tensor, weight: Tensor, bias: Float[Tensor, "latent"], k: float
+        self, x: Tensor, weight: Tensor, bias: Float[Tensor, "latent"], k: int
     ) -> Best:
         """Return the `k` best of each row, like `cpu.best_of_rows`.
 
         Scores below 2**-126, the smallest normal number, may be left out.
         """
         scores, shape = _Scores(x, weight, bias), (len(x), len(weight))
-        k_ceil = min(math.ceil(k), len(weight))
+        k = min(k, len(weight))
         for _ in range(_TRIES):
-            at_most = _MANY * k_ceil * len(x)
-            found = scores.best_per_row(k_ceil, self._margin, self._slack, at_most)
+            at_most = _MANY * k * len(x)
+            found = scores.best_per_row(k, self._margin, self._slack, at_most)
             if found is None:
                 break
             (indices, values, error), low = found
@@ -112,7 +112,7 @@ class Prefilter:
                 self._slack *= 1.5
         self._margin, self._slack = _SIGMAS, _SLACK
         dense = scores.dense()
-        found = scores.near(dense, cpu.row_bounds(dense, k_ceil))
+        found = scores.near(dense, cpu.row_bounds(dense, k))
         kept = cpu.keep_best_of_rows(found.indices, found.values, shape, k)[0]
         return Best(found.indices[kept], found.values[kept], 0.0)
 
@@ -204,7 +204,7 @@ class _Scores:
         """Guess from evenly spread rows a bound that slightly more than `n` scores exceed."""
         sample = self._x[:: cpu.sample_step(len(self._x), len(self._weight))]
         n = n * len(sample) // max(len(self._x), 1)
-        return cpu.sampled_bound(sample @ self._weight.T + self._bias, n, None)
+        return cpu.sampled_bound(sample @ self._weight.T + self._bias, n)
 
     def _blocks(self, margin: float) -> Iterator[tuple[slice, BFloat16[Tensor, "latent row"]]]:
         """Yield blocks of rows, and an upper limit of `x @ weight.T / unit` for each pair."""

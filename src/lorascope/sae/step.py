@@ -35,15 +35,6 @@ from lorascope.sae.sparsity import Rule
 from lorascope.sae.team import Team
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """The pairs that fire, or may fire under a learned threshold, ordered by row and latent."""
-
-    rows: Int64[Tensor, "pair"]
-    latents: Int64[Tensor, "pair"]
-    values: Float[Tensor, "pair"]
-
-
 @dataclass
 class Step:
     """Computes a step's gradients: what is fixed in a run, and memory that every step reuses.
@@ -80,23 +71,22 @@ class Step:
         spread = self.team.sum((x - mean).square().sum())
         spread = spread.clamp(min=LEAST_SPREAD * n_rows * x.shape[1])
         centred = x - weights.b_dec
-        pairs = self._pairs(weights, centred, by_row or self.rule.architecture == "topk")
-        d_sae = len(weights.b_enc)
+        by_row = by_row or self.rule.architecture == "topk"
+        rows, latents, scores = self._pairs(weights, centred, by_row)
+        d_sae, code = len(weights.b_enc), scores
         threshold = None
-        code = pairs.values
         if weights.log_threshold is not None:
             threshold = weights.log_threshold.exp()
-            code = code * (code > threshold[pairs.latents])
+            code = code * (code > threshold[latents])
 
         prefixes = self.rule.prefixes(d_sae)
-        bags = pairs.rows
+        bags = rows
         if len(prefixes) > 1:
             if self._ends is None:
                 self._ends = torch.tensor(prefixes, device=x.device)
-            part = torch.bucketize(pairs.latents, self._ends, right=True)
-            bags = pairs.rows * len(prefixes) + part
+            bags = rows * len(prefixes) + torch.bucketize(latents, self._ends, right=True)
         offsets = kernel.row_offsets(bags, len(x) * len(prefixes))
-        decoded = kernel.gather_sum(code, pairs.latents, offsets, weights.W_dec)
+        decoded = kernel.gather_sum(code, latents, offsets, weights.W_dec)
         decoded = decoded.view(len(x), len(prefixes), x.shape[1])
         if len(prefixes) > 1:
             decoded = decoded.cumsum(1)
@@ -105,9 +95,9 @@ class Step:
         to_part = to_prefix.flip(1).cumsum(1).flip(1) if len(prefixes) > 1 else to_prefix
         flat = to_part.reshape(-1, x.shape[1])  # (batch * prefix, d_in)
 
-        order, starts = kernel.by_latent(pairs.latents, d_sae)
-        latents, bags, code = pairs.latents[order], bags[order], code[order]
-        rows = pairs.rows[order] if len(prefixes) > 1 else bags
+        order, starts = kernel.by_latent(latents, d_sae)
+        latents, bags, code = latents[order], bags[order], code[order]
+        rows = rows[order] if len(prefixes) > 1 else bags
         fires = code != 0
         to_code = kernel.pair_dot(weights.W_dec, latents, flat, bags)
         to_pre = to_code * fires
@@ -117,7 +107,7 @@ class Step:
         to_threshold = None
         l0 = self.team.sum(fires.sum().to(x.dtype)) / n_rows
         if threshold is not None:
-            near = (pairs.values[order] - threshold[latents]).abs() < JUMP_WIDTH / 2
+            near = (scores[order] - threshold[latents]).abs() < JUMP_WIDTH / 2
             from_l0 = 2 * JUMP_WEIGHT * (l0 / self.rule.k - 1) / (self.rule.k * n_rows)
             through = (threshold[latents] * to_code + from_l0) * near / -JUMP_WIDTH
             to_threshold = torch.zeros_like(threshold).index_add_(0, latents, through)
@@ -151,66 +141,53 @@ class Step:
         return Loss(total=total, fvu=fvu, auxk=auxk, l0=l0, fired=self.team.sum(fired) > 0)
 
     def _product(self, weights: Weights, centred: Tensor) -> Float[Tensor, "batch latent"]:
-        """Return `centred @ W_enc`; `b_enc` is added later, to the few scores that matter."""
-        encoder = weights.W_enc.T
-        shape = (len(centred), len(encoder))
+        """Return the scores, `centred @ W_enc + b_enc`."""
+        shape = (len(centred), len(weights.b_enc))
         if self._scores is None or self._scores.shape != shape:
             self._scores = centred.new_empty(shape)
-        return kernels.for_device(centred.device).product(centred, encoder, self._scores)
+        product = kernels.for_device(centred.device).product
+        return product(centred, weights.W_enc.T, self._scores).add_(weights.b_enc)
 
-    def _pairs(self, weights: Weights, centred: Tensor, by_row: bool) -> Pairs:
-        """Choose what fires; with learned thresholds, everything that gets a gradient."""
-        kernel, rule, bias = kernels.for_device(centred.device), self.rule, weights.b_enc
-        k = rule.k if self.team.world == 1 else math.ceil(rule.k)
-        n = round(rule.k * self.team.share(len(centred))[1])
-        prefiltered = kernel is cpu and byte_product.is_faster(centred.device, centred.dtype)
+    def _pairs(
+        self, weights: Weights, centred: Tensor, by_row: bool
+    ) -> tuple[Int64[Tensor, "pair"], Int64[Tensor, "pair"], Float[Tensor, "pair"]]:
+        """Choose what fires; with learned thresholds, everything that gets a gradient.
+
+        Returns rows, latents and scores, ordered by row and latent.
+        """
+        kernel, bias = kernels.for_device(centred.device), weights.b_enc
+        k, n = math.ceil(self.rule.k), round(self.rule.k * self.team.share(len(centred))[1])
+        is_too_many = self.team.world > 1 or (by_row and k != self.rule.k)
         if weights.log_threshold is not None:
-            bound = weights.log_threshold.exp() - JUMP_WIDTH / 2
-            best = kernel.indices_above(self._product(weights, centred), bound, bias=bias)
-        elif prefiltered:
+            bound, is_too_many = weights.log_threshold.exp() - JUMP_WIDTH / 2, False
+            best = kernel.indices_above(self._product(weights, centred), bound)
+        elif kernel is cpu and byte_product.is_faster(centred.device, centred.dtype):
             encoder = weights.W_enc.T
             if by_row:
                 best = self._prefilter.best_of_rows(centred, encoder, bias, k)
             else:
                 best = self._prefilter.best_indices(centred, encoder, bias, n)
         elif by_row:
-            best = kernel.best_of_rows(self._product(weights, centred).add_(bias), k)
+            best = kernel.best_of_rows(self._product(weights, centred), k)
         else:
-            pre = self._product(weights, centred)
-            best = kernel.best_indices(pre, n, bias=bias, guess=self._guess)
+            best = kernel.best_indices(self._product(weights, centred), n, guess=self._guess)
             self._guess = best.guess
-        if self.team.world > 1 and weights.log_threshold is None:
-            if not by_row:
-                best = self._best_of_all_ranks(best, n)
-            elif k != rule.k:
-                best = self._fraction_of_all_ranks(best, len(centred), len(bias))
+        if is_too_many:
+            best = self._best_of_all(best, n)
         rows = best.indices // len(bias)
-        return Pairs(rows, best.indices - rows * len(bias), best.values)
+        return rows, best.indices - rows * len(bias), best.values
 
-    def _fraction_of_all_ranks(self, best: Any, n_rows: int, width: int) -> Any:
-        """Spend the fraction of `k` on the whole batch; each row comes with one score too many."""
-        whole, rows = math.floor(self.rule.k), best.indices // width
-        order = best.values.abs().argsort(descending=True, stable=True)
-        order = order[rows[order].argsort(stable=True)]  # by row, the best first
-        position = torch.arange(len(order), device=order.device) - torch.searchsorted(rows, rows)
-        last = torch.zeros_like(order, dtype=torch.bool)
-        last[order[position == whole]] = True
-        n = round((self.rule.k - whole) * self.team.share(n_rows)[1])
-        extra = best._replace(indices=best.indices[last], values=best.values[last])
-        extra = self._best_of_all_ranks(extra, n)
-        last &= ~torch.isin(best.indices, extra.indices[extra.values != 0])
-        return best._replace(indices=best.indices[~last], values=best.values[~last])
-
-    def _best_of_all_ranks(self, best: Any, n: int) -> Any:
+    def _best_of_all(self, best: Any, n: int) -> Any:
         """Keep those of this process's best that are among the `n` best of all processes."""
         parts = self.team.gather(best.values)
         every = torch.cat(parts)[None]  # by rank, so in the order of the whole batch's indices
         kept = kernels.for_device(every.device).best_indices(every, n)
-        first = sum(len(part) for part in parts[: self.team.rank])
-        is_own = (kept.indices >= first) & (kept.indices < first + len(best.values))
-        own = kept.indices[is_own] - first
-        # values come from `kept`: padding on CUDA has value 0 there
-        return best._replace(indices=best.indices[own], values=kept.values[is_own])
+        own, values = kept.indices, kept.values  # padding on CUDA has value 0 there
+        if self.team.world > 1:
+            own = own - sum(len(part) for part in parts[: self.team.rank])
+            is_own = (own >= 0) & (own < len(best.values))
+            own, values = own[is_own], values[is_own]
+        return best._replace(indices=best.indices[own], values=values)
 
 
 @dataclass(frozen=True)
