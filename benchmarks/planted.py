@@ -44,7 +44,6 @@ from lorascope.causal.ablate import run as ablate
 from lorascope.causal.gradients import (
     RowDecomposition,
     Targets,
-    no_weight_gradients,
     path_gradients,
 )
 from lorascope.demo.demo import SUBJECT
@@ -281,7 +280,7 @@ def _named(
     rows = np.flatnonzero(one.acts)
     rows = rows[np.linspace(0, len(rows) - 1, min(_N_NAMED, len(rows))).astype(int)]
     hits = 0
-    with RowEditor(subject) as editor, no_weight_gradients(subject):
+    with RowEditor(subject) as editor:
         owners = store.rollout_of(rows)
         for row, owner in zip(rows, owners, strict=True):
             first = int(store.rollout_start[owner])

@@ -26,7 +26,6 @@ from lorascope.causal.gradients import (
     RowDecomposition,
     Targets,
     input_gradients,
-    no_weight_gradients,
     path_gradients,
 )
 from lorascope.causal.study import open_report
@@ -154,7 +153,7 @@ def decompose(subject, editor, ids, kind, positions, sae=None):
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
 def test_on_a_linear_model_contributions_are_the_real_removals_and_add_up(toy, steps):
-    with RowEditor(toy) as editor, no_weight_gradients(toy):
+    with RowEditor(toy) as editor:
         targets, parts, rows = decompose(toy, editor, IDS, "logit-difference", [2, 5, 7])
         gradients = mean_gradients(editor, IDS, rows, targets, steps)
         firings = parts.firing_contributions(gradients)
@@ -179,7 +178,7 @@ def test_shares_add_up_to_the_effect_of_the_whole_adapter(dirs, kind):
     subject = load(dirs[1], dirs[0])
     ids = torch.tensor([[5, 9, 200, 31, 7, 64, 12, 90]])
     gaps = {}
-    with RowEditor(subject) as editor, no_weight_gradients(subject):
+    with RowEditor(subject) as editor:
         targets, parts, rows = decompose(subject, editor, ids, kind, [3, 5, 7])
         with torch.no_grad():
             y, y_base = (
@@ -203,7 +202,7 @@ def test_shares_add_up_to_the_effect_of_the_whole_adapter(dirs, kind):
 def test_a_gradient_at_the_adapters_rows_is_the_slope_of_the_prediction(dirs):
     subject = load(dirs[1], dirs[0])
     ids = torch.tensor([[5, 9, 200, 31, 7, 64]])
-    with RowEditor(subject) as editor, no_weight_gradients(subject):
+    with RowEditor(subject) as editor:
         targets, _, rows = decompose(subject, editor, ids, "logprob", [5])
         gradient = mean_gradients(editor, ids, rows, targets, 0)[0]
         for place, column in ((0, 2), (3, 5), (4, 12)):
@@ -253,7 +252,7 @@ def test_a_gradient_in_float16_has_the_digits_of_float16_whatever_its_size(toy, 
 def test_gradients_are_the_same_however_points_and_targets_are_grouped(dirs):
     subject = load(dirs[1], dirs[0])
     ids = IDS
-    with RowEditor(subject, fast=True) as editor, no_weight_gradients(subject):
+    with RowEditor(subject, fast=True) as editor:
         with torch.no_grad():
             rows, base = editor.run(ids).rows[0], editor.base(ids)
         n = ids.shape[1]
@@ -292,7 +291,7 @@ def test_groups_hold_each_target_once_and_cost_least():
 def test_only_tokens_before_a_target_contribute_to_it(dirs):
     subject = load(dirs[1], dirs[0])
     ids = torch.tensor([[5, 9, 200, 31, 7, 64]])
-    with RowEditor(subject) as editor, no_weight_gradients(subject):
+    with RowEditor(subject) as editor:
         targets, parts, rows = decompose(subject, editor, ids, "kl", [2, 5])
         firings = parts.firing_contributions(mean_gradients(editor, ids, rows, targets, 3))
     for i, place in enumerate(targets.positions.tolist()):
@@ -309,7 +308,7 @@ def test_an_adapter_that_writes_nothing_contributes_nothing(dirs, tmp_path):
     save_adapter(dirs[0], tmp_path / "adapter", change=silence, r=1)
     subject = load(tmp_path / "adapter", dirs[0])
     ids = torch.tensor([[5, 9, 200, 31]])
-    with RowEditor(subject) as editor, no_weight_gradients(subject):
+    with RowEditor(subject) as editor:
         for kind in ("kl", "logprob", "logit-difference"):
             targets, parts, rows = decompose(subject, editor, ids, kind, [1, 3])
             assert rows.abs().max() > 0

@@ -10,7 +10,6 @@ from builders.subjects import load
 
 from lorascope.activations.store import ActivationStore
 from lorascope.causal import specificity
-from lorascope.causal.gradients import no_weight_gradients
 from lorascope.causal.held_out import HeldOut
 from lorascope.causal.removals import run_held
 from lorascope.causal.specificity import Specificity, judge
@@ -34,11 +33,7 @@ def studied(held_out, sae, passes=None, monkeypatch=None):
     """Return the sums over all rollouts."""
     if passes is not None:
         monkeypatch.setattr(specificity, "_PASSES", passes)
-    with (
-        torch.no_grad(),
-        RowEditor(held_out.subject, fast=True) as editor,
-        no_weight_gradients(held_out.subject),
-    ):
+    with torch.no_grad(), RowEditor(held_out.subject, fast=True) as editor:
         found = Specificity(editor, held_out, sae, 0)
         found.run()
     return found
@@ -114,11 +109,7 @@ def test_rollouts_in_one_batch_give_what_each_gives_alone(held_out, monkeypatch)
     sae = each_column(held_out.store)
     together = studied(held_out, sae)
     alone = studied(replace(held_out, batch_tokens=1), sae)
-    with (
-        torch.no_grad(),
-        RowEditor(held_out.subject, fast=True) as editor,
-        no_weight_gradients(held_out.subject),
-    ):
+    with torch.no_grad(), RowEditor(held_out.subject, fast=True) as editor:
         lean = Specificity(editor, held_out, sae, 0)
         for batch in held_out.batches():
             lean.add(batch, lean=True)

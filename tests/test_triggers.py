@@ -21,7 +21,6 @@ from lorascope.audit.audit_report import as_html, as_text
 from lorascope.audit.scenes import Scene, scenes_of
 from lorascope.audit.search_budget import Clock, Sizes
 from lorascope.audit.triggers import look_for_triggers
-from lorascope.causal.gradients import no_weight_gradients
 from lorascope.causal.held_out import load_subject_of
 from lorascope.causal.study import read_report
 from lorascope.subject.adapter import WEIGHTS
@@ -104,7 +103,7 @@ def search(subject, store: ActivationStore) -> Search:
 def scene(planted, stored):
     """One scene of the adapter with a trigger, in which its usual change is known."""
     subject, store = stored(planted[2])
-    with torch.no_grad(), no_weight_gradients(subject), RowEditor(subject, fast=True) as editor:
+    with torch.no_grad(), RowEditor(subject, fast=True) as editor:
         (one,) = scenes_of(editor, store, np.arange(store.n_rollouts), 1, ("middle",))
         one.set_usual(torch.arange(20, 52)[:, None])
         yield one

@@ -36,7 +36,6 @@ from lorascope.activations.store import ActivationStore
 from lorascope.audit.audit_records import MOST, AtLength, Said, Search, Trigger
 from lorascope.audit.scenes import N_TEXT, Scene, insertable, scenes_of
 from lorascope.audit.search_budget import LONGEST, N_SEARCH, Clock, Sizes
-from lorascope.causal.gradients import no_weight_gradients
 from lorascope.subject.intervene import RowEditor
 from lorascope.subject.load import Subject
 from lorascope.texts.tokens import display_texts, special_ids, token_bytes
@@ -76,7 +75,7 @@ def look_for_triggers(
     Return None if no prompt of them has text. If the least search needs more than `_MOST_OVER`
     budgets, do not search, and return about how many minutes it needs.
     """
-    with torch.no_grad(), no_weight_gradients(subject), RowEditor(subject, fast=True) as editor:
+    with torch.no_grad(), RowEditor(subject, fast=True) as editor:
         search = scenes_of(editor, store, halves[0], N_SEARCH, ("end", "end", "middle", "start"))
         if not search or not any(insertable(store, index)[2] for index in halves[1].tolist()):
             log.warning("no text to insert tokens in: triggers are not looked for")

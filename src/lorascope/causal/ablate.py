@@ -36,7 +36,6 @@ from lorascope.causal.effects import (
     spread,
 )
 from lorascope.causal.figures import draw_ablation
-from lorascope.causal.gradients import no_weight_gradients
 from lorascope.causal.held_out import HeldOut, describe_run, open_held_out
 from lorascope.causal.removals import (
     LiveChange,
@@ -104,10 +103,7 @@ def run(config: AblateConfig) -> Path:
 def measure(held_out: HeldOut, config: AblateConfig, sae: SAE | None = None) -> AblationReport:
     """Return the report; without `sae` it has no features."""
     parts = adapter_parts(held_out.subject.layout)
-    with (
-        RowEditor(held_out.subject, seed=config.seed, fast=True) as editor,
-        no_weight_gradients(held_out.subject),
-    ):
+    with RowEditor(held_out.subject, seed=config.seed, fast=True) as editor:
         study = _Study(editor, held_out, config.seed)
         some = replace(held_out, rollouts=held_out.rollouts[: config.part_rollouts])
         on_parts = _Study(editor, some, config.seed)

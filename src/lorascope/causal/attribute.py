@@ -39,7 +39,6 @@ from lorascope.causal.gradients import (
     RowDecomposition,
     Targets,
     fitting_graph,
-    no_weight_gradients,
     path_gradients,
 )
 from lorascope.causal.held_out import Batch, HeldOut, describe_run, open_held_out
@@ -126,7 +125,7 @@ def _chosen_rollouts(config: AttributeConfig, store: ActivationStore) -> list[in
 
 def measure(held_out: HeldOut, sae: SAE, config: AttributeConfig) -> AttributionReport:
     """Run the rollouts, explain tokens of each, and return the report."""
-    with RowEditor(held_out.subject, fast=True) as editor, no_weight_gradients(held_out.subject):
+    with RowEditor(held_out.subject, fast=True) as editor:
         study = _Study(editor, held_out, sae, config)
         study.compare()
         study.explain()

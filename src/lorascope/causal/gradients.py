@@ -17,8 +17,7 @@ the activations of one text are more than fit, the backward pass computes them a
 layer.
 """
 
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -116,19 +115,6 @@ class Targets:
                 "--target logprob"
             )
         return kl
-
-
-@contextmanager
-def no_weight_gradients(subject: Subject) -> Generator[None]:
-    """Compute no gradients of weights, which would need as much memory as the weights."""
-    marks = [(parameter, parameter.requires_grad) for parameter in subject.model.parameters()]
-    try:
-        for parameter, _ in marks:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, mark in marks:
-            parameter.requires_grad_(mark)
 
 
 def input_gradients(

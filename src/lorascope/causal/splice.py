@@ -43,7 +43,7 @@ from lorascope.causal.effects import (
     select_measured,
     sum_by,
 )
-from lorascope.causal.gradients import input_gradients, no_weight_gradients
+from lorascope.causal.gradients import input_gradients
 from lorascope.causal.held_out import Batch, HeldOut
 from lorascope.causal.removals import adapter_parts
 from lorascope.causal.report_records import (
@@ -265,7 +265,7 @@ def worst_subset(held_out: HeldOut, sae: SAE, n_steps: int) -> npt.NDArray[np.bo
     mask = np.ones(n_sites, bool)
     site = torch.repeat_interleave(torch.arange(n_sites), torch.tensor(ranks))
     of_all = not has_role(held_out.store.roles, ("think", "answer")).any()
-    with no_weight_gradients(held_out.subject), RowEditor(held_out.subject) as editor:
+    with RowEditor(held_out.subject) as editor:
 
         def measured(mask: npt.NDArray[np.bool_]) -> tuple[float, npt.NDArray[np.float64]]:
             total, gradient = 0.0, np.zeros(n_sites)

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from lorascope import runtime
 from lorascope.causal.effects import kl_and_loss, kl_divergence, log_probabilities, select_measured
-from lorascope.causal.gradients import fitting_graph, input_gradients, no_weight_gradients
+from lorascope.causal.gradients import fitting_graph, input_gradients
 from lorascope.causal.held_out import Batch, HeldOut, require_rows_of
 from lorascope.causal.openings import prompt_length
 from lorascope.causal.removals import HeldChange, held_runs
@@ -109,7 +109,6 @@ class Differences:
     def __enter__(self) -> "Differences":
         with ExitStack() as stack:
             for name, subject in self.subjects.items():
-                stack.enter_context(no_weight_gradients(subject))
                 self.editors[name] = stack.enter_context(RowEditor(subject, fast=True))
             self._undo = stack.pop_all()
         return self

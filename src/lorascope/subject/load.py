@@ -154,7 +154,7 @@ def load_subject(
     model = attach(causal, adapter, base.name)
     if device_map is None:
         model.to(device)
-    model.eval()
+    model.eval().requires_grad_(False)  # a graph for them would take as much memory as they do
     forget_lengths(causal)
     training = [name for name, module in model.named_modules() if module.training]
     if training:
