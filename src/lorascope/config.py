@@ -55,6 +55,7 @@ def option(
     path: bool = False,
     positional: bool = False,
     at_least: float | None = None,
+    suffix: str | None = None,
 ) -> Any:
     """Declare a field of a config.
 
@@ -63,7 +64,7 @@ def option(
     of inputs are not recorded, because the digests of the inputs are. `path` marks a string that
     may be a path: in a TOML file it is relative to that file. A `positional` option is given
     without a flag on the command line. `at_least` is the smallest allowed value of a number, or of
-    each number in a list.
+    each number in a list, `suffix` is how a path must end.
     """
     metadata = {
         "help": help,
@@ -71,6 +72,7 @@ def option(
         "path": path,
         "positional": positional,
         "at_least": at_least,
+        "suffix": suffix,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -83,7 +85,7 @@ class Config:
         hints = get_type_hints(type(self))
         for field in dataclasses.fields(self):
             value = _convert(field.name, hints[field.name], getattr(self, field.name))
-            _require_at_least(field, value)
+            _require_allowed(field, value)
             object.__setattr__(self, field.name, value)
         self.check()
 
@@ -120,13 +122,15 @@ class Config:
         }
 
 
-def _require_at_least(field: "Field[Any]", value: Any) -> None:
-    least = field.metadata.get("at_least")
-    if least is None or value is None:
-        return
-    for number in value if isinstance(value, tuple) else (value,):
-        if not number >= least:  # NaN too
-            raise ConfigError(f"{flag_of(field.name)} is {number}, expected {least} or more")
+def _require_allowed(field: "Field[Any]", value: Any) -> None:
+    least, suffix = field.metadata.get("at_least"), field.metadata.get("suffix")
+    for one in value if isinstance(value, tuple) else () if value is None else (value,):
+        if least is not None and not one >= least:  # NaN too
+            raise ConfigError(f"{flag_of(field.name)} is {one}, expected {least} or more")
+        if suffix is not None and one.suffix != suffix:
+            raise ConfigError(
+                f"{flag_of(field.name)} is {one}, expected a name that ends in {suffix}"
+            )
 
 
 def require_temperature(temperature: float) -> None:

@@ -68,10 +68,9 @@ def sae_option() -> Any:
     )
 
 
-def require_json_name(output: Path) -> None:
-    """Raise ConfigError unless `--output` ends in .json."""
-    if output.suffix != ".json":
-        raise ConfigError(f"--output is {output}, expected a name that ends in .json")
+def output_option(name: str) -> Any:
+    """Return the option that names the report."""
+    return option(Path(name), help="report to write", identity=False, suffix=".json")
 
 
 def require_features(features: Sequence[int], sae: "SAE | None" = None) -> None:
@@ -115,16 +114,17 @@ class EvaluateConfig(SeededEffectOptions):
         at_least=0,
     )
     output: Path | None = option(
-        None, help="report to write; default: evaluation_{SAE's name}.json", identity=False
+        None,
+        help="report to write; default: evaluation_{SAE's name}.json",
+        identity=False,
+        suffix=".json",
     )
 
     def check(self) -> None:
-        """Refuse an impossible curve, and an output that is not a JSON file."""
+        """Refuse an impossible curve."""
         super().check()
         if min(self.curve, default=1) < 1 or not all(map(math.isfinite, self.curve)):
             raise ConfigError("--curve must be numbers of values per token, 1 or more")
-        if self.output is not None:
-            require_json_name(self.output)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,12 +154,11 @@ class AblateConfig(SeededEffectOptions):
     greedy: Literal["none", "projection", "layer", "site"] = option(
         "projection", help="kind of part to remove step by step; n parts take n²/2 runs"
     )
-    output: Path = option(Path("ablation.json"), help="report to write", identity=False)
+    output: Path = output_option("ablation.json")
 
     def check(self) -> None:
         """Refuse impossible choices."""
         super().check()
-        require_json_name(self.output)
         if self.features and self.sae is None:
             raise ConfigError("--features are those of an SAE; name it with --sae")
         require_features(self.features)
@@ -203,12 +202,11 @@ class AttributeConfig(EffectOptions):
         help="rollouts in which every feature is really removed, for comparison",
         at_least=0,
     )
-    output: Path = option(Path("attribution.json"), help="report to write", identity=False)
+    output: Path = output_option("attribution.json")
 
     def check(self) -> None:
         """Refuse impossible choices."""
         super().check()
-        require_json_name(self.output)
         if self.rollouts and self.rollouts_of is not None:
             raise ConfigError(
                 "--rollouts and --rollouts-of both say which rollouts to read; give one of them"
@@ -227,12 +225,7 @@ class DirectConfig(ReportOptions):
 
     sae: Path = sae_option()
     top: int = option(10, help="tokens to name on each side: promoted, and suppressed", at_least=1)
-    output: Path = option(Path("direct.json"), help="report to write", identity=False)
-
-    def check(self) -> None:
-        """Refuse an output that is not a JSON file."""
-        super().check()
-        require_json_name(self.output)
+    output: Path = output_option("direct.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,13 +257,12 @@ class SteerConfig(SeededEffectOptions):
     samples: int = option(1, help="continuations of each prompt", at_least=1)
     max_new_tokens: int = option(64, help="longest continuation in tokens", at_least=1)
     temperature: float = option(0.0, help="sampling temperature; 0 takes the likeliest token")
-    output: Path = option(Path("steering.json"), help="report to write", identity=False)
+    output: Path = output_option("steering.json")
 
     def check(self) -> None:
         """Refuse impossible choices."""
         super().check()
         require_temperature(self.temperature)
-        require_json_name(self.output)
         if not self.features:
             raise ConfigError("--features names no feature; give the numbers of those to steer")
         require_features(self.features)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorascope.artifact import digest_file
-from lorascope.causal.effect_options import require_json_name
 from lorascope.causal.report_records import AttendedToken, Interval
 from lorascope.causal.study import Made, report_at, reports_beside
 from lorascope.config import Config, option
@@ -43,15 +42,12 @@ class ReportConfig(Config):
 
     input: Path = option(help="folder of a run, or its features.h5", identity=False)
     output: Path | None = option(
-        None, help="JSON file to write; default: report.json in that folder", identity=False
+        None,
+        help="JSON file to write; default: report.json in that folder",
+        identity=False,
+        suffix=".json",
     )
     overwrite: bool = option(False, help="replace an output of another input", identity=False)
-
-    def check(self) -> None:
-        """Check the output's suffix: the text is written beside it."""
-        super().check()
-        if self.output is not None:
-            require_json_name(self.output)
 
 
 def run(config: ReportConfig) -> Path:

@@ -23,7 +23,6 @@ import numpy as np
 from lorascope import runtime
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import Identity, digest_file, read_manifest
-from lorascope.causal.effect_options import require_json_name
 from lorascope.causal.report_records import AblationReport, DirectReport, TokenFall
 from lorascope.causal.study import format_number, read_report, reports_beside
 from lorascope.config import Config, option
@@ -138,16 +137,17 @@ class LabelConfig(IndexOptions):
         8, help="questions to ask at the same time", identity=False, at_least=1
     )
     output: Path | None = option(
-        None, help="JSON file to write; default: labels.json beside the index", identity=False
+        None,
+        help="JSON file to write; default: labels.json beside the index",
+        identity=False,
+        suffix=".json",
     )
     device: str = option("auto", help="auto, cpu, cuda or cuda:N", identity=False)
     overwrite: bool = option(False, help="replace an output of other settings", identity=False)
 
     def check(self) -> None:
-        """Check the output's suffix."""
+        """Refuse options of a model without one."""
         super().check()
-        if self.output is not None:
-            require_json_name(self.output)
         if self.llm_model is None and (self.llm_base_url or self.judge_model or self.features):
             raise ConfigError(
                 "--llm-base-url, --judge-model and --features need --llm-model; add it"

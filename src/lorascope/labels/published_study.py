@@ -22,7 +22,7 @@ import numpy as np
 from lorascope import runtime
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import Manifest, digest_file
-from lorascope.causal.effect_options import ReportOptions, require_json_name
+from lorascope.causal.effect_options import ReportOptions
 from lorascope.causal.figures import INK, LINE, SOFT, drawing, plain
 from lorascope.causal.report_records import (
     AblationReport,
@@ -127,14 +127,15 @@ class StudyConfig(ReportOptions, IndexOptions):
     )
     seed: int = option(0, help="seed of what is drawn, and of the bootstrap", at_least=0)
     output: Path | None = option(
-        None, help="JSON file to write; default: study.json beside the index", identity=False
+        None,
+        help="JSON file to write; default: study.json beside the index",
+        identity=False,
+        suffix=".json",
     )
 
     def check(self) -> None:
         """Refuse impossible choices."""
         super().check()
-        if self.output is not None:
-            require_json_name(self.output)
         if len(self.effects) > 1:
             raise ConfigError(f"--effects has {len(self.effects)} reports, expected one of ablate")
 
