@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.attribute import (
     AttributeConfig,
-    TokenAttribution,
     measure_agreement,
     run,
 )
@@ -334,24 +333,19 @@ def test_tokens_that_both_models_rule_out_leave_a_kl_and_its_gradient_finite():
 
 
 def test_agreement_knows_what_agrees_and_what_does_not():
-    values = np.array([3.0, -1.0, 0.5, 0.2, 0.1, -2.0], np.float32)
-    no_others = dict.fromkeys(("bias", "unexplained", "special", "other_columns"), 0.0)
+    values = np.array([3.0, -1.0, 0.5, 0.2, 0.1, -2.0])
 
-    def attributed_to(removed):
-        return TokenAttribution(
-            rollout=0, token=9, text="", adapter=1.0, base=0.0, others=no_others, first=0,
-            row_contributions=values, latents=np.arange(6), sources=np.zeros(6, np.int64),
-            contributions=values, removals=-values, removed=np.array(removed, np.float32),
-        )  # fmt: skip
+    def compared_with(removed):
+        return measure_agreement([(values, -values, np.array(removed, float))])
 
-    agreed = measure_agreement([attributed_to(2 * values)])
+    agreed = compared_with(2 * values)
     assert agreed.contribution.rank == pytest.approx(1)
     assert agreed.contribution.pearson == pytest.approx(1)
     assert agreed.contribution.top == 1
     assert agreed.removal.rank == pytest.approx(-1)
     by_hand = [4, 1, 3, 2, 0, 5]  # ranks of the real removals; those of values: 5 1 4 3 2 0
     expected = 1 - 6 * (1 + 0 + 1 + 1 + 4 + 25) / (6 * 35)
-    assert measure_agreement([attributed_to(by_hand)]).contribution.rank == pytest.approx(expected)
+    assert compared_with(by_hand).contribution.rank == pytest.approx(expected)
     assert measure_agreement([]) is None
 
 

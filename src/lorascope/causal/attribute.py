@@ -14,20 +14,21 @@
 In: adapter, activation store, SAE. Out: a report (JSON); the table goes to stderr.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lorascope.activations.shards import Vocabulary
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.effect_options import AttributeConfig
 from lorascope.causal.effects import (
     MOST_LIKELY,
+    Sums,
     correlation,
     cross_entropy,
     kl_divergence,
@@ -65,10 +66,9 @@ _N_SHOWN = 12  # tokens in the table
 _N_NAMED = 3  # features behind each of them
 _N_TOP = 5  # features that `top` compares, and the fewest that a rank correlation needs
 _UNITS = {"kl": "nats", "logprob": "nats", "logit-difference": "logits"}
-_OTHERS = ("bias", "unexplained", "special", "other_columns")
+_PARTS = ("features", "bias", "unexplained", "special", "other_columns")
 
-Floats = npt.NDArray[np.float32]
-_Pair = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
+Estimates = tuple[Sums, Sums, Sums]
 
 
 def run(config: AttributeConfig) -> Path:
@@ -129,139 +129,37 @@ def measure(held_out: HeldOut, sae: SAE, config: AttributeConfig) -> Attribution
         study = _Study(editor, held_out, sae, config)
         study.compare()
         study.explain()
-    return summarize(
-        list(study.rollouts.values()),
-        study.attributions,
-        held_out.store.vocabulary,
-        sae.d_sae,
-        config,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComparedRollout:
-    """How adapter and base predict each token of a rollout, filled in by position.
-
-    `numbers` has KL and rise, NaN where nothing is predicted; `usual` marks the tokens that count;
-    `likely_id` and `likely_p` are what `effects.likeliest` returns, -1 for no further token.
-    """
-
-    rollout: int
-    numbers: npt.NDArray[np.float64]  # (2, tokens)
-    usual: npt.NDArray[np.bool_]
-    likely_id: npt.NDArray[np.int32]  # (tokens, n)
-    likely_p: Floats  # (2, tokens, n): base, adapter
-
-    @classmethod
-    def of_length(cls, rollout: int, n: int) -> "ComparedRollout":
-        """Return a rollout of `n` tokens of which nothing is known yet."""
-        return cls(
-            rollout=rollout,
-            numbers=np.full((2, n), np.nan),
-            usual=np.zeros(n, bool),
-            likely_id=np.full((n, MOST_LIKELY), -1, np.int32),
-            likely_p=np.zeros((2, n, MOST_LIKELY), np.float32),
-        )
-
-    @property
-    def likely(self) -> Likely:
-        """What both models predict; probabilities have four digits."""
-        known = self.likely_id >= 0
-        base, adapter = np.clip(self.likely_p, 0, 1)[:, known].astype(np.float64).round(4).tolist()
-        return Likely(
-            count=tuple(known.sum(1).tolist()),
-            token_id=tuple(self.likely_id[known].tolist()),
-            base=tuple(base),
-            adapter=tuple(adapter),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenAttribution:
-    """The contributions to one prediction, whose number is `adapter` with rows, `base` without.
-
-    `others` are the contributions of parts that are no features; `row_contributions` are those of
-    whole rows, from position `first` on. Firing i is of latent `latents[i]` at position
-    `sources[i]`; `contributions` are its shares of `adapter - base` and `removals` the first-order
-    effect of removing it. Both have an entry for each firing of the rollout, 0 after the token.
-    `removed` is the effect of really removing each latent, by number, if that was run.
-    """
-
-    rollout: int
-    token: int
-    text: str
-    adapter: float
-    base: float
-    others: Mapping[str, float]
-    row_contributions: Floats
-    first: int
-    latents: npt.NDArray[np.int64]
-    sources: npt.NDArray[np.int64]
-    contributions: Floats
-    removals: Floats
-    removed: Floats | None = None
-
-    @property
-    def effect(self) -> float:
-        """Effect of the whole adapter on the number."""
-        return self.adapter - self.base
-
-    def by_latent(self, values: Floats) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        """Return the latents that fire in the rollout, and the sum of each one's values."""
-        latents, inverse = np.unique(self.latents, return_inverse=True)
-        return latents, np.bincount(inverse, values, minlength=len(latents)).astype(np.float64)
-
-    def strongest_rows(self, top: int) -> tuple[Source, ...]:
-        """Return the tokens whose rows contribute most."""
-        order = np.argsort(-np.abs(self.row_contributions), kind="stable")[:top]
-        return tuple(
-            Source(int(i) + self.first, float(self.row_contributions[i]))
-            for i in order
-            if self.row_contributions[i]
-        )
-
-    def strongest_features(self, top: int) -> tuple[Cause, ...]:
-        """Return the features that contribute most, over all tokens."""
-        latents, sums = self.by_latent(self.contributions)
-        _, removals = self.by_latent(self.removals)
-        order = np.argsort(-np.abs(sums), kind="stable")[:top]
-        causes = []
-        for i in order[sums[order] != 0].tolist():
-            firings = np.flatnonzero(self.latents == latents[i])
-            source = self.sources[firings[np.abs(self.contributions[firings]).argmax()]]
-            causes.append(Cause(int(latents[i]), float(sums[i]), int(source), float(removals[i])))
-        return tuple(causes)
-
-    def to_record(self, top: int) -> ExplainedToken:
-        """Return the report's entry, with at most `top` rows and features."""
-        return ExplainedToken(
-            token=self.token,
-            text=self.text,
-            adapter=self.adapter,
-            base=self.base,
-            features=float(self.contributions.sum(dtype=np.float64)),
-            **self.others,
-            sources=self.strongest_rows(top),
-            behind=self.strongest_features(top),
-        )
+    return study.report()
 
 
 class _Study:
-    """The numbers of each rollout: first of all its tokens, then of those to explain."""
+    """The numbers of each rollout: first of all its tokens, then of those to explain.
+
+    The tokens of all rollouts are numbered on, from `begin[rollout]`. `numbers`, `(2, token)`, has
+    KL and rise, NaN where nothing is predicted; `usual` marks the tokens that count; `likely_id`,
+    `(token, n)`, and `likely_p`, `(2, token, n)`, are what `effects.likeliest` returns, -1 for no
+    further token. `sums`, `(2, latent)`, has the sums of each latent's contributions and of their
+    sizes, `n_targets` to how many targets it contributes. `compared` has for each target in a
+    checked rollout the contributions, first-order removals and real removals of its latents.
+    """
 
     def __init__(
         self, editor: RowEditor, held_out: HeldOut, sae: SAE, config: AttributeConfig
     ) -> None:
         self.editor, self.held_out, self.sae, self.config = editor, held_out, sae, config
         start = held_out.store.rollout_start
-        self.start = {int(i): int(start[i]) for i in held_out.rollouts}
-        self.rollouts = {
-            i: ComparedRollout.of_length(
-                int(held_out.store.rollout_id[i]), int(start[i + 1]) - first
-            )
-            for i, first in self.start.items()
-        }
-        self.attributions: list[TokenAttribution] = []
+        indices = held_out.rollouts.tolist()
+        ends = np.cumsum(np.diff(start)[indices]).tolist()
+        self.start = {i: int(start[i]) for i in indices}
+        self.begin = dict(zip(indices, [0, *ends], strict=False))
+        self.at = {i: slice(self.begin[i], end) for i, end in zip(indices, ends, strict=True)}
+        n = held_out.n_tokens
+        self.numbers, self.usual = np.full((2, n), np.nan), np.zeros(n, bool)
+        self.likely_id = np.full((n, MOST_LIKELY), -1, np.int32)
+        self.likely_p = np.zeros((2, n, MOST_LIKELY), np.float32)
+        self.explained: dict[int, list[ExplainedToken]] = {i: [] for i in indices}
+        self.sums, self.n_targets = np.zeros((2, sae.d_sae)), np.zeros(sae.d_sae, np.int64)
+        self.compared: list[Estimates] = []
 
     @torch.no_grad()
     def compare(self) -> None:
@@ -272,15 +170,15 @@ class _Study:
             adapter = select_measured(out.logits, batch.mask)
             base = select_measured(base_logits, batch.mask)
             targets = batch.targets[batch.mask].to(adapter.device)
-            position = batch.measured - self.start[rollout] + 1
+            at = batch.measured - self.start[rollout] + 1 + self.begin[rollout]
             kl = kl_divergence(adapter, base)
             rise = cross_entropy(base, targets) - cross_entropy(adapter, targets)
-            compared, (ids, p) = self.rollouts[rollout], likeliest(adapter, base)
-            compared.numbers[:, position] = torch.stack([kl, rise]).cpu().numpy()
-            compared.usual[position] = self.held_out.is_usual(batch.measured).numpy()
+            ids, p = likeliest(adapter, base)
+            self.numbers[:, at] = torch.stack([kl, rise]).cpu().numpy()
+            self.usual[at] = self.held_out.is_usual(batch.measured).numpy()
             n = ids.shape[1]
-            compared.likely_id[position, :n] = ids.cpu().numpy()
-            compared.likely_p[:, position, :n] = p.cpu().numpy()
+            self.likely_id[at, :n] = ids.cpu().numpy()
+            self.likely_p[:, at, :n] = p.cpu().numpy()
 
     def explain(self) -> None:
         """Do steps 2 to 4 at the tokens to explain."""
@@ -296,7 +194,7 @@ class _Study:
 
     def _positions_to_explain(self, rollout: int) -> npt.NDArray[np.int64]:
         """Return the positions that the config names, or those of highest KL."""
-        kl, usual = self.rollouts[rollout].numbers[0], self.rollouts[rollout].usual
+        kl, usual = self.numbers[0, self.at[rollout]], self.usual[self.at[rollout]]
         if self.config.positions:
             beyond = [position for position in self.config.positions if position >= len(kl)]
             if beyond:
@@ -307,8 +205,8 @@ class _Study:
         return order[kl[order] >= 0]
 
     def _explain(self, rollout: int, batch: Batch, positions: Tensor, is_checked: bool) -> None:
-        """Add the attributions of the tokens at `positions` of the batch's rollout or window."""
-        ids, store = batch.token_ids, self.held_out.store
+        """Explain the tokens at `positions` of the batch's rollout or window."""
+        ids, top = batch.token_ids, self.config.top
         with torch.no_grad():
             out, base = self.editor.run(ids), self.editor.base(ids)
             zeroed = self.editor.run(ids, held=torch.zeros_like(out.rows)).logits
@@ -323,31 +221,48 @@ class _Study:
             parts = RowDecomposition(self.sae, rows, columns, read)
             removed = self._remove_each(ids, rows, parts, targets, y) if is_checked else None
         first = int(batch.rows[0, 0]) - self.start[rollout]  # position of the window
+        source = parts.position.numpy()
+        latents, firing = np.unique(parts.latent.numpy(), return_inverse=True)
         kept_tokens = fitting_graph(self.held_out.subject)
         for group in targets.groups():
-            along, at_end = path_gradients(
+            gradients = path_gradients(
                 self.editor, ids, rows, group, self.config.steps, kept_tokens
             )
-            contributions = parts.firing_contributions(along)
-            removals = parts.firing_contributions(at_end)
-            others, by_row = parts.other_contributions(along), parts.row_contributions(along)
+            of_firings = [parts.firing_contributions(one).numpy() for one in gradients]
+            others = parts.other_contributions(gradients[0])
+            of_rows = parts.row_contributions(gradients[0]).numpy()
             for i, position in enumerate(group.positions.tolist()):
                 number = int((positions == position).nonzero())
-                self.attributions.append(
-                    TokenAttribution(
-                        rollout=int(store.rollout_id[rollout]),
+                own = of_firings[0][i]
+                sums, removals = (
+                    np.bincount(firing, values[i], len(latents)) for values in of_firings
+                )
+                self.sums[:, latents] += sums, np.abs(sums)
+                self.n_targets[latents] += sums != 0
+                if removed is not None:
+                    before = np.isin(latents, latents[firing[source < position]])
+                    real = removed[:, number].double().numpy()
+                    self.compared.append((sums[before], removals[before], real[before]))
+                causes = []
+                for j in _largest(sums, top):
+                    firings = np.flatnonzero(firing == j)
+                    strongest = source[firings[np.abs(own[firings]).argmax()]] + first
+                    causes.append(
+                        Cause(int(latents[j]), float(sums[j]), int(strongest), float(removals[j]))
+                    )
+                self.explained[rollout].append(
+                    ExplainedToken(
                         token=first + position,
-                        text=store.vocabulary.text([group.tokens[i]]),
+                        text=self.held_out.store.vocabulary.text([group.tokens[i]]),
                         adapter=float(y[number]),
                         base=float(y_base[number]),
-                        others={name: float(values[i]) for name, values in others.items()},
-                        row_contributions=by_row[i].numpy(),
-                        first=first,
-                        latents=parts.latent.numpy(),
-                        sources=parts.position.numpy() + first,
-                        contributions=contributions[i].numpy(),
-                        removals=removals[i].numpy(),
-                        removed=None if removed is None else removed[:, number].numpy(),
+                        features=float(own.sum(dtype=np.float64)),
+                        **{name: float(values[i]) for name, values in others.items()},
+                        sources=tuple(
+                            Source(j + first, float(of_rows[i, j]))
+                            for j in _largest(of_rows[i], top)
+                        ),
+                        behind=tuple(causes),
                     )
                 )
 
@@ -374,97 +289,101 @@ class _Study:
             lost[torch.tensor(numbers)[chunk][:, None], here] = y[here] - values
         return lost
 
+    def report(self) -> AttributionReport:
+        """Return what was found."""
+        kl, vocabulary = self.numbers[0, self.usual], self.held_out.store.vocabulary
+        targets = [one for some in self.explained.values() for one in some]
+        return AttributionReport(
+            target=self.config.target,
+            unit=_UNITS[self.config.target],
+            steps=self.config.steps,
+            n_rollouts=len(self.start),
+            n_tokens=len(kl),
+            n_targets=len(targets),
+            kl=float(kl.mean()) if len(kl) else None,
+            completeness=measure_completeness(targets),
+            agreement=measure_agreement(self.compared),
+            features=tuple(
+                FeatureContributions(
+                    feature=latent,
+                    n_targets=int(self.n_targets[latent]),
+                    sum=float(self.sums[0, latent]),
+                    size=float(self.sums[1, latent]),
+                )
+                for latent in np.flatnonzero(self.n_targets).tolist()
+            ),
+            rollouts=tuple(
+                AttributedRollout(
+                    rollout=int(self.held_out.store.rollout_id[rollout]),
+                    kl=_shortest(self.numbers[0, at]),
+                    rise=_shortest(self.numbers[1, at]),
+                    targets=tuple(sorted(self.explained[rollout], key=lambda one: one.token)),
+                    likely=self._likely(at),
+                )
+                for rollout, at in self.at.items()
+            ),
+            vocabulary={
+                # logits of a padded vocabulary have more tokens than the tokenizer
+                str(i): vocabulary[i].hex() if i < len(vocabulary) else ""
+                for i in np.unique(self.likely_id).tolist()
+                if i >= 0
+            },
+        )
 
-def summarize(
-    rollouts: Sequence[ComparedRollout],
-    attributions: Sequence[TokenAttribution],
-    vocabulary: Vocabulary,
-    d_sae: int,
-    config: AttributeConfig,
-) -> AttributionReport:
-    """Return the report; `vocabulary` has the bytes of each token id."""
-    kl = np.concatenate([one.numbers[0][one.usual] for one in rollouts])
-    by_rollout: dict[int, list[TokenAttribution]] = {one.rollout: [] for one in rollouts}
-    for one in sorted(attributions, key=lambda one: one.token):
-        by_rollout[one.rollout].append(one)
-    return AttributionReport(
-        target=config.target,
-        unit=_UNITS[config.target],
-        steps=config.steps,
-        n_rollouts=len(rollouts),
-        n_tokens=len(kl),
-        n_targets=len(attributions),
-        kl=float(kl.mean()) if len(kl) else None,
-        completeness=measure_completeness(attributions),
-        agreement=measure_agreement(attributions),
-        features=sum_by_feature(attributions, d_sae),
-        rollouts=tuple(
-            AttributedRollout(
-                rollout=one.rollout,
-                kl=_shortest(one.numbers[0]),
-                rise=_shortest(one.numbers[1]),
-                targets=tuple(target.to_record(config.top) for target in by_rollout[one.rollout]),
-                likely=one.likely,
-            )
-            for one in rollouts
-        ),
-        vocabulary={
-            # logits of a padded vocabulary have more tokens than the tokenizer
-            str(i): vocabulary[i].hex() if i < len(vocabulary) else ""
-            for i in sorted({int(i) for one in rollouts for i in np.unique(one.likely_id)} - {-1})
-        },
-    )
+    def _likely(self, at: slice) -> Likely:
+        """Return what both models predict in one rollout; probabilities have four digits."""
+        known = self.likely_id[at] >= 0
+        p = np.clip(self.likely_p[:, at], 0, 1)[:, known].astype(np.float64).round(4)
+        base, adapter = p.tolist()
+        return Likely(
+            count=tuple(known.sum(1).tolist()),
+            token_id=tuple(self.likely_id[at][known].tolist()),
+            base=tuple(base),
+            adapter=tuple(adapter),
+        )
 
 
-def measure_completeness(attributions: Sequence[TokenAttribution]) -> Completeness:
+def _largest(values: npt.NDArray[Any], n: int) -> list[int]:
+    """Return the indices of the `n` largest values by size, without those of 0."""
+    order = np.argsort(-np.abs(values), kind="stable")[:n]
+    return order[values[order] != 0].tolist()
+
+
+def measure_completeness(targets: Sequence[ExplainedToken]) -> Completeness:
     """Return each kind of contribution as a share of the summed effect, and what they miss.
 
     `gap` is `Σ|sum of contributions − effect| / Σ|effect|` over targets.
     """
-    effects = np.array([one.effect for one in attributions])
-    features = np.array([float(one.contributions.sum(dtype=np.float64)) for one in attributions])
-    others = {name: np.array([one.others[name] for one in attributions]) for name in _OTHERS}
-    whole = features + sum(others.values(), np.zeros(len(attributions)))
+    effects = np.array([one.adapter - one.base for one in targets])
+    parts = {name: np.array([getattr(one, name) for one in targets]) for name in _PARTS}
+    missed = np.sum(list(parts.values()), axis=0) - effects
     size, total = float(np.abs(effects).sum()), float(effects.sum())
-
-    def share(values: npt.NDArray[np.float64]) -> float | None:
-        return float(values.sum()) / total if total else None
-
     return Completeness(
-        gap=float(np.abs(whole - effects).sum()) / size if size else None,
-        features=share(features),
-        **{name: share(values) for name, values in others.items()},
+        gap=float(np.abs(missed).sum()) / size if size else None,
+        **{name: float(values.sum()) / total if total else None for name, values in parts.items()},
     )
 
 
-def measure_agreement(attributions: Sequence[TokenAttribution]) -> Agreement | None:
+def measure_agreement(compared: Sequence[Estimates]) -> Agreement | None:
     """Compare contributions and first-order removals with real removals; None if none was run.
 
-    `rank` is Spearman's correlation over the features that fire before a target, averaged over
-    targets with at least five; `pearson` is the correlation over all pairs of feature and target;
-    `top` is the share of the five largest real effects that are among the five largest estimates.
+    Each target has all three of the features that fire before it, those with at least five of which
+    one has a real effect count. `rank` is Spearman's correlation, averaged over targets; `pearson`
+    is the correlation over all pairs of feature and target; `top` is the share of the five largest
+    real effects that are among the five largest estimates.
     """
-    pairs: dict[str, list[_Pair]] = {"contribution": [], "removal": []}
-    for one in attributions:
-        if one.removed is None:
-            continue
-        latents, contributions = one.by_latent(one.contributions)
-        _, removals = one.by_latent(one.removals)
-        before = np.isin(latents, one.latents[one.sources < one.token])
-        real = one.removed.astype(np.float64)[before]
-        if len(real) >= _N_TOP and real.any():
-            pairs["contribution"].append((contributions[before], real))
-            pairs["removal"].append((removals[before], real))
-    if not pairs["removal"]:
+    compared = [one for one in compared if len(one[2]) >= _N_TOP and one[2].any()]
+    if not compared:
         return None
     return Agreement(
-        n_targets=len(pairs["removal"]),
-        n_pairs=sum(len(real) for _, real in pairs["removal"]),
-        **{name: _agreement(of_targets) for name, of_targets in pairs.items()},
+        n_targets=len(compared),
+        n_pairs=sum(len(real) for _, _, real in compared),
+        contribution=_agreement([(own, real) for own, _, real in compared]),
+        removal=_agreement([(removal, real) for _, removal, real in compared]),
     )
 
 
-def _agreement(pairs: Sequence[_Pair]) -> RemovalAgreement:
+def _agreement(pairs: Sequence[tuple[Sums, Sums]]) -> RemovalAgreement:
     """Compare estimates and real effects of the features, a pair of arrays for each target."""
     tops = []
     for pair in pairs:
@@ -478,31 +397,10 @@ def _agreement(pairs: Sequence[_Pair]) -> RemovalAgreement:
     )
 
 
-def sum_by_feature(
-    attributions: Sequence[TokenAttribution], d_sae: int
-) -> tuple[FeatureContributions, ...]:
-    """Return the sums over all targets of each latent that contributed, by number."""
-    sums, sizes, counts = np.zeros(d_sae), np.zeros(d_sae), np.zeros(d_sae, np.int64)
-    for one in attributions:
-        latents, values = one.by_latent(one.contributions)
-        sums[latents] += values
-        sizes[latents] += np.abs(values)
-        counts[latents] += values != 0
-    return tuple(
-        FeatureContributions(
-            feature=int(latent),
-            n_targets=int(counts[latent]),
-            sum=float(sums[latent]),
-            size=float(sizes[latent]),
-        )
-        for latent in np.flatnonzero(counts)
-    )
-
-
 def table(report: AttributionReport) -> str:
     """Return the report's main numbers as a table for the terminal."""
     whole, agreement = report.completeness, report.agreement
-    shares = [f"{name} {_number(getattr(whole, name))}" for name in ("features", *_OTHERS)]
+    shares = [f"{name} {_number(getattr(whole, name))}" for name in _PARTS]
     lines = [
         f"{report.n_rollouts} rollouts, {report.n_tokens:,} predicted tokens, KL(adapter ‖ base) "
         f"{_number(report.kl)} nats a token; {report.n_targets} explained",
