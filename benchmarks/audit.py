@@ -41,11 +41,9 @@ from audit_pretrained import PRETRAINED, make_pretrained, write_questions
 from lorascope.activations import generate
 from lorascope.activations.generate import GenerateConfig
 from lorascope.activations.store import ActivationStore
-from lorascope.audit.alignment import read_alignments
 from lorascope.audit.audit_records import Search
-from lorascope.audit.population import POPULATION, statistics
 from lorascope.audit.triggers import look_for_triggers
-from lorascope.audit.weights import read_weights
+from lorascope.audit.weights import POPULATION, read_alignments, read_weights, statistics
 from lorascope.causal.effects import kl_divergence
 from lorascope.causal.held_out import load_subject_of
 from lorascope.demo.demo import SUBJECT

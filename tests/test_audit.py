@@ -16,12 +16,11 @@ from builders.subjects import load
 from safetensors.torch import load_file, save_file
 
 from lorascope.activations.store import ActivationStore
-from lorascope.audit.alignment import read_alignments
 from lorascope.audit.audit import NEUTRAL, run
 from lorascope.audit.audit_options import AuditConfig
 from lorascope.audit.audit_records import AuditReport
 from lorascope.audit.audit_report import as_html, as_markdown, as_text
-from lorascope.audit.weights import read_weights
+from lorascope.audit.weights import read_alignments, read_weights
 from lorascope.causal.report_records import ScoredToken
 from lorascope.causal.study import read_report
 from lorascope.errors import ConfigError, DatasetError

@@ -27,15 +27,14 @@ from lorascope.activations import generate
 from lorascope.activations.batches import read_blocks
 from lorascope.activations.generate import GenerateConfig
 from lorascope.activations.store import ActivationStore
-from lorascope.audit.alignment import read_alignments
 from lorascope.audit.audit_options import AuditConfig
 from lorascope.audit.audit_records import Applied, AuditReport, EffectOn, Search
 from lorascope.audit.audit_report import as_html, as_markdown, as_text
-from lorascope.audit.population import compare, statistics
 from lorascope.audit.triggers import look_for_triggers
-from lorascope.audit.weights import read_weights
+from lorascope.audit.weights import compare, read_alignments, read_weights, statistics
 from lorascope.causal.answers import answers_of, zero_is_base
 from lorascope.causal.baselines import ConstantRows, rows_of
+from lorascope.causal.direct import Readout
 from lorascope.causal.effects import bootstrap_interval, log_probabilities, recovered, sum_by
 from lorascope.causal.held_out import HeldOut, fitting_tokens, load_subject_of
 from lorascope.causal.openings import openings_of
@@ -50,8 +49,7 @@ from lorascope.sites import SiteLayout
 from lorascope.subject.base import other_base
 from lorascope.subject.intervene import RowEditor
 from lorascope.subject.load import Subject
-from lorascope.subject.unembedding import Unembedding, residual_writes
-from lorascope.texts.tokens import special_ids, token_bytes
+from lorascope.subject.unembedding import residual_writes
 
 log = logging.getLogger(__name__)
 
@@ -229,25 +227,14 @@ def _read_mean_row(
 ) -> tuple[ScoredToken, ...]:
     """Return the tokens that the mean row of the first tokens of texts promotes most."""
     try:
-        head = Unembedding(subject)
+        readout = Readout(subject)
     except AdapterError as error:
         log.warning("%s", error)
         return ()
     starts = store.rollout_start[:-1]
     position = np.arange(store.n_rows) - np.repeat(starts, np.diff(store.rollout_start))
     mean = rows[torch.from_numpy((position >= _FIRST.start) & (position < _FIRST.stop))].mean(0)
-    written = torch.zeros(head.width)
+    written = torch.zeros(readout.width)
     for writer in residual_writes(subject, store.layout):
         written += writer.matrix @ mean[writer.columns]
-    if not written.any():
-        return ()
-    logits = head.logits(written[None])[0]
-    z = (logits - logits.mean()) / logits.std().clamp(min=1e-30)
-    spelled = token_bytes(subject.tokenizer, len(z))
-    nameless = [i for i, text in enumerate(spelled) if not text]
-    z[[*nameless, *(i for i in special_ids(subject.tokenizer) if i < len(z))]] = -torch.inf
-    best = z.topk(_N_PROMOTED)
-    return tuple(
-        ScoredToken(token_id=i, token=spelled[i].decode(errors="replace"), z=value)
-        for i, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    )
+    return readout.strongest(written[None], _N_PROMOTED)[0][0] if written.any() else ()

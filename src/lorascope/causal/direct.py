@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from lorascope import runtime
@@ -35,6 +36,8 @@ UNIT = "standard deviations over the vocabulary"
 _CHUNK = 1 << 25  # logits at a time
 _N_SHOWN = 12  # features in the table
 _N_NAMED = 4  # tokens of each
+
+Sides = tuple[tuple[ScoredToken, ...], tuple[ScoredToken, ...]]
 
 
 def run(config: DirectConfig) -> Path:
@@ -76,60 +79,75 @@ def run(config: DirectConfig) -> Path:
     )
 
 
+class Readout:
+    """Names the tokens that directions of the residual stream promote and suppress most.
+
+    `n_tokens` is how many tokens can be named: those that have a text and are not special. Raises
+    AdapterError if the model has no unembedding, or none that reads a norm.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        self._head = Unembedding(subject)
+        self.width = self._head.width
+        n_vocab = self._head.weight.shape[0]
+        self.spelled = token_bytes(subject.tokenizer, n_vocab)[:n_vocab]
+        self._nameless = torch.tensor([not token for token in self.spelled])
+        self._nameless[[i for i in special_ids(subject.tokenizer) if i < n_vocab]] = True
+        self.n_tokens = int((~self._nameless).sum())
+
+    def strongest(self, directions: Float[Tensor, "n d_model"], top: int) -> list[Sides]:
+        """Return the `top` tokens that each direction promotes, and those that it suppresses."""
+        found: list[Sides] = []
+        for some in directions.split(max(1, _CHUNK // len(self._nameless))):
+            z = standardise(self._head.logits(some))
+            sides = [(sign * z).masked_fill(self._nameless, -torch.inf) for sign in (1, -1)]
+            best = [side.topk(min(top, self.n_tokens)).indices for side in sides]
+            for scores, *of_both in zip(z, *best, strict=True):
+                promoted, suppressed = (
+                    tuple(
+                        ScoredToken(token_id=i, token=self.spelled[i].decode(errors="replace"), z=z)
+                        for i, z in zip(ids.tolist(), scores[ids].tolist(), strict=True)
+                    )
+                    for ids in of_both
+                )
+                found.append((promoted, suppressed))
+        return found
+
+
+def standardise(logits: Float[Tensor, "n vocab"]) -> Float[Tensor, "n vocab"]:
+    """Return how many standard deviations each logit is above the mean of its row."""
+    centred = logits - logits.mean(1, keepdim=True)
+    return centred / centred.square().mean(1, keepdim=True).sqrt().clamp(min=1e-30)
+
+
 @torch.inference_mode()
 def measure(subject: Subject, sae: SAE, top: int) -> DirectReport:
     """Return the report, with at most `top` tokens on each side of every latent."""
-    writers, head = residual_writes(subject, sae.layout), Unembedding(subject)
+    writers, readout = residual_writes(subject, sae.layout), Readout(subject)
     names = {writer.name for writer in writers}
     writes = np.array([site.name in names for site in sae.layout.sites])
     shares = fingerprint(effect_rows(sae)[0], sae.layout)  # of each site, as in the feature index
     share = shares.astype(np.float64)[:, writes].sum(1)
-    written = torch.zeros(sae.d_sae, head.width)
+    written = torch.zeros(sae.d_sae, readout.width)
     for writer in writers:
         written += sae.W_dec[:, writer.columns] @ writer.matrix.T
-    spelled = token_bytes(subject.tokenizer, head.weight.shape[0])
-    nameless = torch.tensor([not token for token in spelled[: head.weight.shape[0]]])
-    nameless[[i for i in special_ids(subject.tokenizer) if i < len(nameless)]] = True
-    top = min(top, int((~nameless).sum()))
-    sides: dict[tuple[int, int], tuple[ScoredToken, ...]] = {}  # by latent and sign
-    named: set[int] = set()
     direct = (written.norm(dim=1) > 0).nonzero()[:, 0]
-    for latents in direct.split(max(1, _CHUNK // len(nameless))):
-        z = _standardise(head.logits(written[latents]))
-        for sign in (1, -1):
-            best = (sign * z).masked_fill(nameless, -torch.inf).topk(top, dim=1)
-            for latent, ids, scores in zip(
-                latents.tolist(), best.indices.tolist(), best.values.tolist(), strict=True
-            ):
-                named.update(ids)
-                sides[latent, sign] = tuple(
-                    ScoredToken(
-                        token_id=i, token=spelled[i].decode(errors="replace"), z=sign * score
-                    )
-                    for i, score in zip(ids, scores, strict=True)
-                )
+    sides = dict(zip(direct.tolist(), readout.strongest(written[direct], top), strict=True))
+    named = {one.token_id for both in sides.values() for side in both for one in side}
     return DirectReport(
         unit=UNIT,
-        n_tokens=top,
+        n_tokens=min(top, readout.n_tokens),
         writers=tuple(site.name for site in sae.layout.sites if site.name in names),
         indirect=tuple(site.name for site in sae.layout.sites if site.name not in names),
-        vocabulary={str(i): spelled[i].hex() for i in sorted(named)},
+        vocabulary={str(i): readout.spelled[i].hex() for i in sorted(named)},
         features=tuple(
             DirectEffect(
-                feature=latent,
-                share=float(share[latent]),
-                promoted=sides.get((latent, 1), ()),
-                suppressed=sides.get((latent, -1), ()),
+                feature=latent, share=float(share[latent]), promoted=promoted, suppressed=suppressed
             )
             for latent in range(sae.d_sae)
+            for promoted, suppressed in [sides.get(latent, ((), ()))]
         ),
     )
-
-
-def _standardise(logits: Tensor) -> Tensor:
-    """Return how many standard deviations each logit is above the mean of its row."""
-    centred = logits - logits.mean(1, keepdim=True)
-    return centred / centred.square().mean(1, keepdim=True).sqrt().clamp(min=1e-30)
 
 
 def table(report: DirectReport) -> str:
