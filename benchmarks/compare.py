@@ -267,7 +267,7 @@ def score(opened: Opened, report: ComparisonReport, task: Task) -> dict[str, Any
         measured = found.predictions([("A", "B")])
         kl = np.zeros(len(rollouts))
         owner = [found.number[i] for i in store.rollout_of(measured.rows).tolist()]
-        np.add.at(kl, owner, measured.pairs["A", "B"] * measured.written)
+        np.add.at(kl, owner, measured.kl["A", "B"] * measured.written)
         strong = [one.feature for one in pair.features if (one.explained or 0) > _STRONG * pair.kl]
         tested = sorted({*news, *strong})
         sets = [np.array([latent]) for latent in tested] + [np.array(news, np.int64)]

@@ -32,7 +32,7 @@ from lorascope.compare.compare_records import (
     JointFeature,
     PairDifference,
 )
-from lorascope.compare.differences import Contributions, Differences, Predictions
+from lorascope.compare.differences import BASE, ITSELF, Contributions, Differences, Predictions
 from lorascope.compare.growth import growth_of
 from lorascope.compare.joint import find_members
 from lorascope.compare.judge import Judge, kind_of
@@ -335,11 +335,11 @@ def test_contributions_of_features_bias_and_rest_add_up_to_the_difference(
     held_out = HeldOut(weak["A"], ActivationStore.open(out / "activations"), np.arange(3), 512)
     with Differences(weak, held_out, load_sae(out / "sae")) as found:
         measured = found.predictions([("A", "C"), ("A", "D"), ("D", "B")])
-        for pair, kl in measured.pairs.items():
+        for pair in measured.shifts:
             parts = found.contributions(pair, 4, 0)
             total = parts.of_latent.sum(0) + parts.bias + parts.unexplained
             owner = held_out.store.rollout_of(measured.rows)
-            by_rollout = np.bincount(owner, kl * measured.written)
+            by_rollout = np.bincount(owner, measured.kl[pair] * measured.written)
             np.testing.assert_allclose(total, by_rollout, rtol=0.02)
 
 
@@ -516,7 +516,9 @@ class Made(Differences):
     def found(self) -> Predictions:
         rows, noise = np.arange(self.n_rollouts), np.full(self.n_rollouts, 1e-9)
         shifts = {pair: ShiftTally() for pair in self.kl}
-        return Predictions(rows, rows >= 0, self.kl, self.kl, {"A": noise}, {"A": noise}, shifts)
+        kl = {("A", BASE): noise, ("A", ITSELF): noise, **self.kl}
+        kl |= {pair[::-1]: values for pair, values in self.kl.items()}
+        return Predictions(rows, rows >= 0, kl, shifts)
 
     def contributions(self, pair: tuple[str, str], steps: int, seed: int) -> Contributions:
         none = np.zeros(self.n_rollouts)

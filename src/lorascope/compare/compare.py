@@ -213,7 +213,7 @@ def _measure(
             _feature(one, members if by_step else (), differences, index, store)
             for one in sorted(chosen)
         ),
-        texts=_texts(store, found.rows[found.written], found.pairs[pairs[0]][found.written]),
+        texts=_texts(store, found.rows[found.written], found.kl[pairs[0]][found.written]),
     )
 
 

@@ -24,6 +24,7 @@ adapter: what it stands for in that adapter's row. `Writes` has the size of what
    as the latent's two parts differ.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -51,25 +52,22 @@ from lorascope.texts.roles import has_role
 Floats = npt.NDArray[np.float64]
 Pair = tuple[str, str]
 
+BASE, ITSELF = "base", "itself"  # names of adapters are single letters or numbers
 _N_CONTROLS = 64  # latents whose writes are tried at the firings of others
 _COPIES = 4  # times the memory of a plain run that a batch takes
 
 
 @dataclass
 class Predictions:
-    """KL in nats of each prediction, made at `rows`: by pair, to the base, and of noise.
+    """KL in nats of each prediction, made at `rows`: `kl[a, b]` is KL(a ‖ b) of two adapters.
 
-    `written` marks those of what a model writes; `shifts` are of these.
-    `reverse` is KL(second ‖ first). `floor` is KL of an adapter and itself with its rows changed by
-    one rounding step.
+    `b` may be `BASE` too, or `ITSELF`: `a` with its rows changed by one rounding step. `written`
+    marks the predictions of what a model writes; `shifts` of pairs are of these.
     """
 
     rows: npt.NDArray[np.int64]
     written: npt.NDArray[np.bool_]
-    pairs: dict[Pair, Floats]
-    reverse: dict[Pair, Floats]
-    to_base: dict[str, Floats]
-    floor: dict[str, Floats]
+    kl: dict[Pair, Floats]
     shifts: dict[Pair, ShiftTally]
 
 
@@ -136,58 +134,42 @@ class Differences:
     @torch.no_grad()
     def predictions(self, pairs: Sequence[Pair]) -> Predictions:
         """Do step 1. Raises ArtifactError if rows are not those of the store."""
-        parts: dict[str, list[npt.NDArray[np.float32]]] = {}
+        found: dict[Pair, list[npt.NDArray[np.float32]]] = defaultdict(list)
         shifts = {pair: ShiftTally() for pair in pairs}
         measured: list[npt.NDArray[np.int64]] = []
-
-        def keep(key: str, kl: Tensor) -> None:
-            parts.setdefault(key, []).append(kl.cpu().numpy())
-
         first = next(iter(self.editors.values()))
         eps = torch.finfo(first.subject.dtype).eps
         with runtime.progress(self.held_out.n_tokens, "compare", "tokens") as bar:
             for batch in self.held_out.batches(len(self.editors) + 1):
-                logits, rows = self._run(batch)
+                outs, rows = self._run(batch)
                 require_rows_of(self.held_out.store, batch, rows)
                 code = self._code(batch, rows)
                 self.n_fired += (code > 0).sum(0).numpy()
                 self.total += code.double().sum(0).numpy()
-                at = {name: select_measured(one, batch.mask) for name, one in logits.items()}
-                log_p = {name: log_probabilities(one) for name, one in at.items()}
-                base = select_measured(first.base(batch.token_ids), batch.mask)
-                targets = batch.targets[batch.mask].to(base.device)
+                outs[BASE] = first.base(batch.token_ids)
+                at = {name: select_measured(one, batch.mask) for name, one in outs.items()}
+                log_p = {name: log_probabilities(at[name]) for name in self.editors}
+                targets = batch.targets[batch.mask].to(at[BASE].device)
+                here = self.written[batch.measured]
+                at_written = torch.from_numpy(here).to(targets.device)
+                roles = self.held_out.role_of(batch.measured)[here]
+                runs = {(name, BASE): at[BASE] for name in self.editors}
                 for name, editor in self.editors.items():
                     own = rows[..., self.columns[name].to(rows.device)]
                     again = editor.run(batch.token_ids, held=own * (1 + eps)).logits
-                    keep(f"base {name}", kl_and_loss(log_p[name], base, targets)[0])
-                    again = select_measured(again, batch.mask)
-                    keep(f"floor {name}", kl_and_loss(log_p[name], again, targets)[0])
-                roles = self.held_out.role_of(batch.measured)
+                    runs[name, ITSELF] = select_measured(again, batch.mask)
                 for one, other in pairs:
-                    kl = kl_and_loss(log_p[one], at[other], targets)[0]
-                    keep(f"kl {one} {other}", kl)
-                    keep(f"reverse {one} {other}", kl_and_loss(log_p[other], at[one], targets)[0])
-                    here = self.written[batch.measured]
-                    at_written = torch.from_numpy(here).to(base.device)
-                    shifts[one, other].add(
-                        log_p[one][at_written],
-                        log_p[other][at_written],
-                        batch.measured[here],
-                        roles[here],
-                    )
+                    runs |= {(one, other): at[other], (other, one): at[one]}
+                    both = (log_p[name][at_written] for name in (one, other))
+                    shifts[one, other].add(*both, batch.measured[here], roles)
+                for pair, q in runs.items():
+                    kl, _ = kl_and_loss(log_p[pair[0]], q, targets)
+                    found[pair].append(kl.cpu().numpy())
                 measured.append(batch.measured)
                 bar.update(int(batch.own.sum()))
         rows = np.concatenate(measured)
-        whole = {key: np.concatenate(some).astype(np.float64) for key, some in parts.items()}
-        return Predictions(
-            rows=rows,
-            written=self.written[rows],
-            pairs={pair: whole[f"kl {pair[0]} {pair[1]}"] for pair in pairs},
-            reverse={pair: whole[f"reverse {pair[0]} {pair[1]}"] for pair in pairs},
-            to_base={name: whole[f"base {name}"] for name in self.subjects},
-            floor={name: whole[f"floor {name}"] for name in self.subjects},
-            shifts=shifts,
-        )
+        kl = {pair: np.concatenate(some).astype(np.float64) for pair, some in found.items()}
+        return Predictions(rows, self.written[rows], kl, shifts)
 
     def contributions(self, pair: Pair, steps: int, seed: int) -> Contributions:
         """Do steps 2 and 5 for a pair of adapters."""

@@ -20,8 +20,8 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +38,14 @@ from lorascope.compare.compare_records import (
     RoleDifference,
     Step,
 )
-from lorascope.compare.differences import Contributions, Differences, Pair, Predictions
+from lorascope.compare.differences import (
+    BASE,
+    ITSELF,
+    Contributions,
+    Differences,
+    Pair,
+    Predictions,
+)
 from lorascope.compare.joint import Member
 from lorascope.texts.roles import ROLES
 
@@ -47,6 +54,20 @@ _CHANCE = 95  # percentile of what other features would contribute
 # Of the largest KL of a text between seeds. Of 12 seeds beside two others, one had 4 texts above
 # that KL, which is enough for an interval above 0, and none had one above 1.25 times it.
 _MARGIN = 1.25
+
+
+class Exchange(NamedTuple):
+    """What the exchange of a feature takes from a pair's KL in each text, and from seeds' KL.
+
+    `effects` are KL(adapter ‖ without it) of both, `different` marks the texts that differ more
+    than seeds do, `level` is what a feature must explain.
+    """
+
+    lost: Sums
+    effects: Sequence[float]
+    seeds: Sequence[Sums]
+    different: npt.NDArray[np.bool_]
+    level: float
 
 
 class Judge:
@@ -66,7 +87,9 @@ class Judge:
         )
         self.role = differences.held_out.role_of(found.rows)
         self.counts = self._sums(np.ones(len(found.rows)))
-        self.floor = max(self._mean(self._sums(kl)) for kl in found.floor.values())
+        self.floor = max(
+            self._mean(self._sums(kl)) for pair, kl in found.kl.items() if pair[1] == ITSELF
+        )
 
     def _sums(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Return the sums over what each text's model writes."""
@@ -85,7 +108,7 @@ class Judge:
     def adapter(self, member: Member) -> AdapterRecord:
         """Return what an adapter is, and how far it is from the base."""
         subject, name = self.differences.subjects[member.name], member.name
-        sums = self._sums(self.found.to_base[name])
+        sums = self._sums(self.found.kl[name, BASE])
         return AdapterRecord(
             name=name,
             folder=Path(member.given).name,
@@ -94,7 +117,7 @@ class Judge:
             ranks=tuple(sorted({site.rank for site in subject.layout.sites})),
             kl_base=self._mean(sums),
             kl_base_interval=self._amounts(sums),
-            floor=self._mean(self._sums(self.found.floor[name])),
+            floor=self._mean(self._sums(self.found.kl[name, ITSELF])),
             step=member.step,
             loss=member.loss,
         )
@@ -118,13 +141,13 @@ class Judge:
 
     def _by_text(self, pair: Pair) -> Sums:
         """Return KL a token of each text; 0 where nothing is predicted."""
-        return self._sums(self.found.pairs[pair]) / np.maximum(self.counts, 1)
+        return self._sums(self.found.kl[pair]) / np.maximum(self.counts, 1)
 
     def pair(self, pair: Pair) -> PairDifference:
         """Return the difference of a pair."""
         d, found = self.differences, self.found
         level = max(self.level, self.floor)
-        kl = self._sums(found.pairs[pair])
+        kl = self._sums(found.kl[pair])
         parts = d.contributions(pair, self.config.steps, self.seed)
         total = parts.of_latent.sum(1)
         order = np.argsort(-total, kind="stable")
@@ -142,13 +165,17 @@ class Judge:
         reported = order[total[order] != 0][:N_REPORTED]
         features = [
             *(
-                self._tested(
-                    self._feature(pair, latent, parts),
-                    lost[i],
-                    (effects[0][i], effects[1][i]),
-                    [one[i] for one in nulls],
-                    different,
-                    level,
+                self._feature(
+                    pair,
+                    latent,
+                    parts,
+                    Exchange(
+                        lost[i],
+                        [self._mean(one[i]) for one in effects],
+                        [one[i] for one in nulls],
+                        different,
+                        level,
+                    ),
                 )
                 for i, latent in enumerate(tested.tolist())
             ),
@@ -171,11 +198,11 @@ class Judge:
             second=pair[1],
             kl=self._mean(kl),
             kl_interval=self._amounts(kl),
-            kl_reverse=self._mean(self._sums(found.reverse[pair])),
+            kl_reverse=self._mean(self._sums(found.kl[pair[::-1]])),
             roles={
                 ROLES[role]: RoleDifference(
                     n_tokens=int((self.role == role).sum()),
-                    kl=float(found.pairs[pair][self.role == role].mean()),
+                    kl=float(found.kl[pair][self.role == role].mean()),
                 )
                 for role in np.unique(self.role).tolist()
             },
@@ -197,58 +224,41 @@ class Judge:
             features=tuple(features),
         )
 
-    def _feature(self, pair: Pair, latent: int, parts: Contributions) -> FeatureDifference:
-        """Return what is known of a feature without removing it."""
+    def _feature(
+        self, pair: Pair, latent: int, parts: Contributions, tested: Exchange | None = None
+    ) -> FeatureDifference:
+        """Return what is known of a feature; what its exchange and removal do decides its kind."""
         contribution, share = parts.of_latent[latent], self._share(pair, latent)
+        kind, is_news = kind_of(share, share), False
+        chance = float(np.percentile(parts.controls[latent], _CHANCE)) / float(self.counts.sum())
+        explained = interval = seeds = excess = there = there_interval = seeds_there = None
+        one = other = None
+        if tested is not None:
+            explained, interval = self._mean(tested.lost), self._interval(tested.lost)
+            if tested.seeds:
+                at, most = tested.different, max(tested.seeds, key=np.sum)
+                seeds, excess = self._mean(most), self._interval(tested.lost - most)
+                seeds_there = self._mean(np.mean(tested.seeds, axis=0) * at)
+                there, there_interval = (
+                    self._mean(tested.lost * at),
+                    self._interval(tested.lost * at),
+                )
+                is_news = (there > seeds_there and _is_above_0(there_interval)) or (
+                    explained > tested.level and _is_above_0(excess)
+                )
+            elif not self.null_pairs and interval is not None:
+                is_news = interval[0] > max(chance, tested.level)
+            one, other = tested.effects
+            of_effects = other / (one + other) if one + other > self.floor else share
+            kind = kind_of(of_effects, share)
         return FeatureDifference(
             feature=latent,
-            kind=kind_of(share, share),
+            kind="changed" if is_news and kind == "shared" else kind,
             share=share,
             cosine=float(self.differences.writes.cosine(*pair)[latent]),
             contribution=self._mean(contribution),
             contribution_interval=self._interval(contribution),
-            chance=float(np.percentile(parts.controls[latent], _CHANCE)) / float(self.counts.sum()),
-            explained=None,
-            explained_interval=None,
-            seeds=None,
-            excess_interval=None,
-            at_different=None,
-            at_different_interval=None,
-            seeds_at_different=None,
-            effect_first=None,
-            effect_second=None,
-            is_news=False,
-        )
-
-    def _tested(
-        self,
-        feature: FeatureDifference,
-        lost: Sums,
-        effects: tuple[Sums, Sums],
-        nulls: Sequence[Sums],
-        different: npt.NDArray[np.bool_],
-        level: float,
-    ) -> FeatureDifference:
-        """Return a feature with what its exchange and its removal do, which decides its kind."""
-        explained, interval = self._mean(lost), self._interval(lost)
-        seeds = excess = there = there_interval = seeds_there = None
-        if nulls:
-            most, average = max(nulls, key=np.sum), np.mean(nulls, axis=0)
-            seeds, excess = self._mean(most), self._interval(lost - most)
-            seeds_there = self._mean(average * different)
-            there, there_interval = self._mean(lost * different), self._interval(lost * different)
-            is_news = (there > seeds_there and _is_above_0(there_interval)) or (
-                explained > level and _is_above_0(excess)
-            )
-        else:
-            least = max(feature.chance, level)
-            is_news = not self.null_pairs and interval is not None and interval[0] > least
-        one, other = map(self._mean, effects)
-        share = other / (one + other) if one + other > self.floor else feature.share
-        kind = kind_of(share, feature.share)
-        return replace(
-            feature,
-            kind="changed" if is_news and kind == "shared" else kind,
+            chance=chance,
             explained=explained,
             explained_interval=interval,
             seeds=seeds,
