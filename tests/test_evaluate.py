@@ -304,8 +304,7 @@ def test_the_baselines_keep_as_many_numbers_as_the_sae(store):
     rows = torch.from_numpy(np.array(store.rows(0, store.n_rows)))
     everything = np.arange(store.n_rows)
     mean = baselines.ConstantRows(store, everything, rows).at(everything)
-    of_size = baselines.baselines(sae, rows, mean, seed=0)
-    made = {k: of_size(k) for k in (1, 3, store.d_in)}
+    made = {k: baselines.baselines(sae, rows, mean, k, seed=0) for k in (1, 3, store.d_in)}
     assert torch.equal(made[1]["constant"].rows(rows, mean), mean)
     kept = made[3]["columns"].rows(rows, mean)
     assert ((kept != mean).sum(1) <= 3).all()
@@ -366,20 +365,6 @@ def test_the_worst_subset_loses_more_than_the_whole_and_its_kl_is_that_of_its_si
             counts = torch.from_numpy(held_out.is_generated(np.arange(start, stop - 1)))
             total, n = total + float(kl[counts].sum()), n + int(counts.sum())
     assert worst["kl"] == pytest.approx(total / n, rel=1e-3)
-
-
-@pytest.mark.slow
-def test_the_curve_has_what_each_method_recovers_at_each_number_of_values(store, report_of):
-    levels = (1.0, 3.0, float(store.d_in))
-    sae = each_column(store, threshold=0.01)
-    curve = report_of(sae, curve=levels)["faithfulness"]["curve"]
-    assert list(curve) == ["sae", "columns", "pca"]
-    for method in ("columns", "pca"):
-        assert [point["l0"] for point in curve[method]] == list(levels)
-        assert curve[method][-1]["recovered"] == pytest.approx(1, abs=1e-3), "all columns"
-        assert curve[method][0]["recovered"] < curve[method][-1]["recovered"]
-    fired = [point["l0"] for point in curve["sae"]]
-    assert fired == pytest.approx(levels, rel=0.2)
 
 
 @pytest.mark.slow
@@ -495,8 +480,6 @@ def test_the_report_a_picture_and_a_table_are_left_and_made_once(
 
 
 def test_bad_input_is_one_line(store, report_of, tmp_path):
-    with pytest.raises(ConfigError, match="--curve"):
-        EvaluateConfig(curve=(0.5,))
     with pytest.raises(ConfigError, match=r"\.json"):
         EvaluateConfig(output=tmp_path / "report.html")
     for folder in ("a", "b"):

@@ -77,6 +77,10 @@ def test_the_header_says_what_the_sae_recovers(index, tmp_path):
     assert said["Recovered"] == "0.900 (0.800 to 0.900)"
     assert said["Recovered, all tokens"] == "0.950 (0.850 to 0.950)"
     assert said["Constant"] == "0.500 (0.400 to 0.500)"
+    older = evaluation()
+    older["faithfulness"]["curve"] = {"sae": [{"l0": 1.0}]}
+    path = write(tmp_path / "older.json", "evaluation", index, older, schema=3)
+    Reports.open([path], index, Path("f.h5"))
     without = evaluation()
     del without["faithfulness"]["runs"]["sae"]
     path = write(tmp_path / "without.json", "evaluation", index, without)

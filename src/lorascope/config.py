@@ -35,7 +35,7 @@ OPTION_GROUPS = {  # the groups of `--help` with the options of all commands, mo
     "holdout dead_after auxk_alpha max_fvu buffer_rows against".split(),
     "features": "features top_k context_window max_per_rollout same_context samples rollout_tokens "
     "depth evaluate_texts effect_texts label_tokens directions verify part_rollouts by_site "
-    "subsets answers curve how factor doses where target tokens positions steps top "
+    "subsets answers how factor doses where target tokens positions steps top "
     "check_rollouts greedy tolerance".split(),
     "language model": "llm_model llm_base_url judge_model llm_parallel".split(),
     "output": "output overwrite store_dtype title effects labels by_hand open serve port".split(),

@@ -91,7 +91,6 @@ def evaluation() -> dict[str, Any]:
             "layers": {},
             "projections": {},
             "subsets": [],
-            "curve": {},
             "seeds": [],
             "rows_drift": 0.0,
         },

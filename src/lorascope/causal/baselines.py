@@ -14,8 +14,8 @@ third token of the header between a question and a thought. Other tokens of one 
   best, and fits their values by least squares together, which an encoder cannot do.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,6 @@ from lorascope.activations.store import ActivationStore
 from lorascope.sae.model import SAE
 from lorascope.texts.roles import ROLES, SPECIAL
 
-CURVES = ("sae", "columns", "pca")  # what is measured at several sparsities
 _N_FITTED = 65_536  # rows that baselines are fitted on
 _CHUNK = 1024  # rows at a time: m directions are copied for each
 _BLOCK = 8192  # rows whose products are summed at a time
@@ -51,35 +50,28 @@ def fit_rebuilds(
     saes: Mapping[str, SAE],
     store: ActivationStore,
     measured: npt.NDArray[np.int64],
-    curve: Sequence[float],
     seed: int,
-) -> "tuple[dict[Any, Rebuild], ConstantRows]":
+) -> "tuple[dict[str, Rebuild], ConstantRows]":
     """Return what makes the rows to write, and the constant rows.
 
-    A key is the name of a run, that of an SAE or of a baseline, or `("curve", method, i)` of point
-    i. Baselines have as many values a token as the SAE named `sae`. They are fitted on the rows of
-    the rollouts that are not `measured`, or on all rows if all are.
+    A key is the name of a run, that of an SAE or of a baseline. Baselines have as many values a
+    token as the SAE named `sae`. They are fitted on the rows of the rollouts that are not
+    `measured`, or on all rows if all are.
     """
     elsewhere = np.setdiff1d(np.arange(store.n_rollouts), measured)
     training = rows_of(store, elsewhere if len(elsewhere) else measured)
     training = training[:: -(-len(training) // _N_FITTED)]
     rows = torch.cat(list(read_blocks(store, training)))
     constant = ConstantRows(store, training, rows)
-    sae = saes["sae"]
-    of_size = baselines(sae, rows, constant.at(training), seed)
 
     def by(one: SAE) -> Rebuild:
         blocks = list(read_blocks(store, rows_of(store, measured)))
         n_fired = sum(len(one.encode(x).latents) for x in blocks)
         return Rebuild(lambda x, _: one.decode(one.encode(x)), n_fired / sum(map(len, blocks)))
 
-    found: dict[Any, Rebuild] = {name: by(one) for name, one in saes.items()}
-    found |= of_size(round(found["sae"].l0))
-    for i, k in enumerate(curve):
-        simple = of_size(round(k))
-        found["curve", "sae", i] = by(sae.calibrated(store, training, k))
-        found |= {("curve", name, i): simple[name] for name in CURVES[1:]}
-    return found, constant
+    found = {name: by(one) for name, one in saes.items()}
+    n_values = round(found["sae"].l0)
+    return found | baselines(saes["sae"], rows, constant.at(training), n_values, seed), constant
 
 
 def rows_of(store: ActivationStore, rollouts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -92,12 +84,14 @@ def baselines(
     sae: SAE,
     training: Float32[Tensor, "row d_in"],
     constant: Float32[Tensor, "row d_in"],
+    n_values: int,
     seed: int,
-) -> Callable[[int], dict[str, Rebuild]]:
-    """Fit on training rows and their constant rows.
+) -> dict[str, Rebuild]:
+    """Fit on training rows and their constant rows, and return the reconstructions by name.
 
-    Return a function of `m` that returns the reconstructions by name.
+    `m` is `n_values`, but at least 1 and at most the number of columns.
     """
+    m = min(max(1, n_values), sae.d_in)
     scale = sae.scale
     unscale = torch.where(scale > 0, 1 / scale, 0.0)  # an unused column keeps its constant
     covariance = torch.zeros(sae.d_in, sae.d_in, dtype=torch.float64)
@@ -108,31 +102,26 @@ def baselines(
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(sae.d_sae, sae.d_in, generator=generator)
     drawn = (drawn / drawn.norm(dim=1, keepdim=True)).to(training.device)
+    first = directions[:m]
 
-    def of_size(m: int) -> dict[str, Rebuild]:
-        m = min(max(1, m), sae.d_in)
-        first = directions[:m]
+    def pca(x: Tensor, constant: Tensor) -> Tensor:
+        return constant + ((x - constant) * scale) @ first.T @ first * unscale
 
-        def pca(x: Tensor, constant: Tensor) -> Tensor:
-            return constant + ((x - constant) * scale) @ first.T @ first * unscale
+    def columns(x: Tensor, constant: Tensor) -> Tensor:
+        far = (x - constant) * scale
+        kept = far.abs().topk(m, dim=1).indices
+        return constant + torch.zeros_like(far).scatter(1, kept, far.gather(1, kept)) * unscale
 
-        def columns(x: Tensor, constant: Tensor) -> Tensor:
-            far = (x - constant) * scale
-            kept = far.abs().topk(m, dim=1).indices
-            return constant + torch.zeros_like(far).scatter(1, kept, far.gather(1, kept)) * unscale
+    def random(x: Tensor, constant: Tensor) -> Tensor:
+        parts = [_best_of(drawn, part, m) for part in ((x - constant) * scale).split(_CHUNK)]
+        return constant + torch.cat(parts) * unscale
 
-        def random(x: Tensor, constant: Tensor) -> Tensor:
-            parts = [_best_of(drawn, part, m) for part in ((x - constant) * scale).split(_CHUNK)]
-            return constant + torch.cat(parts) * unscale
-
-        return {
-            "constant": Rebuild(lambda _, usual: usual, 0),
-            "pca": Rebuild(pca, m),
-            "columns": Rebuild(columns, m),
-            "random": Rebuild(random, m),
-        }
-
-    return of_size
+    return {
+        "constant": Rebuild(lambda _, usual: usual, 0),
+        "pca": Rebuild(pca, m),
+        "columns": Rebuild(columns, m),
+        "random": Rebuild(random, m),
+    }
 
 
 class ConstantRows:

@@ -102,11 +102,6 @@ class EvaluateConfig(SeededEffectOptions):
         "subset that loses most; two runs for each subset, and about four for each step",
         at_least=0,
     )
-    curve: tuple[float, ...] = option(
-        (),
-        help="values per token at which to measure the SAE, its threshold moved, and columns and "
-        "PCA; three runs for each",
-    )
     answers: int = option(
         0,
         help="held-out prompts that base and adapter both continue by up to 96 tokens, with the "
@@ -119,12 +114,6 @@ class EvaluateConfig(SeededEffectOptions):
         identity=False,
         suffix=".json",
     )
-
-    def check(self) -> None:
-        """Refuse an impossible curve."""
-        super().check()
-        if min(self.curve, default=1) < 1 or not all(map(math.isfinite, self.curve)):
-            raise ConfigError("--curve must be numbers of values per token, 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,10 @@
 5. In the closed loop, the SAE reads the rows of the run that it is part of (`splice`).
 6. With `--by-site` and `--subsets`, only the columns of a layer, a projection or a subset of the
    sites are reconstructed, and 0 is the run with these columns at zero (`splice`).
-7. With `--curve`, the same at other sparsities: the SAE with its threshold moved, columns and PCA.
-8. The tokens whose probability the adapter moves most are named, and where (`shifts`), and how
+7. The tokens whose probability the adapter moves most are named, and where (`shifts`), and how
    likely it makes the headers that open a thought or an answer (`openings`).
-9. The attention heads that look elsewhere than the base's are named (`attention`).
-10. With `--answers`, base and adapter answer some prompts with the same noise (`answers`).
+8. The attention heads that look elsewhere than the base's are named (`attention`).
+9. With `--answers`, base and adapter answer some prompts with the same noise (`answers`).
 
 In: adapter, activation store, SAE. Out: a report (JSON) and its picture (.png); the table goes to
 stderr.
@@ -39,7 +38,7 @@ from lorascope.activations.batches import read_blocks
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.answers import answers_of, zero_is_base
 from lorascope.causal.attention import attention_of
-from lorascope.causal.baselines import CURVES, fit_rebuilds, rows_of
+from lorascope.causal.baselines import fit_rebuilds, rows_of
 from lorascope.causal.effect_options import EvaluateConfig
 from lorascope.causal.effects import log_probabilities
 from lorascope.causal.figures import draw_evaluation
@@ -150,7 +149,7 @@ def measure(
     """
     subject, narrow = held_out.subject, sae.narrow(held_out.store)
     rebuilds, constant = fit_rebuilds(
-        {"sae": sae, **others}, narrow, held_out.rollouts, config.curve, config.seed
+        {"sae": sae, **others}, narrow, held_out.rollouts, config.seed
     )
     layout, columns = subject.layout.select(sae.layout.adapter_types)
     has_all_columns = layout.d_in == subject.layout.d_in
@@ -241,15 +240,6 @@ def measure(
             for (kind, name), mask in groups.items()
             if kind == "subsets"
         ),
-        curve={
-            method: tuple(
-                shares.of_point(key, rebuild.l0)
-                for key, rebuild in rebuilds.items()
-                if key[:2] == ("curve", method)
-            )
-            for method in CURVES
-            if ("curve", method, 0) in rebuilds
-        },
         seeds=_of_other_seeds(sae, others),
         rows_drift=drift,
     )
@@ -306,14 +296,6 @@ def table(report: EvaluationReport) -> str:
                 (title, *_HEAD, "KL at 0"),
                 ((name, *_cells(part), _number(part.kl_zero)) for name, part in parts.items()),
             )
-    for method, points in found.curve.items():
-        lines += format_table(
-            (f"{method}, by values", *_HEAD, "of all tokens"),
-            (
-                (f"{one.l0:.2f}", *_cells(one.generated or one), _number(one.recovered))
-                for one in points
-            ),
-        )
     lines.append(
         f"closed loop: {found.closed_passes} passes, rows changed by {found.closed_change:.1%} in "
         "the last one"

@@ -14,7 +14,6 @@ from lorascope.artifact import Manifest, replacing
 from lorascope.causal.report_records import (
     AblationReport,
     EvaluationReport,
-    Faithfulness,
     PartRemoval,
     Recovered,
     SteeringReport,
@@ -99,7 +98,7 @@ def draw_evaluation(report: EvaluationReport, manifest: Manifest, path: Path) ->
         },
     }
     panels = {title: parts for title, parts in panels.items() if parts}
-    sizes = [*(len(parts) for parts in panels.values()), *([12] if found.curve else [])]
+    sizes = [len(parts) for parts in panels.values()]
     n_rows = -(-len(sizes) // 2)
     heights = [max(sizes[2 * i : 2 * i + 2]) + 2 for i in range(n_rows)]
     with drawing(
@@ -115,33 +114,7 @@ def draw_evaluation(report: EvaluationReport, manifest: Manifest, path: Path) ->
         grid = figure.add_gridspec(n_rows, 2, height_ratios=heights)
         for i, (title, parts) in enumerate(panels.items()):
             _draw_shares(figure.add_subplot(grid[i // 2, i % 2]), title, parts)
-        if found.curve:
-            _draw_curve(figure.add_subplot(grid[len(panels) // 2, len(panels) % 2]), found)
     return path
-
-
-def _draw_curve(axes: "Axes", found: Faithfulness) -> None:
-    """Draw the share recovered by values a token: lines for methods, dots for SAEs as trained."""
-    axes.set_title("by values a token; dots: SAEs as they were trained")
-    axes.set_xscale("log")
-    axes.set_ylim(min(_LOWEST_SHARE, 0), 1.02)
-    axes.grid(axis="y", color=LINE, linewidth=0.5)
-    looks = {"sae": (MAIN, "-"), "columns": (OTHER, "-"), "pca": (OTHER, (0, (4, 3)))}
-    for method, points in found.curve.items():
-        shares = [(point.l0, (point.generated or point).recovered) for point in points]
-        shares = [(l0, share) for l0, share in shares if share is not None]
-        color, line = looks[method]
-        if shares:
-            axes.plot(*zip(*shares, strict=True), color=color, linestyle=line, label=method)
-    for name, run in found.runs.items():
-        share = (run.generated or run).recovered
-        if (name == "sae" or name.startswith("against ")) and run.l0 and share is not None:
-            axes.plot(run.l0, share, "o", color=MAIN, markersize=4)
-    ticks = sorted({round(point.l0) or 1 for points in found.curve.values() for point in points})
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.set_xticks([], minor=True)
-    axes.set_xlabel("values a token")
-    axes.legend(frameon=False, loc="lower right")
 
 
 def _draw_shares(axes: "Axes", title: str, parts: Mapping[str, Recovered]) -> None:

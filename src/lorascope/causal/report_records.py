@@ -98,20 +98,13 @@ class SubsetRecovered(GroupRecovered):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurvePoint(Recovered):
-    """The same of a method with `l0` values a token, and over the tokens that the model writes."""
-
-    l0: Amount
-    generated: Recovered | None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Faithfulness:
     """How much of the adapter's effect each run recovers, on held-out rollouts.
 
     `closed_change` is how much the rows changed in the last of `closed_passes` passes of the closed
     loop, as a share of their norm. `seeds` are the runs of SAEs that differ in their seed only.
-    `layers`, `projections`, `subsets` and `curve` are empty unless they were asked for.
+    `layers`, `projections` and `subsets` are empty unless they were asked for. `curve` is of
+    schemas 2 and 3, and is not used.
     """
 
     zero_is: str
@@ -126,9 +119,9 @@ class Faithfulness:
     layers: Mapping[str, GroupRecovered]
     projections: Mapping[str, GroupRecovered]
     subsets: tuple[SubsetRecovered, ...]
-    curve: Mapping[str, tuple[CurvePoint, ...]]
     seeds: tuple[str, ...]
     rows_drift: Amount
+    curve: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,7 +259,7 @@ class EvaluationReport(ReportRecord):
     """
 
     kind = "evaluation"
-    schema = 3
+    schema = 4
     oldest = 2  # without `attention`
     reconstruction: Mapping[str, Any]
     faithfulness: Faithfulness

@@ -47,7 +47,6 @@ from lorascope.causal.gradients import input_gradients
 from lorascope.causal.held_out import Batch, HeldOut
 from lorascope.causal.removals import adapter_parts
 from lorascope.causal.report_records import (
-    CurvePoint,
     GroupRecovered,
     Recovered,
     RoleRecovered,
@@ -189,14 +188,6 @@ class Shares:
         """Return the same of a subset of the sites."""
         how = "worst" if name == "worst" else "drawn"
         return SubsetRecovered(**vars(self.of_group("subsets", name)), how=how, sites=sites)
-
-    def of_point(self, run: Any, l0: float) -> CurvePoint:
-        """Return what a run with `l0` values a token recovers."""
-        generated = self._recovered(run, self._zero, self.generated)
-        everything = self._recovered(run, self._zero, np.ones(len(self.role), bool))
-        return CurvePoint(
-            **vars(everything), l0=l0, generated=generated if self.generated.any() else None
-        )
 
     def _over(self, run: str, where: npt.NDArray[np.bool_]) -> TokensRecovered:
         ce, best, worst = (

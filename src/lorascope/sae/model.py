@@ -209,7 +209,7 @@ class SAE:
         if not (ratios > 0).all():
             raise ArtifactError(
                 f"{int((ratios <= 0).sum())} of {self.d_sae} latents have no threshold above 0, so "
-                "the SAE cannot be moved to another sparsity; leave out --curve"
+                "the SAE cannot be moved to another sparsity; give one whose thresholds are"
             )
         if len(rows) > CALIBRATION_ROWS:
             rows = rows[np.linspace(0, len(rows) - 1, CALIBRATION_ROWS).astype(np.int64)]
