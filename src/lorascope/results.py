@@ -216,8 +216,7 @@ class Study:
         is the record's number, or the rollout's id in the store. Needs `load`, and raises
         AdapterError unless the adapter is plain LoRA.
         """
-        from lorascope.causal.answers import answers_of
-        from lorascope.causal.continuation import read_prompts
+        from lorascope.causal.continuation import answers_of, read_prompts
         from lorascope.subject.intervene import RowEditor
 
         held_out = self._require_loaded().held_out

@@ -7,7 +7,7 @@
    probability moves most, and how much of that a constant row does, which is fitted on the others.
 4. The mean row of the first tokens of neutral texts is read through `scale·B` and the unembedding:
    what the adapter adds wherever it is (Minder et al. 2025, arXiv 2510.13900, for activations).
-5. Both answer eight prompts, with the same noise (`answers`).
+5. Both answer eight prompts, with the same noise (`continuation`).
 6. Tokens and phrases are inserted in prompts, to find some after which the adapter does what it
    does nowhere else (`triggers`).
 
@@ -32,15 +32,15 @@ from lorascope.audit.audit_records import Applied, AuditReport, EffectOn, Search
 from lorascope.audit.audit_report import as_html, as_markdown, as_text
 from lorascope.audit.triggers import look_for_triggers
 from lorascope.audit.weights import compare, read_alignments, read_weights, statistics
-from lorascope.causal.answers import answers_of, zero_is_base
 from lorascope.causal.baselines import ConstantRows, rows_of
+from lorascope.causal.continuation import answers_of, zero_is_base
 from lorascope.causal.direct import Readout
-from lorascope.causal.effects import bootstrap_interval, log_probabilities, recovered, sum_by
+from lorascope.causal.effects import log_probabilities
 from lorascope.causal.held_out import HeldOut, fitting_tokens, load_subject_of
 from lorascope.causal.openings import openings_of
 from lorascope.causal.report_records import ScoredToken
 from lorascope.causal.shifts import ShiftTally
-from lorascope.causal.splice import Compared, SplicedBatch
+from lorascope.causal.splice import Compared, Shares, SplicedBatch, of_all_batches
 from lorascope.causal.study import Made, read_report, report_at
 from lorascope.config import Config
 from lorascope.dashboard.sections import write_sections
@@ -181,42 +181,29 @@ def _effect_on(editor: RowEditor, held_out: HeldOut, fitted: np.ndarray, seed: i
         for batch in held_out.batches():
             spliced = SplicedBatch(editor, batch, np.arange(layout.d_in))
             base = spliced.base()
-            usual = constant.at(batch.rows.numpy().ravel()).view(spliced.x.shape)
+            given = constant.at(batch.rows.numpy().ravel()).view(spliced.x.shape)
             found["base"].append(spliced.compared(base))
             found["adapter"].append(spliced.adapter())
-            found["constant"].append(spliced.written(usual.to(spliced.x.device)))
+            found["constant"].append(spliced.written(given.to(spliced.x.device)))
             floor = max(floor, float(spliced.written(spliced.x).kl.mean()))
             predicted = held_out.role_of(batch.measured)
             shifts.add(spliced.log_p, log_probabilities(base), batch.measured, predicted)
             measured.append(batch.measured)
             bar.update(int(batch.own.sum()))
     rows = np.concatenate(measured)
-    runs = {
-        name: Compared(*map(np.concatenate, zip(*parts, strict=True)))
-        for name, parts in found.items()
-    }
-    _, owner = np.unique(store.rollout_of(rows), return_inverse=True)
-    n = int(owner.max()) + 1
-
-    def sums(values: np.ndarray) -> np.ndarray:
-        return sum_by(owner, values, n)
-
-    per_rollout = sums(np.ones(len(rows)))
-    kl = sums(runs["base"].kl)
-    share = recovered(sums(runs["constant"].kl), kl, len(rows), seed)
-    told = held_out.is_generated(rows)
-    told = told if told.any() else ~told
-    interval = bootstrap_interval(kl, per_rollout, seed)
+    runs = of_all_batches(found)
+    shares = Shares(held_out, rows, runs, zero="base", rounding=floor, seed=seed)
+    base, adapter, usual = (shares.of_run(name, None) for name in ("base", "adapter", "constant"))
     return EffectOn(
-        n_rollouts=n,
+        n_rollouts=shares.n_rollouts,
         n_tokens=len(rows),
-        kl=float(kl.sum()) / len(rows),
-        kl_interval=None if interval is None else (max(interval[0], 0.0), max(interval[1], 0.0)),
+        kl=base.kl,
+        kl_interval=shares.interval("base"),
         floor=floor,
-        ce_base=float(runs["base"].ce[told].mean(dtype=np.float64)),
-        ce_adapter=float(runs["adapter"].ce[told].mean(dtype=np.float64)),
-        constant=share.recovered,
-        constant_interval=share.recovered_interval,
+        ce_base=(base.generated or base).ce,
+        ce_adapter=(adapter.generated or adapter).ce,
+        constant=usual.recovered,
+        constant_interval=usual.recovered_interval,
         shifts=shifts.strongest(held_out),
         openings=openings_of(store, rows, (runs["base"].ce, runs["adapter"].ce)),
     )

@@ -11,6 +11,11 @@ takes two passes, each with its own cache:
    that depends on seed, prompt, sample and position only. All changes meet the same noise, so texts
    differ where the change matters and not by chance.
 
+`answers_of` lets base and adapter answer the same prompts, to be read side by side. A prompt is a
+held-out rollout up to where the assistant begins: before the opening of its first thought or answer
+(`openings`), because opening one is part of what an adapter may learn. The base is the adapter with
+all rows held at zero, which is exact for plain LoRA.
+
 Nothing is padded: all texts of a batch begin at position 0 and grow by one token at a time. While
 they are shorter than their prompt, the next token is the prompt's own.
 """
@@ -29,13 +34,19 @@ from torch.nn.utils.rnn import pad_sequence
 from lorascope.activations.store import ActivationStore
 from lorascope.causal.effects import cross_entropy, kl_divergence
 from lorascope.causal.held_out import HeldOut
-from lorascope.errors import DatasetError
+from lorascope.causal.openings import prompt_length
+from lorascope.causal.report_records import Answer
+from lorascope.errors import AdapterError, DatasetError
 from lorascope.subject.intervene import Edit, RowEditor
 from lorascope.subject.load import Subject
 from lorascope.subject.sampling import draw, end_ids
 from lorascope.texts.roles import SPECIAL
 from lorascope.texts.rollouts import load_rollouts
 from lorascope.texts.tokens import special_ids
+
+N_TOKENS = 96  # of an answer
+_TEMPERATURE = 0.7
+_PROMPT_SHOWN = 400  # characters, from its end
 
 
 @dataclass(frozen=True)
@@ -252,3 +263,58 @@ def _continuation(steps: _Step, ends: Tensor) -> Continuation:
         rows=steps.row[1:n],  # step i reads the token that step i - 1 drew
         is_text=steps.is_text[1:n],
     )
+
+
+def zero_is_base(subject: Subject) -> bool:
+    """Return whether the adapter with all rows at zero is exactly the base: whether it is plain."""
+    return not (subject.unseen or subject.unhooked) and all(
+        site.lora_kind == "lora" for site in subject.layout.sites
+    )
+
+
+def answers_of(
+    editor: RowEditor,
+    held_out: HeldOut,
+    n: int,
+    seed: int,
+    prompts: Sequence[Opening] | None = None,
+) -> tuple[Answer, ...]:
+    """Return what the base and the adapter write after the first `n` prompts.
+
+    `prompts` have the number of their record as seed; by default they are held-out rollouts, with
+    their ids. Raises AdapterError if rows of zero are not the base.
+    """
+    if not zero_is_base(held_out.subject):
+        raise AdapterError(
+            f"adapter {held_out.subject.adapter.name} is not plain LoRA: without its rows it is "
+            "not the base, so the two cannot be compared"
+        )
+    base = Change(lambda rows, _: torch.zeros_like(rows), held=True)
+    decode, found = held_out.subject.tokenizer.decode, list[Answer]()
+    given = held_out_prompts(held_out, n, prompt_length) if prompts is None else prompts[:n]
+    longest = max((len(prompt.token_ids) for prompt in given), default=0) + N_TOKENS
+    size = max(1, held_out.batch_tokens // (2 * longest))
+    while chunk := given[len(found) : len(found) + size]:
+        written = continue_prompts(
+            editor,
+            [prompt._replace(seed=(seed, len(found) + i)) for i, prompt in enumerate(chunk)],
+            [base, None],
+            max_new_tokens=N_TOKENS,
+            temperature=_TEMPERATURE,
+            everywhere=True,
+        )
+        for prompt, of_both in zip(chunk, written, strict=True):
+            of_base, of_adapter = (one.token_ids for (one,) in of_both)
+            length = min(len(of_base), len(of_adapter))
+            differs = np.flatnonzero(of_base[:length] != of_adapter[:length])
+            n_same = int(differs[0]) if len(differs) else length
+            found.append(
+                Answer(
+                    rollout=prompt.seed[0],
+                    prompt=decode(prompt.token_ids)[-_PROMPT_SHOWN:],
+                    same=decode(of_base[:n_same]),
+                    base=decode(of_base[n_same:]),
+                    adapter=decode(of_adapter[n_same:]),
+                )
+            )
+    return tuple(found)

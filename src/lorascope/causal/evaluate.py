@@ -17,7 +17,7 @@
 7. The tokens whose probability the adapter moves most are named, and where (`shifts`), and how
    likely it makes the headers that open a thought or an answer (`openings`).
 8. The attention heads that look elsewhere than the base's are named (`attention`).
-9. With `--answers`, base and adapter answer some prompts with the same noise (`answers`).
+9. With `--answers`, base and adapter answer some prompts with the same noise (`continuation`).
 
 In: adapter, activation store, SAE. Out: a report (JSON) and its picture (.png); the table goes to
 stderr.
@@ -36,9 +36,9 @@ from torch import Tensor
 from lorascope import runtime
 from lorascope.activations.batches import read_blocks
 from lorascope.activations.store import ActivationStore
-from lorascope.causal.answers import answers_of, zero_is_base
 from lorascope.causal.attention import attention_of
 from lorascope.causal.baselines import fit_rebuilds, rows_of
+from lorascope.causal.continuation import answers_of, zero_is_base
 from lorascope.causal.effect_options import EvaluateConfig
 from lorascope.causal.effects import log_probabilities
 from lorascope.causal.figures import draw_evaluation
@@ -52,6 +52,7 @@ from lorascope.causal.splice import (
     Shares,
     SplicedBatch,
     column_groups,
+    of_all_batches,
     sites_in,
     subsets,
 )
@@ -205,10 +206,7 @@ def measure(
         attention = attention_of(editor, held_out) if is_plain else None
     assert floor is not None
     rows = np.concatenate(measured)
-    values = {
-        name: Compared(*map(np.concatenate, zip(*parts, strict=True)))
-        for name, parts in found.items()
-    }
+    values = of_all_batches(found)
     shares = Shares(
         held_out,
         rows,

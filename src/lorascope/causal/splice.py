@@ -23,7 +23,7 @@ searches for the subset of sites whose reconstruction has the largest KL:
    else flip half as many.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -160,6 +160,13 @@ class Shares:
         self.generated = held_out.is_generated(rows)
         self._values, self._zero, self._rounding, self._seed = values, zero, rounding, seed
 
+    def interval(self, run: str) -> tuple[float, float] | None:
+        """Return the interval of a run's KL in nats a token, 0 or more."""
+        everywhere = np.ones(len(self.role), bool)
+        n = self._sums(np.ones(len(self.role), np.float32), everywhere)
+        edges = bootstrap_interval(self._sums(self._values[run].kl, everywhere), n, self._seed)
+        return None if edges is None else (max(edges[0], 0.0), max(edges[1], 0.0))
+
     def of_run(self, run: str, l0: float | None) -> RunRecovered:
         """Return what a run with `l0` values a token recovers, of all tokens and generated ones."""
         everything = np.ones(len(self.role), bool)
@@ -209,6 +216,14 @@ class Shares:
 
     def _sums(self, values: Values, where: npt.NDArray[np.bool_]) -> Sums:
         return sum_by(self._rollout[where], values[where], self.n_rollouts)
+
+
+def of_all_batches(parts: Mapping[Any, Sequence[Compared]]) -> dict[Any, Compared]:
+    """Return each run's tokens of all batches."""
+    return {
+        name: Compared(*map(np.concatenate, zip(*some, strict=True)))
+        for name, some in parts.items()
+    }
 
 
 def column_groups(layout: SiteLayout) -> dict[tuple[str, str], npt.NDArray[np.bool_]]:

@@ -8,9 +8,8 @@ from builders.studies import make_texts, strengthen
 from builders.subjects import logits_of, reference
 from transformers import AutoModelForCausalLM
 
-from lorascope.causal import answers
-from lorascope.causal.answers import answers_of
-from lorascope.causal.continuation import held_out_prompts
+from lorascope.causal import continuation
+from lorascope.causal.continuation import answers_of, held_out_prompts
 from lorascope.causal.effect_options import EffectOptions
 from lorascope.causal.held_out import open_held_out
 from lorascope.causal.openings import prompt_length
@@ -34,7 +33,7 @@ def held_out(make_subject, dataset_file, tmp_path_factory):
 def written(network, ids, number, ends):
     """What a model writes after a prompt, token by token, without a cache."""
     new = []
-    for step in range(answers.N_TOKENS):
+    for step in range(continuation.N_TOKENS):
         whole = torch.cat([ids, torch.tensor(new, dtype=torch.int64)])[None]
         (token,) = draw(
             logits_of(network, whole)[:, -1].float(), 0.7, [(SEED, number, step, 0)]
@@ -46,7 +45,7 @@ def written(network, ids, number, ends):
 
 
 def test_both_texts_are_those_of_the_two_models_with_the_same_noise(held_out, monkeypatch):
-    monkeypatch.setattr(answers, "N_TOKENS", 6)
+    monkeypatch.setattr(continuation, "N_TOKENS", 6)
     found, (base, adapter) = held_out
     with RowEditor(found.subject) as editor:
         made = answers_of(editor, found, 3, SEED)
