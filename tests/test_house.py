@@ -6,8 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+from beartype.roar import BeartypeCallHintViolation
+from jaxtyping import TypeCheckError
+
 import lorascope
 from lorascope.cli import COMMANDS
+from lorascope.config import flag_of
+from lorascope.sae.metrics import stability
 
 ROOT = Path(lorascope.__file__).parent
 ORDER = (
@@ -251,3 +258,10 @@ def test_every_test_that_the_documents_name_exists():
         if not (root / file).exists() or f"def {name}(" not in (root / file).read_text()
     ]
     assert missing == []
+
+
+def test_the_test_run_checks_types_and_shapes():
+    with pytest.raises(BeartypeCallHintViolation, match="violates type hint"):
+        flag_of(3)
+    with pytest.raises(TypeCheckError, match="d_in=2"):
+        stability(torch.ones(3, 2), [torch.ones(3, 4)])
