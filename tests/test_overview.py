@@ -155,6 +155,12 @@ def test_the_report_of_a_folder_is_made_once_and_read_back(tmp_path: Path) -> No
     )
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert verify(tmp_path / "report.md") == []
+    old = re.sub(r'"lorascope-sha256:\w+"', "null", text)  # as before reports had a checksum
+    (tmp_path / "old.md").write_text(old, encoding="utf-8")
+    assert re.fullmatch(
+        "old.md has no seal: it is damaged, or an older lorascope made it; make it again",
+        *verify(tmp_path / "old.md"),
+    )
     assert text.startswith("# What the adapter learned")
     before = out.read_bytes()
     run(ReportConfig(input=tmp_path / "features.h5"))

@@ -255,11 +255,11 @@ def check_files(path: Path) -> list[str]:
     """
     if not path.is_dir():
         changed = check_seal(path)
-        return [changed] if changed else []
+        return [f"{changed}; make it again"] if changed else []
     changed = check_seal(path / MANIFEST)
     manifest = read_manifest(path)
     if changed or manifest is None:
-        return [changed or f"{MANIFEST} is no manifest of lorascope"]
+        return [f"{changed or f'{MANIFEST} is no manifest of lorascope'}; make it again"]
     broken: list[str] = []
     folders: set[str] = set()
     for name, known in manifest.files.items():
