@@ -165,6 +165,8 @@ def test_the_first_five_broken_records_are_named_in_one_warning(tmp_path, caplog
         ("a.csv", b"id,id\n1,2\n", "two columns 'id'"),
         ("a.json", b"3", "is not a list of JSON objects"),
         ("a.json", b'{"a": [1], "b": [2]}', "is not a list of JSON objects"),
+        ("a.json", b'{"messages": [{"role": "user", "content": "a"}]}', "is not a list of JSON"),
+        ("a.json", b'{"turns": [{"from": "human", "value": "a"}]}', "is not a list of JSON"),
         (
             "a.json",
             b"[1, 2]",

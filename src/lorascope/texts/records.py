@@ -254,12 +254,19 @@ def _json(path: Path, file: Iterable[bytes]) -> Iterator[Row]:
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"{path} is not JSON: {first_line(error)}") from error
     if isinstance(data, dict):
-        lists = [value for value in data.values() if isinstance(value, list)]
-        data = lists[0] if len(lists) == 1 else data
+        lists = [name for name, value in data.items() if isinstance(value, list)]
+        if len(lists) == 1 and not _holds_messages(data[lists[0]]):
+            log.info("the records of %s are its list %r", path, lists[0])
+            data = data[lists[0]]
     if not isinstance(data, list):
         raise DatasetError(f"{path} is not a list of JSON objects; give one object per rollout")
     for value in data:
         yield None, _object(value)
+
+
+def _holds_messages(value: list[Any]) -> bool:
+    """Return whether a list is a conversation, which makes what it is in one record."""
+    return any(isinstance(one, dict) and {"role", "from"} & one.keys() for one in value)
 
 
 def _table(path: Path, file: Iterable[bytes], delimiter: str) -> Iterator[Row]:
