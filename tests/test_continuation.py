@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from builders.studies import each_column, make_texts, strengthen
-from builders.subjects import N_TERMS, load, save_adapter
+from builders.subjects import N_TERMS, load, save_adapter, save_rotary
 from builders.tolerance import assert_same_up_to_rounding, kl_rounding, rounding
 
 from lorascope.activations.store import ActivationStore
@@ -63,9 +63,23 @@ def test_a_change_of_nothing_is_no_change_to_the_bit(subject):
         assert pushed.kl.max() > 0
 
 
+@pytest.fixture(scope="module", params=["Qwen2", "Mamba", "RecurrentGemma"])
+def any_subject(request, subject, tokenizer_dir, tmp_path_factory):
+    """The tiny subject, and some whose models keep what they have read in no cache of layers."""
+    if request.param == "Qwen2":
+        return subject
+    folder, targets = tmp_path_factory.mktemp(request.param), {"Mamba": "in_proj"}
+    config = {"intermediate_size": 96, "num_hidden_layers": 3, "initializer_range": 0.1}
+    base = save_rotary(tokenizer_dir, folder / "base", request.param, **config)
+    target = targets.get(request.param, "linear_x")
+    save_adapter(base, folder / "adapter", r=4, target_modules=[target])
+    return load(folder / "adapter", base)
+
+
 @torch.inference_mode()
-def test_token_by_token_is_one_pass_over_the_whole_text(subject):
+def test_token_by_token_is_one_pass_over_the_whole_text(any_subject):
     """KL, surprise and rows of a changed text, by two plain passes without a cache."""
+    subject = any_subject
     ((one,),) = written(subject, [push(2.0)], temperature=1.0)
     whole = torch.cat([PROMPT, torch.from_numpy(one.token_ids)])[None]
     where = torch.zeros(1, whole.shape[1], 1)

@@ -1,7 +1,7 @@
 """Let the subject continue prompts while its rows are changed, several changes in one batch.
 
 A feature's value at a token depends on the token's whole row, late layers included. So every token
-takes two passes, each with its own cache:
+takes two passes, each with its own cache (a model without one reads the text again each time):
 
 1. The *clean* pass reads the text so far with the unchanged adapter. Its rows are those that a
    store would hold for this text.
@@ -177,7 +177,8 @@ def continue_prompts(
         active = (torch.arange(n_read, n) >= length[:, None] - 1) | everywhere
         edit = _combined_edit(changes, clean.rows, text_mask[:, n_read:], active)
         changed = editor.run(ids[:, n_read:], edit, cache=caches[1])
-        caches, n_read = [clean.cache, changed.cache], n
+        caches = [clean.cache, changed.cache]
+        n_read = n if None not in caches else 0
         p, q = clean.logits[:, -1].float(), changed.logits[:, -1].float()
         written = (n - length).clamp(min=0).tolist()
         seeds = [(*copied[i].seed, step, i % samples) for i, step in enumerate(written)]
