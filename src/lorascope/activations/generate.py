@@ -15,7 +15,7 @@ In: adapter, base model, dataset. Out: an activation store (a folder).
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from lorascope import runtime
 from lorascope.activations.shards import VOCABULARY, Vocabulary, count_rows, write_shard
@@ -166,31 +167,33 @@ def make_store(
 
     `own_forward` is that of `RowReader`; None checks the rows first. Returns the one that was used.
     """
-    shards = _Shards(config, subject, corpus, build, own_forward)
-    _require_space(config, shards.layout, corpus, build.out)
+    available = subject.layout.adapter_types
+    types = parse_adapter_types(config.adapter_types, available) or available
+    layout, columns = subject.layout.select(types)
+    _require_space(config, layout, corpus, build.out)
     log.info(
         "%d rollouts, %d tokens, %d columns (%s) of %s, base %s, on %s in %s",
         len(corpus.rollouts),
         corpus.n_tokens,
-        shards.layout.d_in,
-        shards.layout.initials,
+        layout.d_in,
+        layout.initials,
         subject.adapter.name,
         subject.base.name,
         subject.device,
         str(subject.dtype).removeprefix("torch."),
     )
-    shards.make()
+    n_rows, used = _make_shards(config, subject, corpus, build.path, columns, own_forward)
     if runtime.process_rank() > 0:
-        return shards.own_forward
+        return used
     with uploaded(build.path / VOCABULARY) as file:
         _vocabulary(subject).save(file)
     with uploaded(build.path / "tokenizer") as folder:
         _save_tokenizer(subject.tokenizer, folder)
     files = [*build.path.glob("*.h5"), *(build.path / "tokenizer").rglob("*")]
     names = [file.relative_to(build.path).as_posix() for file in files if file.is_file()]
-    manifest = identity.manifest(shards.layout, _content(config, subject, corpus, shards))
-    build.publish_directory(manifest, names)
-    return shards.own_forward
+    content = _content(config, subject, corpus, layout, n_rows)
+    build.publish_directory(identity.manifest(layout, content), names)
+    return used
 
 
 def load_corpus(config: SubjectOptions, tokenizer: Any) -> tuple[list[Rollout], dict[str, int]]:
@@ -259,110 +262,98 @@ def digest_rollouts(rollouts: list[Rollout]) -> str:
     return digest.hexdigest()
 
 
-class _Shards:
-    """Makes this process's share of a store's shards."""
+def _make_shards(
+    config: GenerateConfig,
+    subject: "Subject",
+    corpus: Corpus,
+    folder: Path,
+    columns: npt.NDArray[np.int64],
+    own_forward: bool | None,
+) -> tuple[int, bool]:
+    """Make shards until all exist, whichever process made them.
 
-    def __init__(
-        self,
-        config: GenerateConfig,
-        subject: "Subject",
-        corpus: Corpus,
-        build: Build,
-        own_forward: bool | None,
-    ) -> None:
-        self.config, self.subject, self.corpus, self.build = config, subject, corpus, build
-        available = subject.layout.adapter_types
-        types = parse_adapter_types(config.adapter_types, available) or available
-        self.layout, self.columns = subject.layout.select(types)
-        n_work_units = -(-len(corpus.rollouts) // ROLLOUTS_PER_SHARD)
-        self.paths = [build.path / f"shard-{i:05d}.h5" for i in range(n_work_units)]
-        self.is_checked, self.own_forward = own_forward is not None, own_forward is not False
-        self.n_rows = 0  # rows in finished shards
-        self._capture: Capture | None = None
-        self._writing: list[Future[None]] = []
+    Returns the number of rows, which rank 0 counts, and the `own_forward` that was used.
+    """
+    from lorascope.activations.capture import Capture
+    from lorascope.subject.hooks import RowReader
 
-    def make(self) -> None:
-        """Make shards until all exist, whichever process made them."""
-        from lorascope.subject.hooks import RowReader
+    n_work_units = -(-len(corpus.rollouts) // ROLLOUTS_PER_SHARD)
+    paths = [folder / f"shard-{i:05d}.h5" for i in range(n_work_units)]
+    bar = runtime.progress(_n_expected(config, corpus.n_tokens), "generate", "tokens")
+    n_rows, capture = 0, None
+    writing: list[Future[None]] = []
 
-        expected = _n_expected(self.config, self.corpus.n_tokens)
-        bar = runtime.progress(expected, "generate", "tokens")
+    def count(work_unit: int) -> None:
+        nonlocal n_rows
+        if runtime.process_rank() > 0:
+            return  # only rank 0 counts, and it may rename the folder at any moment
+        n = count_rows(paths[work_unit])
+        n_rows += n
+        bar.update(n)
 
-        def count(work_unit: int) -> None:
-            if runtime.process_rank() > 0:
-                return  # only rank 0 counts, and it may rename the folder at any moment
-            n_rows = count_rows(self.paths[work_unit])
-            self.n_rows += n_rows
-            bar.update(n_rows)
-
-        own = RowReader(self.subject, own_forward=self.own_forward)
-        with own as reader, bar, ThreadPoolExecutor(1) as writer:
-            is_remote = isinstance(self.build.path, RemotePath)
-            locks = None if is_remote else self.build.path / ".claims"
-            for claim in runtime.claim_work_units(self.paths, locks, count, self._raise_failed):
-                with _errors_with_rank(claim.work_unit):
-                    rollouts = self._rollouts(claim.work_unit)
-                    capture = self._open(reader, rollouts)
-                    pending = capture.run(rollouts)
-                while len(self._writing) >= _IN_FLIGHT:
-                    self._writing.pop(0).result()
-                self._writing.append(writer.submit(self._write, pending, claim))
-
-    def _raise_failed(self) -> None:
-        """Raise the error of a shard that could not be written."""
-        for future in [future for future in self._writing if future.done()]:
+    def raise_failed() -> None:
+        for future in [future for future in writing if future.done()]:
             future.result()
-            self._writing.remove(future)
+            writing.remove(future)
 
-    def _rollouts(self, work_unit: int) -> list[Rollout]:
-        first = work_unit * ROLLOUTS_PER_SHARD
-        prompts = self.corpus.rollouts[first : first + ROLLOUTS_PER_SHARD]
-        if self.config.sample is None:
-            return prompts
-        from lorascope.subject.sampling import sample_rollouts
+    own = RowReader(subject, own_forward=own_forward is not False)
+    with own as reader, bar, ThreadPoolExecutor(1) as writer:
+        locks = None if isinstance(folder, RemotePath) else folder / ".claims"
+        for claim in runtime.claim_work_units(paths, locks, count, raise_failed):
+            with _errors_with_rank(claim.work_unit):
+                rollouts = _rollouts(config, subject, corpus, claim.work_unit)
+                if capture is None:
+                    capture = Capture(
+                        reader,
+                        columns,
+                        store_dtype=config.store_dtype,
+                        batch_tokens=config.batch_tokens,
+                        longest=corpus.longest,
+                    )
+                    if own_forward is None:
+                        middle = sorted(rollouts, key=lambda rollout: len(rollout.token_ids))
+                        capture.check(middle[len(middle) // 2])
+                        capture.check_neighbours(rollouts)
+                pending = capture.run(rollouts)
+            while len(writing) >= _IN_FLIGHT:
+                writing.pop(0).result()
+            path = paths[claim.work_unit]
+            writing.append(writer.submit(_write, path, capture, pending, claim))
+    return n_rows, reader.own_forward
 
-        return sample_rollouts(
-            self.subject,
-            prompts,
-            max_new_tokens=self.config.max_new_tokens,
-            temperature=self.config.temperature,
-            seed=(self.config.sample_seed, work_unit),
-        )
 
-    def _open(self, reader: Any, rollouts: Sequence[Rollout]) -> "Capture":
-        """Return the capture. The first time, check its rows unless that was done before."""
-        if self._capture is None:
-            from lorascope.activations.capture import Capture
+def _rollouts(
+    config: GenerateConfig, subject: "Subject", corpus: Corpus, work_unit: int
+) -> list[Rollout]:
+    """Return the rollouts of a work unit, which the model generates first with `sample`."""
+    first = work_unit * ROLLOUTS_PER_SHARD
+    prompts = corpus.rollouts[first : first + ROLLOUTS_PER_SHARD]
+    if config.sample is None:
+        return prompts
+    from lorascope.subject.sampling import sample_rollouts
 
-            self._capture = Capture(
-                reader,
-                self.columns,
-                store_dtype=self.config.store_dtype,
-                batch_tokens=self.config.batch_tokens,
-                longest=self.corpus.longest,
+    return sample_rollouts(
+        subject,
+        prompts,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        seed=(config.sample_seed, work_unit),
+    )
+
+
+def _write(path: Path, capture: "Capture", pending: "Pending", claim: runtime.Claim) -> None:
+    with _errors_with_rank(claim.work_unit):
+        rows, rollouts = capture.finish(pending), pending.rollouts
+        with replacing(path) as temporary:
+            write_shard(
+                temporary,
+                rows,
+                np.concatenate([rollout.token_ids for rollout in rollouts]),
+                np.concatenate([rollout.roles for rollout in rollouts]),
+                [len(rollout.token_ids) for rollout in rollouts],
+                [rollout.id for rollout in rollouts],
             )
-            if not self.is_checked:
-                middle = sorted(rollouts, key=lambda rollout: len(rollout.token_ids))
-                self._capture.check(middle[len(middle) // 2])
-                self._capture.check_neighbours(rollouts)
-                self.own_forward = reader.own_forward
-        return self._capture
-
-    def _write(self, pending: "Pending", claim: runtime.Claim) -> None:
-        assert self._capture is not None, "it computed the rows"
-        with _errors_with_rank(claim.work_unit):
-            rows = self._capture.finish(pending)
-            rollouts = pending.rollouts
-            with replacing(self.paths[claim.work_unit]) as temporary:
-                write_shard(
-                    temporary,
-                    rows,
-                    np.concatenate([rollout.token_ids for rollout in rollouts]),
-                    np.concatenate([rollout.roles for rollout in rollouts]),
-                    [len(rollout.token_ids) for rollout in rollouts],
-                    [rollout.id for rollout in rollouts],
-                )
-        claim.release()
+    claim.release()
 
 
 @contextmanager
@@ -392,7 +383,7 @@ def _require_space(config: GenerateConfig, layout: SiteLayout, corpus: Corpus, o
 
 
 def _content(
-    config: GenerateConfig, subject: "Subject", corpus: Corpus, shards: _Shards
+    config: GenerateConfig, subject: "Subject", corpus: Corpus, layout: SiteLayout, n_rows: int
 ) -> dict[str, Any]:
     """Return what the manifest says about the store, besides its settings."""
     from lorascope.subject.base import other_base
@@ -403,10 +394,10 @@ def _content(
         named = Path(named).name
     dataset = Path(config.dataset)
     return {
-        "n_rows": shards.n_rows,
+        "n_rows": n_rows,
         "n_rollouts": len(corpus.rollouts),
-        "d_in": shards.layout.d_in,
-        "adapter_types": list(shards.layout.adapter_types),
+        "d_in": layout.d_in,
+        "adapter_types": list(layout.adapter_types),
         "roles": list(ROLES),
         "store_dtype": config.store_dtype,
         "compute_dtype": str(subject.dtype).removeprefix("torch."),
