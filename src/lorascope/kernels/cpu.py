@@ -105,7 +105,8 @@ def best_of_rows(scores: Float[Tensor, "batch latent"], k: int) -> Best:
     k = min(k, scores.shape[1])
     if len(scores) == 0 or k == 0:
         return Best(torch.zeros(0, dtype=torch.int64), scores.new_zeros(0), 0.0)
-    bound = row_bounds(scores, k).clamp_(min=_smallest_positive(scores))
+    number = torch.finfo(scores.dtype)
+    bound = row_bounds(scores, k).clamp_(min=number.tiny * number.eps)  # the smallest above 0
     indices = indices_reaching(scores, bound)
     values = scores.view(-1)[indices]
     kept = keep_best_of_rows(indices, values, scores.shape, k)[0]
@@ -155,12 +156,6 @@ def part_maxima(scores: Tensor, wanted: int, dim: int) -> Tensor:
     n = width // size
     body, rest = scores.split([size * n, width - size * n], dim)
     return torch.cat([body.unflatten(dim, (size, n)).amax(dim), rest], dim)
-
-
-def _smallest_positive(scores: Tensor) -> float:
-    """Return the smallest positive number of the scores' dtype."""
-    info = torch.finfo(scores.dtype)
-    return info.tiny * info.eps
 
 
 def indices_above(scores: Float[Tensor, "batch latent"], bound: Float[Tensor, "latent"]) -> Best:

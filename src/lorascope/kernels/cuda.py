@@ -143,7 +143,8 @@ def gather_sum(
     columns = triton.cdiv(d, shape["WIDTH"])
     source = (values.contiguous(), index.contiguous(), offsets.contiguous(), table.contiguous())
     starts = torch.arange(1, -(-n_pairs // _PIECE), device=index.device) * _PIECE
-    pieces = torch.empty(len(starts), d, dtype=_wide(values.dtype), device=out.device)
+    wide = torch.promote_types(values.dtype, torch.float32)
+    pieces = torch.empty(len(starts), d, dtype=wide, device=out.device)
     with torch.cuda.device_of(values):
         if len(starts):
             cut_bags = torch.searchsorted(offsets, starts, right=True) - 1
@@ -306,7 +307,3 @@ def _area(d: int, dtype: torch.dtype) -> dict[str, Any]:
     width = min(triton.next_power_of_2(d), 512)
     wide = tl.float64 if dtype == torch.float64 else tl.float32
     return {"PAIRS": max(_AREA // width, 1), "WIDTH": width, "WIDE": wide}
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

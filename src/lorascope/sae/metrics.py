@@ -5,6 +5,7 @@ taken in float64, column by column; a ratio is formed once, from whole sums, nev
 rows or batches. `docs/metrics.md` gives every formula.
 """
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,13 +43,10 @@ class ColumnMoments:
     @classmethod
     def from_blocks(cls, blocks: Iterable[Float[Tensor, "_ d_in"]]) -> "ColumnMoments":
         """Sum up blocks of rows. Raises ArtifactError when there is no row."""
-        total: ColumnMoments | None = None
-        for block in blocks:
-            if len(block):
-                total = total.merge(cls.from_block(block)) if total else cls.from_block(block)
-        if total is None:
+        parts = [cls.from_block(block) for block in blocks if len(block)]
+        if not parts:
             raise ArtifactError("there are no rows to measure; generate more")
-        return total
+        return functools.reduce(cls.merge, parts)
 
     @classmethod
     def from_block(cls, block: Float[Tensor, "batch d_in"]) -> "ColumnMoments":

@@ -131,18 +131,12 @@ def write_table(output: Path, members: Members) -> Path:
         return path  # rank 0 may still be publishing
     rows = []
     for out, (member, _) in members.items():
-        manifest = read_manifest(out)
-        assert manifest is not None, "it was just published"
-        content = manifest.content
-        report = content["report"]
+        content = published_content(out)
         cosines = content.get("stability")
         row = SweepRow(
             sae=out.name,
             **member.settings(),
-            fvu=report["fvu"],
-            l0=report["l0"],
-            alive=report["alive"],
-            cosine=report["cosine"],
+            **{name: content["report"][name] for name in ("fvu", "l0", "alive", "cosine")},
             stability=float(np.median(cosines)) if cosines else None,
         )
         rows.append(to_json(row))
@@ -153,11 +147,11 @@ def write_table(output: Path, members: Members) -> Path:
     return path
 
 
-def published_report(out: Path) -> dict[str, Any]:
-    """Return the report of a published SAE."""
+def published_content(out: Path) -> dict[str, Any]:
+    """Return the content of a published SAE's manifest."""
     manifest = read_manifest(out)
     assert manifest is not None, "it was just published"
-    return manifest.content["report"]
+    return manifest.content
 
 
 def log_report(run: TrainingRun, member: SweepMember, report: Mapping[str, Any]) -> None:

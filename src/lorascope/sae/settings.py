@@ -251,13 +251,8 @@ class SweepMember:
 
     def settings(self) -> dict[str, Any]:
         """Return the member's options as the artifact records them."""
-        lr = self.lr if self.lr == "auto" else float(self.lr)
-        return {
-            "k": self.k,
-            "expansion_factor": self.expansion_factor,
-            "lr": lr,
-            "seed": self.seed,
-        }
+        values = {name: getattr(self, name) for name in _IN_LISTS}
+        return values | {"lr": self.lr if self.lr == "auto" else float(self.lr)}
 
     def path(self, output: Path) -> Path:
         """Return where this SAE is written: for the output `sae.pt`, `sae_k8_seed1.pt`."""

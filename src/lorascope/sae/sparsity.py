@@ -92,7 +92,7 @@ def calibrate_threshold(
     n_rows = 0
     for block in scores():
         n_rows += len(block)
-        upper += _count(_positive_bits(block) >> _HALF, len(upper))
+        upper += torch.bincount(_positive_bits(block) >> _HALF, minlength=len(upper)).cpu()
     if n_rows == 0:
         raise ConfigError("cannot calibrate a threshold: the store has no rows to calibrate on")
     wanted = round(k * n_rows)
@@ -102,7 +102,8 @@ def calibrate_threshold(
     lower = torch.zeros(1 << _HALF, dtype=torch.int64)
     for block in scores():
         bits = _positive_bits(block)
-        lower += _count(bits[(bits >> _HALF) == bin_] & 0xFFFF, len(lower))
+        bits = bits[(bits >> _HALF) == bin_] & 0xFFFF
+        lower += torch.bincount(bits, minlength=len(lower)).cpu()
     low, above_in_bin = _locate(lower, wanted - above)
     bits = (bin_ << _HALF) | low
     n_above, n_equal = above + above_in_bin, int(lower[low])
@@ -114,10 +115,6 @@ def calibrate_threshold(
 def _positive_bits(block: Float32[Tensor, "batch latent"]) -> Tensor:
     flat = block.detach().flatten()
     return flat[flat > 0].view(torch.int32)
-
-
-def _count(bins: Tensor, n_bins: int) -> Tensor:
-    return torch.bincount(bins, minlength=n_bins).cpu()
 
 
 def _locate(counts: Tensor, wanted: int) -> tuple[int, int]:

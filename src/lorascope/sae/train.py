@@ -46,7 +46,7 @@ from lorascope.sae.publish import (
     TrainingRun,
     log_report,
     publish,
-    published_report,
+    published_content,
     write_table,
 )
 from lorascope.sae.settings import SweepMember, TrainConfig, parse_number
@@ -127,7 +127,16 @@ def _train_unfinished(
         # a finished SAE is trained again if another seed needs its decoder for the stability
         settings = {members[out][0].without_seed for out in unfinished}
         needed = {out: pair for out, pair in members.items() if pair[0].without_seed in settings}
-        others = [] if only or device.type != "cpu" else _others(config, plan, needed)
+        others: list[Path] = []
+        if not only and device.type == "cpu":
+            chosen = choose_others(
+                config,
+                [member for member, _ in needed.values()],
+                plan.n_batches(config.epochs or auto_epochs(len(plan.rows))),
+                d_in=store.d_in,
+                n_bytes=0 if plan.loaded is None else plan.loaded.nbytes,
+            )
+            others = [out for out, (member, _) in needed.items() if member in chosen]
         own = {out: pair for out, pair in needed.items() if out not in others}
         with join_team(device) as ranks, ExitStack() as stack:
 
@@ -148,7 +157,7 @@ def _train_unfinished(
                 errors = _train(run, own, builds, ranks)
                 if are_published():
                     for out in others:
-                        log_report(run, members[out][0], published_report(out))
+                        log_report(run, members[out][0], published_content(out)["report"])
                     others.clear()
         if others:
             try:
@@ -158,20 +167,6 @@ def _train_unfinished(
         if errors:
             raise errors[0]
     return output, members
-
-
-def _others(config: TrainConfig, plan: BatchPlan, members: Members) -> list[Path]:
-    """Return the SAEs that a second process should train."""
-    n_steps = plan.n_batches(config.epochs or auto_epochs(len(plan.rows)))
-    n_bytes = 0 if plan.loaded is None else plan.loaded.nbytes
-    chosen = choose_others(
-        config,
-        [member for member, _ in members.values()],
-        n_steps,
-        d_in=plan.store.d_in,
-        n_bytes=n_bytes,
-    )
-    return [out for out, (member, _) in members.items() if member in chosen]
 
 
 def _supported(device: torch.device) -> torch.device:

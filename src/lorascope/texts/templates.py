@@ -15,10 +15,10 @@ What the template itself adds is in no span, except its own system prompt.
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import takewhile
+from os.path import commonprefix
 from typing import Any
 
 from lorascope.errors import DatasetError, first_line
@@ -200,7 +200,7 @@ class Renderer:
             between = self._split_at_marks(json.dumps([chat.messages, []]))[4]
         except (RecordError, IndexError):  # the template takes one question only, or writes nothing
             between = ""
-        end = len(prefix) - _n_common(reversed(prefix), reversed(between))
+        end = len(prefix) - _n_common(prefix[::-1], between[::-1])
         spans, start = [], 0
         for token, after in [*(m.span() for m in self._special.finditer(prefix)), (end, end)]:
             stop = min(token, end)  # two special tokens may end in the same letters
@@ -270,17 +270,16 @@ def _tool_spans(pieces: list[str], without: list[str], marked: _Marked, text: st
             continue
         if piece != plain and (i or marked.parts[0][1] == "system"):
             before = _n_common(piece, plain)
-            after = _n_common(reversed(piece[before:]), reversed(plain[before:]))
+            after = _n_common(piece[before:][::-1], plain[before:][::-1])
             stop = position + len(piece) - after
             spans += stripped_span(text, position + before, stop, "system")
         position += len(piece)
     return spans
 
 
-def _n_common(first: Iterable[str], second: Iterable[str]) -> int:
+def _n_common(first: str, second: str) -> int:
     """Return how many characters two texts begin with in common."""
-    pairs = zip(first, second, strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return len(commonprefix([first, second]))  # noqa: RUF071 (these are no paths)
 
 
 def _search_parts(text: str, marked: _Marked) -> tuple[list[Span], int]:
