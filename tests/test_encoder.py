@@ -5,10 +5,10 @@ from builders.tolerance import assert_same_up_to_rounding, rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorascope.kernels import byte_product, encoder
+from lorascope.kernels import cpu, encoder
 from lorascope.kernels.encoder import Encoder
 
-HAS_BYTES = byte_product.is_faster(torch.device("cpu"), torch.float32)
+HAS_BYTES = cpu.multiplies_bytes(torch.device("cpu"), torch.float32)
 needs_bytes = pytest.mark.skipif(not HAS_BYTES, reason="without instructions for bytes")
 TYPES = [pytest.param("bytes", marks=needs_bytes), "float32"]
 
@@ -16,7 +16,7 @@ TYPES = [pytest.param("bytes", marks=needs_bytes), "float32"]
 def choose(monkeypatch, kind):
     """Take the rough product in a type, whatever this machine would choose."""
     monkeypatch.setattr(encoder, "_FEWEST", 0)
-    monkeypatch.setattr(encoder.byte_product, "is_faster", lambda *_: kind == "bytes")
+    monkeypatch.setattr(cpu, "multiplies_bytes", lambda *_: kind == "bytes")
 
 
 @pytest.fixture(params=TYPES)
@@ -81,7 +81,7 @@ def test_a_score_that_rounding_to_bytes_makes_as_small_as_it_can_is_found(monkey
     choose(monkeypatch, "bytes")
     n = 60
     x = torch.randn(n, d_in, generator=torch.Generator().manual_seed(0))
-    rounded = byte_product.Bytes.rounded(x, signed=True)
+    rounded = cpu.Bytes.rounded(x, signed=True)
     error = x - rounded.numbers * rounded.unit[:, None]
     scores = (x.double() * error.double()).sum(1)
     threshold = (scores - 1e-5 * x.norm(dim=1) * error.norm(dim=1)).float()
@@ -189,7 +189,7 @@ def every_score(encoder, x, n_latents):
 def test_scores_of_any_size_fire_whatever_rounding_did(rough, monkeypatch, size, rows_are_small):
     """Weights are each row's rounding error, so nothing cancels; float32 squares underflow."""
     x = torch.randn(60, 40, generator=torch.Generator().manual_seed(0))
-    rounded = byte_product.Bytes.rounded(x, signed=True)
+    rounded = cpu.Bytes.rounded(x, signed=True)
     errors = [x - rounded.numbers * rounded.unit[:, None], x - x.bfloat16().float()]
     weight = torch.cat([sign * error for error in errors for sign in (1, -1)])
     x = torch.cat([x, x * size])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from builders.tolerance import assert_same_up_to_rounding, rounding
 
-from lorascope.kernels import byte_product, cpu, prefilter
+from lorascope.kernels import cpu, prefilter
 from lorascope.kernels.prefilter import Prefilter
 from lorascope.sae.objective import initial_weights
 from lorascope.sae.sparsity import Rule
@@ -12,7 +12,7 @@ from lorascope.sae.step import Step
 from lorascope.sae.team import Team
 
 needs_bytes = pytest.mark.skipif(
-    not byte_product.is_faster(torch.device("cpu"), torch.float32),
+    not cpu.multiplies_bytes(torch.device("cpu"), torch.float32),
     reason="without instructions for bytes the product is slow and never used",
 )
 KINDS = [
@@ -94,7 +94,7 @@ def test_a_step_with_the_screen_is_the_step_without(monkeypatch):
     for architecture, by_row in (("batchtopk", False), ("batchtopk", True), ("matryoshka", False)):
         grads = []
         for screened in (True, False):
-            monkeypatch.setattr(byte_product, "is_faster", lambda *_, on=screened: on)
+            monkeypatch.setattr(cpu, "multiplies_bytes", lambda *_, on=screened: on)
             weights = initial_weights(x, 512, torch.Generator().manual_seed(1))
             step = Step(Rule(architecture, 8), 16, 0.5, Team())
             for _ in range(2):
@@ -160,12 +160,12 @@ def test_only_float32_on_a_cpu_that_multiplies_bytes_is_screened(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
     for limit in ("AVX2", "avx512_core", "SSE41", "AVX2_VNNI"):
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-        assert not byte_product.is_faster(torch.device("cpu"), torch.float32), limit
+        assert not cpu.multiplies_bytes(torch.device("cpu"), torch.float32), limit
     for limit in ("AVX512_CORE_VNNI", "avx512_core_amx", "ALL", ""):
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-        assert byte_product.is_faster(torch.device("cpu"), torch.float32), limit
-    assert not byte_product.is_faster(torch.device("cpu"), torch.float64)
-    assert not byte_product.is_faster(torch.device("cuda"), torch.float32)
+        assert cpu.multiplies_bytes(torch.device("cpu"), torch.float32), limit
+    assert not cpu.multiplies_bytes(torch.device("cpu"), torch.float64)
+    assert not cpu.multiplies_bytes(torch.device("cuda"), torch.float32)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert not byte_product.is_faster(torch.device("cpu"), torch.float32)
+    assert not cpu.multiplies_bytes(torch.device("cpu"), torch.float32)

@@ -15,7 +15,7 @@ flat indices `row * d_sae + latent` where a latent fires, `k * batch` of them, i
 
 `tests/builders/definitions.py` defines what they mean. `cpu.py` builds them from torch operations.
 `cuda.py` has the same functions with static shapes, so that a whole step can become a CUDA graph.
-Where the CPU multiplies bytes fast, `byte_product.py` comes before the float32 product: in
+Where the CPU multiplies bytes fast, `byte_product` comes before the float32 product: in
 `prefilter.py`, which chooses pairs in training, and in `encoder.py`, which computes codes. Training
 runs on CPU and CUDA only.
 """

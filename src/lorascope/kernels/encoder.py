@@ -25,8 +25,8 @@ from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
 from lorascope import kernels
-from lorascope.kernels import byte_product, cpu
-from lorascope.kernels.byte_product import ROUNDED, WIDEST, Bytes
+from lorascope.kernels import cpu
+from lorascope.kernels.cpu import ROUNDED, WIDEST, Bytes
 
 BLOCK = 1024  # rows in one product
 _ALIGN = 16  # columns are padded to 64 bytes, so that inner products start aligned
@@ -72,7 +72,7 @@ class Encoder:
         self._d_in = d_in
         self._bytes = None
         is_large = self.n_latents >= _FEWEST
-        if is_large and width <= WIDEST and byte_product.is_faster(device, torch.float32):
+        if is_large and width <= WIDEST and cpu.multiplies_bytes(device, torch.float32):
             self._bytes = _ByteScreen(self._weight, b_enc, threshold)
 
     @cached_property
@@ -173,7 +173,7 @@ class _FloatScreen:
 
 
 class _ByteScreen:
-    """Finds the pairs that could fire by a product of bytes (`byte_product.py`).
+    """Finds the pairs that could fire by a product of bytes (`cpu.py`).
 
     With x' and w' the rounded rows, the product is within `|x - x'| |w_j| + |x'| |w_j - w'_j|` of
     the true one (Cauchy-Schwarz), where both differences are known.
@@ -201,7 +201,7 @@ class _ByteScreen:
         error = rough.unit * rough.error_norms(x)
         summing = _summing(x.shape[1]) * rough.norm
         limit = (error + summing) * self._norm + (rough.norm + error) * self._error
-        upper = byte_product.product(self._table, rough, limit * _ROUNDED_UP)
+        upper = cpu.byte_product(self._table, rough, limit * _ROUNDED_UP)
         indices = cpu.indices_reaching(upper, self._least)
         if _MANY * len(indices) > upper.numel():
             return None

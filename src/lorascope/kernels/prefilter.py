@@ -25,9 +25,8 @@ import torch
 from jaxtyping import BFloat16, Float, Int64
 from torch import Tensor
 
-from lorascope.kernels import byte_product, cpu
-from lorascope.kernels.byte_product import ROUNDED, WIDEST, Bytes
-from lorascope.kernels.cpu import Best
+from lorascope.kernels import cpu
+from lorascope.kernels.cpu import ROUNDED, WIDEST, Best, Bytes
 
 _SIGMAS = 6.0  # the first margin, in standard deviations of the rounding
 _SLACK = 2.0  # how far the first bounds of rows lie below their best limits, in margins
@@ -214,7 +213,7 @@ class _Scores:
         for first in range(0, len(self._x), size):
             rows = slice(first, first + size)
             x, limit = self._x_bytes.select(rows), margin * self._spread[rows]
-            yield rows, byte_product.product(self._bytes, x, limit)
+            yield rows, cpu.byte_product(self._bytes, x, limit)
 
     def _measured(
         self,

@@ -28,7 +28,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from lorascope import kernels
-from lorascope.kernels import byte_product, cpu
+from lorascope.kernels import cpu
 from lorascope.kernels.prefilter import Prefilter
 from lorascope.sae.objective import AUX_ROWS, JUMP_WEIGHT, JUMP_WIDTH, LEAST_SPREAD, Loss, Weights
 from lorascope.sae.sparsity import Rule
@@ -161,7 +161,7 @@ class Step:
         if weights.log_threshold is not None:
             bound, is_too_many = weights.log_threshold.exp() - JUMP_WIDTH / 2, False
             best = kernel.indices_above(self._product(weights, centred), bound)
-        elif kernel is cpu and byte_product.is_faster(centred.device, centred.dtype):
+        elif kernel is cpu and cpu.multiplies_bytes(centred.device, centred.dtype):
             encoder = weights.W_enc.T
             if by_row:
                 best = self._prefilter.best_of_rows(centred, encoder, bias, k)
