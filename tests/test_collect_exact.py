@@ -60,8 +60,17 @@ def best_by_sorting(store, code, latent, k, per_rollout, collapse, after=5):
     return best[:k]
 
 
-@pytest.mark.parametrize("per_rollout", [0, pytest.param(1, marks=pytest.mark.slow), 3])
-@pytest.mark.parametrize("same_context", ["collapse", "keep"])
+@pytest.mark.parametrize(
+    ("per_rollout", "same_context"),
+    [
+        (0, "keep"),
+        (3, "collapse"),
+        pytest.param(0, "collapse", marks=pytest.mark.slow),
+        pytest.param(1, "collapse", marks=pytest.mark.slow),
+        pytest.param(1, "keep", marks=pytest.mark.slow),
+        pytest.param(3, "keep", marks=pytest.mark.slow),
+    ],
+)
 def test_examples_are_those_of_the_definition(tmp_path, monkeypatch, per_rollout, same_context):
     cut_at(monkeypatch, 1)
     words = np.tile(np.arange(1, 8), 40)[:40]  # the same words again and again in every rollout

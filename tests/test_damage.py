@@ -128,7 +128,12 @@ def test_text_of_a_report_that_lost_its_header_is_not_passed_over(tmp_path):
     assert artifacts_in(tmp_path) == [file, file.with_suffix(".md")]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+FAST = ("store", "SAE .pt", "features.h5", "report", "page", "published store")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind in FAST else pytest.mark.slow) for kind in KINDS]
+)
 def test_verify_finds_all_damage_and_nothing_crashes(damage, kind, tmp_path):
     source = KINDS[kind](tmp_path)
     is_ours = read_manifest(source) is not None

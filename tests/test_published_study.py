@@ -112,7 +112,7 @@ def test_shares_of_effect_are_those_of_the_sum_of_removals(study, made, tmp_path
         assert one.effect_interval[0] <= one.effect <= one.effect_interval[1]
 
 
-@pytest.mark.parametrize("schema", [3, 4])
+@pytest.mark.parametrize("schema", [pytest.param(3, marks=pytest.mark.slow), 4])
 def test_a_report_of_ablate_from_before_slices_gives_shares_without_an_interval(
     study, made, tmp_path, schema
 ):

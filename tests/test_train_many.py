@@ -222,7 +222,7 @@ def breaks_after(step: int, of: float):
 
 
 @pytest.mark.parametrize("of", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("breaks", [breaks_at, breaks_after])
+@pytest.mark.parametrize("breaks", [breaks_at, pytest.param(breaks_after, marks=pytest.mark.slow)])
 def test_many_broken_off_go_on_to_the_same_bytes(config, tmp_path, monkeypatch, breaks, of):
     """Broken between the steps or the checkpoints of two SAEs, so that they stand apart."""
     straight = replace(config, output=tmp_path / "straight" / "sae.pt", k=(2, 4))

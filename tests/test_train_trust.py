@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from builders.stores import planted_rows
+from builders.stores import planted_rows, write_store
 from builders.training_logs import timeless
 
 from lorascope.activations.batches import split_rows
@@ -28,11 +28,17 @@ from lorascope.texts.roles import ROLES
 CHECKPOINT = "sae.pt.partial/checkpoint.safetensors"
 
 
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """A store that no test changes."""
+    folder = tmp_path_factory.mktemp("data")
+    return write_store(folder / "store", planted_rows(600), n_rollouts=12, dtype="float16").path
+
+
 @pytest.fixture
-def config(make_store, tmp_path):
-    store = make_store(planted_rows(600), n_rollouts=12, dtype="float16")
+def config(data_dir, tmp_path):
     return TrainConfig(
-        data_dir=store.path,
+        data_dir=data_dir,
         output=tmp_path / "sae.pt",
         expansion_factor=2,
         k=3,
@@ -170,7 +176,7 @@ def test_a_buffer_of_any_size_trains(config, buffer_rows):
         {"architecture": "topk", "k": 2.4},
         {"architecture": "jumprelu"},
         {"architecture": "matryoshka"},
-        {"normalize": "none", "seed": 9},
+        pytest.param({"normalize": "none", "seed": 9}, marks=pytest.mark.slow),
     ],
 )
 def test_any_run_broken_off_goes_on_to_the_same_bytes(config, tmp_path, monkeypatch, changes):
@@ -400,7 +406,8 @@ def test_a_bad_value_is_one_line_that_names_it_and_writes_nothing(
     (tmp_path / "full").mkdir()
     for file in ("full/notes.txt", "file"):
         (tmp_path / file).write_text("mine")
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    watched = [tmp_path, config.data_dir]
+    before = {path: path.stat().st_mtime_ns for top in watched for path in top.rglob("*")}
     flag = "--" + name.replace("_", "-")
     words = ["train", "--data-dir", str(config.data_dir), "--output", "sae.pt", "--k", "3"]
     words += ["--expansion-factor", "2", "--batch-size", "64", "--epochs", "1", "--device", "cpu"]
@@ -410,4 +417,5 @@ def test_a_bad_value_is_one_line_that_names_it_and_writes_nothing(
     assert out == ""
     assert len(said) == 1, err
     assert flag in said[0] or value.split()[-1] in said[0]
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    after = {path: path.stat().st_mtime_ns for top in watched for path in top.rglob("*")}
+    assert after == before
