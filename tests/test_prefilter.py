@@ -102,7 +102,7 @@ def test_a_step_with_the_screen_is_the_step_without(monkeypatch):
             grads.append((loss, [t.grad for t in weights.tensors().values()]))
         (one, ours), (other, theirs) = grads
         assert torch.equal(one.fired, other.fired)
-        assert float(one.total) == pytest.approx(float(other.total), rel=rounding(x.numel()))
+        assert float(one.fvu) == pytest.approx(float(other.fvu), rel=rounding(x.numel()))
         for a, b in zip(ours, theirs, strict=True):
             assert_same_up_to_rounding(a, b, n_terms=x.numel())
 

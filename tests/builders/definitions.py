@@ -4,6 +4,7 @@ Nothing here is optimised. Ties and order are part of the definitions.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -72,6 +73,13 @@ def encode(
     return torch.where(pre > threshold, pre, 0.0)
 
 
+@dataclass(frozen=True)
+class DefinedLoss(Loss):
+    """The loss, whose `total` carries a gradient."""
+
+    total: Float[Tensor, ""]
+
+
 @torch.no_grad()
 def choose(
     scores: Float[Tensor, "batch latent"], rule: Rule, *, by_row: bool
@@ -103,7 +111,7 @@ def objective(
     k_aux: int,
     auxk_alpha: float,
     by_row: bool = False,
-) -> Loss:
+) -> DefinedLoss:
     """Return the loss of a batch. `dead` marks the latents that aux-k should revive.
 
     `by_row` chooses what fires row by row, whatever the rule. Aux-k adds nothing if no latent is
@@ -127,7 +135,7 @@ def objective(
         losses.append(residual.square().sum() / spread)
     auxk = _auxk(weights, pre[::AUX_ROWS], residual[::AUX_ROWS].detach(), dead, k_aux)
     auxk = auxk * len(x) / len(pre[::AUX_ROWS]) / spread
-    return Loss(
+    return DefinedLoss(
         total=sum(losses[1:], losses[0]) / len(losses) + auxk_alpha * auxk + from_l0,
         fvu=losses[-1].detach(),
         auxk=auxk.detach(),

@@ -43,10 +43,10 @@ class ColumnMoments:
     @classmethod
     def from_blocks(cls, blocks: Iterable[Float[Tensor, "_ d_in"]]) -> "ColumnMoments":
         """Sum up blocks of rows. Raises ArtifactError when there is no row."""
-        parts = [cls.from_block(block) for block in blocks if len(block)]
+        parts = [ColumnMoments.from_block(block) for block in blocks if len(block)]
         if not parts:
             raise ArtifactError("there are no rows to measure; generate more")
-        return functools.reduce(cls.merge, parts)
+        return functools.reduce(ColumnMoments.merge, parts)
 
     @classmethod
     def from_block(cls, block: Float[Tensor, "batch d_in"]) -> "ColumnMoments":

@@ -142,9 +142,7 @@ class SAE:
         flat = self._checked(rows)
         fired = self.encoder(flat)
         return SparseCode(
-            offsets=torch.searchsorted(
-                fired.rows, torch.arange(len(flat) + 1, device=fired.rows.device)
-            ),
+            offsets=kernels.for_device(flat.device).row_offsets(fired.rows, len(flat)),
             latents=fired.latents,
             values=fired.values,
             shape=(*rows.shape[:-1], self.d_sae),

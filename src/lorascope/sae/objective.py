@@ -87,9 +87,8 @@ class Weights:
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss of one batch and its parts. Only `total` carries a gradient."""
+    """What a step reports of its batch."""
 
-    total: Float[Tensor, ""]
     fvu: Float[Tensor, ""]
     auxk: Float[Tensor, ""]
     l0: Float[Tensor, ""]

@@ -147,7 +147,7 @@ def write_table(output: Path, members: Members) -> Path:
     return path
 
 
-def published_content(out: Path) -> dict[str, Any]:
+def published_content(out: Path) -> Mapping[str, Any]:
     """Return the content of a published SAE's manifest."""
     manifest = read_manifest(out)
     assert manifest is not None, "it was just published"

@@ -131,14 +131,10 @@ class Step:
         weights.W_dec.grad = self.team.sum(to_decoder)
         weights.b_dec.grad = self.team.sum(to_mean)
 
-        unexplained = self.team.sum(errors.square().sum((0, 2))) / spread
+        fvu = self.team.sum(errors[:, -1].square().sum()) / spread
         fired = torch.zeros_like(dead, dtype=torch.int32)
         fired.index_add_(0, latents, fires.int())
-        fvu = unexplained[-1]
-        total = unexplained.mean() + self.auxk_alpha * auxk
-        if threshold is not None:
-            total = total + JUMP_WEIGHT * (l0 / self.rule.k - 1).square()
-        return Loss(total=total, fvu=fvu, auxk=auxk, l0=l0, fired=self.team.sum(fired) > 0)
+        return Loss(fvu=fvu, auxk=auxk, l0=l0, fired=self.team.sum(fired) > 0)
 
     def _product(self, weights: Weights, centred: Tensor) -> Float[Tensor, "batch latent"]:
         """Return the scores, `centred @ W_enc + b_enc`."""

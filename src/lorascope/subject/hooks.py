@@ -159,14 +159,18 @@ def _fast_forward(layer: Any, keep: _Keep) -> Callable[..., Tensor]:
         if split:
             high, low = _halves(left, dtype)
             left = torch.cat([high, low, high], dim=1)
-        flat = out.view(-1, out.shape[-1])
-        if len(right) == 1:
-            flat.addcmul_(left.to(dtype), right)  # twice as fast as a product with one column
-        else:
-            flat.addmm_(left.to(dtype), right)
+        add_product(out.view(-1, out.shape[-1]), left.to(dtype), right)
         return out
 
     return forward
+
+
+def add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add `left @ right` to `out`."""
+    if len(right) == 1:
+        out.addcmul_(left, right)  # twice as fast as a product with one column
+    else:
+        out.addmm_(left, right)
 
 
 def _read_split(a: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

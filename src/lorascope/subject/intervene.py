@@ -33,7 +33,7 @@ from transformers.cache_utils import DynamicLayer
 
 from lorascope.errors import AdapterError
 from lorascope.subject.bottlenecks import unmix
-from lorascope.subject.hooks import SiteHooks, is_plain, replace_forward
+from lorascope.subject.hooks import SiteHooks, add_product, is_plain, replace_forward
 from lorascope.subject.load import Subject
 
 _SITES = 1_000_003  # more than any model has, so that each seed and site has its own generator
@@ -219,10 +219,8 @@ class RowEditor(SiteHooks):
                 flat = (flat + left @ write).to(out.dtype)
             elif torch.is_grad_enabled():  # the gradient of an in-place sum would copy the output
                 flat = torch.addmm(flat, left, write)
-            elif len(write) == 1:
-                flat.addcmul_(left, write)  # twice as fast as a product with one column
             else:
-                flat.addmm_(left, write)
+                add_product(flat, left, write)
             out = flat.view_as(out)
             self._push(run, index, out, lambda at: left.view(*run.shape, -1)[at] @ write)
             return out
