@@ -127,6 +127,13 @@ def test_patterns_match_as_pefts_own_rule_does(pattern, matches):
     assert scale_of({**config, "use_rslora": True}, module) == (6.0 if matches else 2.0)
 
 
+@pytest.mark.parametrize("pattern", ["(", "(?i)Q_PROJ"])  # the second is a pattern by itself
+def test_a_pattern_that_peft_cannot_use_is_one_line(pattern, tmp_path):
+    folder = write_adapter(tmp_path / "a", pair(), rank_pattern={pattern: 4})
+    with pytest.raises(AdapterError, match="is no pattern of names"):
+        inspect_adapter(str(folder))
+
+
 def test_the_first_of_two_patterns_wins():
     config = {"r": 2, "lora_alpha": 2, "alpha_pattern": {"q_proj": 4, "self_attn.q_proj": 8}}
     assert scale_of(config, "model.layers.0.self_attn.q_proj") == 2.0

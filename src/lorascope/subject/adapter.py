@@ -188,7 +188,7 @@ def _check_values(file: Path, config: dict[str, Any]) -> None:
             raise AdapterError(f"{file}: trainable_token_indices has {tokens}, expected token ids")
     for pattern in [*ranks, *alphas]:
         try:
-            re.compile(pattern)
+            re.compile(rf"(.*\.)?({pattern})$")  # as PEFT does
         except re.error as error:
             raise AdapterError(f"{file}: {pattern!r} is no pattern of names ({error})") from error
 
