@@ -13,8 +13,10 @@ weights of a site can express only a linear function of its own columns. So, for
    that reads many sites has an error near 1.
 4. If the error is at most `--tolerance`, the output is a PEFT adapter with changed `lora_B`.
    Otherwise it is a runtime patch (`patch`).
-5. On held-out rollouts: KL(adapter ‖ patched), KL(adapter ‖ folded), KL(patched ‖ folded), which is
-   0 when the fold is exact, and for scale KL(adapter ‖ base).
+5. On held-out rollouts: KL(adapter ‖ patched), KL(adapter ‖ folded), KL(patched ‖ folded), and for
+   scale KL(adapter ‖ base). KL(patched ‖ folded) is 0 when the fold is exact and no edited site
+   reads what another one changes: the patch subtracts what the features are in the unchanged run,
+   the fold a share of what the site reads.
 
 In: adapter, activation store, SAE, features. Out: a folder with the adapter or the patch, and
 `report.json`.
