@@ -18,8 +18,7 @@ from lorascope.audit.audit import run
 from lorascope.audit.audit_options import AuditConfig
 from lorascope.audit.audit_records import AuditReport, Search
 from lorascope.audit.audit_report import as_html, as_text
-from lorascope.audit.scenes import Scene, scenes_of
-from lorascope.audit.search_budget import Clock, Sizes
+from lorascope.audit.scenes import Clock, Scene, Sizes, scenes_of
 from lorascope.audit.triggers import look_for_triggers
 from lorascope.causal.held_out import load_subject_of
 from lorascope.causal.study import read_report

@@ -34,8 +34,16 @@ from torch import Tensor
 
 from lorascope.activations.store import ActivationStore
 from lorascope.audit.audit_records import MOST, AtLength, Said, Search, Trigger
-from lorascope.audit.scenes import N_TEXT, Scene, insertable, scenes_of
-from lorascope.audit.search_budget import LONGEST, N_SEARCH, Clock, Sizes
+from lorascope.audit.scenes import (
+    LONGEST,
+    N_SEARCH,
+    N_TEXT,
+    Clock,
+    Scene,
+    Sizes,
+    insertable,
+    scenes_of,
+)
 from lorascope.subject.intervene import RowEditor
 from lorascope.subject.load import Subject
 from lorascope.texts.tokens import display_texts, special_ids, token_bytes

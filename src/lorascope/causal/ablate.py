@@ -92,10 +92,7 @@ def run(config: AblateConfig) -> Path:
         overwrite=config.overwrite,
         make=make,
         table=table,
-        draw=lambda report, manifest: [
-            draw_ablation(report, manifest, config.output.with_suffix(end))
-            for end in (".png", ".svg")
-        ],
+        draw=draw_ablation,
     )
 
 

@@ -102,7 +102,7 @@ def run(config: EvaluateConfig) -> Path:
         overwrite=config.overwrite,
         make=make,
         table=table,
-        draw=lambda report, manifest: draw_evaluation(report, manifest, out.with_suffix(".png")),
+        draw=draw_evaluation,
     )
 
 

@@ -19,7 +19,6 @@ from lorascope.causal.report_records import (
     SteeringReport,
     TokensRecovered,
 )
-from lorascope.errors import ConfigError
 from lorascope.sites import Site
 
 if TYPE_CHECKING:
@@ -56,14 +55,17 @@ _LONGEST_NAME = 40  # characters
 
 
 @contextmanager
-def drawing(path: Path, size: tuple[float, float], title: str, text: str) -> Generator["Figure"]:
-    """Yield a figure of `size` inches, and write it to `path` at the end.
+def drawing(
+    out: Path,
+    size: tuple[float, float],
+    title: str,
+    text: str,
+    kinds: Sequence[str] = (".png",),
+) -> Generator["Figure"]:
+    """Yield a figure of `size` inches, and write it beside a report at the end, in all `kinds`.
 
-    Above the panels are a title and a line of text. Raises ConfigError unless `path` ends in .png
-    or .svg.
+    Above the panels are a title and a line of text.
     """
-    if path.suffix not in _NO_METADATA:
-        raise ConfigError(f"{path} ends in {path.suffix!r}, expected .png or .svg")
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -78,11 +80,12 @@ def drawing(path: Path, size: tuple[float, float], title: str, text: str) -> Gen
         figure.text(0.01, 1 - 0.2 / size[1], title, size=11, weight="bold", va="center")
         figure.text(0.01, 1 - 0.42 / size[1], text, color=SOFT, va="center")
         yield figure
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format=path.suffix[1:], metadata=_NO_METADATA[path.suffix])
+        for kind in kinds:
+            with replacing(out.with_suffix(kind)) as temporary:
+                figure.savefig(temporary, format=kind[1:], metadata=_NO_METADATA[kind])
 
 
-def draw_evaluation(report: EvaluationReport, manifest: Manifest, path: Path) -> Path:
+def draw_evaluation(report: EvaluationReport, manifest: Manifest, out: Path) -> None:
     """Draw the share recovered by each run and role, and by layer and projection if measured."""
     found, content = report.faithfulness, manifest.content
     runs = {name: run for name, run in found.runs.items() if name not in ("base", "adapter")}
@@ -102,7 +105,7 @@ def draw_evaluation(report: EvaluationReport, manifest: Manifest, path: Path) ->
     n_rows = -(-len(sizes) // 2)
     heights = [max(sizes[2 * i : 2 * i + 2]) + 2 for i in range(n_rows)]
     with drawing(
-        path,
+        out,
         (10, 0.8 + 0.19 * sum(heights)),
         f"{plain(content['sae_name'])} on {plain(content['adapter_name'])}: share of the "
         "adapter's effect that is recovered",
@@ -114,7 +117,6 @@ def draw_evaluation(report: EvaluationReport, manifest: Manifest, path: Path) ->
         grid = figure.add_gridspec(n_rows, 2, height_ratios=heights)
         for i, (title, parts) in enumerate(panels.items()):
             _draw_shares(figure.add_subplot(grid[i // 2, i % 2]), title, parts)
-    return path
 
 
 def _draw_shares(axes: "Axes", title: str, parts: Mapping[str, Recovered]) -> None:
@@ -140,7 +142,7 @@ def _draw_shares(axes: "Axes", title: str, parts: Mapping[str, Recovered]) -> No
         axes.text(1.24, i, f"{part.recovered:.3f}", ha="right", va="center", color=SOFT)
 
 
-def draw_ablation(report: AblationReport, manifest: Manifest, path: Path) -> Path:
+def draw_ablation(report: AblationReport, manifest: Manifest, out: Path) -> None:
     """Draw the cost of removing each layer as bars, and of each site as a map of the network.
 
     In the bars, ticks are the controls of the same norm and the dashed line is the rounding floor.
@@ -150,12 +152,13 @@ def draw_ablation(report: AblationReport, manifest: Manifest, path: Path) -> Pat
     kinds = list(report.projections)
     width = max(8.0, 2.2 + 0.16 * len(layers))
     with drawing(
-        path,
+        out,
         (width, 4.2 + 0.2 * len(kinds)),
         f"{plain(manifest.content['adapter_name'])}: what removing each part changes",
         f"KL(adapter ‖ without) in nats a token; {report.parts_on.n_rollouts} rollouts, "
         f"{report.parts_on.n_tokens:,} tokens; without all {report.parts_on.kl:.3g}; "
         f"floor {floor:.1e} ({manifest.content['compute_dtype']})",
+        (".png", ".svg"),
     ) as figure:
         heights = (2.2, 0.25 * len(kinds) + 0.5)
         grid = figure.add_gridspec(2, 2, height_ratios=heights, width_ratios=(40, 1))
@@ -163,7 +166,6 @@ def draw_ablation(report: AblationReport, manifest: Manifest, path: Path) -> Pat
         sites = manifest.columns.sites
         axes, colors = figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
         _draw_sites(figure, axes, colors, sites, report)
-    return path
 
 
 def _draw_layers(axes: "Axes", layers: Mapping[str, PartRemoval], floor: float) -> None:
@@ -212,7 +214,7 @@ def _layer_ticks(axes: "Axes", layers: "list[str]") -> None:
     axes.set_xticks(range(0, len(layers), step), names[::step])
 
 
-def draw_steering(report: SteeringReport, manifest: Manifest, path: Path) -> Path:
+def draw_steering(report: SteeringReport, manifest: Manifest, out: Path) -> None:
     """Draw the dose curves: how different, how unlikely and how repetitive the texts are."""
     named = plain(", ".join(map(str, report.features)))
     panels = {
@@ -222,7 +224,7 @@ def draw_steering(report: SteeringReport, manifest: Manifest, path: Path) -> Pat
     }
     unchanged = report.arms[0]
     with drawing(
-        path,
+        out,
         (10, 3.4),
         f"{plain(manifest.content['adapter_name'])}: features {named}, {report.how}",
         f"{len(report.prompts)} prompts, changed at {report.where} tokens; 0 is no change; "
@@ -244,7 +246,6 @@ def draw_steering(report: SteeringReport, manifest: Manifest, path: Path) -> Pat
                     if edges is not None:
                         axes.plot([arm.dose] * 2, edges, color=color, linewidth=1, alpha=0.6)
             axes.set_ylim(bottom=0)
-    return path
 
 
 def _inside(share: float) -> float:

@@ -90,9 +90,7 @@ def run(config: SteerConfig) -> Path:
         overwrite=config.overwrite,
         make=make,
         table=table,
-        draw=lambda report, manifest: draw_steering(
-            report, manifest, config.output.with_suffix(".png")
-        ),
+        draw=draw_steering,
     )
 
 

@@ -55,11 +55,11 @@ def report_at(
     overwrite: bool,
     make: Callable[[], Made],
     table: Callable[[R], str],
-    draw: Callable[[R, Manifest], Any] | None = None,
+    draw: Callable[[R, Manifest, Path], None] | None = None,
 ) -> Path:
     """Return `out`; make it first unless it has these settings and parents already.
 
-    `draw` gets the report and its manifest before the file gets its name.
+    `draw` gets the report, its manifest and `out`, before that file is there.
     """
     identity = Identity(kind=record.kind, schema=record.schema, settings=settings, parents=parents)
 
@@ -69,7 +69,7 @@ def report_at(
         manifest = identity.manifest(layout, content)
         write_text(build.path / _FILE, sealed_json(manifest, to_json(report)))
         if draw is not None:
-            draw(report, manifest)
+            draw(report, manifest, out)
         build.publish_file(_FILE)
         log.info("%s", table(report))
 

@@ -274,7 +274,7 @@ def _examples(report: ComparisonReport) -> Section:
             in_cell(found[number].label),
             f"{example.value:.2g}",
             ", ".join(f"{name} {value:.2g}" for name, value in example.parts.items()),
-            f"{_before(example.before)}▸{in_cell(example.token)}◂{in_cell(example.after)}",
+            f"{in_cell(example.before[-60:])}▸{in_cell(example.token)}◂{in_cell(example.after)}",
         )
         for number in dict.fromkeys(shown)
         if number in found
@@ -282,10 +282,6 @@ def _examples(report: ComparisonReport) -> Section:
     ]
     one.tables.append((("feature", "fires at", "value", "adds", "example"), rows))
     return one
-
-
-def _before(text: str) -> str:
-    return in_cell(text[-60:])
 
 
 def _texts(report: ComparisonReport) -> Section:

@@ -76,7 +76,7 @@ def run(config: ReportConfig) -> Path:
         overwrite=config.overwrite,
         make=make,
         table=lambda overview: "\n".join(overview.headline),
-        draw=lambda overview, manifest: write_sections(out, manifest, markdown(overview)),
+        draw=lambda overview, manifest, _: write_sections(out, manifest, markdown(overview)),
     )
 
 

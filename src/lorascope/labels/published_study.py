@@ -171,10 +171,6 @@ def run(config: StudyConfig) -> Path:
         names = {key: index.content.get(key) for key in ("adapter_name", "sae_name")}
         return Made(report, sae.layout, {**names, **halves.sizes()})
 
-    def draw(report: StudyReport, manifest: Manifest) -> None:
-        for suffix in (".png", ".svg"):
-            draw_study(report, manifest, out.with_suffix(suffix))
-
     return report_at(
         out,
         StudyReport,
@@ -183,7 +179,7 @@ def run(config: StudyConfig) -> Path:
         overwrite=config.overwrite,
         make=make,
         table=table,
-        draw=draw,
+        draw=draw_study,
     )
 
 
@@ -332,14 +328,15 @@ def _percent(one: Estimate) -> str:
     return f"{one.value:.1%} ({one.low:.1%} to {one.high:.1%})"
 
 
-def draw_study(report: StudyReport, manifest: Manifest, path: Path) -> Path:
+def draw_study(report: StudyReport, manifest: Manifest, out: Path) -> None:
     """Draw the classes of each kind as bars, and the groups as rings: firings and effects."""
     with drawing(
-        path,
+        out,
         (11, 4.6),
         f"{plain(manifest.content['adapter_name'])}: what features, columns and neurons mean",
         f"rules tested on {report.n_rollouts_scoring:,} rollouts that did not choose them; "
         "lines: 95 % intervals of the monosemantic share",
+        (".png", ".svg"),
     ) as figure:
         bars, rings = figure.subplots(1, 2, width_ratios=(1, 1.6))
         kinds = report.kinds()
@@ -357,7 +354,6 @@ def draw_study(report: StudyReport, manifest: Manifest, path: Path) -> Path:
             bars.plot(one.monosemantic[1:], [i, i], color=INK, linewidth=1)
         bars.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3)
         _draw_rings(rings, report.groups)
-    return path
 
 
 def _draw_rings(axes: "Axes", found: Sequence[GroupShare]) -> None:
