@@ -21,7 +21,6 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -54,20 +53,6 @@ _CHANCE = 95  # percentile of what other features would contribute
 # Of the largest KL of a text between seeds. Of 12 seeds beside two others, one had 4 texts above
 # that KL, which is enough for an interval above 0, and none had one above 1.25 times it.
 _MARGIN = 1.25
-
-
-class Exchange(NamedTuple):
-    """What the exchange of a feature takes from a pair's KL in each text, and from seeds' KL.
-
-    `effects` are KL(adapter ‖ without it) of both, `different` marks the texts that differ more
-    than seeds do, `level` is what a feature must explain.
-    """
-
-    lost: Sums
-    effects: Sequence[float]
-    seeds: Sequence[Sums]
-    different: npt.NDArray[np.bool_]
-    level: float
 
 
 class Judge:
@@ -146,7 +131,6 @@ class Judge:
     def pair(self, pair: Pair) -> PairDifference:
         """Return the difference of a pair."""
         d, found = self.differences, self.found
-        level = max(self.level, self.floor)
         kl = self._sums(found.kl[pair])
         parts = d.contributions(pair, self.config.steps, self.seed)
         total = parts.of_latent.sum(1)
@@ -163,26 +147,13 @@ class Judge:
             nulls = [d.exchanges(one, singles) for one in self.null_pairs]
             different = self._by_text(pair) > self.text_level
         reported = order[total[order] != 0][:N_REPORTED]
+        changed = {
+            latent: (lost[i], [self._mean(one[i]) for one in effects], [one[i] for one in nulls])
+            for i, latent in enumerate(tested.tolist())
+        }
         features = [
-            *(
-                self._feature(
-                    pair,
-                    latent,
-                    parts,
-                    Exchange(
-                        lost[i],
-                        [self._mean(one[i]) for one in effects],
-                        [one[i] for one in nulls],
-                        different,
-                        level,
-                    ),
-                )
-                for i, latent in enumerate(tested.tolist())
-            ),
-            *(
-                self._feature(pair, latent, parts)
-                for latent in reported[~np.isin(reported, tested)].tolist()
-            ),
+            self._feature(pair, latent, parts, different, *changed.get(latent, ()))
+            for latent in dict.fromkeys([*changed, *reported.tolist()])
         ]
         news = [one.feature for one in features if one.is_news]
         without = None
@@ -209,7 +180,7 @@ class Judge:
             contributions=self._mean(total),
             bias=self._mean(parts.bias),
             unexplained=self._mean(parts.unexplained),
-            level=level,
+            level=max(self.level, self.floor),
             seeds=self.null_kl if nulls else None,
             text_level=self.text_level if nulls else None,
             n_different=int(different.sum()) if nulls else None,
@@ -225,30 +196,39 @@ class Judge:
         )
 
     def _feature(
-        self, pair: Pair, latent: int, parts: Contributions, tested: Exchange | None = None
+        self,
+        pair: Pair,
+        latent: int,
+        parts: Contributions,
+        different: npt.NDArray[np.bool_],
+        lost: Sums | None = None,
+        effects: Sequence[float] = (),
+        nulls: Sequence[Sums] = (),
     ) -> FeatureDifference:
-        """Return what is known of a feature; what its exchange and removal do decides its kind."""
+        """Return what is known of a feature; what its exchange and removal do decides its kind.
+
+        `lost` is what its exchange takes from the pair's KL in each text, `nulls` what it takes
+        from that of seeds, `effects` are KL(adapter ‖ without it) of both.
+        """
         contribution, share = parts.of_latent[latent], self._share(pair, latent)
-        kind, is_news = kind_of(share, share), False
+        kind, is_news, level = kind_of(share, share), False, max(self.level, self.floor)
         chance = float(np.percentile(parts.controls[latent], _CHANCE)) / float(self.counts.sum())
         explained = interval = seeds = excess = there = there_interval = seeds_there = None
         one = other = None
-        if tested is not None:
-            explained, interval = self._mean(tested.lost), self._interval(tested.lost)
-            if tested.seeds:
-                at, most = tested.different, max(tested.seeds, key=np.sum)
-                seeds, excess = self._mean(most), self._interval(tested.lost - most)
-                seeds_there = self._mean(np.mean(tested.seeds, axis=0) * at)
-                there, there_interval = (
-                    self._mean(tested.lost * at),
-                    self._interval(tested.lost * at),
-                )
+        if lost is not None:
+            explained, interval = self._mean(lost), self._interval(lost)
+            if nulls:
+                most = max(nulls, key=np.sum)
+                seeds, excess = self._mean(most), self._interval(lost - most)
+                seeds_there = self._mean(np.mean(nulls, axis=0) * different)
+                there = self._mean(lost * different)
+                there_interval = self._interval(lost * different)
                 is_news = (there > seeds_there and _is_above_0(there_interval)) or (
-                    explained > tested.level and _is_above_0(excess)
+                    explained > level and _is_above_0(excess)
                 )
             elif not self.null_pairs and interval is not None:
-                is_news = interval[0] > max(chance, tested.level)
-            one, other = tested.effects
+                is_news = interval[0] > max(chance, level)
+            one, other = effects
             of_effects = other / (one + other) if one + other > self.floor else share
             kind = kind_of(of_effects, share)
         return FeatureDifference(
