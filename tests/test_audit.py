@@ -19,7 +19,7 @@ from lorascope.activations.store import ActivationStore
 from lorascope.audit.audit import NEUTRAL, run
 from lorascope.audit.audit_options import AuditConfig
 from lorascope.audit.audit_records import AuditReport
-from lorascope.audit.audit_report import as_html, as_markdown, as_text
+from lorascope.audit.audit_report import document_of
 from lorascope.audit.weights import read_alignments, read_weights
 from lorascope.causal.report_records import ScoredToken
 from lorascope.causal.study import read_report
@@ -60,12 +60,12 @@ def assert_hostile_texts_are_inert(found: AuditReport) -> None:
     tokens = tuple(ScoredToken(token_id=i, token=text, z=1.0) for i, text in enumerate(HOSTILE))
     applied = replace(found.applied, other_base=HOSTILE[0], unseen=tuple(HOSTILE))
     hostile = replace(found, mean_row=tokens, applied=applied)
-    page = as_html(hostile)
+    page = document_of(hostile).as_html()
     tags = set(re.findall(r"<\s*/?\s*([a-z0-9!]+)", page.lower()))
     allowed = "!doctype html meta title style main h1 h2 p bdi div table tr th td".split()
     assert tags <= set(allowed)
     assert "default-src 'none'" in page
-    assert "<" not in as_markdown(hostile).replace("\\<", "")
+    assert "<" not in document_of(hostile).as_markdown().replace("\\<", "")
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +102,7 @@ def test_the_effect_is_kl_of_base_and_adapter_on_texts_and_neutral_ones(
     assert audit(adapter, base, tmp_path, dataset=str(dataset_file), num_examples=6) == found
     assert (tmp_path / "audit.json").read_bytes() == before
     assert_hostile_texts_are_inert(found)
-    text = as_text(found)
+    text = document_of(found).as_text()
     ratio = found.neutral.kl / found.texts.kl
     assert f"A token of neutral text changes {ratio:.2g} times as much" in text
 
@@ -192,7 +192,7 @@ def test_a_wrong_base_and_tokens_that_the_weights_point_at_are_named(make_subjec
     found = audit(adapter, base, tmp_path)
     assert {one.name for one in found.compared} >= {"concentration over layers"}
     worse = replace(found.neutral, kl=1.0, ce_adapter=3.0, ce_base=2.0)
-    text = as_text(replace(found, neutral=worse, texts=worse))
+    text = document_of(replace(found, neutral=worse, texts=worse)).as_text()
     assert "and the neutral ones too" in text
     assert "how an adapter looks on a wrong base" in text
     assert "may name the raw one" in text

@@ -25,7 +25,7 @@ from lorascope.causal.study import read_report
 from lorascope.cli import call
 from lorascope.compare import compare
 from lorascope.compare.compare_options import CompareConfig
-from lorascope.compare.compare_page import as_html, as_markdown, as_text
+from lorascope.compare.compare_page import document_of
 from lorascope.compare.compare_records import (
     AdapterRecord,
     ComparisonReport,
@@ -98,7 +98,7 @@ def test_an_adapter_against_itself_differs_by_rounding_and_has_no_news(three):
     assert pair.n_news == 0
     assert pair.n_kinds.keys() == {"shared"}
     assert all(abs(one.share - 0.5) < 1e-3 for one in pair.features)
-    assert "they predict the same" in as_text(report)
+    assert "they predict the same" in document_of(report).as_text()
 
 
 @pytest.mark.slow
@@ -117,7 +117,9 @@ def test_contributions_that_miss_most_of_the_difference_are_said_to_rank_nothing
 
     def said(missed: float) -> str:
         of_features = (1 + missed) * pair.kl - pair.bias - pair.unexplained
-        return as_text(replace(report, pairs=(replace(pair, contributions=of_features),)))
+        return document_of(
+            replace(report, pairs=(replace(pair, contributions=of_features),))
+        ).as_text()
 
     assert "too much to rely on" in said(0.51)
     assert "too much to rely on" in said(-0.51)
@@ -135,7 +137,7 @@ def test_a_feature_above_chance_in_part_of_its_interval_only_is_said_to_be_not_s
     pair = replace(pair, features=(one,), level=0.1, n_news=0)
     row = next(
         line.split()
-        for line in as_text(replace(report, pairs=(pair,))).split("\n")
+        for line in document_of(replace(report, pairs=(pair,))).as_text().split("\n")
         if line.split()[:1] == [str(one.feature)]
     )
     assert row[1 : 1 + len(word.split())] == word.split()
@@ -413,13 +415,13 @@ def test_names_of_adapters_are_inert_and_decide_no_path(name, subject_dirs, thre
         features=tuple(replace(one, label=HOSTILE[0]) for one in report.features),
         texts=(replace(report.texts[0], tokens=tokens, kl=(1.0,) * len(tokens)),),
     )
-    page = as_html(hostile)
+    page = document_of(hostile).as_html()
     tags = set(re.findall(r"<\s*/?\s*([a-z0-9!]+)", page.lower()))
     allowed = "!doctype html meta title style main h1 h2 h3 p a bdi div span table tr th td".split()
     assert tags <= set(allowed)
     assert "default-src 'none'" in page
     assert 'onerror="' not in page
-    assert "<" not in as_markdown(hostile).replace("\\<", "")
+    assert "<" not in document_of(hostile).as_markdown().replace("\\<", "")
     shutil.copytree(subject_dirs[1], tmp_path / name)
     members, _ = find_members((str(tmp_path / name), f"{tmp_path / name}/../{name}"), ())
     assert [member.name for member in members] == ["A", "B"]  # of the folders in the output
@@ -485,10 +487,10 @@ def test_what_two_seeds_show_as_well_is_no_news(subject_dirs, dataset_file, tmp_
             assert one.at_different == pytest.approx(one.explained, rel=1e-12)
             surely = one.explained_interval is not None and one.explained_interval[0] > 0
             assert one.is_news == (surely and one.explained > one.seeds)
-    text = as_text(other)
+    text = document_of(other).as_text()
     assert "C is another seed of A" in text
     assert "One seed says little" in text
-    assert "C and D are other seeds of A" in as_text(same)
+    assert "C and D are other seeds of A" in document_of(same).as_text()
 
 
 class Made(Differences):

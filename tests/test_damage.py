@@ -13,12 +13,7 @@ from builders.stores import write_published_store, write_store
 from lorascope.artifact import Identity, read_manifest, sealed_json
 from lorascope.dashboard.render import DashboardConfig
 from lorascope.dashboard.render import run as render
-from lorascope.dashboard.sections import (
-    Section,
-    sections_as_html,
-    sections_as_markdown,
-    write_sections,
-)
+from lorascope.dashboard.sections import Document, Section
 from lorascope.features.export import ExportConfig
 from lorascope.features.export import run as export
 from lorascope.inspection import artifacts_in, verify
@@ -91,8 +86,7 @@ def make_study(folder):
 
 def make_sections(folder, suffix):
     manifest = Identity(kind="audit", schema=2, settings={}, parents={}).manifest(None, {})
-    texts = sections_as_markdown("A", [SECTION]), sections_as_html("A", [SECTION])
-    write_sections(folder / "audit.json", manifest, *texts)
+    Document("A", [SECTION]).write(folder / "audit.json", manifest)
     return folder / f"audit{suffix}"
 
 

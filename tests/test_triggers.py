@@ -17,7 +17,7 @@ from lorascope.activations.store import ActivationStore
 from lorascope.audit.audit import run
 from lorascope.audit.audit_options import AuditConfig
 from lorascope.audit.audit_records import AuditReport, Search
-from lorascope.audit.audit_report import as_html, as_text
+from lorascope.audit.audit_report import document_of
 from lorascope.audit.scenes import Clock, Scene, Sizes, scenes_of
 from lorascope.audit.triggers import look_for_triggers
 from lorascope.causal.held_out import load_subject_of
@@ -210,15 +210,15 @@ def test_hostile_tokens_are_text_on_the_page(planted, dataset_file, tmp_path, ta
     )
     found, _ = read_report(tmp_path / "audit.json", (AuditReport,))
     assert found.search is not None
-    assert "stand out" in as_text(found)
+    assert "stand out" in document_of(found).as_text()
     one = found.search.triggers[0]
     said = replace(one.said[0], base=HOSTILE[1], adapter=HOSTILE[2], usual=HOSTILE[3])
     some = tuple(replace(one, tokens=(text,), said=(said,)) for text in HOSTILE)
     late = tuple(replace(length, said=said) for length in found.search.lengths)
-    slow = as_text(replace(found, search=None, search_needs=42.0))
+    slow = document_of(replace(found, search=None, search_needs=42.0)).as_text()
     assert "the least search takes about 42 minutes here; give it with --budget" in slow
     hostile = replace(found, search=replace(found.search, triggers=some, lengths=late))
-    page.write_text(as_html(hostile), encoding="utf-8", errors="replace")
+    page.write_text(document_of(hostile).as_html(), encoding="utf-8", errors="replace")
     tab.complaints.clear()
     tab.page.goto(page.resolve().as_uri())
     shown = tab.page.inner_text("main")

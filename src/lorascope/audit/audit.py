@@ -29,7 +29,7 @@ from lorascope.activations.generate import GenerateConfig
 from lorascope.activations.store import ActivationStore
 from lorascope.audit.audit_options import AuditConfig
 from lorascope.audit.audit_records import Applied, AuditReport, EffectOn, Search
-from lorascope.audit.audit_report import as_html, as_markdown, as_text
+from lorascope.audit.audit_report import document_of
 from lorascope.audit.triggers import look_for_triggers
 from lorascope.audit.weights import compare, read_alignments, read_weights, statistics
 from lorascope.causal.baselines import ConstantRows, rows_of
@@ -43,7 +43,6 @@ from lorascope.causal.shifts import ShiftTally
 from lorascope.causal.splice import Compared, Shares, SplicedBatch, of_all_batches
 from lorascope.causal.study import Made, read_report, report_at
 from lorascope.config import Config
-from lorascope.dashboard.sections import write_sections
 from lorascope.errors import AdapterError, ConfigError, DatasetError
 from lorascope.sites import SiteLayout
 from lorascope.subject.base import other_base
@@ -86,10 +85,10 @@ def run(config: AuditConfig) -> Path:
         parents={name: store.digest for name, store in stores.items()},
         overwrite=config.overwrite,
         make=make,
-        table=as_text,
+        table=lambda report: document_of(report).as_text(),
     )
     report, manifest = read_report(path, (AuditReport,))
-    write_sections(path, manifest, as_markdown(report), as_html(report))
+    document_of(report).write(path, manifest)
     return out / "audit.html"
 
 

@@ -9,32 +9,15 @@ from collections.abc import Iterator
 from lorascope.audit.audit_records import AuditReport
 from lorascope.causal.study import format_interval, format_number
 from lorascope.dashboard.headline import percent, probability, quoted
-from lorascope.dashboard.sections import (
-    Section,
-    in_cell,
-    sections_as_html,
-    sections_as_markdown,
-    sections_as_text,
-)
+from lorascope.dashboard.sections import Document, Section, in_cell
 
 _N_SHIFTS = 12
-_TITLE = "Audit of an adapter"
 _SMALLEST_KL = 1e-10  # nats a token: rounding
 
 
-def as_text(report: AuditReport) -> str:
-    """Return the report for the terminal."""
-    return sections_as_text(_sections(report))
-
-
-def as_markdown(report: AuditReport) -> str:
-    """Return the report as Markdown."""
-    return sections_as_markdown(_TITLE, _sections(report))
-
-
-def as_html(report: AuditReport) -> str:
-    """Return the report as a page."""
-    return sections_as_html(_TITLE, _sections(report))
+def document_of(report: AuditReport) -> Document:
+    """Return the report as sentences and tables."""
+    return Document("Audit of an adapter", [*_sections(report)])
 
 
 def _sections(report: AuditReport) -> Iterator[Section]:

@@ -34,7 +34,7 @@ from lorascope.causal.effects import sum_by
 from lorascope.causal.held_out import HeldOut, fitting_tokens, held_out_rollouts
 from lorascope.causal.study import Made, read_report, report_at
 from lorascope.compare.compare_options import CompareConfig
-from lorascope.compare.compare_page import as_html, as_markdown, as_text
+from lorascope.compare.compare_page import document_of
 from lorascope.compare.compare_records import (
     PRESENT,
     ComparisonReport,
@@ -47,7 +47,6 @@ from lorascope.compare.joint import Member, find_members, find_shared_base, join
 from lorascope.compare.judge import N_REPORTED, Judge
 from lorascope.dashboard import render
 from lorascope.dashboard.render import DashboardConfig
-from lorascope.dashboard.sections import write_sections
 from lorascope.errors import ArtifactError, ConfigError
 from lorascope.features import collect
 from lorascope.features.collect import CollectConfig
@@ -138,10 +137,10 @@ def run(config: CompareConfig) -> Path:
         },
         overwrite=config.overwrite,
         make=make,
-        table=as_text,
+        table=lambda report: document_of(report).as_text(),
     )
     report, manifest = read_report(path, (ComparisonReport,))
-    write_sections(path, manifest, as_markdown(report), as_html(report))
+    document_of(report).write(path, manifest)
     return out / "compare.html"
 
 

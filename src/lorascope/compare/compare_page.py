@@ -16,35 +16,18 @@ from lorascope.compare.compare_records import (
 )
 from lorascope.compare.growth import growth_of
 from lorascope.dashboard.headline import percent, probability, quoted
-from lorascope.dashboard.sections import (
-    Section,
-    in_cell,
-    sections_as_html,
-    sections_as_markdown,
-    sections_as_text,
-)
+from lorascope.dashboard.sections import Document, Section, in_cell
 
 _N_FEATURES, _N_SHIFTS = 20, 10
 _FEATURES = "dashboard.html"
 _BRIGHTEST = 2.0  # nats: tokens of this difference have the full colour, if any reaches it
-_TITLE = "Comparison of adapters"
 _MOST_MISSED = 0.5  # of the difference, by contributions that are to rank features
 _NOT_SURE = "Not sure: it explains more than that, but part of the interval does not."
 
 
-def as_text(report: ComparisonReport) -> str:
-    """Return the report for the terminal."""
-    return sections_as_text(_sections(report))
-
-
-def as_markdown(report: ComparisonReport) -> str:
-    """Return the report as Markdown."""
-    return sections_as_markdown(_TITLE, _sections(report))
-
-
-def as_html(report: ComparisonReport) -> str:
-    """Return the report as a page."""
-    return sections_as_html(_TITLE, _sections(report), _FEATURES)
+def document_of(report: ComparisonReport) -> Document:
+    """Return the report as sentences and tables."""
+    return Document("Comparison of adapters", [*_sections(report)], _FEATURES)
 
 
 def _sections(report: ComparisonReport) -> Iterator[Section]:

@@ -16,7 +16,7 @@ from lorascope.config import Config, option
 from lorascope.dashboard.headline import percent, probability, quoted
 from lorascope.dashboard.overview import Overview, overview_of
 from lorascope.dashboard.reports import Reports
-from lorascope.dashboard.sections import Section, plain, sections_as_markdown, write_sections
+from lorascope.dashboard.sections import Document, Section, plain, write_sealed
 from lorascope.errors import ArtifactError
 from lorascope.features.index import FeatureIndex
 from lorascope.features.published_json import read_index
@@ -76,7 +76,9 @@ def run(config: ReportConfig) -> Path:
         overwrite=config.overwrite,
         make=make,
         table=lambda overview: "\n".join(overview.headline),
-        draw=lambda overview, manifest, _: write_sections(out, manifest, markdown(overview)),
+        draw=lambda overview, manifest, out: write_sealed(
+            out.with_suffix(".md"), markdown(overview), manifest
+        ),
     )
 
 
@@ -103,7 +105,7 @@ def markdown(overview: Overview) -> str:
     """Return the report as Markdown, in which text of the corpus is escaped."""
     subject, *sentences = overview.headline
     lead = [plain(subject), *(f"**{plain(sentence)}**" for sentence in sentences)]
-    text = sections_as_markdown("What the adapter learned", _sections(overview), lead)
+    text = Document("What the adapter learned", [*_sections(overview)]).as_markdown(lead)
     gaps = [f"- {plain(gap.what)}: `{gap.command}`" for gap in overview.gaps]
     return "\n".join([text, "## Not measured", "", *gaps, ""]) if gaps else text
 

@@ -7,7 +7,7 @@ or a corpus is escaped. Markdown and page are sealed (`artifact`) and name the r
 import html
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,27 +33,61 @@ class Section:
     long: bool = False
 
 
-def sections_as_text(sections: Iterable[Section]) -> str:
-    """Return sections for the terminal: sentences, and tables with aligned columns."""
-    lines: list[str] = []
-    for one in sections:
-        if one.long:
-            continue
-        lines += ["", one.title, *(f"  {sentence}" for sentence in one.sentences)]
-        for head, rows in one.tables:
-            lines += [f"  {line}" for line in format_table(head, rows)]
-    return "\n".join(lines[1:])
+@dataclass(frozen=True)
+class Document:
+    """A report of sections; `features` is the page to which numbers of features lead."""
 
+    title: str
+    sections: Sequence[Section]
+    features: str = ""
 
-def sections_as_markdown(title: str, sections: Iterable[Section], lead: Sequence[str] = ()) -> str:
-    """Return sections as Markdown, in which text of the corpus is escaped; `lead` comes first."""
-    parts = [f"# {title}", *lead]
-    for one in sections:
-        parts += [f"## {one.title}", *map(plain, one.sentences)]
-        for head, rows in one.tables:
-            lines = [head, ["---"] * len(head), *([plain(cell) for cell in row] for row in rows)]
-            parts.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
-    return "\n\n".join(parts) + "\n"
+    def as_text(self) -> str:
+        """Return it for the terminal: sentences, and tables with aligned columns."""
+        lines: list[str] = []
+        for one in self.sections:
+            if one.long:
+                continue
+            lines += ["", one.title, *(f"  {sentence}" for sentence in one.sentences)]
+            for head, rows in one.tables:
+                lines += [f"  {line}" for line in format_table(head, rows)]
+        return "\n".join(lines[1:])
+
+    def as_markdown(self, lead: Sequence[str] = ()) -> str:
+        """Return it as Markdown, in which text of the corpus is escaped; `lead` comes first."""
+        parts = [f"# {self.title}", *lead]
+        for one in self.sections:
+            parts += [f"## {one.title}", *map(plain, one.sentences)]
+            for head, rows in one.tables:
+                lines = [
+                    head,
+                    ["---"] * len(head),
+                    *([plain(cell) for cell in row] for row in rows),
+                ]
+                parts.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
+        return "\n\n".join(parts) + "\n"
+
+    def as_html(self) -> str:
+        """Return it as one page."""
+        parts = []
+        if self.features:
+            parts.append(f'<p><a href="{html.escape(self.features)}">All features</a></p>')
+        for one in self.sections:
+            parts.append(f"<h2>{as_shown(one.title)}</h2>")
+            parts += [f"<p>{as_shown(sentence)}</p>" for sentence in one.sentences]
+            for head, rows in one.tables:
+                to = self.features if head[0] == "feature" else ""
+                cells = ["".join(f"<th scope=col>{as_shown(cell)}</th>" for cell in head)]
+                cells += [_cells(row, to) for row in rows]
+                body = "".join(f"<tr>{row}</tr>" for row in cells)
+                parts.append(f"<div class=table tabindex=0><table>{body}</table></div>")
+            parts.append(one.figures)
+        page = _PAGE.replace("TITLE", html.escape(self.title))
+        return page.replace("BODY", "\n".join(parts))
+
+    def write(self, path: Path, report: Manifest) -> None:
+        """Write the Markdown and the page next to the JSON file of their report."""
+        for suffix, text in ((".md", self.as_markdown()), (".html", self.as_html())):
+            write_sealed(path.with_suffix(suffix), text, report)
 
 
 def plain(text: str) -> str:
@@ -61,38 +95,13 @@ def plain(text: str) -> str:
     return _MARKDOWN.sub(r"\\\g<0>", " ".join(text.split("\n")))
 
 
-def sections_as_html(title: str, sections: Iterable[Section], features: str = "") -> str:
-    """Return sections as one page; `features` is the page to which numbers of features lead."""
-    parts = []
-    if features:
-        parts.append(f'<p><a href="{html.escape(features)}">All features</a></p>')
-    for one in sections:
-        parts.append(f"<h2>{as_shown(one.title)}</h2>")
-        parts += [f"<p>{as_shown(sentence)}</p>" for sentence in one.sentences]
-        for head, rows in one.tables:
-            to = features if head[0] == "feature" else ""
-            cells = ["".join(f"<th scope=col>{as_shown(cell)}</th>" for cell in head)]
-            cells += [_cells(row, to) for row in rows]
-            body = "".join(f"<tr>{row}</tr>" for row in cells)
-            parts.append(f"<div class=table tabindex=0><table>{body}</table></div>")
-        parts.append(one.figures)
-    return _PAGE.replace("TITLE", html.escape(title)).replace("BODY", "\n".join(parts))
-
-
-def write_sections(path: Path, report: Manifest, markdown: str, page: str = "") -> None:
-    """Write the Markdown, and the page if there is one, next to the JSON file of their report."""
-    texts = {".md": markdown, ".html": page} if page else {".md": markdown}
-    for suffix, text in texts.items():
-        write_text(path.with_suffix(suffix), _sealed(text, report))
-
-
-def _sealed(text: str, report: Manifest) -> str:
-    """Return a text with a manifest in a comment: after the title, before any text of a corpus."""
+def write_sealed(path: Path, text: str, report: Manifest) -> None:
+    """Write a text with a manifest in a comment: after the title, before any text of a corpus."""
     parents = {report.kind: report.digest}
     shown = Identity(kind=report.kind, schema=report.schema, settings={}, parents=parents)
     values = json.dumps(shown.manifest(None, {}).to_sealed_json())
     before, mark, after = text.partition(_HEAD if _HEAD in text else "\n\n")
-    return sealed(f"{before}\n{HTML_MARK.decode()}{values} -->{mark}{after}")
+    write_text(path, sealed(f"{before}\n{HTML_MARK.decode()}{values} -->{mark}{after}"))
 
 
 def _cells(row: Sequence[str], features: str) -> str:
