@@ -266,7 +266,7 @@ def score(opened: Opened, report: ComparisonReport, task: Task) -> dict[str, Any
         is_new = np.array([planted[store.rollout_start[i + 1] - 1] for i in rollouts])  # by the end
         measured = found.predictions([("A", "B")])
         kl = np.zeros(len(rollouts))
-        owner = [found.number[i] for i in store.rollout_of(measured.rows).tolist()]
+        owner = found.owners(measured.rows)
         np.add.at(kl, owner, measured.kl["A", "B"] * measured.written)
         strong = [one.feature for one in pair.features if (one.explained or 0) > _STRONG * pair.kl]
         tested = sorted({*news, *strong})

@@ -504,16 +504,15 @@ class Made(Differences):
     n_fired = np.ones(3, np.int64)
 
     def __init__(self, kl: dict[str, list[float]], lost: dict[str, list[list[float]]]) -> None:
-        self.number = {i: i for i in range(self.n_rollouts)}
-        given: Any = SimpleNamespace(
-            store=SimpleNamespace(rollout_of=lambda rows: rows),
-            role_of=lambda rows: np.zeros(len(rows), int),
-        )
+        given: Any = SimpleNamespace(role_of=lambda rows: np.zeros(len(rows), int))
         self.held_out = given
         given = SimpleNamespace(size=lambda _: np.ones(3), cosine=lambda *_: np.ones(3))
         self.writes = given
         self.kl = {("A", name): np.array(values) for name, values in kl.items()}
         self.lost = {("A", name): np.array(values) for name, values in lost.items()}
+
+    def owners(self, rows: np.ndarray) -> np.ndarray:
+        return rows
 
     def found(self) -> Predictions:
         rows, noise = np.arange(self.n_rollouts), np.full(self.n_rollouts, 1e-9)

@@ -37,7 +37,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lorascope import runtime
-from lorascope.causal.effects import kl_and_loss, kl_divergence, log_probabilities, select_measured
+from lorascope.causal.effects import (
+    kl_and_loss,
+    kl_divergence,
+    log_probabilities,
+    select_measured,
+    sum_by,
+)
 from lorascope.causal.gradients import fitting_graph, input_gradients
 from lorascope.causal.held_out import Batch, HeldOut, require_rows_of
 from lorascope.causal.openings import prompt_length
@@ -114,6 +120,10 @@ class Differences:
     def __exit__(self, *error: object) -> None:
         self._undo.close()
         self.editors.clear()
+
+    def owners(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the number of each row's rollout among those that are run."""
+        return np.array([self.number[i] for i in self.held_out.store.rollout_of(rows).tolist()])
 
     def _only_written(self, batch: Batch) -> Batch:
         """Return a batch in which only predictions of what a model writes are measured."""
@@ -198,23 +208,14 @@ class Differences:
                 own = rows[batch.own.to(rows.device)].cpu()[:, columns]
                 ends = [rows[..., self.columns[name].to(rows.device)] for name in pair]
                 gradient = self._gradient(both, batch, ends, log_p, steps, kept)
-                read = self.held_out.is_read(self.sae, batch.rows[batch.own].numpy())
-                left = (own - code @ W - bias) * gradient
-                moved = gradient @ W.T
-                wrong = gradient @ others.T
-                bounds = batch.own.sum(1).tolist()
-                owners = self.held_out.store.rollout_of(batch.rows[:, 0].numpy())
-                for owner, c, m, o, x, g, is_read, u in zip(
-                    owners.tolist(),
-                    *(p.split(bounds) for p in (code, moved, wrong, own, gradient, read, left)),
-                    strict=True,
-                ):
-                    i = self.number[owner]
-                    found.of_latent[:, i] += (c * m).double().sum(0).numpy()
-                    found.controls += (c.T @ o).double().numpy()
-                    found.bias[i] += float((g[is_read] @ bias).double().sum())
-                    found.unexplained[i] += float(u[is_read].double().sum())
-                    found.unexplained[i] += float((x * g)[~is_read].double().sum())
+                numbers = batch.rows[batch.own].numpy()
+                owner, read = self.owners(numbers), self.held_out.is_read(self.sae, numbers)
+                left = torch.where(read[:, None], own - code @ W - bias, own) * gradient
+                moved = (code * (gradient @ W.T)).double()
+                torch.from_numpy(found.of_latent).index_add_(1, torch.from_numpy(owner), moved.T)
+                found.bias += sum_by(owner, (gradient @ bias * read).double().numpy(), n)
+                found.unexplained += sum_by(owner, left.double().sum(1).numpy(), n)
+                found.controls += (code.T @ (gradient @ others.T)).double().numpy()
                 bar.update(int(batch.own.sum()))
         found.controls *= differ[:, None]
         return found

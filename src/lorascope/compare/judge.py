@@ -66,10 +66,7 @@ class Judge:
         self.null_kl: float | None = None
         self.level = 0.0
         self.text_level: float | None = None
-        store = differences.held_out.store
-        self.owner = np.array(
-            [differences.number[i] for i in store.rollout_of(found.rows).tolist()]
-        )
+        self.owner = differences.owners(found.rows)
         self.role = differences.held_out.role_of(found.rows)
         self.counts = self._sums(np.ones(len(found.rows)))
         self.floor = max(
