@@ -35,6 +35,7 @@ from lorascope.causal.effects import (
     likeliest,
     rank_correlation,
     select_measured,
+    sum_by,
 )
 from lorascope.causal.gradients import (
     RowDecomposition,
@@ -234,9 +235,7 @@ class _Study:
             for i, position in enumerate(group.positions.tolist()):
                 number = int((positions == position).nonzero())
                 own = of_firings[0][i]
-                sums, removals = (
-                    np.bincount(firing, values[i], len(latents)) for values in of_firings
-                )
+                sums, removals = (sum_by(firing, values[i], len(latents)) for values in of_firings)
                 self.sums[:, latents] += sums, np.abs(sums)
                 self.n_targets[latents] += sums != 0
                 if removed is not None:

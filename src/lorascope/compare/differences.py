@@ -170,10 +170,10 @@ class Differences:
                     runs[name, ITSELF] = select_measured(again, batch.mask)
                 for one, other in pairs:
                     runs |= {(one, other): at[other], (other, one): at[one]}
-                    both = (log_p[name][at_written] for name in (one, other))
-                    shifts[one, other].add(*both, batch.measured[here], roles)
-                for pair, q in runs.items():
-                    kl, _ = kl_and_loss(log_p[pair[0]], q, targets)
+                    p, q = log_p[one][at_written], log_p[other][at_written]
+                    shifts[one, other].add(p, q, batch.measured[here], roles)
+                for pair, logits in runs.items():
+                    kl, _ = kl_and_loss(log_p[pair[0]], logits, targets)
                     found[pair].append(kl.cpu().numpy())
                 measured.append(batch.measured)
                 bar.update(int(batch.own.sum()))

@@ -21,6 +21,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -144,7 +145,7 @@ class Judge:
             nulls = [d.exchanges(one, singles) for one in self.null_pairs]
             different = self._by_text(pair) > self.text_level
         reported = order[total[order] != 0][:N_REPORTED]
-        changed = {
+        changed: dict[int, Any] = {
             latent: (lost[i], [self._mean(one[i]) for one in effects], [one[i] for one in nulls])
             for i, latent in enumerate(tested.tolist())
         }
@@ -166,7 +167,7 @@ class Judge:
             second=pair[1],
             kl=self._mean(kl),
             kl_interval=self._amounts(kl),
-            kl_reverse=self._mean(self._sums(found.kl[pair[::-1]])),
+            kl_reverse=self._mean(self._sums(found.kl[pair[1], pair[0]])),
             roles={
                 ROLES[role]: RoleDifference(
                     n_tokens=int((self.role == role).sum()),
