@@ -24,6 +24,7 @@ from lorascope.sites import PROJECTIONS
 
 if TYPE_CHECKING:
     from builders.browser import Shown
+    from playwright.sync_api import Browser
 
 
 # A busy machine is slow: that is no failure of a test.
@@ -193,14 +194,22 @@ def make_store(tmp_path: Path):
     return make
 
 
-@pytest.fixture(scope="module")
-def tab() -> Iterator["Shown"]:
-    """One tab for the tests of a file: a new one for each would take longer than all of them."""
-    from builders.browser import Shown, open_browser
+@pytest.fixture(scope="session")
+def browser() -> Iterator["Browser"]:
+    """One browser for all tests of a process: each takes two seconds to start and to end."""
+    from builders.browser import open_browser
 
     with open_browser() as browser:
-        # Offline: everything that a page needs is in its file.
-        shown = Shown(browser.new_context(offline=True).new_page(), [])
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def tab(browser: "Browser") -> Iterator["Shown"]:
+    """One tab for the tests of a file: a new one for each would take longer than all of them."""
+    from builders.browser import Shown
+
+    with browser.new_context(offline=True) as context:  # a page has everything in its file
+        shown = Shown(context.new_page(), [])
         shown.page.set_default_timeout(120_000)  # a busy machine is slow, not wrong
         shown.page.on("console", lambda message: shown.complaints.append(message.text))
         shown.page.on("pageerror", lambda error: shown.complaints.append(str(error)))

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from builders.browser import open_browser
 from builders.effect_reports import write_all
 from builders.indexes import index_of, synthetic
 
@@ -15,7 +14,7 @@ from lorascope.dashboard.render import DashboardConfig, run
 from lorascope.features.index import FeatureIndex
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Browser, Page
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +39,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def tab() -> Iterator["Page"]:
-    with open_browser() as browser:
-        page = browser.new_page()
+def tab(browser: "Browser") -> Iterator["Page"]:
+    with browser.new_context() as context:
+        page = context.new_page()
         page.set_default_timeout(120_000)
         yield page
 

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders.browser import open_browser
 from demo_problems import write_jsonl
 from safetensors.numpy import load_file
 
@@ -124,7 +123,7 @@ def made(tmp_path_factory):
     return store, sae, index, page
 
 
-def test_one_number_is_the_same_from_the_weights_to_the_page(made):
+def test_one_number_is_the_same_from_the_weights_to_the_page(browser, made):
     store, sae, index = ActivationStore.open(made[0]), load_sae(made[1]), FeatureIndex.open(made[2])
     feature = max((index[i] for i in range(len(index))), key=lambda f: f.stats.max or 0.0)
     example = feature.examples[0]
@@ -149,8 +148,8 @@ def test_one_number_is_the_same_from_the_weights_to_the_page(made):
     assert example.value == pytest.approx(pre[feature.latent], rel=1e-4)
 
     # 4. index -> page: its own value exactly, those around it within the bound that the page states
-    with open_browser() as browser:
-        tab = browser.new_page()
+    with browser.new_context() as context:
+        tab = context.new_page()
         address = made[3].resolve().as_uri() + f"#/feature/{feature.latent}"
         tab.goto(address, wait_until="domcontentloaded")
         tab.wait_for_selector(f"[data-testid=feature-view][data-feature='{feature.latent}']")

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders.browser import open_browser
 from builders.indexes import example, index_of, manifest_of, small_index
 from builders.pages import block, bytes_of, column
 
@@ -179,13 +178,13 @@ def test_any_number_of_bytes_is_text_that_no_parser_changes(n: int):
 
 
 @pytest.mark.slow
-def test_a_browser_reads_every_coding_as_python_does():
+def test_a_browser_reads_every_coding_as_python_does(browser):
     values, types = every_coding()
     source = files("lorascope.dashboard").joinpath("assets", "unpack.js").read_text()
     source = re.sub("^import .*$", "const packText = async () => packed;", source, flags=re.M)
     source = re.sub("^export ", "", source, flags=re.M)
-    with open_browser() as browser:
-        found = browser.new_page().evaluate(
+    with browser.new_context() as context:
+        found = context.new_page().evaluate(
             "([packed, types]) => {" + source + "; return unpack('', types).then((columns) => "
             "Object.fromEntries(Object.entries(columns).map(([k, v]) => [k, Array.from(v)]))); }",
             [pack(values, types), list(types.items())],

@@ -17,7 +17,6 @@ from urllib.request import urlopen
 
 import numpy as np
 import pytest
-from builders.browser import open_browser
 from builders.indexes import synthetic
 
 from lorascope.dashboard.payload import BLOCK, Payload
@@ -139,16 +138,16 @@ def test_two_servers_have_two_tokens(server: PageServer):
 
 
 @pytest.mark.slow
-def test_the_served_page_shows_any_feature_and_rollout():
+def test_the_served_page_shows_any_feature_and_rollout(browser: Any):
     index = synthetic(300, 5, 6, n_texts=5, n_rollouts=30, n_layers=4)
     last = int(np.flatnonzero(index.n_examples)[-1])
     complaints: list[str] = []
     requests: list[str] = []
     with (
         running(server_of(Payload(index, "T"), index.manifest)) as server,
-        open_browser() as browser,
+        browser.new_context() as context,
     ):
-        tab = browser.new_page()
+        tab = context.new_page()
         tab.on("console", lambda message: complaints.append(message.text))
         tab.on("pageerror", lambda error: complaints.append(str(error)))
         tab.on("request", lambda request: requests.append(request.url))
@@ -170,10 +169,10 @@ def test_the_served_page_shows_any_feature_and_rollout():
 
 
 @pytest.mark.slow
-def test_a_served_page_says_that_its_server_has_stopped():
+def test_a_served_page_says_that_its_server_has_stopped(browser: Any):
     index = synthetic(300, 2, 2, n_texts=0, n_rollouts=20, n_layers=1, dead=0)
-    with open_browser() as browser:
-        tab = browser.new_page()
+    with browser.new_context() as context:
+        tab = context.new_page()
         with running(server_of(Payload(index, "T"), index.manifest)) as server:
             tab.goto(server.address, wait_until="domcontentloaded")
             tab.wait_for_selector("html[data-ready=true]")
@@ -226,7 +225,7 @@ def test_an_invalid_port_is_an_error(given: dict[str, Any], said: str):
 
 
 @pytest.mark.slow
-def test_a_block_that_is_there_only_in_part_is_waited_for(tmp_path: Path):
+def test_a_block_that_is_there_only_in_part_is_waited_for(browser: Any, tmp_path: Path):
     """A parser hands over the text of a long element piece by piece."""
     index = synthetic(300, 10, 10)
     index.save(tmp_path / "features.h5")
@@ -252,8 +251,8 @@ def test_a_block_that_is_there_only_in_part_is_waited_for(tmp_path: Path):
     last = int(np.flatnonzero(index.n_examples)[-1])
     with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        with open_browser() as browser:
-            page = browser.new_page()
+        with browser.new_context() as context:
+            page = context.new_page()
             page.goto(f"http://127.0.0.1:{server.server_port}/#/feature/{last}")
             tokens = page.get_by_test_id("window").first.get_by_test_id("token")
             tokens.first.wait_for(timeout=60_000)
