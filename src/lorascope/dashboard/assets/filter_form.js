@@ -53,12 +53,6 @@ export function clearFilters() {
   setFilters("", true);
 }
 
-// Keeps only the features inside a lasso on the map.
-export function setLasso(lasso) {
-  form.elements.lasso.value = lasso;
-  refill(true);
-}
-
 export function refill(moves = true) {
   const now = filters();
   byId("dead").disabled = now.full;
@@ -100,7 +94,7 @@ function show(share, moves) {
 
 function nMore(now) {
   const names = ["dmin", "dmax", "amin", "amax", "nmin", "smin", "role", "layer", "projection",
-    "mark", "lasso", "kind", "category", "lmin"];
+    "mark", "kind", "category", "lmin"];
   return names.filter((name) => now[name]).length;
 }
 

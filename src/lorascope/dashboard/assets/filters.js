@@ -9,11 +9,9 @@ import { density } from "./stats.js";
 const NONE = {
   q: "", in: "fires", sort: column.effect_kl ? "verdict" : "id", full: false, dead: false, ranked: false,
   template: false, role: "", layer: "", projection: "",
-  mark: "", dmin: "", dmax: "", amin: "", amax: "", nmin: "", smin: "", lasso: "",
+  mark: "", dmin: "", dmax: "", amin: "", amax: "", nmin: "", smin: "",
   kind: "", category: "", lmin: "",
 };
-const WIDTH = UNKNOWN - 1; // of the map
-const GRID = 999; // a lasso's corners are rounded to this many steps across the map
 
 const LEAST = -Infinity;
 const VERDICTS = ["specific", "not distinguishable", "too few firings", ""];
@@ -104,41 +102,10 @@ function testsOf(filters) {
     starred: isStarred, noted: (id) => noteOf(id) !== "",
   };
   if (marks[filters.mark]) tests.push(marks[filters.mark]);
-  const corners = cornersOf(filters.lasso);
-  if (corners.length) tests.push((id) => isInside(id, corners));
   return tests;
 }
 
 function bound(text) {
   const value = Number(text);
   return text === undefined || String(text).trim() === "" || Number.isNaN(value) ? undefined : value;
-}
-
-// Returns a lasso as text for the address. Corners are in map coordinates.
-export function toLasso(corners) {
-  const step = Math.ceil(corners.length / 48);
-  return corners
-    .filter((_, i) => i % step === 0)
-    .map((corner) => corner.map((at) => Math.round((GRID * at) / WIDTH)).join("."))
-    .join("_");
-}
-
-function cornersOf(text) {
-  const corners = text.split("_").map((corner) => corner.split(".").map(Number));
-  const good = corners.every(([x, y]) => Number.isFinite(x) && Number.isFinite(y));
-  if (!text || !good || corners.length < 3) return [];
-  return corners.map(([x, y]) => [(x * WIDTH) / GRID, (y * WIDTH) / GRID]);
-}
-
-// Returns whether a feature is inside a polygon: a ray from it crosses the border an odd number of
-// times.
-function isInside(id, corners) {
-  const [x, y] = [column.x[id], column.y[id]];
-  if (x === UNKNOWN) return false;
-  let inside = false;
-  corners.forEach(([x1, y1], i) => {
-    const [x2, y2] = corners[(i + 1) % corners.length];
-    if (y1 > y !== y2 > y && x < x1 + ((y - y1) * (x2 - x1)) / (y2 - y1)) inside = !inside;
-  });
-  return inside;
 }

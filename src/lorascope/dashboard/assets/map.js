@@ -1,8 +1,6 @@
 // The map: every feature is a dot, close to features that fire with it; groups have names.
 import { saveFile } from "./copying.js";
 import { UNKNOWN, column, core } from "./data.js";
-import { toLasso } from "./filters.js";
-import { setLasso } from "./filter_form.js";
 import { listIndex } from "./feature_list.js";
 import { LEVELS } from "./figures.js";
 import { labelOf } from "./annotations.js";
@@ -24,7 +22,6 @@ const area = document.getElementById("map");
 const canvas = element("canvas", "canvas");
 const legend = element("div", "map-legend");
 const color = element("select");
-const lassoButton = button("Lasso", switchLasso, { testid: "lasso" });
 const onMap = [];
 for (let id = 0; id < core.n_features; id++) if (column.x[id] !== UNKNOWN) onMap.push(id);
 
@@ -33,7 +30,6 @@ export const hasMap = onMap.length > 0;
 let view = { x: 0.5, y: 0.5, zoom: 1 }; // x and y of the centre, in widths of the map
 let hovered = -1;
 let current = -1;
-let lasso = null; // corners so far, in pixels
 let dragging = null;
 let isScheduled = false; // whether a frame is requested
 let open = () => {};
@@ -172,7 +168,6 @@ function draw() {
   }
   drawGroupNames(pen, ink, width, height, pointOf);
   drawLabels(pen, ink, width, height, pointOf);
-  if (lasso) drawLasso(pen, ink);
   drawLegend(kinds, ends);
 }
 
@@ -228,16 +223,6 @@ function drawLabels(pen, ink, width, height, pointOf) {
     const [x, y] = toScreen(id, pointOf);
     if (x > 0 && y > 0 && x < width && y < height) pen.fillText(labelOf(id).slice(0, 40), x + 7, y + 4);
   }
-}
-
-function drawLasso(pen, ink) {
-  pen.strokeStyle = ink("--accent");
-  pen.setLineDash([5, 4]);
-  pen.beginPath();
-  lasso.forEach(([x, y], i) => (i ? pen.lineTo(x, y) : pen.moveTo(x, y)));
-  pen.closePath();
-  pen.stroke();
-  pen.setLineDash([]);
 }
 
 function drawLegend(kinds, [low, high] = []) {
@@ -306,32 +291,22 @@ function reset() {
   showMap();
 }
 
-function listVisible() {
-  const [w, h] = [canvas.clientWidth, canvas.clientHeight];
-  setLasso(toLasso([[0, 0], [w, 0], [w, h], [0, h]].map(toMap)));
-}
-
 const at = (event) => [event.offsetX, event.offsetY];
-const isDrawing = () => lassoButton.getAttribute("aria-pressed") === "true";
 
 canvas.addEventListener("wheel", (event) => {
   event.preventDefault();
   zoom(Math.exp(-event.deltaY / 400), at(event));
 }, { passive: false });
 canvas.addEventListener("pointerdown", (event) => {
-  // One finger scrolls the page, except to draw a lasso.
-  if (event.pointerType === "touch" && !isDrawing()) {
+  // One finger scrolls the page.
+  if (event.pointerType === "touch") {
     dragging = { from: at(event), moved: false, isTouch: true };
     return;
   }
   canvas.setPointerCapture(event.pointerId);
   dragging = { from: at(event), moved: false };
-  if (event.shiftKey || isDrawing()) lasso = [at(event)];
 });
-canvas.addEventListener("pointercancel", () => {
-  dragging = null;
-  lasso = null;
-});
+canvas.addEventListener("pointercancel", () => (dragging = null));
 canvas.addEventListener("pointermove", (event) => {
   if (dragging?.isTouch) return undefined;
   if (!dragging) return hover(nearest(at(event), NEAR), ...at(event));
@@ -339,20 +314,13 @@ canvas.addEventListener("pointermove", (event) => {
   if (!dragging.moved && Math.hypot(dx, dy) < 4) return undefined;
   dragging.moved = true;
   hideTooltip();
-  if (lasso) {
-    lasso.push(at(event));
-    return showMap();
-  }
   dragging.from = at(event);
   return pan(dx, dy);
 });
 canvas.addEventListener("pointerup", (event) => {
   const { moved } = dragging ?? {};
-  const corners = lasso;
   dragging = null;
-  lasso = null;
-  if (moved && corners?.length > 2) setLasso(toLasso(corners.map(toMap)));
-  else if (moved === false) {
+  if (moved === false) {
     const id = nearest(at(event), NEAR);
     if (id >= 0) open(id);
   }
@@ -384,11 +352,6 @@ function hoverCentre() {
   hover(id, ...(id < 0 ? middle : toScreen(id)));
 }
 
-function switchLasso() {
-  lassoButton.setAttribute("aria-pressed", String(!isDrawing()));
-  canvas.classList.toggle("drawing", isDrawing());
-}
-
 function build() {
   const tools = element("div", "map-tools");
   const label = element("label", "line", "colour by");
@@ -396,8 +359,6 @@ function build() {
   for (const name of Object.keys(COLORINGS)) color.append(element("option", "", name));
   color.addEventListener("change", () => showMap());
   label.append(color);
-  lassoButton.title = "draw around features to list only those (or drag with Shift)";
-  lassoButton.setAttribute("aria-pressed", "false");
   const save = button("PNG", () => canvas.toBlob((image) => saveFile("map.png", image)),
     { testid: "save-map", label: "Save the map as PNG" });
   tools.append(
@@ -405,8 +366,6 @@ function build() {
     button("+", () => zoom(1.5), { testid: "zoom-in", label: "Zoom in" }),
     button("\u2212", () => zoom(1 / 1.5), { testid: "zoom-out", label: "Zoom out" }),
     button("Whole map", reset, { testid: "zoom-all" }),
-    lassoButton,
-    button("List visible features", listVisible, { testid: "keep-visible" }),
     save,
   );
   canvas.tabIndex = 0;
