@@ -226,24 +226,6 @@ def test_the_labels_in_a_copied_table_are_no_markup_and_no_formula(show: Any):
     assert line.startswith(f"| {other} | =1+1 \\| \\<b\\>\\`x\\` | ")
 
 
-def test_starred_features_are_printed_on_pages_of_their_own(show: Any):
-    shown = show(small_index())
-    shown.page.evaluate("window.print = () => {}")
-    shown.part("print-starred").click()
-    assert "No feature is starred" in shown.text("files-status")
-    shown.press("s", "ArrowRight", "s")
-    shown.part("print-starred").click()
-    shown.page.wait_for_selector("body.printing-starred", state="attached")
-    shown.page.emulate_media(media="print")
-    heads = shown.part("sheet").locator("h2").all_text_contents()
-    assert heads == ["Feature 0", "Feature 2"]
-    assert shown.part("sheet").nth(1).get_by_test_id("example").first.is_visible()
-    assert not shown.part("feature-view").is_visible()
-    shown.page.evaluate("dispatchEvent(new Event('afterprint'))")
-    shown.page.emulate_media(media="screen")
-    assert shown.part("sheet").count() == 0 and shown.part("feature-view").is_visible()
-
-
 @pytest.mark.slow
 def test_the_map_is_saved_as_png(show: Any):
     shown = show(full_index(), "#/map")

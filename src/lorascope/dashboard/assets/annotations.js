@@ -28,11 +28,6 @@ export function isStarred(id) {
   return annotations.get(id)?.star ?? false;
 }
 
-// Returns the starred features, by number.
-export function starred() {
-  return [...annotations.keys()].filter(isStarred).sort((a, b) => a - b);
-}
-
 // Changes a feature's annotation: `annotate(7, { star: true })`.
 export function annotate(id, change) {
   const now = { label: "", note: "", star: false, ...annotations.get(id), ...change };

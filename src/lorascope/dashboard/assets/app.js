@@ -14,7 +14,6 @@ import { hasMap, onOpen, showMap } from "./map.js";
 import { drawOverview } from "./overview.js";
 import { firstRollout, listedRollouts, markRollout, nRollouts, onRefilled } from "./rollout_list.js";
 import { showNoRollout, showRollout } from "./rollout_view.js";
-import { printStarred } from "./print_starred.js";
 import { address, amend, onRoute, push } from "./route.js";
 import { switchTheme } from "./theme.js";
 import { hideTooltip, watchTokens } from "./tooltip.js";
@@ -334,10 +333,6 @@ previous.addEventListener("click", () => step(-1));
 next.addEventListener("click", () => step(1));
 byId("help-button").addEventListener("click", openHelp);
 byId("save-table").addEventListener("click", () => saveTable(listed()));
-byId("print-starred").addEventListener("click", async () => {
-  const n = await printStarred();
-  if (!n) byId("files-status").textContent = "No feature is starred. The star is next to its label.";
-});
 byId("goto").addEventListener("submit", (event) => {
   event.preventDefault();
   const name = number.value.trim().replace(/^#/, "");
