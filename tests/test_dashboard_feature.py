@@ -194,25 +194,6 @@ def test_arrow_keys_read_the_bars_of_a_histogram(show: Any):
 
 
 @pytest.mark.slow
-def test_a_feature_is_marked_in_the_histogram_of_densities(show: Any):
-    index = full_index()
-    latent = feature_with(index, lambda feature: (feature.stats.density or 0) > 0)
-    shown = show(index, f"#/feature/{latent}")
-    density = index.latent_n_active / index.content["n_eligible"]
-    bins = np.floor(4 * np.log10(density[density > 0])).astype(int)
-    counts = np.bincount(bins - bins.min())
-    panel = shown.part("densities")
-    tips = [rect.get_attribute("data-tip") for rect in panel.locator("rect.bar-space").all()]
-    assert [int(t.split(": ")[1].split()[0].replace(",", "")) for t in tips] == counts.tolist()
-    mine = int(np.floor(4 * np.log10(density[latent]))) - bins.min()
-    assert [i for i, tip in enumerate(tips) if "this one" in tip] == [mine]
-    assert panel.locator("rect.here").count() == 1
-    panel.locator("summary").focus()
-    shown.press("Tab", "End")
-    assert shown.text("tooltip") == tips[-1]
-
-
-@pytest.mark.slow
 def test_a_long_window_is_folded_around_its_token_and_unfolds(show: Any):
     window = [1, 2] * 30
     shown = show(index_of([[example(1.0, 99, window, 31)]]))

@@ -2,7 +2,7 @@
 import { column, core, isTemplate } from "./data.js";
 import { drawEffects } from "./effects.js";
 import { drawExamples, drawSamples, drawSpecials, scaleOf } from "./examples.js";
-import { drawDensities, drawFingerprint, drawHistogram, drawPositions, drawRoles } from "./figures.js";
+import { drawFingerprint, drawHistogram, drawPositions, drawRoles } from "./figures.js";
 import { drawLabel } from "./labels.js";
 import { drawNeighbours, drawRankings } from "./related.js";
 import { drawStats } from "./stats.js";
@@ -61,6 +61,5 @@ function drawSide(record) {
   if (record.byRole.some((n) => n > 0)) parts.push(drawRoles(record));
   if (fires && record.byPosition.some((n) => n > 0)) parts.push(drawPositions(record));
   parts.push(...drawNeighbours(record));
-  if (fires && core.n_eligible > 0) parts.push(drawDensities(record));
   return parts;
 }

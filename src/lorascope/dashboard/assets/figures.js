@@ -56,40 +56,6 @@ function usedBins() {
   return n;
 }
 
-const PER_DECADE = 4;
-
-// Draws the densities of all features that fire, and marks this one.
-export function drawDensities({ id }) {
-  const bins = Array.from(column.n_active, densityBin);
-  const firing = bins.filter((bin) => bin !== null);
-  const first = firing.reduce((a, b) => Math.min(a, b));
-  const counts = new Array(firing.reduce((a, b) => Math.max(a, b)) - first + 1).fill(0);
-  for (const bin of firing) counts[bin - first] += 1;
-  const top = counts.reduce((a, b) => Math.max(a, b));
-  const edge = (i) => percent(10 ** ((first + i) / PER_DECADE));
-  const bars = counts.map((n, i) => ({
-    share: n / top,
-    here: first + i === bins[id],
-    tip: `density ${edge(i)} to ${edge(i + 1)}: ${whole(n)} features` +
-      (first + i === bins[id] ? ", including this one" : ""),
-  }));
-  const ticks = [[0, edge(0)], [counts.length, edge(counts.length)]];
-  const name = `Histogram of the densities of all features, with feature ${id} marked`;
-  const drawing = drawBars(bars, ticks, name);
-  const density = percent(ratio(column.n_active[id], core.n_eligible));
-  const note = `Features by density (logarithmic axis). Dark: this feature, at ${density}.`;
-  return panel("How common it is", note, drawing, {
-    testid: "densities", file: `feature-${id}-densities`,
-    rows: () => [["density from", "to", "features"],
-      ...counts.map((n, i) => [first + i, first + i + 1].map((at) => 10 ** (at / PER_DECADE)).concat(n))],
-  });
-}
-
-function densityBin(n) {
-  const density = ratio(n, core.n_eligible);
-  return density > 0 ? Math.floor(PER_DECADE * Math.log10(density)) : null;
-}
-
 export function drawPositions({ id, byPosition }) {
   const shares = Array.from(byPosition, (n, i) => ratio(n, core.n_by_position[i]));
   const top = Math.max(...shares) || 1;
@@ -234,7 +200,7 @@ function drawBars(bars, ticks, label) {
   drawing.dataset.walk = "";
   const step = WIDTH / bars.length;
   let hasStop = false; // Tab stops at the first bar only
-  bars.forEach(({ share, tip, here }, i) => {
+  bars.forEach(({ share, tip }, i) => {
     const height = share > 0 ? Math.max(1.5, (plot - 2) * share) : 0;
     const at = { x: i * step, y: 0, width: step, height: plot, class: "bar-space" };
     const space = svg("rect", { ...at, tabindex: share > 0 && !hasStop ? 0 : -1 });
@@ -242,7 +208,7 @@ function drawBars(bars, ticks, label) {
     space.dataset.tip = tip;
     const width = Math.max(0.5, step - Math.min(2, 0.16 * step));
     const shape = { x: i * step + (step - width) / 2, y: plot - height, width, height };
-    drawing.append(svg("rect", { ...shape, class: here ? "bar-fig here" : "bar-fig" }), space);
+    drawing.append(svg("rect", { ...shape, class: "bar-fig" }), space);
   });
   drawing.append(svg("line", { x1: 0, x2: WIDTH, y1: plot, y2: plot, class: "base" }));
   for (const [at, text] of ticks) {
