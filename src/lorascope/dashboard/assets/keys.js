@@ -2,7 +2,6 @@
 import { element } from "./format.js";
 
 const help = document.getElementById("help");
-const query = document.getElementById("glossary-query");
 const actions = new Map(); // key -> function
 
 // Keys that other modules handle, for the list.
@@ -32,7 +31,6 @@ export function setKeys(keys) {
 export function openHelp() {
   if (help.open) return;
   help.showModal();
-  help.querySelector("button").focus(); // not the search field, in which Esc only clears the text
 }
 
 addEventListener("keydown", (event) => {
@@ -49,26 +47,6 @@ addEventListener("keydown", (event) => {
 help.addEventListener("click", (event) => {
   if (event.target === help || event.target.closest("button")) help.close();
 });
-
-// Shows only the glossary's entries that contain the search text; without one, the whole help.
-function filterGlossary() {
-  const wanted = query.value.trim().toLowerCase();
-  let n = 0;
-  for (const section of document.querySelectorAll("#glossary section")) {
-    let shown = 0;
-    for (const entry of section.querySelectorAll(".glossary-entry")) {
-      entry.hidden = !entry.textContent.toLowerCase().includes(wanted);
-      if (!entry.hidden) shown += 1;
-    }
-    section.hidden = shown === 0;
-    n += shown;
-  }
-  for (const section of help.querySelectorAll(".help-section")) section.hidden = wanted !== "";
-  document.getElementById("glossary-count").textContent =
-    wanted ? `${n} entr${n === 1 ? "y" : "ies"} found` : "";
-}
-
-query.addEventListener("input", filterGlossary);
 
 function isTyping(target) {
   if (!target.matches) return false;
