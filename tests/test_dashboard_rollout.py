@@ -212,9 +212,3 @@ def test_a_link_to_a_rollout_shows_features_in_a_page_without_rollouts(show: Any
     shown = show(index_of([[example(1.0, 9, [1], 0)]]), "#/rollout/7")
     assert not shown.part("tab-rollout").is_visible()
     assert "There is no feature 7" in shown.text("message")
-
-
-def test_an_address_of_an_older_page_still_opens_its_rollout(show: Any):
-    shown = show(small_index(), "#/text/7?token=1")
-    wait_for_rollout(shown, 7)
-    shown.page.wait_for_selector(".token.selected")

@@ -5,12 +5,11 @@ let timer = 0;
 let follow = () => {};
 
 // Returns { view, name, query } of the address. `name` and `query` are undefined if not given.
-// Addresses of older pages say "text" for "rollout".
 export function address() {
-  const link = /^#\/(overview|feature|rollout|text|map)(?:\/([^?]*))?(?:\?(.*))?$/.exec(location.hash);
+  const link = /^#\/(overview|feature|rollout|map)(?:\/([^?]*))?(?:\?(.*))?$/.exec(location.hash);
   if (!link) return { view: "overview", name: undefined, query: undefined };
-  const view = link[1] === "text" ? "rollout" : link[1];
-  return { view, name: link[2] === undefined ? undefined : decode(link[2]), query: link[3] };
+  const [, view, name, query] = link;
+  return { view, name: name && decode(name), query };
 }
 
 // Sets the address with a new entry for the browser's back button.
