@@ -281,13 +281,9 @@ function onRelisted(moves) {
 }
 
 function drawHeader() {
-  for (const [label, value, note] of core.facts) {
-    const fact = element("div", "fact");
-    fact.title = note;
-    const meaning = element("dd", "fact-note", note);
-    fact.append(element("dt", "", label), element("dd", "", value), meaning);
-    byId("facts").append(fact);
-  }
+  byId("facts").append(...core.facts.map(([label, value, note]) => element("div", "fact",
+    [element("dt", "", label), element("dd", "", value), element("dd", "fact-note", note)],
+    { title: note })));
   byId("about").open = matchMedia("(min-width: 1200px) and (min-height: 800px)").matches;
   document.querySelector("[data-tab=rollout]").hidden = !nRollouts;
   document.querySelector("[data-tab=map]").hidden = !hasMap;

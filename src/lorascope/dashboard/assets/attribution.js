@@ -59,9 +59,8 @@ export function predictionNotes(data, t) {
 }
 
 function drawPredicted(who, all) {
-  const line = element("span", "predicted");
-  line.dataset.testid = `predicted-${who}`;
-  line.append(element("span", "predicted-who", who));
+  const line = element("span", "predicted", element("span", "predicted-who", who),
+    { "data-testid": `predicted-${who}` });
   const best = [...all].sort((a, b) => b[who] - a[who]).slice(0, N_PREDICTED);
   best.forEach((one, i) => {
     if (i && !one[who]) return;
@@ -82,22 +81,18 @@ export function isExplained(data, t) {
 // which the model only reads, are listed when their role is chosen.
 export function drawLargestKl(data, go) {
   const list = element("ul", "ranked");
-  const choice = element("select");
-  choice.setAttribute("aria-label", "Tokens to list");
-  choice.dataset.testid = "kl-role";
   const given = ["user", "system"].map((name) => core.roles.indexOf(name));
   const present = new Set(data.role);
   const options = [["what the model writes", (role) => !given.includes(role)], ["all tokens", () => true],
     ...core.roles.map((name, i) => [name, (role) => role === i, i]).filter(([, , i]) => present.has(i))];
-  for (const [name] of options) choice.append(element("option", "", name));
+  const choice = element("select", "", options.map(([name]) => element("option", "", name)),
+    { "aria-label": "Tokens to list", "data-testid": "kl-role" });
   const fill = () => fillLargest(list, data, go, options[choice.selectedIndex][1]);
   choice.addEventListener("change", fill);
   fill();
-  const part = element("div");
-  part.append(choice, list);
   const note = "Tokens with the largest KL(adapter \u2016 base), in nats. Select one to see " +
     "which features contributed to it.";
-  return panel("Where the adapter changes predictions", note, part, {
+  return panel("Where the adapter changes predictions", note, element("div", "", [choice, list]), {
     testid: "largest-kl",
     rows: () => [["position", "role", "token", "KL in nats"], ...Array.from(list.children, (item) => {
       const t = Number(item.querySelector("button").dataset.at);
@@ -114,18 +109,14 @@ function fillLargest(list, data, go, isListed) {
   const top = Array.from(data.kl.keys()).reduce((a, b) => (data.kl[b] > data.kl[a] ? b : a), 1);
   if (!order.includes(top) && data.kl[top] > 0) order.push(top); // the end of the legend's scale
   for (const t of order) {
-    const item = element("li", "kl-row");
-    const testid = isListed(data.role[t]) ? "kl-token" : "kl-top";
-    const link = button("", () => go(t), { kind: "kl-token", testid });
-    link.dataset.at = t;
+    const isOwn = isListed(data.role[t]);
     const token = element("span", "ranked-token");
     writeToken(token, data.token[t]);
-    const number = element("span", "meter-value", three(data.kl[t]));
-    number.dataset.value = String(data.kl[t]);
-    link.append(token, number);
-    if (!isListed(data.role[t])) number.textContent = `${core.roles[data.role[t]]} ${number.textContent}`;
-    item.append(link, meter(data.kl[t] / data.kl[top]));
-    list.append(item);
+    const number = element("span", "meter-value",
+      `${isOwn ? "" : `${core.roles[data.role[t]]} `}${three(data.kl[t])}`, { "data-value": data.kl[t] });
+    const link = button([token, number], () => go(t),
+      { kind: "kl-token", "data-testid": isOwn ? "kl-token" : "kl-top", "data-at": t });
+    list.append(element("li", "kl-row", [link, meter(data.kl[t] / data.kl[top])]));
   }
 }
 
@@ -142,8 +133,7 @@ export function drawContributions(data, t, rollout, mark) {
     const target = report && report.target !== "kl" ? ` --target ${report.target}` : "";
     const code = element("code", "command", "lorascope attribute --data-dir STORE --sae SAE " +
       `--lora-path ADAPTER --rollouts ${rollout} --positions ${t}${target} ` +
-      `--output attribution-${rollout}-${t}.json`);
-    code.dataset.testid = "attribute-command";
+      `--output attribution-${rollout}-${t}.json`, { "data-testid": "attribute-command" });
     return panel(title, note, [code, ...numbers], { testid: "contributions" });
   }
   const target = data.target_token.indexOf(t);
@@ -183,15 +173,12 @@ function drawNumbers(data, t) {
   if (!isAttributed(data)) return [];
   const gain = data.rise.length ? ` Log-probability gain: ${signed(data.rise[t])} nats.` : "";
   const text = `KL(adapter \u2016 base): ${klText(data, t)} nats.${gain}`;
-  const numbers = element("p", "figure-note", text);
-  numbers.dataset.testid = "token-kl";
-  numbers.dataset.value = String(data.kl[t]);
+  const numbers = element("p", "figure-note", text,
+    { "data-testid": "token-kl", "data-value": data.kl[t] });
   return [numbers, ...predictionNotes(data, t)];
 }
 
 function drawContribution(data, i, top, mark) {
-  const item = element("li", "contribution-row");
-  item.dataset.testid = "contribution";
   const value = data.behind_value[i];
   const link = drawLink(data.behind_latent[i], signed, value);
   const source = data.behind_source[i];
@@ -199,7 +186,7 @@ function drawContribution(data, i, top, mark) {
     `${signed(data.behind_removal[i])}`;
   const bar = meter(Math.abs(value) / Math.abs(top));
   if (value < 0) bar.classList.add("below");
-  item.append(link, bar);
+  const item = element("li", "contribution-row", [link, bar], { "data-testid": "contribution" });
   for (const [on, off] of [["pointerenter", "pointerleave"], ["focusin", "focusout"]]) {
     item.addEventListener(on, () => mark(source, true));
     item.addEventListener(off, () => mark(source, false));

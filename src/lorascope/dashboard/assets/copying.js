@@ -11,17 +11,16 @@ const FORMATS = { Markdown: toMarkdown, TSV: toTsv };
 // Returns a menu that copies. `rows` returns lists of cells, the names of the columns first; `file`
 // is the name of the drawing that `owner` contains, "" for none.
 export function copyMenu(title, owner, rows, file = "") {
-  const menu = element("details", "copy-menu");
-  const summary = element("summary", "", "Copy");
-  summary.setAttribute("aria-label", `Copy \u201c${title}\u201d`);
+  const summary = element("summary", "", "Copy", { "aria-label": `Copy \u201c${title}\u201d` });
   const list = element("div", "copy-list");
+  const menu = element("details", "copy-menu", [summary, list]);
   const add = (text, action, testid = "") => list.append(button(text, async () => {
     const done = await action();
     menu.open = false;
     summary.textContent = done;
     setTimeout(() => (summary.textContent = "Copy"), SHOWN);
     summary.focus();
-  }, { testid }));
+  }, { "data-testid": testid }));
   for (const [name, write] of rows ? Object.entries(FORMATS) : []) {
     add(`Copy as ${name}`, () => copyText(write(rows())));
   }
@@ -33,7 +32,6 @@ export function copyMenu(title, owner, rows, file = "") {
       return "Saved";
     }, "save-svg");
   }
-  menu.append(summary, list);
   menu.addEventListener("focusout", (event) => {
     if (!menu.contains(event.relatedTarget)) menu.open = false;
   });

@@ -35,8 +35,7 @@ function drawAblation(id) {
   const rows = [["this feature", value("kl"), [value("low"), value("high")], "main"],
     ["other directions", value("control"), [NaN, NaN], "other"],
     ["whole adapter", all, [NaN, NaN], "soft"]];
-  const verdict = element("p", "figure-note", sayVerdict(value));
-  verdict.dataset.testid = "effect-verdict";
+  const verdict = element("p", "figure-note", sayVerdict(value), { "data-testid": "effect-verdict" });
   const list = drawFacts(factsOf(value).map(([label, name, number, text, meaning]) =>
     [label, text, meaning, `effect-${name}`, number]));
   return panel(title, note, [verdict, drawKlAxis(id, rows, floor), list], {
@@ -105,10 +104,9 @@ function drawKlAxis(id, rows, floor) {
     (right - left) * Math.max(0, (Math.log10(value) - low) / (high - low));
   const height = ROW * rows.length + 12; // leaves room for the name of the noise level
   const drawing = svg("svg", {
-    viewBox: `0 0 ${WIDTH} ${height + 16}`, role: "group",
+    viewBox: `0 0 ${WIDTH} ${height + 16}`, role: "group", "data-walk": "",
     "aria-label": `KL of removing feature ${id}, of its control, and of removing the whole adapter`,
   });
-  drawing.dataset.walk = "";
   const step = Math.max(1, Math.ceil((high - Math.ceil(low)) / 4));
   for (let power = Math.ceil(low); power <= high; power += step) {
     const x = at(10 ** power);
@@ -130,11 +128,11 @@ function drawKlAxis(id, rows, floor) {
       drawing.append(svg("line", { x1: at(from), x2: at(to), y1: y, y2: y, class: "spread" }));
     }
     const where = value > 0 ? at(value) : left;
-    const dot = svg("circle", { cx: where, cy: y, r: 5, class: `dot ${kind}`, tabindex: i ? -1 : 0 });
-    dot.dataset.tip = `${label}: ${three(value)} nats per token` +
+    const tip = `${label}: ${three(value)} nats per token` +
       (value > 0 ? "" : "; exactly 0, which this axis cannot show") +
       (i === 0 && floor > 0 ? `; numerical noise level ${three(floor)}` : "");
-    drawing.append(dot);
+    drawing.append(svg("circle", { cx: where, cy: y, r: 5, class: `dot ${kind}`,
+      tabindex: i ? -1 : 0, "data-tip": tip }));
   });
   return drawing;
 }
@@ -149,13 +147,9 @@ function drawDirect(record) {
     return panel(title, note, element("p", "figure-note", why), { testid: "direct" });
   }
   const parts = [element("p", "figure-note", `${percent(share)} of its write goes directly to the ` +
-    "residual stream; the rest acts inside layers.")];
-  parts[0].dataset.testid = "direct-share";
-  parts[0].dataset.value = String(share);
+    "residual stream; the rest acts inside layers.", { "data-testid": "direct-share", "data-value": share })];
   for (const [side, sign] of SIDES) {
-    const list = drawTokens(record[side], signed, side);
-    list.dataset.testid = side;
-    parts.push(element("h4", "", `${sign} ${side}`), list);
+    parts.push(element("h4", "", `${sign} ${side}`), drawTokens(record[side], signed, side));
   }
   return panel(title, note, parts, {
     testid: "direct",

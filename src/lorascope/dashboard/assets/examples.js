@@ -23,43 +23,32 @@ export function scaleOf({ id, examples, samples, specials }) {
 }
 
 export function drawExamples({ id, examples }, { scale, signed }) {
-  const section = element("section", "examples");
-  section.setAttribute("aria-label", "Strongest examples");
-  section.append(element("h3", "", "Strongest examples"), drawScale(scale, signed));
-  examples.forEach((example, i) => section.append(drawCard(example, i + 1, id, scale, "example")));
-  return section;
+  return drawSection("Strongest examples", "", [drawScale(scale, signed),
+    ...examples.map((example, i) => drawCard(example, i + 1, id, scale, "example"))]);
 }
 
 export function drawSpecials({ id, specials }, { scale, signed }) {
-  const section = element("section", "examples");
-  section.dataset.testid = "at-special";
-  section.setAttribute("aria-label", "At special and template tokens");
   const of = core.n_special > 0 ? ` ${whole(core.n_special)}` : "";
   const note = `It fires at ${whole(column.n_special[id])} of the${of} special tokens and template ` +
     "headers. These firings are in no other statistic or example, except by role.";
-  section.append(element("h3", "", "At special and template tokens"), element("p", "note", note));
-  if (isTemplate(id)) section.append(drawScale(scale, signed));
-  specials.forEach((one, i) => section.append(drawCard(one, i + 1, id, scale, "special-example")));
-  return section;
+  return drawSection("At special and template tokens", "at-special", [element("p", "note", note),
+    isTemplate(id) && drawScale(scale, signed),
+    ...specials.map((one, i) => drawCard(one, i + 1, id, scale, "special-example"))]);
 }
 
 export function drawSamples({ id, samples }, { scale }) {
-  const section = element("section", "examples");
-  section.dataset.testid = "samples";
-  section.setAttribute("aria-label", "Examples from strong to weak");
-  section.append(
-    element("h3", "", "Examples from strong to weak"),
-    element("p", "note", "Random firings from each fifth of its activations, strongest fifth first."),
-  );
-  let fifth = -1;
-  samples.forEach((sample, i) => {
-    if (sample.quantile !== fifth) {
-      fifth = sample.quantile;
-      section.append(element("h4", "", `${FIFTHS[fifth] ?? ""} fifth`));
-    }
-    section.append(drawCard(sample, i + 1, id, scale, "sample"));
-  });
-  return section;
+  const note = "Random firings from each fifth of its activations, strongest fifth first.";
+  return drawSection("Examples from strong to weak", "samples", [element("p", "note", note),
+    ...samples.flatMap((sample, i) => [
+      sample.quantile !== samples[i - 1]?.quantile &&
+        element("h4", "", `${FIFTHS[sample.quantile] ?? ""} fifth`),
+      drawCard(sample, i + 1, id, scale, "sample"),
+    ])]);
+}
+
+function drawSection(title, testid, parts) {
+  return element("section", "examples", [element("h3", "", title), ...parts],
+    { "aria-label": title, "data-testid": testid });
 }
 
 function drawScale(scale, signed) {
@@ -71,59 +60,38 @@ function drawScale(scale, signed) {
 }
 
 function drawCard(example, rank, id, scale, name) {
-  const card = element("article", "card");
-  card.dataset.testid = name;
-  const text = drawWindow(example, scale);
-  text.setAttribute("aria-label", `Tokens of ${name.replace("-", " ")} ${rank}. Arrow keys move between them.`);
-  card.append(drawHead(example, rank, id, name), text);
-  if (example.tokens.length > MAX_TOKENS) card.append(drawUnfold(text, example.tokens.length));
-  return card;
+  const text = drawWindow(example, scale,
+    `Tokens of ${name.replace("-", " ")} ${rank}. Arrow keys move between them.`);
+  const unfold = example.tokens.length > MAX_TOKENS && drawUnfold(text, example.tokens.length);
+  return element("article", "card", [drawHead(example, rank, id, name), text, unfold],
+    { "data-testid": name });
 }
 
 function drawHead(example, rank, id, name) {
-  const head = element("header", "card-head");
   // The column of bars shows how far the first example may be above the others.
   const share = Math.min(1, Math.abs(example.value) / (Math.abs(largest(id)) || 1));
-  const strength = meter(share);
-  strength.dataset.testid = `${name}-share`;
-  strength.title = `${percent(Number(share.toPrecision(2)))} of the feature's maximum`;
-  const value = element("span", "card-value", short(example.value));
-  value.dataset.testid = `${name}-value`;
-  value.dataset.value = String(example.value);
-  head.append(element("span", "card-rank", String(rank)), value, strength);
-  if (example.repeats > 1) {
-    const repeats = element("span", "repeats", `\u00d7${whole(example.repeats)}`);
-    repeats.dataset.testid = "repeats";
-    repeats.title = `this token and its neighbours occur ${whole(example.repeats)} times; shown once`;
-    repeats.setAttribute("role", "img");
-    repeats.setAttribute("aria-label", `occurs ${whole(example.repeats)} times`);
-    head.append(repeats);
-  }
-  const where = element("span", "card-where");
+  const strength = meter(share, { "data-testid": `${name}-share`,
+    title: `${percent(Number(share.toPrecision(2)))} of the feature's maximum` });
+  const value = element("span", "card-value", short(example.value),
+    { "data-testid": `${name}-value`, "data-value": example.value });
+  const n = whole(example.repeats);
+  const repeats = element("span", "repeats", `\u00d7${n}`, { "data-testid": "repeats", role: "img",
+    title: `this token and its neighbours occur ${n} times; shown once`,
+    "aria-label": `occurs ${n} times` });
   const address = [["rollout", example.rollout], ["token", example.position], ["row", example.row]];
-  for (const [label, number] of address) {
-    if (number < 0) continue;
-    const part = element("span", "", `${label} ${whole(number)}`);
-    part.dataset.testid = `${name}-${label}`;
-    part.dataset.value = String(number);
-    where.append(part);
-  }
-  if (wholeRollouts.has(example.rollout)) {
-    const link = element("a", "", "whole rollout");
-    link.href = `#/rollout/${example.rollout}?token=${example.position}&paint=${id}`;
-    link.dataset.testid = "open-rollout";
-    where.append(link);
-  }
-  head.append(where);
-  return head;
+  const where = address.filter(([, number]) => number >= 0).map(([label, number]) =>
+    element("span", "", `${label} ${whole(number)}`,
+      { "data-testid": `${name}-${label}`, "data-value": number }));
+  const link = element("a", "", "whole rollout", { "data-testid": "open-rollout",
+    href: `#/rollout/${example.rollout}?token=${example.position}&paint=${id}` });
+  return element("header", "card-head", [element("span", "card-rank", String(rank)), value, strength,
+    example.repeats > 1 && repeats,
+    element("span", "card-where", [...where, wholeRollouts.has(example.rollout) && link])]);
 }
 
-function drawWindow(example, scale) {
-  const text = element("p", "window");
-  text.dir = directionOf(example.tokens);
-  text.dataset.testid = "window";
-  text.dataset.walk = "";
-  text.setAttribute("role", "group");
+function drawWindow(example, scale, label) {
+  const text = element("p", "window", "", { dir: directionOf(example.tokens), role: "group",
+    "aria-label": label, "data-testid": "window", "data-walk": "" });
   const folded = example.tokens.length > MAX_TOKENS;
   if (folded) text.classList.add("folded");
   const { target } = example;
@@ -149,19 +117,16 @@ function drawUnfold(text, n) {
     const folded = text.classList.toggle("folded");
     more.setAttribute("aria-expanded", String(!folded));
     more.textContent = folded ? `Show all ${n} tokens` : "Show fewer tokens";
-  }, { kind: "unfold", testid: "unfold" });
-  more.setAttribute("aria-expanded", "false");
+  }, { kind: "unfold", "data-testid": "unfold", "aria-expanded": "false" });
   return more;
 }
 
 // Returns the node of a token, coloured by its value.
 export function drawToken(entry, value, scale) {
-  const node = element("span", "token");
   const level = Math.min(LEVELS, Math.ceil((LEVELS * Math.abs(value)) / scale));
-  if (value !== 0) node.classList.add(`${value < 0 ? "minus" : "heat"}-${level}`);
-  node.dataset.testid = "token";
-  node.dataset.value = String(value);
-  node.dataset.entry = entry;
+  const color = value !== 0 ? ` ${value < 0 ? "minus" : "heat"}-${level}` : "";
+  const node = element("span", `token${color}`, "",
+    { "data-testid": "token", "data-value": value, "data-entry": entry });
   writeToken(node, entry);
   return node;
 }

@@ -2,6 +2,7 @@
 import { column, core, hasExample, isTemplate } from "./data.js";
 import { isStarred, labelOf } from "./annotations.js";
 import { verdictOf } from "./effects.js";
+import { meter } from "./figures.js";
 import { categoryOf, kindOf, nameOf, scoreText } from "./labels.js";
 import { element, percent, short, three, whole, writeToken } from "./format.js";
 
@@ -89,14 +90,6 @@ function draw() {
 
 function row(at) {
   const id = order[at];
-  const node = element("div", "row");
-  node.id = `row-${id}`;
-  node.dataset.testid = "row";
-  node.dataset.feature = id;
-  node.setAttribute("role", "option");
-  node.setAttribute("aria-setsize", order.length);
-  node.setAttribute("aria-posinset", at + 1);
-  node.style.top = `${at * ROW}px`;
   const token = element("span", "row-token");
   const name = nameOf(id);
   if (name) {
@@ -107,17 +100,17 @@ function row(at) {
   } else if (hasExample(id)) {
     writeToken(token, column.top_token[id]);
   }
-  const bar = element("span", "bar");
-  const fill = element("span", "bar-fill");
-  fill.style.width = `${100 * logDensity(id)}%`;
-  bar.append(fill);
   const number = element("span", "row-id", isStarred(id) ? `\u2605 ${id}` : String(id));
   const notes = element("span", "row-note", note(id));
   const badge = isTemplate(id) ? "template" : verdictOf(id) === "specific" ? "specific" : "";
   if (badge && badge !== notes.textContent) {
     notes.prepend(element("span", `chip row-badge verdict-${badge}`, badge), " ");
   }
-  node.append(number, token, notes, bar);
+  const node = element("div", "row", [number, token, notes, meter(logDensity(id))], {
+    id: `row-${id}`, "data-testid": "row", "data-feature": id, role: "option",
+    "aria-setsize": order.length, "aria-posinset": at + 1,
+  });
+  node.style.top = `${at * ROW}px`;
   return node;
 }
 

@@ -11,8 +11,8 @@ import { element, whole } from "./format.js";
 // Returns the nodes that show a feature, and a function that draws the rest a moment later.
 export function drawFeature(record) {
   const { id } = record;
-  const main = element("div", "feature-main");
-  const side = element("div", "feature-side");
+  const [main, side] = [element("div", "feature-main"), element("div", "feature-side")];
+  const body = element("div", "feature-body", [main, side]);
   const scale = scaleOf(record);
   const specials = record.specials.length ? [drawSpecials(record, scale)] : [];
   if (isTemplate(id)) main.append(...specials);
@@ -25,8 +25,6 @@ export function drawFeature(record) {
     main.append(drawMessage(why, "no-examples"));
   }
   if (record.histogram.length && column.n_active[id] > 0) side.append(drawHistogram(record));
-  const body = element("div", "feature-body");
-  body.append(main, side);
   const later = () => {
     if (record.samples.length) main.append(drawSamples(record, scale));
     if (!isTemplate(id)) main.append(...specials);
@@ -38,19 +36,15 @@ export function drawFeature(record) {
 }
 
 function drawBadge(id) {
-  const node = element("p", "template-note");
-  node.dataset.testid = "template";
   const n = column.n_special[id];
   const all = n + Math.max(0, column.n_active[id]);
-  node.append(element("span", "badge", "template feature"),
-    `${whole(n)} of its ${whole(all)} firings are at special tokens and template headers.`);
-  return node;
+  return element("p", "template-note", [element("span", "badge", "template feature"),
+    `${whole(n)} of its ${whole(all)} firings are at special tokens and template headers.`],
+  { "data-testid": "template" });
 }
 
 export function drawMessage(text, testid = "message") {
-  const node = element("p", "message", text);
-  node.dataset.testid = testid;
-  return node;
+  return element("p", "message", text, { "data-testid": testid });
 }
 
 function drawSide(record) {

@@ -17,12 +17,10 @@ export function svg(tag, attributes = {}, text = "") {
 // Returns a panel with a title, a definition, a drawing, and a menu that copies it: `rows` returns
 // its numbers, the names of the columns first; `file` names its SVG.
 export function panel(title, note, drawing, { testid = "", file = "", rows = null } = {}) {
-  const figure = element("figure", "panel");
-  figure.dataset.testid = testid;
-  const head = element("div", "panel-head");
-  head.append(element("h3", "", title));
+  const head = element("div", "panel-head", element("h3", "", title));
+  const figure = element("figure", "panel", [head, element("figcaption", "", note), drawing].flat(),
+    { "data-testid": testid });
   if (rows || file) head.append(copyMenu(title, figure, rows, file));
-  figure.append(head, element("figcaption", "", note), ...[drawing].flat());
   return figure;
 }
 
@@ -73,22 +71,17 @@ export function drawPositions({ id, byPosition }) {
 }
 
 export function drawRoles({ byRole }) {
-  const table = element("div", "meter-rows");
-  table.dataset.walk = "";
+  const table = element("div", "meter-rows", "", { "data-walk": "" });
   const shares = Array.from(byRole, (n, i) => ratio(n, core.n_by_role[i]));
   const top = Math.max(...shares) || 1;
   shares.forEach((share, i) => {
     if (!core.n_by_role[i]) return;
     const tokens = `${whole(byRole[i])} of ${whole(core.n_by_role[i])} tokens`;
-    const row = element("div", "meter-row");
-    row.dataset.tip = `${core.roles[i]}: fires at ${tokens}`;
-    row.tabIndex = table.childElementCount ? -1 : 0;
-    row.append(element("span", "meter-name", core.roles[i]), meter(share / top));
-    const number = element("span", "meter-value", percent(share));
-    number.dataset.testid = `role-${core.roles[i]}`;
-    number.dataset.value = String(share);
-    row.append(number);
-    table.append(row);
+    const number = element("span", "meter-value", percent(share),
+      { "data-testid": `role-${core.roles[i]}`, "data-value": share });
+    table.append(element("div", "meter-row",
+      [element("span", "meter-name", core.roles[i]), meter(share / top), number],
+      { "data-tip": `${core.roles[i]}: fires at ${tokens}`, tabindex: table.childElementCount ? -1 : 0 }));
   });
   return panel("By role", "Density among the tokens of each role.", table, {
     testid: "roles",
@@ -100,38 +93,26 @@ export function drawRoles({ byRole }) {
 // Returns a heat ramp between the names of its ends, and what it shows. A `signed` one begins with
 // the colours of values below zero.
 export function drawLegend(low, high, note, { testid, signed = false }) {
-  const legend = element("div", "legend");
-  legend.dataset.testid = testid;
   const ramp = element("span", "ramp");
   for (let i = signed ? -LEVELS : 1; i <= LEVELS; i++) {
     if (i) ramp.append(element("i", i < 0 ? `minus-${-i}` : `heat-${i}`));
   }
-  legend.append(element("span", "", low), ramp, element("span", "", high),
-    element("span", "legend-note", note));
-  return legend;
+  return element("div", "legend", [element("span", "", low), ramp, element("span", "", high),
+    element("span", "legend-note", note)], { "data-testid": testid });
 }
 
 // Returns a list of facts: [label, text for people, definition, name, number] of each.
 export function drawFacts(facts, kind = "") {
-  const list = element("dl", `effect-facts ${kind}`);
-  for (const [label, text, note, testid, value] of facts) {
-    const line = element("div", "effect-fact");
-    const shown = element("dd", "", text);
-    if (testid) shown.dataset.testid = testid;
-    if (value !== undefined) shown.dataset.value = String(value);
-    line.append(element("dt", "", label), shown);
-    if (note) line.append(element("dd", "effect-note", note));
-    list.append(line);
-  }
-  return list;
+  return element("dl", `effect-facts ${kind}`, facts.map(([label, text, note, testid = "", value = ""]) =>
+    element("div", "effect-fact", [element("dt", "", label),
+      element("dd", "", text, { "data-testid": testid, "data-value": value }),
+      note && element("dd", "effect-note", note)])));
 }
 
-export function meter(share) {
-  const bar = element("span", "meter");
+export function meter(share, attributes = {}) {
   const fill = element("span", "meter-fill");
   fill.style.width = `${Math.max(0, Math.min(100, 100 * share))}%`;
-  bar.append(fill);
-  return bar;
+  return element("span", "meter", fill, attributes);
 }
 
 // Draws the share of a feature's write at each site.
@@ -144,8 +125,8 @@ export function drawFingerprint({ id, shares }) {
   const order = Array.from(shares.keys()).sort((a, b) => shares[b] - shares[a]).slice(0, 3);
   const largest = order.filter((site) => shares[site] > 0)
     .map((site) => `${names[site]} ${percent(shares[site])}`);
-  const most = element("p", "figure-note", largest.length ? `Largest: ${largest.join(", ")}` : "None");
-  most.dataset.testid = "fingerprint-most";
+  const most = element("p", "figure-note", largest.length ? `Largest: ${largest.join(", ")}` : "None",
+    { "data-testid": "fingerprint-most" });
   const note = "Share of its write at each layer (across) and projection (down).";
   return panel("Where it acts", note, [grid, most], {
     testid: "fingerprint", file: `feature-${id}-sites`,
@@ -161,9 +142,8 @@ export function drawSiteGrid(sites, values, tips, label) {
   const tall = Math.max(13, Math.min(17, cell));
   const height = tall * projections.length;
   const grid = svg("svg", {
-    viewBox: `0 0 ${WIDTH} ${height + 16}`, role: "group", "aria-label": label,
+    viewBox: `0 0 ${WIDTH} ${height + 16}`, role: "group", "aria-label": label, "data-walk": "",
   });
-  grid.dataset.walk = "";
   grid.append(svg("rect", { x: left, y: 0, width: 274, height, class: "grid-back" }));
   projections.forEach((name, row) => {
     const at = { x: left - 5, y: (row + 0.5) * tall + 3, class: "tick end" };
@@ -181,13 +161,11 @@ export function drawSiteGrid(sites, values, tips, label) {
     if (!(values[site] > 0)) return;
     const level = Math.max(1, Math.ceil((LEVELS * values[site]) / top));
     const name = layer < 0 ? projection : `layer ${layer}, ${projection}`;
-    const rect = svg("rect", {
+    grid.append(svg("rect", {
       x: left + layers.indexOf(layer) * cell, y: projections.indexOf(projection) * tall,
-      width: Math.max(0.5, cell - 0.6), height: tall - 0.8, class: `cell-${level}`,
-      tabindex: site === best ? 0 : -1,
-    });
-    rect.dataset.tip = `${name}: ${tips[site]}`;
-    grid.append(rect);
+      width: Math.max(0.5, cell - 0.6), height: tall - 0.8, class: `heat-${level}`,
+      tabindex: site === best ? 0 : -1, "data-tip": `${name}: ${tips[site]}`,
+    }));
   });
   return grid;
 }
@@ -195,17 +173,15 @@ export function drawSiteGrid(sites, values, tips, label) {
 function drawBars(bars, ticks, label) {
   const plot = HEIGHT - 18;
   const drawing = svg("svg", {
-    viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "group", "aria-label": label,
+    viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "group", "aria-label": label, "data-walk": "",
   });
-  drawing.dataset.walk = "";
   const step = WIDTH / bars.length;
   let hasStop = false; // Tab stops at the first bar only
   bars.forEach(({ share, tip }, i) => {
     const height = share > 0 ? Math.max(1.5, (plot - 2) * share) : 0;
     const at = { x: i * step, y: 0, width: step, height: plot, class: "bar-space" };
-    const space = svg("rect", { ...at, tabindex: share > 0 && !hasStop ? 0 : -1 });
+    const space = svg("rect", { ...at, tabindex: share > 0 && !hasStop ? 0 : -1, "data-tip": tip });
     if (share > 0) hasStop = true;
-    space.dataset.tip = tip;
     const width = Math.max(0.5, step - Math.min(2, 0.16 * step));
     const shape = { x: i * step + (step - width) / 2, y: plot - height, width, height };
     drawing.append(svg("rect", { ...shape, class: "bar-fig" }), space);

@@ -12,19 +12,18 @@ const RIGHT_TO_LEFT =
 const ONLY_JOINERS = /^[\u200c\u200d\ufe00-\ufe0f]+$/;
 const MARKS = { "\n": "\u21b5", "\t": "\u21e5", "\r": "CR", "\u00a0": "NBSP" };
 
-export function element(tag, className = "", text = "") {
+// Returns an element with a class, attributes and content: a text, a node, or a list of both.
+export function element(tag, className = "", content = "", attributes = {}) {
   const node = document.createElement(tag);
   if (className) node.className = className;
-  if (text) node.textContent = text;
+  node.append(...[content].flat().filter(Boolean));
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
   return node;
 }
 
 // Returns a button that does `action`.
-export function button(text, action, { kind = "small", testid = "", label = "" } = {}) {
-  const node = element("button", kind, text);
-  node.type = "button";
-  if (testid) node.dataset.testid = testid;
-  if (label) node.setAttribute("aria-label", label);
+export function button(text, action, { kind = "small", ...attributes } = {}) {
+  const node = element("button", kind, text, { type: "button", ...attributes });
   node.addEventListener("click", action);
   return node;
 }
@@ -117,9 +116,8 @@ export function percent(share) {
 }
 
 function mark(text) {
-  const node = element("span", "mark", text);
   const code = text.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
-  node.dataset.mark = MARKS[text] ?? `U+${code}`;
+  const node = element("span", "mark", text, { "data-mark": MARKS[text] ?? `U+${code}` });
   if (text === "\n" || text === "\t") node.classList.add("space");
   return node;
 }

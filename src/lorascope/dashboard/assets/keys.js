@@ -19,13 +19,8 @@ export function setKeys(keys) {
     actions.set(key, action);
     return [name, text];
   });
-  for (const [name, text] of [...lines, ...OTHER_KEYS]) {
-    const row = element("div", "help-row");
-    const keyCell = element("dt");
-    keyCell.append(element("kbd", "", name));
-    row.append(keyCell, element("dd", "", text));
-    list.append(row);
-  }
+  list.append(...[...lines, ...OTHER_KEYS].map(([name, text]) => element("div", "help-row",
+    [element("dt", "", element("kbd", "", name)), element("dd", "", text)])));
 }
 
 export function openHelp() {

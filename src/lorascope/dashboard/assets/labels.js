@@ -44,22 +44,18 @@ export function scoreText(id) {
 export function drawLabel(record) {
   if (!hasLabels) return [];
   const { id } = record;
-  const node = element("section", "label-card");
-  node.dataset.testid = "label-card";
+  const draw = (parts) => [element("section", "label-card", parts, { "data-testid": "label-card" })];
   if (!givenName(id)) {
-    node.append(element("p", "label-score", "This feature has no label in the page."));
-    return [node];
+    return draw(element("p", "label-score", "This feature has no label in the page."));
   }
-  const sentence = element("p", "label-sentence", record.sentence);
-  sentence.dataset.testid = "label-sentence";
-  const score = element("p", "label-score");
-  score.dataset.testid = "label-score";
-  if (kindOf(id) === "unclear") score.append(element("span", "badge", "unclear"));
-  score.append(summary(id));
-  node.append(sentence, score);
   const facts = WHY.filter(([, name]) => !Number.isNaN(labelScore(id, name)));
-  if (facts.length) node.append(drawWhy(id, facts));
-  return [node];
+  return draw([
+    element("p", "label-sentence", record.sentence, { "data-testid": "label-sentence" }),
+    element("p", "label-score",
+      [kindOf(id) === "unclear" && element("span", "badge", "unclear"), summary(id)],
+      { "data-testid": "label-score" }),
+    facts.length && drawWhy(id, facts),
+  ]);
 }
 
 function summary(id) {
@@ -99,10 +95,10 @@ function between(id, name) {
 }
 
 function drawWhy(id, facts) {
-  const why = element("details", "label-why");
-  why.append(element("summary", "", `Why (${kindOf(id)}, ${categoryOf(id)})`));
-  why.append(drawFacts(facts.map(([label, name, note]) => [label,
-    percent(labelScore(id, name)) + between(id, name), typeof note === "string" ? note : note(id),
-    `label-${name}`])));
-  return why;
+  return element("details", "label-why", [
+    element("summary", "", `Why (${kindOf(id)}, ${categoryOf(id)})`),
+    drawFacts(facts.map(([label, name, note]) => [label,
+      percent(labelScore(id, name)) + between(id, name), typeof note === "string" ? note : note(id),
+      `label-${name}`])),
+  ]);
 }

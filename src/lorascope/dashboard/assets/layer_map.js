@@ -44,28 +44,23 @@ export function drawLayerMap(data, goTo) {
       const from = cell * step;
       const most = sums[i].subarray(from, from + step).reduce((a, b) => Math.max(a, b), 0);
       if (!most) continue;
-      const rect = svg("rect", {
+      const at = from + sums[i].subarray(from, from + step).indexOf(most);
+      map.append(svg("rect", {
         x: cell * CELL, y: i * tall, width: CELL - 0.4, height: 0.93 * tall,
-        class: `cell-${Math.max(1, Math.ceil((LEVELS * most) / top))}`,
-      });
-      rect.dataset.at = from + sums[i].subarray(from, from + step).indexOf(most);
-      rect.dataset.tip = `layer ${layer < 0 ? "\u2013" : layer}, token ${whole(Number(rect.dataset.at))}`;
-      map.append(rect);
+        class: `heat-${Math.max(1, Math.ceil((LEVELS * most) / top))}`, "data-at": at,
+        "data-tip": `layer ${layer < 0 ? "\u2013" : layer}, token ${whole(at)}`,
+      }));
     }
   });
   map.addEventListener("click", ({ target }) => {
     if (target.dataset.at !== undefined) goTo(Number(target.dataset.at));
   });
-  const names = element("div", "layer-names");
-  names.style.height = `${height}px`;
   const named = Math.max(1, Math.ceil(layers.length / 8));
-  for (const layer of layers.filter((_, i) => i % named === 0)) {
-    names.append(element("span", "", layer < 0 ? "\u2013" : String(layer)));
-  }
-  const frame = element("figure", "layer-frame");
-  frame.dataset.testid = "layer-map";
+  const names = element("div", "layer-names", layers.filter((_, i) => i % named === 0)
+    .map((layer) => element("span", "", layer < 0 ? "\u2013" : String(layer))));
+  names.style.height = `${height}px`;
   const note = "Layers (down) and tokens (across) at which features fire, each at the layer to which " +
     `it writes most.${step > 1 ? ` A cell stands for ${step} tokens.` : ""} Select a cell to go there.`;
-  frame.append(names, map, element("figcaption", "", note));
-  return [frame];
+  return [element("figure", "layer-frame", [names, map, element("figcaption", "", note)],
+    { "data-testid": "layer-map" })];
 }

@@ -19,9 +19,10 @@ const MAX_NAME = [26, 48]; // characters, on a narrow and on a wide map
 const MIN_EFFECT = 1e-4; // share of the largest effect that has the lowest colour
 
 const area = document.getElementById("map");
-const canvas = element("canvas", "canvas");
+const canvas = element("canvas", "canvas", "", { tabindex: 0, role: "application",
+  "aria-label": "Map of features. Arrow keys move, plus and minus zoom.", "data-testid": "canvas" });
 const legend = element("div", "map-legend");
-const color = element("select");
+const color = element("select", "", "", { "data-testid": "map-color" });
 const onMap = [];
 for (let id = 0; id < core.n_features; id++) if (column.x[id] !== UNKNOWN) onMap.push(id);
 
@@ -226,17 +227,19 @@ function drawLabels(pen, ink, width, height, pointOf) {
 }
 
 function drawLegend(kinds, [low, high] = []) {
-  const parts = (kinds ?? []).map((name, i) => {
-    const part = element("span", "legend-kind");
-    part.append(element("i", `kind-${Math.min(KINDS, i + 1)}`), name.replace(/_proj$/, ""));
-    return part;
-  });
-  if (!kinds) {
-    const ramp = element("span", "ramp");
-    for (let i = 1; i <= LEVELS; i++) ramp.append(element("i", `deep-${i}`));
-    parts.push(element("span", "", low), ramp, element("span", "", high));
+  if (kinds) {
+    legend.replaceChildren(...kinds.map((name, i) => element("span", "legend-kind",
+      [swatch(`--kind-${Math.min(KINDS, i + 1)}`), name.replace(/_proj$/, "")])));
+    return;
   }
-  legend.replaceChildren(...parts);
+  const ramp = Array.from({ length: LEVELS }, (_, i) => swatch(`--deep-${i + 1}`));
+  legend.replaceChildren(element("span", "", low), element("span", "ramp", ramp), element("span", "", high));
+}
+
+function swatch(color) {
+  const node = element("i");
+  node.style.background = `var(${color})`;
+  return node;
 }
 
 // Returns the listed feature nearest to a point, -1 if none is within a distance in pixels.
@@ -353,25 +356,17 @@ function hoverCentre() {
 }
 
 function build() {
-  const tools = element("div", "map-tools");
-  const label = element("label", "line", "colour by");
-  color.dataset.testid = "map-color";
-  for (const name of Object.keys(COLORINGS)) color.append(element("option", "", name));
+  color.append(...Object.keys(COLORINGS).map((name) => element("option", "", name)));
   color.addEventListener("change", () => showMap());
-  label.append(color);
   const save = button("PNG", () => canvas.toBlob((image) => saveFile("map.png", image)),
-    { testid: "save-map", label: "Save the map as PNG" });
-  tools.append(
-    label,
-    button("+", () => zoom(1.5), { testid: "zoom-in", label: "Zoom in" }),
-    button("\u2212", () => zoom(1 / 1.5), { testid: "zoom-out", label: "Zoom out" }),
-    button("Whole map", reset, { testid: "zoom-all" }),
+    { "data-testid": "save-map", "aria-label": "Save the map as PNG" });
+  const tools = element("div", "map-tools", [
+    element("label", "line", ["colour by", color]),
+    button("+", () => zoom(1.5), { "data-testid": "zoom-in", "aria-label": "Zoom in" }),
+    button("\u2212", () => zoom(1 / 1.5), { "data-testid": "zoom-out", "aria-label": "Zoom out" }),
+    button("Whole map", reset, { "data-testid": "zoom-all" }),
     save,
-  );
-  canvas.tabIndex = 0;
-  canvas.setAttribute("role", "application");
-  canvas.setAttribute("aria-label", "Map of features. Arrow keys move, plus and minus zoom.");
-  canvas.dataset.testid = "canvas";
+  ]);
   const note = element("p", "note", "Each dot is a feature. Features that fire together are close to " +
     "each other, and groups of them have names; distances between groups mean nothing. Drag to move, " +
     "scroll to zoom, click a dot to open its feature. With a finger, use the buttons.");

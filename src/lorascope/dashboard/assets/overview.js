@@ -18,22 +18,17 @@ export function drawOverview(area) {
   if (area.childElementCount) return;
   const { headline, shifts, gauges, facts, features, groups, places, gaps, answers = [],
     attention } = core.overview;
-  const lead = element("section", "lead");
-  lead.dataset.testid = "headline";
   const kinds = (i) => (!i ? "lead-subject" : i > 1 && i === headline.length - 1 ? "lead-rest" : "lead-text");
-  headline.forEach((text, i) => lead.append(element("p", kinds(i), text)));
-  const [first, rest] = [element("div", "overview-columns"), element("div", "overview-columns small")];
-  if (shifts.length) first.append(drawShifts(shifts));
-  if (facts.length) first.append(drawFeatures(features));
-  if (gauges.length) rest.append(drawGauges(gauges));
-  if (groups.length) rest.append(drawGroups(groups));
-  if (places.length) rest.append(drawPlaces(places));
-  if (attention?.heads.length) rest.append(drawAttention(attention));
-  if (facts.length) rest.append(drawSureness(facts));
-  if (gaps.length) rest.append(drawGaps(gaps));
-  area.append(lead);
+  const lead = headline.map((text, i) => element("p", kinds(i), text));
+  area.append(element("section", "lead", lead, { "data-testid": "headline" }));
   if (answers.length) area.append(drawAnswers(answers));
-  area.append(first, rest);
+  area.append(element("div", "overview-columns", [
+    shifts.length && drawShifts(shifts), facts.length && drawFeatures(features),
+  ]), element("div", "overview-columns small", [
+    gauges.length && drawGauges(gauges), groups.length && drawGroups(groups),
+    places.length && drawPlaces(places), attention?.heads.length && drawAttention(attention),
+    facts.length && drawSureness(facts), gaps.length && drawGaps(gaps),
+  ]));
 }
 
 function drawShifts(shifts) {
@@ -41,13 +36,11 @@ function drawShifts(shifts) {
   const items = [];
   for (const role of new Set(shifts.map((shift) => shift.role))) {
     const share = core.overview.roles.find((one) => one.role === role)?.share ?? NaN;
-    const head = element("h4", "", `${role === "special" ? "At" : "In"} ${ROLES[role] ?? role}`);
-    if (Number.isFinite(share)) head.append(element("span", "role-share", percent2(share)));
-    const list = element("ol", "shifts");
+    const head = element("h4", "", [`${role === "special" ? "At" : "In"} ${ROLES[role] ?? role}`,
+      Number.isFinite(share) && element("span", "role-share", percent2(share))]);
     const own = shifts.filter((shift) => shift.role === role).map(drawShift);
-    list.append(...own);
     items.push([head, own]);
-    body.push(head, list);
+    body.push(head, element("ol", "shifts", own));
   }
   const note = "Share of all that the adapter changes in predictions (KL(adapter \u2016 base)) that " +
     "the rise or fall of one token makes; below it, where it changes most, and the token's " +
@@ -75,37 +68,28 @@ function showAll(nodes, n) {
 }
 
 function drawShift({ token, side, share, example }) {
-  const item = element("li", `shift ${side}`);
   const [arrow, words] = SIDES[side];
-  const sign = element("span", "shift-side", arrow);
-  sign.title = words;
-  sign.setAttribute("aria-label", words);
-  sign.setAttribute("role", "img");
-  const number = element("span", "meter-value", percent2(share));
-  number.dataset.value = String(share);
-  const context = element("div", "shift-example");
-  const [before, marked] = contextOf(tail(example.before, 60), token);
+  const sign = element("span", "shift-side", arrow, { title: words, "aria-label": words, role: "img" });
   const change = `${probability(example.p_base)} \u2192 ${probability(example.p_adapter)}`;
-  context.append(element("span", "shift-p", change), before, marked);
-  item.append(sign, chip(token), meter(share / core.overview.shifts[0].share), number, context);
-  return item;
+  return element("li", `shift ${side}`, [sign, chip(token),
+    meter(share / core.overview.shifts[0].share),
+    element("span", "meter-value", percent2(share), { "data-value": share }),
+    element("div", "shift-example",
+      [element("span", "shift-p", change), ...contextOf(tail(example.before, 60), token)])]);
 }
 
 function drawAnswers(answers) {
   const body = answers.map(({ prompt, same, base, adapter }, i) => {
-    const item = element("div", "answers");
-    item.hidden = i > 0;
     const parts = [["Prompt", tail(prompt, 300), ""], ["Base", same, base],
       ["With the adapter", same, adapter]];
-    for (const [who, before, own] of parts) {
-      const side = element("div", "answer");
+    const item = element("div", "answers", parts.map(([who, before, own]) => {
       const [text, mine] = [element("p", "run"), element("mark", "answer-own")];
       writeText(text, before);
       writeText(mine, own);
       text.append(mine);
-      side.append(element("h4", "", who), text);
-      item.append(side);
-    }
+      return element("div", "answer", [element("h4", "", who), text]);
+    }));
+    item.hidden = i > 0;
     return item;
   });
   const note = "Both answer the same prompts with the same noise at each position. Marked: from " +
@@ -121,34 +105,29 @@ function drawAnswers(answers) {
 function drawGauges(gauges) {
   const body = gauges.map((gauge, i) => {
     const drawing = svg("svg", {
-      viewBox: `0 0 ${WIDTH} ${GAUGE}`, role: "group",
+      viewBox: `0 0 ${WIDTH} ${GAUGE}`, role: "group", "data-walk": "",
       "aria-label": `Share of the effect on ${gauge.over} that the features stand for`,
     });
-    drawing.dataset.walk = "";
     const [left, right] = [4, WIDTH - 4];
     const at = (share) => left + (right - left) * Math.max(0, Math.min(1, share));
     drawing.append(svg("rect", { x: left, y: 8, width: right - left, height: 10, class: "grid-back" }));
     const bar = { x: left, y: 8, width: Math.max(1, at(gauge.recovered) - left), height: 10 };
-    const fill = svg("rect", { ...bar, class: "bar-fig", tabindex: i ? -1 : 0 });
     const [low, high] = gauge.interval ?? [NaN, NaN];
     const edges = gauge.interval ? ` (95 %: ${percent2(low)} to ${percent2(high)})` : "";
-    fill.dataset.tip = `features: ${percent2(gauge.recovered)}${edges}`;
-    drawing.append(fill);
+    drawing.append(svg("rect", { ...bar, class: "bar-fig", tabindex: i ? -1 : 0,
+      "data-tip": `features: ${percent2(gauge.recovered)}${edges}` }));
     if (gauge.interval) {
       drawing.append(svg("line", { x1: at(low), x2: at(high), y1: 13, y2: 13, class: "spread" }));
     }
     for (const [name, share] of Object.entries(gauge.baselines)) {
-      const tick = svg("line", { x1: at(share), x2: at(share), y1: 3, y2: 23, class: "baseline" });
-      tick.dataset.tip = `${name}: ${percent2(share)}`;
-      tick.setAttribute("tabindex", "-1");
-      drawing.append(tick);
+      drawing.append(svg("line", { x1: at(share), x2: at(share), y1: 3, y2: 23, class: "baseline",
+        tabindex: -1, "data-tip": `${name}: ${percent2(share)}` }));
     }
-    const head = element("h4", "", `On ${gauge.over}`);
-    head.append(element("span", "role-share", percent2(gauge.recovered)));
+    const head = element("h4", "",
+      [`On ${gauge.over}`, element("span", "role-share", percent2(gauge.recovered))]);
     const names = Object.entries(gauge.baselines).sort(([, a], [, b]) => a - b);
-    const list = element("p", "baselines");
-    for (const [name, value] of names) list.append(element("span", "", `${name} ${percent2(value)}`));
-    return [head, drawing, list];
+    return [head, drawing, element("p", "baselines",
+      names.map(([name, value]) => element("span", "", `${name} ${percent2(value)}`)))];
   });
   const note = "Share of the adapter's effect that stays when its rows are replaced by what the " +
     "features say. Ticks: what simpler accounts of the same size reach.";
@@ -162,24 +141,24 @@ function drawGauges(gauges) {
 }
 
 function drawFeatures(features) {
-  const list = element("ol", "top-features");
-  features.forEach((one, i) => {
-    const item = element("li", "top-feature");
-    item.hidden = i >= N_SHOWN;
-    const link = element("a", "top-link");
-    link.href = `#/feature/${one.feature}`;
-    link.append(element("span", "row-id", `${one.feature}`), titleOf(one));
+  const largestEffect = Math.max(...features.map((one) => one.effect ?? 0)) || 1;
+  const list = element("ol", "top-features", features.map((one, i) => {
+    const name = nameOf(one.feature);
+    const link = element("a", "top-link", [element("span", "row-id", String(one.feature)),
+      name ? element("span", "name", name) : chip(one.token)], { href: `#/feature/${one.feature}` });
     const share = one.effect ?? NaN;
-    const bar = Number.isFinite(share) ? meter(share / largestEffect(features)) : element("span");
+    const bar = Number.isFinite(share) ? meter(share / largestEffect) : element("span");
     const number = element("span", "meter-value", Number.isFinite(share) ? percent2(share) : "");
     const where = [ROLES[one.role] ?? one.role, one.site].filter(Boolean).join(" \u00b7 ");
-    const line = element("span", "top-where", where);
-    if (one.verdict) line.append(badge(one.verdict));
-    const example = element("div", "shift-example");
-    example.append(...contextOf(one.before, one.token), lineOf(one.after, " shift-after"));
-    item.append(link, bar, number, line, example);
-    list.append(item);
-  });
+    const verdict = one.verdict &&
+      element("span", `chip verdict-${one.verdict.split(" ")[0]}`, one.verdict);
+    const item = element("li", "top-feature", [link, bar, number,
+      element("span", "top-where", [where, verdict]),
+      element("div", "shift-example",
+        [...contextOf(one.before, one.token), lineOf(one.after, " shift-after")])]);
+    item.hidden = i >= N_SHOWN;
+    return item;
+  }));
   const parts = [list];
   if (features.length > N_SHOWN) parts.push(showAll([...list.children], features.length));
   const isEffect = features.some((one) => one.effect !== null);
@@ -198,36 +177,16 @@ function drawFeatures(features) {
   });
 }
 
-function titleOf(one) {
-  const name = nameOf(one.feature);
-  return name ? element("span", "name", name) : chip(one.token);
-}
-
-function largestEffect(features) {
-  return Math.max(...features.map((one) => one.effect ?? 0)) || 1;
-}
-
-function badge(verdict) {
-  return element("span", `chip verdict-${verdict.split(" ")[0]}`, verdict);
-}
-
 function drawGroups(groups) {
-  const table = element("div", "meter-rows");
-  for (const group of groups) {
-    const row = element("div", "group-row");
-    const name = element("span", "meter-name", group.name);
-    const links = element("span", "group-links");
+  const table = element("div", "meter-rows", groups.map((group) => {
     const range = group.interval?.map(percent2).join(" to ");
-    links.append(`${range ? `95 % interval ${range}; ` : ""}${whole(group.n_features)} features: `);
-    for (const id of group.features) {
-      const link = element("a", "", String(id));
-      link.href = `#/feature/${id}`;
-      links.append(link, " ");
-    }
-    row.append(name, meter(group.share / groups[0].share),
-      element("span", "meter-value", percent2(group.share)), links);
-    table.append(row);
-  }
+    const links = group.features.flatMap((id) =>
+      [element("a", "", String(id), { href: `#/feature/${id}` }), " "]);
+    return element("div", "group-row", [element("span", "meter-name", group.name),
+      meter(group.share / groups[0].share), element("span", "meter-value", percent2(group.share)),
+      element("span", "group-links", [range && `95 % interval ${range}; `,
+        `${whole(group.n_features)} features: `, ...links])]);
+  }));
   const note = `Features that fire together, with their part of the sum of all (${
     core.overview.ranked_by}).`;
   return panel("Groups of features", note, table, {
@@ -262,23 +221,17 @@ function drawAttention({ n_rollouts: nTexts, n_tokens: nTokens, layers, moved, h
   const values = moved.flat();
   const tips = values.map((share) => `${percent2(share)} of its attention moves`);
   const grid = drawSiteGrid(sites, values, tips, "Share of each head's attention that moves");
-  const list = element("ol", "top-features");
-  heads.forEach(({ layer, head, moved: share, example }, i) => {
-    const item = element("li", "top-feature");
+  const list = element("ol", "top-features", heads.map(({ layer, head, moved: share, example }, i) => {
+    const where = [["more at", example.gains], ["less at", example.losses]].flatMap(([words, [one]]) =>
+      (one ? [element("span", "", `${words} `), lineOf(one.token),
+        ` ${percent2(one.base)} \u2192 ${percent2(one.adapter)}`, element("br")] : []));
+    const item = element("li", "top-feature", [element("span", "", `layer ${layer}, head ${head}`),
+      meter(share / heads[0].moved), element("span", "meter-value", percent2(share)),
+      element("span", "top-where", where),
+      element("div", "shift-example", contextOf(tail(example.before, 40), example.token))]);
     item.hidden = i >= N_HEADS;
-    const number = element("span", "meter-value", percent2(share));
-    const at = element("div", "shift-example");
-    at.append(...contextOf(tail(example.before, 40), example.token));
-    const where = element("span", "top-where");
-    for (const [words, [one]] of [["more at", example.gains], ["less at", example.losses]]) {
-      if (!one) continue;
-      const change = ` ${percent2(one.base)} \u2192 ${percent2(one.adapter)}`;
-      where.append(element("span", "", `${words} `), lineOf(one.token), change, element("br"));
-    }
-    const name = element("span", "", `layer ${layer}, head ${head}`);
-    item.append(name, meter(share / heads[0].moved), number, where, at);
-    list.append(item);
-  });
+    return item;
+  }));
   const parts = [grid, list];
   if (heads.length > N_HEADS) parts.push(showAll([...list.children], heads.length));
   const note = "Share of a head's attention that goes to other tokens than in the base model, by " +
@@ -298,12 +251,8 @@ function drawSureness(facts) {
 }
 
 function drawGaps(gaps) {
-  const list = element("ul", "gaps");
-  for (const { what, command } of gaps) {
-    const item = element("li", "", `${what}: `);
-    item.append(element("code", "", command));
-    list.append(item);
-  }
+  const list = element("ul", "gaps", gaps.map(({ what, command }) =>
+    element("li", "", [`${what}: `, element("code", "", command)])));
   return panel("Not measured", "Each command fills a gap; make the page again with its report.",
     list, { testid: "gaps" });
 }
@@ -316,9 +265,7 @@ function chip(token) {
 
 // Returns a token and what is before it. A narrow line cuts the beginning, not the token.
 function contextOf(before, token) {
-  const left = element("span", "shift-before");
-  left.append(lineOf(before));
-  return [left, lineOf(token, " shift-token")];
+  return [element("span", "shift-before", lineOf(before)), lineOf(token, " shift-token")];
 }
 
 // Returns a text on one line.

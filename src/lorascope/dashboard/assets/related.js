@@ -24,16 +24,13 @@ export function drawRankings({ ranked }) {
 
 // Returns a list of tokens, each with a bar and its score as `write` says it.
 export function drawTokens(pairs, write, kind = "") {
-  const list = element("ol", "ranked");
   const top = Math.max(...pairs.map(([, score]) => Math.abs(score))) || 1;
-  for (const [entry, score] of pairs) {
-    const item = element("li", `meter-row ${kind}`);
+  return element("ol", "ranked", pairs.map(([entry, score]) => {
     const token = element("span", "ranked-token");
     writeToken(token, entry);
-    item.append(token, meter(Math.abs(score) / top), drawNumber(write, score));
-    list.append(item);
-  }
-  return list;
+    return element("li", `meter-row ${kind}`,
+      [token, meter(Math.abs(score) / top), drawNumber(write, score)]);
+  }), { "data-testid": kind });
 }
 
 // Returns panels of links to features that write alike and to features that fire together.
@@ -44,12 +41,8 @@ export function drawNeighbours({ similar, cofiring }) {
       "cofiring", percent],
   ];
   return kinds.filter(([pairs]) => pairs.length).map(([pairs, title, note, testid, write]) => {
-    const list = element("ul", "ranked");
-    for (const [id, score] of pairs) {
-      const item = element("li");
-      item.append(drawLink(id, write, score));
-      list.append(item);
-    }
+    const list = element("ul", "ranked",
+      pairs.map(([id, score]) => element("li", "", drawLink(id, write, score))));
     return panel(title, note, list, {
       testid,
       rows: () => [["feature", "label", "score"], ...pairs.map(([id, score]) => [id, nameText(id), score])],
@@ -60,18 +53,13 @@ export function drawNeighbours({ similar, cofiring }) {
 // Returns a link to a feature: its number, its label or its strongest token, and what `write` says of
 // a value, if there is one.
 export function drawLink(id, write = null, value = NaN) {
-  const link = element("a", "feature-link");
-  link.href = `#/feature/${id}`;
-  link.dataset.feature = id;
-  link.append(element("span", "link-id", String(id)), drawName(id));
-  if (write) link.append(drawNumber(write, value));
-  return link;
+  return element("a", "feature-link",
+    [element("span", "link-id", String(id)), drawName(id), write && drawNumber(write, value)],
+    { href: `#/feature/${id}`, "data-feature": id });
 }
 
 function drawNumber(write, value) {
-  const number = element("span", "meter-value", write(value));
-  number.dataset.value = String(value);
-  return number;
+  return element("span", "meter-value", write(value), { "data-value": value });
 }
 
 // Returns a feature's label or strongest token as text, for a table.

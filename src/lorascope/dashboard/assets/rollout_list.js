@@ -114,30 +114,21 @@ async function find(at, wanted) {
 }
 
 function drawRow(at, { token, context }) {
-  const item = element("div", "rollout-row");
-  item.setAttribute("role", "listitem");
-  const link = element("a");
   const id = column.kept_rollout[at];
-  link.href = `#/rollout/${id}${token >= 0 ? `?token=${token}` : ""}`;
-  link.dataset.rollout = at;
-  link.dataset.testid = "rollout-row";
-  link.append(element("span", "rollout-name", `Rollout ${whole(id)}`));
   const stats = rolloutStats(at).filter(([, , , text]) => text);
   const notes = stats.map(([label, name, , text]) => (
     name === "length" ? `${text} ${label}` : `${label} ${text}`
   ));
-  link.append(element("span", "rollout-note", notes.join(" \u00b7 ")));
-  const reasons = element("span", "rollout-why");
-  for (const name of reasonsOf(at)) reasons.append(element("span", "chip", name));
-  link.append(reasons);
-  if (context) {
-    const [before, hit, after] = context;
-    const snippet = element("span", "rollout-context", `\u2026${before}`);
-    snippet.append(element("mark", "", hit), `${after}\u2026`);
-    link.append(snippet);
-  }
-  item.append(link);
-  return item;
+  const [before, hit, after] = context ?? [];
+  const link = element("a", "", [
+    element("span", "rollout-name", `Rollout ${whole(id)}`),
+    element("span", "rollout-note", notes.join(" \u00b7 ")),
+    element("span", "rollout-why", reasonsOf(at).map((name) => element("span", "chip", name))),
+    context && element("span", "rollout-context",
+      [`\u2026${before}`, element("mark", "", hit), `${after}\u2026`]),
+  ], { href: `#/rollout/${id}${token >= 0 ? `?token=${token}` : ""}`,
+    "data-rollout": at, "data-testid": "rollout-row" });
+  return element("div", "rollout-row", link, { role: "listitem" });
 }
 
 if (!explained.size) reason.querySelector("option[value='16']").remove();

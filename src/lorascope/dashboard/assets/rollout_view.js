@@ -35,16 +35,12 @@ export async function showRollout(number, query) {
     .map(Number).filter((id) => id < core.n_features).slice(0, MAX_PAINTED);
   const colors = colorsOf(asked.get("color"), data, painted);
   shown = { number, data, nodes: [], painted, selected: -1, colors };
-  const body = element("div", "reading");
-  body.dataset.testid = "rollout-text";
-  body.dataset.walk = "";
-  const side = element("div", "feature-side");
+  const body = element("div", "reading", "", { "data-testid": "rollout-text", "data-walk": "" });
   shown.atToken = element("div", "firing-panels");
   shown.paints = element("div", "paints");
   shown.legend = element("div");
-  side.append(shown.atToken, shown.paints);
-  const layout = element("div", "feature-body");
-  layout.append(body, side);
+  const side = element("div", "feature-side", [shown.atToken, shown.paints]);
+  const layout = element("div", "feature-body", [body, side]);
   area.replaceChildren(drawStats(number), ...drawLayerMap(data, goTo), shown.legend, layout);
   area.dataset.rollout = column.kept_rollout[number];
   drawPaints();
@@ -73,8 +69,7 @@ async function drawTokens(body, token) {
   for (let t = 0; t < data.token.length; t++) {
     if (data.role[t] !== role) {
       role = data.role[t];
-      run = element("p", "run");
-      run.dir = directionOf(data.token.subarray(t, t + DIRECTION));
+      run = element("p", "run", "", { dir: directionOf(data.token.subarray(t, t + DIRECTION)) });
       const name = core.roles[role];
       if (name && name !== "special") body.append(element("h3", "role", name));
       if (name === "special") run.classList.add("between");
@@ -106,16 +101,11 @@ function firingAt(t) {
 // Colours the tokens, and draws the switch of colours with its legend.
 function paint() {
   const { data, nodes, painted, colors } = shown;
-  const choice = element("div", "color-choice");
-  choice.setAttribute("role", "group");
-  choice.setAttribute("aria-label", "What colours the text");
-  choice.append(element("span", "", "colour by"));
-  for (const [name, text] of Object.entries(COLORS)) {
-    if (name === "kl" && !isAttributed(data)) continue;
-    const way = button(text, () => setColors(name), { testid: `color-${name}` });
-    way.setAttribute("aria-pressed", String(name === colors));
-    choice.append(way);
-  }
+  const ways = Object.entries(COLORS).filter(([name]) => name !== "kl" || isAttributed(data));
+  const choice = element("div", "color-choice", [element("span", "", "colour by"),
+    ...ways.map(([name, text]) => button(text, () => setColors(name),
+      { "data-testid": `color-${name}`, "aria-pressed": name === colors }))],
+  { role: "group", "aria-label": "What colours the text" });
   shown.legend.replaceChildren(choice, ...colorTokens(colors, data, nodes, painted));
 }
 
@@ -148,22 +138,15 @@ function keepAddress() {
 
 function drawPaints() {
   const { painted } = shown;
-  const chips = element("div", "chips");
-  painted.forEach((id, i) => {
-    const chip = element("span", "paint-chip");
-    chip.dataset.testid = "painted";
+  const chips = element("div", "chips", painted.map((id, i) => {
     const swatch = element("i", painted.length === 1 ? "heat-6" : `swatch paint-${i + 1}`);
     const off = button("\u00d7", () => setPainted(painted.filter((other) => other !== id)),
-      { label: `Stop highlighting feature ${id}` });
-    chip.append(swatch, drawLink(id), off);
-    chips.append(chip);
-  });
-  const form = element("form", "goto");
-  const input = element("input");
-  Object.assign(input, { inputMode: "numeric", placeholder: "feature number", autocomplete: "off" });
-  input.setAttribute("aria-label", "Feature to highlight");
-  input.dataset.testid = "paint-number";
-  form.append(input, element("button", "", "Highlight"));
+      { "aria-label": `Stop highlighting feature ${id}` });
+    return element("span", "paint-chip", [swatch, drawLink(id), off], { "data-testid": "painted" });
+  }));
+  const input = element("input", "", "", { inputmode: "numeric", placeholder: "feature number",
+    autocomplete: "off", "aria-label": "Feature to highlight", "data-testid": "paint-number" });
+  const form = element("form", "goto", [input, element("button", "", "Highlight")]);
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     const id = /^\d{1,9}$/.test(input.value.trim()) ? Number(input.value) : -1;
@@ -178,21 +161,17 @@ function drawPaints() {
 function drawFiring(t) {
   shown.selected = t;
   const pairs = t < 0 ? mostActive() : firingAt(t);
-  const list = element("ul", "ranked");
-  for (const [id, value] of pairs.slice(0, t < 0 ? N_IN_ROLLOUT : N_AT_TOKEN)) {
-    const item = element("li", "fired");
-    item.dataset.testid = "fired";
-    const link = drawLink(id, three, value);
+  const first = pairs.slice(0, t < 0 ? N_IN_ROLLOUT : N_AT_TOKEN);
+  const list = element("ul", "ranked", first.map(([id, value]) => {
     const on = shown.painted.includes(id);
     const paintIt = button(on ? "highlighted" : "highlight", () => {
       setPainted(on ? shown.painted.filter((other) => other !== id) : [...shown.painted, id]);
-    }, { label: `Highlight feature ${id}` });
-    paintIt.setAttribute("aria-pressed", String(on));
-    item.append(link, meter(t < 0 ? value / pairs[0][1] : value / (largest(id) || value)), paintIt);
+    }, { "aria-label": `Highlight feature ${id}`, "aria-pressed": on });
     const known = whatIsKnown(id);
-    if (known) item.append(element("span", "fired-known", known));
-    list.append(item);
-  }
+    return element("li", "fired", [drawLink(id, three, value),
+      meter(t < 0 ? value / pairs[0][1] : value / (largest(id) || value)), paintIt,
+      known && element("span", "fired-known", known)], { "data-testid": "fired" });
+  }));
   const n = whole(pairs.length);
   const rows = () => [["feature", "label", t < 0 ? "sum" : "activation", "known"],
     ...pairs.map(([id, value]) => [id, nameText(id), value, whatIsKnown(id)])];

@@ -36,26 +36,15 @@ export function drawStats(id) {
 // Returns a row of numbers, and below it, folded, what they mean: [label, name, number, text for
 // people, definition] of each.
 export function drawNumbers(numbers, prefix) {
-  const part = element("div", "stats-part");
-  const stats = element("dl", "stats compact");
-  stats.tabIndex = 0; // on a phone it scrolls
-  const list = element("dl", "stat-meanings");
-  for (const [label, name, value, text, note] of numbers) {
-    const cell = element("div", "stat");
-    cell.title = note;
-    const number = element("dd", "stat-value", text);
-    number.dataset.testid = `${prefix}-${name}`;
-    number.dataset.value = String(value);
-    cell.append(element("dt", "", label), number);
-    stats.append(cell);
-    list.append(element("dt", "", label), element("dd", "", note));
-  }
-  const more = element("details", "stat-more");
-  more.append(element("summary", "", "What these numbers mean"), list);
-  const foot = element("div", "stats-foot");
-  foot.append(more);
-  part.append(stats, foot);
-  return part;
+  const stats = element("dl", "stats compact", numbers.map(([label, name, value, text, note]) =>
+    element("div", "stat", [element("dt", "", label), element("dd", "stat-value", text,
+      { "data-testid": `${prefix}-${name}`, "data-value": value })], { title: note })),
+  { tabindex: 0 }); // on a phone it scrolls
+  const meanings = element("dl", "stat-meanings", numbers.flatMap(([label, , , , note]) =>
+    [element("dt", "", label), element("dd", "", note)]));
+  const more = element("details", "stat-more",
+    [element("summary", "", "What these numbers mean"), meanings]);
+  return element("div", "stats-part", [stats, element("div", "stats-foot", more)]);
 }
 
 function rows(id) {

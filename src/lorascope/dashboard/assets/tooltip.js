@@ -57,10 +57,8 @@ function tokenLines(token) {
   const entry = Number(token.dataset.entry);
   const lines = [];
   if (token.dataset.value) {
-    const value = element("span", "tip-value", short(Number(token.dataset.value)));
-    value.dataset.testid = "tip-value";
-    value.dataset.value = token.dataset.value;
-    lines.push(value);
+    lines.push(element("span", "tip-value", short(Number(token.dataset.value)),
+      { "data-testid": "tip-value", "data-value": token.dataset.value }));
   }
   const text = element("span", "tip-text");
   if (core.token_texts[entry] === "") text.textContent = "(continues the previous character)";
