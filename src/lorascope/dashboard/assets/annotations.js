@@ -1,5 +1,8 @@
-// Labels, notes and stars that the user gives to features. The browser stores them for each SAE.
+// Labels, notes and stars that the user gives to features: the form below a feature's number, and
+// their export and import. The browser stores them for each SAE.
+import { saveFile } from "./copying.js";
 import { core } from "./data.js";
+import { whole } from "./format.js";
 
 const KEY = `lorascope:${core.labels_key}`;
 const FORMAT = "lorascope labels 1";
@@ -29,7 +32,7 @@ export function isStarred(id) {
 }
 
 // Changes a feature's annotation: `annotate(7, { star: true })`.
-export function annotate(id, change) {
+function annotate(id, change) {
   const now = { label: "", note: "", star: false, ...annotations.get(id), ...change };
   if (now.label || now.note || now.star) annotations.set(id, now);
   else annotations.delete(id);
@@ -42,23 +45,18 @@ export function onAnnotations(action) {
   changed = action;
 }
 
-// Returns whether this browser stores annotations. If not, only an export keeps them.
-export function isStored() {
-  return canStore;
-}
-
 export function nAnnotations() {
   return annotations.size;
 }
 
 // Returns all annotations as the text of a JSON file.
-export function exportAnnotations() {
+function exportAnnotations() {
   const features = Object.fromEntries([...annotations].sort(([a], [b]) => a - b));
   return `${JSON.stringify({ format: FORMAT, sae: core.labels_key, features }, null, 1)}\n`;
 }
 
 // Adds the annotations of such a file, which replace existing ones. Returns how many there are.
-export function importAnnotations(text) {
+function importAnnotations(text) {
   let data;
   try {
     data = JSON.parse(text);
@@ -95,4 +93,87 @@ function save() {
   } catch {
     canStore = false;
   }
+}
+
+const byId = (id) => document.getElementById(id);
+const [form, star, label] = [byId("annotation"), byId("star"), byId("label")];
+const [note, noteButton, status] = [byId("note"), byId("note-button"), byId("files-status")];
+
+let current = -1;
+
+// Shows the annotation of a feature, or nothing for -1.
+export function showAnnotations(id) {
+  current = id;
+  form.hidden = id < 0;
+  if (id < 0) return;
+  if (label.value !== labelOf(id)) label.value = labelOf(id);
+  if (note.value !== noteOf(id)) note.value = noteOf(id);
+  openNote(noteOf(id) !== "");
+  drawStar();
+}
+
+export function toggleStar() {
+  if (current < 0) return;
+  annotate(current, { star: !isStarred(current) });
+  drawStar();
+}
+
+export function editLabel() {
+  if (current >= 0) label.focus();
+}
+
+export function editNote() {
+  if (current < 0) return;
+  openNote(true);
+  note.focus();
+}
+
+function drawStar() {
+  const on = isStarred(current);
+  star.setAttribute("aria-pressed", String(on));
+  star.textContent = on ? "\u2605" : "\u2606";
+}
+
+function openNote(open) {
+  note.hidden = !open;
+  noteButton.setAttribute("aria-expanded", String(open));
+}
+
+function warnIfNotStored() {
+  if (canStore) return;
+  status.textContent = "This browser cannot store labels for this file. Export them before you close it.";
+}
+
+star.addEventListener("click", toggleStar);
+label.addEventListener("input", () => annotate(current, { label: label.value }));
+note.addEventListener("input", () => annotate(current, { note: note.value }));
+for (const field of [label, note]) field.addEventListener("change", warnIfNotStored);
+label.addEventListener("keydown", (event) => {
+  if (event.key === "Enter") label.blur();
+});
+noteButton.addEventListener("click", () => {
+  if (note.hidden) editNote();
+  else openNote(false);
+});
+byId("export-labels").addEventListener("click", () => {
+  saveFile("hand-labels.json", exportAnnotations(), "application/json");
+  status.textContent = `Exported labels, notes and stars for ${features(nAnnotations())}.`;
+});
+byId("import-labels").addEventListener("click", () => byId("labels-file").click());
+byId("labels-file").addEventListener("change", async (event) => {
+  const [file] = event.target.files;
+  event.target.value = "";
+  if (!file) return;
+  try {
+    const n = importAnnotations(await file.text());
+    status.textContent = `Imported labels, notes and stars for ${features(n)}.`;
+    warnIfNotStored();
+    showAnnotations(current);
+  } catch (error) {
+    status.textContent = error.message;
+  }
+});
+
+function features(n) {
+  return `${whole(n)} feature${n === 1 ? "" : "s"}`;
 }

@@ -1,11 +1,10 @@
 // Decides what is shown, and moves between the overview, features, rollouts and the map.
-import { editLabel, editNote, showAnnotations, toggleStar } from "./annotation_form.js";
-import { onAnnotations } from "./annotations.js";
-import { column, core, feature, featureNow, hasExample, prefetch } from "./data.js";
+import { editLabel, editNote, onAnnotations, showAnnotations, toggleStar } from "./annotations.js";
+import { column, core, feature, hasExample, prefetch } from "./data.js";
 import { saveTable } from "./downloads.js";
 import { listIndex, listed, onChoose, redraw, select } from "./feature_list.js";
 import { drawFeature, drawMessage } from "./feature_view.js";
-import { clearFilters, filters, onList, query, refill, setFilters } from "./filter_form.js";
+import { clearFilters, filters, onList, query, refill, setFilters } from "./filters.js";
 import { element, whole } from "./format.js";
 import { highlightFound } from "./found.js";
 import { openHelp, setKeys } from "./keys.js";
@@ -39,7 +38,7 @@ async function show(id) {
   const request = ++latest;
   let drawn;
   try {
-    drawn = drawFeature(featureNow(id) ?? (await feature(id)));
+    drawn = drawFeature(await feature(id));
   } catch (error) {
     const message = `Feature ${id} cannot be shown. ${error.message}`;
     drawn = { parts: [drawMessage(message, "damaged")], later: () => {} };

@@ -152,7 +152,7 @@ export function drawContributions(data, t, rollout, mark) {
   const large = [["features", "all features"], ...Object.entries(OTHER_PARTS)]
     .filter(([name]) => Math.abs(parts[name]) >= 1e-6 * difference);
   const rest = drawFacts(large.map(([name, label]) =>
-    [label, signed(parts[name]), "", `contribution-${name}`, parts[name]]), "rest");
+    [label, name, parts[name], signed(parts[name]), ""]), "contribution", "rest");
   const error = report.gap === null ? "" : ` (average error: ${percent(report.gap)})`;
   const name = TARGETS[report.target] ?? report.target;
   const note = `Each feature's contribution to ${name}, which is ${three(parts.base)} without the ` +

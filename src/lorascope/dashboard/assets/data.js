@@ -10,6 +10,8 @@ export const SPECIAL = 1;
 export const PARTIAL = 2;
 export const UNKNOWN = 65535; // a site that is not known, a feature that is not on the map
 const RANKINGS = ["mean", "lift", "before", "after"];
+// List of a feature's record -> the block's column with their number, in the order of windows.
+const WINDOWS = { examples: "count", samples: "sample_count", specials: "special_count" };
 
 export const core = JSON.parse(document.getElementById("core").textContent);
 
@@ -33,14 +35,7 @@ export function largest(id) {
   return Math.max(column.max[id] || 0, column.special_max[id]);
 }
 
-const promised = new Map(); // pack id -> Promise of its content, least recently used first
-const ready = new Map(); // pack id -> its content, once decoded
-
-// Returns a feature's record if its block is decoded, else undefined.
-export function featureNow(id) {
-  const block = ready.get(`block-${Math.floor(id / core.block)}`);
-  return block && record(block, id);
-}
+const packs = new Map(); // pack id -> Promise of its content, least recently used first
 
 // Returns a Promise of a feature's record: everything about it that is not in the core's columns.
 export async function feature(id) {
@@ -61,49 +56,39 @@ export function rolloutData(number) {
 // Returns a Promise of what the search needs from a block. Does not keep the block in memory.
 export async function searchable(number) {
   const id = `block-${number}`;
-  const block = await (promised.get(id) ?? unpack(id, core.block_columns));
+  const block = await (packs.get(id) ?? unpack(id, core.block_columns));
   const fires = Uint8Array.from(block.activation, (value) => Number(value !== 0));
   let start = 0;
   block.length.forEach((n, w) => {
     fires[start + block.target[w]] = Number(activationAtTarget(block, w) !== 0);
     start += n;
   });
-  const ranked = RANKINGS.map((name) => block[name].slice());
-  const { count, sample_count, special_count, token, length } = block;
   return {
-    counts: [count, sample_count, special_count].map((counts) => counts.slice()),
-    token: token.slice(), length: length.slice(), fires, ranked,
-    sentences: Array.from(count, (_, i) => sentenceOf(block, i).toLowerCase()),
+    counts: Object.values(WINDOWS).map((name) => block[name].slice()),
+    token: block.token.slice(), length: block.length.slice(), fires,
+    ranked: RANKINGS.map((name) => block[name].slice()),
+    sentences: Array.from(block.count, (_, i) => sentenceOf(block, i).toLowerCase()),
   };
 }
 
 function load(id) {
-  const earlier = promised.get(id);
-  if (earlier) {
-    promised.delete(id);
-    promised.set(id, earlier);
-    return earlier;
-  }
-  const promise = id.startsWith("rollout") ? decodeRollout(id) : decodeBlock(id);
-  promised.set(id, promise);
-  promise.then(
-    (content) => promised.has(id) && ready.set(id, content),
-    () => promised.delete(id),
-  );
-  if (promised.size > MAX_PACKS) {
-    const oldest = promised.keys().next().value;
-    promised.delete(oldest);
-    ready.delete(oldest);
-  }
-  return promise;
+  const pack = packs.get(id) ?? (id.startsWith("rollout") ? decodeRollout(id) : decodeBlock(id));
+  packs.delete(id);
+  packs.set(id, pack); // as the last that was used
+  pack.catch(() => packs.delete(id));
+  if (packs.size > MAX_PACKS) packs.delete(packs.keys().next().value);
+  return pack;
 }
 
 async function decodeBlock(id) {
   const block = await unpack(id, core.block_columns);
   block.first = Number(id.slice("block-".length)) * core.block;
-  block.exampleStart = startsOf(block.count);
-  block.sampleStart = startsOf(block.sample_count);
-  block.specialStart = startsOf(block.special_count);
+  block.starts = {}; // list of a record -> number of the first window of each feature
+  let before = 0;
+  for (const [list, name] of Object.entries(WINDOWS)) {
+    block.starts[list] = startsOf(block[name]).map((start) => before + start);
+    before = block.starts[list].at(-1);
+  }
   block.windowStart = startsOf(block.length);
   return block;
 }
@@ -119,27 +104,16 @@ function record(block, id) {
   const i = id - block.first;
   const row = (values, n) => values.subarray(i * n, (i + 1) * n);
   const bins = Math.max(0, column.edges.length - 1);
-  const nExamples = block.exampleStart[block.count.length];
-  const nSamples = block.sampleStart[block.count.length];
-  const examples = [];
-  for (let e = block.exampleStart[i]; e < block.exampleStart[i + 1]; e++) {
-    examples.push({ ...windowOf(block, e, i), repeats: block.n_repeats[e], quantile: -1 });
-  }
-  const samples = [];
-  for (let s = block.sampleStart[i]; s < block.sampleStart[i + 1]; s++) {
-    samples.push({ ...windowOf(block, nExamples + s, i), repeats: -1, quantile: block.quantile[s] });
-  }
-  const specials = [];
-  for (let s = block.specialStart[i]; s < block.specialStart[i + 1]; s++) {
-    specials.push({ ...windowOf(block, nExamples + nSamples + s, i), repeats: -1, quantile: -1 });
-  }
+  const windows = Object.entries(block.starts).map(([list, starts]) => [
+    list, Array.from({ length: starts[i + 1] - starts[i] }, (_, w) => windowOf(block, starts[i] + w, i)),
+  ]);
   const nSites = core.sites ? core.sites.length : 0;
   const shares = new Float32Array(nSites);
   row(block.fingerprint, nSites).forEach((part, j) => {
     shares[column.site_order[j]] = (part * block.fingerprint_max[i]) / FULL_SHARE;
   });
   return {
-    id, examples, samples, specials, shares, sentence: sentenceOf(block, i),
+    id, ...Object.fromEntries(windows), shares, sentence: sentenceOf(block, i),
     histogram: row(block.histogram, bins),
     byRole: core.n_by_role ? row(block.by_role, core.n_by_role.length) : [],
     byPosition: core.n_by_position ? row(block.by_position, core.n_by_position.length) : [],
@@ -188,6 +162,8 @@ function windowOf(block, w, i) {
     target: block.target[w],
     tokens: block.token.subarray(from, to),
     activations,
+    repeats: block.n_repeats[w] ?? -1, // only examples have it
+    quantile: block.quantile[w - block.starts.samples[0]] ?? -1, // only samples have it
   };
 }
 

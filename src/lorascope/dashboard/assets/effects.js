@@ -1,6 +1,6 @@
 // The effects of a feature: of removing it, and on tokens directly through the residual stream.
 import { column, core } from "./data.js";
-import { drawFacts, panel, svg } from "./figures.js";
+import { drawFacts, panel, rowsOfFacts, svg } from "./figures.js";
 import { element, percent, signed, textOf, three, whole } from "./format.js";
 import { drawTokens } from "./related.js";
 
@@ -36,13 +36,11 @@ function drawAblation(id) {
     ["other directions", value("control"), [NaN, NaN], "other"],
     ["whole adapter", all, [NaN, NaN], "soft"]];
   const verdict = element("p", "figure-note", sayVerdict(value), { "data-testid": "effect-verdict" });
-  const list = drawFacts(factsOf(value).map(([label, name, number, text, meaning]) =>
-    [label, text, meaning, `effect-${name}`, number]));
-  return panel(title, note, [verdict, drawKlAxis(id, rows, floor), list], {
+  const facts = factsOf(value);
+  return panel(title, note, [verdict, drawKlAxis(id, rows, floor), drawFacts(facts, "effect")], {
     testid: "effect", file: `feature-${id}-effect`,
-    rows: () => [["number", "value", "meaning"],
-      ...factsOf(value).map(([label, , number, , meaning]) => [label, number, meaning]),
-      ...rows.slice(2).map(([label, number]) => [label, number, "KL without any row, nats per token"])],
+    rows: () => [...rowsOfFacts(facts), ...rows.slice(2)
+      .map(([label, number]) => [label, number, "KL without any row, nats per token"])],
   });
 }
 

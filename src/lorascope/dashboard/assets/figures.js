@@ -101,12 +101,17 @@ export function drawLegend(low, high, note, { testid, signed = false }) {
     element("span", "legend-note", note)], { "data-testid": testid });
 }
 
-// Returns a list of facts: [label, text for people, definition, name, number] of each.
-export function drawFacts(facts, kind = "") {
-  return element("dl", `effect-facts ${kind}`, facts.map(([label, text, note, testid = "", value = ""]) =>
+// Returns a list of facts: [label, name, number, text for people, definition] of each.
+export function drawFacts(facts, prefix, kind = "") {
+  return element("dl", `effect-facts ${kind}`, facts.map(([label, name, value, text, note]) =>
     element("div", "effect-fact", [element("dt", "", label),
-      element("dd", "", text, { "data-testid": testid, "data-value": value }),
+      element("dd", "", text, { "data-testid": `${prefix}-${name}`, "data-value": value }),
       note && element("dd", "effect-note", note)])));
+}
+
+// Returns the same facts as rows of a table to copy.
+export function rowsOfFacts(facts) {
+  return [["number", "value", "meaning"], ...facts.map(([label, , value, , note]) => [label, value, note])];
 }
 
 export function meter(share, attributes = {}) {

@@ -97,8 +97,8 @@ function between(id, name) {
 function drawWhy(id, facts) {
   return element("details", "label-why", [
     element("summary", "", `Why (${kindOf(id)}, ${categoryOf(id)})`),
-    drawFacts(facts.map(([label, name, note]) => [label,
-      percent(labelScore(id, name)) + between(id, name), typeof note === "string" ? note : note(id),
-      `label-${name}`])),
+    drawFacts(facts.map(([label, name, note]) => [label, name, labelScore(id, name),
+      percent(labelScore(id, name)) + between(id, name), typeof note === "string" ? note : note(id)]),
+    "label"),
   ]);
 }

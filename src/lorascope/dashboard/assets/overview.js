@@ -1,6 +1,6 @@
 // The first view: what the adapter learned, from dashboard/overview.py, with links to the evidence.
 import { core } from "./data.js";
-import { drawFacts, drawSiteGrid, meter, panel, svg } from "./figures.js";
+import { drawFacts, drawSiteGrid, meter, panel, rowsOfFacts, svg } from "./figures.js";
 import { button, element, short, whole, writeText } from "./format.js";
 import { nameOf } from "./labels.js";
 
@@ -244,10 +244,9 @@ function drawAttention({ n_rollouts: nTexts, n_tokens: nTokens, layers, moved, h
 }
 
 function drawSureness(facts) {
-  const known = facts.map(({ name, value, meaning }) => [name, value, meaning]);
-  return panel("How sure this is", "", drawFacts(known), {
-    testid: "sureness", rows: () => [["number", "value", "meaning"], ...known],
-  });
+  const known = facts.map(({ name, value, meaning }) => [name, "", value, value, meaning]);
+  return panel("How sure this is", "", drawFacts(known, "sureness"),
+    { testid: "sureness", rows: () => rowsOfFacts(known) });
 }
 
 function drawGaps(gaps) {

@@ -1,6 +1,7 @@
 // The statistics of one feature, each with a one-line definition.
 import { copyMenu } from "./copying.js";
 import { UNKNOWN, column, core } from "./data.js";
+import { rowsOfFacts } from "./figures.js";
 import { element, percent, short, three, whole } from "./format.js";
 
 // Returns a feature's density among ordinary tokens, NaN if unknown.
@@ -28,8 +29,7 @@ export function drawStats(id) {
   const part = drawNumbers(known, "stat");
   part.dataset.testid = "stats-part";
   part.firstChild.dataset.testid = "stats";
-  part.lastChild.append(copyMenu("statistics", part, () => [["number", "value", "meaning"],
-    ...known.map(([label, , value, , note]) => [label, value, note])]));
+  part.lastChild.append(copyMenu("statistics", part, () => rowsOfFacts(known)));
   return part;
 }
 
