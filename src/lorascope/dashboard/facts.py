@@ -34,22 +34,19 @@ def header(index: FeatureIndex, reports: Reports) -> list[Fact]:
     """Return what the page's header says; unknown facts are left out."""
     manifest, content, layout = index.manifest, index.content, index.manifest.layout
 
-    def value_of(*keys: str) -> str | None:
-        values = (source.get(key) for key in keys for source in (content, manifest.settings))
-        return next((_text(value) for value in values if _text(value)), None)
+    def value_of(key: str) -> str | None:
+        return _text(content.get(key))
 
-    def with_digest(name: str | None, digest: Any) -> str | None:
-        short = digest.removeprefix(TRAINING)[:12] if isinstance(digest, str) else None
-        return " · ".join(part for part in (name, short) if part) or None
+    def with_digest(key: str, digest: str | None) -> str | None:
+        short = digest and digest.removeprefix(TRAINING)[:12]
+        return " · ".join(filter(None, (value_of(key), short)))
 
     def with_text(key: str) -> str | None:
         value, of_text = value_of(key), value_of(f"{key}_text")
         return f"{value} ({of_text} at text)" if value and of_text else value
 
-    adapter = with_digest(
-        value_of("adapter_name", "adapter", "lora_path"), layout and layout.adapter
-    )
-    sae = with_digest(value_of("sae_name", "sae", "model_path"), manifest.parents.get("sae"))
+    adapter = with_digest("adapter_name", layout and layout.adapter)
+    sae = with_digest("sae_name", manifest.parents.get("sae"))
     columns = f"{layout.d_in:,} at {len(layout.sites):,} sites" if layout else None
     alive = f"{int(index.alive.sum()):,} of {len(index):,}"
     ordinary = (
@@ -58,10 +55,10 @@ def header(index: FeatureIndex, reports: Reports) -> list[Fact]:
     )
     template = "features that fire mostly at special tokens and template headers"
     rows = [
-        ("Model", value_of("base_model", "model"), "the subject model, without the adapter"),
+        ("Model", value_of("base_model"), "the subject model, without the adapter"),
         ("Adapter", adapter, "the LoRA that is studied, and its digest"),
         ("SAE", sae, "the sparse autoencoder whose latents are the features, and its digest"),
-        ("Dataset", value_of("dataset", "corpus"), "the texts that were read"),
+        ("Dataset", value_of("dataset"), "the texts that were read"),
         ("Columns", columns, "numbers that the adapter computes for each token"),
         ("Rollouts", value_of("n_rollouts"), "tokenised texts that were read"),
         ("Tokens", value_of("n_tokens"), "tokens in those rollouts"),

@@ -120,7 +120,7 @@ def _adapters(index: FeatureIndex) -> list[str]:
 def _subject(index: FeatureIndex) -> str:
     """Return what kind of adapter it is, of which model."""
     layout, content = index.manifest.layout, index.content
-    model = content.get("base_model") or content.get("model")
+    model = content.get("base_model")
     of_model = f" of {model}" if isinstance(model, str) and model else ""
     if layout is None or not layout.sites:
         return f"A LoRA{of_model}, {len(index)} features."

@@ -120,19 +120,12 @@ async function showAddress() {
   const { view: target, name, query: asked } = address();
   hideTooltip();
   scrollTo(0, 0);
-  if (target === "overview") {
-    if (!isListed) setFilters("");
-    isListed = true;
-    return openOverview();
-  }
-  if (target === "rollout" && nRollouts) {
-    if (!isListed) setFilters("");
-    isListed = true;
-    return openRollout(name, asked);
-  }
+  const isOther = target === "overview" || (target === "rollout" && nRollouts > 0);
   if (target === "map" && hasMap) showView("map"); // else a new list would show its first feature
-  if (asked !== undefined || !isListed) setFilters(asked, isListed && name === undefined);
+  if (isOther && !isListed) setFilters("");
+  else if (!isOther && (asked !== undefined || !isListed)) setFilters(asked, isListed && name === undefined);
   isListed = true;
+  if (isOther) return target === "overview" ? openOverview() : openRollout(name, asked);
   if (target === "map" && hasMap) return openMap();
   const isBack = view !== "feature";
   showView("feature");

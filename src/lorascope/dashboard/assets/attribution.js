@@ -141,13 +141,10 @@ export function drawContributions(data, t, rollout, mark) {
   const parts = Object.fromEntries(report.parts.map((name, i) => [
     name, data.target_parts[n * target + i],
   ]));
-  let first = 0;
-  for (let i = 0; i < target; i++) first += data.behind_count[i];
-  const stop = first + data.behind_count[target];
-  const list = element("ul", "ranked");
-  for (let i = first; i < stop; i++) {
-    list.append(drawContribution(data, i, data.behind_value[first], mark));
-  }
+  const first = data.behindStart[target];
+  const behind = Array.from({ length: data.behind_count[target] }, (_, i) => first + i);
+  const list = element("ul", "ranked",
+    behind.map((i) => drawContribution(data, i, data.behind_value[first], mark)));
   const difference = Math.abs(parts.adapter - parts.base);
   const large = [["features", "all features"], ...Object.entries(OTHER_PARTS)]
     .filter(([name]) => Math.abs(parts[name]) >= 1e-6 * difference);
@@ -156,9 +153,8 @@ export function drawContributions(data, t, rollout, mark) {
   const error = report.gap === null ? "" : ` (average error: ${percent(report.gap)})`;
   const name = TARGETS[report.target] ?? report.target;
   const note = `Each feature's contribution to ${name}, which is ${three(parts.base)} without the ` +
-    `adapter and ${three(parts.adapter)} ${report.unit} with it. The parts below add up to the difference${error}. Point at a feature to see the token from ` +
-    "which it acts.";
-  const behind = Array.from({ length: stop - first }, (_, i) => first + i);
+    `adapter and ${three(parts.adapter)} ${report.unit} with it. The parts below add up to the ` +
+    `difference${error}. Point at a feature to see the token from which it acts.`;
   return panel(title, note, [...numbers, list, rest], {
     testid: "contributions",
     rows: () => [["part", "label", "contribution", "from token"],

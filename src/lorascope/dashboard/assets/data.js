@@ -97,6 +97,7 @@ async function decodeRollout(id) {
   const rollout = await unpack(id, core.rollout_columns);
   rollout.codes = startsOf(rollout.n_fired);
   rollout.likelyStart = startsOf(rollout.likely_count ?? []);
+  rollout.behindStart = startsOf(rollout.behind_count ?? []);
   return rollout;
 }
 

@@ -36,7 +36,7 @@ export function drawStats(id) {
 // Returns a row of numbers, and below it, folded, what they mean: [label, name, number, text for
 // people, definition] of each.
 export function drawNumbers(numbers, prefix) {
-  const stats = element("dl", "stats compact", numbers.map(([label, name, value, text, note]) =>
+  const stats = element("dl", "stats", numbers.map(([label, name, value, text, note]) =>
     element("div", "stat", [element("dt", "", label), element("dd", "stat-value", text,
       { "data-testid": `${prefix}-${name}`, "data-value": value })], { title: note })),
   { tabindex: 0 }); // on a phone it scrolls
