@@ -3,7 +3,7 @@
 import { core } from "./data.js";
 import { LEVELS, drawFacts, drawLegend, meter, panel } from "./figures.js";
 import { button, element, percent, signed, textOf, three, whole, writeToken } from "./format.js";
-import { drawLink, nameText } from "./related.js";
+import { drawEntry, drawLink, nameText } from "./related.js";
 
 const MIN_KL = 0.001; // nats; tokens below are not coloured
 const N_LISTED = 10; // tokens in the list of a rollout
@@ -110,11 +110,9 @@ function fillLargest(list, data, go, isListed) {
   if (!order.includes(top) && data.kl[top] > 0) order.push(top); // the end of the legend's scale
   for (const t of order) {
     const isOwn = isListed(data.role[t]);
-    const token = element("span", "ranked-token");
-    writeToken(token, data.token[t]);
     const number = element("span", "meter-value",
       `${isOwn ? "" : `${core.roles[data.role[t]]} `}${three(data.kl[t])}`, { "data-value": data.kl[t] });
-    const link = button([token, number], () => go(t),
+    const link = button([drawEntry(data.token[t]), number], () => go(t),
       { kind: "kl-token", "data-testid": isOwn ? "kl-token" : "kl-top", "data-at": t });
     list.append(element("li", "kl-row", [link, meter(data.kl[t] / data.kl[top])]));
   }

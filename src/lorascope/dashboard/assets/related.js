@@ -14,23 +14,18 @@ const RANKED = [
 
 // Returns a panel for each ranking of tokens that the page has.
 export function drawRankings({ ranked }) {
-  return RANKED.filter(([name]) => ranked[name].length).map(([name, title, note, write]) => {
-    return panel(title, note, drawTokens(ranked[name], write), {
+  return RANKED.filter(([name]) => ranked[name].length).map(([name, title, note, write]) =>
+    panel(title, note, drawTokens(ranked[name], write), {
       testid: `ranked-${name}`,
       rows: () => [["token", "score"], ...ranked[name].map(([entry, score]) => [textOf(entry), score])],
-    });
-  });
+    }));
 }
 
 // Returns a list of tokens, each with a bar and its score as `write` says it.
 export function drawTokens(pairs, write, kind = "") {
   const top = Math.max(...pairs.map(([, score]) => Math.abs(score))) || 1;
-  return element("ol", "ranked", pairs.map(([entry, score]) => {
-    const token = element("span", "ranked-token");
-    writeToken(token, entry);
-    return element("li", `meter-row ${kind}`,
-      [token, meter(Math.abs(score) / top), drawNumber(write, score)]);
-  }), { "data-testid": kind });
+  return element("ol", "ranked", pairs.map(([entry, score]) => element("li", `meter-row ${kind}`,
+    [drawEntry(entry), meter(Math.abs(score) / top), drawNumber(write, score)])), { "data-testid": kind });
 }
 
 // Returns panels of links to features that write alike and to features that fire together.
@@ -71,7 +66,11 @@ export function nameText(id) {
 export function drawName(id) {
   const name = nameOf(id);
   if (name) return element("span", "name", name);
+  return hasExample(id) ? drawEntry(column.top_token[id]) : element("span", "ranked-token");
+}
+
+export function drawEntry(entry) {
   const token = element("span", "ranked-token");
-  if (hasExample(id)) writeToken(token, column.top_token[id]);
+  writeToken(token, entry);
   return token;
 }

@@ -131,7 +131,9 @@ function drawRow(at, { token, context }) {
   return element("div", "rollout-row", link, { role: "listitem" });
 }
 
-if (!explained.size) reason.querySelector("option[value='16']").remove();
+for (const [bit, name] of REASONS) {
+  if (bit !== 16 || explained.size) reason.append(element("option", "", name, { value: bit }));
+}
 reason.addEventListener("change", refill);
 search.addEventListener("input", () => {
   clearTimeout(timer);
