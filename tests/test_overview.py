@@ -231,6 +231,11 @@ def test_the_page_opens_on_the_overview(show: Any, tmp_path: Path) -> None:
     assert f"more at {HOSTILE} 0\u00a0% \u2192 80\u00a0%" in heads.text_content()
     marked = visit.part("answers").locator("mark").all_text_contents()
     assert marked == ["", answer.base, answer.adapter]
+    columns = visit.page.locator(".overview-columns.small")
+    # of more, one stays empty beside a tall panel
+    assert columns.evaluate("node => getComputedStyle(node).columnCount") == "3"
+    (said,) = (one.value for one in found.facts if one.name == "Predictions")
+    assert re.fullmatch(r"[\d,]+ in \d+ held-out rollouts", said)
     lines = visit.copied("sureness", "Copy as TSV").splitlines()
     assert lines[1:] == [f"{one.name}\t{one.value}\t{one.meaning}" for one in found.facts]
     first = visit.part("top-features").get_by_role("link").first

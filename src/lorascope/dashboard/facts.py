@@ -132,7 +132,7 @@ def sureness(
         found = evaluation.faithfulness
         yield Fact(
             "Predictions",
-            f"{found.n_tokens:,} of {found.n_rollouts:,} held-out rollouts",
+            f"{found.n_tokens:,} in {found.n_rollouts:,} held-out rollouts",
             "what the effect and the recovered shares are measured on",
         )
         seeds = [found.runs[name].recovered for name in found.seeds]
@@ -156,31 +156,17 @@ def sureness(
 def gaps_of(index: FeatureIndex, reports: Reports) -> tuple[Gap, ...]:
     """Return what was not measured."""
     files = "--data-dir STORE --sae SAE --lora-path ADAPTER"
-    is_ablated = reports.ablation is not None and reports.ablation.features
-    return tuple(
-        Gap(what, f"lorascope {command}")
-        for is_known, what, command in (
-            (
-                reports.evaluation is not None,
-                "what the adapter changes, and how much of it the features stand for",
-                f"evaluate {files}",
-            ),
-            (is_ablated, "what each feature and each module does", f"ablate {files}"),
-            (
-                index.labels is not None,
-                "what each feature is, in words",
-                "label --input features.h5",
-            ),
-            (
-                reports.direct is not None,
-                "the tokens that each feature promotes",
-                "direct --sae SAE --lora-path ADAPTER",
-            ),
-            (
-                reports.attribution is not None,
-                "the features behind single predictions",
-                f"attribute {files}",
-            ),
-        )
-        if not is_known
-    )
+    effect = "what the adapter changes, and how much of it the features stand for"
+    ablated = reports.ablation is not None and reports.ablation.features
+    known = [
+        (reports.evaluation, effect, f"evaluate {files}"),
+        (ablated, "what each feature and each module does", f"ablate {files}"),
+        (index.labels, "what each feature is, in words", "label --input features.h5"),
+        (
+            reports.direct,
+            "the tokens that each feature promotes",
+            "direct --sae SAE --lora-path ADAPTER",
+        ),
+        (reports.attribution, "the features behind single predictions", f"attribute {files}"),
+    ]
+    return tuple(Gap(what, f"lorascope {command}") for one, what, command in known if not one)
