@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lorascope import config, runtime
-from lorascope.completion import SHELLS, Flag, completion_script
+from lorascope.completion import SHELLS, completion_script
 from lorascope.errors import ConfigError, Interrupted, LorascopeError, first_line
 from lorascope.remote import as_path
 from lorascope.version import __version__
@@ -455,16 +455,7 @@ def _show_schema(arguments: list[str]) -> None:
 
 def _show_completion(arguments: list[str]) -> None:
     shell = _tool_parser("completion").parse_args(arguments).shell
-    flags = {}
-    for name in (*COMMANDS, *_TOOLS):
-        parser = stage_parser(name) if name in COMMANDS else _tool_parser(name)
-        options = COMMANDS[name].config_class() if name in COMMANDS else config.Config
-        flags[name] = [
-            Flag(flag, action.help or "", action.nargs != 0, config.choices(options, action.dest))
-            for action in parser._actions
-            if action.help != argparse.SUPPRESS
-            for flag in action.option_strings
-            if flag.startswith("--")
-        ]
+    parsers = {name: stage_parser(name) for name in COMMANDS}
+    parsers |= {name: _tool_parser(name) for name in _TOOLS}
     helps = {name: command.help for name, command in COMMANDS.items()} | _TOOLS
-    _print(completion_script(shell, helps, flags).rstrip())
+    _print(completion_script(shell, helps, parsers).rstrip())

@@ -158,11 +158,6 @@ def grouped_options(config_class: type[Config]) -> "dict[str, list[Field[Any]]]"
     return {group: options for group, options in groups.items() if options}
 
 
-def choices(config_class: type[Config], name: str) -> tuple[str, ...]:
-    """Return the values that an option can have; empty where any value of its type is allowed."""
-    return _shape(get_type_hints(config_class).get(name, str))[2]
-
-
 def default_text(field: "Field[Any]") -> str:
     """Return an option's default as one would type it; empty where there is none to type."""
     value = field.default
