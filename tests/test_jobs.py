@@ -181,15 +181,14 @@ def test_finished_and_foreign_units_are_not_taken(tmp_path, monkeypatch):
     child.stdout.readline()
     taken = []
     with pytest.raises(TimeoutError):
-        for claim in runtime.claim_work_units(targets, tmp_path / "locks", found.append, idle):
-            taken.append(claim.work_unit)
-            targets[claim.work_unit].touch()
-            claim.release()
+        for unit in runtime.claim_work_units(targets, tmp_path / "locks", found.append, idle):
+            taken.append(unit)
+            targets[unit].touch()
     assert (taken, found) == ([0, 3], [1, 0, 3])
     child.kill()
     child.communicate()
     again = runtime.claim_work_units(targets, tmp_path / "locks", found.append, idle)
-    assert next(again).work_unit == 2  # the lock died with its holder
+    assert next(again) == 2  # the lock died with its holder
     again.close()
 
 
@@ -220,9 +219,8 @@ def test_without_locks_the_units_are_dealt_out_by_rank(tmp_path, monkeypatch):  
             target.touch()
 
     found: list[int] = []
-    claims = runtime.claim_work_units(targets, tmp_path / "locks", found.append, idle)
-    taken = [claim.work_unit for claim in claims]
-    assert taken == [1, 4]
+    taken = runtime.claim_work_units(targets, tmp_path / "locks", found.append, idle)
+    assert list(taken) == [1, 4]
     assert sorted(found) == list(range(7))
 
 

@@ -20,7 +20,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Any
@@ -133,32 +132,19 @@ def _verbosity() -> list[str]:
     return ["--quiet"] if level > logging.INFO else ["--verbose"] if level < logging.INFO else []
 
 
-@dataclass(frozen=True)
-class Claim:
-    """The right to do a work unit: this process has it until `release`, or until it dies."""
-
-    work_unit: int
-    _locks: IO[str] | None
-
-    def release(self) -> None:
-        """Give the work unit up: its file exists, or another process is to do it."""
-        if self._locks is not None:
-            fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, self.work_unit)
-
-
 def claim_work_units(
     targets: Sequence[Path],
     locks: Path | None,
     on_finished: Callable[[int], None],
     on_idle: Callable[[], None],
-) -> Generator[Claim]:
+) -> Generator[int]:
     """Yield work units for this process to do until every file in `targets` exists.
 
-    The caller writes `targets[i]` for work unit i, atomically, and then releases the claim.
-    `on_finished(i)` is called once for every file, whichever process wrote it; `on_idle()` is
-    called while there is nothing to do but wait. Byte i of the file `locks` is the lock of work
-    unit i. Without `locks`, or on a file system that has none, work unit i belongs to rank
-    `i % world_size`.
+    The caller writes `targets[i]` for work unit i, atomically and at any time. `on_finished(i)` is
+    called once for every file, whichever process wrote it; `on_idle()` is called while there is
+    nothing to do but wait. Byte i of the file `locks` is the lock of work unit i; it is held to the
+    end, because nobody asks for a unit whose file exists. Without `locks`, or on a file system that
+    has none, work unit i belongs to rank `i % world_size`.
     """
     pending = dict(enumerate(targets))
     claimed: set[int] = set()  # by this process, file not seen yet
@@ -179,15 +165,13 @@ def claim_work_units(
             for i in list(pending):
                 if i in claimed or targets[i].exists() or not _lock(file, i):
                     continue
-                claim = Claim(i, file if world_size() > 1 else None)
                 if targets[i].exists():  # written between the check and the lock
-                    claim.release()
                     continue
                 if locks and not locks.exists():
                     return  # written and published between the check and the lock
                 has_claimed = True
                 claimed.add(i)
-                yield claim
+                yield i
                 report_finished(list(claimed))
             if pending and not has_claimed:
                 if locks and not locks.exists():

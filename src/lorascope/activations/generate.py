@@ -299,9 +299,9 @@ def _make_shards(
     own = RowReader(subject, own_forward=own_forward is not False)
     with own as reader, bar, ThreadPoolExecutor(1) as writer:
         locks = None if isinstance(folder, RemotePath) else folder / ".claims"
-        for claim in runtime.claim_work_units(paths, locks, count, raise_failed):
-            with _errors_with_rank(claim.work_unit):
-                rollouts = _rollouts(config, subject, corpus, claim.work_unit)
+        for work_unit in runtime.claim_work_units(paths, locks, count, raise_failed):
+            with _errors_with_rank(work_unit):
+                rollouts = _rollouts(config, subject, corpus, work_unit)
                 if capture is None:
                     capture = Capture(
                         reader,
@@ -317,8 +317,8 @@ def _make_shards(
                 pending = capture.run(rollouts)
             while len(writing) >= _IN_FLIGHT:
                 writing.pop(0).result()
-            path = paths[claim.work_unit]
-            writing.append(writer.submit(_write, path, capture, pending, claim))
+            path = paths[work_unit]
+            writing.append(writer.submit(_write, path, capture, pending, work_unit))
     return n_rows, reader.own_forward
 
 
@@ -341,8 +341,8 @@ def _rollouts(
     )
 
 
-def _write(path: Path, capture: "Capture", pending: "Pending", claim: runtime.Claim) -> None:
-    with _errors_with_rank(claim.work_unit):
+def _write(path: Path, capture: "Capture", pending: "Pending", work_unit: int) -> None:
+    with _errors_with_rank(work_unit):
         rows, rollouts = capture.finish(pending), pending.rollouts
         with replacing(path) as temporary:
             write_shard(
@@ -353,7 +353,6 @@ def _write(path: Path, capture: "Capture", pending: "Pending", claim: runtime.Cl
                 [len(rollout.token_ids) for rollout in rollouts],
                 [rollout.id for rollout in rollouts],
             )
-    claim.release()
 
 
 @contextmanager

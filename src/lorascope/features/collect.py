@@ -186,13 +186,13 @@ def _gather(build: Build, spans: list[Span], sae: "SAE", config: CollectConfig) 
             bar.update(spans[work_unit].n_rows)
 
     with bar:
-        for claim in runtime.claim_work_units(
+        for work_unit in runtime.claim_work_units(
             paths, build.path / ".claims", see_finished, lambda: None
         ):
             current = own.successor()
-            scanned_here.add(claim.work_unit)
+            scanned_here.add(work_unit)
             for n_rows in scan(
-                spans[claim.work_unit],
+                spans[work_unit],
                 sae,
                 current,
                 config.batch_size,
@@ -200,8 +200,7 @@ def _gather(build: Build, spans: list[Span], sae: "SAE", config: CollectConfig) 
                 reach=min(CONTEXT_REACH, config.context_window),
             ):
                 bar.update(n_rows)
-            current.save(paths[claim.work_unit])
-            claim.release()
+            current.save(paths[work_unit])
             own.merge_kept(current)
     if runtime.process_rank() == 0:
         for path in paths:
