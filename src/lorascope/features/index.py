@@ -8,11 +8,11 @@ tokens, -1 means that there are no more.
 
 import math
 import re
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _ONLY = {"example": ("n_alike",), "sample": ("quantile",)}  # fields of an `Example`
-_WINDOW_END = b"\xff"  # never part of UTF-8 text, so no match spans two windows
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -326,23 +325,23 @@ class FeatureIndex:
         raw = [self.token_bytes(int(i)) for i in self.token_id]
         lowered = [token.decode("utf-8", "surrogateescape").lower() for token in raw]
         folded = [token.encode("utf-8", "surrogateescape") for token in lowered]
-        at = np.searchsorted(self.token_id, self.window_token_id)
-        pieces = [folded[i] for i in at.tolist()]
-        is_last = np.zeros(len(at), bool)
-        is_last[self.window_offset[1:][np.diff(self.window_offset) > 0] - 1] = True
-        for last in np.flatnonzero(is_last).tolist():
-            pieces[last] += _WINDOW_END
-        ends = np.cumsum(np.array([len(token) for token in folded], np.int64)[at] + is_last)
+        at = np.searchsorted(self.token_id, self.window_token_id).tolist()
         counts = [np.diff(getattr(self, f"{part}_offset")) for part in WINDOWS]
         latents = np.concatenate([np.repeat(np.arange(len(self)), n) for n in counts])  # by window
         best: dict[int, float] = {}
-        for match in re.finditer(re.escape(wanted), b"".join(pieces)):
-            first = int(np.searchsorted(ends, match.start(), side="right"))
-            last = int(np.searchsorted(ends, match.end() - 1, side="right"))
-            window = int(np.searchsorted(self.window_offset, first, side="right")) - 1
-            latent = int(latents[window])
-            value = float(self.window_activation[first : last + 1].max())
-            best[latent] = max(best.get(latent, 0.0), value)
+        for latent, (first, last) in zip(
+            latents.tolist(), pairwise(self.window_offset.tolist()), strict=True
+        ):
+            pieces = [folded[i] for i in at[first:last]]
+            window = b"".join(pieces)
+            if wanted not in window:
+                continue
+            ends = list(accumulate(map(len, pieces)))
+            for match in re.finditer(re.escape(wanted), window):
+                begin = first + bisect_right(ends, match.start())
+                end = first + bisect_right(ends, match.end() - 1)
+                value = float(self.window_activation[begin : end + 1].max())
+                best[latent] = max(best.get(latent, 0.0), value)
         for latent, label in ({} if self.labels is None else self.labels.features).items():
             if text.lower() in f"{label.name}\n{label.sentence}".lower():
                 best[latent] = math.inf
