@@ -177,7 +177,7 @@ def run(config: LabelConfig) -> Path:
     if "by_hand" in inputs:
         by_hand = read_by_hand(inputs["by_hand"], sae.digest, len(index))
     out = config.output or config.input.expanduser().with_name(FILE)
-    identity = _identity(config, inputs)
+    identity = identity_of(config)
 
     def make(build: Build) -> None:
         on_device = sae.to(runtime.pick_device(config.device))
@@ -200,12 +200,8 @@ def run(config: LabelConfig) -> Path:
 
 def identity_of(config: LabelConfig) -> Identity:
     """Return what decides the labels. Raises ArtifactError if a file is missing."""
-    return _identity(config, _inputs(config))
-
-
-def _identity(config: LabelConfig, inputs: Mapping[str, Path]) -> Identity:
-    digests = {name: digest_file(path) for name, path in inputs.items()}
-    parents = {"features": digest_of_index(config.input.expanduser()), **digests}
+    parents = {"features": digest_of_index(config.input.expanduser())}
+    parents |= {name: digest_file(path) for name, path in _inputs(config).items()}
     return Identity(kind=KIND, schema=SCHEMA, settings=config.settings(), parents=parents)
 
 
