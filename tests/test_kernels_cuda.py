@@ -303,7 +303,7 @@ if not INTERPRETED:
 
     @pytest.mark.slow
     def test_parity_holds_in_the_interpreter():
-        assert passed_in_the_interpreter(__file__) > 50
+        assert passed_in_the_interpreter(__file__) > 40
 
     def test_cuda_has_the_functions_of_the_cpu_with_the_same_signatures():
         contract = {  # types of the same words are not equal
