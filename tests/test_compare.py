@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from lorascope.activations.store import ActivationStore
 from lorascope.artifact import Manifest
 from lorascope.causal.held_out import HeldOut
-from lorascope.causal.shifts import ShiftTally
+from lorascope.causal.shifts import ShiftAccumulator
 from lorascope.causal.study import read_report
 from lorascope.cli import call
 from lorascope.compare import compare
@@ -516,7 +516,7 @@ class Made(Differences):
 
     def found(self) -> Predictions:
         rows, noise = np.arange(self.n_rollouts), np.full(self.n_rollouts, 1e-9)
-        shifts = {pair: ShiftTally() for pair in self.kl}
+        shifts = {pair: ShiftAccumulator() for pair in self.kl}
         kl = {("A", BASE): noise, ("A", ITSELF): noise, **self.kl}
         kl |= {pair[::-1]: values for pair, values in self.kl.items()}
         return Predictions(rows, rows >= 0, kl, shifts)

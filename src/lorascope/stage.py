@@ -329,13 +329,13 @@ def require_space(folder: Path, n_bytes: int) -> None:
     """Raise ArtifactError unless the disk of `folder` has room for `n_bytes` more; a URL has."""
     if isinstance(folder, RemotePath):
         return
-    place = folder
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
     if free < n_bytes:
         raise ArtifactError(
-            f"{place} has {free / 1e9:.1f} GB free, this needs {n_bytes / 1e9:.1f} GB; "
+            f"{existing} has {free / 1e9:.1f} GB free, this needs {n_bytes / 1e9:.1f} GB; "
             "choose another output or fewer texts"
         )
 

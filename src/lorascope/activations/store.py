@@ -181,10 +181,10 @@ class ActivationStore:
     def take(self, rows: npt.NDArray[np.int64]) -> Rows:
         """Return the given rows, in the given order, `(len(rows), d_in)`, in the stored dtype."""
         if isinstance(self.path, RemotePath):
-            rising, place = np.unique(rows, return_inverse=True)
+            rising, inverse = np.unique(rows, return_inverse=True)
             values = np.empty((len(rising), self.d_in), self.dtype)
             self.read_into(values, rising)
-            return values[place]
+            return values[inverse]
         out = np.empty((len(rows), self.d_in), self.dtype)
         for shard, here, local in self._by_shard(rows):
             values = shard.read("activations")

@@ -39,7 +39,7 @@ from lorascope.causal.effects import log_probabilities
 from lorascope.causal.held_out import HeldOut, fitting_tokens, load_subject_of
 from lorascope.causal.openings import openings_of
 from lorascope.causal.report_records import ScoredToken
-from lorascope.causal.shifts import ShiftTally
+from lorascope.causal.shifts import ShiftAccumulator
 from lorascope.causal.splice import Compared, Shares, SplicedBatch, of_all_batches
 from lorascope.causal.study import Made, read_report, report_at
 from lorascope.config import Config
@@ -173,7 +173,7 @@ def _effect_on(editor: RowEditor, held_out: HeldOut, fitted: np.ndarray, seed: i
     store, layout = held_out.store, held_out.subject.layout
     training = rows_of(store, fitted)
     constant = ConstantRows(store, training, torch.cat(list(read_blocks(store, training))))
-    shifts, floor = ShiftTally(), 0.0
+    shifts, floor = ShiftAccumulator(), 0.0
     measured: list[np.ndarray] = []
     found: dict[str, list[Compared]] = {"base": [], "adapter": [], "constant": []}
     with runtime.progress(held_out.n_tokens, "compare", "tokens") as bar:

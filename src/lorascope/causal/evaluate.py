@@ -45,7 +45,7 @@ from lorascope.causal.figures import draw_evaluation
 from lorascope.causal.held_out import HeldOut, describe_run, held_out_rollouts, open_held_out
 from lorascope.causal.openings import openings_of
 from lorascope.causal.report_records import EvaluationReport, Faithfulness, Floor, Recovered
-from lorascope.causal.shifts import ShiftTally
+from lorascope.causal.shifts import ShiftAccumulator
 from lorascope.causal.splice import (
     PASSES,
     Compared,
@@ -157,7 +157,7 @@ def measure(
     is_plain = has_all_columns and zero_is_base(subject)
     found: dict[Any, list[Compared]] = {}
     measured: list[npt.NDArray[np.int64]] = []
-    shifts = ShiftTally()
+    shifts = ShiftAccumulator()
     floor: Floor | None = None
     drift, step, size = 0.0, 0.0, 0.0
     bar = runtime.progress(held_out.n_tokens, "evaluate", "tokens")

@@ -35,7 +35,7 @@ _CHUNK = 1 << 22  # logits at a time
 _SIDES = ("rises", "falls")
 
 
-class ShiftTally:
+class ShiftAccumulator:
     """Sums of KL terms: `sums` is `(side, role, vocab)`, in nats.
 
     `best_row` has the row with the largest term of each, -1 for none; ties go to the lower row.

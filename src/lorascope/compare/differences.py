@@ -48,7 +48,7 @@ from lorascope.causal.gradients import fitting_graph, input_gradients
 from lorascope.causal.held_out import Batch, HeldOut, require_rows_of
 from lorascope.causal.openings import prompt_length
 from lorascope.causal.removals import HeldChange, held_runs
-from lorascope.causal.shifts import ShiftTally
+from lorascope.causal.shifts import ShiftAccumulator
 from lorascope.compare.writes import SideBySide, Writes
 from lorascope.sae.model import SAE
 from lorascope.subject.intervene import RowEditor
@@ -74,7 +74,7 @@ class Predictions:
     rows: npt.NDArray[np.int64]
     written: npt.NDArray[np.bool_]
     kl: dict[Pair, Floats]
-    shifts: dict[Pair, ShiftTally]
+    shifts: dict[Pair, ShiftAccumulator]
 
 
 @dataclass
@@ -145,7 +145,7 @@ class Differences:
     def predictions(self, pairs: Sequence[Pair]) -> Predictions:
         """Do step 1. Raises ArtifactError if rows are not those of the store."""
         found: dict[Pair, list[npt.NDArray[np.float32]]] = defaultdict(list)
-        shifts = {pair: ShiftTally() for pair in pairs}
+        shifts = {pair: ShiftAccumulator() for pair in pairs}
         measured: list[npt.NDArray[np.int64]] = []
         first = next(iter(self.editors.values()))
         eps = torch.finfo(first.subject.dtype).eps
