@@ -97,7 +97,7 @@ def accuracies(run: Path, n: int) -> None:
     fitted = torch.from_numpy(store.take(np.arange(0, store.n_rows, 4)).astype(np.float32))
     mean = fitted.mean(0)  # the place of a token that is being written is not known
     m = round(sae.manifest.content["report"]["l0"])
-    simple = baselines(sae, fitted, mean.expand_as(fitted), seed=0)(m)
+    simple = baselines(sae, fitted, mean.expand_as(fitted), m, seed=0)
     arms: dict[str, Change | None] = {
         "base": without_adapter(),
         "adapter": None,
