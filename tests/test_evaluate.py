@@ -6,6 +6,7 @@
 import itertools
 import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,6 +63,10 @@ def report_of(subject_dirs, store, tmp_path):
         return open_report(out)
 
     return evaluated
+
+
+def test_reports_of_older_versions_without_a_curve_are_those_of_the_same_settings():
+    assert EvaluateConfig(lora_path="a", sae=Path("s")).settings()["curve"] == []
 
 
 def test_a_dictionary_that_rebuilds_every_row_recovers_everything(store, report_of):

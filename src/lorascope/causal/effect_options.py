@@ -115,6 +115,10 @@ class EvaluateConfig(SeededEffectOptions):
         suffix=".json",
     )
 
+    def settings(self) -> dict[str, Any]:
+        """Return the options that decide the report, and one of older versions with its default."""
+        return super().settings() | {"curve": []}
+
 
 @dataclass(frozen=True, kw_only=True)
 class AblateConfig(SeededEffectOptions):
