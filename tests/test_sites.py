@@ -122,9 +122,12 @@ def test_every_set_of_projections_has_initials_of_its_own():
     assert len({join_initials(in_column_order(types)) for types in names}) == len(names) - 1
 
 
-def test_a_damaged_layout_is_one_line():
+@pytest.mark.parametrize("damage", [{"sites": [{"layer": 0}]}, {"adapter": 5}, {"adapter": ["a"]}])
+def test_a_damaged_layout_is_one_line(damage):
+    whole = SiteLayout(()).to_json()
+    assert SiteLayout.from_json(whole) == SiteLayout(())
     with pytest.raises(ArtifactError, match="layout is damaged"):
-        SiteLayout.from_json({"sites": [{"layer": 0}], "adapter": None})
+        SiteLayout.from_json({**whole, **damage})
 
 
 def named(*paths):

@@ -252,9 +252,11 @@ class SiteLayout:
             ]
             sites = [Site(**{**site, "b_norms": tuple(site["b_norms"])}) for site in fields]
             if not all(type(site.rank) is int and type(site.layer) is int for site in sites):
-                raise TypeError("a rank or a layer is no whole number")
+                raise TypeError("a rank or a layer is not a whole number")
             if not all(isinstance(site.adapter, str) for site in sites):
-                raise TypeError("the name of an adapter is no text")
+                raise TypeError("the name of an adapter is not text")
+            if not isinstance(data["adapter"], str | None):
+                raise TypeError("the adapter's digest is not text")
             return cls(tuple(sites), data["adapter"])
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(
