@@ -3,7 +3,8 @@
 A `Rule` is one of four architectures and its `k`:
 
 - `batchtopk`: the `k * batch` best scores of a batch fire (Bussmann et al. 2024, arXiv 2412.06410);
-- `topk`: the `k` best scores of each row fire (Gao et al. 2024, arXiv 2406.04093);
+- `topk`: the `k` best scores of each row fire (Gao et al. 2024, arXiv 2406.04093); if k is not a
+  whole number, the `k * batch` best among the `ceil(k)` best of each row;
 - `matryoshka`: chooses like `batchtopk`, and nested prefixes of the dictionary must reconstruct on
   their own (Bussmann et al. 2025, arXiv 2503.17547);
 - `jumprelu`: scores above a learned threshold of their latent fire (Rajamanoharan et al. 2024,

@@ -153,7 +153,7 @@ class Step:
         """
         kernel, bias = kernels.for_device(centred.device), weights.b_enc
         k, n = math.ceil(self.rule.k), round(self.rule.k * self.team.share(len(centred))[1])
-        is_too_many = self.team.world > 1 or (by_row and k != self.rule.k)
+        is_too_many = k != self.rule.k if by_row else self.team.world > 1
         if weights.log_threshold is not None:
             bound, is_too_many = weights.log_threshold.exp() - JUMP_WIDTH / 2, False
             best = kernel.indices_above(self._product(weights, centred), bound)
