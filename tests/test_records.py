@@ -47,6 +47,12 @@ def test_every_file_type_gives_the_same_records(tmp_path, kind, mark, ending, co
     assert usable(file, 2) == list(enumerate(RECORDS[:2]))
 
 
+def test_records_that_have_a_sender_or_a_role_are_no_messages(tmp_path):
+    records = [{"from": "Ann", "text": "a"}, {"role": "guest", "text": "b"}]
+    (tmp_path / "a.json").write_text(json.dumps({"mails": records}))
+    assert usable(tmp_path / "a.json") == list(enumerate(records))
+
+
 @pytest.mark.parametrize("kind", ["", "gz", "zst"])
 def test_a_text_file_has_one_text_on_each_line(tmp_path, kind):
     file = tmp_path / (f"a.txt.{kind}" if kind else "a.txt")
@@ -165,8 +171,8 @@ def test_the_first_five_broken_records_are_named_in_one_warning(tmp_path, caplog
         ("a.csv", b"id,id\n1,2\n", "two columns 'id'"),
         ("a.json", b"3", "is not a list of JSON objects"),
         ("a.json", b'{"a": [1], "b": [2]}', "is not a list of JSON objects"),
-        ("a.json", b'{"messages": [{"role": "user", "content": "a"}]}', "is not a list of JSON"),
-        ("a.json", b'{"turns": [{"from": "human", "value": "a"}]}', "is not a list of JSON"),
+        ("a.json", b'{"messages": [{"role": "user", "content": "a"}]}', "is one conversation"),
+        ("a.json", b'{"turns": [{"from": "human", "value": "a"}]}', "is one conversation"),
         (
             "a.json",
             b"[1, 2]",

@@ -255,7 +255,11 @@ def _json(path: Path, file: Iterable[bytes]) -> Iterator[Row]:
         raise DatasetError(f"{path} is not JSON: {first_line(error)}") from error
     if isinstance(data, dict):
         lists = [name for name, value in data.items() if isinstance(value, list)]
-        if len(lists) == 1 and not _holds_messages(data[lists[0]]):
+        if len(lists) == 1 and _holds_messages(data[lists[0]]):
+            raise DatasetError(
+                f"{path} is one conversation, expected a list of objects; put it into a list, [...]"
+            )
+        if len(lists) == 1:
             log.info("the records of %s are its list %r", path, lists[0])
             data = data[lists[0]]
     if not isinstance(data, list):
@@ -265,8 +269,12 @@ def _json(path: Path, file: Iterable[bytes]) -> Iterator[Row]:
 
 
 def _holds_messages(value: list[Any]) -> bool:
-    """Return whether a list is a conversation, which makes what it is in one record."""
-    return any(isinstance(one, dict) and {"role", "from"} & one.keys() for one in value)
+    """Return whether a list has the messages of one conversation."""
+    return any(
+        isinstance(one, dict)
+        and ({"role", "content"} <= one.keys() or {"from", "value"} <= one.keys())
+        for one in value
+    )
 
 
 def _table(path: Path, file: Iterable[bytes], delimiter: str) -> Iterator[Row]:
