@@ -147,6 +147,10 @@ class Differences:
         found: dict[Pair, list[npt.NDArray[np.float32]]] = defaultdict(list)
         shifts = {pair: ShiftAccumulator() for pair in pairs}
         measured: list[npt.NDArray[np.int64]] = []
+
+        def add(pair: Pair, log_p: Tensor, logits: Tensor, targets: Tensor) -> None:
+            found[pair].append(kl_and_loss(log_p, logits, targets)[0].cpu().numpy())
+
         first = next(iter(self.editors.values()))
         eps = torch.finfo(first.subject.dtype).eps
         with runtime.progress(self.held_out.n_tokens, "compare", "tokens") as bar:
@@ -163,18 +167,16 @@ class Differences:
                 here = self.written[batch.measured]
                 at_written = torch.from_numpy(here).to(targets.device)
                 roles = self.held_out.role_of(batch.measured)[here]
-                runs = {(name, BASE): at[BASE] for name in self.editors}
                 for name, editor in self.editors.items():
+                    add((name, BASE), log_p[name], at[BASE], targets)
                     own = rows[..., self.columns[name].to(rows.device)]
                     again = editor.run(batch.token_ids, held=own * (1 + eps)).logits
-                    runs[name, ITSELF] = select_measured(again, batch.mask)
+                    add((name, ITSELF), log_p[name], select_measured(again, batch.mask), targets)
                 for one, other in pairs:
-                    runs |= {(one, other): at[other], (other, one): at[one]}
+                    add((one, other), log_p[one], at[other], targets)
+                    add((other, one), log_p[other], at[one], targets)
                     p, q = log_p[one][at_written], log_p[other][at_written]
                     shifts[one, other].add(p, q, batch.measured[here], roles)
-                for pair, logits in runs.items():
-                    kl, _ = kl_and_loss(log_p[pair[0]], logits, targets)
-                    found[pair].append(kl.cpu().numpy())
                 measured.append(batch.measured)
                 bar.update(int(batch.own.sum()))
         rows = np.concatenate(measured)
