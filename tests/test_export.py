@@ -149,12 +149,14 @@ def test_a_manifest_with_a_number_that_json_lacks_is_refused():
 def test_a_file_of_another_tool_is_read_without_our_additions(tmp_path: Path):
     data = foreign(extra="field")
     data["features"]["5"] = {"examples": [], "more": 1}
+    data["metadata"]["model_path"] = "sae.pt"
     index = read(tmp_path, data)
     assert len(index) == 6
     assert index[0].examples[0].tokens == ("a", "b")
     assert index[0].examples[0].activations.tolist() == [0.0, 2.0]
     assert index[0].stats.n_active is None
     assert index.content["top_k"] == 1
+    assert index.content["sae_name"] == "sae.pt"
     assert index.manifest.kind == "features"
 
 

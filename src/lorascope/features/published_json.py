@@ -39,6 +39,14 @@ from lorascope.record_json import to_json
 log = logging.getLogger(__name__)
 
 _METADATA = ("context_window", "n_tokens", "n_eligible", "n_special", "n_rollouts", "fvu", "l0")
+_NAMES = {  # of the same facts in other tools' files
+    "model": "base_model",
+    "adapter": "adapter_name",
+    "lora_path": "adapter_name",
+    "sae": "sae_name",
+    "model_path": "sae_name",
+    "corpus": "dataset",
+}
 _MAX_FEATURES = 1 << 24  # a larger id is a mistake that would allocate gigabytes
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _STATS = {  # key of `stats` -> field of `FeatureStats`, and of the index after `latent_`
@@ -290,7 +298,11 @@ def _manifest(metadata: Mapping[str, Any]) -> Manifest:
     try:
         return replace(Manifest.from_json(metadata.get("lorascope")), files={})
     except ValueError:  # another tool's file
-        content = {k: v for k, v in metadata.items() if isinstance(v, (str, int, float, bool))}
+        content = {
+            _NAMES.get(k, k): v
+            for k, v in metadata.items()
+            if isinstance(v, (str, int, float, bool))
+        }
         return Identity(kind=KIND, schema=SCHEMA, settings={}, parents={}).manifest(None, content)
 
 
