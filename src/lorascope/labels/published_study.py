@@ -93,7 +93,10 @@ class GroupShare:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyReport(ReportRecord):
-    """What `study` measures; `neurons` are missing if no adapter was given."""
+    """What `study` measures; `neurons` are missing if no adapter was given.
+
+    Older reports may have `by_model`, which nothing reads.
+    """
 
     kind = "study"
     n_rollouts_scoring: Count
@@ -102,6 +105,7 @@ class StudyReport(ReportRecord):
     columns: KindShares
     groups: tuple[GroupShare, ...]
     neurons: KindShares | None = None
+    by_model: Any = None
 
     def kinds(self) -> dict[str, KindShares]:
         """Return the kinds of directions that were measured."""
