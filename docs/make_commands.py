@@ -10,13 +10,14 @@ HEAD = """# Commands
 
 `python docs/make_commands.py` writes this page; `lorascope COMMAND --help` says the same. Every
 flag is also a key of `lorascope.toml` (`--top-k` is `top_k`) and a keyword of the config in Python.
-Flags override `--config FILE`, which overrides `lorascope.toml` in the working directory. A flag
-that is given twice, under one name or two, counts as given last.
+Flags override `--config FILE`, which overrides `lorascope.toml` in the working directory. If you
+give a flag twice, also under an alias, the last one wins.
 
 Every command takes `--quiet` (warnings and errors only, no progress), `--verbose` (debug messages)
 and `--debug` (tracebacks). stdout carries the path of the result, stderr the rest. Progress is a
 bar on a terminal, and elsewhere one line every ten seconds. Exit codes: 0 done, 2 your input is
-wrong (one line), 130 and 143 interrupted (finished work is kept), 1 a bug.
+wrong (one line), 130 and 143 interrupted (finished work is kept), 1 a bug, or damage that
+`verify` found.
 
 `lorascope info PATH` describes an artifact, the folder of a run or an adapter. `lorascope verify
 PATH` checks artifacts for damage; exit code 1 names what is broken. `lorascope schema KIND` prints

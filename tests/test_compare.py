@@ -692,7 +692,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(subject_dirs, tmp_path):
             find_members((alone,), ())
     with pytest.raises(ConfigError, match="no adapter is given"):
         CompareConfig(adapters=())
-    with pytest.raises(ConfigError, match="compare trains one dictionary, --k has 2"):
+    with pytest.raises(ConfigError, match="compare trains one SAE, --k has 2"):
         CompareConfig(adapters=(adapter, adapter), k=(2, 3))
     with pytest.raises(ConfigError, match="26 or fewer"):
         find_members((adapter,) * 27, ())

@@ -223,5 +223,7 @@ def test_an_sae_without_positive_thresholds_is_not_moved_to_another_sparsity(mak
     sae = random_sae()
     threshold = sae.threshold.clone()
     threshold[3] = 0.0
-    with pytest.raises(ArtifactError, match=f"1 of {sae.d_sae} latents have no threshold above 0"):
+    with pytest.raises(
+        ArtifactError, match=f"1 of {sae.d_sae} latents have a threshold of 0 or less"
+    ):
         replace(sae, threshold=threshold).calibrated(store, np.arange(5), 2.0)

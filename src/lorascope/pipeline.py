@@ -24,7 +24,7 @@ from lorascope.activations import generate
 from lorascope.activations.generate import GenerateConfig
 from lorascope.artifact import read_manifest, write_text
 from lorascope.causal.effect_options import EffectOptions, EvaluateConfig
-from lorascope.config import Config, flag_of, option
+from lorascope.config import Config, option
 from lorascope.dashboard import render, report
 from lorascope.dashboard.notebook import Page
 from lorascope.dashboard.overview import Overview
@@ -77,14 +77,10 @@ def run(config: RunConfig) -> Page:
     """
     if runtime.world_size() > 1:
         raise ConfigError(
-            "run starts the processes it needs; under torchrun use lorascope generate, then run"
+            "lorascope run cannot be started by torchrun; start lorascope generate with it, then "
+            "lorascope run without"
         )
-    for name in ("k", "expansion_factor", "lr", "seed"):
-        if (n := len(config.values_of(name))) > 1:
-            raise ConfigError(
-                f"run trains one SAE, {flag_of(name)} has {n} values; "
-                "give one here, or all of them to lorascope train"
-            )
+    config.require_one_sae("run")
     out = config.output
     if out.exists() and not out.is_dir():
         raise ArtifactError(f"{out} is a file, expected a folder; give another --output")

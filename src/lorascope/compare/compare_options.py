@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorascope.config import flag_of, option
+from lorascope.config import option
 from lorascope.errors import ConfigError
 from lorascope.sae.settings import TrainOptions
 from lorascope.subject.options import ReadingOptions
@@ -45,8 +45,4 @@ class CompareConfig(TrainOptions, ReadingOptions):
         super().check()
         if not self.adapters:
             raise ConfigError("no adapter is given; name two or more, or a folder of checkpoints")
-        for name in ("k", "expansion_factor", "lr", "seed"):
-            if (n := len(self.values_of(name))) > 1:
-                raise ConfigError(
-                    f"compare trains one dictionary, {flag_of(name)} has {n} values; give one"
-                )
+        self.require_one_sae("compare")

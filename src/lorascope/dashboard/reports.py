@@ -348,8 +348,8 @@ def _require_parents(path: Path, manifest: Manifest, index: FeatureIndex, source
     of_index, of_report = index.manifest.parents, manifest.parents
     if of_report.get("sae") is None or of_index.get("sae") != of_report["sae"]:
         raise ArtifactError(
-            f"{path} is of another SAE than {source}, so its features are others; make both from "
-            "the same SAE"
+            f"{path} was made with another SAE than {source}, so feature numbers do not match; "
+            "make both from the same SAE"
         )
     if manifest.kind != AttributionReport.kind or "activations" not in of_index:
         return

@@ -107,8 +107,8 @@ def _direct_tokens(path: Path, index: FeatureIndex) -> dict[str, list[str]]:
     sae = index.manifest.parents.get("sae")
     if sae is None or manifest.parents.get("sae") != sae or len(features) != len(index):
         raise ArtifactError(
-            f"{path} is of another SAE than the feature index, so its features are others; make "
-            "both from the same SAE"
+            f"{path} was made with another SAE than the feature index, so feature numbers do not "
+            "match; make both from the same SAE"
         )
     return {
         side: [" | ".join(token["token"] for token in one[side]) for one in features]

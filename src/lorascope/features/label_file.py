@@ -137,8 +137,8 @@ def read_labels(path: Path) -> Labels:
     by_hand = f'"{_BY_HAND_FORMAT}"'.encode()
     if read_manifest(path) is None and path.is_file() and by_hand in path.read_bytes()[:100]:
         raise ArtifactError(
-            f"{path} has labels that the page exported; give it to lorascope label --by-hand, and "
-            f"the {FILE} that it makes here"
+            f"{path} holds labels that the page exported, expected {FILE}; run lorascope label "
+            f"--by-hand {path}, and give the {FILE} that it writes"
         )
     manifest = open_manifest(path, KIND, SCHEMA)
     if damage := check_seal(path):

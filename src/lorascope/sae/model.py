@@ -206,8 +206,8 @@ class SAE:
         ratios = torch.ones_like(self.b_enc) if self.threshold is None else self.threshold
         if not (ratios > 0).all():
             raise ArtifactError(
-                f"{int((ratios <= 0).sum())} of {self.d_sae} latents have no threshold above 0, so "
-                "the SAE cannot be moved to another sparsity; give one whose thresholds are"
+                f"{int((ratios <= 0).sum())} of {self.d_sae} latents have a threshold of 0 or "
+                "less, so the SAE cannot be calibrated; give one whose thresholds are all above 0"
             )
         if len(rows) > CALIBRATION_ROWS:
             rows = rows[np.linspace(0, len(rows) - 1, CALIBRATION_ROWS).astype(np.int64)]

@@ -83,8 +83,8 @@ class TrainOptions(Config):
     )
     max_fvu: float = option(
         1.0,
-        help="largest FVU on held-out rows with which an SAE is published; above 1, the mean of "
-        "the rows explains more; inf publishes any",
+        help="write no SAE whose FVU on held-out rows is above this; above 1 it is worse than the "
+        "mean row; inf writes any",
         identity=False,
         at_least=0,
     )
@@ -103,7 +103,9 @@ class TrainOptions(Config):
                 )
         for k in self.values_of("k"):
             if not 0 < k < math.inf:
-                raise ConfigError(f"--k is {k:g}, expected more than 0, at most the latents")
+                raise ConfigError(
+                    f"--k is {k:g}, expected a number above 0 and at most the number of latents"
+                )
         for lr in self.values_of("lr"):
             if lr != "auto" and not 0 < parse_number(lr) < math.inf:
                 raise ConfigError(f"--lr is {lr}, expected auto or a number above 0")
@@ -123,6 +125,15 @@ class TrainOptions(Config):
         """Return the values of an option that takes a list; none if it follows the columns."""
         values = getattr(self, name)
         return () if values is None else values
+
+    def require_one_sae(self, command: str) -> None:
+        """Raise ConfigError if an option has several values, which would train several SAEs."""
+        for name in _IN_LISTS:
+            if (n := len(self.values_of(name))) > 1:
+                raise ConfigError(
+                    f"{command} trains one SAE, {flag_of(name)} has {n} values; give one here, or "
+                    "all of them to lorascope train"
+                )
 
     def for_columns(self: Options, d_in: int) -> Options:
         """Return the options with those that follow the number of columns.
