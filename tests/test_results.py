@@ -130,7 +130,7 @@ def test_given_reports_are_read_and_those_of_another_sae_refused(folder, tmp_pat
     assert study.reports.direct is not None and study.reports.ablation is None
     other = replace(index, manifest=replace(index.manifest, parents={"sae": "another"}))
     path = write(tmp_path / "direct.json", "direct", other, direct(index))
-    with pytest.raises(ArtifactError, match="is of another SAE"):
+    with pytest.raises(ArtifactError, match="was made with another SAE"):
         Study.open(tmp_path, effects=[path])
 
 
