@@ -222,7 +222,7 @@ def test_labels_by_hand_win_and_have_no_scores(label, made, tmp_path):
     assert labels.features[AFTER_WAIT].author == "rule"
     assert labels.features[DEAD].name == "never"
     assert labels.manifest.content["n_by_hand"] == 3
-    with pytest.raises(ArtifactError, match="exported; give it to lorascope label --by-hand"):
+    with pytest.raises(ArtifactError, match="exported, expected labels.json"):
         read_labels(path)  # as lorascope dashboard --labels does
     found = label(input=beside(made, tmp_path, path), output=None)
     assert mine == found.features[WAIT]  # found by its name
