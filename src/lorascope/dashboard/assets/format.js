@@ -12,11 +12,12 @@ const RIGHT_TO_LEFT =
 const ONLY_JOINERS = /^[\u200c\u200d\ufe00-\ufe0f]+$/;
 const MARKS = { "\n": "\u21b5", "\t": "\u21e5", "\r": "CR", "\u00a0": "NBSP" };
 
-// Returns an element with a class, attributes and content: a text, a node, or a list of both.
+// Returns an element with a class, attributes and content: a text, a number, a node, or a list of
+// them. What is false, missing or empty in the list is left out.
 export function element(tag, className = "", content = "", attributes = {}) {
   const node = document.createElement(tag);
   if (className) node.className = className;
-  node.append(...[content].flat().filter(Boolean));
+  node.append(...[content].flat().filter((part) => part || part === 0));
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
   return node;
 }
