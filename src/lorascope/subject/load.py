@@ -31,15 +31,10 @@ from lorascope.errors import AdapterError, first_line
 from lorascope.hub import read_json_object
 from lorascope.sites import SiteLayout
 from lorascope.subject.adapter import CONFIG, Adapter, changes_outside_lora, lora_kind
-from lorascope.subject.attach import (
-    attach,
-    changes_base,
-    fit_prefix,
-    n_embeddings,
-    resize_embeddings,
-)
+from lorascope.subject.attach import attach, changes_base, fit_prefix
 from lorascope.subject.base import Base
 from lorascope.subject.bottlenecks import Bottleneck, find_bottlenecks, make_layout, probe
+from lorascope.subject.embeddings import n_embeddings, resize_embeddings
 from lorascope.subject.rotary import forget_lengths, length_class, require_rotary
 
 log = logging.getLogger(__name__)
