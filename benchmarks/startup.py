@@ -14,7 +14,7 @@ import sys
 import time
 from collections import defaultdict
 
-from lorascope.cli import COMMANDS
+from lorascope.commands import COMMANDS
 
 RUN = """
 import sys

@@ -3,7 +3,7 @@
 from dataclasses import MISSING
 from pathlib import Path
 
-from lorascope.cli import COMMANDS, Command
+from lorascope.commands import COMMANDS, Command
 from lorascope.config import ALIASES, default_text, flag_of, grouped_options
 
 HEAD = """# Commands

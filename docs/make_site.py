@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import lorascope
-from lorascope.cli import COMMANDS
+from lorascope.commands import COMMANDS
 from lorascope.inspection import KINDS, report_schema
 
 ROOT = Path(__file__).resolve().parents[1]

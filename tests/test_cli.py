@@ -20,7 +20,8 @@ from builders.saes import make_sae
 from builders.stores import write_store
 
 from lorascope.artifact import read_manifest
-from lorascope.cli import COMMANDS, call
+from lorascope.cli import call
+from lorascope.commands import COMMANDS
 from lorascope.inspection import KINDS, report_schema
 from lorascope.record_json import to_json
 from lorascope.runtime import ProgressLog, progress

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_type_hints
 
 import pytest
 
-from lorascope.cli import COMMANDS
+from lorascope.commands import COMMANDS
 from lorascope.config import (
     ALIASES,
     OPTION_GROUPS,

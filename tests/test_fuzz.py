@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lorascope import config as options
-from lorascope.cli import COMMANDS, call, stage_parser
+from lorascope.cli import call, stage_parser
+from lorascope.commands import COMMANDS
 from lorascope.errors import LorascopeError
 from lorascope.inspection import describe
 from lorascope.subject.adapter import CONFIG, inspect_adapter

@@ -12,7 +12,7 @@ from beartype.roar import BeartypeCallHintViolation
 from jaxtyping import TypeCheckError
 
 import lorascope
-from lorascope.cli import COMMANDS
+from lorascope.commands import COMMANDS
 from lorascope.config import flag_of
 from lorascope.sae.metrics import stability
 
@@ -20,7 +20,7 @@ ROOT = Path(lorascope.__file__).parent
 ORDER = (
     "version errors remote sites config arrayfile artifact record_json hub runtime stage kernels "
     "texts subject activations callbacks sae features causal labels dashboard results audit "
-    "compare depth run_summary pipeline demo inspection completion cli __main__"
+    "compare depth run_summary pipeline demo commands inspection completion cli __main__"
 ).split()
 
 
@@ -148,7 +148,7 @@ def test_file_names_are_unique_in_the_package():
 def test_help_completion_and_import_need_no_torch():
     code = (
         "import sys, lorascope\n"
-        "from lorascope.cli import COMMANDS, call\n"
+        "from lorascope.cli import call\nfrom lorascope.commands import COMMANDS\n"
         "calls = [['--help'], ['completion', 'bash'], *([name, '--help'] for name in COMMANDS)]\n"
         "for words in calls:\n"
         "    try:\n"

@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from lorascope import runtime
 from lorascope.activations import generate
 from lorascope.activations.generate import Corpus, GenerateConfig
-from lorascope.cli import COMMANDS, call, stage_parser
+from lorascope.cli import call, stage_parser
+from lorascope.commands import COMMANDS
 from lorascope.config import load_config
 from lorascope.errors import ConfigError, WorkerError
 from lorascope.sae.team import join_team

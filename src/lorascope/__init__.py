@@ -80,7 +80,7 @@ __all__ = [
     "train",
 ]
 
-_HOMES = {  # of what is neither a stage nor its config: `cli.COMMANDS` has the homes of those
+_HOMES = {  # of what is neither a stage nor its config: `commands.COMMANDS` has those of stages
     "SAE": "sae.model",
     "ActivationStore": "activations.store",
     "FeatureIndex": "features.index",
@@ -99,7 +99,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module lorascope has no {name}")
     if name in _HOMES:
         return getattr(importlib.import_module(f"lorascope.{_HOMES[name]}"), name)
-    from lorascope.cli import COMMANDS
+    from lorascope.commands import COMMANDS
 
     command = COMMANDS["dashboard" if name == "render" else name.removesuffix("Config").lower()]
     if name.endswith("Config"):

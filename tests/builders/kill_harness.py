@@ -18,7 +18,8 @@ import safetensors.torch  # noqa: F401
 import torch
 import transformers  # noqa: F401
 
-from lorascope.cli import COMMANDS, call
+from lorascope.cli import call
+from lorascope.commands import COMMANDS
 
 
 def start(command: list[str], out: Path) -> int:
